@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Trains on this machine: one process per GPU, or several processes on the CPU.
+#
+# Usage: launch/local.sh CONFIG.toml [--nproc N] [--dry-run] [--] [SETTINGS]
+#   for example: launch/local.sh configs/quickstart.toml --nproc 2 --total-steps 100
+#   --nproc N   number of processes (default: every GPU; without one the largest power of two up to the usable cores
+#               and up to 8, so that it divides usual batch sizes)
+#   --dry-run   print the command and its environment, start nothing
+#   SETTINGS    --name value, as in the configuration; launch/train.py --help lists them
+#
+# Ctrl-C stops the run after the step under way and saves; the same command continues it.
+# Several machines: launch/node.sh. Slurm: launch/submit.py.
+set -euo pipefail
+
+usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; }
+fail() {
+    printf '%s\n' "local.sh: $*" >&2
+    exit 2
+}
+
+[ $# -gt 0 ] || fail "no configuration given; try launch/local.sh configs/quickstart.toml (--help tells more)."
+case $1 in -h | --help) usage && exit 0 ;; esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+config=$1
+shift
+case $config in -*) fail "the first argument must be a configuration file, not $config." ;; esac
+[ -f "$config" ] || fail "there is no file $config; the ones that come along are in configs/."
+
+nproc='' dry_run='' settings=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) usage && exit 0 ;;
+        --nproc=*) nproc=${1#*=} ;;
+        --nproc)
+            [ $# -gt 1 ] || fail "--nproc needs a number."
+            nproc=$2
+            shift
+            ;;
+        --dry-run) dry_run=yes ;;
+        --)
+            shift
+            settings+=("$@")
+            break
+            ;;
+        *) settings+=("$1") ;;
+    esac
+    shift
+done
+
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=$(command -v python3) || fail "there is no Python; run launch/setup.sh first."
+"$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
+    fail "$python has no torch; run launch/setup.sh first."
+
+gpus=0
+if nvidia-smi -L >/dev/null 2>&1; then
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') # knows CUDA_VISIBLE_DEVICES
+fi
+# Not the command nproc: it answers with OMP_NUM_THREADS where that is set.
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')
+
+if [ -z "$nproc" ]; then
+    nproc=$gpus
+    if [ "$nproc" -eq 0 ]; then
+        nproc=1
+        while [ $((nproc * 2)) -le "$cores" ] && [ "$nproc" -lt 8 ]; do nproc=$((nproc * 2)); done
+    fi
+fi
+case $nproc in '' | 0* | *[!0-9]*) fail "--nproc is '$nproc'; give a whole number from 1 on." ;; esac
+
+threads=$((cores / nproc))
+[ "$threads" -ge 1 ] || threads=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+# Since torch 2.13 the ranks of a restarted round read the addresses of the dead ones from a store kept over rounds.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+if [ "$gpus" -eq 0 ]; then
+    # glibc gives large blocks back to the system and faults them in again at each step; let it keep them.
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+fi
+
+command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
+command+=(${settings[@]+"${settings[@]}"})
+if [ -n "$dry_run" ]; then
+    env | grep -E '^(OMP_NUM_THREADS|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|MALLOC_[A-Z]+_THRESHOLD_)=' | sort
+    printf '%q ' "${command[@]}"
+    printf '\n'
+    exit 0
+fi
+printf 'local.sh: %s process(es) on %s, %s thread(s) each\n' \
+    "$nproc" "$([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "$cores CPU core(s)")" "$OMP_NUM_THREADS" >&2
+exec "${command[@]}"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Runs every check of the project, from a fresh clone on: environment, lint, format, types, shell scripts, tests.
+#
+# Usage: launch/test.sh [--fast] [PYTEST ARGUMENTS]      for example: launch/test.sh --fast -k checkpoint
+#   --fast   leaves out the tests marked slow
+#
+# All stages run, also after one has failed; the last line says which did, and the exit code is then 1.
+set -euo pipefail
+
+case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+pytest_arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --fast ]; then pytest_arguments+=(-m "not slow"); else pytest_arguments+=("$argument"); fi
+done
+
+stages=6 number=0 failed=()
+step() { # step NAME DESCRIPTION COMMAND...
+    local name=$1 description=$2
+    shift 2
+    number=$((number + 1))
+    printf '\n[%d/%d] %s: %s\n' "$number" "$stages" "$name" "$description"
+    "$@" || failed+=("$name")
+}
+
+shell_scripts() {
+    local scripts=()
+    while IFS= read -r -d '' script; do scripts+=("$script"); done < <(
+        find .ci launch slurm tests benchmarks \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -type f -print0 2>/dev/null
+    )
+    printf '%d scripts\n' "${#scripts[@]}"
+    .venv/bin/shellcheck "${scripts[@]}"
+}
+
+number=1
+printf '[1/%d] environment: nothing to do, or 1 to 3 minutes the first time\n' "$stages"
+launch/setup.sh test || exit 1 # without it nothing else can run
+
+# The ranks of one test share the machine: one thread each, or they wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+step "ruff check" "lint, a second" .venv/bin/ruff check .
+step "ruff format" "layout of the code, a second" .venv/bin/ruff format --check .
+step "mypy" "types, up to a minute the first time" .venv/bin/mypy
+step "shellcheck" "shell and batch scripts, a few seconds" shell_scripts
+step "pytest" "tests on one and many processes, a few minutes" \
+    .venv/bin/python -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+
+if [ ${#failed[@]} -gt 0 ]; then
+    printf '\nlaunch/test.sh: FAILED in %d of %d stages:' "${#failed[@]}" "$stages"
+    printf ' [%s]' "${failed[@]}"
+    printf '\n'
+    exit 1
+fi
+printf '\nlaunch/test.sh: all %d stages passed\n' "$stages"

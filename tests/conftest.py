@@ -1,0 +1,56 @@
+"""Owns what all tests share: one thread per process, repeatable examples, and proof that the tests that matter did run.
+
+Must not know what any test checks. With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session
+fails when no test of that marker ran, or one was skipped: a green result without them would say nothing about training
+on many processes.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: it reads it once
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+REQUIRED = {"multiprocess": "TINYTRAIN_REQUIRE_MULTIPROCESS", "slurm": "TINYTRAIN_REQUIRE_SLURM"}
+ran: dict[str, list[str]] = {marker: [] for marker in REQUIRED}
+skipped: dict[str, list[str]] = {marker: [] for marker in REQUIRED}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for marker in REQUIRED:
+        if marker in report.keywords:
+            if report.skipped and not hasattr(report, "wasxfail"):
+                skipped[marker].append(report.nodeid)
+            elif report.when == "call":
+                ran[marker].append(report.nodeid)
+
+
+def unmet_requirements() -> list[str]:
+    """A sentence for each marker that the environment requires and that did not run in full."""
+    problems = []
+    for marker, variable in REQUIRED.items():
+        if os.environ.get(variable, "0") in ("", "0"):
+            continue
+        if not ran[marker]:
+            problems.append(f"{variable} is set, but no test marked '{marker}' ran: select them, or unset {variable}.")
+        if skipped[marker]:
+            names = ", ".join(skipped[marker])
+            problems.append(
+                f"{variable} is set, but {len(skipped[marker])} test(s) marked '{marker}' were skipped: {names}."
+            )
+    return problems
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if unmet_requirements() and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for problem in unmet_requirements():
+        terminalreporter.write_line(f"FAILED {problem}", red=True)

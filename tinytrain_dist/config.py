@@ -1,0 +1,456 @@
+"""Owns what a run is: `TrainingConfig`, its checks, and how it is read from TOML and the command line.
+
+Must not know torch, files other than TOML/JSON, ranks or devices: a login node can check a run in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+
+from tinytrain_dist.errors import ConfigError
+
+Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+SECTIONS = ("run", "data", "model", "optimizer", "parallel", "checkpoint")
+
+
+def _in(section: str, default: Any, help: str) -> Any:
+    """A field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
+    return field(default=default, metadata={"section": section, "help": help})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides what is trained, and how; a frozen value, checked when it is made.
+
+    Construction raises ConfigError with every problem at once. Derived facts (`ffn_dim`, `checkpoints_dir`, ...)
+    are properties, so that `dataclasses.replace(config, d_model=512)` never leaves a stale value behind.
+    """
+
+    target_dir: str = _in("run", "runs/default", "folder of this run: settings, logs and checkpoints")
+    seed: int = _in("run", 0, "decides initial weights and every drawn window, on any number of ranks")
+    device: Literal["auto", "cpu", "cuda"] = _in("run", "auto", "auto: cuda where there is one, else cpu")
+    total_steps: int = _in("run", 40_000, "optimizer steps of the whole run")
+    stop_at_step: int | None = _in("run", None, "stop early after this step; the schedule still spans total_steps")
+    time_limit: float | None = _in("run", None, "seconds after which the run saves and stops")
+    log_every: int = _in("run", 10, "steps between log lines")
+    eval_every: int = _in("run", 1000, "steps between evaluations")
+    eval_steps: int = _in("run", 10, "batches of batch_size windows in one evaluation, the same all run")
+    log_dir: str | None = _in("run", None, "None: target_dir/logs")
+    log_save_prefix: str = _in("run", "metrics", "name of the plain record: metrics.jsonl")
+    resume: str = _in("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
+    ckpt_path_to_resume: str | None = _in("run", None, "a checkpoint folder; the same as resume = PATH")
+    init_from: str | None = _in("run", None, "folder with Hugging Face Llama/Qwen3 weights to start from")
+
+    train_data: str | None = _in("data", None, "token file (.npy) to train on")
+    val_data: str | None = _in("data", None, "token file (.npy) to evaluate on; None: no evaluation")
+    batch_size: int = _in("data", 32, "sequences per optimizer step over ALL ranks")
+    micro_batch_size: int | None = _in("data", None, "sequences in one forward pass on one rank; None: all of them")
+    context_len: int = _in("data", 256, "tokens per sequence")
+
+    vocab_size: int | None = _in("model", None, "None: taken from meta.json beside train_data")
+    num_layers: int = _in("model", 4, "transformer blocks")
+    num_heads: int = _in("model", 16, "query heads")
+    num_kv_heads: int | None = _in("model", None, "key/value heads (grouped-query attention); None: num_heads")
+    head_dim: int | None = _in("model", None, "width of one head; None: d_model / num_heads")
+    d_model: int = _in("model", 512, "width of the residual stream")
+    d_ff: int | None = _in("model", None, "width of the feed-forward; None: 8/3 d_model, up to a multiple of 64")
+    rope_theta: float = _in("model", 10_000.0, "base of the rotary frequencies")
+    rope_scaling_factor: float | None = _in("model", None, "Llama-3 rotary scaling; None: no scaling")
+    rope_original_context_len: int | None = _in("model", None, "context length before scaling")
+    rope_low_freq_factor: float = _in("model", 1.0, "Llama-3 rotary scaling: where the low band ends")
+    rope_high_freq_factor: float = _in("model", 4.0, "Llama-3 rotary scaling: where the high band starts")
+    tie_embeddings: bool = _in("model", False, "output head shares the embedding's weight")
+    qk_norm: bool = _in("model", False, "RMSNorm on queries and keys (Qwen3)")
+    norm_eps: float = _in("model", 1e-5, "epsilon of every RMSNorm")
+
+    lr_max: float = _in("optimizer", 1e-3, "learning rate after warm-up")
+    lr_min: float = _in("optimizer", 1e-4, "learning rate at the end of the schedule")
+    schedule: Literal["cosine", "wsd", "constant"] = _in("optimizer", "cosine", "shape after warm-up")
+    warmup_iters: int | None = _in("optimizer", None, "steps of linear warm-up; None: 1 % of total_steps")
+    cosine_iters: int | None = _in("optimizer", None, "step at which the cosine ends; None: total_steps")
+    decay_iters: int | None = _in("optimizer", None, "wsd: steps of the final decay; None: 10 % of total_steps")
+    betas: tuple[float, float] = _in("optimizer", (0.9, 0.95), "AdamW: decay rates of the moments")
+    eps: float = _in("optimizer", 1e-8, "AdamW: added to the denominator")
+    weight_decay: float = _in("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
+    grad_clip_norm: float | None = _in("optimizer", 1.0, "largest global gradient norm; None: no clipping")
+    max_skipped_steps: int = _in("optimizer", 10, "non-finite steps in a row after which the run stops")
+
+    parallel: Mode = _in("parallel", "auto", "auto | none | ddp | fsdp | hsdp")
+    dp_replicate: int | None = _in("parallel", None, "hsdp: number of replicas")
+    dp_shard: int | None = _in("parallel", None, "hsdp: ranks that share one replica")
+    precision: Literal["fp32", "bf16"] = _in("parallel", "fp32", "compute type; weights and sums stay float32")
+    compile: bool = _in("parallel", False, "torch.compile every block")
+    activation_checkpointing: Literal["none", "block", "selective"] = _in(
+        "parallel", "none", "recompute in backward: nothing, whole blocks, all but matrix products"
+    )
+    loss_chunk_tokens: int | None = _in("parallel", None, "tokens per piece of head + loss; None: all at once")
+    reproducible: bool = _in("parallel", False, "the same bits on any number of ranks and in any mode")
+
+    ckpt_every: int = _in("checkpoint", 1000, "steps between checkpoints")
+    ckpt_dir: str | None = _in("checkpoint", None, "None: target_dir/checkpoints")
+    ckpt_save_prefix: str = _in("checkpoint", "checkpoint", "folders are named PREFIX-00001000")
+    keep_last: int = _in("checkpoint", 2, "newest checkpoints that are kept")
+    keep_every: int | None = _in("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
+    max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError with everything that is wrong."""
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward: d_ff, or 8/3 d_model rounded up to a multiple of 64."""
+        return self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64))
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self.total_steps // 100 if self.warmup_iters is None else self.warmup_iters
+
+    @property
+    def cosine_end(self) -> int:
+        """Step at which the schedule reaches lr_min."""
+        return self.cosine_iters or self.total_steps
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the final decay of the WSD schedule."""
+        return max(1, self.total_steps // 10) if self.decay_iters is None else self.decay_iters
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process stops: stop_at_step or total_steps."""
+        return min(self.total_steps, self.stop_at_step or self.total_steps)
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Folder that holds the checkpoints."""
+        return Path(self.ckpt_dir) if self.ckpt_dir else Path(self.target_dir) / "checkpoints"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Folder that holds TensorBoard events and the plain record."""
+        return Path(self.log_dir) if self.log_dir else Path(self.target_dir) / "logs"
+
+    @property
+    def resume_from(self) -> str:
+        """`auto`, `never` or the path of a checkpoint."""
+        return self.ckpt_path_to_resume or self.resume
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, tuples as lists; `from_dict` is the inverse."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
+        """Build from plain values. Errors: ConfigError naming unknown keys, wrong types and bad values at once."""
+        good, problems = {}, []
+        for key, value in values.items():
+            coerced, problem = _coerce(key, value)
+            if problem:
+                problems.append(problem)
+            else:
+                good[key] = coerced
+        try:
+            config = cls(**good)
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems], source) from None
+        if problems:
+            raise ConfigError(problems, source)
+        return config
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML, with derived sizes written out; None is left out."""
+        resolved = {**self.to_dict(), "d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads}
+        lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
+        for section in SECTIONS:
+            lines.append(f"\n[{section}]")
+            names = [f.name for f in dataclasses.fields(self) if f.metadata["section"] == section]
+            lines += [f"{n} = {json.dumps(resolved[n])}" for n in names if resolved[n] is not None]
+        return "\n".join(lines) + "\n"
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainingConfig)}
+HINTS = get_type_hints(TrainingConfig)
+
+
+def _coerce(key: str, value: Any) -> tuple[Any, str]:
+    """The value with its declared type, or a sentence that says why it cannot be one."""
+    if key not in FIELDS:
+        return None, f"{key}: unknown setting{_nearest(key)}"
+    for option in get_args(HINTS[key]) if _is_union(HINTS[key]) else (HINTS[key],):
+        if get_origin(option) is Literal and value in get_args(option):
+            return value, ""
+        if get_origin(option) is tuple and isinstance(value, list | tuple) and len(value) == 2:
+            if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+                return (float(value[0]), float(value[1])), ""
+        elif value is None and option is type(None):
+            return None, ""
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value), ""
+        elif option in (int, str, bool) and type(value) is option:
+            return value, ""
+    return None, f"{key}: {value!r} is not {_describe(HINTS[key])}"
+
+
+def _is_union(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _describe(hint: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "None",
+    }
+    if _is_union(hint):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    return "two numbers" if get_origin(hint) is tuple else names[hint]
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key.replace("-", "_"), FIELDS, n=1)
+    return f"; did you mean {close[0]}?" if close else "; launch/train.py --help lists all of them"
+
+
+AT_LEAST_ONE = tuple(
+    "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
+    "ckpt_every keep_last max_shard_bytes max_skipped_steps".split()
+)
+NONE_OR_AT_LEAST_ONE = tuple(
+    "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
+    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len".split()
+)
+
+
+def _problems(c: TrainingConfig) -> list[str]:
+    """Every sentence that says why this configuration cannot be run, without looking at ranks or files."""
+    found: list[str] = []
+
+    def need(ok: bool, sentence: str) -> None:
+        if not ok:
+            found.append(sentence)
+
+    for name in AT_LEAST_ONE:
+        need(getattr(c, name) >= 1, f"{name}: {getattr(c, name)} must be at least 1")
+    for name in NONE_OR_AT_LEAST_ONE:
+        value = getattr(c, name)
+        need(value is None or value >= 1, f"{name}: {value} must be at least 1 (leave it out for the default)")
+    for name in (
+        "lr_max",
+        "eps",
+        "norm_eps",
+        "rope_theta",
+        "grad_clip_norm",
+        "time_limit",
+        "rope_scaling_factor",
+    ):
+        value = getattr(c, name)
+        need(value is None or 0 < value < math.inf, f"{name}: {value} must be greater than 0 and finite")
+    for name in ("lr_min", "weight_decay", "seed", "warmup_iters"):
+        value = getattr(c, name)
+        need(value is None or 0 <= value < math.inf, f"{name}: {value} must not be negative")
+    if found:  # the sentences below divide by these numbers
+        return found
+    return _shape_problems(c) + _schedule_problems(c) + _effect_problems(c)
+
+
+def _shape_problems(c: TrainingConfig) -> list[str]:
+    found = []
+    if c.head_dim is None and c.d_model % c.num_heads:
+        found.append(f"d_model: {c.d_model} is not a multiple of num_heads {c.num_heads}; change one, or set head_dim")
+    elif c.head_width % 2:
+        found.append(f"d_model: head width {c.head_width} is odd; rotary embeddings need d_model/num_heads even")
+    if c.num_heads % c.kv_heads:
+        found.append(f"num_kv_heads: {c.kv_heads} does not divide num_heads {c.num_heads}")
+    if c.micro_batch_size and c.batch_size % c.micro_batch_size:
+        choices = [m for m in range(1, c.batch_size + 1) if c.batch_size % m == 0]
+        found.append(
+            f"batch_size: {c.batch_size} is not a multiple of micro_batch_size {c.micro_batch_size}; "
+            f"micro_batch_size can be {listed(choices)}"
+        )
+    return found
+
+
+def _schedule_problems(c: TrainingConfig) -> list[str]:
+    found = []
+    if c.lr_min > c.lr_max:
+        found.append(f"lr_min: {c.lr_min} is greater than lr_max {c.lr_max}; swap them")
+    if not all(0 <= beta < 1 for beta in c.betas):
+        found.append(f"betas: {c.betas} must both lie in [0, 1)")
+    if c.schedule == "cosine" and c.cosine_end < c.warmup_steps:
+        found.append(f"cosine_iters: {c.cosine_end} ends before warmup_iters {c.warmup_steps}; raise it")
+    if c.schedule == "wsd" and c.warmup_steps + c.decay_steps > c.total_steps:
+        found.append(
+            f"decay_iters: {c.decay_steps} + warmup_iters {c.warmup_steps} is more than total_steps {c.total_steps}"
+        )
+    return found
+
+
+def _effect_problems(c: TrainingConfig) -> list[str]:
+    """Settings that are set but would change nothing, or that contradict each other."""
+    found = []
+    if c.schedule != "cosine" and c.cosine_iters is not None:
+        found.append(f"cosine_iters: has no effect with schedule = {c.schedule}; leave it out")
+    if c.schedule != "wsd" and c.decay_iters is not None:
+        found.append(f"decay_iters: has no effect with schedule = {c.schedule}; leave it out")
+    if c.parallel != "hsdp":
+        found += [
+            f"{name}: has no effect with parallel = {c.parallel}; leave it out, or set parallel = hsdp"
+            for name in ("dp_replicate", "dp_shard")
+            if getattr(c, name) is not None
+        ]
+    if c.ckpt_path_to_resume and c.resume not in ("auto", c.ckpt_path_to_resume):
+        found.append(f"resume: {c.resume!r} contradicts ckpt_path_to_resume {c.ckpt_path_to_resume!r}; set one")
+    if (c.rope_scaling_factor is None) != (c.rope_original_context_len is None):
+        found.append("rope_scaling_factor: needs rope_original_context_len, and the other way round; set both")
+    if c.rope_scaling_factor is None and (c.rope_low_freq_factor, c.rope_high_freq_factor) != (1.0, 4.0):
+        found.append("rope_low_freq_factor: has no effect without rope_scaling_factor; leave it out")
+    if c.rope_low_freq_factor >= c.rope_high_freq_factor:
+        found.append(f"rope_low_freq_factor: {c.rope_low_freq_factor} must be below {c.rope_high_freq_factor}")
+    if c.stop_at_step is not None and c.stop_at_step > c.total_steps:
+        found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
+    if c.reproducible and c.micro_batch_size is None:
+        found.append("micro_batch_size: must be set with reproducible = true, since it decides bits")
+    if "/" in c.ckpt_save_prefix + c.log_save_prefix or not (c.ckpt_save_prefix and c.log_save_prefix):
+        found.append("ckpt_save_prefix, log_save_prefix: must be plain names, without /")
+    return found
+
+
+def listed(numbers: list[int], most: int = 12) -> str:
+    """The first numbers of a list, for a sentence."""
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+
+
+def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Flat settings of a TOML file and the problems of its layout (unknown headings, keys under the wrong one)."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not TOML: {error}", str(path)) from None
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+
+    def take(key: str, value: Any) -> None:
+        if key in values:
+            problems.append(f"{key}: set twice, to {values[key]!r} and {value!r}; keep one")
+        values[key] = value
+
+    for key, value in tree.items():
+        if not isinstance(value, dict):
+            take(key, value)
+        elif key not in SECTIONS:
+            close = difflib.get_close_matches(key, SECTIONS, n=1)
+            problems.append(f"[{key}]: unknown heading; use one of {', '.join(close or SECTIONS)}")
+        else:
+            for name, inner in value.items():
+                home = FIELDS[name].metadata["section"] if name in FIELDS else key
+                if home != key:
+                    problems.append(f"{name}: stands under [{key}]; move it to [{home}]")
+                else:
+                    take(name, inner)
+    return values, problems
+
+
+def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainingConfig:
+    """Read a TOML file (None: defaults), put `overrides` over it, and check everything at once.
+
+    Errors: ConfigError with every problem of the file and of the overrides.
+    """
+    values, problems = read_toml(path) if path else ({}, [])
+    source = str(path) if path else "the settings"
+    try:
+        config = TrainingConfig.from_dict({**values, **(overrides or {})}, source)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems], source) from None
+    if problems:
+        raise ConfigError(problems, source)
+    return config
+
+
+def parse_command_line(args: list[str], prog: str = "launch/train.py") -> TrainingConfig:
+    """`[CONFIG.toml] --any-setting value ...` as a checked configuration; dashes and underscores are the same.
+
+    Errors: ConfigError listing unknown settings (with the nearest right name) together with all other problems;
+    values that cannot be parsed, and --help, end the process as command lines do.
+    """
+    import tyro  # here, because it costs more than reading a configuration does
+
+    path = args[0] if args and not args[0].startswith("-") else None
+    known, unknown = _normalize(args[1:] if path else args)
+    hints: dict[str, Any] = {}
+    for name, f in FIELDS.items():
+        help = f"{f.metadata['help']} (default: {f.default})"
+        hints[name] = Annotated[HINTS[name], tyro.conf.arg(help=help)]
+    settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[operator]
+    description = "Train a language model. First argument: a configuration (.toml); settings override it."
+    overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
+    return load_config(path, {**overrides, **dict.fromkeys(unknown)})
+
+
+def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments as tyro wants them (`--compile true` becomes `--compile`), and the names it does not know."""
+    known: list[str] = []
+    unknown: list[str] = []
+    position = 0
+    while position < len(args):
+        flag, equals, value = args[position].partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        position += 1
+        end = position
+        while end < len(args) and not args[end].startswith("--"):
+            end += 1
+        values = [value] if equals else args[position:end]
+        position = end
+        if not flag.startswith("-") or name in ("h", "help"):
+            known += [flag, *values]
+        elif name not in FIELDS and name.removeprefix("no_") not in FIELDS:
+            unknown.append(name)
+        elif HINTS.get(name) is bool and values in (["true"], ["True"], ["false"], ["False"]):
+            known.append(("--" if values[0].lower() == "true" else "--no-") + name)
+        else:
+            known += [f"--{name}", *values]
+    return known, unknown
+
+
+def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
+    """Fill vocab_size from meta.json beside train_data where it was left out.
+
+    Errors: ConfigError where neither says it, or where vocab_size is smaller than the data's.
+    """
+    if config.train_data is None:
+        raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
+    meta = Path(config.train_data).parent / "meta.json"
+    vocab_size = json.loads(meta.read_text(encoding="utf-8")).get("vocab_size") if meta.is_file() else None
+    if config.vocab_size is None:
+        if vocab_size is None:
+            raise ConfigError(f"vocab_size: not set, and there is no {meta} that says it; set vocab_size")
+        return dataclasses.replace(config, vocab_size=vocab_size)
+    if vocab_size is not None and config.vocab_size < vocab_size:
+        raise ConfigError(f"vocab_size: {config.vocab_size} is less than the {vocab_size} of {meta}; leave it out")
+    return config

@@ -1,0 +1,230 @@
+"""Owns the one door to torch.distributed: the launcher's variables, process groups, meshes and every collective.
+
+Must not know models, optimizers or files; the others receive a frozen DistributedContext and ask it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.layout import Layout
+
+Group = dist.ProcessGroup
+REPLICATE, SHARD = "dp_replicate", "dp_shard"
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """Who this process is among all. `mesh` and `layout` are set by `with_layout`; a lone process is a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    host: str
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    layout: Layout | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints, lists and writes."""
+        return self.rank == 0
+
+    @property
+    def replica(self) -> int:
+        """Index of this rank's replica."""
+        return self.rank // self.layout.shard if self.layout else 0
+
+    @property
+    def shard(self) -> int:
+        """Index of this rank's shard within its replica."""
+        return self.rank % self.layout.shard if self.layout else 0
+
+    def with_layout(self, layout: Layout) -> DistributedContext:
+        """This context on a (replicate, shard) mesh. A collective: every rank calls it with the same layout."""
+        mesh = init_device_mesh(self.device.type, (layout.replicate, layout.shard), mesh_dim_names=(REPLICATE, SHARD))
+        return replace(self, mesh=mesh, layout=layout)
+
+    def group(self, axis: str | None = None) -> Group | None:
+        """The ranks along one axis of the mesh, or with None all of them."""
+        assert axis is None or self.mesh is not None, "with_layout comes first"
+        return None if axis is None or self.mesh is None else self.mesh.get_group(axis)
+
+    def all_reduce_sum(self, tensor: Tensor, axis: str | None = None) -> Tensor:
+        """Sum `tensor` over the ranks of an axis, in place; returns it."""
+        dist.all_reduce(tensor, group=self.group(axis))
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather_objects(None)
+
+    def start_vote(self, flag: bool) -> Vote:
+        """Ask all ranks whether any has raised `flag`, on the CPU and in the background; see `Vote`."""
+        ballot = torch.tensor([int(flag)], dtype=torch.int32)
+        return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank if any rank says True; the only way to decide something that binds all."""
+        return self.start_vote(flag).result()
+
+
+@dataclass
+class Vote:
+    """A question under way to all ranks; `result` waits for the answer, which by the next step is long there."""
+
+    ballot: Tensor
+    work: Any
+
+    def result(self) -> bool:
+        """True if any rank raised its flag."""
+        self.work.wait()
+        return bool(self.ballot.item())
+
+
+def start(device: str = "auto", timeout_seconds: float = 1800.0) -> DistributedContext:
+    """Join the world torchrun (or Slurm's own tasks) describes; alone, make a world of one.
+
+    device: auto takes cuda where there is one. Errors: ConfigError if cuda is asked for and there is none.
+    """
+    _adopt_slurm_tasks()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: this host has {torch.cuda.device_count()} GPU(s), but process {local_rank + 1} of "
+            f"{local_world_size} needs one; start fewer processes, or set device = cpu"
+        )
+    place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=place if cuda else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
+
+
+def _adopt_slurm_tasks() -> None:
+    """Take Slurm's names for rank and world where its tasks are the processes (`srun --ntasks-per-node=N`)."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or "MASTER_ADDR" not in env:
+        return
+    env.update(
+        RANK=env["SLURM_PROCID"],
+        WORLD_SIZE=env["SLURM_NTASKS"],
+        LOCAL_RANK=env["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=env["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+    )
+
+
+def close() -> None:
+    """Leave the world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, or there are no ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise the first failing rank's error on every rank, after each has said how its part went. A collective."""
+    if not dist.is_initialized():
+        errors = [error]
+    else:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
+
+
+def gather_to_main(tensor: Tensor) -> Tensor | None:
+    """The whole of a tensor on rank 0, on the CPU; None elsewhere. A collective for sharded tensors (DTensor).
+
+    Each rank of the first replica sends its rows in one message; nobody else holds more than it had.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.cpu() if is_main() else None
+    sharding = tensor.placements[-1]
+    if not (isinstance(sharding, Shard) and sharding.dim == 0):
+        raise ValueError(f"gather_to_main: only tensors sharded over axis 0 can be gathered, got {tensor.placements}")
+    mesh = tensor.device_mesh.mesh
+    ranks = mesh.view(-1, mesh.shape[-1])[0].tolist()  # HSDP: the first replica has everything
+    me, mine = dist.get_rank(), tensor.to_local().cpu()
+    if ranks[0] != 0 or me not in ranks:
+        return None
+    if me != 0:
+        if mine.numel():
+            dist.send(mine.contiguous(), dst=0)
+        return None
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for source, piece in zip(ranks, whole.split(-(-tensor.shape[0] // len(ranks))), strict=False):
+        if source == 0:
+            piece.copy_(mine)
+        else:
+            dist.recv(piece, src=source)
+    return whole
+
+
+def group_size(group: Group | None) -> int:
+    """Number of ranks in a group."""
+    return dist.get_world_size(group)
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Give every rank rank 0's values, in place."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)
+
+
+def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
+    """Part i of `input` goes to rank i of the group, which puts it into part (my index) of its `output`.
+
+    wait=False returns a handle with wait(); the tensors must stay alive until then. So for `all_gather`.
+    """
+    return dist.all_to_all_single(output, input, group=group, async_op=not wait)
+
+
+def all_gather(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
+    """Everybody's `input`, by rank, into the parts of `output`."""
+    return dist.all_gather_into_tensor(output, input, group=group, async_op=not wait)
+
+
+def start_sum(tensor: Tensor, group: Group | None) -> torch.futures.Future[Tensor]:
+    """Sum `tensor` over the group in place; the future holds it when that is done."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future

@@ -1,0 +1,32 @@
+"""Owns the exceptions a user can cause. Must not know anything else of the package.
+
+Every message is a sentence with four parts: what is wrong, both values, which setting, what to do.
+Our own invariants use `assert`; these classes are for configuration, data, checkpoints and training runs.
+"""
+
+
+class TinytrainError(ValueError):
+    """Base of all errors whose message is meant for the person who started the run."""
+
+
+class ConfigError(TinytrainError):
+    """One or more settings are wrong; the message lists every problem, one per line."""
+
+    def __init__(self, problems: str | list[str], source: str = "the configuration") -> None:
+        """Collect `problems` (one sentence each) found in `source` (a file name or a description)."""
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.source = source
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''} in {source}"
+        super().__init__("\n".join([count, *(f"  {problem}" for problem in self.problems)]))
+
+
+class DataError(TinytrainError):
+    """A token file, tokenizer or text source cannot be used."""
+
+
+class CheckpointError(TinytrainError):
+    """A checkpoint is missing, incomplete, damaged, or does not belong to this run."""
+
+
+class TrainingError(TinytrainError):
+    """The run cannot go on: non-finite steps in a row, replicas that differ, a world that does not fit."""

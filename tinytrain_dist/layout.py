@@ -1,0 +1,129 @@
+"""Owns how the work of one step is cut: `Layout` (ranks into replicas and shards) and `BatchPlan` (slots into leaves).
+
+Must not know torch or which rank it runs on: every rank, and a login node, computes the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinytrain_dist.config import TrainingConfig, listed
+from tinytrain_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the work: `replicate` groups of `shard` ranks, the mode's name, and why it was chosen."""
+
+    mode: str
+    replicate: int
+    shard: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"parallel = {self.mode}: {self.replicate} replica(s) x {self.shard} shard(s); {self.reason}"
+
+
+def choose_layout(config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True) -> Layout:
+    """The mesh for this world. `fits`: one device holds weights, gradients and optimizer state.
+
+    Errors: ConfigError where the mode and the number of ranks do not go together, listing what would.
+    """
+    if config.parallel == "auto":
+        if world_size == 1:
+            return Layout("none", 1, 1, "chosen because there is one process")
+        if fits:
+            return Layout("ddp", world_size, 1, "chosen because the model and its optimizer fit on one device")
+        if 1 < local_world_size < world_size:
+            nodes = world_size // local_world_size
+            return Layout("hsdp", nodes, local_world_size, "chosen because the model needs the devices of one node")
+        return Layout("fsdp", 1, world_size, "chosen because the model does not fit on one device")
+    if config.parallel == "none" and world_size > 1:
+        raise ConfigError(f"parallel: none runs on 1 process, but there are {world_size}; use ddp, fsdp or auto")
+    if config.parallel != "hsdp":
+        replicate = world_size if config.parallel == "ddp" else 1
+        return Layout(config.parallel, replicate, world_size // replicate, "as configured")
+    shard = config.dp_shard or (world_size // config.dp_replicate if config.dp_replicate else local_world_size)
+    replicate = config.dp_replicate or world_size // max(1, shard)
+    if replicate * shard != world_size:
+        pairs = [f"{world_size // s} x {s}" for s in range(2, world_size) if world_size % s == 0]
+        raise ConfigError(
+            f"dp_replicate x dp_shard: {replicate} x {shard} is not the {world_size} processes there are; "
+            f"possible: {', '.join(pairs) or 'none, use ddp or fsdp'}"
+        )
+    if shard == 1:
+        return Layout("ddp", replicate, 1, "hsdp with one shard is ddp")
+    return Layout("fsdp" if replicate == 1 else "hsdp", replicate, shard, "as configured")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the global batch is cut: batch_size = micro_batch_size x ranks x accumulation_steps.
+
+    Slot s (0 .. batch_size - 1) belongs to leaf s // micro_batch_size; a leaf is one forward pass.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    context_len: int
+    replicate: int
+    shard: int
+
+    @classmethod
+    def make(cls, config: TrainingConfig, layout: Layout) -> BatchPlan:
+        """The plan of a configuration on a layout. Errors: ConfigError listing the sizes that divide."""
+        ranks = layout.replicate * layout.shard
+        micro = config.micro_batch_size or max(1, config.batch_size // ranks)
+        leaves = config.batch_size // micro
+        if config.batch_size % (micro * ranks):
+            sizes = [n for n in range(1, leaves + 1) if leaves % n == 0]
+            micros = [m for m in range(1, config.batch_size // ranks + 1) if config.batch_size % (m * ranks) == 0]
+            raise ConfigError(
+                f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro} x {ranks} ranks = "
+                f"{micro * ranks}; possible: ranks {listed(sizes)}"
+                + (f"; or micro_batch_size {listed(micros)}" if micros else "")
+            )
+        if config.reproducible and (leaves & (leaves - 1) or ranks & (ranks - 1)):
+            raise ConfigError(
+                f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro} = {leaves} leaves and "
+                f"{ranks} ranks must both be powers of two, so that one tree of sums fits every number of ranks"
+            )
+        return cls(config.batch_size, micro, config.context_len, layout.replicate, layout.shard)
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self.replicate * self.shard
+
+    @property
+    def leaves(self) -> int:
+        """Forward passes that make up one step, over all ranks."""
+        return self.batch_size // self.micro_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes of one rank in one step."""
+        return self.leaves // self.ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of one step over all ranks."""
+        return self.batch_size * self.context_len
+
+    def leaf(self, replica: int, shard: int, micro_step: int) -> int:
+        """The leaf that a rank computes in its micro_step.
+
+        One formula serves every mode: with it the ranks of a replica hold neighbouring leaves in each micro-step
+        (FSDP reduces there), and a replica holds a contiguous run of them (DDP reduces once at the end).
+        """
+        return (replica * self.accumulation_steps + micro_step) * self.shard + shard
+
+    def slots(self, leaf: int) -> range:
+        """The slots of one leaf."""
+        return range(leaf * self.micro_batch_size, (leaf + 1) * self.micro_batch_size)
+
+    def __str__(self) -> str:
+        return (
+            f"batch_size {self.batch_size} = micro_batch_size {self.micro_batch_size} x {self.ranks} ranks x "
+            f"{self.accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens per step"
+        )

@@ -1,0 +1,251 @@
+"""Owns how gradients and losses of many micro-batches on many ranks become one sum, and the norm of that sum.
+
+Must not know the model's architecture or the optimizer. Two ways: `NativeReduction` lets DDP and FSDP sum in whatever
+order is fastest; `CanonicalReduction` follows one binary tree over the leaves (micro-batches) of the global batch, low
+bits of the leaf index first, whatever rank holds which leaf. Floating-point addition is commutative but not
+associative, so equal trees mean equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.nn.parallel import DistributedDataParallel
+
+from tinytrain_dist import distributed
+from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext, Group
+from tinytrain_dist.layout import BatchPlan
+from tinytrain_dist.optim import local
+
+
+def tree_sum(parts: Tensor) -> Tensor:
+    """Sum over axis 0 (a power of two long) by adding neighbours, then neighbours of those, ..."""
+    while len(parts) > 1:
+        parts = parts[0::2] + parts[1::2]
+    return parts[0]
+
+
+def tree_reduce_scatter(output: Tensor, input: Tensor, group: Group | None) -> None:
+    """Part (my index) of the tree sum of everybody's `input`; moves the bytes of a ring reduce-scatter."""
+    parts = torch.empty_like(input)
+    distributed.all_to_all(parts, input, group)
+    output.copy_(tree_sum(parts.view(distributed.group_size(group), -1)))
+
+
+def tree_all_reduce(flat: Tensor, group: Group | None) -> None:
+    """Replace `flat` by the tree sum over the group, on every rank."""
+    size = distributed.group_size(group)
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % size))
+    part = torch.empty(len(padded) // size, dtype=flat.dtype, device=flat.device)
+    tree_reduce_scatter(part, padded, group)
+    distributed.all_gather(padded, part, group)
+    flat.copy_(padded[: len(flat)])
+
+
+class BinaryCounter:
+    """Adds lists of tensors one after the other in the order of the tree: level j holds the sum of 2^j leaves."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, list[Tensor]] = {}
+
+    def add(self, leaf: int, tensors: list[Tensor]) -> None:
+        """Take the tensors of leaf 0, 1, 2, ...; they are summed in place and belong to the counter now."""
+        level = 0
+        while leaf >> level & 1:
+            torch._foreach_add_(tensors, self._levels.pop(level))
+            level += 1
+        self._levels[level] = tensors
+
+    def pop(self) -> list[list[Tensor]]:
+        """The partial sums, smallest first: what the carry of the last leaf runs through."""
+        levels = [self._levels[level] for level in sorted(self._levels)]
+        self._levels = {}
+        return levels
+
+
+class NativeReduction:
+    """Sums as the wrappers do it: overlapped with backward, in an order that depends on the layout."""
+
+    def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
+        """`model`: as returned by parallel.build_model."""
+        self.model, self.plan, self.context = model, plan, context
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in self.units:
+            unit.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
+            unit.set_force_sum_reduction_for_comms(True)
+        self.install()
+
+    def install(self) -> None:
+        """Hook into the wrapper."""
+        if isinstance(self.model, DistributedDataParallel):
+            group = self.context.group(REPLICATE)
+            # a lambda: DDP compares a hook's annotations with its own types
+            self.model.register_comm_hook(None, lambda _, bucket: distributed.start_sum(bucket.buffer(), group))
+
+    def before_micro_step(self, micro_step: int) -> None:
+        """Say whether this backward is the last, so that nothing is reduced twice."""
+        last = self._is_last(micro_step)
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.require_backward_grad_sync = last
+        elif isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(last)
+            self.model.set_requires_all_reduce(last)
+
+    def after_micro_step(self, micro_step: int) -> None:
+        """Take what backward left in `.grad`."""
+
+    def finish(self) -> None:
+        """Complete the sums: from here `.grad` holds the gradient of the global batch."""
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of the whole gradient, float64 scalar, the same on every rank."""
+        norms = torch._foreach_norm(self._local_grads())
+        total = torch.stack(list(norms)).double().square().sum()
+        return self.context.all_reduce_sum(total, SHARD) if self.plan.shard > 1 else total
+
+    def losses(self, leaves: Sequence[int], sums: Sequence[Tensor], num_leaves: int) -> Tensor:
+        """The loss of every leaf, float64 [num_leaves], on every rank.
+
+        Each value is added to zeros only, which is exact: the same vector comes out on any number of ranks.
+        """
+        vector = torch.zeros(num_leaves, dtype=torch.float64, device=self.context.device)
+        vector[list(leaves)] = torch.stack(list(sums)).double()
+        return self.context.all_reduce_sum(vector) if self.plan.ranks > 1 else vector
+
+    def _is_last(self, micro_step: int) -> bool:
+        return micro_step == self.plan.accumulation_steps - 1
+
+    def _local_grads(self) -> list[Tensor]:
+        return [local(param.grad) for param in self.params if param.grad is not None]
+
+
+class CanonicalReduction(NativeReduction):
+    """Sums that follow the tree, so that the gradient is the same to the last bit on any number of ranks.
+
+    DDP: a rank owns neighbouring leaves; a binary counter adds them, and in the last backward each bucket runs through
+    its carry before the tree over the ranks. FSDP: the ranks of a replica own neighbouring leaves; every micro-step is
+    reduced by a tree over them, the counter adds the micro-steps, and a tree adds the replicas at the end.
+    """
+
+    def install(self) -> None:
+        """Put the tree in place of the wrapper's own sums."""
+        self.counter = BinaryCounter()
+        self.carry: list[dict[nn.Parameter, Tensor]] = []
+        self.exchanges: list[tuple[Any, Tensor, Tensor]] = []
+        if isinstance(self.model, DistributedDataParallel):
+            self.model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
+        for unit in self.units:
+            unit.set_custom_reduce_scatter(TreeReduceScatter())
+
+    def before_micro_step(self, micro_step: int) -> None:
+        """Say whether this backward is the last; DDP's buckets then need the sums of the leaves before it."""
+        super().before_micro_step(micro_step)
+        if isinstance(self.model, DistributedDataParallel) and self._is_last(micro_step):
+            self.carry = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
+
+    def after_micro_step(self, micro_step: int) -> None:
+        """Move the leaf's gradients into the counter, or after the last one the counter into the gradients."""
+        if not self._is_last(micro_step):
+            self.counter.add(micro_step, self._local_grads())
+            for param in self.params:
+                param.grad = None
+        elif not isinstance(self.model, DistributedDataParallel):
+            for level in self.counter.pop():
+                torch._foreach_add_(self._local_grads(), level)
+
+    def finish(self) -> None:
+        """Wait for the buckets under way and sum them (DDP), or sum the replicas (HSDP)."""
+        group, gathers = self.context.group(REPLICATE), []
+        for work, parts, buffer in self.exchanges:
+            work.wait()
+            part = tree_sum(parts.view(self.plan.replicate, -1))
+            whole = parts  # its content is summed, so its memory can take the result
+            gathers.append((distributed.all_gather(whole, part, group, wait=False), whole, buffer))
+        for work, whole, buffer in gathers:
+            work.wait()
+            buffer.copy_(whole[: len(buffer)])
+        self.exchanges, self.carry = [], []
+        if self.units and self.plan.replicate > 1:
+            for bucket in _buckets(self._local_grads()):
+                flat = torch.cat([grad.reshape(-1) for grad in bucket])
+                tree_all_reduce(flat, group)
+                pieces = flat.split([grad.numel() for grad in bucket])
+                torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of the whole gradient through the sums of its rows, which no sharding cuts.
+
+        Each row's sum is made whole by one rank, added to zeros over the shards (exact), and the vector of all rows is
+        summed in one order everywhere.
+        """
+        sums = []
+        for param in self.params:
+            assert param.grad is not None, "every parameter takes part in the loss"
+            rows = param.shape[0]
+            start, stop = shard_rows(rows, self.plan.shard, self.context.shard)
+            mine = local(param.grad).square()
+            mine = mine.flatten(1).sum(dim=1, dtype=torch.float64) if mine.ndim > 1 else mine.double()
+            sums += [mine] if self.plan.shard == 1 else [_zeros(mine, start), mine, _zeros(mine, rows - stop)]
+        vector = torch.cat(sums)
+        if self.plan.shard > 1:
+            self.context.all_reduce_sum(vector, SHARD)
+        return vector.sum()
+
+    def _exchange_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """DDP hook: carry, then send every rank its part of the bucket; `finish` sums the parts and puts them back.
+
+        The bucket is handed back unsummed: gradients are views of it, so what `finish` writes is what they hold.
+        """
+        buffer = bucket.buffer()
+        for level in self.carry:
+            torch._foreach_add_(bucket.gradients(), [level[param] for param in bucket.parameters()])
+        padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % self.plan.replicate))
+        parts = torch.empty_like(padded)
+        work = distributed.all_to_all(parts, padded, self.context.group(REPLICATE), wait=False)
+        self.exchanges.append((work, parts, buffer))
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+
+class TreeReduceScatter(ReduceScatter):
+    """FSDP's reduce-scatter as a tree sum; always SUM, whatever operation is asked for."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A fresh buffer of `size` elements."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False
+    ) -> None:
+        """Part (my index) of the tree sum of everybody's input_tensor into output_tensor."""
+        tree_reduce_scatter(output_tensor, input_tensor, group)
+
+
+def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
+    """First and last + 1 row of shard `index`: chunks of ceil(rows / shards), the last ones short or empty."""
+    chunk = -(-rows // shards)
+    return min(rows, index * chunk), min(rows, (index + 1) * chunk)
+
+
+def _zeros(like: Tensor, length: int) -> Tensor:
+    return torch.zeros(length, dtype=like.dtype, device=like.device)
+
+
+def _buckets(tensors: list[Tensor], most_bytes: int = 25 * 1024**2) -> list[list[Tensor]]:
+    """Consecutive tensors in groups of about most_bytes."""
+    groups: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > most_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups

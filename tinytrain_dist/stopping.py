@@ -1,0 +1,46 @@
+"""Owns the wish to stop: signals, a stop file and a deadline raise a flag here, and nothing else happens.
+
+Must not know torch or ranks: handlers are installed before torch is imported, and the loop decides with all ranks.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+_received: list[str] = []
+
+
+def _remember(number: int, _: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)  # a second signal changes nothing: the first is being obeyed
+
+
+def install_handlers() -> None:
+    """Let SIGTERM, SIGINT and SIGUSR1 only raise the flag. Call it at the very top of a program."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _remember)
+
+
+class StopRequests:
+    """Says why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
+
+    def __init__(self, folder: Path, time_limit: float | None, look_at_file: bool) -> None:
+        """time_limit: seconds from now. The file is looked at once a second, by one rank only."""
+        self._file, self._look = folder / "stop", look_at_file
+        self._deadline = time.monotonic() + time_limit if time_limit else None
+        self._next_look = 0.0
+
+    def reason(self, reserve_seconds: float = 0.0) -> str:
+        """A few words, or "" to go on; `reserve_seconds` (what a save takes) are kept before the deadline."""
+        now = time.monotonic()
+        if _received:
+            return _received[0]
+        if self._deadline is not None and now + reserve_seconds > self._deadline:
+            return "time_limit"
+        if self._look and now > self._next_look:
+            self._next_look = now + 1.0
+            if self._file.exists():
+                return f"stop file {self._file}"
+        return ""

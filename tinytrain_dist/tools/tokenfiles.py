@@ -1,0 +1,237 @@
+"""Owns what is written: documents encoded by several processes, growing .npy files, the folder that appears whole.
+
+Must not know where documents come from or how a tokenizer is made.
+"""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinytrain_dist.errors import DataError
+from tinytrain_dist.tools.tokenizer import Encoder, Vocabulary
+
+_BATCH_BYTES = 1 << 20  # text per task of a worker
+_FILES = {"train.npy", "val.npy", "tokenizer.json", "tokenizer_config.json", "meta.json"}
+
+
+def document_hashes(document: bytes) -> tuple[int, int]:
+    """Two independent 64-bit hashes: one sends a document to train or val, one draws the tokenizer's sample."""
+    digest = hashlib.blake2b(document, digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+@dataclass
+class Encoded:
+    """The token ids of some documents, train and val apart, with the documents and text bytes behind them."""
+
+    ids: tuple[NDArray[Any], NDArray[Any]]
+    documents: tuple[int, int]
+    bytes: tuple[int, int]
+
+
+@dataclass
+class BatchEncoder:
+    """What a worker does: documents to token ids. Documents whose hash is below `threshold` are validation."""
+
+    vocabulary: Vocabulary
+    use_fast: bool
+    threshold: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.vocabulary, use_fast=self.use_fast)
+
+    def __call__(self, documents: list[bytes]) -> Encoded:
+        """Encode each document and end it with the end-of-document token."""
+        parts: tuple[list[NDArray[Any]], list[NDArray[Any]]] = (
+            [np.empty(0, self.dtype)],
+            [np.empty(0, self.dtype)],
+        )
+        counts, sizes = [0, 0], [0, 0]
+        end = np.array([self.vocabulary.eos_id], self.dtype)
+        for document in documents:
+            side = int(document_hashes(document)[0] < self.threshold)
+            parts[side].extend([self.encoder.encode(document.decode()).astype(self.dtype), end])
+            counts[side] += 1
+            sizes[side] += len(document)
+        ids = np.concatenate(parts[0]), np.concatenate(parts[1])
+        return Encoded(ids, (counts[0], counts[1]), (sizes[0], sizes[1]))
+
+
+_worker: BatchEncoder | None = None
+
+
+def _start_worker(*settings: Any) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops on Ctrl-C and ends the workers
+    _worker = BatchEncoder(*settings)
+
+
+def _work(documents: list[bytes]) -> Encoded:
+    assert _worker is not None
+    return _worker(documents)
+
+
+def in_batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Documents in lists of about a megabyte."""
+    batch: list[bytes] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_all(batches: Iterable[list[bytes]], settings: tuple[Any, ...], workers: int) -> Iterator[Encoded]:
+    """Encode in this process or in `workers` others; results come in the order of the batches."""
+    if workers == 1:
+        yield from map(BatchEncoder(*settings), batches)
+        return
+    # Not fork: the progress bar and the tokenizer have threads, whose locks a forked child would inherit held.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, settings) as pool:
+        waiting: deque[Future[Encoded]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(_work, batch))
+                if len(waiting) > 2 * workers:  # what bounds memory: no more batches than this are alive
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of {workers} encoding processes was ended from outside, perhaps for want of memory; "
+                "run again with a smaller --workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class TokenFile:
+    """A .npy file of one dimension that grows; its header is completed by `close`."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        """Create `path`; `dtype` as numpy writes it, `<u2` or `<u4`."""
+        self.path, self.dtype, self.tokens, self.documents, self.bytes = path, dtype, 0, 0, 0
+        self.file = path.open("wb")
+        self.file.write(self._header())
+
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
+        form = {"descr": self.dtype, "fortran_order": False, "shape": (self.tokens,)}
+        np.lib.format.write_array_header_1_0(buffer, form)
+        return buffer.getvalue()
+
+    def append(self, ids: NDArray[Any], documents: int, size: int) -> None:
+        """Add the ids of `documents` documents that were `size` bytes of text."""
+        self.file.write(ids.data)
+        self.tokens, self.documents, self.bytes = (
+            self.tokens + len(ids),
+            self.documents + documents,
+            self.bytes + size,
+        )
+
+    def close(self) -> str:
+        """Write the final header, make the file durable, give its sha256."""
+        self.file.seek(0)
+        self.file.write(self._header())
+        _sync(self.file)
+        self.file.close()
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, text: str) -> str:
+    """Write a small file durably; gives its sha256."""
+    data = text.encode()
+    with path.open("wb") as file:
+        file.write(data)
+        _sync(file)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_target(target: Path, old: Path, overwrite: bool) -> None:
+    if old.exists() and not target.exists():
+        old.rename(target)  # an earlier run died between the two renames of a swap
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise DataError(f"--out {target} is a file; name a folder that is to be written")
+    present = {entry.name for entry in target.iterdir()}
+    if present and not overwrite:
+        raise DataError(f"--out {target} exists already; pass --overwrite to replace it, or name another folder")
+    if strange := sorted(present - _FILES):
+        raise DataError(
+            f"--out {target} holds {strange[0]!r}, which no tinytrain prepare wrote; replacing the folder would "
+            "delete it: move it away, or name another folder"
+        )
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends well, and is deleted when it does not.
+
+    An old `target` is renamed aside before and deleted after, so that at every instant one complete data set is
+    on disk. DataError if `target` is in the way, or if the disk is full or refuses.
+    """
+    old = target.with_name(f".{target.name}.old")
+    new = target.with_name(f".{target.name}.new-{os.getpid()}")
+    try:
+        _check_target(target, old, overwrite)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            _sync_folder(new)
+            if target.exists() and any(target.iterdir()):
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)
+            new.rename(target)
+            _sync_folder(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"--out {target} cannot be written: {reason}{_free(target)}; nothing half-written was left there. "
+            "Make room or name another folder"
+        ) from error
+
+
+def _free(target: Path) -> str:
+    place = next((parent for parent in target.parents if parent.exists()), None)
+    return f" ({shutil.disk_usage(place).free / 1e6:,.0f} MB are free)" if place else ""

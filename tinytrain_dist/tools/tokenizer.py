@@ -1,0 +1,210 @@
+"""Owns byte-level BPE: training it, loading one, encoding text, and the proof that two encoders agree.
+
+Must not know where text comes from or where ids go.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tinytrain_dist.errors import DataError
+
+EOS_TOKEN = "<|endoftext|>"
+
+# GPT-4's split (cl100k) without its contractions, which the first branch covers ("don't" -> "don", "'t") and
+# which tear names in code apart ("'self" -> "'s", "elf"); marks join letters, for scripts that write vowels so.
+SPLIT_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What the ByteLevel pre-tokenizer does on its own (GPT-2).
+_GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# A token seen once in the sample is not worth an id.
+_MIN_PAIR_COUNT = 2
+
+# Where encoders that differ would show it: case, marks, digits, white space of every kind, rare planes.
+_PROBE = (
+    "I'll don't WE'VE 'self x's 1234567 3.14 a\u0301\u0bcd \u0e01\u0e33 ½² \u3000\u00a0\u2003x\u200b\u0085 \r\n\r\n \n"
+    "\t\t  end  \n  {}[]=>!= — “q” 日本語テキスト مرحبا हिन्दी \U0001f469\u200d\U0001f467 \U0001d54f \x00\x1c\x7f \u017f İ\ufeff  "
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as stored: `text` is tokenizer.json, `size` one more than the largest id."""
+
+    text: str
+    size: int
+    eos_token: str
+    eos_id: int
+    kind: str
+    regex: str | None
+
+
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's map from printable characters to bytes, in which byte-level vocabularies are written."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
+    """Train a byte-level BPE with at most `vocab_size` ids; `<|endoftext|>` is id 0, then the 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT_REGEX), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_PAIR_COUNT,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=sorted(byte_of_character()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return _describe(tokenizer.to_str(pretty=False), EOS_TOKEN)
+
+
+def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
+    """Read a tokenizer.json, or the one in a folder; DataError if it is none or has no end-of-document token."""
+    path = Path(place).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--tokenizer {place}: {file} cannot be read ({error}); give a tokenizer.json or a folder with one"
+        ) from error
+    if eos_token is None:
+        eos_token = _eos_of_folder(file.parent) if f'"{EOS_TOKEN}"' not in text else EOS_TOKEN
+    try:
+        return _describe(text, eos_token)
+    except DataError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+        raise DataError(
+            f"--tokenizer {place}: {file} is not a tokenizer.json ({error}); give the file that "
+            "tokenizers or transformers saved"
+        ) from error
+
+
+def _eos_of_folder(folder: Path) -> str:
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        token = None
+    return str(token.get("content") if isinstance(token, dict) else token or EOS_TOKEN)
+
+
+def _describe(text: str, eos_token: str) -> Vocabulary:
+    tokenizer = Tokenizer.from_str(text)
+    eos_id = tokenizer.token_to_id(eos_token)
+    if eos_id is None:
+        raise DataError(
+            f"the tokenizer has no token {eos_token!r} to end a document with; name the one it has with --eos-token"
+        )
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    data = json.loads(text)
+    regex = _split_regex(data.get("pre_tokenizer"))
+    kind = "byte-level BPE" if data["model"].get("type") == "BPE" and regex else data["model"].get("type", "?")
+    return Vocabulary(text, size, eos_token, eos_id, kind, regex)
+
+
+def _split_regex(pre: Any) -> str | None:
+    """The regex of a byte-level pre-tokenizer in one of the two usual forms, None for every other."""
+    match pre:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return _GPT2_REGEX
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return regex
+    return None
+
+
+class Encoder:
+    """Text to ids with `tokenizers`, or with `tiktoken` where `use_fast` says that both were proven equal."""
+
+    def __init__(self, vocabulary: Vocabulary, *, use_fast: bool) -> None:
+        """Build from a vocabulary; ValueError if `use_fast` and tiktoken cannot represent it."""
+        self.slow = Tokenizer.from_str(vocabulary.text)
+        self.slow.no_truncation()
+        self.slow.no_padding()
+        self.slow.encode_special_tokens = True  # text that looks like a special token is text
+        self.fast = _tiktoken(vocabulary) if use_fast else None
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Ids of `text`, without special tokens."""
+        if self.fast is None:
+            return self.encode_slow(text)
+        try:
+            return self.fast.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            # Rust's panic (its regex gives up on a million spaces in a row) is not an Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            return self.encode_slow(text)
+
+    def encode_slow(self, text: str) -> NDArray[np.uint32]:
+        """The same ids from `tokenizers`, the definition."""
+        return np.array(self.slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+
+def _tiktoken(vocabulary: Vocabulary) -> tiktoken.Encoding:
+    """The same BPE as a tiktoken encoding; ValueError says why there is none."""
+    data = json.loads(vocabulary.text)
+    model = data["model"]
+    if vocabulary.regex is None or model.get("type") != "BPE":
+        raise ValueError("it is not a byte-level BPE with one split regex")
+    if data.get("normalizer") or model.get("dropout") or model.get("continuing_subword_prefix"):
+        raise ValueError("it normalises text, drops merges or marks subwords")
+    if any(not token["special"] for token in data.get("added_tokens", [])):
+        raise ValueError("it has added tokens that are not special")
+    special = {token["content"] for token in data.get("added_tokens", [])}
+    byte_of = byte_of_character()
+    try:
+        ranks = {
+            bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in special
+        }
+    except KeyError as error:
+        raise ValueError(f"its vocabulary holds the character {error}, which stands for no byte") from error
+    if missing := 256 - sum(len(token) == 1 for token in ranks):
+        raise ValueError(f"{missing} of the 256 bytes have no token")
+    merged = [model["vocab"][a + b] for a, b in _merges(model["merges"])]
+    if merged != sorted(merged):
+        raise ValueError("its merges are not in the order of their ids")
+    return tiktoken.Encoding(
+        "tinytrain",
+        pat_str=vocabulary.regex,
+        mergeable_ranks=ranks,
+        special_tokens={vocabulary.eos_token: vocabulary.eos_id},
+    )
+
+
+def _merges(merges: list[Any]) -> Iterator[tuple[str, str]]:
+    for merge in merges:  # "a b" before tokenizers 0.20, ["a", "b"] since
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def why_not_fast(vocabulary: Vocabulary, sample: Iterable[str]) -> str | None:
+    """None if tiktoken gives the ids of `tokenizers` on the probe and the whole sample, else the reason."""
+    try:
+        encoder = Encoder(vocabulary, use_fast=True)
+    except ValueError as error:
+        return str(error)
+    for text in (_PROBE, *sample):
+        if not np.array_equal(encoder.encode(text), encoder.encode_slow(text)):
+            return f"its ids differ on {text[:40]!r}..."
+    return None
