@@ -350,8 +350,8 @@ class Checkpoints:
             path.rename(path.with_name(path.name + ".damaged"))
         if candidates:
             raise CheckpointError(
-                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or start "
-                "anew with another target_dir"
+                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
+                "start anew with another target_dir"
             )
         return None
 

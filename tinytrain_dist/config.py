@@ -407,7 +407,7 @@ def parse_command_line(args: list[str], prog: str = "launch/train.py") -> Traini
     for name, f in FIELDS.items():
         help = f"{f.metadata['help']} (default: {f.default})"
         hints[name] = Annotated[HINTS[name], tyro.conf.arg(help=help)]
-    settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[operator]
+    settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     description = "Train a language model. First argument: a configuration (.toml); settings override it."
     overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
     return load_config(path, {**overrides, **dict.fromkeys(unknown)})

@@ -127,10 +127,10 @@ def start(device: str = "auto", timeout_seconds: float = 1800.0) -> DistributedC
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=place if cuda else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    lone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        lone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=timeout, device_id=place if cuda else None, **lone)
     return DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
 
 

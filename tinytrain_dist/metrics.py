@@ -110,10 +110,10 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if self.main:
-            (self._progress.console.print if self._progress else print)(
-                text, **({} if self._progress else {"flush": True})
-            )
+        if self.main and self._progress:
+            self._progress.console.print(text, highlight=False, markup=False)
+        elif self.main:
+            print(text, flush=True)
 
     def train(self, step: int, values: dict[str, float], per_rank: dict[str, list[float]]) -> None:
         """The record of a logged step; `per_rank` by rank."""

@@ -128,7 +128,8 @@ class Attention(nn.Module):
             k_bkte = k_bkte.repeat_interleave(self.groups, dim=1)
             v_bkte = v_bkte.repeat_interleave(self.groups, dim=1)
         y_bhte = F.scaled_dot_product_attention(q_bhte, k_bkte, v_bkte, is_causal=True)
-        return self.o_proj(y_bhte.transpose(1, 2).reshape(b, t, -1))
+        y_btd: Tensor = self.o_proj(y_bhte.transpose(1, 2).reshape(b, t, -1))
+        return y_btd
 
 
 class SwiGLU(nn.Module):

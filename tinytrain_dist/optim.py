@@ -59,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
                     }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, skip: Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, skip: Tensor | None = None) -> Any:
         """One update from the gradients in `.grad`; parameters without one are left alone.
 
         skip: float32 scalar on the parameters' device; where it is 1 nothing changes, neither weights nor state. The
@@ -72,15 +72,16 @@ class AdamW(torch.optim.Optimizer):
         self.materialize()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
-            pieces = [
-                [local(param).detach() for param in params],
-                [local(param.grad) for param in params],
-                [local(self.state[param]["exp_avg"]) for param in params],
-                [local(self.state[param]["exp_avg_sq"]) for param in params],
-            ]
-            write_back = _fill_vectors(pieces)
+            values = [local(param).detach() for param in params]
+            grads = [local(param.grad) for param in params]
+            averages = [local(self.state[param]["exp_avg"]) for param in params]
+            squares = [local(self.state[param]["exp_avg_sq"]) for param in params]
+            write_back = _fill_vectors(values, grads, averages, squares)
             adamw(
-                *pieces,
+                values,
+                grads,
+                averages,
+                squares,
                 max_exp_avg_sqs=[],
                 state_steps=[self.state[param]["step"] for param in params],
                 fused=True,
@@ -97,7 +98,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
 
-def _fill_vectors(pieces: list[list[Tensor]]) -> Callable[[], None]:
+def _fill_vectors(*pieces: list[Tensor]) -> Callable[[], None]:
     """Replace CPU tensors that do not fill whole vectors by padded copies; the result copies them back.
 
     torch's fused CPU kernel computes the last, incomplete vector with scalar code that rounds differently (measured:
@@ -164,5 +165,6 @@ def _by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
-    norm = torch.nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm: Tensor = torch.nn.utils.get_total_norm(grads)
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole

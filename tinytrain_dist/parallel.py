@@ -38,7 +38,7 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
     assert context.layout is not None, "with_layout comes first"
     with torch.device("meta"):
         model = TransformerLM(config)
-    blocks = model.model.layers
+    blocks: list[nn.Module] = list(model.model.layers)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:
@@ -49,7 +49,7 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
         return _wrap_ddp(model, context) if context.layout.replicate > 1 else model
     embed, head = model.model.embed_tokens, model.lm_head
     outer: list[list[nn.Module]] = [[embed, head]] if config.tie_embeddings else [[embed], [head]]
-    units = [*outer, *([block] for block in blocks), [model]]
+    units: list[list[nn.Module]] = [*outer, *([block] for block in blocks), [model]]
     mesh = context.mesh
     assert mesh is not None
     # canonical sums treat replicas themselves (see reduction.py), so there FSDP sees one replica only
@@ -63,7 +63,7 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy)  # type: ignore[call-overload]
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy)
     return model
 
 

@@ -101,7 +101,7 @@ def write_tensors(
             for spec in group:
                 value = fetch(spec).contiguous()
                 assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec
-                data = memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
+                data = _bytes_of(value)
                 out.write(data)
                 digest = hashlib.sha256(data).hexdigest()
                 tensors[spec.name] = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digest}
@@ -111,6 +111,11 @@ def write_tensors(
             out.file.close()
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
     write_json(folder, f"{kind}.safetensors.index.json", index, manifest)
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    array: Any = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
+    return memoryview(array)
 
 
 def _header(specs: Iterable[Spec]) -> bytes:

@@ -9,14 +9,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,42 +34,34 @@ def document_hashes(document: bytes) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-@dataclass
-class Encoded:
-    """The token ids of some documents, train and val apart, with the documents and text bytes behind them."""
+class Part(NamedTuple):
+    """What some documents became: token ids, how many documents they were, and how many bytes of text."""
 
-    ids: tuple[NDArray[Any], NDArray[Any]]
-    documents: tuple[int, int]
-    bytes: tuple[int, int]
+    ids: NDArray[Any]
+    documents: int
+    bytes: int
 
 
-@dataclass
 class BatchEncoder:
-    """What a worker does: documents to token ids. Documents whose hash is below `threshold` are validation."""
+    """Documents to token ids, train and val apart: what a worker does."""
 
-    vocabulary: Vocabulary
-    use_fast: bool
-    threshold: int
-    dtype: str
+    def __init__(self, vocabulary: Vocabulary, use_fast: bool, threshold: int, dtype: str) -> None:
+        """Documents whose hash is below `threshold` are for validation; `dtype` is `<u2` or `<u4`."""
+        self.encoder = Encoder(vocabulary, use_fast=use_fast)
+        self.threshold, self.dtype = threshold, dtype
+        self.end = np.array([vocabulary.eos_id], dtype)
 
-    def __post_init__(self) -> None:
-        self.encoder = Encoder(self.vocabulary, use_fast=self.use_fast)
-
-    def __call__(self, documents: list[bytes]) -> Encoded:
-        """Encode each document and end it with the end-of-document token."""
-        parts: tuple[list[NDArray[Any]], list[NDArray[Any]]] = (
-            [np.empty(0, self.dtype)],
-            [np.empty(0, self.dtype)],
-        )
-        counts, sizes = [0, 0], [0, 0]
-        end = np.array([self.vocabulary.eos_id], self.dtype)
-        for document in documents:
-            side = int(document_hashes(document)[0] < self.threshold)
-            parts[side].extend([self.encoder.encode(document.decode()).astype(self.dtype), end])
-            counts[side] += 1
-            sizes[side] += len(document)
-        ids = np.concatenate(parts[0]), np.concatenate(parts[1])
-        return Encoded(ids, (counts[0], counts[1]), (sizes[0], sizes[1]))
+    def __call__(self, documents: list[bytes]) -> list[Part]:
+        """The train part and the val part, each document followed by the end-of-document token."""
+        parts = []
+        is_val = [document_hashes(document)[0] < self.threshold for document in documents]
+        for side in (False, True):
+            chosen = [document for document, val in zip(documents, is_val, strict=True) if val == side]
+            ids = [np.empty(0, self.dtype)]
+            for document in chosen:
+                ids += [self.encoder.encode(document.decode()).astype(self.dtype), self.end]
+            parts.append(Part(np.concatenate(ids), len(chosen), sum(map(len, chosen))))
+        return parts
 
 
 _worker: BatchEncoder | None = None
@@ -77,11 +69,14 @@ _worker: BatchEncoder | None = None
 
 def _start_worker(*settings: Any) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops on Ctrl-C and ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
+    # Without this a worker waits for ever for the next batch of a parent that was killed.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
     _worker = BatchEncoder(*settings)
 
 
-def _work(documents: list[bytes]) -> Encoded:
+def _work(documents: list[bytes]) -> list[Part]:
     assert _worker is not None
     return _worker(documents)
 
@@ -100,7 +95,7 @@ def in_batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
-def encode_all(batches: Iterable[list[bytes]], settings: tuple[Any, ...], workers: int) -> Iterator[Encoded]:
+def encode_all(batches: Iterable[list[bytes]], settings: tuple[Any, ...], workers: int) -> Iterator[list[Part]]:
     """Encode in this process or in `workers` others; results come in the order of the batches."""
     if workers == 1:
         yield from map(BatchEncoder(*settings), batches)
@@ -108,7 +103,7 @@ def encode_all(batches: Iterable[list[bytes]], settings: tuple[Any, ...], worker
     # Not fork: the progress bar and the tokenizer have threads, whose locks a forked child would inherit held.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, settings) as pool:
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[Future[list[Part]]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_work, batch))
@@ -140,14 +135,12 @@ class TokenFile:
         np.lib.format.write_array_header_1_0(buffer, form)
         return buffer.getvalue()
 
-    def append(self, ids: NDArray[Any], documents: int, size: int) -> None:
-        """Add the ids of `documents` documents that were `size` bytes of text."""
-        self.file.write(ids.data)
-        self.tokens, self.documents, self.bytes = (
-            self.tokens + len(ids),
-            self.documents + documents,
-            self.bytes + size,
-        )
+    def append(self, part: Part) -> None:
+        """Add the ids of some documents."""
+        self.file.write(part.ids.data)
+        self.tokens += len(part.ids)
+        self.documents += part.documents
+        self.bytes += part.bytes
 
     def close(self) -> str:
         """Write the final header, make the file durable, give its sha256."""
@@ -189,6 +182,8 @@ def _check_target(target: Path, old: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise DataError(f"--out {target} is a file; name a folder that is to be written")
     present = {entry.name for entry in target.iterdir()}
+    for stale in target.parent.glob(f".{target.name}.new-*"):
+        say(f"{stale} is left of a run that was killed; delete it, if no other run is writing {target}")
     if present and not overwrite:
         raise DataError(f"--out {target} exists already; pass --overwrite to replace it, or name another folder")
     if strange := sorted(present - _FILES):

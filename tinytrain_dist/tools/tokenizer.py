@@ -4,7 +4,7 @@ Must not know where text comes from or where ids go.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ _MIN_PAIR_COUNT = 2
 # Where encoders that differ would show it: case, marks, digits, white space of every kind, rare planes.
 _PROBE = (
     "I'll don't WE'VE 'self x's 1234567 3.14 a\u0301\u0bcd \u0e01\u0e33 ½² \u3000\u00a0\u2003x\u200b\u0085 \r\n\r\n \n"
-    "\t\t  end  \n  {}[]=>!= — “q” 日本語テキスト مرحبا हिन्दी \U0001f469\u200d\U0001f467 \U0001d54f \x00\x1c\x7f \u017f İ\ufeff  "
+    "\t\t  end  \n  {}[]=>!= — “q” 日本語テキスト مرحبا हिन्दी \U0001f469\u200d\U0001f467 \U0001d54f"
+    " \x00\x1c\x7f \u017f İ\ufeff  "
 )
 
 
@@ -73,47 +74,38 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
 
 
 def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
-    """Read a tokenizer.json, or the one in a folder; DataError if it is none or has no end-of-document token."""
+    """Read a tokenizer.json, or the one in a folder; DataError if it is none or has no end-of-document token.
+
+    `eos_token` None means `<|endoftext|>`, or what the tokenizer_config.json beside it says.
+    """
     path = Path(place).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"--tokenizer {place}: {file} cannot be read ({error}); give a tokenizer.json or a folder with one"
-        ) from error
-    if eos_token is None:
-        eos_token = _eos_of_folder(file.parent) if f'"{EOS_TOKEN}"' not in text else EOS_TOKEN
-    try:
-        return _describe(text, eos_token)
+        return _describe(file.read_bytes().decode(), eos_token or _eos_token_beside(file))
     except DataError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
         raise DataError(
-            f"--tokenizer {place}: {file} is not a tokenizer.json ({error}); give the file that "
-            "tokenizers or transformers saved"
+            f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json that tokenizers or "
+            "transformers saved, or a folder with one"
         ) from error
 
 
-def _eos_of_folder(folder: Path) -> str:
-    try:
-        token = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        token = None
-    return str(token.get("content") if isinstance(token, dict) else token or EOS_TOKEN)
+def _eos_token_beside(file: Path) -> str:
+    config = file.with_name("tokenizer_config.json")
+    token = json.loads(config.read_bytes()).get("eos_token") if config.exists() else None
+    return str(token["content"] if isinstance(token, dict) else token or EOS_TOKEN)
 
 
 def _describe(text: str, eos_token: str) -> Vocabulary:
     tokenizer = Tokenizer.from_str(text)
     eos_id = tokenizer.token_to_id(eos_token)
     if eos_id is None:
-        raise DataError(
-            f"the tokenizer has no token {eos_token!r} to end a document with; name the one it has with --eos-token"
-        )
+        raise DataError(f"the tokenizer has no token {eos_token!r} to end documents with; name its own by --eos-token")
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    data = json.loads(text)
-    regex = _split_regex(data.get("pre_tokenizer"))
-    kind = "byte-level BPE" if data["model"].get("type") == "BPE" and regex else data["model"].get("type", "?")
+    data = json.loads(tokenizer.to_str())
+    regex = _split_regex(data["pre_tokenizer"])
+    kind = f"{'byte-level ' if regex else ''}{data['model']['type']}"
     return Vocabulary(text, size, eos_token, eos_id, kind, regex)
 
 
@@ -142,7 +134,7 @@ class Encoder:
         self.slow.no_truncation()
         self.slow.no_padding()
         self.slow.encode_special_tokens = True  # text that looks like a special token is text
-        self.fast = _tiktoken(vocabulary) if use_fast else None
+        self.fast = _tiktoken(self.slow, vocabulary) if use_fast else None
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of `text`, without special tokens."""
@@ -158,44 +150,27 @@ class Encoder:
 
     def encode_slow(self, text: str) -> NDArray[np.uint32]:
         """The same ids from `tokenizers`, the definition."""
-        return np.array(self.slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self.slow.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
 
-def _tiktoken(vocabulary: Vocabulary) -> tiktoken.Encoding:
+def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding:
     """The same BPE as a tiktoken encoding; ValueError says why there is none."""
-    data = json.loads(vocabulary.text)
-    model = data["model"]
-    if vocabulary.regex is None or model.get("type") != "BPE":
+    data = json.loads(tokenizer.to_str())
+    model, added = data["model"], data["added_tokens"]
+    if vocabulary.regex is None or model["type"] != "BPE":
         raise ValueError("it is not a byte-level BPE with one split regex")
-    if data.get("normalizer") or model.get("dropout") or model.get("continuing_subword_prefix"):
-        raise ValueError("it normalises text, drops merges or marks subwords")
-    if any(not token["special"] for token in data.get("added_tokens", [])):
-        raise ValueError("it has added tokens that are not special")
-    special = {token["content"] for token in data.get("added_tokens", [])}
-    byte_of = byte_of_character()
+    if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added):
+        raise ValueError("it normalises text, drops merges or has added tokens that are not special")
+    special, byte_of = {token["content"] for token in added}, byte_of_character()
+    words = [word for word in model["vocab"] if word not in special]
     try:
-        ranks = {
-            bytes(byte_of[c] for c in token): rank for token, rank in model["vocab"].items() if token not in special
-        }
+        ranks = {bytes(byte_of[character] for character in word): model["vocab"][word] for word in words}
     except KeyError as error:
         raise ValueError(f"its vocabulary holds the character {error}, which stands for no byte") from error
-    if missing := 256 - sum(len(token) == 1 for token in ranks):
-        raise ValueError(f"{missing} of the 256 bytes have no token")
-    merged = [model["vocab"][a + b] for a, b in _merges(model["merges"])]
-    if merged != sorted(merged):
-        raise ValueError("its merges are not in the order of their ids")
-    return tiktoken.Encoding(
-        "tinytrain",
-        pat_str=vocabulary.regex,
-        mergeable_ranks=ranks,
-        special_tokens={vocabulary.eos_token: vocabulary.eos_id},
-    )
-
-
-def _merges(merges: list[Any]) -> Iterator[tuple[str, str]]:
-    for merge in merges:  # "a b" before tokenizers 0.20, ["a", "b"] since
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
+    merged = [model["vocab"][left + right] for left, right in model["merges"]]
+    if sum(len(word) == 1 for word in ranks) < 256 or merged != sorted(merged):
+        raise ValueError("some byte has no id, or its merges are not in the order of their ids")
+    return tiktoken.Encoding("prepare", pat_str=vocabulary.regex, mergeable_ranks=ranks, special_tokens={})
 
 
 def why_not_fast(vocabulary: Vocabulary, sample: Iterable[str]) -> str | None:
