@@ -28,9 +28,10 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "R
 class HostCopy:
     """Device values on their way to the host; `read` waits for these values only, not for what was queued after."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, clock: Callable[[], float] = time.perf_counter) -> None:
         """`values`: any tensor; the copy starts now and does not block."""
-        self._values = values.detach()
+        self._values, self._clock = values.detach(), clock
+        self.ready_at = clock()  # on the CPU they are there already
         self._ready: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -42,21 +43,21 @@ class HostCopy:
         """The values as numbers."""
         if self._ready is not None:
             self._ready.synchronize()
+            self.ready_at = self._clock()
         numbers: list[float] = self._values.tolist()
         return numbers
 
 
 class Stopwatch:
-    """Time spent in steps: `lap` gives the seconds since the last lap, without what happened inside `paused`."""
+    """Time spent in steps, without what happened inside `paused`: evaluation and saving are not training."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """`clock`: seconds, monotonic."""
         self._clock = clock
         self._start, self._off = clock(), 0.0
 
-    def lap(self) -> float:
-        """Seconds since the last lap, pauses left out."""
-        now = self._clock()
+    def lap(self, now: float) -> float:
+        """Seconds from the last lap to the moment `now`, pauses left out."""
         seconds, self._start, self._off = now - self._start - self._off, now, 0.0
         return seconds
 

@@ -95,6 +95,8 @@ class Trainer:
         )
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self.report: dict[str, Any] = {}
+        self.unread: StepReport | None = None
+        self.stopping = False
         self._resume()
         self._check()
 
@@ -141,20 +143,19 @@ class Trainer:
         config = self.config
         stop = StopRequests(Path(config.target_dir), config.time_limit, look_at_file=self.context.is_main)
         self.batches = Prefetcher(self._read_rows, self.step)
-        self.watch, self.last_report, stopping = Stopwatch(), None, False
-        self.saving_seconds = 0.0
+        self.watch, self.saving_seconds = Stopwatch(), 0.0
         try:
-            while self.step < config.last_step and not stopping:
+            while self.step < config.last_step and not self.stopping:
                 report = self.train_step(stop.reason(2 * self.saving_seconds))
-                stopping = self._settle()  # of the step before: its numbers are there, this one is under way
-                self.last_report = report
+                self._settle()  # the step before: its numbers are there, and this one is under way
+                self.unread = report
                 if due(self.step, config.eval_every):
                     self.evaluate()
                 if due(self.step, config.ckpt_every):
                     self.save()
         finally:
             self.batches.close()
-        return self._finish(stopping)
+        return self._finish()
 
     def train_step(self, stop_reason: str = "") -> StepReport:
         """One optimizer step over the global batch: forward, backward, reduce, clip, update. Waits for nothing."""
@@ -195,11 +196,11 @@ class Trainer:
         rows = read_windows(self.train, starts, self.config.context_len)
         return rows.pin_memory() if self.context.device.type == "cuda" else rows
 
-    def _settle(self) -> bool:
-        """Read the last unread step: count what was skipped, log it if it is due; whether all agreed to stop."""
-        report, self.last_report = self.last_report, None
+    def _settle(self) -> None:
+        """Read the unread step: count what was skipped, log it if it is due, note whether all agreed to stop."""
+        report, self.unread = self.unread, None
         if report is None:
-            return False
+            return
         loss, norm, skipped = report.numbers.read()
         self.skipped += int(skipped)
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
@@ -207,7 +208,7 @@ class Trainer:
             self._report_skip(report, loss, norm)
         if due(report.step, self.config.log_every):
             self._log(report, loss, norm)
-        return report.vote.result()
+        self.stopping = self.stopping or report.vote.result()
 
     def _report_skip(self, report: StepReport, loss: float, norm: float) -> None:
         bad = [leaf for leaf, value in enumerate(report.leaf_losses.tolist()) if not math.isfinite(value)]
@@ -232,7 +233,7 @@ class Trainer:
 
     def _log(self, report: StepReport, loss: float, norm: float) -> None:
         steps = min(self.config.log_every, report.step)
-        seconds = self.watch.lap() / steps
+        seconds = self.watch.lap(report.numbers.ready_at) / steps
         gib = memory_bytes(self.context.device) / 2**30
         everyone = self.context.gather_objects((seconds, report.data_wait, gib))
         slowest = max(theirs[0] for theirs in everyone)
@@ -266,6 +267,7 @@ class Trainer:
         """
         if self.val is None:
             return None
+        self._settle()
         started, plan = time.perf_counter(), self.plan
         leaves = [batch * plan.leaves + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves]
         sums = []
@@ -283,8 +285,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step. A collective. A state that is not finite is never saved."""
+        self._settle()
         with self.watch.paused():
-            self._settle()
             for name, tensor in model_tensors(self.model).items():
                 if self.context.agree(not bool(local(tensor).isfinite().all())):
                     raise TrainingError(
@@ -297,9 +299,9 @@ class Trainer:
             )
             self.log.flush()
 
-    def _finish(self, stopping: bool) -> str:
-        state = "preempted" if stopping and self.step < self.config.last_step else "done"
+    def _finish(self) -> str:
         self._settle()
+        state = "preempted" if self.step < self.config.last_step else "done"
         if not due(self.step, self.config.ckpt_every):
             self.save()
         if state == "done" and not due(self.step, self.config.eval_every):

@@ -258,13 +258,10 @@ def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
         raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one JSON object on every line") from error
     text = record.get(reading.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        has = (
-            ", ".join(f"{key}: {type(value).__name__}" for key, value in list(record.items())[:9])
-            if isinstance(record, dict)
-            else f"a {type(record).__name__} instead of an object"
-        )
+        fields = record.items() if isinstance(record, dict) else [("(no object)", record)]
+        has = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(fields)[:9])
         raise DataError(
-            f"{where} lacks the field {reading.text_field!r} with a string: it has {has}; set --text-field to the field "
+            f"{where} lacks the field {reading.text_field!r} with a string: it has {has}; set --text-field to the one "
             "that holds the text"
         )
     try:

@@ -3,11 +3,14 @@
 Must not know models, training or how a token file is sampled.
 """
 
+import functools
 import hashlib
 import heapq
-import importlib.metadata
 import json
 import os
+import re
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +19,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tinytrain_dist import __version__
 from tinytrain_dist.errors import ConfigError, DataError
-from tinytrain_dist.tools.corpus import Meter, Reading, Source, find_sources, open_source, read_documents
+from tinytrain_dist.tools.corpus import (
+    SEPARATOR,
+    Meter,
+    Reading,
+    Source,
+    cut,
+    find_sources,
+    open_source,
+    read_documents,
+)
 from tinytrain_dist.tools.tokenfiles import (
     TokenFile,
     document_hashes,
@@ -38,7 +52,10 @@ _SMALLEST_VOCAB_SIZE = 257  # every byte and the end of a document
 _SHORTEST_LIMIT, _LONGEST_LIMIT = 4096, 1_000_000
 _VAL_BYTES = 500_000
 _PROOF_BYTES, _PROOF_PIECE_BYTES = 1_000_000, 20_000
-_WINDOW_TOKENS = 1025  # a common context_len and the token after it
+# In one piece, a document of 1 MB takes 100 MB to split into words.
+_TRAINING_PIECE_BYTES, _TRAINING_WORD_BYTES = 16_000, 1_500_000
+_LETTERS = re.compile(rb"[A-Za-z\x80-\xff]+")
+_SMALL_TOKENS = 1025  # a common context_len and the token after it
 
 
 def _say(message: str) -> None:
@@ -86,23 +103,23 @@ class Scan:
 
 @contextmanager
 def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told the bytes done so far; a bar on a terminal, else a line every five seconds."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%")
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total_bytes)
-            yield lambda done: bar.update(task, completed=done)
-        return
-    last = time.monotonic()
+    """A function that is told the bytes done so far: a bar on a terminal, else a line every five seconds."""
+    console, shown, spoken = Console(stderr=True), 0, time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total_bytes)
 
-    def line(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            _say(f"{what}: {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
+        def report(done: int) -> None:
+            nonlocal shown, spoken
+            if done - shown < 1_000_000:  # the bar's lock costs as much as reading a document
+                return
+            shown = done
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - spoken > 5:
+                spoken = time.monotonic()
+                _say(f"{what}: {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
 
-    yield line
+        yield report
 
 
 @dataclass
@@ -158,30 +175,41 @@ def _scan(corpus: Corpus, sample_bytes: int) -> Scan:
     return scan
 
 
-def _check_settings(
-    vocab_size: int | None, tokenizer: str | None, eos_token: str | None, val_fraction: float | None,
-    sample_bytes: int, max_document_bytes: int | None, workers: int | None,
-) -> None:  # fmt: skip
-    problems = []
-    if vocab_size is not None and tokenizer is not None:
-        problems.append(f"vocab_size: {vocab_size} has no effect with tokenizer {tokenizer}; leave one of them out")
-    if vocab_size is not None and vocab_size < _SMALLEST_VOCAB_SIZE:
-        problems.append(
-            f"vocab_size: {vocab_size} is below {_SMALLEST_VOCAB_SIZE}, every byte and the end-of-document token; "
-            "set at least that"
-        )
-    if eos_token is not None and tokenizer is None:
-        problems.append(f"eos_token: {eos_token!r} has no effect without tokenizer; leave it out")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        problems.append(f"val_fraction: {val_fraction} is not between 0 and 1; 0.01 holds out one document in 100")
-    if max_document_bytes is not None and not 64 <= max_document_bytes <= 16_000_000:
-        problems.append(f"max_document_bytes: {max_document_bytes} is not between 64 and 16,000,000; set it so")
-    if sample_bytes < max(_LONGEST_LIMIT, max_document_bytes or 0):
-        least = max(_LONGEST_LIMIT, max_document_bytes or 0)
-        problems.append(f"sample_bytes: {sample_bytes} is below {least}, the longest document; set at least that")
-    if workers is not None and workers < 1:
-        problems.append(f"workers: {workers} is below 1; set the number of encoding processes")
-    if problems:
+def _check_settings(given: dict[str, Any]) -> None:
+    """ConfigError with every setting that is out of range or would have no effect."""
+    vocab_size, fraction, limit = given["vocab_size"], given["val_fraction"], given["max_document_bytes"]
+    longest = limit or _LONGEST_LIMIT
+    checks = [
+        (
+            vocab_size is not None and given["tokenizer"] is not None,
+            f"vocab_size: {vocab_size} has no effect with tokenizer {given['tokenizer']}; leave one of them out",
+        ),
+        (
+            vocab_size is not None and vocab_size < _SMALLEST_VOCAB_SIZE,
+            f"vocab_size: {vocab_size} is below {_SMALLEST_VOCAB_SIZE}, all bytes and the end of a document; set more",
+        ),
+        (
+            given["eos_token"] is not None and given["tokenizer"] is None,
+            f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out",
+        ),
+        (
+            fraction is not None and not 0 < fraction < 1,
+            f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100",
+        ),
+        (
+            limit is not None and not 64 <= limit <= _LONGEST_LIMIT,
+            f"max_document_bytes: {limit} is not between 64 and {_LONGEST_LIMIT}; set it so",
+        ),
+        (
+            given["sample_bytes"] < longest,
+            f"sample_bytes: {given['sample_bytes']} is below {longest}, the longest document; set at least that",
+        ),
+        (
+            given["workers"] is not None and given["workers"] < 1,
+            f"workers: {given['workers']} is below 1; set how many processes encode",
+        ),
+    ]
+    if problems := [message for wrong, message in checks if wrong]:
         raise ConfigError(problems, "the settings of tinytrain prepare")
 
 
@@ -224,21 +252,25 @@ def prepare(
     Returns the contents of meta.json. Raises DataError for text, tokenizers or folders that cannot be used, and
     ConfigError for settings that cannot.
     """
-    _check_settings(vocab_size, tokenizer, eos_token, val_fraction, sample_bytes, max_document_bytes, workers)
+    _check_settings(locals())
     target = Path(os.path.realpath(os.path.expanduser(out)))
     with new_folder(target, overwrite) as folder:
-        found = find_sources(sources, _say)
+        found = find_sources((sources,) if isinstance(sources, str) else sources, _say)
         total_bytes = sum(os.path.getsize(path) for source in found for path in source.files)
         limit = max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
-        reading = Reading(text_field, split_by, errors, limit)
-        corpus = Corpus(found, reading, total_bytes)
+        corpus = Corpus(found, Reading(text_field, split_by, errors, limit), total_bytes)
         scan = _scan(corpus, sample_bytes)
-        fraction = val_fraction or min(max(_VAL_BYTES / total_bytes, 0.01), 0.1)
-        threshold = _threshold(scan, fraction)
-        vocabulary = _vocabulary(scan, threshold, vocab_size, tokenizer, eos_token)
-        workers = workers or min(len(os.sched_getaffinity(0)), 16)
-        meta = _write(folder, corpus, scan, vocabulary, threshold, workers)
-    return meta
+        threshold = _threshold(scan, val_fraction or min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1))
+        if tokenizer is None:
+            vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
+        else:
+            vocabulary = load_vocabulary(tokenizer, eos_token)
+        return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
+
+
+def _default_workers() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 16)  # more than that the one process that reads cannot feed
 
 
 def _threshold(scan: Scan, fraction: float) -> int:
@@ -251,87 +283,106 @@ def _threshold(scan: Scan, fraction: float) -> int:
     return min(max(int(fraction * (1 << 64)), scan.smallest + 1), scan.largest)
 
 
-def _vocabulary(
-    scan: Scan, threshold: int, vocab_size: int | None, tokenizer: str | None, eos_token: str | None
-) -> Vocabulary:
-    if tokenizer is not None:
-        return load_vocabulary(tokenizer, eos_token)
-    asked = vocab_size or _DEFAULT_VOCAB_SIZE
+def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     documents = scan.sample.documents()
-    documents = [d for d in documents if document_hashes(d)[0] >= threshold] or documents
-    _say(f"training a tokenizer on {sum(map(len, documents)) / 1e6:,.1f} MB of text")
-    vocabulary = train_bpe((document.decode() for document in documents), asked)
-    if vocabulary.size < asked:
+    documents = [document for document in documents if document_hashes(document)[0] >= threshold] or documents
+    texts = list(_training_texts(documents))
+    _say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.1f} MB of the text")
+    vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
+    if vocabulary.size < vocab_size:
         _say(
-            f"the tokenizer has {vocabulary.size:,} ids, not the {asked:,} of --vocab-size: no other pair of tokens "
-            "occurs twice in the text; going on with these"
+            f"the tokenizer has {vocabulary.size:,} ids and not the {vocab_size:,} of --vocab-size: no further pair of "
+            "tokens occurs twice in the text; going on with these"
         )
     return vocabulary
+
+
+def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
+    """Pieces of the documents until they hold as many different words as training has memory for.
+
+    Training takes about 110 bytes for each byte of a new word. That is nothing in English or code, whose words come
+    again, and gigabytes in 20 MB of Chinese, where whole clauses count as words.
+    """
+    words: set[bytes] = set()
+    size = 0
+    for document in documents:
+        for _, piece, _ in cut([document], SEPARATOR, _TRAINING_PIECE_BYTES):
+            new = set(_LETTERS.findall(piece)) - words
+            words |= new
+            size += sum(map(len, new))
+            if size > _TRAINING_WORD_BYTES:
+                return
+            yield piece
 
 
 def _write(
     folder: Path, corpus: Corpus, scan: Scan, vocabulary: Vocabulary, threshold: int, workers: int
 ) -> dict[str, Any]:
     """Encode everything into `folder`; gives the contents of meta.json."""
-    digests, records = {}, corpus.records
+    records = corpus.records
     reason = why_not_fast(vocabulary, _proof_texts(scan))
     if reason:
-        _say(
-            f"encoding with tokenizers, several times slower than tiktoken, which cannot take this tokenizer: {reason}"
-        )
+        _say(f"encoding with tokenizers: tiktoken, which is several times faster, cannot take this one ({reason})")
     dtype = "<u2" if vocabulary.size <= 1 << 16 else "<u4"
-    files = {name: TokenFile(folder / f"{name}.npy", dtype) for name in ("train", "val")}
-    batches = in_batches(corpus.documents("encoding"))
-    for encoded in encode_all(batches, (vocabulary, reason is None, threshold, dtype), workers):
-        for side, file in enumerate(files.values()):
-            file.append(encoded.ids[side], encoded.documents[side], encoded.bytes[side])
-    digests = {file.path.name: file.close() for file in files.values()}
-    digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
+    with TokenFile(folder / "train.npy", dtype) as train, TokenFile(folder / "val.npy", dtype) as val:
+        batches = in_batches(corpus.documents("encoding"))
+        for parts in encode_all(batches, (vocabulary, reason is None, threshold, dtype), workers):
+            train.append(parts[0])
+            val.append(parts[1])
+        digests = {"train.npy": train.finish(), "val.npy": val.finish()}
     if corpus.records != records:
-        raise DataError("a source changed while it was read (it is read twice); run again when nothing writes to it")
+        raise DataError("a source changed while it was read, which happens twice; run again when nothing writes to it")
+    digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.eos_token}
     write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    meta: dict[str, Any] = {
+    files = {"train": train, "val": val}
+    meta = {
         "vocab_size": vocabulary.size,
-        "dtype": "uint16" if dtype == "<u2" else "uint32",
+        "dtype": np.dtype(dtype).name,
         "eos_id": vocabulary.eos_id,
-    }
-    for what in ("tokens", "documents", "bytes"):
-        meta |= {f"{name}_{what}": getattr(file, what) for name, file in files.items()}
-    meta |= {
+        **{f"{name}_tokens": file.tokens for name, file in files.items()},
+        **{f"{name}_documents": file.documents for name, file in files.items()},
+        **{f"{name}_bytes": file.bytes for name, file in files.items()},
         "max_document_bytes": corpus.reading.max_document_bytes,
         "sources": records,
         "digests": digests,
         "tokenizer": {"kind": vocabulary.kind, "regex": vocabulary.regex, "eos_token": vocabulary.eos_token},
-        "tinytrain_dist": _version(),
+        "tinytrain_dist": __version__,
     }
-    write_file(folder / "meta.json", json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    for name, file in files.items():
+        if file.tokens < _SMALL_TOKENS:
+            _say(
+                f"{name}.npy has only {file.tokens:,} tokens: context_len must be smaller than that; give more text or "
+                "another --val-fraction"
+            )
     return meta
 
 
 def _proof_texts(scan: Scan) -> Iterator[str]:
+    """The starts of sampled documents, a megabyte in all."""
     size = 0
     for document in scan.sample.documents():
-        if size >= _PROOF_BYTES:
-            return
-        size += min(len(document), _PROOF_PIECE_BYTES)
-        yield document[:_PROOF_PIECE_BYTES].decode(errors="ignore")
+        if size < _PROOF_BYTES:
+            size += len(document[:_PROOF_PIECE_BYTES])
+            yield document[:_PROOF_PIECE_BYTES].decode(errors="ignore")
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("tinytrain_dist")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
+@functools.wraps(prepare)
+def _prepare_and_say(sources: tuple[str, ...], out: str, **settings: Any) -> None:
+    start = time.monotonic()
+    meta = prepare(sources, out, **settings)
+    seconds, size = time.monotonic() - start, (meta["train_bytes"] + meta["val_bytes"]) / 1e6
+    print(f"{out}: {size:,.1f} MB of text in {seconds:,.1f} s, {meta['vocab_size']:,} ids in the vocabulary")
+    for name in ("train", "val"):
+        print(f"  {name + '.npy':9} {meta[f'{name}_tokens']:>14,} tokens, {meta[f'{name}_documents']:,} documents")
+    data = f"--train-data {shlex.quote(f'{out}/train.npy')} --val-data {shlex.quote(f'{out}/val.npy')}"
+    print(f"next: launch/local.sh configs/quickstart.toml {data}")
 
 
 def main(args: list[str]) -> int:
     """Run the verb and say what came out; DataError and ConfigError are the caller's to print."""
-    start = time.monotonic()
-    meta = tyro.cli(prepare, prog="tinytrain prepare", args=args)
-    seconds = time.monotonic() - start
-    text_bytes = meta["train_bytes"] + meta["val_bytes"]
-    print(f"{text_bytes / 1e6:,.1f} MB of text in {seconds:,.1f} s")
-    for name in ("train", "val"):
-        print(f"{name}: {meta[f'{name}_tokens']:,} tokens of {meta[f'{name}_documents']:,} documents")
+    # As an exception, so that SIGTERM (a batch system, a container that stops) leaves nothing half-written either.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
     return 0

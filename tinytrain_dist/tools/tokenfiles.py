@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,12 +67,18 @@ class BatchEncoder:
 _worker: BatchEncoder | None = None
 
 
+def _end_with_parent() -> None:
+    # Or a worker would wait for ever for the next batch of a parent that was killed.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(*settings: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
-    # Without this a worker waits for ever for the next batch of a parent that was killed.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = BatchEncoder(*settings)
 
 
@@ -121,7 +127,7 @@ def encode_all(batches: Iterable[list[bytes]], settings: tuple[Any, ...], worker
 
 
 class TokenFile:
-    """A .npy file of one dimension that grows; its header is completed by `close`."""
+    """A .npy file of one dimension that grows; `finish` completes its header."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         """Create `path`; `dtype` as numpy writes it, `<u2` or `<u4`."""
@@ -142,7 +148,7 @@ class TokenFile:
         self.documents += part.documents
         self.bytes += part.bytes
 
-    def close(self) -> str:
+    def finish(self) -> str:
         """Write the final header, make the file durable, give its sha256."""
         self.file.seek(0)
         self.file.write(self._header())
@@ -150,6 +156,13 @@ class TokenFile:
         self.file.close()
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # of an unfinished file: what went wrong is under way already
+            self.file.close()
 
 
 def write_file(path: Path, text: str) -> str:
@@ -182,11 +195,10 @@ def _check_target(target: Path, old: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise DataError(f"--out {target} is a file; name a folder that is to be written")
     present = {entry.name for entry in target.iterdir()}
-    for stale in target.parent.glob(f".{target.name}.new-*"):
-        say(f"{stale} is left of a run that was killed; delete it, if no other run is writing {target}")
     if present and not overwrite:
         raise DataError(f"--out {target} exists already; pass --overwrite to replace it, or name another folder")
-    if strange := sorted(present - _FILES):
+    # Readers keep what they know of a token file beside it, as train.npy.range.json.
+    if strange := sorted(n for n in present - _FILES if not n.startswith(("train.npy.", "val.npy."))):
         raise DataError(
             f"--out {target} holds {strange[0]!r}, which no tinytrain prepare wrote; replacing the folder would "
             "delete it: move it away, or name another folder"
@@ -209,7 +221,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         try:
             yield new
             _sync_folder(new)
-            if target.exists() and any(target.iterdir()):
+            if overwrite and target.exists() and any(target.iterdir()):
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
             new.rename(target)
