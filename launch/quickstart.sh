@@ -18,14 +18,14 @@ trap 'printf "\nStopped. Start the same command again: it continues where it was
 step 1 "Environment in .venv: 1 to 3 minutes the first time, then nothing to do"
 launch/setup.sh prep,plot
 
-step 2 "Corpus in data/stdlib: the Python library's own source as tokens, about a minute the first time"
+step 2 "Corpus in data/stdlib: the source of the Python library as tokens, under a minute the first time"
 if [ -f data/stdlib/meta.json ]; then
     echo "already there"
 else
     "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
 fi
 
-step 3 "Training on 2 processes into $run: a few minutes; continues from the newest checkpoint if there is one"
+step 3 "Training on 2 processes into $run: 1 to 3 minutes; continues from the newest checkpoint if there is one"
 launch/local.sh configs/quickstart.toml --nproc 2 "$@"
 
 step 4 "What the model writes: a few seconds"

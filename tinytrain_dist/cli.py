@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import io
+import os
 import sys
 from importlib import import_module
 
 from tinytrain_dist.errors import TinytrainError
 
 TOOLS = {
-    "prepare": ("tinytrain_dist.tools.prepare", "text -> tokenizer and token files"),
-    "sample": ("tinytrain_dist.tools.sample", "text from a checkpoint"),
-    "schedule": ("tinytrain_dist.tools.plot", "the learning-rate curve of a configuration"),
-    "plot": ("tinytrain_dist.tools.plot", "loss curves of runs as a picture"),
+    "prepare": ("tinytrain_dist.tools.prepare:main", "text -> tokenizer and token files"),
+    "schedule": ("tinytrain_dist.tools.plot:schedule_main", "the learning-rate curve of a configuration"),
+    "plot": ("tinytrain_dist.tools.plot:main", "loss curves of runs as a picture"),
+    "ls": ("tinytrain_dist.tools.inspect:ls_main", "the checkpoints of a run, or the runs in a folder"),
+    "sample": ("tinytrain_dist.tools.sample:main", "text from a checkpoint"),
+    "export": ("tinytrain_dist.tools.export:main", "weights as a Hugging Face folder"),
+    "verify": ("tinytrain_dist.tools.inspect:verify_main", "read every byte of checkpoints"),
+    "hash": ("tinytrain_dist.tools.inspect:hash_main", "one digest of weights and optimizer state"),
+    "compare": ("tinytrain_dist.tools.inspect:compare_main", "where two runs or checkpoints part"),
 }
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one tool; 0 when it worked, 2 for a user's mistake."""
+    """Run one tool: its exit code, or 2 for a user's mistake."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, TOOLS))
@@ -24,15 +32,24 @@ def main(args: list[str] | None = None) -> int:
         print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in TOOLS.items()))
         return 0 if args else 2
     if args[0] not in TOOLS:
-        print(f"error: no tool {args[0]!r}; there are {', '.join(TOOLS)}", file=sys.stderr)
+        close = difflib.get_close_matches(args[0], TOOLS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(TOOLS)}"
+        print(f"error: no tool {args[0]!r}; {hint}", file=sys.stderr)
         return 2
-    module = import_module(TOOLS[args[0]][0])
-    entry = module.schedule_main if args[0] == "schedule" else module.main
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text of a model, in a terminal that has not all of its characters
+    module, _, entry = TOOLS[args[0]][0].partition(":")
     try:
-        return int(entry(args[1:]))
+        return int(getattr(import_module(module), entry)(args[1:]))
     except TinytrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `tinytrain ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

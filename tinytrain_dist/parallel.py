@@ -151,6 +151,15 @@ def apply_fsdp(
     model.to(mesh.device_type)
     distributed.broadcast_tensors([tensor.data for tensor in (*model.parameters(), *model.buffers())])
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    if param_dtype is not None:
+        # FSDP casts parameters, but not buffers: one float32 mask or rotary table would meet bf16 weights in a product
+        plain = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(mesh.device_type, dtype=param_dtype):
+                return plain(*args, **kwargs)
+
+        model.forward = forward
     for unit in [*_outermost_blocks(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model

@@ -48,7 +48,7 @@ from tinytrain_dist.tools.tokenizer import Vocabulary, load_vocabulary, train_bp
 
 _DEFAULT_VOCAB_SIZE = 8192
 _SMALLEST_VOCAB_SIZE = 257  # every byte and the end of a document
-# Below 1,000,000 tiktoken's regex stands any run of white space; far above it, memory is no longer bounded.
+# Up to here GPT-2's regex survives any run of white space in tiktoken, and tokenizers needs 240 MB for a document.
 _SHORTEST_LIMIT, _LONGEST_LIMIT = 4096, 1_000_000
 _VAL_BYTES = 500_000
 _PROOF_BYTES, _PROOF_PIECE_BYTES = 1_000_000, 20_000
@@ -287,7 +287,7 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     documents = scan.sample.documents()
     documents = [document for document in documents if document_hashes(document)[0] >= threshold] or documents
     texts = list(_training_texts(documents))
-    _say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.1f} MB of the text")
+    _say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.2f} MB of the text")
     vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
     if vocabulary.size < vocab_size:
         _say(

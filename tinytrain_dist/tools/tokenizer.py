@@ -18,9 +18,11 @@ from tinytrain_dist.errors import DataError
 
 EOS_TOKEN = "<|endoftext|>"
 
-# GPT-4's split (cl100k) without its contractions, which the first branch covers ("don't" -> "don", "'t") and
-# which tear names in code apart ("'self" -> "'s", "elf"); marks join letters, for scripts that write vowels so.
-SPLIT_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# GPT-4's split (cl100k) with three changes. No branch for contractions: the first covers them ("don't" -> "don", "'t"),
+# and theirs tears names in code apart ("'self" -> "'s", "elf"). Marks join letters, for scripts that write vowels so.
+# No \s+(?!\S): without looking ahead tiktoken is a quarter faster and survives a million spaces in a row; indented
+# words lose the space before them to the indentation, which costs no tokens in code.
+SPLIT_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 # What the ByteLevel pre-tokenizer does on its own (GPT-2).
 _GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -143,7 +145,7 @@ class Encoder:
         try:
             return self.fast.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # Rust's panic (its regex gives up on a million spaces in a row) is not an Exception.
+            # Rust's panic (GPT-2's regex gives up on a million spaces in a row) is not an Exception.
             if type(error).__name__ != "PanicException":
                 raise
             return self.encode_slow(text)

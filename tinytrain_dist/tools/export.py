@@ -1,0 +1,150 @@
+"""Owns `tinytrain export`: the weights of a checkpoint as a Hugging Face folder, and the proof that it is the same model.
+
+Must not know how checkpoints are made; it reads one and writes a new folder, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from tinytrain_dist.checkpoint import SHARD_BYTES
+from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.tensorfiles import (
+    Manifest,
+    Spec,
+    TensorReader,
+    commit,
+    read_manifest,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from tinytrain_dist.tools.inspect import Place, digest_of_tensor, find_checkpoint, read_state
+from tinytrain_dist.tools.sample import load_model
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+# float32 sums in another order; measured 1e-6 on logits of size 1
+TOLERANCE = 1e-3
+
+
+def main(args: list[str]) -> int:
+    """`tinytrain export`."""
+    return tyro.cli(export, prog="tinytrain export", args=args)
+
+
+def export(
+    checkpoint: Place,
+    out: Place,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    allow_untrained: bool = False,
+) -> int:
+    """Copy the weights, config.json and the tokenizer into a new folder that transformers, vLLM and others load.
+
+    Args:
+        checkpoint: A checkpoint, or a run: its newest valid checkpoint.
+        out: The folder to write; it appears complete or not at all, and is never replaced.
+        dtype: Type of the weights in it.
+        allow_untrained: Also export a model that has made no step.
+    """
+    source = find_checkpoint(checkpoint)
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out}: exists already and is not replaced; give another folder or delete it")
+    step = read_state(source).get("step")
+    if not step and not allow_untrained:
+        raise CheckpointError(f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained")
+    target: torch.dtype = getattr(torch, dtype)
+    write_folder(source, out, target)
+    count = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: the weights of {source} (step {step}) as {dtype}, {count / 1e6:,.1f} MB")
+    print(check_with_transformers(source, out, target))
+    return 0
+
+
+def write_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write `out` beside its final name and rename it. Each tensor is held against the manifest as it is read.
+
+    Errors: CheckpointError for a tensor that is not what was saved, values too large for the type, or a full disk.
+    """
+    noted, reader = read_manifest(source).tensors["model"], TensorReader(source, "model")
+    description = _description(source, dtype)
+
+    def fetch(spec: Spec) -> Tensor:
+        value = reader.read(spec.name)
+        if digest_of_tensor(value) != noted[spec.name]["sha256"]:
+            raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
+        cast = value.to(dtype)
+        if not bool(cast.isfinite().all()):
+            largest, limit = value.abs().max().item(), torch.finfo(dtype).max
+            raise CheckpointError(f"dtype: {spec.name} reaches {largest:g}, {dtype} ends at {limit:g}; use bfloat16")
+        return cast
+
+    aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
+    try:
+        aside.mkdir(parents=True)
+        specs = [Spec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
+        write_tensors(aside, "model", specs, fetch, SHARD_BYTES, manifest)
+        write_json(aside, "config.json", description, manifest)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                write_bytes(aside, name, (source / name).read_bytes(), manifest)
+        commit(aside, out, manifest)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error}); give another place") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # also after Ctrl-C; gone by then if it was renamed
+
+
+def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the type of the weights; both spellings, as transformers before 4.56 knows only the second."""
+    try:
+        found: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
+        ) from None
+    name = str(dtype).removeprefix("torch.")
+    return {**found, "dtype": name, "torch_dtype": name}
+
+
+def check_with_transformers(source: Path, out: Path, dtype: torch.dtype) -> str:
+    """Hold the logits of `out` in transformers against ours, both computed in float32; a sentence with the difference.
+
+    Errors: CheckpointError if they differ by more than rounding explains.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return "not checked against transformers, which is not installed: pip install 'tinytrain_dist[hf]'"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    ours = load_model(source, torch.device("cpu"))
+    vocab_size = ours.config.vocab_size or 1
+    prompt = torch.arange(min(32, ours.config.context_len))[None] * 997 % vocab_size
+    exact = ours(prompt)
+    for parameter in ours.parameters():
+        parameter.copy_(parameter.to(dtype))
+    rounded = ours(prompt)
+    del ours  # one model in memory at a time
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(prompt).logits
+    difference = (theirs - rounded).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, rounded.abs().max().item()):
+        raise CheckpointError(
+            f"{out}: transformers computes other logits than we do, by up to {difference:.3g}; do not use this folder, "
+            f"and report it with {out}/config.json"
+        )
+    cost = f"; rounding to {str(dtype).removeprefix('torch.')} moved them by {(exact - rounded).abs().max().item():.2g}"
+    return (
+        f"checked: transformers {transformers.__version__} gives our logits, largest difference {difference:.2g}"
+        + (cost if dtype != torch.float32 else "")
+    )
+
+

@@ -1,0 +1,541 @@
+"""Owns looking at what runs left on disk: `tinytrain ls`, `verify`, `hash` and `compare`, and finding a checkpoint.
+
+Must not know how a run is trained, and changes nothing: every verb only reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from tinytrain_dist.checkpoint import STATE
+from tinytrain_dist.config import read_toml
+from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
+from tinytrain_dist.tensorfiles import DTYPES, MANIFEST, TensorReader, problems_in, read_manifest
+
+STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, and what is set aside: .tmp, .damaged
+RUN_FILES = ("config.toml", "state.json", "environment.json", "logs", "checkpoints")
+KINDS = {"model": "weights", "optimizer": "optimizer"}
+SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
+SHOWN = 10  # lines of a list that may be long
+
+Place = tyro.conf.Positional[Path]
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------- finding runs and checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: where its checkpoints and its plain record lie."""
+
+    folder: Path
+    checkpoints: Path
+    records: Path
+
+    @classmethod
+    def at(cls, folder: Path) -> Run | None:
+        """The run in `folder`, which may also be its folder of checkpoints; None if there is none."""
+        if any((folder / name).exists() for name in RUN_FILES):
+            settings = _settings(folder)
+            checkpoints = Path(settings.get("ckpt_dir") or folder / "checkpoints")
+            logs = Path(settings.get("log_dir") or folder / "logs")
+            return cls(folder, checkpoints, logs / f"{settings.get('log_save_prefix', 'metrics')}.jsonl")
+        if folder.is_dir() and any(is_checkpoint(path) for path in folder.iterdir()):
+            return cls(folder.parent, folder, folder.parent / "logs" / "metrics.jsonl")
+        return None
+
+    def step_folders(self) -> list[Path]:
+        """Everything named like a checkpoint, by step, also what is damaged or half-written."""
+        found = (
+            [path for path in self.checkpoints.iterdir() if is_checkpoint(path)] if self.checkpoints.is_dir() else []
+        )
+        return sorted(found, key=lambda path: (step_of(path), path.name))
+
+    def committed(self) -> list[Path]:
+        """Checkpoints under their final name, by step."""
+        return [path for path in self.step_folders() if not set_aside(path)]
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What config.toml says, {} where there is none or it cannot be read: looking must not fail of it."""
+    try:
+        return read_toml(folder / "config.toml")[0] if (folder / "config.toml").is_file() else {}
+    except ConfigError:
+        return {}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is, or was meant to be, a checkpoint."""
+    if not path.is_dir() or (path / "config.toml").exists():
+        return False
+    return (path / MANIFEST).exists() or (path / STATE).exists() or bool(STEP_FOLDER.fullmatch(path.name))
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, -1 where it has none."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def set_aside(path: Path) -> str:
+    """What is left of the name after the step: "" for a committed checkpoint, else ".tmp", ".damaged" or the like."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return (match[2] or "") if match else ""
+
+
+def open_run(place: Path) -> Run:
+    """The run at `place`. Errors: CheckpointError saying what was looked for."""
+    run = Run.at(place)
+    if run is None:
+        state = "holds neither a run nor a checkpoint" if place.is_dir() else "is not a folder"
+        raise CheckpointError(f"{place}: {state}; give a run (its target_dir) or one of its checkpoints")
+    return run
+
+
+def quick_problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
+    try:
+        files = read_manifest(folder).files
+    except CheckpointError as error:
+        return [str(error)]
+    found = []
+    for name, expected in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            has = "is missing" if size is None else f"has {size:,} bytes"
+            found.append(f"{path}: {has}, but {expected['bytes']:,} were written")
+    return found
+
+
+def find_checkpoint(place: Path, kind: str | None = None) -> Path:
+    """`place` itself if it is a checkpoint, or the newest valid one of the run there; sizes checked.
+
+    kind: also read every byte of its "model" or "optimizer" files. Those that are passed over are named on stderr.
+    Errors: CheckpointError if the one that was asked for is damaged, or if the run has no valid one.
+    """
+
+    def problems(path: Path) -> list[str]:
+        found = quick_problems(path)
+        names = [] if found or kind is None else [n for n in read_manifest(path).files if n.startswith(kind)]
+        return found + (problems_in(path, names) if names else [])
+
+    if is_checkpoint(place):
+        if found := problems(place):
+            raise CheckpointError("\n".join(found))
+        return place
+    run = open_run(place)
+    candidates = run.committed()
+    for path in reversed(candidates):
+        found = problems(path)
+        if not found:
+            return path
+        print(f"passed over, damaged: {'; '.join(found)}", file=sys.stderr)
+    raise CheckpointError(
+        f"{run.checkpoints}: none of {len(candidates)} checkpoint(s) is valid; train on, or give another run"
+        if candidates
+        else f"{run.checkpoints}: has no checkpoint yet; wait for the first (ckpt_every), or give another run"
+    )
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint. Errors: CheckpointError if it is missing or broken."""
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return state
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: {STATE} cannot be read ({error}); give a checkpoint of a training run"
+        ) from None
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a torn line, which a crash leaves, is passed over.
+
+    Errors: TinytrainError if there is no such file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise TinytrainError(
+            f"{path}: no record of a run ({error.strerror}); give a folder that a run has written to (its target_dir)"
+        ) from None
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record and "kind" in record:
+            found.append(record)
+    return found
+
+
+# ---------------------------------------------------------------- ls
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in the unit that a person would choose."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_age(seconds: float) -> str:
+    """Seconds in the unit that a person would choose."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(0, seconds) / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        left = column.endswith("<")
+        table.add_column(column.rstrip("<"), justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def _show(table: Table) -> None:
+    # a pipe has no width; rich would take 80 and fold what another program wants to read
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def ls(folder: Place, full: bool = False) -> int:
+    """List the checkpoints of a run, or the runs in a folder.
+
+    Args:
+        folder: A run (its target_dir), a checkpoint, or a folder with several runs.
+        full: Read every byte of every checkpoint; without it the manifest and the sizes are checked.
+    """
+    if is_checkpoint(folder):
+        _list_checkpoints(Run(folder.parent, folder.parent, Path()), [folder], full)
+    elif run := Run.at(folder):
+        _list_checkpoints(run, run.step_folders(), full)
+    else:
+        runs = [Run.at(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+        if not any(runs):
+            open_run(folder)  # says what is wrong
+        _list_runs([run for run in runs if run])
+    return 0
+
+
+def _list_checkpoints(run: Run, folders: list[Path], full: bool) -> None:
+    if not folders:
+        print(f"{run.checkpoints}: no checkpoint yet")
+        return
+    evaluations = {r["step"]: r["loss"] for r in read_records(run.records) if r["kind"] == "eval"} if (
+        run.records.is_file()
+    ) else {}  # fmt: skip
+    table = _table("step", "age", "size", "eval loss", "valid<", "folder<")
+    for path in folders:
+        seen = path / MANIFEST if (path / MANIFEST).exists() else path
+        age = human_age(time.time() - seen.stat().st_mtime)
+        size = human_bytes(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+        step = "" if step_of(path) < 0 else str(step_of(path))
+        table.add_row(step, age, size, _eval_loss(path, evaluations), _validity(path, full), path.name)
+    _show(table)
+
+
+def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
+    """The evaluation at the checkpoint's step; an older one is shown with its step, never as if it were this one's."""
+    earlier = [step for step in evaluations if step <= step_of(path)]
+    if earlier:
+        step = max(earlier)
+        return f"{evaluations[step]:.4f}" + ("" if step == step_of(path) else f" at {step}")
+    try:
+        loss = read_state(path).get("report", {}).get("eval_loss")
+    except CheckpointError:
+        loss = None
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _validity(path: Path, full: bool) -> Text:
+    if set_aside(path) == ".tmp":
+        return Text("unfinished: being written, or left by a crash", "yellow")
+    if set_aside(path):
+        return Text(f"set aside as {set_aside(path)}", "yellow")
+    found = problems_in(path) if full else quick_problems(path)
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        return Text("DAMAGED: " + found[0].replace(f"{path}/", "") + more, "bold red")
+    return Text("yes, every byte" if full else "yes, by size", "green")
+
+
+def _list_runs(runs: list[Run]) -> None:
+    table = _table("run<", "state<", "step", "of", "loss", "eval loss", "checkpoints", "last sign")
+    for run in runs:
+        records = read_records(run.records) if run.records.is_file() else []
+        last = {kind: [r for r in records if r["kind"] == kind][-1:] for kind in ("train", "eval")}
+        losses = [f"{found[0]['loss']:.4f}" if found else "" for found in last.values()]
+        step = max((record["step"] for record in records), default=None)
+        age = human_age(time.time() - run.records.stat().st_mtime) + " ago" if records else ""
+        total = str(_settings(run.folder).get("total_steps", ""))
+        shown = "" if step is None else str(step)
+        table.add_row(run.folder.name, _run_state(run, step), shown, total, *losses, str(len(run.committed())), age)
+    _show(table)
+
+
+def _run_state(run: Run, last_step: int | None) -> Text:
+    """state.json's word, unless the record or error.json is newer than it."""
+    state: dict[str, Any] = {}
+    path, failure = run.folder / "state.json", run.folder / "error.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass  # none yet: the run goes on, or died without a word
+    written = path.stat().st_mtime if state else 0.0
+    if failure.exists() and failure.stat().st_mtime > written:
+        return Text("failed", "bold red")
+    if not state or (last_step is not None and last_step > state.get("step", 0)):
+        return Text("running or killed", "yellow")
+    word = str(state.get("state", ""))
+    return Text(word, {"done": "green", "failed": "bold red"}.get(word, "yellow"))
+
+
+# ---------------------------------------------------------------- verify
+
+
+def verify(place: Place) -> int:
+    """Read every byte of a checkpoint, or of all of a run; exit code 1 if anything is damaged.
+
+    Args:
+        place: A run (its target_dir) or a checkpoint.
+    """
+    run = None if is_checkpoint(place) else open_run(place)
+    folders = run.committed() if run else [place]
+    if not folders:
+        assert run is not None
+        raise CheckpointError(f"{run.checkpoints}: has no checkpoint to verify; wait for the first (ckpt_every)")
+    damaged = 0
+    for path in folders:
+        started = time.perf_counter()
+        found = problems_in(path)
+        seconds = max(time.perf_counter() - started, 1e-9)
+        if found:
+            damaged += 1
+            print(f"DAMAGED  {path}\n  " + "\n  ".join(found))
+            continue
+        count = sum(file["bytes"] for file in read_manifest(path).files.values())
+        print(f"ok       {path}  {human_bytes(count)}, {count / seconds / 1e9:.2f} GB/s", flush=True)
+    for path in run.step_folders() if run else []:
+        if set_aside(path):
+            print(f"skipped  {path}  not a finished checkpoint; a resume does not look at it")
+    return 1 if damaged else 0
+
+
+# ---------------------------------------------------------------- hash
+
+
+def digest_of_tensor(value: Tensor) -> str:
+    """sha256 of the bytes of a tensor's values, as the manifest has it."""
+    flat: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
+    return hashlib.sha256(memoryview(flat)).hexdigest()
+
+
+def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, dict[str, list[Any]]]:
+    """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, digest].
+
+    recompute: read the tensors, instead of taking the manifest's word.
+    """
+    manifest, found = read_manifest(checkpoint), {}
+    for kind in (kind for kind in KINDS if kind in manifest.tensors):
+        entries: dict[str, list[Any]] = {}
+        reader = TensorReader(checkpoint, kind) if recompute else None
+        for name, noted in manifest.tensors[kind].items():
+            if reader:
+                value = reader.read(name)
+                entries[name] = [list(value.shape), DTYPES[value.dtype], digest_of_tensor(value)]
+            else:
+                entries[name] = [noted["shape"], noted["dtype"], noted["sha256"]]
+        found[kind] = entries
+    if "optimizer" in found and (checkpoint / STATE).is_file():
+        values = read_state(checkpoint).get("optimizer", {}).get("state", {})
+        found["optimizer"] |= {name: [[], "value", repr(value)] for name, value in values.items()}
+    return found
+
+
+def digest_of(entries: dict[str, list[Any]]) -> str:
+    """One sha256 over all entries in the order of their names: no trace of how they are split over files."""
+    lines = [json.dumps([name, *entry], separators=(",", ":")) for name, entry in sorted(entries.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_(place: Place, recompute: bool = False) -> int:
+    """Print one digest of the weights and one of the optimizer state; equal digests mean equal bits.
+
+    Args:
+        place: A checkpoint, or a run: its newest valid checkpoint.
+        recompute: Read the tensors instead of trusting the manifest; exit code 1 if they are not what it says.
+    """
+    checkpoint = find_checkpoint(place)
+    print(checkpoint, file=sys.stderr)
+    trusted = tensor_entries(checkpoint)
+    entries = tensor_entries(checkpoint, recompute=True) if recompute else trusted
+    for kind, found in entries.items():
+        print(f"{KINDS[kind]:<9}  {digest_of(found)}  {len(found)} tensors")
+    wrong = [name for kind in entries for name in entries[kind] if entries[kind][name] != trusted[kind][name]]
+    for name in wrong[:SHOWN]:
+        print(f"DAMAGED  {name}: is not what {MANIFEST} says; use another checkpoint", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+# ---------------------------------------------------------------- compare
+
+
+def compare(a: Place, b: Place) -> int:
+    """Say where two runs part: the first logged step at which loss or gradient norm differ in any bit.
+
+    Also compared: the newest checkpoint of a step that both have, config.toml and environment.json. With a checkpoint
+    on either side only tensors are compared. Exit code 0: the same; 1: different.
+
+    Args:
+        a: A run (its target_dir) or a checkpoint.
+        b: Another one.
+    """
+    if is_checkpoint(a) or is_checkpoint(b):
+        return 1 if _compare_tensors(find_checkpoint(a), find_checkpoint(b)) else 0
+    runs = open_run(a), open_run(b)
+    differ = _compare_records(*runs)
+    common = {step_of(path): path for path in runs[0].committed()}
+    pairs = [(common[step_of(path)], path) for path in runs[1].committed() if step_of(path) in common]
+    if pairs:
+        print(f"checkpoints at step {step_of(pairs[-1][0])}")
+        differ |= _compare_tensors(*pairs[-1])
+    for name, values in (("config.toml", _settings), ("environment.json", _environment)):
+        _print_differences(name, values(runs[0].folder), values(runs[1].folder))
+    print("different" if differ else "the same")
+    return 1 if differ else 0
+
+
+def _compare_records(a: Run, b: Run) -> bool:
+    records = read_records(a.records), read_records(b.records)
+    differ, compared = False, 0
+    for title, (kind, key) in SERIES.items():
+        one, two = ({r["step"]: float(r[key]) for r in run if r["kind"] == kind and key in r} for run in records)
+        common = sorted(one.keys() & two.keys())
+        compared += len(common)
+        if not common:
+            continue
+        parting = next((step for step in common if repr(one[step]) != repr(two[step])), None)
+        if parting is None:
+            print(f"{title:<14} the same to the bit at {len(common)} steps, {common[0]} to {common[-1]}")
+            continue
+        differ = True
+        print(
+            f"{title:<14} first differs at step {parting}: {one[parting]!r} and {two[parting]!r}, "
+            f"by {abs(one[parting] - two[parting]):.3g}; at the last common step {common[-1]} by "
+            f"{abs(one[common[-1]] - two[common[-1]]):.3g}"
+        )
+    if not compared:
+        raise TinytrainError(
+            f"{a.records} and {b.records}: no step was logged in both ({_span(records[0])} and {_span(records[1])}); "
+            "train both with the same log_every"
+        )
+    ends = [max(record["step"] for record in run) for run in records]
+    if ends[0] != ends[1]:
+        print(f"{'':<14} the first ends at step {ends[0]}, the second at step {ends[1]}")
+    return differ
+
+
+def _span(records: list[Record]) -> str:
+    steps = [record["step"] for record in records]
+    return f"steps {min(steps)} to {max(steps)}" if steps else "nothing logged"
+
+
+def _compare_tensors(a: Path, b: Path) -> bool:
+    """Print which tensors of two checkpoints are not the same, with the largest difference; whether there are any."""
+    entries, differ = (tensor_entries(a), tensor_entries(b)), False
+    for kind in (kind for kind in KINDS if kind in entries[0] or kind in entries[1]):
+        one, two = (found.get(kind, {}) for found in entries)
+        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+        if not names:
+            print(f"{KINDS[kind]:<14} the same to the bit, {len(one)} tensors, {digest_of(one)[:16]}")
+            continue
+        differ = True
+        print(f"{KINDS[kind]:<14} {len(names)} of {len({**one, **two})} tensors differ")
+        for name in names[:SHOWN]:
+            print(f"  {name}: {_tensor_difference(a, b, kind, name, one.get(name), two.get(name))}")
+        if len(names) > SHOWN:
+            print(f"  and {len(names) - SHOWN} more")
+    return differ
+
+
+def _tensor_difference(a: Path, b: Path, kind: str, name: str, one: Any, two: Any) -> str:
+    if one is None or two is None:
+        return f"only in {b if one is None else a}"
+    if one[:2] != two[:2] or one[1] == "value":
+        return " and ".join(f"{entry[2]}" if entry[1] == "value" else f"{entry[1]} {entry[0]}" for entry in (one, two))
+    x, y = (TensorReader(path, kind).read(name).double() for path in (a, b))
+    return f"largest difference {(x - y).abs().max().item():.3g}, largest value {x.abs().max().item():.3g}"
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """environment.json with nested names joined, and the ranks as one line."""
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    ranks = found.pop("ranks", [])
+    places = [f"{rank.get('device')} of {rank.get('host')}" for rank in ranks]
+    return {"ranks": f"{len(ranks)}: {', '.join(places[:4])}{', ...' if places[4:] else ''}", **dict(_flat(found))}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _print_differences(name: str, a: dict[str, Any], b: dict[str, Any]) -> None:
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key != "target_dir"]
+    print(
+        f"{name:<14} " + ("the same" if not keys else f"{len(keys)} differ") + ("" if a and b else ", one is missing")
+    )
+    for key in keys if a and b else []:
+        print(f"  {key}: {a.get(key, 'not set')} and {b.get(key, 'not set')}")
+
+
+# ---------------------------------------------------------------- the verbs
+
+
+def ls_main(args: list[str]) -> int:
+    """`tinytrain ls`."""
+    return tyro.cli(ls, prog="tinytrain ls", args=args)
+
+
+def verify_main(args: list[str]) -> int:
+    """`tinytrain verify`."""
+    return tyro.cli(verify, prog="tinytrain verify", args=args)
+
+
+def hash_main(args: list[str]) -> int:
+    """`tinytrain hash`."""
+    return tyro.cli(hash_, prog="tinytrain hash", args=args)
+
+
+def compare_main(args: list[str]) -> int:
+    """`tinytrain compare`."""
+    return tyro.cli(compare, prog="tinytrain compare", args=args)

@@ -1,0 +1,275 @@
+"""Owns text from a trained model: loading one without a process group, drawing tokens, and `tinytrain sample`.
+
+Must not know how the model was trained or on how many ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from tinytrain_dist.checkpoint import read_checkpoint
+from tinytrain_dist.config import FIELDS, TrainingConfig
+from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
+from tinytrain_dist.model import TransformerLM
+from tinytrain_dist.tools.inspect import Place, find_checkpoint, read_state
+
+MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["section"] == "model"), "context_len"}
+
+
+def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
+    """The model of a checkpoint in float32, ready to be used; needs no process group.
+
+    Errors: CheckpointError if the folder says no configuration or holds other tensors than that configuration's model.
+    """
+    saved = read_state(checkpoint).get("config")
+    if not saved:
+        raise CheckpointError(
+            f"{checkpoint}: says no configuration (save_checkpoint writes none); give a checkpoint of a training run"
+        )
+    # only what the model needs, so that a setting that was renamed since does not stand in the way
+    settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
+    config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    model.to_empty(device=device)
+    model.tie_weights()
+    read_checkpoint(checkpoint, model, None)
+    return model.eval().requires_grad_(False)
+
+
+def draw(logits_v: Tensor, rng: np.random.Generator, temperature: float, top_k: int | None, top_p: float | None) -> int:
+    """One token id. temperature 0 takes the likeliest; top_k and top_p cut the tail before drawing.
+
+    Drawn on the host in float64 from one number of `rng`, so that the device decides nothing but the logits.
+    """
+    logits = logits_v.double().cpu().numpy()
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    if temperature == 0:
+        return int(order[0])
+    weights = np.exp((logits[order] - logits[order[0]]) / temperature)
+    below = np.cumsum(weights) / weights.sum()
+    if top_p is not None:
+        kept = int(np.searchsorted(below, top_p)) + 1  # the fewest whose sum reaches top_p
+        below = below[:kept] / below[:kept][-1]
+    return int(order[min(int(np.searchsorted(below, rng.random(), side="right")), len(below) - 1)])
+
+
+def stream(
+    model: nn.Module,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_id: int | None = None,
+    context_len: int | None = None,
+) -> Iterator[int]:
+    """New ids one by one as they are drawn, until `max_new_tokens` or `stop_id`, which is not given out.
+
+    The model sees the last context_len ids (None: the configuration's), counted from position 0 as in training; with
+    the same seed the same ids come. Errors: ValueError if `ids` is empty.
+    """
+    window = context_len or getattr(getattr(model, "config", None), "context_len", None)
+    if not ids or not window:
+        raise ValueError("stream: needs at least one id to start from, and a context_len")
+    rng, known = np.random.default_rng(seed), list(ids)
+    device = next(model.parameters()).device
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits_btv = model(torch.tensor([known[-window:]], device=device))
+        drawn = draw(logits_btv[0, -1], rng, temperature, top_k, top_p)
+        if drawn == stop_id:
+            return
+        known.append(drawn)
+        yield drawn
+
+
+def generate(
+    model: nn.Module,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> list[int]:
+    """What `stream` gives, as a list: the new ids without the prompt."""
+    return list(stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id))
+
+
+class TextStream:
+    """Turns ids into text piece by piece: a piece comes when the bytes of its last character are complete."""
+
+    def __init__(self, tokenizer: Any, ids: Sequence[int]) -> None:
+        """`ids`: the prompt, which decides whether the first piece starts with a space."""
+        self.tokenizer, self.ids = tokenizer, list(ids)
+        self.start, self.shown = max(0, len(self.ids) - 8), len(self.ids)
+
+    def add(self, new: int) -> str:
+        """Take one id; the text that can be shown now."""
+        self.ids.append(new)
+        piece = self.rest()
+        if piece.endswith("\ufffd"):  # in the middle of a character
+            return ""
+        if piece:
+            self.start, self.shown = self.shown, len(self.ids)
+        return piece
+
+    def rest(self) -> str:
+        """The text that was not shown yet, complete or not."""
+        return self._decode(self.ids[self.start :])[len(self._decode(self.ids[self.start : self.shown])) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write text with a trained model."""
+
+    checkpoint: Place
+    """A checkpoint, or a run: its newest valid checkpoint."""
+    prompt: str = ""
+    """Text to go on from; empty: a new document."""
+    prompt_ids: str | None = None
+    """Token ids to go on from, as 1,2,3, in place of a prompt; needs no tokenizer."""
+    max_new_tokens: int = 100
+    """Tokens to write at most; the end of the document ends the text as well."""
+    temperature: float = 0.8
+    """0: always the likeliest token; 1: as the model has it; above: wilder."""
+    top_k: int | None = 50
+    """Draw from the k likeliest tokens only; None: from all."""
+    top_p: float | None = None
+    """Draw from the fewest tokens that together have this probability."""
+    seed: int = 0
+    """The same seed gives the same text; sample number i has seed + i - 1."""
+    num_samples: int = 1
+    """How many texts."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError with everything that is wrong."""
+        found = [
+            f"{name}: {getattr(self, name)} must be {what}"
+            for name, ok, what in (
+                ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+                ("num_samples", self.num_samples >= 1, "at least 1"),
+                ("temperature", 0 <= self.temperature < float("inf"), "0 (the likeliest token) or greater"),
+                ("top_k", self.top_k is None or self.top_k >= 1, "at least 1 (None: no limit)"),
+                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "greater than 0 and at most 1 (None: no limit)"),
+                ("seed", self.seed >= 0, "0 or greater"),
+            )
+            if not ok
+        ]
+        if self.prompt and self.prompt_ids is not None:
+            found.append(f"prompt: {self.prompt!r} and prompt_ids {self.prompt_ids} are both set; give one of them")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append("device: cuda, but this machine has no CUDA device that torch can use; leave it out")
+        if found:
+            raise ConfigError(found, "the settings of sample")
+
+
+def main(args: list[str]) -> int:
+    """`tinytrain sample`: the prompt and what the model makes of it, on stdout as it comes."""
+    options = tyro.cli(Options, prog="tinytrain sample", args=args)
+    checkpoint = find_checkpoint(options.checkpoint, "model")
+    tokenizer, end = load_tokenizer(checkpoint), end_id(checkpoint)
+    ids = _prompt_ids(options, checkpoint, tokenizer, end)
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    model = load_model(checkpoint, torch.device("cuda" if cuda else "cpu"))
+    _check_prompt(ids, model.config)
+    for number in range(options.num_samples):
+        if options.num_samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- {number + 1} of {options.num_samples} ---")
+        seed = options.seed + number
+        new = stream(
+            model, ids, options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, end
+        )  # fmt: skip
+        if tokenizer is None:
+            print(",".join(map(str, [*ids, *new])))
+            continue
+        print(tokenizer.decode([i for i in ids if i != end], skip_special_tokens=False), end="", flush=True)
+        text = TextStream(tokenizer, ids)
+        for drawn in new:
+            print(text.add(drawn), end="", flush=sys.stdout.isatty())
+        print(text.rest())
+    return 0
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer in the checkpoint's folder, None if it has none.
+
+    Errors: TinytrainError if `tokenizers` is not installed; CheckpointError if the file is not a tokenizer.
+    """
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise TinytrainError(
+            "tokenizers: is not installed, and text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+        raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
+    tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token is text
+    return tokenizer
+
+
+def end_id(checkpoint: Path) -> int | None:
+    """The end-of-text id that config.json names, if any."""
+    path = checkpoint / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return found[0] if isinstance(found, list) else found
+
+
+def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | None) -> list[int]:
+    if options.prompt_ids is not None:
+        try:
+            ids = [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
+        except ValueError:
+            raise ConfigError(f"prompt_ids: {options.prompt_ids!r} is not a list of ids such as 1,2,3") from None
+        return ids
+    if options.prompt and tokenizer is None:
+        raise ConfigError(
+            f"prompt: {options.prompt!r} cannot become ids, because {checkpoint} has no tokenizer.json; give "
+            "--prompt-ids 1,2,3, or train with data that `tinytrain prepare` made"
+        )
+    if options.prompt:
+        found: list[int] = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        return found
+    if end is None:
+        raise ConfigError(
+            f"prompt: is empty, and {checkpoint}/config.json names no end-of-text id to start a new document from; "
+            "give --prompt or --prompt-ids"
+        )
+    return [end]
+
+
+def _check_prompt(ids: list[int], config: TrainingConfig) -> None:
+    """Errors: ConfigError for ids outside the vocabulary. A prompt that is cut gets a word on stderr."""
+    vocab_size = config.vocab_size or 0
+    bad = [i for i in ids if not 0 <= i < vocab_size]
+    if bad:
+        raise ConfigError(f"prompt_ids: {bad[0]} is not an id of this model; they go from 0 to {vocab_size - 1}")
+    if len(ids) > config.context_len:
+        print(
+            f"note: the prompt has {len(ids)} tokens; the model sees the last {config.context_len} (context_len)",
+            file=sys.stderr,
+        )
