@@ -72,18 +72,16 @@ case $nproc in '' | 0* | *[!0-9]*) fail "--nproc is '$nproc'; give a whole numbe
 threads=$((cores / nproc))
 [ "$threads" -ge 1 ] || threads=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-# Since torch 2.13 the ranks of a restarted round read the addresses of the dead ones from a store kept over rounds.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 if [ "$gpus" -eq 0 ]; then
     # glibc gives large blocks back to the system and faults them in again at each step; let it keep them.
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 fi
 
-command=("$python" -m torch.distributed.run --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
+command=("$python" "$root/launch/agent.py" --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
 command+=(${settings[@]+"${settings[@]}"})
 if [ -n "$dry_run" ]; then
-    env | grep -E '^(OMP_NUM_THREADS|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|MALLOC_[A-Z]+_THRESHOLD_)=' | sort
+    env | grep -E '^(OMP_NUM_THREADS|MALLOC_[A-Z]+_THRESHOLD_)=' | sort
     printf '%q ' "${command[@]}"
     printf '\n'
     exit 0

@@ -1,6 +1,8 @@
 """The program torchrun starts: a configuration and overrides become a run, and its outcome the exit code.
 
-torchrun --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml --total-steps 100
+    torchrun --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml --total-steps 100
+
+It installs the stop signals before anything else and must not hold any other logic.
 """
 
 import sys

@@ -369,6 +369,10 @@ class TrainingProcess:
         self.process.wait()
 
 
+TORCHRUN = ("-m", "torch.distributed.run")
+AGENT = (str(REPOSITORY / "launch" / "agent.py"),)
+
+
 @contextlib.contextmanager
 def training_process(
     args: Sequence[str],
@@ -378,9 +382,10 @@ def training_process(
     *,
     torchrun_args: Sequence[str] = (),
     script: Path | str = REPOSITORY / "launch" / "train.py",
+    launcher: Sequence[str] = TORCHRUN,
 ) -> Iterator[TrainingProcess]:
     """Start `torchrun --standalone ... launch/train.py ARGS` on `nproc` ranks; end all processes on the way out."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command = [sys.executable, *launcher, "--standalone", f"--nproc-per-node={nproc}"]
     command += [*torchrun_args, str(script), *map(str, args)]
     full_env = {
         **os.environ,
@@ -417,9 +422,12 @@ def launch_training(
     timeout_seconds: float = 300,
     torchrun_args: Sequence[str] = (),
     script: Path | str = REPOSITORY / "launch" / "train.py",
+    launcher: Sequence[str] = TORCHRUN,
 ) -> subprocess.CompletedProcess[str]:
     """Run the training command to its end; `returncode` and `stdout` (both streams) are the caller's to judge."""
-    with training_process(args, nproc, cwd, env, torchrun_args=torchrun_args, script=script) as running:
+    with training_process(
+        args, nproc, cwd, env, torchrun_args=torchrun_args, script=script, launcher=launcher
+    ) as running:
         returncode = running.wait(timeout_seconds)
         return subprocess.CompletedProcess(running.command, returncode, stdout=running.output(), stderr="")
 

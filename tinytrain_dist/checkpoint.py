@@ -257,6 +257,7 @@ class Checkpoints:
     config: TrainingConfig
     context: DistributedContext
     data: dict[str, Any]
+    bits: dict[str, Any]  # what decides the last bit besides the settings that make it another run
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -277,7 +278,7 @@ class Checkpoints:
             "config": self.config.to_dict(),
             "data": self.data,
             "report": report,
-            "torch": torch.__version__,
+            "bits": self.bits,
         }
         write_checkpoint(self.folder(step), model, optimizer, state, self._extra_files(), self.config.max_shard_bytes)
         if self.context.is_main:
@@ -315,6 +316,14 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: belongs to another run; start a new one (another target_dir), or set back:\n  "
                 + "\n  ".join(refused)
+            )
+        drift = [
+            f"{k}: {v} in the checkpoint, {self.bits[k]} now" for k, v in state["bits"].items() if self.bits[k] != v
+        ]
+        if drift and self.config.reproducible and not self.config.allow_drift:
+            raise CheckpointError(
+                f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
+                + "\n  ".join(drift)
             )
         read_checkpoint(path, model, optimizer)
         return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]

@@ -18,8 +18,8 @@ TOOLS = {
     "sample": ("tinytrain_dist.tools.sample:main", "text from a checkpoint"),
     "export": ("tinytrain_dist.tools.export:main", "weights as a Hugging Face folder"),
     "verify": ("tinytrain_dist.tools.inspect:verify_main", "read every byte of checkpoints"),
-    "hash": ("tinytrain_dist.tools.inspect:hash_main", "one digest of weights and optimizer state"),
-    "compare": ("tinytrain_dist.tools.inspect:compare_main", "where two runs or checkpoints part"),
+    "hash": ("tinytrain_dist.tools.compare:hash_main", "one digest of weights and optimizer state"),
+    "compare": ("tinytrain_dist.tools.compare:compare_main", "where two runs or checkpoints part"),
 }
 
 

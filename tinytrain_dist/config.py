@@ -92,6 +92,8 @@ class TrainingConfig:
     )
     loss_chunk_tokens: int | None = _in("parallel", None, "tokens per piece of head + loss; None: all at once")
     reproducible: bool = _in("parallel", False, "the same bits on any number of ranks and in any mode")
+    allow_drift: bool = _in("parallel", False, "reproducible: resume although something that decides bits changed")
+    cpu_threads: int | None = _in("parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible")
 
     ckpt_every: int = _in("checkpoint", 1000, "steps between checkpoints")
     ckpt_dir: str | None = _in("checkpoint", None, "None: target_dir/checkpoints")
@@ -185,7 +187,8 @@ class TrainingConfig:
         for section in SECTIONS:
             lines.append(f"\n[{section}]")
             names = [f.name for f in dataclasses.fields(self) if f.metadata["section"] == section]
-            lines += [f"{n} = {json.dumps(resolved[n])}" for n in names if resolved[n] is not None]
+            # not ASCII only: JSON writes rarer characters as two escapes, which TOML refuses
+            lines += [f"{n} = {json.dumps(resolved[n], ensure_ascii=False)}" for n in names if resolved[n] is not None]
         return "\n".join(lines) + "\n"
 
 
@@ -242,7 +245,7 @@ AT_LEAST_ONE = tuple(
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
-    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len".split()
+    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads".split()
 )
 
 
@@ -273,6 +276,7 @@ def _problems(c: TrainingConfig) -> list[str]:
     for name in ("lr_min", "weight_decay", "seed", "warmup_iters"):
         value = getattr(c, name)
         need(value is None or 0 <= value < math.inf, f"{name}: {value} must not be negative")
+    need(c.seed < 1 << 64, f"seed: {c.seed} must be less than 2**64; the generator's key has one word for it")
     if found:  # the sentences below divide by these numbers
         return found
     return _shape_problems(c) + _schedule_problems(c) + _effect_problems(c)
@@ -333,6 +337,8 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
         found.append(f"rope_low_freq_factor: {c.rope_low_freq_factor} must be below {c.rope_high_freq_factor}")
     if c.stop_at_step is not None and c.stop_at_step > c.total_steps:
         found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
+    if c.allow_drift and not c.reproducible:
+        found.append("allow_drift: has no effect with reproducible = false; leave it out")
     if c.reproducible and c.micro_batch_size is None:
         found.append("micro_batch_size: must be set with reproducible = true, since it decides bits")
     if "/" in c.ckpt_save_prefix + c.log_save_prefix or not (c.ckpt_save_prefix and c.log_save_prefix):
@@ -425,11 +431,11 @@ def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
         end = position
         while end < len(args) and not args[end].startswith("--"):
             end += 1
-        values = [value] if equals else args[position:end]
+        values = [*([value] if equals else []), *args[position:end]]  # "--seed=1 stray" must not lose a word
         position = end
         if not flag.startswith("-") or name in ("h", "help"):
             known += [flag, *values]
-        elif name not in FIELDS and name.removeprefix("no_") not in FIELDS:
+        elif name not in FIELDS and HINTS.get(name.removeprefix("no_")) is not bool:
             unknown.append(name)
         elif HINTS.get(name) is bool and values in (["true"], ["True"], ["false"], ["False"]):
             known.append(("--" if values[0].lower() == "true" else "--no-") + name)
@@ -446,7 +452,13 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
     if config.train_data is None:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
     meta = Path(config.train_data).parent / "meta.json"
-    vocab_size = json.loads(meta.read_text(encoding="utf-8")).get("vocab_size") if meta.is_file() else None
+    try:
+        found = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+        vocab_size = found.get("vocab_size")
+        if vocab_size is not None and not (type(vocab_size) is int and vocab_size >= 1):
+            raise ValueError(f"vocab_size {vocab_size!r}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
     if config.vocab_size is None:
         if vocab_size is None:
             raise ConfigError(f"vocab_size: not set, and there is no {meta} that says it; set vocab_size")

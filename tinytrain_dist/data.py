@@ -118,11 +118,9 @@ def window_starts(seed: int, step: int, slots: Sequence[int], windows: int, stre
 def read_windows(tokens: Tokens, starts: Tokens, context_len: int) -> Tensor:
     """The windows that begin at `starts`, with the token after each: [len(starts), context_len + 1], CPU."""
     rows = tokens[starts[:, None] + np.arange(context_len + 1)]
-    if rows.dtype == np.uint16:
-        rows = rows.astype(np.int32)  # torch's uint16 has no kernels
-    elif rows.dtype == np.uint32:
-        rows = rows.astype(np.int64)
-    return torch.from_numpy(rows)
+    # torch has no kernels for wide unsigned types and none for a foreign byte order
+    known = {"u2": np.int32, "u4": np.int64, "u8": np.int64}.get(rows.dtype.str[1:], rows.dtype.newbyteorder("="))
+    return torch.from_numpy(rows.astype(known, copy=False))
 
 
 def get_batch(

@@ -5,8 +5,10 @@ Must not know models, optimizers or files; the others receive a frozen Distribut
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -151,6 +153,20 @@ def close() -> None:
     """Leave the world."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def who() -> tuple[int, str]:
+    """Rank by the launcher's word, and host; also before and without a process group."""
+    return int(os.environ.get("RANK", 0)), socket.gethostname()
+
+
+def tell_launcher(message: str) -> bool:
+    """Leave the reason of this rank's end in the file torchrun's agent gave it; whether launch/agent.py prints it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    return path is not None and "TINYTRAIN_AGENT" in os.environ
 
 
 def is_main() -> bool:

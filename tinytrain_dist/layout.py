@@ -56,6 +56,10 @@ def choose_layout(config: TrainingConfig, world_size: int, local_world_size: int
     return Layout("fsdp" if replicate == 1 else "hsdp", replicate, shard, "as configured")
 
 
+def _is_power_of_two(number: float) -> bool:
+    return number == int(number) and int(number) & (int(number) - 1) == 0
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How the global batch is cut: batch_size = micro_batch_size x ranks x accumulation_steps.
@@ -83,10 +87,17 @@ class BatchPlan:
                 f"{micro * ranks}; possible: ranks {listed(sizes)}"
                 + (f"; or micro_batch_size {listed(micros)}" if micros else "")
             )
-        if config.reproducible and (leaves & (leaves - 1) or ranks & (ranks - 1)):
+        if config.reproducible and leaves & (leaves - 1):
+            possible = [m for m in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / m)]
             raise ConfigError(
-                f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro} = {leaves} leaves and "
-                f"{ranks} ranks must both be powers of two, so that one tree of sums fits every number of ranks"
+                f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro} = {leaves} is not a power of "
+                "two, so no tree of sums fits every number of ranks; possible: micro_batch_size "
+                + (listed(possible) or "none, change batch_size")
+            )
+        if config.reproducible and ranks & (ranks - 1):
+            raise ConfigError(
+                f"reproducible: {ranks} ranks are not a power of two, so their sums are not part of the tree over "
+                f"{leaves} leaves; possible: ranks {listed([2**k for k in range(leaves.bit_length())])}"
             )
         return cls(config.batch_size, micro, config.context_len, layout.replicate, layout.shard)
 

@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         """`params`: tensors, or groups with their own settings, as for every torch optimizer."""
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(
                 f"AdamW: needs lr, eps, weight_decay >= 0 and betas in [0, 1), "
                 f"got lr={lr}, betas={tuple(betas)}, eps={eps}, weight_decay={weight_decay}"
@@ -147,7 +147,7 @@ def clip_gradients(
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack([_total_norm(group) for group in _by_mesh(grads)]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([_total_norm(group) for group in _by_mesh(grads)]))
     if error_if_nonfinite and not norm.isfinite():
         raise ValueError(f"clip_gradients: the gradient norm is {norm.item()}; skip this step or lower the rate")
     factor = torch.where(norm.isfinite(), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)

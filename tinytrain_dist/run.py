@@ -5,60 +5,51 @@ Must not know how training works. The first failing rank's sentence is the last 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from tinytrain_dist.config import TrainingConfig, parse_command_line
+from tinytrain_dist.config import parse_command_line
 from tinytrain_dist.errors import TinytrainError
 
 
 def main(args: list[str]) -> int:
     """Run `[CONFIG.toml] --settings`; 0 when done or stopped as asked, 2 for a user's mistake, else 1."""
-    first = os.environ.get("RANK", "0") == "0"
+    folder, trainer = None, None
     try:
         config = parse_command_line(args)
-    except TinytrainError as error:
-        if first:  # every rank has read the same and says the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    from tinytrain_dist import distributed  # torch takes seconds; a wrong setting should not wait for it
-    from tinytrain_dist.trainer import Trainer
+        folder = Path(config.target_dir)
+        from tinytrain_dist import distributed  # torch takes seconds; a wrong setting need not wait for it
+        from tinytrain_dist.trainer import Trainer
 
-    trainer = None
-    try:
         context = distributed.start(config.device)
         trainer = Trainer(config, context)
         trainer.fit()
     except BaseException as error:
-        return _fail(config, error, trainer.step if trainer else None)
+        if isinstance(error, SystemExit):  # --help
+            raise
+        _fail(folder, error, trainer.step if trainer else None)
     distributed.close()
     return 0
 
 
-def _fail(config: TrainingConfig, error: BaseException, step: int | None) -> int:
+def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
     """Tell what happened and end at once: leaving the process group in order would wait for ranks that hang."""
-    import json
-    import socket
+    from tinytrain_dist import distributed
 
-    rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
-    expected = isinstance(error, TinytrainError)
-    record = {
-        "rank": rank, "host": host, "step": step, "type": type(error).__name__, "message": str(error),
-        "time": time.time(), "traceback": "" if expected else traceback.format_exc(),
-    }  # fmt: skip
-    folder = Path(config.target_dir)
-    path = folder / "error.json"
-    if folder.is_dir() and (rank == 0 or not expected):
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if expected and rank == 0:  # raised on every rank alike
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not expected:
-        print(record["traceback"], file=sys.stderr)
-        print(
-            f"error: rank {rank} on {host}, step {step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-        )
+    expected = isinstance(error, TinytrainError)  # raised on every rank alike, so one of them says it
+    rank, host = distributed.who()
+    where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
+    message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
+    trace = "" if expected else traceback.format_exc()
+    record = {"rank": rank, "host": host, "step": step, "message": message, "traceback": trace, "time": time.time()}
+    if (not expected or rank == 0) and folder is not None and folder.is_dir():
+        (folder / "error.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not distributed.tell_launcher(message) and (rank == 0 or not expected):
+        trace += f"error: {message}\n"
+    print(trace, end="", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2 if expected else 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinytrain_dist.errors import CheckpointError
@@ -224,7 +224,7 @@ class TensorReader:
             else:
                 with safe_open(single, "pt") as file:
                     self.files = dict.fromkeys(file.keys(), single.name)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:

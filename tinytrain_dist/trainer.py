@@ -74,6 +74,7 @@ class Trainer:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.config = config = resolve_vocab_size(config)
         self._open_data()
+        bits = decide_bits(config, context.device)
         fits = _fits(config, context)
         self.context = context = context.with_layout(
             choose_layout(config, context.world_size, context.local_world_size, fits)
@@ -90,9 +91,8 @@ class Trainer:
             decay_groups(self.model, config.weight_decay), config.lr_max, config.betas, config.eps, config.weight_decay
         )
         self.optimizer.materialize()
-        self.checkpoints = Checkpoints(
-            config, context, {"train": fingerprint(self.config.train_data or "", self.train)}
-        )
+        data = {"train": fingerprint(config.train_data or "", self.train)}
+        self.checkpoints = Checkpoints(config, context, data, bits)
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self.report: dict[str, Any] = {}
         self.unread: StepReport | None = None
@@ -331,6 +331,25 @@ def _fits(config: TrainingConfig, context: DistributedContext) -> bool:
     attention = 2 * shape.d_model * shape.head_width * (shape.num_heads + shape.kv_heads)
     parameters = embedding + shape.num_layers * (attention + 3 * shape.d_model * shape.ffn_dim)
     return 16 * parameters < 0.6 * torch.cuda.get_device_properties(context.device).total_memory
+
+
+def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
+    """Choose the kernels that a reproducible run needs; what decides the last bit besides the run's identity."""
+    threads = config.cpu_threads or (1 if config.reproducible else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if config.reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; we read none
+    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
+    return {
+        **{name: getattr(config, name) for name in settings},
+        "torch": torch.__version__,
+        "kernels": f"{device.type} {kernels}",
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
 
 
 def _environment(ranks: list[Any]) -> dict[str, Any]:

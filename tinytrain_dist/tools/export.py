@@ -1,4 +1,4 @@
-"""Owns `tinytrain export`: the weights of a checkpoint as a Hugging Face folder, and the proof that it is the same model.
+"""Owns `tinytrain export`: weights as a Hugging Face folder, and the proof that it is the same model.
 
 Must not know how checkpoints are made; it reads one and writes a new folder, tensor by tensor.
 """
@@ -27,7 +27,8 @@ from tinytrain_dist.tensorfiles import (
     write_json,
     write_tensors,
 )
-from tinytrain_dist.tools.inspect import Place, digest_of_tensor, find_checkpoint, read_state
+from tinytrain_dist.tools.compare import digest_of_tensor
+from tinytrain_dist.tools.inspect import Place, find_checkpoint, read_state
 from tinytrain_dist.tools.sample import load_model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -59,7 +60,9 @@ def export(
         raise CheckpointError(f"{out}: exists already and is not replaced; give another folder or delete it")
     step = read_state(source).get("step")
     if not step and not allow_untrained:
-        raise CheckpointError(f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained")
+        raise CheckpointError(
+            f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained"
+        )
     target: torch.dtype = getattr(torch, dtype)
     write_folder(source, out, target)
     count = sum(path.stat().st_size for path in out.iterdir())
@@ -123,8 +126,9 @@ def check_with_transformers(source: Path, out: Path, dtype: torch.dtype) -> str:
         import transformers
     except ModuleNotFoundError:
         return "not checked against transformers, which is not installed: pip install 'tinytrain_dist[hf]'"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet: Any = transformers.logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     ours = load_model(source, torch.device("cpu"))
     vocab_size = ours.config.vocab_size or 1
     prompt = torch.arange(min(32, ours.config.context_len))[None] * 997 % vocab_size
@@ -142,9 +146,6 @@ def check_with_transformers(source: Path, out: Path, dtype: torch.dtype) -> str:
             f"and report it with {out}/config.json"
         )
     cost = f"; rounding to {str(dtype).removeprefix('torch.')} moved them by {(exact - rounded).abs().max().item():.2g}"
-    return (
-        f"checked: transformers {transformers.__version__} gives our logits, largest difference {difference:.2g}"
-        + (cost if dtype != torch.float32 else "")
+    return f"checked: transformers {transformers.__version__} gives our logits, largest difference {difference:.2g}" + (
+        cost if dtype != torch.float32 else ""
     )
-
-

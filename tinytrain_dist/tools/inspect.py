@@ -1,38 +1,32 @@
-"""Owns looking at what runs left on disk: `tinytrain ls`, `verify`, `hash` and `compare`, and finding a checkpoint.
+"""Owns what runs left on disk: finding a run's checkpoints and its record, `tinytrain ls` and `tinytrain verify`.
 
-Must not know how a run is trained, and changes nothing: every verb only reads.
+Must not know how a run is trained, and changes nothing: it only reads.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from tinytrain_dist.checkpoint import STATE
 from tinytrain_dist.config import read_toml
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
-from tinytrain_dist.tensorfiles import DTYPES, MANIFEST, TensorReader, problems_in, read_manifest
+from tinytrain_dist.tensorfiles import MANIFEST, problems_in, read_manifest
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, and what is set aside: .tmp, .damaged
 RUN_FILES = ("config.toml", "state.json", "environment.json", "logs", "checkpoints")
-KINDS = {"model": "weights", "optimizer": "optimizer"}
-SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
-SHOWN = 10  # lines of a list that may be long
 
 Place = tyro.conf.Positional[Path]
 Record = dict[str, Any]
@@ -53,7 +47,7 @@ class Run:
     def at(cls, folder: Path) -> Run | None:
         """The run in `folder`, which may also be its folder of checkpoints; None if there is none."""
         if any((folder / name).exists() for name in RUN_FILES):
-            settings = _settings(folder)
+            settings = settings_of(folder)
             checkpoints = Path(settings.get("ckpt_dir") or folder / "checkpoints")
             logs = Path(settings.get("log_dir") or folder / "logs")
             return cls(folder, checkpoints, logs / f"{settings.get('log_save_prefix', 'metrics')}.jsonl")
@@ -73,7 +67,7 @@ class Run:
         return [path for path in self.step_folders() if not set_aside(path)]
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """What config.toml says, {} where there is none or it cannot be read: looking must not fail of it."""
     try:
         return read_toml(folder / "config.toml")[0] if (folder / "config.toml").is_file() else {}
@@ -290,7 +284,7 @@ def _list_runs(runs: list[Run]) -> None:
         losses = [f"{found[0]['loss']:.4f}" if found else "" for found in last.values()]
         step = max((record["step"] for record in records), default=None)
         age = human_age(time.time() - run.records.stat().st_mtime) + " ago" if records else ""
-        total = str(_settings(run.folder).get("total_steps", ""))
+        total = str(settings_of(run.folder).get("total_steps", ""))
         shown = "" if step is None else str(step)
         table.add_row(run.folder.name, _run_state(run, step), shown, total, *losses, str(len(run.committed())), age)
     _show(table)
@@ -300,10 +294,8 @@ def _run_state(run: Run, last_step: int | None) -> Text:
     """state.json's word, unless the record or error.json is newer than it."""
     state: dict[str, Any] = {}
     path, failure = run.folder / "state.json", run.folder / "error.json"
-    try:
+    with contextlib.suppress(OSError, ValueError):  # none yet: the run goes on, or died without a word
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass  # none yet: the run goes on, or died without a word
     written = path.stat().st_mtime if state else 0.0
     if failure.exists() and failure.stat().st_mtime > written:
         return Text("failed", "bold red")
@@ -344,183 +336,6 @@ def verify(place: Place) -> int:
     return 1 if damaged else 0
 
 
-# ---------------------------------------------------------------- hash
-
-
-def digest_of_tensor(value: Tensor) -> str:
-    """sha256 of the bytes of a tensor's values, as the manifest has it."""
-    flat: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
-    return hashlib.sha256(memoryview(flat)).hexdigest()
-
-
-def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, dict[str, list[Any]]]:
-    """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, digest].
-
-    recompute: read the tensors, instead of taking the manifest's word.
-    """
-    manifest, found = read_manifest(checkpoint), {}
-    for kind in (kind for kind in KINDS if kind in manifest.tensors):
-        entries: dict[str, list[Any]] = {}
-        reader = TensorReader(checkpoint, kind) if recompute else None
-        for name, noted in manifest.tensors[kind].items():
-            if reader:
-                value = reader.read(name)
-                entries[name] = [list(value.shape), DTYPES[value.dtype], digest_of_tensor(value)]
-            else:
-                entries[name] = [noted["shape"], noted["dtype"], noted["sha256"]]
-        found[kind] = entries
-    if "optimizer" in found and (checkpoint / STATE).is_file():
-        values = read_state(checkpoint).get("optimizer", {}).get("state", {})
-        found["optimizer"] |= {name: [[], "value", repr(value)] for name, value in values.items()}
-    return found
-
-
-def digest_of(entries: dict[str, list[Any]]) -> str:
-    """One sha256 over all entries in the order of their names: no trace of how they are split over files."""
-    lines = [json.dumps([name, *entry], separators=(",", ":")) for name, entry in sorted(entries.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def hash_(place: Place, recompute: bool = False) -> int:
-    """Print one digest of the weights and one of the optimizer state; equal digests mean equal bits.
-
-    Args:
-        place: A checkpoint, or a run: its newest valid checkpoint.
-        recompute: Read the tensors instead of trusting the manifest; exit code 1 if they are not what it says.
-    """
-    checkpoint = find_checkpoint(place)
-    print(checkpoint, file=sys.stderr)
-    trusted = tensor_entries(checkpoint)
-    entries = tensor_entries(checkpoint, recompute=True) if recompute else trusted
-    for kind, found in entries.items():
-        print(f"{KINDS[kind]:<9}  {digest_of(found)}  {len(found)} tensors")
-    wrong = [name for kind in entries for name in entries[kind] if entries[kind][name] != trusted[kind][name]]
-    for name in wrong[:SHOWN]:
-        print(f"DAMAGED  {name}: is not what {MANIFEST} says; use another checkpoint", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-# ---------------------------------------------------------------- compare
-
-
-def compare(a: Place, b: Place) -> int:
-    """Say where two runs part: the first logged step at which loss or gradient norm differ in any bit.
-
-    Also compared: the newest checkpoint of a step that both have, config.toml and environment.json. With a checkpoint
-    on either side only tensors are compared. Exit code 0: the same; 1: different.
-
-    Args:
-        a: A run (its target_dir) or a checkpoint.
-        b: Another one.
-    """
-    if is_checkpoint(a) or is_checkpoint(b):
-        return 1 if _compare_tensors(find_checkpoint(a), find_checkpoint(b)) else 0
-    runs = open_run(a), open_run(b)
-    differ = _compare_records(*runs)
-    common = {step_of(path): path for path in runs[0].committed()}
-    pairs = [(common[step_of(path)], path) for path in runs[1].committed() if step_of(path) in common]
-    if pairs:
-        print(f"checkpoints at step {step_of(pairs[-1][0])}")
-        differ |= _compare_tensors(*pairs[-1])
-    for name, values in (("config.toml", _settings), ("environment.json", _environment)):
-        _print_differences(name, values(runs[0].folder), values(runs[1].folder))
-    print("different" if differ else "the same")
-    return 1 if differ else 0
-
-
-def _compare_records(a: Run, b: Run) -> bool:
-    records = read_records(a.records), read_records(b.records)
-    differ, compared = False, 0
-    for title, (kind, key) in SERIES.items():
-        one, two = ({r["step"]: float(r[key]) for r in run if r["kind"] == kind and key in r} for run in records)
-        common = sorted(one.keys() & two.keys())
-        compared += len(common)
-        if not common:
-            continue
-        parting = next((step for step in common if repr(one[step]) != repr(two[step])), None)
-        if parting is None:
-            print(f"{title:<14} the same to the bit at {len(common)} steps, {common[0]} to {common[-1]}")
-            continue
-        differ = True
-        print(
-            f"{title:<14} first differs at step {parting}: {one[parting]!r} and {two[parting]!r}, "
-            f"by {abs(one[parting] - two[parting]):.3g}; at the last common step {common[-1]} by "
-            f"{abs(one[common[-1]] - two[common[-1]]):.3g}"
-        )
-    if not compared:
-        raise TinytrainError(
-            f"{a.records} and {b.records}: no step was logged in both ({_span(records[0])} and {_span(records[1])}); "
-            "train both with the same log_every"
-        )
-    ends = [max(record["step"] for record in run) for run in records]
-    if ends[0] != ends[1]:
-        print(f"{'':<14} the first ends at step {ends[0]}, the second at step {ends[1]}")
-    return differ
-
-
-def _span(records: list[Record]) -> str:
-    steps = [record["step"] for record in records]
-    return f"steps {min(steps)} to {max(steps)}" if steps else "nothing logged"
-
-
-def _compare_tensors(a: Path, b: Path) -> bool:
-    """Print which tensors of two checkpoints are not the same, with the largest difference; whether there are any."""
-    entries, differ = (tensor_entries(a), tensor_entries(b)), False
-    for kind in (kind for kind in KINDS if kind in entries[0] or kind in entries[1]):
-        one, two = (found.get(kind, {}) for found in entries)
-        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-        if not names:
-            print(f"{KINDS[kind]:<14} the same to the bit, {len(one)} tensors, {digest_of(one)[:16]}")
-            continue
-        differ = True
-        print(f"{KINDS[kind]:<14} {len(names)} of {len({**one, **two})} tensors differ")
-        for name in names[:SHOWN]:
-            print(f"  {name}: {_tensor_difference(a, b, kind, name, one.get(name), two.get(name))}")
-        if len(names) > SHOWN:
-            print(f"  and {len(names) - SHOWN} more")
-    return differ
-
-
-def _tensor_difference(a: Path, b: Path, kind: str, name: str, one: Any, two: Any) -> str:
-    if one is None or two is None:
-        return f"only in {b if one is None else a}"
-    if one[:2] != two[:2] or one[1] == "value":
-        return " and ".join(f"{entry[2]}" if entry[1] == "value" else f"{entry[1]} {entry[0]}" for entry in (one, two))
-    x, y = (TensorReader(path, kind).read(name).double() for path in (a, b))
-    return f"largest difference {(x - y).abs().max().item():.3g}, largest value {x.abs().max().item():.3g}"
-
-
-def _environment(folder: Path) -> dict[str, Any]:
-    """environment.json with nested names joined, and the ranks as one line."""
-    try:
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    ranks = found.pop("ranks", [])
-    places = [f"{rank.get('device')} of {rank.get('host')}" for rank in ranks]
-    return {"ranks": f"{len(ranks)}: {', '.join(places[:4])}{', ...' if places[4:] else ''}", **dict(_flat(found))}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _print_differences(name: str, a: dict[str, Any], b: dict[str, Any]) -> None:
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key != "target_dir"]
-    print(
-        f"{name:<14} " + ("the same" if not keys else f"{len(keys)} differ") + ("" if a and b else ", one is missing")
-    )
-    for key in keys if a and b else []:
-        print(f"  {key}: {a.get(key, 'not set')} and {b.get(key, 'not set')}")
-
-
-# ---------------------------------------------------------------- the verbs
-
-
 def ls_main(args: list[str]) -> int:
     """`tinytrain ls`."""
     return tyro.cli(ls, prog="tinytrain ls", args=args)
@@ -529,13 +344,3 @@ def ls_main(args: list[str]) -> int:
 def verify_main(args: list[str]) -> int:
     """`tinytrain verify`."""
     return tyro.cli(verify, prog="tinytrain verify", args=args)
-
-
-def hash_main(args: list[str]) -> int:
-    """`tinytrain hash`."""
-    return tyro.cli(hash_, prog="tinytrain hash", args=args)
-
-
-def compare_main(args: list[str]) -> int:
-    """`tinytrain compare`."""
-    return tyro.cli(compare, prog="tinytrain compare", args=args)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,37 +64,6 @@ def draw(logits_v: Tensor, rng: np.random.Generator, temperature: float, top_k: 
     return int(order[min(int(np.searchsorted(below, rng.random(), side="right")), len(below) - 1)])
 
 
-def stream(
-    model: nn.Module,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = None,
-    seed: int = 0,
-    stop_id: int | None = None,
-    context_len: int | None = None,
-) -> Iterator[int]:
-    """New ids one by one as they are drawn, until `max_new_tokens` or `stop_id`, which is not given out.
-
-    The model sees the last context_len ids (None: the configuration's), counted from position 0 as in training; with
-    the same seed the same ids come. Errors: ValueError if `ids` is empty.
-    """
-    window = context_len or getattr(getattr(model, "config", None), "context_len", None)
-    if not ids or not window:
-        raise ValueError("stream: needs at least one id to start from, and a context_len")
-    rng, known = np.random.default_rng(seed), list(ids)
-    device = next(model.parameters()).device
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits_btv = model(torch.tensor([known[-window:]], device=device))
-        drawn = draw(logits_btv[0, -1], rng, temperature, top_k, top_p)
-        if drawn == stop_id:
-            return
-        known.append(drawn)
-        yield drawn
-
-
 def generate(
     model: nn.Module,
     ids: Sequence[int],
@@ -104,9 +73,30 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_id: int | None = None,
+    *,
+    context_len: int | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """What `stream` gives, as a list: the new ids without the prompt."""
-    return list(stream(model, ids, max_new_tokens, temperature, top_k, top_p, seed, stop_id))
+    """The ids that the model writes after `ids`: max_new_tokens, or fewer if it draws `stop_id`, which is left out.
+
+    The model sees the last context_len ids (None: its configuration's), counted from position 0 as in training. The
+    same seed gives the same ids. on_token is told each id as it comes. Errors: ValueError if `ids` is empty.
+    """
+    window = context_len or getattr(getattr(model, "config", None), "context_len", None)
+    if not ids or not window:
+        raise ValueError("generate: needs at least one id to start from, and a context_len")
+    rng, known = np.random.default_rng(seed), list(ids)
+    device = next(model.parameters()).device
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits_btv = model(torch.tensor([known[-window:]], device=device))
+        drawn = draw(logits_btv[0, -1], rng, temperature, top_k, top_p)
+        if drawn == stop_id:
+            break
+        known.append(drawn)
+        if on_token:
+            on_token(drawn)
+    return known[len(ids) :]
 
 
 class TextStream:
@@ -194,20 +184,25 @@ def main(args: list[str]) -> int:
     _check_prompt(ids, model.config)
     for number in range(options.num_samples):
         if options.num_samples > 1:
-            print(f"{'' if number == 0 else chr(10)}--- {number + 1} of {options.num_samples} ---")
-        seed = options.seed + number
-        new = stream(
-            model, ids, options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, end
-        )  # fmt: skip
-        if tokenizer is None:
-            print(",".join(map(str, [*ids, *new])))
-            continue
-        print(tokenizer.decode([i for i in ids if i != end], skip_special_tokens=False), end="", flush=True)
-        text = TextStream(tokenizer, ids)
-        for drawn in new:
-            print(text.add(drawn), end="", flush=sys.stdout.isatty())
-        print(text.rest())
+            print(f"{chr(10) if number else ''}--- {number + 1} of {options.num_samples} ---")
+        _write(options, model, tokenizer, ids, end, options.seed + number)
     return 0
+
+
+def _write(options: Options, model: nn.Module, tokenizer: Any, ids: list[int], end: int | None, seed: int) -> None:
+    """One sample on stdout: text piece by piece, or without a tokenizer the ids."""
+    text = TextStream(tokenizer, ids) if tokenizer else None
+
+    def show(drawn: int) -> None:
+        if text:
+            print(text.add(drawn), end="", flush=sys.stdout.isatty())
+
+    if tokenizer:
+        print(tokenizer.decode([i for i in ids if i != end], skip_special_tokens=False), end="", flush=True)
+    new = generate(
+        model, ids, options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, end, on_token=show
+    )
+    print(text.rest() if text else ",".join(map(str, [*ids, *new])))
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

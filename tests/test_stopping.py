@@ -1,0 +1,103 @@
+"""Owns the checks of the wish to stop: signals, the stop file and the deadline only ever raise a flag.
+
+Must not know the loop that obeys. Clocks are put in, signals are sent to this process, handlers are restored.
+"""
+
+import os
+import signal
+
+import pytest
+
+from tinytrain_dist import stopping
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stopping.install_handlers()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    stopping._received.clear()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(stopping, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_only_raises_the_flag(handlers, tmp_path, number):
+    requests = stopping.StopRequests(tmp_path, None, look_at_file=True)
+    assert requests.reason() == ""
+    os.kill(os.getpid(), number)
+    assert requests.reason() == signal.Signals(number).name
+    assert requests.reason() == signal.Signals(number).name
+
+
+def test_the_first_signal_is_the_one_that_is_obeyed(handlers, tmp_path):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.StopRequests(tmp_path, None, look_at_file=False).reason() == "SIGUSR1"
+
+
+def test_a_signal_before_the_run_is_not_forgotten(handlers, tmp_path):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.StopRequests(tmp_path, 100.0, look_at_file=True).reason() == "SIGTERM"
+
+
+def test_the_stop_file_is_seen_and_named(clock, tmp_path):
+    requests = stopping.StopRequests(tmp_path, None, look_at_file=True)
+    assert requests.reason() == ""
+    (tmp_path / "stop").touch()
+    clock.now += 1.5
+    assert requests.reason() == f"stop file {tmp_path / 'stop'}"
+
+
+def test_the_stop_file_is_looked_at_once_a_second(clock, tmp_path):
+    requests = stopping.StopRequests(tmp_path, None, look_at_file=True)
+    requests.reason()
+    (tmp_path / "stop").touch()
+    clock.now += 0.5
+    assert requests.reason() == ""
+    clock.now += 0.6
+    assert requests.reason() != ""
+
+
+def test_only_one_rank_looks_at_the_file(clock, tmp_path):
+    (tmp_path / "stop").touch()
+    assert stopping.StopRequests(tmp_path, None, look_at_file=False).reason() == ""
+    assert stopping.StopRequests(tmp_path, None, look_at_file=True).reason() != ""
+
+
+def test_the_deadline(clock, tmp_path):
+    requests = stopping.StopRequests(tmp_path, 60.0, look_at_file=False)
+    clock.now += 60.0
+    assert requests.reason() == ""
+    clock.now += 0.1
+    assert requests.reason() == "time_limit"
+
+
+def test_what_a_save_takes_is_kept_before_the_deadline(clock, tmp_path):
+    requests = stopping.StopRequests(tmp_path, 60.0, look_at_file=False)
+    clock.now += 50.0
+    assert requests.reason(reserve_seconds=9.0) == ""
+    assert requests.reason(reserve_seconds=11.0) == "time_limit"
+
+
+def test_without_a_limit_there_is_no_deadline(clock, tmp_path):
+    requests = stopping.StopRequests(tmp_path, None, look_at_file=False)
+    clock.now += 1e9
+    assert requests.reason(reserve_seconds=1e9) == ""
