@@ -8,9 +8,11 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -59,6 +61,7 @@ COLLECTIVES = re.compile(
 TYPES_OF_DISTRIBUTION = re.compile(
     r"torch\.distributed\.(fsdp|tensor|device_mesh|algorithms)\b|torch\.distributed\.(GradBucket|ProcessGroup)$"
 )
+LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # what starts ranks is no rank
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "reduction", "optim"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
@@ -182,6 +185,8 @@ def goes_through_the_door(file: File) -> list[str]:
     problems = []
     for node, full in dotted_names(file):
         if not full.startswith("torch.distributed"):
+            continue
+        if file.module == "launch" and LAUNCHER.match(full):
             continue
         if COLLECTIVES.search(full.removeprefix("torch.distributed")):
             problems.append(f"{file.at(node)} uses {full}; give DistributedContext a method for it and call that")
@@ -319,17 +324,37 @@ def test_no_rule_forbids_what_the_design_allows(path: str, text: str) -> None:
 # ---------------------------------------------------------------- rules about the whole
 
 
+def code_lines(file: File) -> int:
+    """Lines that hold code: the budget is for concepts, and must not be met by leaving out what explains them."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(file.text).readline):
+        if token.type not in layout:
+            found.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(found)
+
+
+def test_code_lines_leave_out_what_explains() -> None:
+    text = (
+        '"""Doc\nstring."""\n\n# comment\nx = (1 +\n     2)  # sum\n\ndef f():\n    """Doc."""\n    return """a\nb"""\n'
+    )
+    assert code_lines(file_of("tinytrain_dist/data.py", text)) == 5
+
+
 @pytest.mark.parametrize(("part", "limit"), [("core", CORE_LINES), ("tools", TOOLS_LINES)])
 def test_the_package_fits_its_budget(part: str, limit: int) -> None:
     lines = {}
     for file in files():
         where = {"tools": "tools", "cli": "", "launch": ""}.get(file.module, "core")
         if where == part:
-            lines[str(file.path)] = len(file.text.splitlines())
+            lines[str(file.path)] = code_lines(file)
     listing = "\n".join(f"{count:6} {path}" for path, count in sorted(lines.items(), key=lambda item: -item[1]))
     assert sum(lines.values()) <= limit, (
-        f"the {part} has {sum(lines.values())} lines of {limit}. The budget is for concepts, not for characters: "
-        f"drop or merge a concept, do not squeeze lines.\n{listing}"
+        f"the {part} has {sum(lines.values())} lines of code of {limit}. The budget is for concepts, not for "
+        f"characters: drop or merge a concept, do not squeeze lines.\n{listing}"
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 from distributed_helper import run_ranks
 from training import Run, fit, settings_for, train
+
+from tinytrain_dist.errors import CheckpointError
 
 pytestmark = pytest.mark.multiprocess
 
@@ -110,6 +115,101 @@ def test_saved_on_four_loaded_on_any(folder: Path, ranks: int, mode: str) -> Non
     shutil.copytree(source, folder / f"four-to-{mode}{ranks}")
     run = train(folder, f"four-to-{mode}{ranks}", ranks, parallel=mode, **twelve)
     assert_close(run, one_process(folder, **twelve))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_runs_have_the_same_bits_on_any_layout(folder: Path, precision: str) -> None:
+    variant = {"reproducible": True, "compile": True, "total_steps": 3, "precision": precision}
+    expected = one_process(folder, **variant)
+    eager = one_process(folder, **{**variant, "compile": False})
+    assert expected.values("train", "loss") == pytest.approx(eager.values("train", "loss"), rel=1e-3)
+    for name, ranks, mode in (LAYOUTS[0], LAYOUTS[1], LAYOUTS[5]):
+        run = train(folder, f"compiled-{name}-{len(references)}", ranks, **mode, **variant)
+        assert run.digests() == expected.digests(), name
+
+
+def test_what_does_not_decide_bits_changes_nothing(folder: Path) -> None:
+    """How often is logged, evaluated and saved, in files of what size, and how far ahead data is read."""
+    expected = one_process(folder, reproducible=True)
+    settings = {"log_every": 4, "eval_every": 2, "eval_steps": 3, "ckpt_every": 2, "max_shard_bytes": 300}
+    run_ranks(2, fit, settings_for(folder, "else", parallel="fsdp", reproducible=True, **settings), read_ahead)
+    run = Run(folder / "else")
+    assert len(list(run.checkpoint.glob("*.safetensors"))) > 10
+    assert run.digests() == expected.digests()
+
+
+def read_ahead(_: Any) -> None:
+    from tinytrain_dist import trainer as module
+    from tinytrain_dist.data import Prefetcher
+
+    module.Prefetcher = functools.partial(Prefetcher, depth=7)  # type: ignore[misc, assignment]
+
+
+LONG = {"reproducible": True, "total_steps": 30, "grad_clip_norm": 0.7, "eval_every": 7, "ckpt_every": 5}
+
+
+def die(trainer: Any, step: int, in_save: bool) -> None:
+    """SIGKILL this rank in the middle of a step, or of a save."""
+    from tinytrain_dist import checkpoint
+
+    def kill(*_: Any) -> None:
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if in_save and trainer.context.is_main:
+        checkpoint.write_bytes = kill  # the tensors are written, the rest is not
+    elif not in_save:
+        trainer.model.register_forward_pre_hook(kill)
+
+
+def test_killed_twice_and_moved_equals_thirty_steps_on_one_rank(folder: Path) -> None:
+    """4 ranks FSDP, SIGKILL; 2 ranks DDP, SIGKILL in the middle of a save; 1 rank to the end."""
+    expected = one_process(folder, **LONG)
+    norms = expected.values("train", "grad_norm")
+    assert min(norms) < 0.7 < max(norms), "clipping must be active in some steps only"
+    for ranks, mode, step, in_save in ((4, "fsdp", 12, False), (2, "ddp", 20, True)):
+        dying = functools.partial(die, step=step, in_save=in_save)
+        with pytest.raises(AssertionError, match="SIGKILL"):
+            run_ranks(ranks, fit, settings_for(folder, "moved", parallel=mode, **LONG), dying)
+    left = sorted(path.name for path in (folder / "moved" / "checkpoints").iterdir())
+    assert left == ["checkpoint-00000010", "checkpoint-00000015", "checkpoint-00000020.tmp"]
+    run = train(folder, "moved", 1, parallel="none", **LONG)
+    assert run.digests() == expected.digests()
+    assert run.values("train", "loss") == expected.values("train", "loss")
+
+
+def drift(settings: dict[str, Any]) -> str:
+    try:
+        fit(settings)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_drift_is_refused_with_both_values_unless_allowed(folder: Path) -> None:
+    train(folder, "drift", 1, parallel="none", reproducible=True, stop_at_step=2)
+    other = settings_for(folder, "drift", parallel="none", reproducible=True, micro_batch_size=2, precision="bf16")
+    message = run_ranks(1, drift, other)[0]
+    assert "micro_batch_size: 1 in the checkpoint, 2 now" in message
+    assert "precision: fp32 in the checkpoint, bf16 now" in message
+    assert run_ranks(1, drift, {**other, "cpu_threads": 2, "allow_drift": True})[0] == "no error"
+
+
+GOLDEN = [
+    3.95781, 3.9003, 3.78238, 3.67609, 3.58015, 3.52844, 3.48184, 3.39122, 3.30237, 3.30887,
+    3.2464, 3.19162, 3.14811, 3.11376, 3.04035, 3.03099, 3.03428, 2.99268, 3.01444, 3.02626,
+]  # fmt: skip
+
+
+def test_golden_curve(tmp_path: Path) -> None:
+    run = train(tmp_path, "golden", 1, parallel="none", total_steps=20, micro_batch_size=4)
+    losses = run.values("train", "loss")
+    assert losses == pytest.approx(GOLDEN, rel=1e-4), (
+        "the loss curve of a fixed run moved. If sampling, initial weights, schedule, loss, clipping or AdamW were "
+        "meant to change, say so in CHANGELOG.md (every user's runs change with it) and replace GOLDEN by\n"
+        f"{[round(loss, 5) for loss in losses]}\nOtherwise find the change that did it: git bisect run pytest -k golden"
+    )
 
 
 def break_tree(_: Any) -> None:

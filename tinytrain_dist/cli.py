@@ -50,6 +50,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `tinytrain ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # no permission, a full disk, a file that went away: the system's sentence names it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -103,13 +103,14 @@ def _fill_vectors(*pieces: list[Tensor]) -> Callable[[], None]:
 
     torch's fused CPU kernel computes the last, incomplete vector with scalar code that rounds differently (measured:
     37 of 100,003 second moments differ when the tensor is cut into 38 pieces). Sharding moves those ends, so without
-    this the update of an element would depend on the number of ranks.
+    this the update of an element would depend on the number of ranks. It also walks memory in order whatever the
+    strides, so a transposed weight would be updated with other elements' gradients: those are made contiguous here.
     """
     originals: list[tuple[Tensor, Tensor]] = []
     for tensors in pieces:
         for i, tensor in enumerate(tensors):
             missing = -tensor.numel() % LANES
-            if missing and tensor.device.type == "cpu":
+            if tensor.device.type == "cpu" and (missing or not tensor.is_contiguous()):
                 tensors[i] = torch.nn.functional.pad(tensor.reshape(-1), (0, missing))
                 originals.append((tensor, tensors[i]))
 

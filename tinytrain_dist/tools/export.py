@@ -46,6 +46,7 @@ def export(
     out: Place,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     allow_untrained: bool = False,
+    check: bool = True,
 ) -> int:
     """Copy the weights, config.json and the tokenizer into a new folder that transformers, vLLM and others load.
 
@@ -54,6 +55,7 @@ def export(
         out: The folder to write; it appears complete or not at all, and is never replaced.
         dtype: Type of the weights in it.
         allow_untrained: Also export a model that has made no step.
+        check: Before the folder appears, load it with transformers where that is installed, and compare the logits.
     """
     source = find_checkpoint(checkpoint)
     if os.path.lexists(out):
@@ -64,17 +66,18 @@ def export(
             f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained"
         )
     target: torch.dtype = getattr(torch, dtype)
-    write_folder(source, out, target)
+    said = write_folder(source, out, target, check)
     count = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: the weights of {source} (step {step}) as {dtype}, {count / 1e6:,.1f} MB")
-    print(check_with_transformers(source, out, target))
+    print(said)
     return 0
 
 
-def write_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write `out` beside its final name and rename it. Each tensor is held against the manifest as it is read.
+def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
+    """Write `out` beside its final name, check it, and rename it; a sentence that says how it was checked.
 
-    Errors: CheckpointError for a tensor that is not what was saved, values too large for the type, or a full disk.
+    Each tensor is held against the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
+    saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
     """
     noted, reader = read_manifest(source).tensors["model"], TensorReader(source, "model")
     description = _description(source, dtype)
@@ -86,7 +89,9 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
         cast = value.to(dtype)
         if not bool(cast.isfinite().all()):
             largest, limit = value.abs().max().item(), torch.finfo(dtype).max
-            raise CheckpointError(f"dtype: {spec.name} reaches {largest:g}, {dtype} ends at {limit:g}; use bfloat16")
+            raise CheckpointError(
+                f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
+            )
         return cast
 
     aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
@@ -98,7 +103,9 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 write_bytes(aside, name, (source / name).read_bytes(), manifest)
+        said = check_with_transformers(source, aside, dtype) if check else "not checked, as asked"
         commit(aside, out, manifest)
+        return said
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error}); give another place") from None
     finally:
@@ -113,14 +120,13 @@ def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
         ) from None
-    name = str(dtype).removeprefix("torch.")
-    return {**found, "dtype": name, "torch_dtype": name}
+    return {**found, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
 
 
-def check_with_transformers(source: Path, out: Path, dtype: torch.dtype) -> str:
-    """Hold the logits of `out` in transformers against ours, both computed in float32; a sentence with the difference.
+def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> str:
+    """Hold the logits of `folder` in transformers against ours, both in float32; a sentence with the difference.
 
-    Errors: CheckpointError if they differ by more than rounding explains.
+    Errors: CheckpointError if transformers cannot load it, or if they differ by more than rounding explains.
     """
     try:
         import transformers
@@ -137,15 +143,25 @@ def check_with_transformers(source: Path, out: Path, dtype: torch.dtype) -> str:
         parameter.copy_(parameter.to(dtype))
     rounded = ours(prompt)
     del ours  # one model in memory at a time
-    with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(prompt).logits
+    name = f"transformers {transformers.__version__}"
+    try:
+        with torch.no_grad():
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(prompt).logits
+    except Exception as error:  # whatever it raises, the folder is of no use
+        raise CheckpointError(
+            f"{source}: {name} cannot load its export ({error}); --no-check exports anyway"
+        ) from error
     difference = (theirs - rounded).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, rounded.abs().max().item()):
         raise CheckpointError(
-            f"{out}: transformers computes other logits than we do, by up to {difference:.3g}; do not use this folder, "
-            f"and report it with {out}/config.json"
+            f"{source}: {name} computes other logits than we do, by up to {difference:.3g}, so nothing is exported; "
+            "compare its config.json with the settings of the run, or add --no-check"
         )
-    cost = f"; rounding to {str(dtype).removeprefix('torch.')} moved them by {(exact - rounded).abs().max().item():.2g}"
-    return f"checked: transformers {transformers.__version__} gives our logits, largest difference {difference:.2g}" + (
-        cost if dtype != torch.float32 else ""
-    )
+    said = f"checked: {name} gives our logits, largest difference {difference:.2g}"
+    if dtype != torch.float32:
+        said += f"; rounding to {_name(dtype)} moved them by {(exact - rounded).abs().max().item():.2g}"
+    return said
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

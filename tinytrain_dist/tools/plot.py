@@ -276,11 +276,10 @@ def draw_schedule(config: TrainingConfig, out: Path) -> None:
     steps = sorted(points)
     ax.plot(steps, [rate(step) for step in steps], color=COLOURS[0], linewidth=1.8)
     ax.plot([step for _, step in marks], [rate(step) for _, step in marks], "o", color=COLOURS[0], clip_on=False)
-    values = "    ".join(f"{name} (step {step:,}): {rate(step):.3g}" for name, step in marks)
+    values = "   ".join(f"{name} (step {step:,}) {rate(step):.3g}" for name, step in marks)
     ax.set_title(f"{_title(config)}\n", loc="left", fontsize=11, color=INK)
-    ax.annotate(
-        values, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", color=INK, fontsize=9
-    )
+    place: dict[str, Any] = {"xytext": (0, 8), "xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate(values, (0, 1), fontsize=8, color=INK, **place).set_in_layout(False)
     ax.set_ylim(0, 1.05 * max(rate(step) for step in steps))
     ax.set_ylabel("learning rate", color=INK)
     ax.yaxis.set_major_formatter("{x:.2g}")

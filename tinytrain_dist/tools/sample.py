@@ -151,8 +151,8 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: cuda where there is one."""
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError with everything that is wrong."""
+    def check(self) -> None:
+        """Raise ConfigError with everything that is wrong; not in __post_init__, which tyro reports in its own way."""
         found = [
             f"{name}: {getattr(self, name)} must be {what}"
             for name, ok, what in (
@@ -176,6 +176,7 @@ class Options:
 def main(args: list[str]) -> int:
     """`tinytrain sample`: the prompt and what the model makes of it, on stdout as it comes."""
     options = tyro.cli(Options, prog="tinytrain sample", args=args)
+    options.check()
     checkpoint = find_checkpoint(options.checkpoint, "model")
     tokenizer, end = load_tokenizer(checkpoint), end_id(checkpoint)
     ids = _prompt_ids(options, checkpoint, tokenizer, end)
@@ -247,7 +248,9 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | N
             "--prompt-ids 1,2,3, or train with data that `tinytrain prepare` made"
         )
     if options.prompt:
-        found: list[int] = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        # a terminal that is not UTF-8 gives bytes as lone surrogates, which no tokenizer takes
+        prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        found: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
         return found
     if end is None:
         raise ConfigError(

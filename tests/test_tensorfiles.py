@@ -1,0 +1,339 @@
+"""Owns the checks of tensor folders: safetensors' own loader reads them, and no damage goes unseen."""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.tensorfiles import (
+    MANIFEST,
+    Manifest,
+    Spec,
+    TensorReader,
+    commit,
+    cut_into_files,
+    problems_in,
+    read_manifest,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(6, 5, generator=generator)
+    return {
+        "layers.0.weight": wide,
+        "transposed": torch.randn(4, 3, generator=generator).T,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 7),
+        "bf16": wide.bfloat16(),
+        "f16": wide.half(),
+        "f64": wide.double(),
+        "ids": torch.arange(9),
+        "i32": torch.arange(3, dtype=torch.int32),
+        "i16": torch.arange(3, dtype=torch.int16),
+        "i8": torch.arange(3, dtype=torch.int8),
+        "u8": torch.arange(3, dtype=torch.uint8),
+        "flags": torch.tensor([True, False, True]),
+        'a "name" with ünïcode': torch.ones(2),
+    }
+
+
+def specs_of(tensors: dict[str, Tensor]) -> list[Spec]:
+    return [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+
+
+def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 << 30, name: str = "done") -> Path:
+    aside = parent / f"{name}.tmp"
+    aside.mkdir()
+    manifest = Manifest()
+    write_tensors(aside, "model", specs_of(tensors), lambda spec: tensors[spec.name], max_bytes, manifest)
+    write_json(aside, "state.json", {"step": 3}, manifest)
+    write_bytes(aside, "notes.bin", b"\x00\x01", manifest)
+    commit(aside, parent / name, manifest)
+    return parent / name
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(found, expected)
+
+
+# --- cutting -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 20), max_size=12), st.integers(1, 60))
+def test_files_are_consecutive_full_and_not_too_large(sizes, limit):
+    specs = [Spec(str(i), (size,), torch.float32) for i, size in enumerate(sizes)]
+    files = cut_into_files(specs, limit)
+    assert [spec for group in files for spec in group] == specs
+    assert all(files)
+    totals = [sum(spec.nbytes for spec in group) for group in files]
+    assert all(total <= limit or len([s for s in group if s.nbytes]) == 1 for total, group in zip(totals, files))  # noqa: B905
+    for total, after in zip(totals, files[1:], strict=False):
+        assert total + after[0].nbytes > limit  # the first of the next file would not have fitted
+
+
+def test_a_tensor_larger_than_a_file_gets_its_own():
+    sizes = {"a": 2, "big": 100, "b": 2, "c": 1}
+    specs = [Spec(name, (size,), torch.float32) for name, size in sizes.items()]
+    assert [[s.name for s in group] for group in cut_into_files(specs, 16)] == [["a"], ["big"], ["b", "c"]]
+
+
+def test_bytes_of_a_tensor():
+    assert Spec("x", (3, 5), torch.bfloat16).nbytes == 30
+    assert Spec("x", (), torch.float64).nbytes == 8
+    assert Spec("x", (0, 5), torch.float64).nbytes == 0
+
+
+# --- writing and reading -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_bytes", [1, 200, 1 << 30])
+def test_safetensors_own_loader_reads_what_is_written(tmp_path, max_bytes):
+    tensors = some_tensors()
+    folder = write_folder(tmp_path, tensors, max_bytes)
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    assert set(found) == set(tensors)
+    for name, expected in tensors.items():
+        assert_same(found[name], expected)
+
+
+def test_the_index_says_where_each_tensor_lies(tmp_path):
+    tensors = some_tensors()
+    folder = write_folder(tmp_path, tensors, 200)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 1
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert index["weight_map"] == {name: file for file in files for name in load_file(folder / file)}
+
+
+def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
+    tensors = some_tensors()
+    folder = write_folder(tmp_path, tensors, 200)
+    manifest = read_manifest(folder)
+    assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name, entry in manifest.files.items():
+        data = (folder / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(manifest.tensors) == {"model"}
+    assert list(manifest.tensors["model"]) == list(tensors)
+    entry = manifest.tensors["model"]["bf16"]
+    values = tensors["bf16"].view(torch.uint8).numpy().tobytes()
+    assert entry == {"shape": [6, 5], "dtype": "BF16", "sha256": hashlib.sha256(values).hexdigest()}
+
+
+def test_each_tensor_is_fetched_once_in_order_and_nothing_is_kept(tmp_path):
+    tensors, fetched = some_tensors(), []
+
+    def fetch(spec: Spec) -> Tensor:
+        fetched.append(spec.name)
+        return tensors[spec.name]
+
+    write_tensors(tmp_path, "model", specs_of(tensors), fetch, 100, Manifest())
+    assert fetched == list(tensors)
+
+
+def test_the_same_values_give_the_same_bytes(tmp_path):
+    one, two = (write_folder(tmp_path, some_tensors(), 200, name) for name in ("one", "two"))
+    assert [p.name for p in sorted(one.iterdir())] == [p.name for p in sorted(two.iterdir())]
+    assert all((two / path.name).read_bytes() == path.read_bytes() for path in one.iterdir())
+
+
+def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path):
+    with pytest.raises(AssertionError, match="x"):
+        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], lambda _: torch.zeros(3), 100, Manifest())
+
+
+def test_the_reader_gives_specs_rows_and_whole_tensors(tmp_path):
+    tensors = some_tensors()
+    reader = TensorReader(write_folder(tmp_path, tensors, 200), "model")
+    assert set(reader.files) == set(tensors)
+    assert reader.spec("bf16") == ((6, 5), "BF16")
+    assert reader.spec("scalar") == ((), "F32")
+    for name, expected in tensors.items():
+        assert_same(reader.read(name), expected)
+    assert_same(reader.read("layers.0.weight", 2, 5), tensors["layers.0.weight"][2:5])
+    assert_same(reader.read("layers.0.weight", 4), tensors["layers.0.weight"][4:])
+    assert_same(reader.read("layers.0.weight", 3, 3), tensors["layers.0.weight"][3:3])
+
+
+def test_the_reader_takes_a_lone_file(tmp_path):
+    save_file({"x": torch.arange(6).view(3, 2)}, tmp_path / "model.safetensors")
+    assert_same(TensorReader(tmp_path, "model").read("x", 1, 3), torch.tensor([[2, 3], [4, 5]]))
+
+
+def test_a_folder_without_readable_weights_is_a_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="has no readable model weights"):
+        TensorReader(tmp_path, "model")
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors at all, but long enough to have a header")
+    with pytest.raises(CheckpointError, match="has no readable model weights"):
+        TensorReader(tmp_path, "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
+def test_a_broken_index_is_a_sentence(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="has no readable model weights"):
+        TensorReader(tmp_path, "model")
+
+
+def test_a_file_that_the_index_names_and_that_is_gone_is_a_sentence(tmp_path):
+    folder = write_folder(tmp_path, some_tensors())
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors: cannot be read"):
+        TensorReader(folder, "model").read("ids")
+
+
+# --- commit --------------------------------------------------------------------------------------------------------
+
+
+def test_commit_is_one_rename_and_the_folder_is_whole(tmp_path):
+    folder = write_folder(tmp_path, some_tensors())
+    assert problems_in(folder) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_before_the_commit_the_folder_is_not_a_checkpoint(tmp_path):
+    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], lambda _: torch.zeros(1), 99, Manifest())
+    (problem,) = problems_in(tmp_path)
+    assert "is not a complete checkpoint (no manifest.json)" in problem
+
+
+@pytest.mark.parametrize("kind", ["folder", "full folder", "file"])
+def test_commit_never_replaces(tmp_path, kind):
+    final = tmp_path / "done"
+    if kind == "file":
+        final.write_text("mine")
+    else:
+        final.mkdir()
+        if kind == "full folder":
+            (final / "mine").write_text("mine")
+    before = sorted(p.name for p in final.iterdir()) if final.is_dir() else final.read_text()
+    with pytest.raises(CheckpointError, match="exists already and is not replaced"):
+        write_folder(tmp_path, some_tensors())
+    assert before == (sorted(p.name for p in final.iterdir()) if final.is_dir() else final.read_text())
+
+
+def test_a_file_is_never_written_twice(tmp_path):
+    write_bytes(tmp_path, "a", b"1", Manifest())
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path, "a", b"2", Manifest())
+    assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_nothing_is_pickled(tmp_path):
+    folder = write_folder(tmp_path, some_tensors(), 200)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".bin"}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        assert not data.startswith((b"\x80", b"PK"))  # a pickle's, and torch.save's, first bytes
+        if path.suffix == ".json":
+            json.loads(data)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("whole"), some_tensors(), 200)
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def places(size: int) -> list[int]:
+    """First, last and some bytes between."""
+    return sorted({0, size - 1, *(size * k // 7 for k in range(7))})
+
+
+def test_one_flipped_bit_is_found_in_every_file(folder):
+    names = sorted(path.name for path in folder.iterdir())
+    assert MANIFEST in names
+    assert len(names) >= 6
+    for name in names:
+        original = (folder / name).read_bytes()
+        for place in places(len(original)):
+            damaged = bytearray(original)
+            damaged[place] ^= 1 << (place % 8)
+            (folder / name).write_bytes(damaged)
+            (problem,) = problems_in(folder)
+            assert name in problem, (name, place)
+        (folder / name).write_bytes(original)
+    assert problems_in(folder) == []
+
+
+def test_no_bit_of_the_manifest_can_flip_unseen(folder):
+    original = (folder / MANIFEST).read_bytes()
+    end = len(original) - 1  # after the last brace there is a line end, which says nothing
+    unseen = []
+    for place in range(0, end, 5):
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << (place % 8)
+        (folder / MANIFEST).write_bytes(damaged)
+        try:
+            found = read_manifest(folder)
+        except CheckpointError:
+            continue
+        unseen.append((place, found))
+    assert unseen == []
+
+
+def test_truncated_longer_and_missing_files_are_named_with_both_sizes(folder):
+    name = next(folder.glob("model-00001-*")).name
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1])
+    assert problems_in(folder) == [f"{folder / name}: has {len(data) - 1:,} bytes, but {len(data):,} were written"]
+    (folder / name).write_bytes(data + b"x")
+    assert problems_in(folder) == [f"{folder / name}: has {len(data) + 1:,} bytes, but {len(data):,} were written"]
+    (folder / name).unlink()
+    (folder / "state.json").write_text("")
+    first, second = sorted(problems_in(folder))
+    assert first == f"{folder / name}: cannot be read (No such file or directory)"
+    assert second.startswith(f"{folder / 'state.json'}: has 0 bytes")
+
+
+def test_only_the_files_asked_for_are_read(folder):
+    (folder / "state.json").write_text("")
+    assert problems_in(folder, ["notes.bin"]) == []
+    assert len(problems_in(folder, ["notes.bin", "state.json"])) == 1
+
+
+def test_a_manifest_changed_by_hand_is_refused(folder):
+    found = json.loads((folder / MANIFEST).read_text())
+    found["files"]["state.json"]["bytes"] += 1
+    (folder / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"format": 1}'])
+def test_a_manifest_that_is_none_is_refused(folder, text):
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
+        read_manifest(folder)
+
+
+def test_special_values_survive_to_the_bit(tmp_path):
+    values = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4028235e38])
+    folder = write_folder(tmp_path, {"x": values})
+    found = TensorReader(folder, "model").read("x")
+    assert torch.equal(found.view(torch.int32), values.view(torch.int32))
