@@ -77,7 +77,9 @@ def test_an_id_out_of_range_is_an_error_and_does_not_wrap_around(bad):
         cross_entropy_loss(torch.zeros(2, 5), torch.tensor([1, bad]))
 
 
-@pytest.mark.parametrize(("logits", "targets"), [((1, 4, 5), (3, 4)), ((3, 4, 5), (1, 4)), ((4, 5), (4, 1)), ((5,), (1,))])
+@pytest.mark.parametrize(
+    ("logits", "targets"), [((1, 4, 5), (3, 4)), ((3, 4, 5), (1, 4)), ((4, 5), (4, 1)), ((5,), (1,))]
+)
 def test_batch_1_against_3_is_an_error_and_is_not_broadcast(logits, targets):
     with pytest.raises(ValueError, match=rf"need targets of shape \[.*\], got \[{targets[0]}"):
         cross_entropy_loss(torch.zeros(logits), torch.zeros(targets, dtype=torch.long))

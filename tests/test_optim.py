@@ -68,7 +68,9 @@ SETTINGS = [
 def test_adamw_is_the_formula(settings, shape):
     grads = [some(shape, seed, scale=10.0 ** (seed - 3)) for seed in range(1, 6)]
     param = nn.Parameter(some(shape, 0))
-    expected = textbook(param.detach(), grads, settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"])
+    expected = textbook(
+        param.detach(), grads, settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"]
+    )
     optimizer = AdamW([param], **settings)
     run(optimizer, [param], [[g] for g in grads])
     state = optimizer.state[param]
@@ -109,7 +111,14 @@ def test_defaults_are_torchs():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": -1.0}, {"lr": math.nan}, {"eps": -1e-9}, {"weight_decay": -0.1}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}],
+    [
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"eps": -1e-9},
+        {"weight_decay": -0.1},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+    ],
 )
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(ValueError, match=rf"AdamW: needs .* got .*{next(iter(settings))}="):

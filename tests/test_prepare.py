@@ -588,3 +588,19 @@ def test_the_command_line_says_what_came_out_and_what_is_next(
     assert f"{meta['val_tokens']:,} tokens, {meta['val_documents']:,} documents" in said
     assert "--train-data 'my data/train.npy' --val-data 'my data/val.npy'" in said
     assert meta["sources"][0]["path"] == "stories.txt"
+
+
+def test_ctrl_c_is_no_traceback_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenfiles.TokenFile, "append", interrupted)
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([str(corpus), "--out", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["stories.txt"]

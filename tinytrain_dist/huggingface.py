@@ -23,6 +23,7 @@ SETTINGS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
+ALWAYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def huggingface_config(config: TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
@@ -72,27 +73,38 @@ def check_fits(config: TrainingConfig, folder: Path) -> None:
     path = folder / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(theirs, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
     problems = _cannot_represent(theirs)
-    wanted, rope = {}, {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
-    for key, setting in SETTINGS.items():
-        if key in theirs and theirs[key] is not None:
-            wanted[setting] = theirs[key]
-    wanted.setdefault("head_dim", wanted["d_model"] // wanted["num_heads"])
-    wanted["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta", 10_000.0)
-    wanted["qk_norm"] = theirs.get("model_type") == "qwen3"
-    if rope.get("rope_type", rope.get("type", "default")) == "llama3":
-        wanted["rope_scaling_factor"] = rope["factor"]
-        wanted["rope_original_context_len"] = rope["original_max_position_embeddings"]
-        wanted["rope_low_freq_factor"] = rope["low_freq_factor"]
-        wanted["rope_high_freq_factor"] = rope["high_freq_factor"]
+    problems += [f"{key}: is missing in {path}; give the folder of a Llama or Qwen3" for key in ALWAYS if key not in theirs]
+    wanted = {} if any(key not in theirs for key in ALWAYS) else _wanted(theirs)
     ours = {**config.to_dict(), "d_ff": config.ffn_dim, "num_kv_heads": config.kv_heads, "head_dim": config.head_width}
     for setting, value in wanted.items():
         if ours[setting] != value:
             problems.append(f"{setting}: {ours[setting]} here, but {path} has {value}; set {setting} = {value}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
+
+
+def _wanted(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Our settings with which the weights of their config.json mean what they meant there."""
+    qwen3 = theirs.get("model_type") == "qwen3"
+    # what transformers takes where config.json is silent
+    wanted = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": theirs["num_attention_heads"]}
+    wanted["head_dim"] = 128 if qwen3 else theirs["hidden_size"] // theirs["num_attention_heads"]
+    wanted |= {setting: theirs[key] for key, setting in SETTINGS.items() if theirs.get(key) is not None}
+    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    wanted["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
+    wanted["qk_norm"] = qwen3
+    llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
+    wanted["rope_scaling_factor"] = rope.get("factor") if llama3 else None
+    wanted["rope_original_context_len"] = rope.get("original_max_position_embeddings") if llama3 else None
+    if llama3:
+        wanted["rope_low_freq_factor"] = rope.get("low_freq_factor")
+        wanted["rope_high_freq_factor"] = rope.get("high_freq_factor")
+    return wanted
 
 
 def _cannot_represent(theirs: dict[str, Any]) -> list[str]:

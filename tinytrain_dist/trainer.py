@@ -342,6 +342,12 @@ def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; we read none
+        if config.compile:
+            import torch._inductor.config as inductor
+
+            # without it fused kernels skip roundings to bf16 where they see both sides of a cast, and FSDP's weights,
+            # which arrive in bf16, get other gradients than DDP's, which are cast inside (measured: other bits)
+            inductor.emulate_precision_casts = True
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
     return {

@@ -179,37 +179,30 @@ def _check_settings(given: dict[str, Any]) -> None:
     """ConfigError with every setting that is out of range or would have no effect."""
     vocab_size, fraction, limit = given["vocab_size"], given["val_fraction"], given["max_document_bytes"]
     longest = limit or _LONGEST_LIMIT
-    checks = [
-        (
-            vocab_size is not None and given["tokenizer"] is not None,
-            f"vocab_size: {vocab_size} has no effect with tokenizer {given['tokenizer']}; leave one of them out",
+    checks = {
+        f"vocab_size: {vocab_size} has no effect with tokenizer {given['tokenizer']}; leave one of them out": (
+            vocab_size is not None and given["tokenizer"] is not None
         ),
-        (
-            vocab_size is not None and vocab_size < _SMALLEST_VOCAB_SIZE,
-            f"vocab_size: {vocab_size} is below {_SMALLEST_VOCAB_SIZE}, all bytes and the end of a document; set more",
+        f"vocab_size: {vocab_size} is below {_SMALLEST_VOCAB_SIZE}, all bytes and the end of a document; set more": (
+            vocab_size is not None and vocab_size < _SMALLEST_VOCAB_SIZE
         ),
-        (
-            given["eos_token"] is not None and given["tokenizer"] is None,
-            f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out",
+        f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out": (
+            given["eos_token"] is not None and given["tokenizer"] is None
         ),
-        (
-            fraction is not None and not 0 < fraction < 1,
-            f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100",
+        f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100": (
+            fraction is not None and not 0 < fraction < 1
         ),
-        (
-            limit is not None and not 64 <= limit <= _LONGEST_LIMIT,
-            f"max_document_bytes: {limit} is not between 64 and {_LONGEST_LIMIT}; set it so",
+        f"max_document_bytes: {limit} is not between 64 and {_LONGEST_LIMIT}; set it so": (
+            limit is not None and not 64 <= limit <= _LONGEST_LIMIT
         ),
-        (
-            given["sample_bytes"] < longest,
-            f"sample_bytes: {given['sample_bytes']} is below {longest}, the longest document; set at least that",
+        f"sample_bytes: {given['sample_bytes']} is below {longest}, the longest document; set at least that": (
+            given["sample_bytes"] < longest
         ),
-        (
-            given["workers"] is not None and given["workers"] < 1,
-            f"workers: {given['workers']} is below 1; set how many processes encode",
+        f"workers: {given['workers']} is below 1; set how many processes encode": (
+            given["workers"] is not None and given["workers"] < 1
         ),
-    ]
-    if problems := [message for wrong, message in checks if wrong]:
+    }
+    if problems := [problem for problem, wrong in checks.items() if wrong]:
         raise ConfigError(problems, "the settings of tinytrain prepare")
 
 
@@ -384,5 +377,9 @@ def main(args: list[str]) -> int:
     """Run the verb and say what came out; DataError and ConfigError are the caller's to print."""
     # As an exception, so that SIGTERM (a batch system, a container that stops) leaves nothing half-written either.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
+    try:
+        tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
+    except KeyboardInterrupt:
+        _say("stopped; nothing was written")
+        return 130
     return 0
