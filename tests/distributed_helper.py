@@ -370,7 +370,7 @@ class TrainingProcess:
 
 
 TORCHRUN = ("-m", "torch.distributed.run")
-AGENT = (str(REPOSITORY / "launch" / "agent.py"),)
+AGENT = ("-m", "tinytrain_dist.agent")
 
 
 @contextlib.contextmanager

@@ -314,7 +314,7 @@ def test_an_unknown_heading_like_no_other_lists_all_of_them(tmp_path):
 
 @pytest.mark.parametrize("text", ["seed = \n", "seed = 1\nseed = 2\n"])
 def test_a_file_that_is_not_toml(tmp_path, text):
-    with pytest.raises(ConfigError, match="is not TOML: .*line"):
+    with pytest.raises(ConfigError, match=r"is not TOML: .*line"):
         load_config(write(tmp_path / "a.toml", text))
 
 

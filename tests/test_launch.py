@@ -1,4 +1,4 @@
-"""Owns what launch/agent.py adds to torchrun: signals that save, one sentence at the end, restarts that work."""
+"""Owns what tinytrain_dist.agent adds to torchrun: signals that save, one sentence at the end, restarts that work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the checks of the network: equal to transformers' Llama and Qwen3 from our own config.json, and its first weights.
+"""Owns the checks of the network: equal to transformers' Llama and Qwen3 by our own config.json; its first weights.
 
 Must not know training. transformers is the oracle; without it those tests are skipped, the others hold alone.
 """
@@ -140,7 +140,6 @@ def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]
     try:
         check_fits(config, tmp_path)
     except ConfigError as error:
-        assert error.source == f"init_from = {tmp_path}"
         return error.problems
     return []
 
@@ -189,6 +188,13 @@ def test_a_size_that_differs_says_both_and_what_to_set(tmp_path, key, value, set
     assert fits(tmp_path, SMALL, **{key: value}) == [
         f"{setting}: {here} here, but {path} has {value}; set {setting} = {value}"
     ]
+
+
+def test_the_folder_is_named(tmp_path):
+    fits(tmp_path, SMALL, vocab_size=1)
+    with pytest.raises(ConfigError) as caught:
+        check_fits(SMALL, tmp_path)
+    assert caught.value.source == f"init_from = {tmp_path}"
 
 
 def test_everything_that_differs_is_said_at_once(tmp_path):

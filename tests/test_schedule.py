@@ -1,6 +1,7 @@
 """Owns the checks of the learning rate, each schedule at five points: first, end of warm-up, middle, last, beyond."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,7 @@ def test_cosine_rises_then_falls_without_a_jump(warmup, length, lr_min):
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
     assert all(lr_min <= rate <= 1.0 for rate in rates[warmup:])
     steepest = max(1 / warmup, 0.5 * math.pi / length)
-    assert all(abs(b - a) <= steepest + 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(abs(b - a) <= steepest + 1e-12 for a, b in itertools.pairwise(rates))
 
 
 @pytest.mark.parametrize(

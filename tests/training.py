@@ -1,4 +1,4 @@
-"""Owns tiny real runs for tests: a token file, settings, and a Trainer on some ranks. Must not know what is compared."""
+"""Owns tiny real runs for tests: a token file, settings, a Trainer on some ranks. Must not know what is compared."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ class Checkpoints:
         state = {
             "step": step,
             "tokens": step * self.config.batch_size * self.config.context_len,
-            "config": self.config.to_dict(),
+            "config": self.config.resolved(),
             "data": self.data,
             "report": report,
             "bits": self.bits,
@@ -307,7 +307,7 @@ class Checkpoints:
         Errors: CheckpointError if the settings or the data that make the run what it is are not the saved ones.
         """
         state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        saved, now = state.get("config", {}), self.config.to_dict()
+        saved, now = state.get("config", {}), self.config.resolved()
         differing = [key for key in now if key in saved and saved[key] != now[key]]
         refused = [f"{key}: {saved[key]} in the checkpoint, {now[key]} now" for key in differing if key in IDENTITY]
         if self.data and state.get("data") != self.data:

@@ -180,15 +180,19 @@ class TrainingConfig:
             raise ConfigError(problems, source)
         return config
 
+    def resolved(self) -> dict[str, Any]:
+        """`to_dict` with the sizes that follow from others written out, so that two ways to say the same are equal."""
+        sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
+        return {**self.to_dict(), **sizes}
+
     def to_toml(self) -> str:
         """The resolved configuration as TOML, with derived sizes written out; None is left out."""
-        resolved = {**self.to_dict(), "d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads}
+        resolved = self.resolved()
         lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
         for section in SECTIONS:
             lines.append(f"\n[{section}]")
             names = [f.name for f in dataclasses.fields(self) if f.metadata["section"] == section]
-            # not ASCII only: JSON writes rarer characters as two escapes, which TOML refuses
-            lines += [f"{n} = {json.dumps(resolved[n], ensure_ascii=False)}" for n in names if resolved[n] is not None]
+            lines += [f"{n} = {_toml(resolved[n])}" for n in names if resolved[n] is not None]
         return "\n".join(lines) + "\n"
 
 
@@ -213,6 +217,11 @@ def _coerce(key: str, value: Any) -> tuple[Any, str]:
         elif option in (int, str, bool) and type(value) is option:
             return value, ""
     return None, f"{key}: {value!r} is not {_describe(HINTS[key])}"
+
+
+def _toml(value: Any) -> str:
+    # JSON, but for two differences: TOML knows no pairs of escapes for rarer characters, and no bare DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _is_union(hint: Any) -> bool:

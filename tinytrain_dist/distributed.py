@@ -161,7 +161,7 @@ def who() -> tuple[int, str]:
 
 
 def tell_launcher(message: str) -> bool:
-    """Leave the reason of this rank's end in the file torchrun's agent gave it; whether launch/agent.py prints it."""
+    """Leave the reason of this rank's end in the file its agent gave it; whether tinytrain_dist.agent prints it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
         with open(path, "w", encoding="utf-8") as file:

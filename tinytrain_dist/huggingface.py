@@ -78,9 +78,11 @@ def check_fits(config: TrainingConfig, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
     problems = _cannot_represent(theirs)
-    problems += [f"{key}: is missing in {path}; give the folder of a Llama or Qwen3" for key in ALWAYS if key not in theirs]
+    problems += [
+        f"{key}: is missing in {path}; give the folder of a Llama or Qwen3" for key in ALWAYS if key not in theirs
+    ]
     wanted = {} if any(key not in theirs for key in ALWAYS) else _wanted(theirs)
-    ours = {**config.to_dict(), "d_ff": config.ffn_dim, "num_kv_heads": config.kv_heads, "head_dim": config.head_width}
+    ours = config.resolved()
     for setting, value in wanted.items():
         if ours[setting] != value:
             problems.append(f"{setting}: {ours[setting]} here, but {path} has {value}; set {setting} = {value}")

@@ -53,3 +53,7 @@ def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
     print(trace, end="", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(2 if expected else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -234,11 +234,11 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
-            f"--out {target} cannot be written: {reason}{_free(target)}; nothing half-written was left there. "
+            f"--out {target} cannot be written: {reason}; nothing half-written was left there{_free(target)}. "
             "Make room or name another folder"
         ) from error
 
 
 def _free(target: Path) -> str:
     place = next((parent for parent in target.parents if parent.exists()), None)
-    return f" ({shutil.disk_usage(place).free / 1e6:,.0f} MB are free)" if place else ""
+    return f" ({shutil.disk_usage(place).free / 1e6:,.0f} MB are free now)" if place else ""

@@ -1,10 +1,10 @@
 """torchrun that outlives the signals that ask for a stop, and whose last words are the first failing rank's.
 
-    python launch/agent.py --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
+    python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
 torchrun itself dies of SIGUSR1, turns SIGTERM and Ctrl-C into a traceback and exit code 1 although every rank has
 saved, and ends a failed run with a page about itself. This passes the signals on to the ranks, which save and exit 0,
-and prints one sentence. It must not know what the ranks do.
+and prints one sentence. Owns the ranks' lives; must not know what they do.
 """
 
 from __future__ import annotations
