@@ -184,14 +184,9 @@ def test_ls_of_a_folder_lists_its_runs(tinytrain: Cli, folder: Path, tmp_path: P
     (tmp_path / "failed" / "error.json").write_text("{}")
     _, out, _ = tinytrain("ls", tmp_path)
     loss = [r["loss"] for r in inspect.read_records(folder / "one/logs/metrics.jsonl") if r["kind"] == "train"][-1]
-    for name, state in (
-        ("finished", "done"),
-        ("killed", "running or killed"),
-        ("failed", "failed"),
-        ("stopped", "pree"),
-    ):
-        (line,) = lines_with(out, f"{name} ")
-        assert state in line.removeprefix(name), line
+    states = {"finished": "done", "killed": "running or killed", "failed": "failed", "stopped": "preempted"}
+    for name, state in states.items():
+        (line,) = re.findall(rf"^ *{name} +{state} .*", out, re.M)
         assert f"{loss:.4f}" in line
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tinytrain_dist.config import parse_command_line
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.stopping import write_state
 
 
 def main(args: list[str]) -> int:
@@ -48,6 +49,7 @@ def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
     record = {"rank": rank, "host": host, "step": step, "message": message, "traceback": trace, "time": time.time()}
     if (not expected or rank == 0) and folder is not None and folder.is_dir():
         (folder / "error.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_state(folder, "failed", step)
     if not distributed.tell_launcher(message) and (rank == 0 or not expected):
         trace += f"error: {message}\n"
     print(trace, end="", file=sys.stderr, flush=True)

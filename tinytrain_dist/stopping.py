@@ -1,10 +1,13 @@
 """Owns the wish to stop: signals, a stop file and a deadline raise a flag here, and nothing else happens.
 
 Must not know torch or ranks: handlers are installed before torch is imported, and the loop decides with all ranks.
+Also owns state.json, in which a batch script reads how the run ended: exit codes do not survive launchers.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -21,6 +24,19 @@ def install_handlers() -> None:
     """Let SIGTERM, SIGINT and SIGUSR1 only raise the flag. Call it at the very top of a program."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _remember)
+
+
+def write_state(folder: Path, state: str, step: int | None) -> None:
+    """Write state.json: running, done, preempted or failed, and the step.
+
+    A batch script names its attempt in TINYTRAIN_ATTEMPT; with it a state that an earlier attempt left is told apart.
+    """
+    values: dict[str, str | int | None] = {"state": state, "step": step}
+    if attempt := os.environ.get("TINYTRAIN_ATTEMPT"):
+        values["attempt"] = attempt
+    aside = folder / "state.json.tmp"
+    aside.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    aside.replace(folder / "state.json")
 
 
 class StopRequests:

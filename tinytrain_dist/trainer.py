@@ -41,7 +41,7 @@ from tinytrain_dist.optim import AdamW, decay_groups, local
 from tinytrain_dist.parallel import build_model, check_replicas
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.schedule import learning_rate
-from tinytrain_dist.stopping import StopRequests
+from tinytrain_dist.stopping import StopRequests, write_state
 
 CLIP_EPS = 1e-6
 
@@ -309,7 +309,7 @@ class Trainer:
         self.log.event(self.step, "stopped", f"{state} at step {self.step} of {self.config.total_steps}")
         self.log.close()
         if self.context.is_main:
-            write_atomically(Path(self.config.target_dir) / "state.json", {"state": state, "step": self.step})
+            write_state(Path(self.config.target_dir), state, self.step)
         return state
 
     def _write_run_folder(self) -> None:
@@ -317,6 +317,7 @@ class Trainer:
             folder = Path(self.config.target_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.toml", self.config.to_toml())
+            write_state(folder, "running", self.step)
         environment = self.context.gather_objects((self.context.host, str(self.context.device), os.getpid()))
         if self.context.is_main:
             write_atomically(Path(self.config.target_dir) / "environment.json", _environment(environment))
