@@ -330,6 +330,7 @@ def test_round_trip_through_toml(tmp_path):
     config = TrainingConfig(
         target_dir='a "quoted" \\ folder', val_data=None, vocab_size=77, betas=(0.8, 0.99), eps=1e-12, compile=True,
         parallel="hsdp", dp_shard=2, time_limit=0.1, total_steps=50_000, num_kv_heads=4, d_ff=96,
+        head_dim=48,
     )  # fmt: skip
     text = config.to_toml()
     again = load_config(write(tmp_path / "a.toml", text))
@@ -341,7 +342,7 @@ def test_round_trip_through_toml(tmp_path):
 def test_toml_has_the_derived_sizes_written_out(tmp_path):
     config = TrainingConfig(d_model=256)
     again = load_config(write(tmp_path / "a.toml", config.to_toml()))
-    assert again == dataclasses.replace(config, d_ff=704, num_kv_heads=16)
+    assert again == dataclasses.replace(config, d_ff=704, num_kv_heads=16, head_dim=16)
 
 
 def test_toml_is_commented_as_ours():

@@ -3,6 +3,7 @@
 Must not know the loop that obeys. Clocks are put in, signals are sent to this process, handlers are restored.
 """
 
+import json
 import os
 import signal
 
@@ -101,3 +102,20 @@ def test_without_a_limit_there_is_no_deadline(clock, tmp_path):
     requests = stopping.StopRequests(tmp_path, None, look_at_file=False)
     clock.now += 1e9
     assert requests.reason(reserve_seconds=1e9) == ""
+
+
+# --- how the run ended ---------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_written_whole_and_over_the_last_one(tmp_path, monkeypatch):
+    monkeypatch.delenv("TINYTRAIN_ATTEMPT", raising=False)
+    stopping.write_state(tmp_path, "running", None)
+    stopping.write_state(tmp_path, "preempted", 7)
+    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "preempted", "step": 7}
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_the_state_names_the_attempt_of_its_batch_script(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_ATTEMPT", "3")
+    stopping.write_state(tmp_path, "done", 9)
+    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "done", "step": 9, "attempt": "3"}
