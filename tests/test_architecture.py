@@ -36,6 +36,7 @@ LAYERS: list[set[str]] = [
     {"reduction"},
     {"parallel"},
     {"checkpoint", "metrics"},
+    {"saver", "preflight"},
     {"trainer"},
     {"run", "agent"},
     {"tools"},  # the modules in tools/ may import each other

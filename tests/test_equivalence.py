@@ -153,10 +153,13 @@ def die(trainer: Any, step: int, in_save: bool) -> None:
     """SIGKILL this rank in the middle of a step, or of a save."""
     from tinytrain_dist import checkpoint
 
-    def kill(*_: Any) -> None:
-        if trainer.step == step:
+    def kill(*args: Any) -> None:
+        if trainer.step == step if not in_save else args[0].name == f"checkpoint-{step:08d}.tmp":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif in_save:
+            write_bytes(*args)
 
+    write_bytes = checkpoint.write_bytes
     if in_save and trainer.context.is_main:
         checkpoint.write_bytes = kill  # the tensors are written, the rest is not
     elif not in_save:

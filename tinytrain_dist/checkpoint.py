@@ -7,10 +7,7 @@ disk, so that any number of ranks in any mode can read them; no rank holds more 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.distributed import DistributedContext
+from tinytrain_dist.distributed import Group, Piece, piece_of
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.huggingface import check_fits, huggingface_config
+from tinytrain_dist.huggingface import check_fits
 from tinytrain_dist.optim import local
 from tinytrain_dist.parallel import original_name, shard_range, unwrap
 from tinytrain_dist.tensorfiles import (
     DTYPES,
+    STATE,
     Manifest,
     Spec,
     TensorReader,
@@ -38,12 +36,6 @@ from tinytrain_dist.tensorfiles import (
     write_tensors,
 )
 
-STATE = "trainer_state.json"
-IDENTITY = (
-    "vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "rope_theta",
-    "rope_scaling_factor", "rope_original_context_len", "rope_low_freq_factor", "rope_high_freq_factor",
-    "tie_embeddings", "qk_norm", "norm_eps", "context_len", "batch_size", "seed",
-)  # fmt: skip
 SHARD_BYTES = 2 * 1024**3
 
 
@@ -90,61 +82,72 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     return tensors, {"state": values, "param_groups": groups}
 
 
-def _specs(tensors: dict[str, Tensor]) -> list[Spec]:
-    return [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+Pieces = dict[str, list[Piece]]  # by kind: "model", "optimizer"
+
+
+def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Pieces, dict[str, Any]]:
+    """What this rank has of everything that is saved, without copying it, and the optimizer's plain values."""
+    pieces = {"model": [piece_of(name, tensor) for name, tensor in model_tensors(model).items()]}
+    values: dict[str, Any] = {}
+    if optimizer is not None:
+        tensors, values = optimizer_tensors(model, optimizer)
+        pieces["optimizer"] = [piece_of(name, tensor) for name, tensor in tensors.items()]
+    return pieces, values
 
 
 def write_checkpoint(
     path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    pieces: Pieces,
     state: dict[str, Any],
-    extra_files: dict[str, bytes],
+    extra_files: dict[str, bytes] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    group: Group | None = None,
 ) -> None:
-    """Write one complete checkpoint folder. A collective: every rank sends its shards, rank 0 writes.
+    """Write one complete checkpoint folder. A collective over `group`: every rank sends its rows, rank 0 writes.
 
-    Errors: on every rank, CheckpointError if `path` exists, or rank 0's OSError; then nothing is left behind.
+    Errors: on every rank, CheckpointError if `path` exists or a value is not finite, or rank 0's OSError; then nothing
+    is left behind.
     """
-    kinds = {"model": model_tensors(model)}
-    if optimizer is not None:
-        kinds["optimizer"], state["optimizer"] = optimizer_tensors(model, optimizer)
-    if not distributed.is_main():
-        for tensors in kinds.values():
-            for tensor in tensors.values():
-                distributed.gather_to_main(tensor.detach())
-        distributed.raise_together(None)
-        return
-    aside = path.with_name(path.name + ".tmp")
+    order = [piece for kind in pieces.values() for piece in kind]
+    bad = [piece.name for piece in order if piece.local.is_floating_point() and not piece.local.isfinite().all()]
     error: Exception | None = None
+    if bad:
+        error = CheckpointError(f"{bad[0]}: is not finite, so nothing is saved; resume from the last checkpoint")
+    distributed.raise_together(error, group)
+    if not distributed.is_main():
+        for piece in order:
+            distributed.gather_piece(piece, group)
+        distributed.raise_together(None, group)
+        return
     fetched = 0
-    order = [tensor for tensors in kinds.values() for tensor in tensors.values()]
 
     def fetch(spec: Spec) -> Tensor:
         nonlocal fetched
-        whole = distributed.gather_to_main(order[fetched].detach())
+        whole = distributed.gather_piece(order[fetched], group)
         fetched += 1
         assert whole is not None
         return whole
 
+    aside = path.with_name(path.name + ".tmp")
     try:
         if path.exists():
             raise CheckpointError(f"{path}: exists already and is not replaced; give another path or delete it")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         manifest = Manifest()
-        for kind, tensors in kinds.items():
-            write_tensors(aside, kind, _specs(tensors), fetch, max_shard_bytes, manifest)
-        for name, data in extra_files.items():
+        for kind, parts in pieces.items():
+            specs = [Spec(piece.name, piece.shape, piece.dtype) for piece in parts]
+            write_tensors(aside, kind, specs, fetch, max_shard_bytes, manifest)
+        for name, data in (extra_files or {}).items():
             write_bytes(aside, name, data, manifest)
         write_json(aside, STATE, state, manifest)
         commit(aside, path, manifest)
     except (OSError, CheckpointError) as caught:
         error = caught
         shutil.rmtree(aside, ignore_errors=True)
-        for tensor in order[fetched:]:  # the others are sending: take it, or they wait for ever
-            distributed.gather_to_main(tensor.detach())
-    distributed.raise_together(error)
+        for piece in order[fetched:]:  # the others are sending: take it, or they wait for ever
+            distributed.gather_piece(piece, group)
+    distributed.raise_together(error, group)
 
 
 def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -196,7 +199,8 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteratio
     Needs no process group; with one it is a collective and rank 0 writes. An existing path is never replaced.
     Errors: CheckpointError if out_path exists, or for state that cannot be saved; OSError from the disk.
     """
-    write_checkpoint(Path(out_path), model, optimizer, {"step": int(iteration)}, {})
+    pieces, values = pieces_of(model, optimizer)
+    write_checkpoint(Path(out_path), pieces, {"step": int(iteration), "optimizer": values})
 
 
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path: str | Path) -> int:
@@ -248,154 +252,6 @@ def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path:
             optimizer.state.pop(param, None)
             if slots:
                 optimizer.state[param] = slots
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of one run: their folder, and what every one of them says about the run."""
-
-    config: TrainingConfig
-    context: DistributedContext
-    data: dict[str, Any]
-    bits: dict[str, Any]  # what decides the last bit besides the settings that make it another run
-
-    def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self.config.checkpoints_dir / f"{self.config.ckpt_save_prefix}-{step:08d}"
-
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, report: dict[str, Any]) -> float:
-        """Save the state after `step` and delete what retention gives up; returns seconds. A collective.
-
-        `report` (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is already there is
-        left as it is: the run is a function of its configuration, so it holds the same.
-        """
-        started = time.monotonic()
-        if self.context.broadcast_object(self.folder(step).exists()):
-            return 0.0
-        state = {
-            "step": step,
-            "tokens": step * self.config.batch_size * self.config.context_len,
-            "config": self.config.resolved(),
-            "data": self.data,
-            "report": report,
-            "bits": self.bits,
-        }
-        write_checkpoint(self.folder(step), model, optimizer, state, self._extra_files(), self.config.max_shard_bytes)
-        if self.context.is_main:
-            self._retain()
-        return time.monotonic() - started
-
-    def find(self) -> Path | None:
-        """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.
-
-        A collective: rank 0 looks, the others are told. A damaged one is renamed to NAME.damaged and named.
-        Errors: CheckpointError if a checkpoint that was asked for is missing or damaged, or if all are damaged.
-        """
-        error, found = None, None
-        if self.context.is_main:
-            try:
-                found = self._newest_valid() if self.config.resume_from == "auto" else self._asked_for()
-            except CheckpointError as caught:
-                error = caught
-        distributed.raise_together(error)
-        path: Path | None = self.context.broadcast_object(found)
-        return path
-
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[str]]:
-        """Fill model and optimizer from `path`; the saved state, and the settings that differ, as sentences.
-
-        Errors: CheckpointError if the settings or the data that make the run what it is are not the saved ones.
-        """
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        saved, now = state.get("config", {}), self.config.resolved()
-        differing = [key for key in now if key in saved and saved[key] != now[key]]
-        refused = [f"{key}: {saved[key]} in the checkpoint, {now[key]} now" for key in differing if key in IDENTITY]
-        if self.data and state.get("data") != self.data:
-            refused.append(f"train_data: {state.get('data')} in the checkpoint, {self.data} now")
-        if refused:
-            raise CheckpointError(
-                f"{path}: belongs to another run; start a new one (another target_dir), or set back:\n  "
-                + "\n  ".join(refused)
-            )
-        drift = [
-            f"{k}: {v} in the checkpoint, {self.bits[k]} now" for k, v in state["bits"].items() if self.bits[k] != v
-        ]
-        if drift and self.config.reproducible and not self.config.allow_drift:
-            raise CheckpointError(
-                f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
-                + "\n  ".join(drift)
-            )
-        read_checkpoint(path, model, optimizer)
-        return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]
-
-    def _asked_for(self) -> Path | None:
-        if self.config.resume_from == "never":
-            left = self._all()
-            if left:
-                raise CheckpointError(
-                    f"{self.config.checkpoints_dir}: holds {len(left)} checkpoint(s), but resume = never starts anew; "
-                    "set resume = auto, or another target_dir"
-                )
-            return None
-        path = Path(self.config.resume_from)
-        problems = problems_in(path)
-        if problems:
-            raise CheckpointError(f"resume = {path}: " + "; ".join(problems))
-        return path
-
-    def _all(self) -> list[Path]:
-        pattern = re.compile(re.escape(self.config.ckpt_save_prefix) + r"-\d{8,}")
-        folder = self.config.checkpoints_dir
-        names = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted(names, key=lambda path: int(path.name.rpartition("-")[2]))
-
-    def _newest_valid(self) -> Path | None:
-        candidates = self._all()
-        for path in reversed(candidates):
-            problems = problems_in(path)
-            if not problems:
-                return path
-            _set_aside(path, problems)
-        if candidates:
-            raise CheckpointError(
-                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
-                "start anew with another target_dir"
-            )
-        return None
-
-    def _retain(self) -> None:
-        every = self.config.keep_every
-        for path in self._all()[: -self.config.keep_last]:
-            if every and int(path.name.rpartition("-")[2]) % every == 0:
-                continue
-            try:
-                aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name
-                path.rename(aside)
-                shutil.rmtree(aside)
-            except OSError as error:
-                print(f"warning: {path} could not be deleted ({error}); it takes disk space", flush=True)
-
-    def _extra_files(self) -> dict[str, bytes]:
-        """config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
-        data = Path(self.config.train_data or "").parent
-        meta = json.loads((data / "meta.json").read_text(encoding="utf-8")) if (data / "meta.json").is_file() else {}
-        description = huggingface_config(self.config, meta.get("eos_id"))
-        files = {"config.json": (json.dumps(description, indent=1) + "\n").encode()}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (data / name).is_file():
-                files[name] = (data / name).read_bytes()
-        return files
-
-
-def _set_aside(path: Path, problems: list[str]) -> None:
-    """Say loudly what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
-    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + ".damaged"))
-    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken + 1}" if taken else ""))
-    print(f"DAMAGED CHECKPOINT, set aside as {aside.name}: " + "; ".join(problems), flush=True)
-    try:
-        path.rename(aside)
-    except OSError as error:
-        print(f"warning: {path} could not be renamed ({error.strerror}); it is passed over", flush=True)
 
 
 def init_from_folder(folder: Path, model: nn.Module, config: TrainingConfig) -> None:

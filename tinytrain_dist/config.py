@@ -17,6 +17,11 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+IDENTITY = tuple(  # what makes a run this run: a resume with another value is refused
+    "vocab_size num_layers num_heads num_kv_heads head_dim d_model d_ff rope_theta rope_scaling_factor "
+    "rope_original_context_len rope_low_freq_factor rope_high_freq_factor tie_embeddings qk_norm norm_eps "
+    "context_len batch_size seed".split()
+)
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "checkpoint")
 
 
@@ -46,6 +51,7 @@ class TrainingConfig:
     log_save_prefix: str = _in("run", "metrics", "name of the plain record: metrics.jsonl")
     resume: str = _in("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
     ckpt_path_to_resume: str | None = _in("run", None, "a checkpoint folder; the same as resume = PATH")
+    allow: str | None = _in("run", None, "settings that may differ at resume although they make it another run: a,b")
     init_from: str | None = _in("run", None, "folder with Hugging Face Llama/Qwen3 weights to start from")
 
     train_data: str | None = _in("data", None, "token file (.npy) to train on")
@@ -100,6 +106,7 @@ class TrainingConfig:
     ckpt_save_prefix: str = _in("checkpoint", "checkpoint", "folders are named PREFIX-00001000")
     keep_last: int = _in("checkpoint", 2, "newest checkpoints that are kept")
     keep_every: int | None = _in("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
+    ckpt_async: bool = _in("checkpoint", True, "save in the background; a step pays only for the copy")
     max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 
     def __post_init__(self) -> None:
@@ -157,6 +164,11 @@ class TrainingConfig:
     def resume_from(self) -> str:
         """`auto`, `never` or the path of a checkpoint."""
         return self.ckpt_path_to_resume or self.resume
+
+    @property
+    def allowed_changes(self) -> set[str]:
+        """The settings named in `allow`."""
+        return {name.strip() for name in (self.allow or "").split(",") if name.strip()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, tuples as lists; `from_dict` is the inverse."""
@@ -346,6 +358,8 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
         found.append(f"rope_low_freq_factor: {c.rope_low_freq_factor} must be below {c.rope_high_freq_factor}")
     if c.stop_at_step is not None and c.stop_at_step > c.total_steps:
         found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
+    for name in sorted(c.allowed_changes - {*IDENTITY, "train_data"}):
+        found.append(f"allow: {name} is nothing that a resume refuses; it refuses {', '.join(IDENTITY)}, train_data")
     if c.allow_drift and not c.reproducible:
         found.append("allow_drift: has no effect with reproducible = false; leave it out")
     if c.reproducible and c.micro_batch_size is None:
@@ -408,7 +422,11 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     return config
 
 
-def parse_command_line(args: list[str], prog: str = "launch/train.py") -> TrainingConfig:
+def parse_command_line(
+    args: list[str],
+    prog: str = "launch/train.py",
+    description: str = "Train a language model. First argument: a configuration (.toml); settings override it.",
+) -> TrainingConfig:
     """`[CONFIG.toml] --any-setting value ...` as a checked configuration; dashes and underscores are the same.
 
     Errors: ConfigError listing unknown settings (with the nearest right name) together with all other problems;
@@ -423,7 +441,6 @@ def parse_command_line(args: list[str], prog: str = "launch/train.py") -> Traini
         help = f"{f.metadata['help']} (default: {f.default})"
         hints[name] = Annotated[HINTS[name], tyro.conf.arg(help=help)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
-    description = "Train a language model. First argument: a configuration (.toml); settings override it."
     overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
     return load_config(path, {**overrides, **dict.fromkeys(unknown)})
 

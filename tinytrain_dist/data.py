@@ -183,6 +183,7 @@ class Prefetcher:
         """The batch of `step`; steps must be asked for in order. Errors: whatever `make` raised."""
         ready, item = self._ready.get()
         if isinstance(item, BaseException):
+            self._ready.put((ready, item))  # the thread has ended: whoever asks again gets the same answer
             raise item
         assert ready == step, f"asked for step {step}, have {ready}"
         return item

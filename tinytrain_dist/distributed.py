@@ -76,10 +76,10 @@ class DistributedContext:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any, group: Group | None = None) -> Any:
         """Rank 0's value on every rank."""
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
         return values[0]
 
     def barrier(self) -> None:
@@ -174,44 +174,71 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(error: Exception | None, group: Group | None = None) -> None:
     """Raise the first failing rank's error on every rank, after each has said how its part went. A collective."""
     if not dist.is_initialized():
         errors = [error]
     else:
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=group)
     for found in errors:
         if found is not None:
             raise found
 
 
-def gather_to_main(tensor: Tensor) -> Tensor | None:
-    """The whole of a tensor on rank 0, on the CPU; None elsewhere. A collective for sharded tensors (DTensor).
+@dataclass(frozen=True)
+class Piece:
+    """What this rank has of one tensor on disk: its rows, and the ranks that together hold all of them, in order."""
 
-    Each rank of the first replica sends its rows in one message; nobody else holds more than it had.
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    local: Tensor
+    ranks: tuple[int, ...]
+
+
+def piece_of(name: str, tensor: Tensor) -> Piece:
+    """The piece of a plain tensor (rank 0 has it all) or of one sharded over axis 0 (DTensor; the first replica).
+
+    Ranks whose rows are not needed have an empty piece. Errors: ValueError for another sharding.
     """
+    shape, dtype, me = tuple(tensor.shape), tensor.dtype, dist.get_rank() if dist.is_initialized() else 0
     if not isinstance(tensor, DTensor):
-        return tensor.cpu() if is_main() else None
+        return Piece(name, shape, dtype, tensor.detach() if me == 0 else tensor.detach().new_empty(0), (0,))
     sharding = tensor.placements[-1]
     if not (isinstance(sharding, Shard) and sharding.dim == 0):
-        raise ValueError(f"gather_to_main: only tensors sharded over axis 0 can be gathered, got {tensor.placements}")
+        raise ValueError(f"{name}: only tensors sharded over axis 0 can be saved, got {tensor.placements}")
     mesh = tensor.device_mesh.mesh
-    ranks = mesh.view(-1, mesh.shape[-1])[0].tolist()  # HSDP: the first replica has everything
-    me, mine = dist.get_rank(), tensor.to_local().cpu()
-    if ranks[0] != 0 or me not in ranks:
+    ranks = tuple(mesh.view(-1, mesh.shape[-1])[0].tolist())  # HSDP: the first replica has everything
+    if 0 not in ranks:  # a replica with a mesh of its own
+        ranks = ()
+    mine = tensor.to_local().detach()
+    return Piece(name, shape, dtype, mine if me in ranks else mine.new_empty(0), ranks)
+
+
+def gather_piece(piece: Piece, group: Group | None = None) -> Tensor | None:
+    """The whole tensor on rank 0, on the CPU; None elsewhere. The ranks of the piece must all call it.
+
+    Every other rank sends its rows in one message; nobody but rank 0 holds more than it had.
+    """
+    if is_main() and piece.ranks == (0,):
+        return piece.local.cpu()
+    if not is_main():
+        if dist.get_rank() in piece.ranks and piece.local.numel():
+            dist.send(piece.local.cpu().contiguous(), dst=0, group=group)
         return None
-    if me != 0:
-        if mine.numel():
-            dist.send(mine.contiguous(), dst=0)
-        return None
-    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
-    for source, piece in zip(ranks, whole.split(-(-tensor.shape[0] // len(ranks))), strict=False):
+    whole = torch.empty(piece.shape, dtype=piece.dtype)
+    for source, rows in zip(piece.ranks, whole.split(-(-piece.shape[0] // len(piece.ranks))), strict=False):
         if source == 0:
-            piece.copy_(mine)
+            rows.copy_(piece.local)
         else:
-            dist.recv(piece, src=source)
+            dist.recv(rows, src=source, group=group)
     return whole
+
+
+def background_group() -> Group | None:
+    """A group of all ranks for work beside training, over the CPU; its messages meet nobody else's."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def group_size(group: Group | None) -> int:
@@ -235,7 +262,8 @@ def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = 
 
 def all_gather(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
     """Everybody's `input`, by rank, into the parts of `output`."""
-    return dist.all_gather_into_tensor(output, input, group=group, async_op=not wait)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+    return gather(output, input, group=group, async_op=not wait)
 
 
 def start_sum(tensor: Tensor, group: Group | None) -> torch.futures.Future[Tensor]:

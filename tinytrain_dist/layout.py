@@ -87,17 +87,11 @@ class BatchPlan:
                 f"{micro * ranks}; possible: ranks {listed(sizes)}"
                 + (f"; or micro_batch_size {listed(micros)}" if micros else "")
             )
-        if config.reproducible and leaves & (leaves - 1):
+        if config.reproducible and leaves & (leaves - 1):  # then the ranks, a divisor, are a power of two as well
             possible = [m for m in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / m)]
             raise ConfigError(
                 f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro} = {leaves} is not a power of "
-                "two, so no tree of sums fits every number of ranks; possible: micro_batch_size "
-                + (listed(possible) or "none, change batch_size")
-            )
-        if config.reproducible and ranks & (ranks - 1):
-            raise ConfigError(
-                f"reproducible: {ranks} ranks are not a power of two, so their sums are not part of the tree over "
-                f"{leaves} leaves; possible: ranks {listed([2**k for k in range(leaves.bit_length())])}"
+                f"two, so no tree of sums fits every number of ranks; possible: micro_batch_size {listed(possible)}"
             )
         return cls(config.batch_size, micro, config.context_len, layout.replicate, layout.shard)
 

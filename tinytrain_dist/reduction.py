@@ -181,16 +181,18 @@ class CanonicalReduction(NativeReduction):
     def squared_norm(self) -> Tensor:
         """Sum of squares of the whole gradient through the sums of its rows, which no sharding cuts.
 
-        Each row's sum is made whole by one rank, added to zeros over the shards (exact), and the vector of all rows is
-        summed in one order everywhere.
+        Each row's norm is taken by one rank, its square added to zeros over the shards (exact), and the float64 vector
+        of all rows is summed in one order everywhere.
         """
         sums = []
         for param in self.params:
             assert param.grad is not None, "every parameter takes part in the loss"
             rows = param.shape[0]
             start, stop = shard_rows(rows, self.plan.shard, self.context.shard)
-            mine = local(param.grad).square()
-            mine = mine.flatten(1).sum(dim=1, dtype=torch.float64) if mine.ndim > 1 else mine.double()
+            grad = local(param.grad)
+            # measured: vector_norm gives a row the same bits whatever rows lie beside it (einsum and bmm do not), and
+            # at 10M weights takes 2 ms, where sum(dtype=float64) takes 26
+            mine = (torch.linalg.vector_norm(grad.flatten(1), dim=1) if grad.ndim > 1 else grad).double().square()
             sums += [mine] if self.plan.shard == 1 else [_zeros(mine, start), mine, _zeros(mine, rows - stop)]
         vector = torch.cat(sums)
         if self.plan.shard > 1:
@@ -205,7 +207,8 @@ class CanonicalReduction(NativeReduction):
         buffer = bucket.buffer()
         for level in self.carry:
             torch._foreach_add_(bucket.gradients(), [level[param] for param in bucket.parameters()])
-        padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % self.plan.replicate))
+        missing = -len(buffer) % self.plan.replicate
+        padded = torch.nn.functional.pad(buffer, (0, missing)) if missing else buffer
         parts = torch.empty_like(padded)
         work = distributed.all_to_all(parts, padded, self.context.group(REPLICATE), wait=False)
         self.exchanges.append((work, parts, buffer))

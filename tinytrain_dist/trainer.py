@@ -5,7 +5,6 @@ Must not know how gradients are summed, files are written or numbers are shown; 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist import __version__
-from tinytrain_dist.checkpoint import Checkpoints, init_from_folder, model_tensors
+from tinytrain_dist.checkpoint import init_from_folder, model_tensors
 from tinytrain_dist.config import TrainingConfig, resolve_vocab_size
 from tinytrain_dist.data import (
     EVAL_STREAM,
@@ -34,12 +33,13 @@ from tinytrain_dist.data import (
     window_starts,
 )
 from tinytrain_dist.distributed import DistributedContext, Vote
-from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.layout import BatchPlan, choose_layout
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
 from tinytrain_dist.optim import AdamW, decay_groups, local
 from tinytrain_dist.parallel import build_model, check_replicas
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
+from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
 from tinytrain_dist.stopping import StopRequests, write_state
 
@@ -96,6 +96,7 @@ class Trainer:
         self.step, self.skipped, self.skipped_in_row = 0, 0, 0
         self.report: dict[str, Any] = {}
         self.unread: StepReport | None = None
+        self.failed_saves, self.saved_step = 0, -1
         self.stopping = False
         self._resume()
         self._check()
@@ -143,12 +144,13 @@ class Trainer:
         config = self.config
         stop = StopRequests(Path(config.target_dir), config.time_limit, look_at_file=self.context.is_main)
         self.batches = Prefetcher(self._read_rows, self.step)
-        self.watch, self.saving_seconds = Stopwatch(), 0.0
+        self.watch, self.logged_step, self.saving_seconds = Stopwatch(), self.step, 0.0
         try:
             while self.step < config.last_step and not self.stopping:
                 report = self.train_step(stop.reason(2 * self.saving_seconds))
                 self._settle()  # the step before: its numbers are there, and this one is under way
                 self.unread = report
+                self._collect_save()
                 if due(self.step, config.eval_every):
                     self.evaluate()
                 if due(self.step, config.ckpt_every):
@@ -232,8 +234,8 @@ class Trainer:
         ]
 
     def _log(self, report: StepReport, loss: float, norm: float) -> None:
-        steps = min(self.config.log_every, report.step)
-        seconds = self.watch.lap(report.numbers.ready_at) / steps
+        seconds = self.watch.lap(report.numbers.ready_at) / (report.step - self.logged_step)
+        self.logged_step = report.step
         gib = memory_bytes(self.context.device) / 2**30
         everyone = self.context.gather_objects((seconds, report.data_wait, gib))
         slowest = max(theirs[0] for theirs in everyone)
@@ -279,33 +281,52 @@ class Trainer:
                     sums.append(self.model(ids, targets))
             total = self.reduction.losses(leaves, sums, self.config.eval_steps * plan.leaves).sum()
             loss = float(total / (self.config.eval_steps * plan.tokens_per_step))
-        self.report["eval_loss"] = loss
+        self.report |= {"eval_loss": loss, "eval_step": self.step}
         self.log.evaluation(self.step, loss, time.perf_counter() - started)
         return loss
 
     def save(self) -> None:
-        """Write a checkpoint of the current step. A collective. A state that is not finite is never saved."""
+        """Start to save the current step, after the save before has ended. A collective.
+
+        The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
+        """
         self._settle()
         with self.watch.paused():
-            for name, tensor in model_tensors(self.model).items():
-                if self.context.agree(not bool(local(tensor).isfinite().all())):
-                    raise TrainingError(
-                        f"step {self.step}: {name} is not finite, so nothing is saved; the last checkpoint is good. "
-                        "Resume from it with a lower lr_max"
-                    )
-            self.saving_seconds = self.checkpoints.save(self.model, self.optimizer, self.step, self.report)
-            self.log.event(
-                self.step, "saved", f"saved {self.checkpoints.folder(self.step)} ({self.saving_seconds:.1f} s)"
-            )
-            self.log.flush()
+            self._collect_save(wait=True)
+            self.checkpoints.save(self.model, self.optimizer, self.step, self.report)
+
+    def _collect_save(self, wait: bool = False, last: bool = False) -> None:
+        """Tell how a save that has ended went. A full disk ends the save, not the run, unless it was the last one."""
+        pending = self.checkpoints.pending
+        if wait and not last and pending is not None and pending.is_alive():
+            self.log.say(f"step {self.step}: waiting for the save of step {pending.step} to end")
+        save = self.checkpoints.collect(wait)
+        if save is None:
+            return
+        self.saving_seconds = save.seconds
+        path = self.checkpoints.folder(save.step)
+        if save.error is None:
+            self.saved_step = save.step
+            self.log.event(save.step, "saved", f"saved {path} ({save.seconds:.1f} s)")
+        elif isinstance(save.error, OSError) and not last:
+            self.failed_saves += 1
+            text = f"SAVE FAILED ({save.error}); {self.failed_saves} so far. The last good checkpoint is kept, training"
+            self.log.event(save.step, "save_failed", f"{text} goes on, the next try is at the next ckpt_every")
+        elif isinstance(save.error, OSError):
+            raise CheckpointError(f"{path}: could not be saved ({save.error}); make room or mend the disk and resume")
+        else:
+            raise save.error
+        self.log.flush()
 
     def _finish(self) -> str:
         self._settle()
         state = "preempted" if self.step < self.config.last_step else "done"
-        if not due(self.step, self.config.ckpt_every):
-            self.save()
         if state == "done" and not due(self.step, self.config.eval_every):
             self.evaluate()
+        self._collect_save(wait=True)
+        if self.saved_step != self.step:
+            self.save()
+        self._collect_save(wait=True, last=True)
         self.log.event(self.step, "stopped", f"{state} at step {self.step} of {self.config.total_steps}")
         self.log.close()
         if self.context.is_main:
@@ -327,10 +348,9 @@ def _fits(config: TrainingConfig, context: DistributedContext) -> bool:
     """Whether weights, gradients and both moments (16 bytes a parameter) take less than 60 % of one device."""
     if context.device.type != "cuda":
         return True
-    shape = dataclasses.replace(config)
-    embedding = (shape.vocab_size or 0) * shape.d_model * (1 if shape.tie_embeddings else 2)
-    attention = 2 * shape.d_model * shape.head_width * (shape.num_heads + shape.kv_heads)
-    parameters = embedding + shape.num_layers * (attention + 3 * shape.d_model * shape.ffn_dim)
+    embedding = (config.vocab_size or 0) * config.d_model * (1 if config.tie_embeddings else 2)
+    attention = 2 * config.d_model * config.head_width * (config.num_heads + config.kv_heads)
+    parameters = embedding + config.num_layers * (attention + 3 * config.d_model * config.ffn_dim)
     return 16 * parameters < 0.6 * torch.cuda.get_device_properties(context.device).total_memory
 
 

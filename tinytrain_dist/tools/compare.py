@@ -16,9 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from tinytrain_dist.checkpoint import STATE
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.tensorfiles import DTYPES, MANIFEST, TensorReader, read_manifest
+from tinytrain_dist.tensorfiles import DTYPES, MANIFEST, STATE, TensorReader, read_manifest
 from tinytrain_dist.tools.inspect import (
     Place,
     Record,

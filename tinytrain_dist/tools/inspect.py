@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinytrain_dist.checkpoint import STATE
 from tinytrain_dist.config import read_toml
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
-from tinytrain_dist.tensorfiles import MANIFEST, problems_in, read_manifest
+from tinytrain_dist.tensorfiles import MANIFEST, STATE, problems_in, read_manifest
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, and what is set aside: .tmp, .damaged
 RUN_FILES = ("config.toml", "state.json", "environment.json", "logs", "checkpoints")

@@ -1,0 +1,282 @@
+"""Owns the checkpoints of one run: saving in the background, which one is loaded, which are kept, who holds the folder.
+
+Must not know the loop. Rank 0 alone lists, creates, writes and deletes, and tells the others. A save costs a training
+step the copy into host buffers; gathering, hashing, writing and the commit happen in a thread over a group of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinytrain_dist import distributed
+from tinytrain_dist.checkpoint import Pieces, pieces_of, read_checkpoint, write_checkpoint
+from tinytrain_dist.config import IDENTITY, TrainingConfig
+from tinytrain_dist.distributed import DistributedContext, Piece
+from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.huggingface import huggingface_config
+from tinytrain_dist.tensorfiles import STATE, problems_in, read_manifest
+
+
+class HostBuffers:
+    """Copies of this rank's pieces in host memory, kept from save to save; pinned where they come from a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, pieces: Pieces) -> tuple[Pieces, torch.cuda.Event | None]:
+        """The pieces with `local` in host memory, and what to wait for before reading them; does not block."""
+        copied: Pieces = {}
+        event = None
+        for kind, parts in pieces.items():
+            copied[kind] = []
+            for piece in parts:
+                cuda = piece.local.is_cuda
+                buffer = self._buffers.get(f"{kind}/{piece.name}")
+                if buffer is None:
+                    buffer = torch.empty(piece.local.shape, dtype=piece.dtype, pin_memory=cuda)
+                    self._buffers[f"{kind}/{piece.name}"] = buffer
+                buffer.copy_(piece.local, non_blocking=cuda)
+                copied[kind].append(Piece(piece.name, piece.shape, piece.dtype, buffer, piece.ranks))
+                if cuda and event is None:
+                    event = torch.cuda.Event()
+        if event is not None:
+            event.record()
+        return copied, event
+
+
+class Save(threading.Thread):
+    """One save under way. `outcome` waits for it; its error is the same on every rank."""
+
+    def __init__(self, step: int, work: Any) -> None:
+        """`work()` does it; it runs at once, in the background."""
+        super().__init__(name=f"save-{step}", daemon=True)
+        self.step, self.seconds, self._work = step, 0.0, work
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Work, and remember how it went."""
+        started = time.monotonic()
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+        self.seconds = time.monotonic() - started
+
+    def outcome(self) -> BaseException | None:
+        """Wait for the end; the error or None."""
+        self.join()
+        return self.error
+
+
+class Checkpoints:
+    """Saves, finds, loads and keeps the checkpoints of one run."""
+
+    def __init__(
+        self, config: TrainingConfig, context: DistributedContext, data: dict[str, Any], bits: dict[str, Any]
+    ) -> None:
+        """`data`: fingerprint of the token files; `bits`: what decides the last bit besides the run's identity."""
+        self.config, self.context, self.data, self.bits = config, context, data, bits
+        self.buffers = HostBuffers()
+        self.pending: Save | None = None
+        self.group = distributed.background_group()
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.config.checkpoints_dir / f"{self.config.ckpt_save_prefix}-{step:08d}"
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, report: dict[str, Any]) -> Save:
+        """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
+
+        There must be no other save under way. `report` (losses and the like) is kept in trainer_state.json. A
+        checkpoint of this step that is there already is left as it is: it is of the same run, so it holds the same.
+        """
+        assert self.pending is None, "collect() first"
+        pieces, values = pieces_of(model, optimizer)
+        event = None
+        if self.config.ckpt_async:
+            pieces, event = self.buffers.copy(pieces)
+        state = {
+            "step": step,
+            "tokens": step * self.config.batch_size * self.config.context_len,
+            "config": self.config.resolved(),
+            "data": self.data,
+            "report": dict(report),
+            "bits": self.bits,
+            "optimizer": values,
+        }
+
+        def work() -> None:
+            if event is not None:
+                event.synchronize()
+            self._write(self.folder(step), pieces, state)
+
+        self.pending = save = Save(step, work)
+        if not self.config.ckpt_async:
+            save.join()
+        return save
+
+    def collect(self, wait: bool = False) -> Save | None:
+        """The save that has ended since, once; with `wait` also one that has not ended yet."""
+        save = self.pending
+        if save is None or (not wait and save.is_alive()):
+            return None
+        save.join()
+        self.pending = None
+        return save
+
+    def _write(self, path: Path, pieces: Pieces, state: dict[str, Any]) -> None:
+        if not self.context.broadcast_object(path.exists(), self.group):
+            files = self._extra_files() if self.context.is_main else {}
+            write_checkpoint(path, pieces, state, files, self.config.max_shard_bytes, self.group)
+        if self.context.is_main:
+            self._retain()
+
+    def find(self) -> Path | None:
+        """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.
+
+        A collective: rank 0 looks, all ranks read a share of the files, all are told. A damaged one is renamed to
+        NAME.damaged and named. Errors: CheckpointError if one that was asked for is missing or damaged, or if all are.
+        """
+        auto = self.config.resume_from == "auto"
+        candidates: list[Path] = self.context.broadcast_object(self._all())
+        if self.config.resume_from == "never":
+            if candidates:
+                raise CheckpointError(
+                    f"{self.config.checkpoints_dir}: holds {len(candidates)} checkpoint(s), but resume = never starts "
+                    "anew; set resume = auto, or another target_dir"
+                )
+            return None
+        if not auto:
+            candidates = [Path(self.config.resume_from)]
+        for path in reversed(candidates):
+            problems = self._problems_in(path)
+            if not problems:
+                return path
+            if not auto:
+                raise CheckpointError(f"resume = {path}: " + "; ".join(problems))
+            if self.context.is_main:
+                _set_aside(path, problems)
+        if candidates:
+            raise CheckpointError(
+                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
+                "start anew with another target_dir"
+            )
+        return None
+
+    def _problems_in(self, path: Path) -> list[str]:
+        """What is damaged in a checkpoint; each file is read once, by one of the ranks. A collective."""
+        files: list[str] | None = None
+        if self.context.is_main:
+            try:
+                listed = read_manifest(path).files
+                files = sorted(listed, key=lambda name: -int(listed[name]["bytes"]))
+            except CheckpointError as error:
+                files = [str(error)]
+        files = self.context.broadcast_object(files)
+        assert files is not None
+        mine = files[self.context.rank :: self.context.world_size]
+        found = self.context.gather_objects(problems_in(path, mine))
+        return list(dict.fromkeys(problem for theirs in found for problem in theirs))
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[str]]:
+        """Fill model and optimizer from `path`; the saved state, and the settings that differ, as sentences.
+
+        Errors: CheckpointError if the settings or the data that make the run what it is are not the saved ones.
+        """
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        saved, now = state.get("config", {}), self.config.resolved()
+        differing = [key for key in now if key in saved and saved[key] != now[key]]
+        allowed = self.config.allowed_changes
+        refused = [
+            f"{key}: {saved[key]} in the checkpoint, {now[key]} now"
+            for key in differing
+            if key in IDENTITY and key not in allowed
+        ]
+        if state.get("data") != self.data and "train_data" not in allowed:
+            refused.append(f"train_data: {state.get('data')} in the checkpoint, {self.data} now")
+        if refused:
+            raise CheckpointError(
+                f"{path}: belongs to another run; start a new one (another target_dir), set back, or name in `allow` "
+                "what may change:\n  " + "\n  ".join(refused)
+            )
+        drift = [
+            f"{k}: {v} in the checkpoint, {self.bits[k]} now" for k, v in state["bits"].items() if self.bits[k] != v
+        ]
+        if drift and self.config.reproducible and not self.config.allow_drift:
+            raise CheckpointError(
+                f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
+                + "\n  ".join(drift)
+            )
+        read_checkpoint(path, model, optimizer)
+        return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]
+
+    def remove_leftovers(self) -> None:
+        """Delete the half-written folders of processes that died; called by the one that holds the run."""
+        for path in self.config.checkpoints_dir.glob(f"{self.config.ckpt_save_prefix}-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        pattern = re.compile(re.escape(self.config.ckpt_save_prefix) + r"-\d{8,}")
+        folder = self.config.checkpoints_dir
+        names = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+        return sorted(names, key=_step_of)
+
+    def _retain(self) -> None:
+        """Delete what is neither among the last, nor at a multiple of keep_every, nor the best by eval loss."""
+        every, paths = self.config.keep_every, self._all()
+        best = min(paths, key=_eval_loss, default=None)
+        for path in paths[: -self.config.keep_last]:
+            if (every and _step_of(path) % every == 0) or path == best:
+                continue
+            try:
+                aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name
+                path.rename(aside)
+                shutil.rmtree(aside)
+            except OSError as error:
+                print(f"warning: {path} could not be deleted ({error}); it takes disk space", flush=True)
+
+    def _extra_files(self) -> dict[str, bytes]:
+        """config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
+        data = Path(self.config.train_data or "").parent
+        meta = json.loads((data / "meta.json").read_text(encoding="utf-8")) if (data / "meta.json").is_file() else {}
+        description = huggingface_config(self.config, meta.get("eos_id"))
+        files = {"config.json": (json.dumps(description, indent=1) + "\n").encode()}
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (data / name).is_file():
+                files[name] = (data / name).read_bytes()
+        return files
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _eval_loss(path: Path) -> float:
+    """The eval loss measured at the checkpoint's own step; infinite where there is none."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        report = state["report"]
+        return float(report["eval_loss"]) if report.get("eval_step") == state["step"] else float("inf")
+    except (OSError, ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _set_aside(path: Path, problems: list[str]) -> None:
+    """Say loudly what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
+    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + ".damaged"))
+    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken + 1}" if taken else ""))
+    print(f"DAMAGED CHECKPOINT, set aside as {aside.name}: " + "; ".join(problems), flush=True)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        print(f"warning: {path} could not be renamed ({error.strerror}); it is passed over", flush=True)
