@@ -148,7 +148,7 @@ class Checkpoints:
         NAME.damaged and named. Errors: CheckpointError if one that was asked for is missing or damaged, or if all are.
         """
         auto = self.config.resume_from == "auto"
-        candidates: list[Path] = self.context.broadcast_object(self._all())
+        candidates: list[Path] = self.context.broadcast_object(self.committed())
         if self.config.resume_from == "never":
             if candidates:
                 raise CheckpointError(
@@ -225,7 +225,8 @@ class Checkpoints:
         for path in self.config.checkpoints_dir.glob(f"{self.config.ckpt_save_prefix}-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _all(self) -> list[Path]:
+    def committed(self) -> list[Path]:
+        """Complete checkpoints by step, as far as their names tell."""
         pattern = re.compile(re.escape(self.config.ckpt_save_prefix) + r"-\d{8,}")
         folder = self.config.checkpoints_dir
         names = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
@@ -233,10 +234,10 @@ class Checkpoints:
 
     def _retain(self) -> None:
         """Delete what is neither among the last, nor at a multiple of keep_every, nor the best by eval loss."""
-        every, paths = self.config.keep_every, self._all()
+        every, paths = self.config.keep_every, self.committed()
         best = min(paths, key=_eval_loss, default=None)
         for path in paths[: -self.config.keep_last]:
-            if (every and _step_of(path) % every == 0) or path == best:
+            if (every and _step_of(path) % every == 0) or (path == best and _eval_loss(path) < float("inf")):
                 continue
             try:
                 aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist import __version__
-from tinytrain_dist.checkpoint import init_from_folder, model_tensors
+from tinytrain_dist.checkpoint import init_from_folder, model_tensors, pieces_of
 from tinytrain_dist.config import TrainingConfig, resolve_vocab_size
 from tinytrain_dist.data import (
     EVAL_STREAM,
@@ -38,6 +38,7 @@ from tinytrain_dist.layout import BatchPlan, choose_layout
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
 from tinytrain_dist.optim import AdamW, decay_groups, local
 from tinytrain_dist.parallel import build_model, check_replicas
+from tinytrain_dist.preflight import RunLock, check_host_memory, check_space, prove_shared
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
@@ -111,7 +112,10 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
-        path, config = self.checkpoints.find(), self.config
+        config, auto = self.config, self.config.resume_from == "auto"
+        path = None if auto else self.checkpoints.find()  # a wrong path leaves no new folder behind
+        self._claim_folder()
+        path = self.checkpoints.find() if auto else path
         notes: list[str] = []
         if path is not None:
             state, notes = self.checkpoints.load(path, self.model, self.optimizer)
@@ -124,6 +128,22 @@ class Trainer:
         if path is not None:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
+
+    def _claim_folder(self) -> None:
+        """Prove before step 1 that saving will work: shared, writable, enough room, and nobody else's."""
+        config, context = self.config, self.context
+        prove_shared(config.checkpoints_dir, context)
+        if context.is_main:
+            Path(config.target_dir).mkdir(parents=True, exist_ok=True)
+        self.lock = RunLock(Path(config.target_dir), context)
+        pieces = [piece for kind in pieces_of(self.model, self.optimizer)[0].values() for piece in kind]
+        whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
+        if context.is_main:
+            self.checkpoints.remove_leftovers()
+        existing = len(self.checkpoints.committed()) if context.is_main else 0
+        check_space(config.checkpoints_dir, whole, config.keep_last + 1, existing, context)
+        if config.ckpt_async:
+            check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
 
     def _check(self) -> None:
         """Prove what wrappers get wrong by themselves: equal replicas, and ranks that draw different windows."""
@@ -331,6 +351,7 @@ class Trainer:
         self.log.close()
         if self.context.is_main:
             write_state(Path(self.config.target_dir), state, self.step)
+        self.lock.release()
         return state
 
     def _write_run_folder(self) -> None:

@@ -1,0 +1,289 @@
+"""Owns that nothing is lost: kills at every stage of a save, full disks, damage, two runs in a folder, retention."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_helper import run_ranks
+from test_trainer import fit_error
+from training import Run, fit, settings_for, train
+
+pytestmark = pytest.mark.multiprocess
+
+RUN = {"reproducible": True, "parallel": "fsdp", "total_steps": 8, "ckpt_every": 2, "eval_every": 100}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saver")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Run:
+    return train(folder, "undisturbed", 2, **RUN)
+
+
+def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
+    """SIGKILL the given ranks when the save of step 4 reaches a stage."""
+    from tinytrain_dist import checkpoint, distributed, saver, tensorfiles
+
+    if trainer.context.rank not in ranks:
+        return
+    owner, name = {
+        "copy": (saver.HostBuffers, "copy"),
+        "gather": (distributed, "gather_piece"),
+        "between files": (tensorfiles, "write_json"),
+        "before the manifest": (checkpoint, "commit"),
+        "before the rename": (tensorfiles, "_fsync_folder"),
+        "retention": (saver.shutil, "rmtree"),
+    }[stage]
+    plain, calls = getattr(owner, name), [0]
+    copies = [0]
+    copy = saver.HostBuffers.copy
+
+    def counted_copy(self: Any, pieces: Any) -> Any:
+        copies[0] += 1
+        if stage == "copy" and copies[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return copy(self, pieces)
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if copies[0] == 2:
+            calls[0] += 1
+            if calls[0] == WHICH_CALL.get(stage, 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+
+    if stage != "copy":
+        setattr(owner, name, deadly)
+    saver.HostBuffers.copy = counted_copy  # type: ignore[method-assign]
+
+
+WHICH_CALL = {"gather": 5, "retention": 2}  # the first rmtree clears the way for the new folder
+STAGES = [
+    ("copy", (0,)), ("copy", (0, 1)), ("gather", (1,)), ("gather", (0,)), ("gather", (0, 1)), ("between files", (0,)),
+    ("before the manifest", (0,)), ("before the rename", (0,)), ("retention", (0,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "ranks"), STAGES, ids=[f"{stage} {ranks}" for stage, ranks in STAGES])
+def test_killed_in_a_save_the_next_start_goes_on_to_the_same_bits(
+    folder: Path, undisturbed: Run, stage: str, ranks: tuple[int, ...]
+) -> None:
+    name = f"killed-{stage}-{len(ranks)}-{ranks[0]}".replace(" ", "-")
+    # one checkpoint is kept, so that the save of step 4 has something to delete
+    settings = settings_for(folder, name, **RUN, keep_last=1)
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        run_ranks(2, fit, settings, functools.partial(die_at, stage=stage, ranks=ranks))
+    run_ranks(2, fit, settings)
+    run = Run(folder / name)
+    (text,) = run.values("resumed", "text")
+    assert f"checkpoint-0000000{4 if stage == 'retention' else 2}" in text, "at most one interval is lost"
+    assert run.digests() == undisturbed.digests()
+    assert not list((folder / name / "checkpoints").glob("*.tmp")), "what was half-written is cleared away"
+
+
+def test_background_and_foreground_saves_are_the_same(folder: Path, undisturbed: Run) -> None:
+    assert train(folder, "foreground", 2, **RUN, ckpt_async=False).digests() == undisturbed.digests()
+
+
+def fail_saves(trainer: Any, steps: tuple[int, ...], errno: int) -> None:
+    from tinytrain_dist import checkpoint
+
+    plain = checkpoint.write_tensors
+
+    def write(folder: Path, *args: Any) -> None:
+        if int(folder.name.removesuffix(".tmp")[-8:]) in steps:
+            raise OSError(errno, os.strerror(errno))
+        plain(folder, *args)
+
+    checkpoint.write_tensors = write  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("errno", [28, 5, 30], ids=["ENOSPC", "EIO", "EROFS"])
+def test_failed_save_costs_the_save_and_not_the_run(folder: Path, undisturbed: Run, errno: int) -> None:
+    settings = settings_for(folder, f"failing{errno}", **RUN)
+    ends = run_ranks(2, fit, settings, functools.partial(fail_saves, steps=(4, 6), errno=errno))
+    assert [end["state"] for end in ends] == ["done", "done"]
+    run = Run(folder / f"failing{errno}")
+    texts = run.values("save_failed", "text")
+    assert [text.count("2 so far") for text in texts] == [0, 1]
+    assert os.strerror(errno) in texts[0]
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "checkpoint-00000002",
+        "checkpoint-00000008",
+    ]
+    assert run.digests() == undisturbed.digests()
+
+
+def test_last_save_that_fails_is_an_error(folder: Path) -> None:
+    settings = settings_for(folder, "last", **RUN)
+    messages = run_ranks(2, last_save_error, settings)
+    assert "could not be saved" in messages[0]
+    assert "resume" in messages[1]
+
+
+def last_save_error(settings: dict[str, Any]) -> str:
+    return fit_error(settings, functools.partial(fail_saves, steps=(8,), errno=28))
+
+
+def no_room(settings: dict[str, Any]) -> str:
+    from tinytrain_dist import preflight
+
+    usage = namedtuple("usage", "total used free")
+    preflight.shutil.disk_usage = lambda _: usage(10**6, 10**6, 9999)  # type: ignore[assignment]
+    return fit_error(settings)
+
+
+def test_too_little_disk_is_said_before_step_one(folder: Path) -> None:
+    messages = run_ranks(2, no_room, settings_for(folder, "small", **RUN))
+    assert messages[0] == messages[1]
+    assert "keep_last + 1 = 3 checkpoints" in messages[0]
+    assert not (folder / "small" / "logs").exists()
+
+
+def no_memory(settings: dict[str, Any]) -> str:
+    from tinytrain_dist import preflight
+
+    class Meminfo:
+        def __init__(self, *_: Any) -> None: ...
+
+        def read_text(self) -> str:
+            return "MemTotal: 9 kB\nMemAvailable:  1 kB\n"
+
+    preflight.Path = Meminfo  # type: ignore[misc, assignment]
+    try:
+        preflight.check_host_memory(2**20, start_context())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def start_context() -> Any:
+    from tinytrain_dist import distributed
+
+    return distributed.start("cpu")
+
+
+def test_too_little_host_memory_is_said(folder: Path) -> None:
+    message = run_ranks(2, no_memory, settings_for(folder, "memory", **RUN))[0]
+    assert "ckpt_async: saving in the background needs 0.00 GB" in message
+    assert "ckpt_async = false" in message
+
+
+def blind_rank(settings: dict[str, Any]) -> str:
+    """Rank 1 stands for a node whose path leads to another disk."""
+    import dataclasses
+
+    from tinytrain_dist.preflight import prove_shared
+
+    context = start_context()
+    place = Path(settings["target_dir"])
+    context = dataclasses.replace(context, host=f"node{context.rank}")
+    if context.rank == 1:
+        os.chdir("/")
+        os.environ["HOME"] = "/"
+        real = Path.read_text
+        Path.read_text = lambda self, **k: "other" if ".probe" in self.name else real(self, **k)  # type: ignore
+    try:
+        prove_shared(place, context)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_node_that_does_not_see_the_folder_is_named(folder: Path) -> None:
+    messages = run_ranks(2, blind_rank, settings_for(folder, "blind"))
+    assert messages[0] == messages[1]
+    assert "is not seen on node1" in messages[0]
+    assert not list((folder / "blind").iterdir())
+
+
+def second_run(settings: dict[str, Any]) -> str:
+    """Another process holds the lock."""
+    from tinytrain_dist.preflight import _started
+
+    parent = os.getppid()
+    lock = {"host": os.uname().nodename, "pid": parent, "started": _started(parent), "job": None}
+    Path(settings["target_dir"]).mkdir()
+    (Path(settings["target_dir"]) / "lock.json").write_text(json.dumps(lock))
+    return fit_error(settings)
+
+
+def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
+    message = run_ranks(1, second_run, settings_for(folder, "twice"))[0]
+    assert "trains into this folder" in message
+    lock = json.loads((folder / "twice" / "lock.json").read_text())
+    assert str(lock["pid"]) in message
+
+
+@pytest.mark.parametrize(
+    ("lock", "accepted"),
+    [
+        ({"host": "HERE", "pid": 2**22 + 5, "started": "1", "job": None}, True),
+        ({"host": "HERE", "pid": 1, "started": "another start", "job": None}, True),
+        ({"host": "elsewhere", "pid": 1, "started": "1", "job": "77"}, True),
+        ({"host": "elsewhere", "pid": 1, "started": "1", "job": "78"}, False),
+        ("not json", True),
+    ],
+    ids=["process gone", "pid used again", "same Slurm job", "another host", "torn"],
+)
+def test_stale_locks_are_recognised(tmp_path: Path, lock: Any, accepted: bool) -> None:
+    text = (
+        lock
+        if isinstance(lock, str)
+        else json.dumps({**lock, "host": lock["host"].replace("HERE", os.uname().nodename)})
+    )
+    settings = settings_for(tmp_path, "run", stop_at_step=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock.json").write_text(text)
+    message = run_ranks(1, fit_error, settings, env={"SLURM_JOB_ID": "77"})[0]
+    assert (message == "no error") == accepted, message
+    assert (tmp_path / "run" / "lock.json").exists() != accepted
+
+
+def test_lock_of_another_host_is_stale_after_two_minutes(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", stop_at_step=1)
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / "lock.json"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": None}))
+    os.utime(lock, (1, 1))
+    assert run_ranks(1, fit_error, settings)[0] == "no error"
+
+
+def test_best_by_eval_loss_is_kept(tmp_path: Path) -> None:
+    run = train(tmp_path, "run", 1, total_steps=6, ckpt_every=1, eval_every=1, keep_last=1, lr_max=3.0, lr_min=3.0)
+    losses = run.values("eval", "loss")
+    best = 1 + losses.index(min(losses))
+    kept = sorted(int(path.name[-8:]) for path in (run.folder / "checkpoints").iterdir())
+    assert kept == sorted({best, 6})
+    assert best < 6, "the rate is so high that an earlier step must be the best"
+
+
+def test_allow_names_what_may_change(tmp_path: Path) -> None:
+    train(tmp_path, "run", 1, stop_at_step=3)
+    refused = settings_for(tmp_path, "run", seed=3, context_len=11)
+    assert "context_len: 12 in the checkpoint, 11 now" in run_ranks(1, fit_error, {**refused, "allow": "seed"})[0]
+    assert run_ranks(1, fit_error, {**refused, "allow": "seed, context_len"})[0] == "no error"
+
+
+def test_damage_is_shared_out_and_found_by_whoever_reads_it(tmp_path: Path) -> None:
+    """Each file is read by one rank: damage in any one of them must reach all."""
+    run = train(tmp_path, "run", 2, parallel="fsdp", max_shard_bytes=2000, stop_at_step=3)
+    for file in sorted(run.checkpoint.iterdir()):
+        shutil.copytree(run.folder, tmp_path / "copy")
+        target = tmp_path / "copy" / "checkpoints" / run.checkpoint.name / file.name
+        data = bytearray(target.read_bytes())
+        data[len(data) // 2] ^= 1
+        target.write_bytes(data)
+        messages = run_ranks(2, fit_error, settings_for(tmp_path, "copy", parallel="fsdp"))
+        assert all("none of 1 checkpoint(s) is valid" in message for message in messages), file.name
+        shutil.rmtree(tmp_path / "copy")
