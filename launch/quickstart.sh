@@ -25,7 +25,7 @@ else
     "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
 fi
 
-step 3 "Training on 2 processes into $run: 1 to 3 minutes; continues from the newest checkpoint if there is one"
+step 3 "Training on 2 processes into $run: 1 to 4 minutes; continues from the newest checkpoint if there is one"
 launch/local.sh configs/quickstart.toml --nproc 2 "$@"
 
 step 4 "What the model writes: a few seconds"
