@@ -38,15 +38,18 @@ def live(folder: Path, rng: random.Random, ranks: int, mode: str) -> str:
     end = threading.Event()
 
     def kill() -> None:
-        if not end.wait(seconds):
+        pids: list[int] = []
+        while not pids and not end.wait(seconds):
             pids = sorted(distributed_helper._alive)
-            for pid in pids if everyone else [rng.choice(pids)] if pids else []:
-                os.kill(pid, signal.SIGKILL)
+        for pid in pids if everyone or not pids else [rng.choice(pids)]:
+            os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        distributed_helper.run_ranks(ranks, fit, settings_for(folder, "run", parallel=mode, **COMMON))
+        distributed_helper.run_ranks(
+            ranks, fit, settings_for(folder, "run", parallel=mode, **COMMON), timeout_seconds=600
+        )
     except AssertionError as error:
         if "SIGKILL" not in str(error):
             sys.exit(f"a life ended otherwise than by our kill:\n{error}")

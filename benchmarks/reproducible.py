@@ -105,9 +105,7 @@ def main() -> None:
         np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 10_000, 10**6, dtype=np.uint16))
         common = ("--worker", folder, "--steps", str(options.steps), "--rounds")
         results = run(options.ranks, *common, str(options.rounds))
-        print(
-            f"{'case':<22}{'native':>10}{'reproducible':>14}{'ratio':>8}   spread of ratios   peak native / reproducible"
-        )
+        print(f"{'case':<22}{'native':>10}{'reproducible':>14}{'ratio':>8}   spread of ratios   peak memory")
         for mode, accumulation in CASES:
             times = results[f"{mode}, accumulation {accumulation}"]["times"]
             assert isinstance(times, dict)

@@ -39,8 +39,8 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
         return
     owner, name = {
         "copy": (saver.HostBuffers, "copy"),
-        "gather": (distributed, "gather_piece"),
-        "between files": (tensorfiles, "write_json"),
+        "gather": (distributed, "start_sends" if trainer.context.rank else "gather_piece"),
+        "between files": (checkpoint, "write_index"),
         "before the manifest": (checkpoint, "commit"),
         "before the rename": (tensorfiles, "_fsync_folder"),
         "retention": (saver.shutil, "rmtree"),
@@ -58,7 +58,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         if copies[0] == 2:
             calls[0] += 1
-            if calls[0] == WHICH_CALL.get(stage, 1):
+            if calls[0] == (1 if name == "start_sends" else WHICH_CALL.get(stage, 1)):
                 os.kill(os.getpid(), signal.SIGKILL)
         return plain(*args, **kwargs)
 
@@ -89,6 +89,24 @@ def test_killed_in_a_save_the_next_start_goes_on_to_the_same_bits(
     assert f"checkpoint-0000000{4 if stage == 'retention' else 2}" in text, "at most one interval is lost"
     assert run.digests() == undisturbed.digests()
     assert not list((folder / name / "checkpoints").glob("*.tmp")), "what was half-written is cleared away"
+
+
+@pytest.mark.parametrize("mode", [{"parallel": "ddp"}, {"parallel": "fsdp"}, {"parallel": "hsdp", "dp_shard": 2}])
+def test_several_writers_write_the_same_tensors(folder: Path, undisturbed: Run, mode: dict[str, Any]) -> None:
+    name = f"writers-{mode['parallel']}"
+    writers = {"ckpt_writers": 3, "max_shard_bytes": 3000}
+    run = train(folder, name, 4, **{**RUN, **mode}, **writers)
+    assert len(list(run.checkpoint.glob("*.safetensors"))) > 6
+    assert run.digests() == undisturbed.digests()
+    manifest, expected = (json.loads((r.checkpoint / "manifest.json").read_text()) for r in (run, undisturbed))
+    assert list(manifest["tensors"]["model"]) == list(expected["tensors"]["model"])
+    again = train(folder, name, 2, **RUN)
+    assert again.values("resumed", "text")
+
+
+def test_more_writers_than_ranks_are_refused(folder: Path) -> None:
+    message = run_ranks(2, fit_error, settings_for(folder, "many", **RUN, ckpt_writers=3))[0]
+    assert "ckpt_writers: 3 is more than the 2 ranks" in message
 
 
 def test_background_and_foreground_saves_are_the_same(folder: Path, undisturbed: Run) -> None:

@@ -24,6 +24,7 @@ from tinytrain_dist.tensorfiles import (
     problems_in,
     read_manifest,
     write_bytes,
+    write_index,
     write_json,
     write_tensors,
 )
@@ -59,6 +60,7 @@ def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 <<
     aside.mkdir()
     manifest = Manifest()
     write_tensors(aside, "model", specs_of(tensors), lambda spec: tensors[spec.name], max_bytes, manifest)
+    write_index(aside, "model", specs_of(tensors), max_bytes, manifest)
     write_json(aside, "state.json", {"step": 3}, manifest)
     write_bytes(aside, "notes.bin", b"\x00\x01", manifest)
     commit(aside, parent / name, manifest)

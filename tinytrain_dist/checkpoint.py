@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ from tinytrain_dist.tensorfiles import (
     Spec,
     TensorReader,
     commit,
+    cut_into_files,
     problems_in,
     read_manifest,
     write_bytes,
+    write_index,
     write_json,
     write_tensors,
 )
@@ -85,13 +89,24 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 Pieces = dict[str, list[Piece]]  # by kind: "model", "optimizer"
 
 
-def pieces_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Pieces, dict[str, Any]]:
-    """What this rank has of everything that is saved, without copying it, and the optimizer's plain values."""
-    pieces = {"model": [piece_of(name, tensor) for name, tensor in model_tensors(model).items()]}
-    values: dict[str, Any] = {}
+def pieces_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, max_shard_bytes: int = SHARD_BYTES, writers: int = 1
+) -> tuple[Pieces, dict[str, Any]]:
+    """What this rank has of everything that is saved, without copying it, and the optimizer's plain values.
+
+    Whole files go to `writers` ranks in turn; the sizes must be those given to `write_checkpoint`.
+    """
+    kinds, values = {"model": model_tensors(model)}, dict[str, Any]()
     if optimizer is not None:
-        tensors, values = optimizer_tensors(model, optimizer)
-        pieces["optimizer"] = [piece_of(name, tensor) for name, tensor in tensors.items()]
+        kinds["optimizer"], values = optimizer_tensors(model, optimizer)
+    pieces: Pieces = {}
+    turn = 0
+    for kind, tensors in kinds.items():
+        pieces[kind] = []
+        specs = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+        for file in cut_into_files(specs, max_shard_bytes):
+            pieces[kind] += [piece_of(spec.name, tensors[spec.name], turn % writers) for spec in file]
+            turn += 1
     return pieces, values
 
 
@@ -103,51 +118,100 @@ def write_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     group: Group | None = None,
 ) -> None:
-    """Write one complete checkpoint folder. A collective over `group`: every rank sends its rows, rank 0 writes.
+    """Write one complete checkpoint folder. A collective over `group`: each rank sends its rows to the writers.
 
-    Errors: on every rank, CheckpointError if `path` exists or a value is not finite, or rank 0's OSError; then nothing
-    is left behind.
+    Rank 0 makes the folder, writes what is not a tensor, and commits. Errors: on every rank, CheckpointError if `path`
+    exists or a value is not finite, or a writer's OSError; then nothing is left behind.
     """
-    order = [piece for kind in pieces.values() for piece in kind]
-    bad = [piece.name for piece in order if piece.local.is_floating_point() and not piece.local.isfinite().all()]
-    error: Exception | None = None
-    if bad:
-        error = CheckpointError(f"{bad[0]}: is not finite, so nothing is saved; resume from the last checkpoint")
-    distributed.raise_together(error, group)
-    if not distributed.is_main():
-        for piece in order:
-            distributed.gather_piece(piece, group)
-        distributed.raise_together(None, group)
-        return
-    fetched = 0
-
-    def fetch(spec: Spec) -> Tensor:
-        nonlocal fetched
-        whole = distributed.gather_piece(order[fetched], group)
-        fetched += 1
-        assert whole is not None
-        return whole
-
-    aside = path.with_name(path.name + ".tmp")
+    aside, main = path.with_name(path.name + ".tmp"), distributed.is_main()
+    specs = {kind: [Spec(p.name, p.shape, p.dtype) for p in parts] for kind, parts in pieces.items()}
     try:
+        distributed.raise_together(_attempt(lambda: _prepare(path, aside, pieces, main)), group)
+        manifest = _write_my_files(aside, pieces, specs, max_shard_bytes, group)
+        everyone = distributed.gather_to_all(manifest, group)
+
+        def complete() -> None:
+            whole = _merge(everyone, specs)
+            for kind in specs:
+                write_index(aside, kind, specs[kind], max_shard_bytes, whole)
+            for name, data in (extra_files or {}).items():
+                write_bytes(aside, name, data, whole)
+            write_json(aside, STATE, state, whole)
+            commit(aside, path, whole)
+
+        distributed.raise_together(_attempt(complete) if main else None, group)
+    except (OSError, CheckpointError):
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    """Do it, and return what a disk or a checkpoint can fail with, for all ranks to hear of."""
+    try:
+        action()
+    except (OSError, CheckpointError) as error:
+        return error
+    return None
+
+
+def _prepare(path: Path, aside: Path, pieces: Pieces, main: bool) -> None:
+    for piece in (piece for parts in pieces.values() for piece in parts):
+        if piece.local.is_floating_point() and not piece.local.isfinite().all():
+            raise CheckpointError(f"{piece.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+    if main:
         if path.exists():
             raise CheckpointError(f"{path}: exists already and is not replaced; give another path or delete it")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        manifest = Manifest()
+
+
+def _write_my_files(
+    aside: Path, pieces: Pieces, specs: dict[str, list[Spec]], max_shard_bytes: int, group: Group | None
+) -> Manifest:
+    """Write the files that are this rank's, while offering the others its rows of theirs; what was written."""
+    order = [piece for parts in pieces.values() for piece in parts]
+    numbers = {(kind, piece.name): n for n, (kind, piece) in enumerate((k, p) for k in pieces for p in pieces[k])}
+    left = {n for n, piece in enumerate(order) if piece.writer == distributed.my_rank()}
+    manifest = Manifest()
+    sends = distributed.start_sends(order, group)
+
+    def write() -> None:
+        _wait_for_folder(aside)
         for kind, parts in pieces.items():
-            specs = [Spec(piece.name, piece.shape, piece.dtype) for piece in parts]
-            write_tensors(aside, kind, specs, fetch, max_shard_bytes, manifest)
-        for name, data in (extra_files or {}).items():
-            write_bytes(aside, name, data, manifest)
-        write_json(aside, STATE, state, manifest)
-        commit(aside, path, manifest)
-    except (OSError, CheckpointError) as caught:
-        error = caught
-        shutil.rmtree(aside, ignore_errors=True)
-        for piece in order[fetched:]:  # the others are sending: take it, or they wait for ever
-            distributed.gather_piece(piece, group)
+            writers = {piece.name: piece.writer for piece in parts}
+
+            def fetch(spec: Spec, kind: str = kind) -> Tensor:
+                number = numbers[kind, spec.name]
+                left.discard(number)
+                return distributed.gather_piece(order[number], number, group)
+
+            def mine(spec: Spec, writers: dict[str, int] = writers) -> bool:
+                return writers[spec.name] == distributed.my_rank()
+
+            write_tensors(aside, kind, specs[kind], fetch, max_shard_bytes, manifest, mine)
+
+    error = _attempt(write)
+    for number in sorted(left):  # after an error the others are still offering: take it, or they wait for ever
+        distributed.gather_piece(order[number], number, group)
+    distributed.finish_sends(sends)
     distributed.raise_together(error, group)
+    return manifest
+
+
+def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
+    """A shared file system may show a new folder to other hosts late."""
+    deadline = time.monotonic() + seconds
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _merge(manifests: list[Manifest], specs: dict[str, list[Spec]]) -> Manifest:
+    """One manifest, in the order of the tensors, whoever wrote them."""
+    files = {name: entry for manifest in manifests for name, entry in manifest.files.items()}
+    tensors = {kind: {n: t for m in manifests for n, t in m.tensors.get(kind, {}).items()} for kind in specs}
+    ordered = {kind: {spec.name: tensors[kind][spec.name] for spec in specs[kind]} for kind in specs}
+    return Manifest(dict(sorted(files.items())), ordered)
 
 
 def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

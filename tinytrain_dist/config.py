@@ -107,6 +107,7 @@ class TrainingConfig:
     keep_last: int = _in("checkpoint", 2, "newest checkpoints that are kept")
     keep_every: int | None = _in("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
     ckpt_async: bool = _in("checkpoint", True, "save in the background; a step pays only for the copy")
+    ckpt_writers: int = _in("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
     max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 
     def __post_init__(self) -> None:
@@ -262,7 +263,7 @@ def _nearest(key: str) -> str:
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last max_shard_bytes max_skipped_steps".split()
+    "ckpt_every keep_last max_shard_bytes max_skipped_steps ckpt_writers".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "

@@ -72,9 +72,7 @@ class DistributedContext:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Everybody's value, by rank, on every rank."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return gather_to_all(value)
 
     def broadcast_object(self, value: Any, group: Group | None = None) -> Any:
         """Rank 0's value on every rank."""
@@ -171,69 +169,92 @@ def tell_launcher(message: str) -> bool:
 
 def is_main() -> bool:
     """Whether this is rank 0, or there are no ranks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return my_rank() == 0
 
 
 def raise_together(error: Exception | None, group: Group | None = None) -> None:
     """Raise the first failing rank's error on every rank, after each has said how its part went. A collective."""
-    if not dist.is_initialized():
-        errors = [error]
-    else:
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=group)
-    for found in errors:
+    for found in gather_to_all(error, group):
         if found is not None:
             raise found
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank has of one tensor on disk: its rows, and the ranks that together hold all of them, in order."""
+    """What this rank has of one tensor on disk: its rows, the ranks that together hold all of them, and who writes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     local: Tensor
     ranks: tuple[int, ...]
+    writer: int = 0
 
 
-def piece_of(name: str, tensor: Tensor) -> Piece:
-    """The piece of a plain tensor (rank 0 has it all) or of one sharded over axis 0 (DTensor; the first replica).
+def my_rank() -> int:
+    """This process's rank; 0 where there are no ranks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def piece_of(name: str, tensor: Tensor, writer: int = 0) -> Piece:
+    """The piece of a plain tensor (every rank has it all) or of one sharded over axis 0 (DTensor; the first replica).
 
     Ranks whose rows are not needed have an empty piece. Errors: ValueError for another sharding.
     """
-    shape, dtype, me = tuple(tensor.shape), tensor.dtype, dist.get_rank() if dist.is_initialized() else 0
+    shape, dtype, me = tuple(tensor.shape), tensor.dtype, my_rank()
     if not isinstance(tensor, DTensor):
-        return Piece(name, shape, dtype, tensor.detach() if me == 0 else tensor.detach().new_empty(0), (0,))
+        mine = tensor.detach()
+        return Piece(name, shape, dtype, mine if me == writer else mine.new_empty(0), (writer,), writer)
     sharding = tensor.placements[-1]
     if not (isinstance(sharding, Shard) and sharding.dim == 0):
         raise ValueError(f"{name}: only tensors sharded over axis 0 can be saved, got {tensor.placements}")
     mesh = tensor.device_mesh.mesh
-    ranks = tuple(mesh.view(-1, mesh.shape[-1])[0].tolist())  # HSDP: the first replica has everything
-    if 0 not in ranks:  # a replica with a mesh of its own
-        ranks = ()
+    # HSDP: the first replica has everything; where each replica has a mesh of its own, only the writer's place matters
+    first = tuple(range(mesh.shape[-1])) if 0 not in mesh else tuple(mesh.view(-1, mesh.shape[-1])[0].tolist())
     mine = tensor.to_local().detach()
-    return Piece(name, shape, dtype, mine if me in ranks else mine.new_empty(0), ranks)
+    return Piece(name, shape, dtype, mine if me in first else mine.new_empty(0), first, writer)
 
 
-def gather_piece(piece: Piece, group: Group | None = None) -> Tensor | None:
-    """The whole tensor on rank 0, on the CPU; None elsewhere. The ranks of the piece must all call it.
+def start_sends(pieces: Sequence[Piece], group: Group | None = None) -> list[tuple[Any, Tensor]]:
+    """Offer this rank's rows of all tensors that others write, without waiting; hand the result to `finish_sends`."""
+    sends: list[tuple[Any, Tensor]] = []
+    for number, piece in enumerate(pieces):
+        if my_rank() in piece.ranks and piece.writer != my_rank() and piece.local.numel():
+            rows = piece.local.cpu().contiguous()
+            sends.append((dist.isend(rows, dst=piece.writer, group=group, tag=number), rows))
+    return sends
 
-    Every other rank sends its rows in one message; nobody but rank 0 holds more than it had.
+
+def finish_sends(sends: list[tuple[Any, Tensor]]) -> None:
+    """Wait until everything offered was taken."""
+    for work, _ in sends:
+        work.wait()
+
+
+def gather_piece(piece: Piece, number: int, group: Group | None = None) -> Tensor:
+    """The whole tensor, on the CPU, for its writer; `number` is its place in the list given to `start_sends`.
+
+    Nobody but the writer holds more than it had.
     """
-    if is_main() and piece.ranks == (0,):
+    me = my_rank()
+    if piece.ranks == (me,):
         return piece.local.cpu()
-    if not is_main():
-        if dist.get_rank() in piece.ranks and piece.local.numel():
-            dist.send(piece.local.cpu().contiguous(), dst=0, group=group)
-        return None
     whole = torch.empty(piece.shape, dtype=piece.dtype)
     for source, rows in zip(piece.ranks, whole.split(-(-piece.shape[0] // len(piece.ranks))), strict=False):
-        if source == 0:
+        if source == me:
             rows.copy_(piece.local)
         else:
-            dist.recv(rows, src=source, group=group)
+            dist.recv(rows, src=source, group=group, tag=number)
     return whole
+
+
+def gather_to_all(value: Any, group: Group | None = None) -> list[Any]:
+    """Everybody's value, by rank, on every rank; alone, just this one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def background_group() -> Group | None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tinytrain_dist import distributed
 from tinytrain_dist.checkpoint import Pieces, pieces_of, read_checkpoint, write_checkpoint
 from tinytrain_dist.config import IDENTITY, TrainingConfig
-from tinytrain_dist.distributed import DistributedContext, Piece
+from tinytrain_dist.distributed import DistributedContext
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.huggingface import huggingface_config
 from tinytrain_dist.tensorfiles import STATE, problems_in, read_manifest
@@ -45,7 +46,7 @@ class HostBuffers:
                     buffer = torch.empty(piece.local.shape, dtype=piece.dtype, pin_memory=cuda)
                     self._buffers[f"{kind}/{piece.name}"] = buffer
                 buffer.copy_(piece.local, non_blocking=cuda)
-                copied[kind].append(Piece(piece.name, piece.shape, piece.dtype, buffer, piece.ranks))
+                copied[kind].append(replace(piece, local=buffer))
                 if cuda and event is None:
                     event = torch.cuda.Event()
         if event is not None:
@@ -101,7 +102,8 @@ class Checkpoints:
         checkpoint of this step that is there already is left as it is: it is of the same run, so it holds the same.
         """
         assert self.pending is None, "collect() first"
-        pieces, values = pieces_of(model, optimizer)
+        config = self.config
+        pieces, values = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         event = None
         if self.config.ckpt_async:
             pieces, event = self.buffers.copy(pieces)

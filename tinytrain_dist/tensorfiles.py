@@ -83,18 +83,23 @@ def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
 
 
 def write_tensors(
-    folder: Path, kind: str, specs: Sequence[Spec], fetch: Callable[[Spec], Tensor], max_bytes: int, manifest: Manifest
+    folder: Path,
+    kind: str,
+    specs: Sequence[Spec],
+    fetch: Callable[[Spec], Tensor],
+    max_bytes: int,
+    manifest: Manifest,
+    mine: Callable[[Spec], bool] = lambda _: True,
 ) -> None:
-    """Write the tensors as KIND-00001-of-N.safetensors ... and KIND.safetensors.index.json, and note them.
+    """Write the tensors as KIND-00001-of-N.safetensors ..., only those files whose first tensor is `mine`; note them.
 
     fetch(spec) gives one whole tensor on the CPU; it is called once per tensor, in order, and nothing is kept, so the
-    memory is that of the largest tensor. Errors: OSError from the disk.
+    memory is that of the largest tensor. `write_index` completes the kind. Errors: OSError from the disk.
     """
-    files = cut_into_files(specs, max_bytes)
-    weight_map: dict[str, str] = {}
     tensors = manifest.tensors.setdefault(kind, {})
-    for number, group in enumerate(files, 1):
-        name = f"{kind}-{number:05d}-of-{len(files):05d}.safetensors"
+    for name, group in _named_files(kind, specs, max_bytes):
+        if not mine(group[0]):
+            continue
         out = _HashingFile(folder / name)
         try:
             out.write(_header(group))
@@ -105,12 +110,21 @@ def write_tensors(
                 out.write(data)
                 digest = hashlib.sha256(data).hexdigest()
                 tensors[spec.name] = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digest}
-                weight_map[spec.name] = name
             manifest.files[name] = out.finish()
         finally:
             out.file.close()
+
+
+def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, manifest: Manifest) -> None:
+    """Write KIND.safetensors.index.json: which tensor lies in which file."""
+    weight_map = {spec.name: name for name, group in _named_files(kind, specs, max_bytes) for spec in group}
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
     write_json(folder, f"{kind}.safetensors.index.json", index, manifest)
+
+
+def _named_files(kind: str, specs: Sequence[Spec], max_bytes: int) -> list[tuple[str, list[Spec]]]:
+    files = cut_into_files(specs, max_bytes)
+    return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
 
 
 def _bytes_of(value: Tensor) -> memoryview:

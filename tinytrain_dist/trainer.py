@@ -33,7 +33,7 @@ from tinytrain_dist.data import (
     window_starts,
 )
 from tinytrain_dist.distributed import DistributedContext, Vote
-from tinytrain_dist.errors import CheckpointError, TrainingError
+from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
 from tinytrain_dist.layout import BatchPlan, choose_layout
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
 from tinytrain_dist.optim import AdamW, decay_groups, local
@@ -132,11 +132,16 @@ class Trainer:
     def _claim_folder(self) -> None:
         """Prove before step 1 that saving will work: shared, writable, enough room, and nobody else's."""
         config, context = self.config, self.context
+        if config.ckpt_writers > context.world_size:
+            raise ConfigError(
+                f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks there are; lower it"
+            )
         prove_shared(config.checkpoints_dir, context)
         if context.is_main:
             Path(config.target_dir).mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(Path(config.target_dir), context)
-        pieces = [piece for kind in pieces_of(self.model, self.optimizer)[0].values() for piece in kind]
+        kinds, _ = pieces_of(self.model, self.optimizer, config.max_shard_bytes, config.ckpt_writers)
+        pieces = [piece for kind in kinds.values() for piece in kind]
         whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
         if context.is_main:
             self.checkpoints.remove_leftovers()

@@ -24,6 +24,7 @@ from tinytrain_dist.tensorfiles import (
     commit,
     read_manifest,
     write_bytes,
+    write_index,
     write_json,
     write_tensors,
 )
@@ -99,6 +100,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
         aside.mkdir(parents=True)
         specs = [Spec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
         write_tensors(aside, "model", specs, fetch, SHARD_BYTES, manifest)
+        write_index(aside, "model", specs, SHARD_BYTES, manifest)
         write_json(aside, "config.json", description, manifest)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
