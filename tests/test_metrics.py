@@ -123,7 +123,6 @@ def test_the_console_line_says_step_loss_speed_and_what_is_left(tmp_path, capsys
     log = RunLog(config_in(tmp_path), True, 0)
     log.train(10, values(1.25), PER_RANK)
     log.close()
-    assert log.step == 10
     expected = "step 10/100 | loss 1.2500 | lr 1.00e-03 | norm 0.300 | 1,234 tok/s | 0:03:00 left"
     assert capsys.readouterr().out.strip() == expected
 
@@ -228,7 +227,6 @@ def test_after_a_resume_no_step_is_there_twice(tmp_path):
     as_an_earlier_run(logs)
 
     second = RunLog(config_in(tmp_path), True, 4)  # the checkpoint was at step 4, the run had got to 7
-    assert second.step == 4
     for step in range(5, 9):
         second.train(step, values(step + 0.5), PER_RANK)
     second.evaluation(6, 60.5, 1.0)

@@ -164,6 +164,7 @@ def no_room(settings: dict[str, Any]) -> str:
 def test_too_little_disk_is_said_before_step_one(folder: Path) -> None:
     messages = run_ranks(2, no_room, settings_for(folder, "small", **RUN))
     assert messages[0] == messages[1]
+    assert "0.010 MB are free" in messages[0]
     assert "keep_last + 1 = 3 checkpoints" in messages[0]
     assert not (folder / "small" / "logs").exists()
 
@@ -193,7 +194,7 @@ def start_context() -> Any:
 
 def test_too_little_host_memory_is_said(folder: Path) -> None:
     message = run_ranks(2, no_memory, settings_for(folder, "memory", **RUN))[0]
-    assert "ckpt_async: saving in the background needs 0.00 GB" in message
+    assert "ckpt_async: saving in the background needs 2.097 MB" in message
     assert "ckpt_async = false" in message
 
 
@@ -241,6 +242,7 @@ def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
     assert "trains into this folder" in message
     lock = json.loads((folder / "twice" / "lock.json").read_text())
     assert str(lock["pid"]) in message
+    assert not (folder / "twice" / "state.json").exists(), "the run in the folder is another process's to judge"
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,8 @@ def test_stale_locks_are_recognised(tmp_path: Path, lock: Any, accepted: bool) -
     settings = settings_for(tmp_path, "run", stop_at_step=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock.json").write_text(text)
+    if text == "not json":
+        os.utime(tmp_path / "run" / "lock.json", (1, 1))
     message = run_ranks(1, fit_error, settings, env={"SLURM_JOB_ID": "77"})[0]
     assert (message == "no error") == accepted, message
     assert (tmp_path / "run" / "lock.json").exists() != accepted
@@ -305,3 +309,71 @@ def test_damage_is_shared_out_and_found_by_whoever_reads_it(tmp_path: Path) -> N
         messages = run_ranks(2, fit_error, settings_for(tmp_path, "copy", parallel="fsdp"))
         assert all("none of 1 checkpoint(s) is valid" in message for message in messages), file.name
         shutil.rmtree(tmp_path / "copy")
+
+
+def test_branch_inside_the_folder_is_refused_and_a_requeued_start_goes_on(tmp_path: Path) -> None:
+    first = train(tmp_path, "first", 1, keep_last=9)
+    earlier = first.folder / "checkpoints" / "checkpoint-00000003"
+    message = run_ranks(1, fit_error, settings_for(tmp_path, "first", resume=str(earlier)))[0]
+    assert "1 later checkpoint(s) lie beside it" in message
+    branch = settings_for(tmp_path, "branch", resume=str(earlier), ckpt_every=1)
+    run_ranks(1, fit, {**branch, "stop_at_step": 5})
+    run_ranks(1, fit, branch)
+    texts = Run(tmp_path / "branch").values("resumed", "text")
+    assert "first/checkpoints/checkpoint-00000003" in texts[0]
+    assert "branch/checkpoints/checkpoint-00000005" in texts[1]
+
+
+def test_finished_run_started_again_records_nothing_twice(tmp_path: Path) -> None:
+    run = train(tmp_path, "run", 1)
+    before = [(r["kind"], r["step"]) for r in run.records if r["kind"] in ("train", "eval", "saved")]
+    again = train(tmp_path, "run", 1)
+    assert [(r["kind"], r["step"]) for r in again.records if r["kind"] in ("train", "eval", "saved")] == before
+
+
+def fail_beside_the_tensors(trainer: Any, where: str) -> None:
+    """On rank 0 only, as a stale file handle would: what surrounds the collectives must not part ranks."""
+    from tinytrain_dist.saver import Checkpoints
+
+    plain = getattr(Checkpoints, where)
+
+    def fail(self: Any, *args: Any) -> Any:
+        if trainer.step in (4, 5):
+            raise OSError(116, "Stale file handle")
+        return plain(self, *args)
+
+    setattr(Checkpoints, where, fail)
+
+
+@pytest.mark.parametrize("where", ["_extra_files", "_retain"])
+def test_error_of_rank_0_beside_the_tensors_parts_no_ranks(folder: Path, undisturbed: Run, where: str) -> None:
+    settings = settings_for(folder, f"beside{where}", **RUN)
+    ends = run_ranks(2, fit, settings, functools.partial(fail_beside_the_tensors, where=where))
+    assert [end["state"] for end in ends] == ["done", "done"]
+    assert Run(folder / f"beside{where}").digests() == undisturbed.digests()
+
+
+def records_fail(trainer: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if trainer.context.is_main:
+        trainer.log._board.add_scalar = full
+
+
+def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, undisturbed: Run) -> None:
+    settings = settings_for(folder, "unrecorded", **RUN)
+    assert {end["state"] for end in run_ranks(2, fit, settings, records_fail)} == {"done"}
+    assert Run(folder / "unrecorded").digests() == undisturbed.digests()
+
+
+def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:
+    if os.environ["RANK"] == "1":
+        settings["val_data"] = settings["val_data"] + ".gone"
+    return fit_error(settings)
+
+
+def test_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
+    messages = run_ranks(2, data_of_rank_1_is_gone, settings_for(folder, "gone", **RUN))
+    assert messages[0] == messages[1]
+    assert "val.npy.gone: no such token file" in messages[0]

@@ -81,7 +81,7 @@ def spoil_weights(trainer: Any) -> None:
 def test_non_finite_state_is_never_saved(tmp_path: Path) -> None:
     message = run_ranks(1, spoiled_save, settings_for(tmp_path, "run"))[0]
     assert "model.embed_tokens.weight: is not finite" in message
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def spoiled_save(settings: dict[str, Any]) -> str:
@@ -159,6 +159,11 @@ def test_stop_file_and_time_limit_stop_with_a_checkpoint(tmp_path: Path, trigger
     assert {end["state"] for end in ends} == {"preempted"}
     assert 1 <= ends[0]["step"] < 6
     assert Run(tmp_path / "run").checkpoint.name.endswith(str(ends[0]["step"]))
+    assert (
+        f"preempted ({'stop file' if trigger == 'file' else 'time_limit'}"
+        in Run(tmp_path / "run").values("stopped", "text")[0]
+    )
+    assert not (tmp_path / "run" / "stop").exists(), "obeyed once"
 
 
 def test_resume_refuses_what_makes_it_another_run_and_names_both_values(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,14 @@ def pieces_of(
         pieces[kind] = []
         specs = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         for file in cut_into_files(specs, max_shard_bytes):
-            pieces[kind] += [piece_of(spec.name, tensors[spec.name], turn % writers) for spec in file]
+            for spec in file:
+                tensor = tensors[spec.name]
+                if tensor.dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{spec.name}: is {tensor.dtype}, which cannot be saved; make it real numbers"
+                    )
+                weight = kind == "optimizer" or isinstance(tensor, nn.Parameter)  # a buffer may hold -inf masks
+                pieces[kind].append(replace(piece_of(spec.name, tensor, turn % writers), must_be_finite=weight))
             turn += 1
     return pieces, values
 
@@ -157,7 +165,7 @@ def _attempt(action: Callable[[], None]) -> Exception | None:
 
 def _prepare(path: Path, aside: Path, pieces: Pieces, main: bool) -> None:
     for piece in (piece for parts in pieces.values() for piece in parts):
-        if piece.local.is_floating_point() and not piece.local.isfinite().all():
+        if piece.must_be_finite and piece.local.is_floating_point() and not piece.local.isfinite().all():
             raise CheckpointError(f"{piece.name}: is not finite, so nothing is saved; resume from the last checkpoint")
     if main:
         if path.exists():

@@ -111,8 +111,15 @@ class TrainingConfig:
     max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 
     def __post_init__(self) -> None:
-        """Raise ConfigError with everything that is wrong."""
-        problems = list(_problems(self))
+        """Raise ConfigError with everything that is wrong; whole numbers become floats where floats are meant."""
+        problems = []
+        for name in FIELDS:
+            value, problem = _coerce(name, getattr(self, name))
+            if problem:
+                problems.append(problem)
+            else:
+                object.__setattr__(self, name, value)
+        problems = problems or _problems(self)
         if problems:
             raise ConfigError(problems)
 
@@ -178,13 +185,8 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
         """Build from plain values. Errors: ConfigError naming unknown keys, wrong types and bad values at once."""
-        good, problems = {}, []
-        for key, value in values.items():
-            coerced, problem = _coerce(key, value)
-            if problem:
-                problems.append(problem)
-            else:
-                good[key] = coerced
+        good = {key: value for key, value in values.items() if not _coerce(key, value)[1]}
+        problems = [problem for key, value in values.items() if (problem := _coerce(key, value)[1])]
         try:
             config = cls(**good)
         except ConfigError as error:
@@ -229,6 +231,8 @@ def _coerce(key: str, value: Any) -> tuple[Any, str]:
             return float(value), ""
         elif option in (int, str, bool) and type(value) is option:
             return value, ""
+        elif option is str and isinstance(value, Path):
+            return str(value), ""
     return None, f"{key}: {value!r} is not {_describe(HINTS[key])}"
 
 

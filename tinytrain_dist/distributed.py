@@ -9,10 +9,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.layout import Layout
 
 Group = dist.ProcessGroup
+T = TypeVar("T")
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
 
 
@@ -131,7 +132,9 @@ def start(device: str = "auto", timeout_seconds: float = 1800.0) -> DistributedC
     if "RANK" not in os.environ:
         lone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     dist.init_process_group(backend, timeout=timeout, device_id=place if cuda else None, **lone)
-    return DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
+    context = DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
+    context.barrier()  # nobody leaves with an error while others still join, and drowns it in theirs
+    return context
 
 
 def _adopt_slurm_tasks() -> None:
@@ -160,11 +163,16 @@ def who() -> tuple[int, str]:
 
 def tell_launcher(message: str) -> bool:
     """Leave the reason of this rank's end in the file its agent gave it; whether tinytrain_dist.agent prints it."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return False
+    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    return path is not None and "TINYTRAIN_AGENT" in os.environ
+    except OSError:
+        return False
+    return "TINYTRAIN_AGENT" in os.environ
 
 
 def is_main() -> bool:
@@ -179,6 +187,18 @@ def raise_together(error: Exception | None, group: Group | None = None) -> None:
             raise found
 
 
+def together(action: Callable[[], T]) -> T:
+    """Do it on every rank; where a file or a user makes it fail on any of them, raise that on all. A collective."""
+    result: list[T] = []
+    error: Exception | None = None
+    try:
+        result.append(action())
+    except (TinytrainError, OSError) as caught:
+        error = caught
+    raise_together(error)
+    return result[0]
+
+
 @dataclass(frozen=True)
 class Piece:
     """What this rank has of one tensor on disk: its rows, the ranks that together hold all of them, and who writes."""
@@ -189,6 +209,7 @@ class Piece:
     local: Tensor
     ranks: tuple[int, ...]
     writer: int = 0
+    must_be_finite: bool = True
 
 
 def my_rank() -> int:

@@ -53,7 +53,9 @@ def choose_layout(config: TrainingConfig, world_size: int, local_world_size: int
         )
     if shard == 1:
         return Layout("ddp", replicate, 1, "hsdp with one shard is ddp")
-    return Layout("fsdp" if replicate == 1 else "hsdp", replicate, shard, "as configured")
+    if replicate == 1:
+        return Layout("fsdp", 1, shard, "hsdp with one replica is fsdp")
+    return Layout("hsdp", replicate, shard, "as configured")
 
 
 def _is_power_of_two(number: float) -> bool:

@@ -91,8 +91,9 @@ class RunLog:
 
     def __init__(self, config: TrainingConfig, main: bool, resumed_step: int) -> None:
         """Cut the record back to `resumed_step` and hide TensorBoard's points after it, so that no curve folds."""
-        self.config, self.main, self.step = config, main, resumed_step
+        self.config, self.main = config, main
         self._progress: Any = None
+        self._warned = False
         if not main:
             return
         folder = config.logs_dir
@@ -120,7 +121,19 @@ class RunLog:
         """The record of a logged step; `per_rank` by rank."""
         if not self.main:
             return
-        self.step = step
+        with self._sinks():
+            self._write_train(step, values, per_rank)
+        left = (self.config.last_step - step) * values["step_seconds"]
+        text = (
+            f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
+            f"{values['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=step, numbers=text)
+        else:
+            print(f"step {step}/{self.config.total_steps} | {text} | {duration(left)} left", flush=True)
+
+    def _write_train(self, step: int, values: dict[str, float], per_rank: dict[str, list[float]]) -> None:
         tokens = step * self.config.batch_size * self.config.context_len
         self._record("train", step, {"tokens": tokens, **values, **per_rank})
         for name in ("loss", "lr", "grad_norm", "mfu"):
@@ -132,21 +145,14 @@ class RunLog:
         for rank, speed in enumerate(per_rank["tokens_per_second_by_rank"]):
             self._board.add_scalar(f"speed_by_rank/tokens_per_second_{rank}", speed, step)
         self._by_tokens.add_scalar("train/loss", values["loss"], tokens)
-        left = (self.config.last_step - step) * values["step_seconds"]
-        text = (
-            f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
-            f"{values['tokens_per_second']:,.0f} tok/s"
-        )
-        if self._progress:
-            self._progress.update(self._task, completed=step, numbers=text)
-        else:
-            print(f"step {step}/{self.config.total_steps} | {text} | {duration(left)} left", flush=True)
 
     def evaluation(self, step: int, loss: float, seconds: float) -> None:
         """The record of an evaluation; loss in nats per token."""
         perplexity = math.exp(min(loss, 700.0))
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f} ({seconds:.1f} s)")
-        if self.main:
+        if not self.main:
+            return
+        with self._sinks():
             self._record("eval", step, {"loss": loss, "perplexity": perplexity, "seconds": seconds})
             self._board.add_scalar("eval/loss", loss, step)
             self._board.add_scalar("eval/perplexity", perplexity, step)
@@ -155,13 +161,17 @@ class RunLog:
     def event(self, step: int, kind: str, text: str) -> None:
         """Something that happened once: resumed, saved, skipped, stopped."""
         self.say(f"step {step}: {text}")
-        if self.main:
+        if not self.main:
+            return
+        with self._sinks():
             self._record(kind, step, {"text": text})
             self._board.add_text(kind, text, step)
 
     def flush(self) -> None:
         """Bring everything to the files."""
-        if self.main:
+        if not self.main:
+            return
+        with self._sinks():
             self._board.flush()
             self._by_tokens.flush()
 
@@ -170,9 +180,19 @@ class RunLog:
         if self.main:
             if self._progress:
                 self._progress.stop()
-            self._board.close()
-            self._by_tokens.close()
-            self._file.close()
+            for sink in (self._board, self._by_tokens, self._file):
+                with self._sinks():
+                    sink.close()
+
+    @contextlib.contextmanager
+    def _sinks(self) -> Iterator[None]:
+        """A record that cannot be written is dropped, with one word: a full disk must not end the training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                print(f"WARNING: records cannot be written ({error}); training goes on without them", flush=True)
+            self._warned = True
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         # repr of a float round-trips, so two runs can be compared to the last bit from this file

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -110,6 +110,8 @@ def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
     kept = {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -232,13 +234,15 @@ def _bit_sum(tensor: Tensor) -> int:
     """A cheap fingerprint of the bits: their sum, weighted by position so that swapped values show."""
     if not tensor.numel():
         return 0
-    bits = tensor.detach().reshape(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int8).long()
-    weights = torch.arange(1, len(bits) + 1, device=bits.device) % 65_521
-    return int((bits * weights).sum())
+    bits = tensor.detach().reshape(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int8)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, block in enumerate(bits.split(1 << 24)):  # in blocks: the wide copies are six times the size
+        weights = torch.arange(1, len(block) + 1, device=bits.device) % 65_521
+        total += (block.long() * weights).sum() * (2 * number + 1)
+    return int(total)
 
 
 __all__ = [
-    "FSDPModule",
     "apply_ddp",
     "apply_fsdp",
     "build_model",

@@ -66,8 +66,8 @@ def check_space(folder: Path, checkpoint_bytes: int, wanted: int, existing: int,
         need, free = max(1, wanted - existing) * checkpoint_bytes, shutil.disk_usage(folder).free
         if need > free:
             error = CheckpointError(
-                f"{folder}: {free / 1e9:.2f} GB are free, but keep_last + 1 = {wanted} checkpoints of "
-                f"{checkpoint_bytes / 1e9:.2f} GB need {need / 1e9:.2f} GB more; make room, or lower keep_last"
+                f"{folder}: {_size(free)} are free, but {_size(need)} more are needed for keep_last + 1 = {wanted} "
+                f"checkpoints of {_size(checkpoint_bytes)}; make room, or lower keep_last"
             )
     distributed.raise_together(error)
 
@@ -87,8 +87,8 @@ def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
     for host, need in needs.items():
         if 0 < frees[host] < need:
             raise CheckpointError(
-                f"ckpt_async: saving in the background needs {need / 1e9:.2f} GB of buffers on {host}, where "
-                f"{frees[host] / 1e9:.2f} GB are free; set ckpt_async = false, or use more hosts"
+                f"ckpt_async: saving in the background needs {_size(need)} of buffers on {host}, where "
+                f"{_size(frees[host])} are free; set ckpt_async = false, or use more hosts"
             )
 
 
@@ -114,21 +114,32 @@ class RunLock:
             threading.Thread(target=self._touch, name="lock", daemon=True).start()
 
     def _take(self, mine: dict[str, Any]) -> None:
-        for _ in range(3):
-            try:
-                with open(self.path, "x", encoding="utf-8") as file:
-                    json.dump(mine, file)
-                self._held = True
-                return
-            except FileExistsError:
-                holder = self._holder()
-                if holder is not None and not self._is_stale(holder, mine):
-                    raise CheckpointError(
-                        f"{self.path.parent}: process {holder['pid']} on {holder['host']} trains into this folder; "
-                        "stop it, or set another target_dir"
-                    ) from None
-                self.path.unlink(missing_ok=True)
+        private = self.path.with_name(f"lock-{secrets.token_hex(6)}")
+        private.write_text(json.dumps(mine), encoding="utf-8")
+        try:
+            for _ in range(3):
+                try:
+                    os.link(private, self.path)  # it appears complete, or somebody else's is there
+                    self._held = True
+                    return
+                except FileExistsError:
+                    self._remove_stale(mine)
+        finally:
+            private.unlink(missing_ok=True)
         raise CheckpointError(f"{self.path}: other processes keep taking this lock; start only one run per folder")
+
+    def _remove_stale(self, mine: dict[str, Any]) -> None:
+        """Errors: CheckpointError if the lock is somebody's. Of several that find it stale, one removes it."""
+        holder = self._holder()
+        if not self._is_stale(holder, mine):
+            who = f"process {holder['pid']} on {holder['host']}" if holder else "somebody"
+            raise CheckpointError(
+                f"{self.path.parent}: {who} trains into this folder; stop it, or set another target_dir"
+            )
+        aside = self.path.with_name(f"lock-stale-{secrets.token_hex(6)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(aside)
+            aside.unlink()
 
     def _holder(self) -> dict[str, Any] | None:
         try:
@@ -137,12 +148,12 @@ class RunLock:
         except (OSError, ValueError, AttributeError):
             return None
 
-    def _is_stale(self, holder: dict[str, Any], mine: dict[str, Any]) -> bool:
-        if holder == mine:
+    def _is_stale(self, holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
+        if holder is not None and holder == mine:
             return True  # this very process, after a failed start
-        if holder["host"] == mine["host"]:
+        if holder is not None and holder["host"] == mine["host"]:
             return bool(_started(int(holder["pid"])) != holder["started"])
-        if holder["job"] is not None and holder["job"] == mine["job"]:
+        if holder is not None and holder["job"] is not None and holder["job"] == mine["job"]:
             return True
         # the file system's clock on both sides: the hosts' clocks may differ
         now = self.path.with_name(self.path.name + ".now")
@@ -163,6 +174,10 @@ class RunLock:
         self._end.set()
         if self._held:
             self.path.unlink(missing_ok=True)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
 
 
 def _started(pid: int) -> str | None:

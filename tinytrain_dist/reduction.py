@@ -75,6 +75,7 @@ class NativeReduction:
         """`model`: as returned by parallel.build_model."""
         self.model, self.plan, self.context = model, plan, context
         self.params = [param for param in model.parameters() if param.requires_grad]
+        self.places: dict[tuple[int, ...], Tensor] = {}
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
@@ -114,8 +115,11 @@ class NativeReduction:
 
         Each value is added to zeros only, which is exact: the same vector comes out on any number of ranks.
         """
+        key = tuple(leaves)
+        if key not in self.places:  # made once: an index from the host would make every step wait for the device
+            self.places[key] = torch.tensor(key, device=self.context.device)
         vector = torch.zeros(num_leaves, dtype=torch.float64, device=self.context.device)
-        vector[list(leaves)] = torch.stack(list(sums)).double()
+        vector.index_copy_(0, self.places[key], torch.stack(list(sums)).double())
         return self.context.all_reduce_sum(vector) if self.plan.ranks > 1 else vector
 
     def _is_last(self, micro_step: int) -> bool:
@@ -146,6 +150,9 @@ class CanonicalReduction(NativeReduction):
     def before_micro_step(self, micro_step: int) -> None:
         """Say whether this backward is the last; DDP's buckets then need the sums of the leaves before it."""
         super().before_micro_step(micro_step)
+        if isinstance(self.model, FSDPModule):
+            # the counter reads .grad after each backward; only on its "last" one does FSDP wait for its own streams
+            self.model.set_is_last_backward(True)
         if isinstance(self.model, DistributedDataParallel) and self._is_last(micro_step):
             self.carry = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
 

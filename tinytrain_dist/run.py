@@ -5,6 +5,7 @@ Must not know how training works. The first failing rank's sentence is the last 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tinytrain_dist.config import parse_command_line
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.stopping import write_state
+from tinytrain_dist.stopping import owns, write_state
 
 
 def main(args: list[str]) -> int:
@@ -41,15 +42,17 @@ def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
     """Tell what happened and end at once: leaving the process group in order would wait for ranks that hang."""
     from tinytrain_dist import distributed
 
-    expected = isinstance(error, TinytrainError)  # raised on every rank alike, so one of them says it
+    expected = isinstance(error, TinytrainError)  # raised together on all ranks, so one of them says it
     rank, host = distributed.who()
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
     trace = "" if expected else traceback.format_exc()
     record = {"rank": rank, "host": host, "step": step, "message": message, "traceback": trace, "time": time.time()}
-    if (not expected or rank == 0) and folder is not None and folder.is_dir():
-        (folder / "error.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_state(folder, "failed", step)
+    if (not expected or rank == 0) and folder is not None and owns(folder):  # never into another process's run
+        with contextlib.suppress(OSError):  # a full disk must not keep the sentence from being said
+            write_state(folder, "failed", step)
+            with open(folder / "error.json", "x", encoding="utf-8") as file:  # the first cause stays
+                json.dump(record, file, indent=1)
     if not distributed.tell_launcher(message) and (rank == 0 or not expected):
         trace += f"error: {message}\n"
     print(trace, end="", file=sys.stderr, flush=True)

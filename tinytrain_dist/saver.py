@@ -7,6 +7,7 @@ step the copy into host buffers; gathering, hashing, writing and the commit happ
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -99,7 +100,7 @@ class Checkpoints:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
 
         There must be no other save under way. `report` (losses and the like) is kept in trainer_state.json. A
-        checkpoint of this step that is there already is left as it is: it is of the same run, so it holds the same.
+        checkpoint of this step that is there already is left as it is: `find` lets no other history into the folder.
         """
         assert self.pending is None, "collect() first"
         config = self.config
@@ -132,16 +133,27 @@ class Checkpoints:
         save = self.pending
         if save is None or (not wait and save.is_alive()):
             return None
+        if not wait and save.error is not None and not isinstance(save.error, OSError):
+            return None  # it will end the run, and ranks must do that at the same step: the next save or the end
         save.join()
         self.pending = None
         return save
 
     def _write(self, path: Path, pieces: Pieces, state: dict[str, Any]) -> None:
-        if not self.context.broadcast_object(path.exists(), self.group):
-            files = self._extra_files() if self.context.is_main else {}
+        exists, files, error = False, dict[str, bytes](), None
+        if self.context.is_main:
+            try:
+                exists, files = path.exists(), self._extra_files()
+            except (OSError, ValueError) as caught:
+                error = OSError(f"{type(caught).__name__}: {caught}")
+        distributed.raise_together(error, self.group)
+        if not self.context.broadcast_object(exists, self.group):
             write_checkpoint(path, pieces, state, files, self.config.max_shard_bytes, self.group)
         if self.context.is_main:
-            self._retain()
+            try:
+                self._retain()
+            except OSError as caught:
+                print(f"warning: older checkpoints could not be looked at ({caught})", flush=True)
 
     def find(self) -> Path | None:
         """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.
@@ -159,7 +171,7 @@ class Checkpoints:
                 )
             return None
         if not auto:
-            candidates = [Path(self.config.resume_from)]
+            candidates = self._from_path(Path(self.config.resume_from), candidates)
         for path in reversed(candidates):
             problems = self._problems_in(path)
             if not problems:
@@ -174,6 +186,19 @@ class Checkpoints:
                 "start anew with another target_dir"
             )
         return None
+
+    def _from_path(self, path: Path, own: list[Path]) -> list[Path]:
+        """What `resume = PATH` means in a folder that has checkpoints: a requeued run goes on, a branch is refused."""
+        names = [other.name for other in own]
+        if path.resolve().parent != self.config.checkpoints_dir.resolve():
+            return own[-1:] or [path]  # this run began at PATH and has come further since
+        later = [name for name in names if name > path.name]
+        if path.name in names and later:
+            raise CheckpointError(
+                f"resume = {path}: {len(later)} later checkpoint(s) lie beside it, up to {later[-1]}; two histories in "
+                "one folder would be mixed; set another target_dir, or move the later ones away"
+            )
+        return [path]
 
     def _problems_in(self, path: Path) -> list[str]:
         """What is damaged in a checkpoint; each file is read once, by one of the ranks. A collective."""
@@ -239,7 +264,7 @@ class Checkpoints:
         every, paths = self.config.keep_every, self.committed()
         best = min(paths, key=_eval_loss, default=None)
         for path in paths[: -self.config.keep_last]:
-            if (every and _step_of(path) % every == 0) or (path == best and _eval_loss(path) < float("inf")):
+            if (every and _step_of(path) % every == 0) or (path == best and _eval_loss(path) < math.inf):
                 continue
             try:
                 aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name
@@ -269,9 +294,10 @@ def _eval_loss(path: Path) -> float:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         report = state["report"]
-        return float(report["eval_loss"]) if report.get("eval_step") == state["step"] else float("inf")
+        loss = float(report["eval_loss"]) if report.get("eval_step") == state["step"] else math.inf
+        return loss if math.isfinite(loss) else math.inf
     except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
 
 
 def _set_aside(path: Path, problems: list[str]) -> None:

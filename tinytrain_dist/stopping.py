@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 _received: list[str] = []
+_owned: list[Path] = []
+STARTED = time.monotonic()  # about when the process began: this is imported first
 
 
 def _remember(number: int, _: FrameType | None) -> None:
@@ -24,6 +26,16 @@ def install_handlers() -> None:
     """Let SIGTERM, SIGINT and SIGUSR1 only raise the flag. Call it at the very top of a program."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _remember)
+
+
+def own(folder: Path) -> None:
+    """Note that this process holds the run in `folder` from here on."""
+    _owned.append(folder)
+
+
+def owns(folder: Path) -> bool:
+    """Whether this process holds the run in `folder`, and may say how it ended."""
+    return folder in _owned
 
 
 def write_state(folder: Path, state: str, step: int | None) -> None:
@@ -42,10 +54,10 @@ def write_state(folder: Path, state: str, step: int | None) -> None:
 class StopRequests:
     """Says why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
 
-    def __init__(self, folder: Path, time_limit: float | None, look_at_file: bool) -> None:
-        """time_limit: seconds from now. The file is looked at once a second, by one rank only."""
+    def __init__(self, folder: Path, time_limit: float | None, look_at_file: bool, since: float | None = None) -> None:
+        """time_limit: seconds after `since` (None: now). The file is looked at once a second, by one rank only."""
         self._file, self._look = folder / "stop", look_at_file
-        self._deadline = time.monotonic() + time_limit if time_limit else None
+        self._deadline = (time.monotonic() if since is None else since) + time_limit if time_limit else None
         self._next_look = 0.0
 
     def reason(self, reserve_seconds: float = 0.0) -> str:
@@ -60,3 +72,8 @@ class StopRequests:
             if self._file.exists():
                 return f"stop file {self._file}"
         return ""
+
+    def obeyed(self) -> None:
+        """Remove the stop file, so that the next start trains on; called by the rank that looks at it."""
+        if self._look:
+            self._file.unlink(missing_ok=True)

@@ -32,17 +32,17 @@ from tinytrain_dist.data import (
     read_windows,
     window_starts,
 )
-from tinytrain_dist.distributed import DistributedContext, Vote
+from tinytrain_dist.distributed import DistributedContext, Vote, together
 from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
 from tinytrain_dist.layout import BatchPlan, choose_layout
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
 from tinytrain_dist.optim import AdamW, decay_groups, local
-from tinytrain_dist.parallel import build_model, check_replicas
+from tinytrain_dist.parallel import build_model, check_replicas, unwrap
 from tinytrain_dist.preflight import RunLock, check_host_memory, check_space, prove_shared
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
-from tinytrain_dist.stopping import StopRequests, write_state
+from tinytrain_dist.stopping import STARTED, StopRequests, own, write_state
 
 CLIP_EPS = 1e-6
 
@@ -74,9 +74,9 @@ class Trainer:
     def __init__(self, config: TrainingConfig, context: DistributedContext) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.config = config = resolve_vocab_size(config)
-        self._open_data()
+        together(self._open_data)
         bits = decide_bits(config, context.device)
-        fits = _fits(config, context)
+        fits = not context.agree(not _fits(config, context))
         self.context = context = context.with_layout(
             choose_layout(config, context.world_size, context.local_world_size, fits)
         )
@@ -118,10 +118,14 @@ class Trainer:
         path = self.checkpoints.find() if auto else path
         notes: list[str] = []
         if path is not None:
-            state, notes = self.checkpoints.load(path, self.model, self.optimizer)
+            found = path
+            state, notes = together(lambda: self.checkpoints.load(found, self.model, self.optimizer))
             self.step, self.report = state["step"], state["report"]
+            if path == self.checkpoints.folder(self.step):
+                self.saved_step = self.step
         elif config.init_from:
-            init_from_folder(Path(config.init_from), self.model, config)
+            source = Path(config.init_from)
+            together(lambda: init_from_folder(source, self.model, config))
         self._write_run_folder()
         self.log = RunLog(config, self.context.is_main, self.step)
         self.log.say(f"{self.context.layout}\n{self.plan}")
@@ -140,6 +144,7 @@ class Trainer:
         if context.is_main:
             Path(config.target_dir).mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(Path(config.target_dir), context)
+        own(Path(config.target_dir))
         kinds, _ = pieces_of(self.model, self.optimizer, config.max_shard_bytes, config.ckpt_writers)
         pieces = [piece for kind in kinds.values() for piece in kind]
         whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
@@ -167,12 +172,14 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step or until told to stop; returns "done" or "preempted". A collective."""
         config = self.config
-        stop = StopRequests(Path(config.target_dir), config.time_limit, look_at_file=self.context.is_main)
+        stop = StopRequests(Path(config.target_dir), config.time_limit, self.context.is_main, since=STARTED)
         self.batches = Prefetcher(self._read_rows, self.step)
-        self.watch, self.logged_step, self.saving_seconds = Stopwatch(), self.step, 0.0
+        self.watch, self.logged_step = Stopwatch(), self.step
+        self.saving_seconds, self.step_seconds, self.stop_reason = 0.0, 0.0, ""
         try:
             while self.step < config.last_step and not self.stopping:
-                report = self.train_step(stop.reason(2 * self.saving_seconds))
+                self.stop_reason = stop.reason(2 * self.saving_seconds + 3 * self.step_seconds)
+                report = self.train_step(self.stop_reason)
                 self._settle()  # the step before: its numbers are there, and this one is under way
                 self.unread = report
                 self._collect_save()
@@ -182,7 +189,7 @@ class Trainer:
                     self.save()
         finally:
             self.batches.close()
-        return self._finish()
+        return self._finish(stop)
 
     def train_step(self, stop_reason: str = "") -> StepReport:
         """One optimizer step over the global batch: forward, backward, reduce, clip, update. Waits for nothing."""
@@ -246,6 +253,7 @@ class Trainer:
         text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
         self.log.event(report.step, "skipped", text)
         if self.skipped_in_row >= self.config.max_skipped_steps:
+            self._collect_save(wait=True)  # what is being written is good
             raise TrainingError(
                 f"step {report.step}: {text}; it was the {self.skipped_in_row}th in a row (max_skipped_steps), so the "
                 "run stops. The last checkpoint is good; lower lr_max or look at those windows"
@@ -260,7 +268,7 @@ class Trainer:
 
     def _log(self, report: StepReport, loss: float, norm: float) -> None:
         seconds = self.watch.lap(report.numbers.ready_at) / (report.step - self.logged_step)
-        self.logged_step = report.step
+        self.logged_step, self.step_seconds = report.step, seconds
         gib = memory_bytes(self.context.device) / 2**30
         everyone = self.context.gather_objects((seconds, report.data_wait, gib))
         slowest = max(theirs[0] for theirs in everyone)
@@ -281,8 +289,6 @@ class Trainer:
         self.log.train(report.step, values, {"tokens_per_second_by_rank": [own / theirs[0] for theirs in everyone]})
 
     def _flops_per_token(self) -> float:
-        from tinytrain_dist.parallel import unwrap
-
         flops: float = unwrap(self.model).flops_per_token()  # type: ignore[operator]
         return flops
 
@@ -343,16 +349,19 @@ class Trainer:
             raise save.error
         self.log.flush()
 
-    def _finish(self) -> str:
+    def _finish(self, stop: StopRequests) -> str:
         self._settle()
         state = "preempted" if self.step < self.config.last_step else "done"
-        if state == "done" and not due(self.step, self.config.eval_every):
+        if state == "done" and self.report.get("eval_step") != self.step:
             self.evaluate()
         self._collect_save(wait=True)
         if self.saved_step != self.step:
             self.save()
         self._collect_save(wait=True, last=True)
-        self.log.event(self.step, "stopped", f"{state} at step {self.step} of {self.config.total_steps}")
+        reasons = [reason for reason in self.context.gather_objects(self.stop_reason) if reason]
+        why = f" ({reasons[0]})" if state == "preempted" and reasons else ""
+        self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
+        stop.obeyed()
         self.log.close()
         if self.context.is_main:
             write_state(Path(self.config.target_dir), state, self.step)
@@ -365,6 +374,7 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.toml", self.config.to_toml())
             write_state(folder, "running", self.step)
+            (folder / "error.json").unlink(missing_ok=True)
         environment = self.context.gather_objects((self.context.host, str(self.context.device), os.getpid()))
         if self.context.is_main:
             write_atomically(Path(self.config.target_dir) / "environment.json", _environment(environment))
