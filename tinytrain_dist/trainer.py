@@ -178,7 +178,7 @@ class Trainer:
         self.saving_seconds, self.step_seconds, self.stop_reason = 0.0, 0.0, ""
         try:
             while self.step < config.last_step and not self.stopping:
-                self.stop_reason = stop.reason(2 * self.saving_seconds + 3 * self.step_seconds)
+                self.stop_reason = self.stop_reason or stop.reason(2 * self.saving_seconds + 3 * self.step_seconds)
                 report = self.train_step(self.stop_reason)
                 self._settle()  # the step before: its numbers are there, and this one is under way
                 self.unread = report
