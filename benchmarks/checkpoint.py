@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,9 +60,11 @@ def disk(folder: Path, size: int) -> tuple[float, float]:
 
 def worker(folder: Path, rounds: int, layers: int) -> None:
     from tinytrain_dist import distributed
-    from tinytrain_dist.checkpoint import pieces_of
+    from tinytrain_dist.checkpoint import model_tensors, optimizer_tensors, pieces_of
     from tinytrain_dist.config import TrainingConfig
     from tinytrain_dist.trainer import Trainer
+
+    import torch.distributed.checkpoint as dcp
 
     context = distributed.start("cpu")
     config = TrainingConfig(
@@ -73,7 +77,9 @@ def worker(folder: Path, rounds: int, layers: int) -> None:
         piece.local.nbytes for parts in pieces_of(trainer.model, trainer.optimizer)[0].values() for piece in parts
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: dict[str, list[float]] = {name: [] for name in ("copy", "stall", "save", "load", "disk write", "disk read")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("copy", "stall", "save", "dcp stall", "dcp save", "load", "disk write", "disk read")
+    }
     size = 0
     for number in range(rounds + 1):
         context.barrier()
@@ -82,6 +88,19 @@ def worker(folder: Path, rounds: int, layers: int) -> None:
         assert save is not None
         assert save.error is None, save.error
         copy = timed(lambda: trainer.checkpoints.buffers.copy(pieces_of(trainer.model, trainer.optimizer)[0]))
+        context.barrier()
+        tensors = {**model_tensors(trainer.model), **optimizer_tensors(trainer.model, trainer.optimizer)[0]}
+        state = {name: tensor.detach() for name, tensor in tensors.items()}
+        under_way: list[Any] = []
+        theirs = timed(
+            lambda s=state, n=number, u=under_way: u.append(dcp.async_save(s, checkpoint_id=folder / f"dcp{n}"))
+        )  # type: ignore[misc]
+        started = time.perf_counter()
+        under_way[0].result()
+        theirs_whole = theirs + time.perf_counter() - started
+        context.barrier()
+        if context.is_main:
+            shutil.rmtree(folder / f"dcp{number}")
         path = trainer.checkpoints.folder(number)
         size = sum(file.stat().st_size for file in path.iterdir())
         context.barrier()
@@ -90,7 +109,9 @@ def worker(folder: Path, rounds: int, layers: int) -> None:
         context.barrier()
         wrote, read = disk(folder, size) if context.is_main else (0.0, 0.0)
         if number:  # the first round makes the buffers
-            for name, seconds in zip(times, (copy, stall, save.seconds, load, wrote, read), strict=True):
+            for name, seconds in zip(
+                times, (copy, stall, save.seconds, theirs, theirs_whole, load, wrote, read), strict=True
+            ):
                 times[name].append(seconds)
     if context.is_main:
         extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -131,10 +152,14 @@ def main() -> None:
         gb = found["bytes"] / 1e9
         stall, copy = median["stall"] * 1e3, median["copy"] * 1e3
         print(f"{layers} layers, {gb:.2f} GB: stall {stall:.0f} ms, of it copy {copy:.0f} ms")
-        for ours, theirs in (("save", "disk write"), ("load", "disk read")):
-            ratio = statistics.median(b / a for a, b in zip(found["times"][ours], found["times"][theirs], strict=True))
-            rates = f"{gb / median[ours]:.2f} GB/s, {theirs} {gb / median[theirs]:.2f} GB/s"
-            print(f"  {ours} {rates}, ratio {ratio:.2f}")
+        stall, whole, ours = median["dcp stall"] * 1e3, median["dcp save"], median["save"]
+        print(
+            f"  torch.distributed.checkpoint.async_save: stall {stall:.0f} ms, whole {whole:.2f} s; ours {ours:.2f} s"
+        )
+        for name, theirs in (("save", "disk write"), ("load", "disk read")):
+            ratio = statistics.median(b / a for a, b in zip(found["times"][name], found["times"][theirs], strict=True))
+            rates = f"{gb / median[name]:.2f} GB/s, {theirs} {gb / median[theirs]:.2f} GB/s"
+            print(f"  {name} {rates}, ratio {ratio:.2f}")
         print(f"  rank 0 grew by {found['extra'] / 1e6:.0f} MB; its own shards are {found['own'] / 1e6:.0f} MB")
 
 

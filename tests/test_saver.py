@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed_helper import run_ranks
 from test_trainer import fit_error
@@ -377,3 +380,69 @@ def test_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
     messages = run_ranks(2, data_of_rank_1_is_gone, settings_for(folder, "gone", **RUN))
     assert messages[0] == messages[1]
     assert "val.npy.gone: no such token file" in messages[0]
+
+
+class Trap:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
+    """Planted in place of each file of a checkpoint, and of the token files; digests made to fit."""
+    run = train(tmp_path, "run", 1, stop_at_step=3)
+    mark = tmp_path / "executed"
+    planted = pickle.dumps(Trap(mark))
+    for file in sorted(run.checkpoint.iterdir()):
+        shutil.copytree(run.folder, tmp_path / "copy")
+        checkpoint = tmp_path / "copy" / "checkpoints" / run.checkpoint.name
+        (checkpoint / file.name).write_bytes(planted)
+        if file.name != "manifest.json":
+            body = json.loads((checkpoint / "manifest.json").read_text())
+            del body["sha256"]
+            body["files"][file.name] = {"bytes": len(planted), "sha256": hashlib.sha256(planted).hexdigest()}
+            digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+            (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": digest}))
+        run_ranks(1, any_end, settings_for(tmp_path, "copy"))
+        assert not mark.exists(), file.name
+        shutil.rmtree(tmp_path / "copy")
+    for name in ("train", "val"):
+        np.save(tmp_path / "objects.npy", np.array([Trap(mark)], dtype=object), allow_pickle=True)
+        data = {f"{name}_data": str(tmp_path / "objects.npy"), "vocab_size": 53}
+        assert "objects.npy" in run_ranks(1, any_end, settings_for(tmp_path, f"new-{name}", **data))[0]
+        assert not mark.exists()
+
+
+def any_end(settings: dict[str, Any]) -> str:
+    try:
+        fit(settings)
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def disturb(trainer: Any) -> None:
+    """At step 3 the folder of checkpoints is deleted, and the clock jumps a year back."""
+    import time
+
+    real = time.time
+
+    def hook(*_: Any) -> None:
+        if trainer.step == 3 and time.time is real:
+            time.time = lambda: real() - 3e7
+            if trainer.context.is_main:
+                trainer.checkpoints.collect(wait=True)
+                shutil.rmtree(trainer.config.checkpoints_dir)
+
+    trainer.model.register_forward_pre_hook(hook)
+
+
+def test_vanished_folder_and_a_clock_that_jumps_back(folder: Path, undisturbed: Run) -> None:
+    run_ranks(2, fit, settings_for(folder, "disturbed", **RUN), disturb)
+    run = Run(folder / "disturbed")
+    assert run.digests() == undisturbed.digests()
+    assert sorted(path.name[-1] for path in (run.folder / "checkpoints").iterdir()) == ["6", "8"]
