@@ -59,12 +59,12 @@ def disk(folder: Path, size: int) -> tuple[float, float]:
 
 
 def worker(folder: Path, rounds: int, layers: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
     from tinytrain_dist import distributed
     from tinytrain_dist.checkpoint import model_tensors, optimizer_tensors, pieces_of
     from tinytrain_dist.config import TrainingConfig
     from tinytrain_dist.trainer import Trainer
-
-    import torch.distributed.checkpoint as dcp
 
     context = distributed.start("cpu")
     config = TrainingConfig(
