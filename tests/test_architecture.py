@@ -26,7 +26,7 @@ PACKAGE = "tinytrain_dist"
 
 # From the ground up. A module imports from lower layers only; modules of one layer do not know each other.
 LAYERS: list[set[str]] = [
-    {"errors"},
+    {"errors", "files"},
     {"config"},
     {"layout", "huggingface", "tensorfiles", "stopping"},
     {"optim", "losses", "schedule"},
@@ -349,9 +349,15 @@ def test_code_lines_leave_out_what_explains() -> None:
 def test_the_package_fits_its_budget(part: str, limit: int) -> None:
     lines = {}
     for file in files():
-        where = {"tools": "tools", "cli": "", "launch": ""}.get(file.module, "core")
+        where = {
+            "tools": "tools",
+            "cli": "",
+            "agent": "",
+            "launch": "",
+        }  # what starts processes is no core.get(file.module, "core")
         if where == part:
             lines[str(file.path)] = code_lines(file)
+    assert len(lines) > 5, "the package has moved; count where it is now"
     listing = "\n".join(f"{count:6} {path}" for path, count in sorted(lines.items(), key=lambda item: -item[1]))
     assert sum(lines.values()) <= limit, (
         f"the {part} has {sum(lines.values())} lines of code of {limit}. The budget is for concepts, not for "

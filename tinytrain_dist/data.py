@@ -5,9 +5,9 @@ Must not know ranks, models or devices beyond where a batch is put; a rank asks 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.files import write_atomically
 
 Tokens = npt.NDArray[Any]
 TRAIN_STREAM, EVAL_STREAM = 0, 1
@@ -74,12 +75,8 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
         pass  # no usable cache: scan
     blocks = [tokens[start : start + (1 << 24)] for start in range(0, len(tokens), 1 << 24)]
     found = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
-    aside = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(json.dumps({"key": key, "range": found}), encoding="utf-8")
-        aside.replace(cache)
-    except OSError:
-        pass  # a read-only data folder costs a scan per start, nothing else
+    with contextlib.suppress(OSError):  # a read-only data folder costs a scan per start, nothing else
+        write_atomically(cache, {"key": key, "range": found})
     return found
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from tinytrain_dist.config import TrainingConfig
+from tinytrain_dist.files import write_atomically
 
 # Dense bf16 peak in FLOP/s by device name; data sheets, without sparsity. No entry, no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -223,9 +224,7 @@ def cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # the line a crash cut short
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def duration(seconds: float) -> str:

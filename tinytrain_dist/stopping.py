@@ -6,12 +6,13 @@ Also owns state.json, in which a batch script reads how the run ended: exit code
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
+
+from tinytrain_dist.files import write_atomically
 
 _received: list[str] = []
 _owned: list[Path] = []
@@ -46,9 +47,7 @@ def write_state(folder: Path, state: str, step: int | None) -> None:
     values: dict[str, str | int | None] = {"state": state, "step": step}
     if attempt := os.environ.get("TINYTRAIN_ATTEMPT"):
         values["attempt"] = attempt
-    aside = folder / "state.json.tmp"
-    aside.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    aside.replace(folder / "state.json")
+    write_atomically(folder / "state.json", values)
 
 
 class StopRequests:

@@ -5,7 +5,6 @@ Must not know how gradients are summed, files are written or numbers are shown; 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ from tinytrain_dist.data import (
 )
 from tinytrain_dist.distributed import DistributedContext, Vote, together
 from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
+from tinytrain_dist.files import write_atomically
 from tinytrain_dist.layout import BatchPlan, choose_layout
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
 from tinytrain_dist.optim import AdamW, decay_groups, local
@@ -432,10 +432,3 @@ def _environment(ranks: list[Any]) -> dict[str, Any]:
         "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
         "variables": {name: os.environ[name] for name in wanted if name in os.environ},
     }
-
-
-def write_atomically(path: Path, value: Any) -> None:
-    """Write text (or a value as JSON) aside and rename it, so that readers never see half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(value if isinstance(value, str) else json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
