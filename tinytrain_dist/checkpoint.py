@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,11 +133,13 @@ def write_checkpoint(
     aside, main = path.with_name(path.name + ".tmp"), distributed.is_main()
     specs = {kind: [Spec(p.name, p.shape, p.dtype) for p in parts] for kind, parts in pieces.items()}
     try:
-        distributed.raise_together(_attempt(lambda: _prepare(path, aside, pieces, main)), group)
+        distributed.together(lambda: _prepare(path, aside, pieces, main), group)
         manifest = _write_my_files(aside, pieces, specs, max_shard_bytes, group)
         everyone = distributed.gather_to_all(manifest, group)
 
         def complete() -> None:
+            if not main:
+                return
             whole = _merge(everyone, specs)
             for kind in specs:
                 write_index(aside, kind, specs[kind], max_shard_bytes, whole)
@@ -147,20 +148,11 @@ def write_checkpoint(
             write_json(aside, STATE, state, whole)
             commit(aside, path, whole)
 
-        distributed.raise_together(_attempt(complete) if main else None, group)
+        distributed.together(complete, group)
     except (OSError, CheckpointError):
         if main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _attempt(action: Callable[[], None]) -> Exception | None:
-    """Do it, and return what a disk or a checkpoint can fail with, for all ranks to hear of."""
-    try:
-        action()
-    except (OSError, CheckpointError) as error:
-        return error
-    return None
 
 
 def _prepare(path: Path, aside: Path, pieces: Pieces, main: bool) -> None:
@@ -199,11 +191,15 @@ def _write_my_files(
 
             write_tensors(aside, kind, specs[kind], fetch, max_shard_bytes, manifest, mine)
 
-    error = _attempt(write)
-    for number in sorted(left):  # after an error the others are still offering: take it, or they wait for ever
-        distributed.gather_piece(order[number], number, group)
-    distributed.finish_sends(sends)
-    distributed.raise_together(error, group)
+    def write_and_drain() -> None:
+        try:
+            write()
+        finally:
+            for number in sorted(left):  # after an error the others are still offering: take it, or they wait for ever
+                distributed.gather_piece(order[number], number, group)
+            distributed.finish_sends(sends)
+
+    distributed.together(write_and_drain, group)
     return manifest
 
 

@@ -185,8 +185,8 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
         """Build from plain values. Errors: ConfigError naming unknown keys, wrong types and bad values at once."""
-        good = {key: value for key, value in values.items() if not _coerce(key, value)[1]}
-        problems = [problem for key, value in values.items() if (problem := _coerce(key, value)[1])]
+        wrong = {key: problem for key, value in values.items() if (problem := _coerce(key, value)[1])}
+        good, problems = {key: value for key, value in values.items() if key not in wrong}, list(wrong.values())
         try:
             config = cls(**good)
         except ConfigError as error:

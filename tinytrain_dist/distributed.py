@@ -187,7 +187,7 @@ def raise_together(error: Exception | None, group: Group | None = None) -> None:
             raise found
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: Group | None = None) -> T:
     """Do it on every rank; where a file or a user makes it fail on any of them, raise that on all. A collective."""
     result: list[T] = []
     error: Exception | None = None
@@ -195,7 +195,7 @@ def together(action: Callable[[], T]) -> T:
         result.append(action())
     except (TinytrainError, OSError) as caught:
         error = caught
-    raise_together(error)
+    raise_together(error, group)
     return result[0]
 
 

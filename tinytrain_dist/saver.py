@@ -56,7 +56,7 @@ class HostBuffers:
 
 
 class Save(threading.Thread):
-    """One save under way. `outcome` waits for it; its error is the same on every rank."""
+    """One save under way; `join` waits for it, and its `error` is the same on every rank."""
 
     def __init__(self, step: int, work: Any) -> None:
         """`work()` does it; it runs at once, in the background."""
@@ -73,11 +73,6 @@ class Save(threading.Thread):
         except BaseException as error:
             self.error = error
         self.seconds = time.monotonic() - started
-
-    def outcome(self) -> BaseException | None:
-        """Wait for the end; the error or None."""
-        self.join()
-        return self.error
 
 
 class Checkpoints:
