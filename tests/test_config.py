@@ -16,16 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.config import (
-    FIELDS,
-    SECTIONS,
-    TrainingConfig,
-    listed,
-    load_config,
-    parse_command_line,
-    read_toml,
-    resolve_vocab_size,
-)
+from tinytrain_dist.commandline import load_config, parse_command_line, read_toml, resolve_vocab_size
+from tinytrain_dist.config import FIELDS, SECTIONS, TrainingConfig, listed
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -472,7 +464,7 @@ def test_help_names_every_setting(capsys):
 
 def test_no_torch_is_imported():
     code = (
-        "import sys, tinytrain_dist.config as c, tinytrain_dist.layout, tinytrain_dist.stopping\n"
+        "import sys, tinytrain_dist.commandline as c, tinytrain_dist.layout, tinytrain_dist.stopping\n"
         "c.parse_command_line(['configs/quickstart.toml', '--seed', '1'])\n"
         "import tinytrain_dist; tinytrain_dist.TrainingConfig, tinytrain_dist.BatchPlan\n"
         "print([m for m in ('torch', 'numpy', 'tensorboard', 'safetensors') if m in sys.modules])"

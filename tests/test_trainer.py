@@ -15,7 +15,8 @@ import torch
 from distributed_helper import launch_training, run_ranks, training_process
 from training import Run, fit, settings_for, train
 
-from tinytrain_dist.config import TrainingConfig, load_config
+from tinytrain_dist.commandline import load_config
+from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.errors import TinytrainError
 
 pytestmark = pytest.mark.multiprocess
@@ -85,14 +86,7 @@ def test_non_finite_state_is_never_saved(tmp_path: Path) -> None:
 
 
 def spoiled_save(settings: dict[str, Any]) -> str:
-    return fit_error(settings, start_and_spoil)
-
-
-def start_and_spoil(trainer: Any) -> None:
-    from tinytrain_dist.metrics import Stopwatch
-
-    trainer.watch = Stopwatch()
-    spoil_weights(trainer)
+    return fit_error(settings, spoil_weights)
 
 
 def differ(trainer: Any) -> None:

@@ -69,7 +69,7 @@ def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) 
     trainer = Trainer(TrainingConfig(**settings), context)
     if prepare is not None:
         prepare(trainer)
-    return {"state": trainer.fit(), "step": trainer.step, "skipped": trainer.skipped}
+    return {"state": trainer.fit(), "step": trainer.step, "skipped": trainer.observer.skipped}
 
 
 class Run:

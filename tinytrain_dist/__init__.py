@@ -5,7 +5,7 @@ from typing import Any
 
 _HOME = {
     "TrainingConfig": "config",
-    "load_config": "config",
+    "load_config": "commandline",
     "BatchPlan": "layout",
     "ConfigError": "errors",
     "DataError": "errors",

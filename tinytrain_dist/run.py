@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tinytrain_dist.config import parse_command_line
+from tinytrain_dist.commandline import parse_command_line
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.stopping import owns, write_state
 

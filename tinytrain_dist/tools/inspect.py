@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinytrain_dist.config import read_toml
+from tinytrain_dist.commandline import read_toml
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
 from tinytrain_dist.tensorfiles import MANIFEST, STATE, problems_in, read_manifest
 

@@ -15,7 +15,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from tinytrain_dist.config import TrainingConfig, parse_command_line
+from tinytrain_dist.commandline import parse_command_line
+from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.schedule import learning_rate
 

@@ -1,0 +1,72 @@
+"""Owns what a run runs on: the kernels that decide bits, what one device holds, and the record of hosts and versions.
+
+Must not know ranks' work: it looks at one process, and is told what the others found.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinytrain_dist import __version__
+from tinytrain_dist.config import TrainingConfig
+
+
+def fits_one_device(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether weights, gradients and both moments (16 bytes a parameter) take less than 60 % of one device."""
+    if device.type != "cuda":
+        return True
+    embedding = (config.vocab_size or 0) * config.d_model * (1 if config.tie_embeddings else 2)
+    attention = 2 * config.d_model * config.head_width * (config.num_heads + config.kv_heads)
+    parameters = embedding + config.num_layers * (attention + 3 * config.d_model * config.ffn_dim)
+    return 16 * parameters < 0.6 * torch.cuda.get_device_properties(device).total_memory
+
+
+def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
+    """Choose the kernels that a reproducible run needs; what decides the last bit besides the run's identity."""
+    threads = config.cpu_threads or (1 if config.reproducible else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if config.reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; we read none
+        if config.compile:
+            import torch._inductor.config as inductor
+
+            # without it fused kernels skip roundings to bf16 where they see both sides of a cast, and FSDP's weights,
+            # which arrive in bf16, get other gradients than DDP's, which are cast inside (measured: other bits)
+            inductor.emulate_precision_casts = True
+    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
+    return {
+        **{name: getattr(config, name) for name in settings},
+        "torch": torch.__version__,
+        "kernels": f"{device.type} {kernels}",
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+    }
+
+
+def environment(ranks: list[Any]) -> dict[str, Any]:
+    """What the run ran on. Variables are an allow-list: an environment holds people's keys."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    wanted = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+    return {
+        "tinytrain_dist": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": git.stdout.strip() or None,
+        "threads": torch.get_num_threads(),
+        "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
+        "variables": {name: os.environ[name] for name in wanted if name in os.environ},
+    }
