@@ -1,4 +1,4 @@
-"""Owns that the README's tree, reading order and public names are true; test_docs.py checks the commands of all pages."""
+"""Owns that the README's tree, reading order and public names are true; test_docs.py checks commands of all pages."""
 
 from __future__ import annotations
 
