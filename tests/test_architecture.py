@@ -28,7 +28,7 @@ PACKAGE = "tinytrain_dist"
 LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"config"},
-    {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse"},
+    {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse", "network"},
     {"optim", "losses", "schedule"},
     {"model"},  # its head computes the loss in chunks (losses), so that no rank holds all logits
     {"data"},
@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
     {"reduction"},
     {"parallel"},
     {"checkpoint", "metrics"},
-    {"saver", "preflight", "observer"},
+    {"saver", "preflight", "observer", "census"},
     {"trainer"},
     {"run", "agent"},
     {"tools"},  # the modules in tools/ may import each other

@@ -15,6 +15,7 @@ TOOLS = {
     "schedule": ("tinytrain_dist.tools.plot:schedule_main", "the learning-rate curve of a configuration"),
     "plot": ("tinytrain_dist.tools.plot:main", "loss curves of runs as a picture"),
     "ls": ("tinytrain_dist.tools.inspect:ls_main", "the checkpoints of a run, or the runs in a folder"),
+    "doctor": ("tinytrain_dist.tools.doctor:main", "what is wrong with this machine, or with all nodes together"),
     "sample": ("tinytrain_dist.tools.sample:main", "text from a checkpoint"),
     "export": ("tinytrain_dist.tools.export:main", "weights as a Hugging Face folder"),
     "verify": ("tinytrain_dist.tools.inspect:verify_main", "read every byte of checkpoints"),

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -373,6 +374,6 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
     return found
 
 
-def listed(numbers: list[int], most: int = 12) -> str:
-    """The first numbers of a list, for a sentence."""
+def listed(numbers: Sequence[object], most: int = 12) -> str:
+    """The first of a list, for a sentence."""
     return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,14 @@ def fits_one_device(config: TrainingConfig, device: torch.device) -> bool:
     """Whether weights, gradients and both moments (16 bytes a parameter) take less than 60 % of one device."""
     if device.type != "cuda":
         return True
+    return 16 * parameter_count(config) < 0.6 * torch.cuda.get_device_properties(device).total_memory
+
+
+def parameter_count(config: TrainingConfig) -> int:
+    """Weights of the matrices, which are all but some thousands."""
     embedding = (config.vocab_size or 0) * config.d_model * (1 if config.tie_embeddings else 2)
     attention = 2 * config.d_model * config.head_width * (config.num_heads + config.kv_heads)
-    parameters = embedding + config.num_layers * (attention + 3 * config.d_model * config.ffn_dim)
-    return 16 * parameters < 0.6 * torch.cuda.get_device_properties(device).total_memory
+    return embedding + config.num_layers * (attention + 3 * config.d_model * config.ffn_dim)
 
 
 def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
@@ -53,6 +58,17 @@ def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, Any]:
+    """Of what computes: the same on all ranks, or their results are not. The NVIDIA ones only where there is a GPU."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if not torch.cuda.is_available():
+        return found
+    driver = Path("/proc/driver/nvidia/version")  # nvidia-smi would take a second
+    version = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", driver.read_text()) if driver.exists() else None
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {**found, "CUDA": torch.version.cuda, "NCCL": nccl, "driver": version[1] if version else None}
+
+
 def environment(ranks: list[Any]) -> dict[str, Any]:
     """What the run ran on. Variables are an allow-list: an environment holds people's keys."""
     git = subprocess.run(
@@ -61,9 +77,7 @@ def environment(ranks: list[Any]) -> dict[str, Any]:
     wanted = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
     return {
         "tinytrain_dist": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "platform": platform.platform(),
         "git_commit": git.stdout.strip() or None,
         "threads": torch.get_num_threads(),

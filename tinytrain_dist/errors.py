@@ -20,6 +20,10 @@ class ConfigError(TinytrainError):
         super().__init__("\n".join([count, *(f"  {problem}" for problem in self.problems)]))
 
 
+class MeetingError(ConfigError):
+    """This rank cannot meet the others. It alone knows, so it is the one that has to say so."""
+
+
 class DataError(TinytrainError):
     """A token file, tokenizer or text source cannot be used."""
 

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from tinytrain_dist.commandline import parse_command_line
-from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.errors import MeetingError, TinytrainError
 from tinytrain_dist.stopping import owns, write_state
 
 
@@ -53,7 +53,8 @@ def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
             write_state(folder, "failed", step)
             with open(folder / "error.json", "x", encoding="utf-8") as file:  # the first cause stays
                 json.dump(record, file, indent=1)
-    if not distributed.tell_launcher(message) and (rank == 0 or not expected):
+    mine = rank == 0 or not expected or isinstance(error, MeetingError)
+    if not distributed.tell_launcher(message) and mine:
         trace += f"error: {message}\n"
     print(trace, end="", file=sys.stderr, flush=True)
     sys.stdout.flush()

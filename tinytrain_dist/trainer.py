@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinytrain_dist import census
 from tinytrain_dist.checkpoint import init_from_folder, model_tensors, pieces_of
 from tinytrain_dist.commandline import resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig
@@ -55,6 +56,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, context: DistributedContext) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
+        self.hints = census.take(config, context)
         self.config = config = resolve_vocab_size(config)
         self.pulse = Pulse()
         together(self._open_data)
@@ -111,7 +113,7 @@ class Trainer:
             together(lambda: init_from_folder(source, self.model, config))
         self._write_run_folder()
         self.log = RunLog(config, self.context.is_main, self.step)
-        self.log.say(f"{self.context.layout}\n{self.plan}")
+        self.log.say("\n".join([str(self.context.layout), str(self.plan), *self.hints]))
         if path is not None:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
