@@ -148,7 +148,11 @@ def test_an_unknown_setting_like_no_other_points_to_help():
         ("betas", [0.9, "x"], "two numbers"),
         ("betas", 0.9, "two numbers"),
         ("vocab_size", "x", "a whole number or None"),
-        ("train_data", {"a": 1}, "a text or None"),
+        ("train_data", {"a": 1}, "a text or a list of texts or None"),
+        ("train_data", [], "a text or a list of texts or None"),
+        ("train_data", ["a.npy", 3], "a text or a list of texts or None"),
+        ("train_weights", 0.5, "a list of numbers or None"),
+        ("train_weights", [0.5, "x"], "a list of numbers or None"),
     ],
 )
 def test_a_wrong_type_is_named_with_the_right_one(key, value, kind):

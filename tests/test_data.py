@@ -583,3 +583,93 @@ def test_close_waits_for_a_batch_in_the_making():
     in_time(prefetcher.close)
     assert finished.is_set()
     assert prefetch_threads() == []
+
+
+# --- large files ---------------------------------------------------------------------------------------------------
+
+
+def mapped_mib() -> float:
+    """Pages of files that count as this process's memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) / 1024
+
+
+def sparse(path: Path, tokens: int) -> Path:
+    """A token file of zeros that takes no room on the disk."""
+    with path.open("wb") as file:
+        form = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+        np.lib.format.write_array_header_1_0(file, form)
+        file.truncate(file.tell() + 2 * tokens)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is Linux's to tell")
+def test_drawing_from_a_large_file_maps_nothing_into_memory(tmp_path):
+    source = data.TokenFiles([str(sparse(tmp_path / "t.npy", 4_000_000_000))], 64)
+    before = mapped_mib()
+    for step in range(25):
+        assert not source.read(*source.draw(0, step, range(40))).any()
+    assert mapped_mib() - before < 4  # mapped, 1000 windows of 8 GB count 64 MiB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is Linux's to tell")
+def test_a_scan_gives_back_what_it_mapped(tmp_path):
+    path = save(tmp_path / "t.npy", np.zeros(20_000_000, np.uint16))
+    before = mapped_mib()
+    tokens = load_token_dataset(path, vocab_size=5)
+    assert (tmp_path / "t.npy.range.json").exists()
+    assert mapped_mib() - before < 10  # of 38 MiB
+    assert not tokens[:5].any()
+
+
+# --- bytes of a token ----------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_byte_level_tokenizer_add_up_to_those_of_the_text(tmp_path):
+    tokenizer = pytest.importorskip("tinytrain_dist.tools.tokenizer")
+    text = "Grüße, 日本語 👩‍👧 and  plain\twords words words\r\n" * 3
+    vocabulary = tokenizer.train_bpe([text], 300)
+    (tmp_path / "tokenizer.json").write_text(vocabulary.text)
+    sizes = data.token_bytes(tmp_path, 320)
+    ids = tokenizer.Encoder(vocabulary, use_fast=False).encode(text + "🦆")
+    assert len(set(ids.tolist())) > 10
+    assert sizes[ids].sum() == len((text + "🦆").encode())
+    assert sizes[vocabulary.eos_id] == 0
+    assert sizes[vocabulary.size :].sum() == 0  # ids that pad the vocabulary stand for nothing
+    with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 5 "):
+        data.token_bytes(tmp_path, 5)
+
+
+def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
+    found = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "Ġa": 1}},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [{"id": 2, "content": "é!", "special": False}, {"id": 0, "content": "a", "special": True}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    assert data.token_bytes(tmp_path, 4).tolist() == [0, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}}, "decoder": {"type": "ByteLevel"}, "added_tokens": []},
+        {"model": {"type": "BPE", "vocab": {"a": 0}}, "decoder": None, "added_tokens": []},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}, "decoder": {"type": "Metaspace"}, "added_tokens": []},
+    ],
+)
+def test_bytes_of_other_tokenizers_are_not_known_without_a_table(tmp_path, found):
+    assert data.token_bytes(tmp_path, 3) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    assert data.token_bytes(tmp_path, 3) is None
+    np.save(tmp_path / "token_bytes.npy", [0, 4, 1])
+    assert data.token_bytes(tmp_path, 3).tolist() == [0, 4, 1]
+    with pytest.raises(DataError, match=r"token_bytes\.npy: does not fit vocab_size 4 "):
+        data.token_bytes(tmp_path, 4)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}'])
+def test_a_broken_tokenizer_is_a_sentence(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 3 "):
+        data.token_bytes(tmp_path, 3)

@@ -113,24 +113,38 @@ def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
-    """Fill vocab_size from meta.json beside train_data where it was left out.
+    """Fill vocab_size from meta.json beside the token files where it was left out.
 
-    Errors: ConfigError where neither says it, or where vocab_size is smaller than the data's.
+    Errors: ConfigError where neither says it, where vocab_size is smaller than the data's, or where two files were
+    made with different tokenizers.
     """
-    if config.train_data is None:
+    if not config.train_files:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
-    meta = Path(config.train_data).parent / "meta.json"
-    try:
-        found = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
-        vocab_size = found.get("vocab_size")
-        if vocab_size is not None and not (type(vocab_size) is int and vocab_size >= 1):
-            raise ValueError(f"vocab_size {vocab_size!r}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
+    sizes: dict[int, Path] = {}
+    tokenizers: dict[str, Path] = {}
+    for file in (*config.train_files, *config.val_files):
+        meta = Path(file).parent / "meta.json"
+        try:
+            found = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+            size, tokenizer = found.get("vocab_size"), found.get("digests", {}).get("tokenizer.json")
+            if size is not None and not (type(size) is int and size >= 1):
+                raise ValueError(f"vocab_size {size!r}")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
+        sizes |= {size: meta} if size and file in config.train_files else {}
+        tokenizers |= {tokenizer: meta.parent} if tokenizer else {}
+    if len(tokenizers) > 1:
+        one, two, *_ = sorted(map(str, tokenizers.values()))
+        raise ConfigError(
+            f"train_data, val_data: {one} and {two} were made with different tokenizers, so an id means one thing here "
+            f"and another there; make one of them again with `tinytrain prepare --tokenizer {one}`"
+        )
     if config.vocab_size is None:
-        if vocab_size is None:
+        if not sizes:
+            meta = Path(config.train_files[0]).parent / "meta.json"
             raise ConfigError(f"vocab_size: not set, and there is no {meta} that says it; set vocab_size")
-        return dataclasses.replace(config, vocab_size=vocab_size)
-    if vocab_size is not None and config.vocab_size < vocab_size:
-        raise ConfigError(f"vocab_size: {config.vocab_size} is less than the {vocab_size} of {meta}; leave it out")
+        return dataclasses.replace(config, vocab_size=max(sizes))
+    if sizes and config.vocab_size < max(sizes):
+        meta = sizes[max(sizes)]
+        raise ConfigError(f"vocab_size: {config.vocab_size} is less than the {max(sizes)} of {meta}; leave it out")
     return config

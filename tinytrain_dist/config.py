@@ -5,6 +5,7 @@ Must not know torch, files, ranks or devices: a login node can check a run in a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -20,7 +21,7 @@ Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 IDENTITY = tuple(  # what makes a run this run: a resume with another value is refused
     "vocab_size num_layers num_heads num_kv_heads head_dim d_model d_ff rope_theta rope_scaling_factor "
     "rope_original_context_len rope_low_freq_factor rope_high_freq_factor tie_embeddings qk_norm norm_eps "
-    "context_len batch_size seed".split()
+    "context_len batch_size seed train_weights".split()
 )
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "checkpoint")
 
@@ -47,6 +48,9 @@ class TrainingConfig:
     log_every: int = _in("run", 10, "steps between log lines")
     eval_every: int = _in("run", 1000, "steps between evaluations")
     eval_steps: int = _in("run", 10, "batches of batch_size windows in one evaluation, the same all run")
+    early_stop_patience: int | None = _in(
+        "run", None, "evaluations in a row without a better loss after which the run stops; each best is saved"
+    )
     log_dir: str | None = _in("run", None, "None: target_dir/logs")
     log_save_prefix: str = _in("run", "metrics", "name of the plain record: metrics.jsonl")
     resume: str = _in("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
@@ -54,8 +58,13 @@ class TrainingConfig:
     allow: str | None = _in("run", None, "settings that may differ at resume although they make it another run: a,b")
     init_from: str | None = _in("run", None, "folder with Hugging Face Llama/Qwen3 weights to start from")
 
-    train_data: str | None = _in("data", None, "token file (.npy) to train on")
-    val_data: str | None = _in("data", None, "token file (.npy) to evaluate on; None: no evaluation")
+    train_data: str | tuple[str, ...] | None = _in("data", None, "token file (.npy) to train on, or several")
+    train_weights: tuple[float, ...] | None = _in(
+        "data", None, "how often each file of train_data is drawn from; None: every window is equally likely"
+    )
+    val_data: str | tuple[str, ...] | None = _in(
+        "data", None, "token file (.npy) to evaluate on, or several, each by itself; None: no evaluation"
+    )
     batch_size: int = _in("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | None = _in("data", None, "sequences in one forward pass on one rank; None: all of them")
     context_len: int = _in("data", 256, "tokens per sequence")
@@ -169,6 +178,16 @@ class TrainingConfig:
         return Path(self.log_dir) if self.log_dir else Path(self.target_dir) / "logs"
 
     @property
+    def train_files(self) -> tuple[str, ...]:
+        """The files of train_data."""
+        return (self.train_data,) if isinstance(self.train_data, str) else self.train_data or ()
+
+    @property
+    def val_files(self) -> tuple[str, ...]:
+        """The files of val_data."""
+        return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
+
+    @property
     def resume_from(self) -> str:
         """`auto`, `never` or the path of a checkpoint."""
         return self.ckpt_path_to_resume or self.resume
@@ -220,20 +239,28 @@ def _coerce(key: str, value: Any) -> tuple[Any, str]:
     if key not in FIELDS:
         return None, f"{key}: unknown setting{_nearest(key)}"
     for option in get_args(HINTS[key]) if _is_union(HINTS[key]) else (HINTS[key],):
-        if get_origin(option) is Literal and value in get_args(option):
-            return value, ""
-        if get_origin(option) is tuple and isinstance(value, list | tuple) and len(value) == 2:
-            if all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-                return (float(value[0]), float(value[1])), ""
-        elif value is None and option is type(None):
-            return None, ""
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value), ""
-        elif option in (int, str, bool) and type(value) is option:
-            return value, ""
-        elif option is str and isinstance(value, Path):
-            return str(value), ""
+        with contextlib.suppress(TypeError):
+            return _convert(option, value), ""
     return None, f"{key}: {value!r} is not {_describe(HINTS[key])}"
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """The value as what a field was declared to be. Errors: TypeError if it is nothing like that."""
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        inner = get_args(kind)
+        if len(value) == len(inner) or (value and inner[-1] is Ellipsis):
+            return tuple(_convert(inner[0], item) for item in value)
+    elif value is None and kind is type(None):
+        return None
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    elif kind is str and isinstance(value, Path):
+        return str(value)
+    raise TypeError
 
 
 def _toml(value: Any) -> str:
@@ -257,7 +284,10 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(get_args(hint))
-    return "two numbers" if get_origin(hint) is tuple else names[hint]
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        return f"a list of {names[inner[0]][2:]}s" if inner[-1] is Ellipsis else "two numbers"
+    return names[hint]
 
 
 def _nearest(key: str) -> str:
@@ -271,7 +301,7 @@ AT_LEAST_ONE = tuple(
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
-    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads".split()
+    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience".split()
 )
 
 
@@ -305,7 +335,7 @@ def _problems(c: TrainingConfig) -> list[str]:
     need(c.seed < 1 << 64, f"seed: {c.seed} must be less than 2**64; the generator's key has one word for it")
     if found:  # the sentences below divide by these numbers
         return found
-    return _shape_problems(c) + _schedule_problems(c) + _effect_problems(c)
+    return _shape_problems(c) + _schedule_problems(c) + _data_problems(c) + _effect_problems(c)
 
 
 def _shape_problems(c: TrainingConfig) -> list[str]:
@@ -340,6 +370,22 @@ def _schedule_problems(c: TrainingConfig) -> list[str]:
     return found
 
 
+def _data_problems(c: TrainingConfig) -> list[str]:
+    found = []
+    for name, files in (("train_data", c.train_files), ("val_data", c.val_files)):
+        if twice := [file for file in files if files.count(file) > 1]:
+            found.append(f"{name}: names {twice[0]} twice; name it once, and set train_weights to draw more from it")
+    if c.train_weights is not None:
+        count, weights = len(c.train_files), list(c.train_weights)
+        if count < 2:
+            found.append("train_weights: has no effect without several files in train_data; leave it out")
+        elif len(weights) != count:
+            found.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one for each")
+        if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            found.append(f"train_weights: {weights} must be finite and not negative, and one of them more than 0")
+    return found
+
+
 def _effect_problems(c: TrainingConfig) -> list[str]:
     """Settings that are set but would change nothing, or that contradict each other."""
     found = []
@@ -365,6 +411,13 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
         found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
     for name in sorted(c.allowed_changes - {*IDENTITY, "train_data"}):
         found.append(f"allow: {name} is nothing that a resume refuses; it refuses {', '.join(IDENTITY)}, train_data")
+    if c.early_stop_patience is not None and not c.val_files:
+        found.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
+    if c.keep_every is not None and c.keep_every % c.ckpt_every:
+        found.append(
+            f"keep_every: {c.keep_every} is not a multiple of ckpt_every {c.ckpt_every}, so there is no checkpoint at "
+            "most of these steps; change one"
+        )
     if c.allow_drift and not c.reproducible:
         found.append("allow_drift: has no effect with reproducible = false; leave it out")
     if c.reproducible and c.micro_batch_size is None:

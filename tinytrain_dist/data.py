@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import mmap as maps
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,7 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
     """
     path = Path(path)
     try:
-        tokens = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        tokens: Any = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
     except (OSError, ValueError, EOFError) as error:
@@ -51,7 +56,14 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
         if smallest < 0 or largest >= vocab_size:
             bad = smallest if smallest < 0 else largest
             raise DataError(f"{path}: holds token id {bad}, but vocab_size {vocab_size} allows 0 .. {vocab_size - 1}")
-    return tokens
+    opened: Tokens = tokens
+    if isinstance(tokens, np.memmap) and hasattr(maps, "MADV_RANDOM"):
+        # Windows lie anywhere: reading ahead would fetch 128 kB for each (measured: 90 ms instead of 0.06 ms for 8
+        # windows of a file of 20 GB). What the scan above has mapped is given back.
+        mapping: Any = vars(tokens)["_mmap"]
+        mapping.madvise(maps.MADV_DONTNEED)
+        mapping.madvise(maps.MADV_RANDOM)
+    return opened
 
 
 def fingerprint(path: str | Path, tokens: Tokens) -> dict[str, Any]:
@@ -94,30 +106,155 @@ def num_windows(tokens: Tokens, context_len: int, name: str = "the token file") 
     return windows
 
 
-def window_starts(seed: int, step: int, slots: Sequence[int], windows: int, stream: int = TRAIN_STREAM) -> Tokens:
-    """First token of the window of each slot, uniform over 0 .. windows - 1, int64.
+def slot_words(seed: int, step: int, slots: Sequence[int], stream: int = TRAIN_STREAM) -> npt.NDArray[np.uint64]:
+    """Four random words for each slot: [len(slots), 4].
 
     A pure function of (seed, step, slot): Philox with the seed as key and (slot, step) as counter gives every slot its
-    own block of four words, so nobody's draws depend on who draws the others. Words in the last incomplete multiple of
-    `windows` are passed over, which makes the draw exactly uniform (all four would fail once in 10^38).
+    own block of four words, so nobody's draws depend on who draws the others.
     """
-    limit = (1 << 64) // windows * windows - 1
-    starts = np.empty(len(slots), dtype=np.int64)
+    words = np.empty((len(slots), 4), dtype=np.uint64)
     runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(np.asarray(slots)) != 1) + 1) if len(slots) else []
     for run in runs:  # neighbouring slots are neighbouring counters: one generator gives them all
         bits = np.random.Philox(key=seed + (stream << 64), counter=[int(slots[run[0]]), step, 0, 0])
-        words = bits.random_raw(4 * len(run)).reshape(-1, 4)
-        chosen = np.argmax(words <= np.uint64(limit), axis=1)
-        starts[run] = words[np.arange(len(run)), chosen] % np.uint64(windows)
+        words[run] = bits.random_raw(4 * len(run)).reshape(-1, 4)
+    return words
+
+
+def _uniform(words: npt.NDArray[np.uint64], windows: int) -> Tokens:
+    """One number in 0 .. windows - 1 from each row of words, int64.
+
+    Words in the last incomplete multiple of `windows` are passed over, which makes the draw exactly uniform (all four
+    would fail once in 10^38).
+    """
+    limit = (1 << 64) // windows * windows - 1
+    chosen = np.argmax(words <= np.uint64(limit), axis=1)
+    starts: Tokens = (words[np.arange(len(words)), chosen] % np.uint64(windows)).astype(np.int64)
     return starts
+
+
+def window_starts(seed: int, step: int, slots: Sequence[int], windows: int, stream: int = TRAIN_STREAM) -> Tokens:
+    """First token of the window of each slot, uniform over 0 .. windows - 1, int64; see `slot_words`."""
+    return _uniform(slot_words(seed, step, slots, stream), windows)
+
+
+def _torch_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    # torch has no kernels for wide unsigned types and none for a foreign byte order
+    known = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
+    return np.dtype(known.get(dtype.str[1:], dtype.newbyteorder("=")))
 
 
 def read_windows(tokens: Tokens, starts: Tokens, context_len: int) -> Tensor:
     """The windows that begin at `starts`, with the token after each: [len(starts), context_len + 1], CPU."""
-    rows = tokens[starts[:, None] + np.arange(context_len + 1)]
-    # torch has no kernels for wide unsigned types and none for a foreign byte order
-    known = {"u2": np.int32, "u4": np.int64, "u8": np.int64}.get(rows.dtype.str[1:], rows.dtype.newbyteorder("="))
-    return torch.from_numpy(rows.astype(known, copy=False))
+    rows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), context_len + 1)[starts]
+    return torch.from_numpy(rows.astype(_torch_type(rows.dtype), copy=False))
+
+
+class TokenFiles:
+    """Token files as one source of windows: which file and window each slot draws, and the ids in them.
+
+    Files are read and not mapped: a page once mapped counts as this process's memory until it ends (64 kB for each
+    window drawn), a file cut short would kill it with SIGBUS, and other threads stand still while a page is fetched.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        context_len: int,
+        *,
+        vocab_size: int | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """weights: how often each file is drawn from; None: in proportion to its windows, so all are equally likely.
+
+        Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
+        """
+        self.names, self.context_len = short_names(paths), context_len
+        self.fingerprints: list[dict[str, Any]] = []
+        self.windows: list[int] = []
+        self._files: list[tuple[int, int, np.dtype[Any]]] = []  # descriptor, offset of the first id, type
+        for path in paths:
+            tokens = load_token_dataset(path, vocab_size=vocab_size)
+            self.windows.append(num_windows(tokens, context_len, path))
+            self.fingerprints.append(fingerprint(path, tokens))
+            descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._files.append((descriptor, tokens.offset, tokens.dtype))  # type: ignore[attr-defined]
+        self._type = np.result_type(*(_torch_type(dtype) for _, _, dtype in self._files))
+        shares = [Fraction(share) for share in weights or self.windows]
+        self._bounds = [int(bound / sum(shares) * (1 << 63)) for bound in itertools.accumulate(shares[:-1])]
+
+    def draw(
+        self, seed: int, step: int, slots: Sequence[int], stream: int = TRAIN_STREAM
+    ) -> tuple[npt.NDArray[np.int64], Tokens]:
+        """File and first token of each slot's window, both int64 [len(slots)]; pure in (seed, step, slot).
+
+        The last word of a slot chooses the file and the others the window, which is uniform within its file. Of one
+        file the windows are those of `window_starts`.
+        """
+        words = slot_words(seed, step, slots, stream)
+        files = np.searchsorted(np.array(self._bounds, np.uint64), words[:, 3] >> np.uint64(1), side="right")
+        starts = np.empty(len(words), dtype=np.int64)
+        for file, windows in enumerate(self.windows):
+            chosen = files == file
+            starts[chosen] = _uniform(words[chosen, : 3 if self._bounds else 4], windows)
+        return files, starts
+
+    def read(self, files: npt.NDArray[np.int64], starts: Tokens) -> Tensor:
+        """The windows that `draw` named, with the token after each: [len(starts), context_len + 1], CPU.
+
+        Errors: DataError if a file has become shorter; OSError if it cannot be read.
+        """
+        rows = np.empty((len(starts), self.context_len + 1), self._type)
+        for row, file, start in zip(rows, files.tolist(), starts.tolist(), strict=True):
+            descriptor, offset, dtype = self._files[file]
+            ids = np.empty(len(row), dtype)
+            if os.preadv(descriptor, [ids], offset + start * dtype.itemsize) != ids.nbytes:  # type: ignore[list-item]
+                raise DataError(f"{self.names[file]}: has become shorter since the run began; restore it and resume")
+            row[:] = ids
+        return torch.from_numpy(rows)
+
+    def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
+        """Where each slot's window begins, for people: FILE:TOKEN."""
+        files, starts = self.draw(seed, step, slots)
+        return [f"{self.names[file]}:{start}" for file, start in zip(files.tolist(), starts.tolist(), strict=True)]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
+    whole = [os.path.abspath(path) for path in paths]
+    shared = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return [os.path.relpath(path, shared) for path in whole]
+
+
+def token_bytes(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
+    """How many bytes of text each id stands for, [vocab_size]; None where that is not known.
+
+    Taken from token_bytes.npy in the folder, which anybody can put there for a tokenizer of any kind, else from a
+    tokenizer.json that is a byte-level BPE: there each character of a token stands for one byte. Special tokens, such
+    as the end of a document, are no text and count 0. Errors: DataError if a file is there and cannot be used.
+    """
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    table, tokenizer = folder / "token_bytes.npy", folder / "tokenizer.json"
+    try:
+        if table.is_file():
+            sizes[:] = np.load(table, allow_pickle=False)
+            return sizes
+        if not tokenizer.is_file():
+            return None
+        found = json.loads(tokenizer.read_bytes())
+        decoder, vocabulary = found["decoder"], found["model"]["vocab"]
+        if found["model"]["type"] != "BPE" or not decoder or decoder["type"] != "ByteLevel":
+            return None
+        for token, number in vocabulary.items():
+            sizes[number] = len(token)
+        for added in found["added_tokens"]:
+            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        where = table if table.is_file() else tokenizer
+        raise DataError(f"{where}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it") from None
+    return sizes
 
 
 def get_batch(

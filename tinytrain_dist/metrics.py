@@ -147,16 +147,19 @@ class RunLog:
             self._board.add_scalar(f"speed_by_rank/tokens_per_second_{rank}", speed, step)
         self._by_tokens.add_scalar("train/loss", values["loss"], tokens)
 
-    def evaluation(self, step: int, loss: float, seconds: float) -> None:
-        """The record of an evaluation; loss in nats per token."""
-        perplexity = math.exp(min(loss, 700.0))
-        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f} ({seconds:.1f} s)")
+    def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
+        """The record of an evaluation; loss in nats per token, `others` what else was measured, by name."""
+        perplexity, others = math.exp(min(loss, 700.0)), others or {}
+        more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others.items())
+        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f}{more} ({seconds:.1f} s)")
         if not self.main:
             return
         with self._sinks():
-            self._record("eval", step, {"loss": loss, "perplexity": perplexity, "seconds": seconds})
+            self._record("eval", step, {"loss": loss, "perplexity": perplexity, **others, "seconds": seconds})
             self._board.add_scalar("eval/loss", loss, step)
             self._board.add_scalar("eval/perplexity", perplexity, step)
+            for name, value in others.items():
+                self._board.add_scalar(f"eval/{name}", value, step)
             self._by_tokens.add_scalar("eval/loss", loss, step * self.config.batch_size * self.config.context_len)
 
     def event(self, step: int, kind: str, text: str) -> None:

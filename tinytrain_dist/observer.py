@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.data import window_starts
+from tinytrain_dist.data import TokenFiles
 from tinytrain_dist.distributed import DistributedContext, Vote
 from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.layout import BatchPlan
@@ -46,12 +46,12 @@ class StepObserver:
         log: RunLog,
         *,
         step: int,
-        windows: int,
+        data: TokenFiles,
         flops_per_token: float,
     ) -> None:
-        """step: where the run starts; windows: how many the token file has; flops_per_token: forward and backward."""
+        """step: where the run starts; data: what the steps draw from; flops_per_token: forward and backward."""
         self.config, self.context, self.plan, self.log = config, context, plan, log
-        self.windows, self.flops_per_token = windows, flops_per_token
+        self.data, self.flops_per_token = data, flops_per_token
         self.watch, self.logged_step = Stopwatch(), step
         self.skipped, self.skipped_in_row = 0, 0
         self.step_seconds, self.stopping = 0.0, False
@@ -79,9 +79,9 @@ class StepObserver:
     def _report_skip(self, report: StepReport, loss: float, norm: float) -> None:
         bad = [leaf for leaf, value in enumerate(report.leaf_losses.tolist()) if not math.isfinite(value)]
         slots = [slot for leaf in bad for slot in self.plan.slots(leaf)]
-        starts = window_starts(self.config.seed, report.step - 1, slots, self.windows).tolist()
+        places = self.data.places(self.config.seed, report.step - 1, slots[:16])
         owners = sorted(rank for rank, leaves in enumerate(self._leaves_by_rank()) if set(leaves) & set(bad))
-        where = f"rank(s) {owners}, windows starting at {starts[:16]}" if bad else "in the gradient only"
+        where = f"rank(s) {owners}, windows starting at {', '.join(places)}" if bad else "in the gradient only"
         text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
         self.log.event(report.step, "skipped", text)
         if self.skipped_in_row >= self.config.max_skipped_steps:

@@ -270,7 +270,7 @@ class Checkpoints:
 
     def _extra_files(self) -> dict[str, bytes]:
         """config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
-        data = Path(self.config.train_data or "").parent
+        data = Path("".join(self.config.train_files[:1])).parent
         meta = json.loads((data / "meta.json").read_text(encoding="utf-8")) if (data / "meta.json").is_file() else {}
         description = huggingface_config(self.config, meta.get("eos_id"))
         files = {"config.json": (json.dumps(description, indent=1) + "\n").encode()}

@@ -21,12 +21,10 @@ from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.data import (
     EVAL_STREAM,
     Prefetcher,
-    fingerprint,
-    load_token_dataset,
+    TokenFiles,
     micro_batches,
-    num_windows,
-    read_windows,
-    window_starts,
+    short_names,
+    token_bytes,
 )
 from tinytrain_dist.distributed import DistributedContext, together
 from tinytrain_dist.environment import decide_bits, environment, fits_one_device
@@ -77,7 +75,8 @@ class Trainer:
             decay_groups(self.model, config.weight_decay), config.lr_max, config.betas, config.eps, config.weight_decay
         )
         self.optimizer.materialize()
-        data = {"train": fingerprint(config.train_data or "", self.train)}
+        prints = self.train.fingerprints  # of one file without a list, as checkpoints have it since there was only one
+        data = {"train": prints if len(prints) > 1 else prints[0]}
         self.checkpoints = Checkpoints(config, context, data, bits)
         self.step = 0
         self.report: dict[str, Any] = {}
@@ -89,11 +88,12 @@ class Trainer:
 
     def _open_data(self) -> None:
         c = self.config
-        assert c.train_data is not None, "resolve_vocab_size has checked"
-        self.train = load_token_dataset(c.train_data, vocab_size=c.vocab_size)
-        self.windows = num_windows(self.train, c.context_len, c.train_data)
-        self.val = load_token_dataset(c.val_data, vocab_size=c.vocab_size) if c.val_data else None
-        self.val_windows = num_windows(self.val, c.context_len, c.val_data or "") if self.val is not None else 0
+        self.train = TokenFiles(c.train_files, c.context_len, vocab_size=c.vocab_size, weights=c.train_weights)
+        self.val = [TokenFiles([path], c.context_len, vocab_size=c.vocab_size) for path in c.val_files]
+        self.val_names = short_names(c.val_files)
+        assert c.vocab_size is not None, "resolve_vocab_size has filled it"
+        tables = (token_bytes(Path(path).parent, c.vocab_size) for path in (*c.train_files, *c.val_files))
+        self.token_bytes = next((table for table in tables if table is not None), None)
 
     def _resume(self) -> None:
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
@@ -143,15 +143,14 @@ class Trainer:
     def _check(self) -> None:
         """Prove what wrappers get wrong by themselves: equal replicas, and ranks that draw different windows."""
         check_replicas(model_tensors(self.model).items(), self.context)
-        starts = window_starts(self.config.seed, self.step, self.slots, self.windows).tolist()
-        everyone = self.context.gather_objects((self.slots, starts))
+        everyone = self.context.gather_objects((self.slots, self.train.places(self.config.seed, self.step, self.slots)))
         slots = sorted(slot for theirs, _ in everyone for slot in theirs)
         if slots != list(range(self.config.batch_size)):
             raise TrainingError(
                 f"ranks draw slots {slots[:8]}... instead of 0 .. {self.config.batch_size - 1}, each once"
             )
         drawn = [tuple(theirs) for _, theirs in everyone]
-        if len(set(drawn)) < len(drawn) and self.windows > 1000 * self.config.batch_size:
+        if len(set(drawn)) < len(drawn) and sum(self.train.windows) > 1000 * self.config.batch_size:
             raise TrainingError(f"two ranks draw the same windows at step {self.step}: {drawn[:2]}")
 
     def fit(self) -> str:
@@ -161,13 +160,13 @@ class Trainer:
         self.batches = Prefetcher(self._read_rows, self.step)
         observer = self.observer
         try:
-            while self.step < config.last_step and not observer.stopping:
+            while self.step < config.last_step and not (observer.stopping or self.out_of_patience):
                 self.stop_reason = self.stop_reason or stop.reason(2 * self.saving_seconds + 3 * observer.step_seconds)
                 observer.take(self.train_step(self.stop_reason))
                 self._collect_save()
                 if due(self.step, config.eval_every):
                     self.evaluate()
-                if due(self.step, config.ckpt_every):
+                if due(self.step, config.ckpt_every) or self.at_best:
                     self.save()
         except TrainingError:
             self._collect_save(wait=True)  # what is being written is good
@@ -184,7 +183,7 @@ class Trainer:
             self.plan,
             self.log,
             step=self.step,
-            windows=self.windows,
+            data=self.train,
             flops_per_token=flops,
         )
 
@@ -228,34 +227,63 @@ class Trainer:
 
     def _read_rows(self, step: int) -> Tensor:
         """The windows of this rank's slots, in the order of its micro-steps."""
-        starts = window_starts(self.config.seed, step, self.slots, self.windows)
-        rows = read_windows(self.train, starts, self.config.context_len)
+        rows = self.train.read(*self.train.draw(self.config.seed, step, self.slots))
         return rows.pin_memory() if self.context.device.type == "cuda" else rows
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Loss over the evaluation windows, the same all run and on any number of ranks; None without val_data.
 
-        A collective: every rank takes its share, sums are reduced, and the quotient is taken once.
+        Each file of val_data counts the same; beside their mean stand the loss of each, and bits per byte where the
+        bytes of every id are known. A collective: every rank takes its share, and quotients are taken of global sums.
         """
-        if self.val is None:
+        if not self.val:
             return None
         self.observer.settle()
         self.pulse.enter("evaluation")
-        started, plan = time.perf_counter(), self.plan
-        leaves = [batch * plan.leaves + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves]
-        sums = []
+        started, tokens = time.perf_counter(), self.config.eval_steps * self.plan.tokens_per_step
         with self.observer.watch.paused():
-            for leaf in leaves:
-                starts = window_starts(0, 0, plan.slots(leaf), self.val_windows, EVAL_STREAM)
-                rows = read_windows(self.val, starts, self.config.context_len)
-                for ids, targets in micro_batches(rows, plan.micro_batch_size, self.context.device):
-                    sums.append(self.model(ids, targets))
-            total = self.reduction.losses(leaves, sums, self.config.eval_steps * plan.leaves).sum()
-            loss = float(total / (self.config.eval_steps * plan.tokens_per_step))
+            nats, sizes = zip(*map(self._evaluate_file, self.val), strict=True)
+            size = sum(sum(theirs) for theirs in self.context.gather_objects(sizes))
+        loss: float = sum(nats) / (tokens * len(nats))
+        others = {f"loss/{name}": nat / tokens for name, nat in zip(self.val_names, nats, strict=True)}
+        others = others if len(nats) > 1 else {}
+        if size > 0:
+            others["bits_per_byte"] = sum(nats) / math.log(2) / size
         self.report |= {"eval_loss": loss, "eval_step": self.step}
-        self.log.evaluation(self.step, loss, time.perf_counter() - started)
+        if due(self.step, self.config.eval_every):  # one more at the end of a part of a run must not count
+            self._compare_with_best(loss)
+        self.log.evaluation(self.step, loss, time.perf_counter() - started, others)
         return loss
+
+    def _evaluate_file(self, files: TokenFiles) -> tuple[float, int]:
+        """The summed loss of one file's evaluation windows, of all ranks; the bytes of this rank's targets."""
+        plan, sums, size = self.plan, [], 0
+        leaves = [batch * plan.leaves + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves]
+        for leaf in leaves:
+            rows = files.read(*files.draw(0, 0, plan.slots(leaf), EVAL_STREAM))
+            size += int(self.token_bytes[rows[:, 1:].numpy()].sum()) if self.token_bytes is not None else 0
+            for ids, targets in micro_batches(rows, plan.micro_batch_size, self.context.device):
+                sums.append(self.model(ids, targets))
+        return float(self.reduction.losses(leaves, sums, self.config.eval_steps * plan.leaves).sum()), size
+
+    def _compare_with_best(self, loss: float) -> None:
+        """Note whether this evaluation is the best of the run, and how many came since. A collective."""
+        if self.context.agree(loss < self.report.get("best_eval_loss", math.inf)):
+            self.report |= {"best_eval_loss": loss, "best_eval_step": self.step, "evals_since_best": 0}
+        else:
+            self.report["evals_since_best"] = self.report.get("evals_since_best", 0) + 1
+
+    @property
+    def at_best(self) -> bool:
+        """Whether early stopping is on and no step was better than this one, which is therefore saved."""
+        return self.config.early_stop_patience is not None and self.report.get("best_eval_step") == self.step
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many evaluations were no better than the best that the run ends; the same on all ranks."""
+        patience = self.config.early_stop_patience
+        return patience is not None and self.report.get("evals_since_best", 0) >= patience
 
     def save(self) -> None:
         """Start to save the current step, after the save before has ended. A collective.
@@ -293,7 +321,8 @@ class Trainer:
 
     def _finish(self, stop: StopRequests) -> str:
         self.observer.settle()
-        state = "preempted" if self.step < self.config.last_step else "done"
+        early = self.out_of_patience
+        state = "preempted" if self.step < self.config.last_step and not early else "done"
         if state == "done" and self.report.get("eval_step") != self.step:
             self.evaluate()
         self._collect_save(wait=True)
@@ -302,6 +331,10 @@ class Trainer:
         self._collect_save(wait=True, last=True)
         reasons = [reason for reason in self.context.gather_objects(self.stop_reason) if reason]
         why = f" ({reasons[0]})" if state == "preempted" and reasons else ""
+        if early:
+            best, step = self.report["best_eval_loss"], self.report["best_eval_step"]
+            why = f" (no better eval loss than {best:.4f} in {self.report['evals_since_best']} evaluations, "
+            why += f"early_stop_patience; the best is {self.checkpoints.folder(step).name})"
         self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
         stop.obeyed()
         self.log.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def replay(checkpoint: Place, steps: int = 10, nproc: int = 1, settings: tuple[s
         checkpoint: A checkpoint of a run, in its folder; or a run: its newest valid checkpoint.
         steps: How many steps.
         nproc: Processes on this machine; any number that divides the batch.
-        settings: More settings for the replayed run, such as allow_drift=true or train_data=PATH.
+        settings: More settings for the replayed run, such as allow_drift=true, train_data=PATH or
+            train_data='["PATH", "PATH"]'.
     """
     path = find_checkpoint(checkpoint)
     state, run = read_state(path), open_run(path.parent)
@@ -73,12 +75,16 @@ def _config(saved: dict[str, Any], path: Path, target: Path, stop: int, settings
     """The saved configuration, in another folder, from the checkpoint to `stop`, on whatever ranks there are."""
     moved = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None, "init_from": None, "time_limit": None}
     resumed = {"resume": str(path.resolve()), "ckpt_path_to_resume": None, "ckpt_save_prefix": "checkpoint"}
-    quiet = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None, "ckpt_every": 10**9}
+    quiet: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None, "ckpt_every": 10**9}
+    quiet |= {"early_stop_patience": None, "keep_every": None}
     layout = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "stop_at_step": stop}
     given: dict[str, Any] = {}
     for setting in settings:
         name, _, text = setting.removeprefix("--").partition("=")
-        given[name.replace("-", "_")] = {"true": True, "false": False}.get(text, text)
+        try:
+            given[name.replace("-", "_")] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            given[name.replace("-", "_")] = text
     if stop >= saved["total_steps"]:
         layout["stop_at_step"] = None
     values = {**saved, **moved, **resumed, **quiet, **layout, **given}
