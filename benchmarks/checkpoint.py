@@ -1,19 +1,20 @@
 """What a checkpoint costs: the stall of a step, the bandwidth of saving and loading, and rank 0's memory.
 
-    python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--layers 4 8]
+    python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--layers 8 16]
 
-One run measures, alternating: the stall of a background save against the copy it has to make, the whole save and a
-load (every byte verified), and what the disk itself takes for the same bytes (write + fsync, and reading back). FSDP,
-float32.
+One run measures, alternating: the stall of a background save against the bare copy it has to make, a save in the
+foreground, torch.distributed.checkpoint's async_save of the same tensors, the whole save, a load with every byte
+verified (from a cold cache where the caches can be dropped), and what the disk itself takes for the same bytes in
+blocks of 16 MiB, as `dd bs=16M conv=fsync` writes and `dd bs=16M` reads. FSDP, float32, tensors of 1 to 16 MB.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+BLOCK = 1 << 24
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -36,87 +38,171 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def disk(folder: Path, size: int) -> tuple[float, float]:
-    """Seconds to write `size` bytes with fsync, and to read them back."""
-    block = np.random.default_rng(0).bytes(1 << 24)
-    path = folder / "raw"
+def drop_caches(folder: Path) -> str:
+    """What is read from `folder` next comes from the disk; how far that could be done."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return "cold"
+    except OSError:
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return "cold by fadvise"
 
-    def write() -> None:
-        with open(path, "wb") as file:
-            for _ in range(-(-size // len(block))):
-                file.write(block)
-            file.flush()
+
+def disk_write(folder: Path, files: list[int]) -> None:
+    """Write files of these sizes, each with fsync."""
+    block = memoryview(np.random.default_rng(0).bytes(BLOCK))
+    for number, size in enumerate(files):
+        with open(folder / f"raw{number}", "wb", buffering=0) as file:
+            for start in range(0, size, BLOCK):
+                file.write(block[: size - start])
             os.fsync(file.fileno())
 
-    def read() -> None:
-        with open(path, "rb") as file:
-            while file.read(1 << 24):
+
+def disk_read(folder: Path, into: bytearray) -> None:
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(into):
                 pass
 
-    seconds = timed(write), timed(read)
-    path.unlink()
-    return seconds
+
+def memory(name: str) -> int:
+    """A line of /proc/self/status in bytes; VmHWM is the peak since `reset_peak`."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 
-def worker(folder: Path, rounds: int, layers: int) -> None:
-    import torch.distributed.checkpoint as dcp
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
-    from tinytrain_dist import distributed
-    from tinytrain_dist.checkpoint import model_tensors, optimizer_tensors, pieces_of
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.trainer import Trainer
 
-    context = distributed.start("cpu")
-    config = TrainingConfig(
-        target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192, device="cpu",
-        num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel="fsdp", keep_last=1,
-        ckpt_every=10**9,
-    )  # fmt: skip
-    trainer = Trainer(config, context)
-    own = sum(
-        piece.local.nbytes for parts in pieces_of(trainer.model, trainer.optimizer)[0].values() for piece in parts
-    )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: dict[str, list[float]] = {
-        name: [] for name in ("copy", "stall", "save", "dcp stall", "dcp save", "load", "disk write", "disk read")
-    }
-    size = 0
-    for number in range(rounds + 1):
-        context.barrier()
-        stall = timed(lambda n=number: trainer.checkpoints.save(trainer.model, trainer.optimizer, n, {}))  # type: ignore[misc]
+class Measurement:
+    """One rank's trainer, and one method for each thing that is timed."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        from dataclasses import replace
+
+        from tinytrain_dist import distributed
+        from tinytrain_dist.checkpoint import pieces_of
+        from tinytrain_dist.config import TrainingConfig
+        from tinytrain_dist.saver import Checkpoints
+        from tinytrain_dist.trainer import Trainer
+
+        self.folder, self.context = folder, distributed.start("cpu")
+        config = TrainingConfig(
+            target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192,
+            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel="fsdp",
+            keep_last=1, ckpt_every=10**9,
+        )  # fmt: skip
+        self.trainer = trainer = Trainer(config, self.context)
+        elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
+        self.foreground = Checkpoints(elsewhere, self.context, trainer.checkpoints.data, trainer.checkpoints.bits)
+        self.pieces = pieces_of(trainer.model, trainer.optimizer)[0]
+        self.own = sum(piece.local.nbytes for parts in self.pieces.values() for piece in parts)
+        self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
+
+    def alone(self, action: Callable[[], object]) -> float:
+        """Seconds of an action on rank 0 that the others do not take part in."""
+        self.context.barrier()
+        seconds = timed(action) if self.context.is_main else 0.0
+        self.context.barrier()
+        return seconds
+
+    def all_ranks(self, action: Callable[[], object]) -> float:
+        self.context.barrier()
+        return timed(lambda: (action(), self.context.barrier()))
+
+    def round(self, number: int) -> dict[str, float]:
+        """Everything once; `number` is the step that is saved."""
+        trainer, found = self.trainer, dict[str, float]()
+        trainer.step = number
+        path = trainer.checkpoints.folder(number)
+        self.context.barrier()
+        before = memory("VmRSS")
+        reset_peak()
+        found["stall"] = timed(trainer.save)
         save = trainer.checkpoints.collect(wait=True)
         assert save is not None
         assert save.error is None, save.error
-        copy = timed(lambda: trainer.checkpoints.buffers.copy(pieces_of(trainer.model, trainer.optimizer)[0]))
-        context.barrier()
-        tensors = {**model_tensors(trainer.model), **optimizer_tensors(trainer.model, trainer.optimizer)[0]}
+        found["save"] = save.seconds
+        self.extra = max(self.extra, memory("VmHWM") - before) if number else 0
+        found["copy"] = timed(lambda: trainer.checkpoints.buffers.copy(self.pieces))
+        found["foreground"] = self.all_ranks(lambda: self.foreground.save(trainer.model, trainer.optimizer, number, {}))
+        self.foreground.collect(wait=True)
+        found |= self.theirs(number)
+        sizes = [file.stat().st_size for file in sorted(path.iterdir())]
+        (self.folder / "raw").mkdir(exist_ok=True)
+        found["disk write"] = self.alone(lambda: disk_write(self.folder / "raw", sizes))
+        self.alone(lambda: setattr(self, "cold", drop_caches(path)))
+        found["load"] = self.all_ranks(lambda: self.load(path))
+        self.alone(lambda: drop_caches(path))
+        found["disk read"] = self.alone(lambda: disk_read(path, self.block))
+        found["load warm"] = self.all_ranks(lambda: self.load(path))
+        self.alone(lambda: shutil.rmtree(self.folder / "raw"))
+        return {**found, "bytes": sum(sizes)}
+
+    def load(self, path: Path) -> None:
+        problems = self.trainer.checkpoints._problems_in(path)
+        assert not problems, problems
+        self.trainer.checkpoints.load(path, self.trainer.model, self.trainer.optimizer)
+
+    def theirs(self, number: int) -> dict[str, float]:
+        """torch.distributed.checkpoint.async_save of the same tensors; it hashes nothing and gathers nothing."""
+        import torch.distributed.checkpoint as dcp
+
+        from tinytrain_dist.checkpoint import model_tensors, optimizer_tensors
+
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)[0]}
         state = {name: tensor.detach() for name, tensor in tensors.items()}
         under_way: list[Any] = []
-        theirs = timed(
-            lambda s=state, n=number, u=under_way: u.append(dcp.async_save(s, checkpoint_id=folder / f"dcp{n}"))
-        )  # type: ignore[misc]
-        started = time.perf_counter()
-        under_way[0].result()
-        theirs_whole = theirs + time.perf_counter() - started
-        context.barrier()
-        if context.is_main:
-            shutil.rmtree(folder / f"dcp{number}")
-        path = trainer.checkpoints.folder(number)
-        size = sum(file.stat().st_size for file in path.iterdir())
-        context.barrier()
-        verify = timed(lambda p=path: trainer.checkpoints._problems_in(p))  # type: ignore[misc]
-        load = verify + timed(lambda p=path: trainer.checkpoints.load(p, trainer.model, trainer.optimizer))  # type: ignore[misc]
-        context.barrier()
-        wrote, read = disk(folder, size) if context.is_main else (0.0, 0.0)
-        if number:  # the first round makes the buffers
-            for name, seconds in zip(
-                times, (copy, stall, save.seconds, theirs, theirs_whole, load, wrote, read), strict=True
-            ):
-                times[name].append(seconds)
-    if context.is_main:
-        extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print("RESULT " + json.dumps({"times": times, "bytes": size, "extra": extra * 1024, "own": own}), flush=True)
+        self.context.barrier()
+        place = self.folder / f"dcp{number}"
+        stall = timed(lambda: under_way.append(dcp.async_save(state, checkpoint_id=place)))
+        whole = stall + timed(under_way[0].result)
+        self.alone(lambda: shutil.rmtree(place))
+        return {"their stall": stall, "their save": whole}
+
+
+def worker(folder: Path, rounds: int, layers: int) -> None:
+    from tinytrain_dist import distributed
+
+    measurement = Measurement(folder, layers)
+    measurement.round(0)  # makes torch's buffers, and brings everything into memory
+    found = [measurement.round(number) for number in range(1, rounds + 1)]
+    if measurement.context.is_main:
+        result = {"rounds": found, "extra": measurement.extra, "own": measurement.own, "cold": measurement.cold}
+        print("RESULT " + json.dumps(result), flush=True)
     distributed.close()
+
+
+def show(layers: int, found: dict[str, Any]) -> None:
+    rounds = found["rounds"]
+    median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    gb = median["bytes"] / 1e9
+
+    def ms(name: str) -> str:
+        return f"{median[name] * 1e3:.0f} ms"
+
+    def ratio(ours: str, disk: str) -> str:
+        ratios = sorted(r[disk] / r[ours] for r in rounds)
+        return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
+
+    beyond = statistics.median(r["stall"] - r["copy"] for r in rounds) * 1e3
+    print(f"{layers} layers, {gb:.2f} GB")
+    print(f"  stall of a step: {ms('stall')}, of it the bare copy {ms('copy')}, beyond it {beyond:.1f} ms")
+    print(f"  stall with ckpt_async = false {ms('foreground')}; torch's async_save {ms('their stall')}")
+    print(f"  whole save {median['save']:.2f} s; torch's async_save {median['their save']:.2f} s")
+    for ours, disk in (("save", "disk write"), ("load", "disk read")):
+        rates = f"{gb / median[ours]:.2f} GB/s, {disk} {gb / median[disk]:.2f} GB/s"
+        print(f"  {ours} {rates}, ratio {ratio(ours, disk)}" + (f", {found['cold']}" if ours == "load" else ""))
+    print(f"  load from the page cache {gb / median['load warm']:.2f} GB/s")
+    print(
+        f"  rank 0: {found['own'] / 1e6:.0f} MB of shards in host buffers, and {found['extra'] / 1e6:.0f} MB more at "
+        "the peak of a save"
+    )
 
 
 def main() -> None:
@@ -148,19 +234,7 @@ def main() -> None:
         if not lines:
             sys.exit(done.stdout + done.stderr)
         found = json.loads(lines[0].removeprefix("RESULT "))
-        median = {name: statistics.median(seconds) for name, seconds in found["times"].items()}
-        gb = found["bytes"] / 1e9
-        stall, copy = median["stall"] * 1e3, median["copy"] * 1e3
-        print(f"{layers} layers, {gb:.2f} GB: stall {stall:.0f} ms, of it copy {copy:.0f} ms")
-        stall, whole, ours = median["dcp stall"] * 1e3, median["dcp save"], median["save"]
-        print(
-            f"  torch.distributed.checkpoint.async_save: stall {stall:.0f} ms, whole {whole:.2f} s; ours {ours:.2f} s"
-        )
-        for name, theirs in (("save", "disk write"), ("load", "disk read")):
-            ratio = statistics.median(b / a for a, b in zip(found["times"][name], found["times"][theirs], strict=True))
-            rates = f"{gb / median[name]:.2f} GB/s, {theirs} {gb / median[theirs]:.2f} GB/s"
-            print(f"  {name} {rates}, ratio {ratio:.2f}")
-        print(f"  rank 0 grew by {found['extra'] / 1e6:.0f} MB; its own shards are {found['own'] / 1e6:.0f} MB")
+        show(layers, found)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
         return
     owner, name = {
         "copy": (saver.HostBuffers, "copy"),
-        "gather": (distributed, "start_sends" if trainer.context.rank else "gather_piece"),
+        "gather": (distributed.dist, "isend" if trainer.context.rank else "recv"),
         "between files": (checkpoint, "write_index"),
         "before the manifest": (checkpoint, "commit"),
         "before the rename": (tensorfiles, "_fsync_folder"),
@@ -61,7 +62,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
     def deadly(*args: Any, **kwargs: Any) -> Any:
         if copies[0] == 2:
             calls[0] += 1
-            if calls[0] == (1 if name == "start_sends" else WHICH_CALL.get(stage, 1)):
+            if calls[0] == WHICH_CALL.get(stage, 1):
                 os.kill(os.getpid(), signal.SIGKILL)
         return plain(*args, **kwargs)
 
@@ -446,3 +447,151 @@ def test_vanished_folder_and_a_clock_that_jumps_back(folder: Path, undisturbed: 
     run = Run(folder / "disturbed")
     assert run.digests() == undisturbed.digests()
     assert sorted(path.name[-1] for path in (run.folder / "checkpoints").iterdir()) == ["6", "8"]
+
+
+def poison(checkpoint: Path, name: str) -> None:
+    """Put a NaN into a tensor, and make every digest fit, as a program that did not look would have written it."""
+    path = checkpoint / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    file, entry = next((f, e) for f, e in body["files"].items() if name in e.get("tensors", []))
+    data, tensors, start = (
+        bytearray((checkpoint / file).read_bytes()),
+        body["tensors"][entry["kind"]],
+        entry["header_bytes"],
+    )
+    for other in entry["tensors"]:
+        size = 4 * int(np.prod(tensors[other]["shape"]))
+        if other == name:
+            data[start : start + 4] = np.float32("nan").tobytes()
+            tensors[name]["sha256"] = hashlib.sha256(data[start : start + size]).hexdigest()
+        start += size
+    (checkpoint / file).write_bytes(data)
+    digests = b"".join(bytes.fromhex(tensors[other]["sha256"]) for other in entry["tensors"])
+    entry["sha256_of_digests"] = hashlib.sha256(data[: entry["header_bytes"]] + digests).hexdigest()
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**body, "sha256": digest}))
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight.exp_avg_sq"])
+def test_checkpoint_that_is_not_finite_is_damaged(folder: Path, undisturbed: Run, tmp_path: Path, name: str) -> None:
+    run = train(folder, "poisoned", 2, **RUN) if not (folder / "poisoned").exists() else Run(folder / "poisoned")
+    shutil.copytree(run.folder, tmp_path / "run")
+    poison(tmp_path / "run" / "checkpoints" / "checkpoint-00000008", name)
+    settings = {**settings_for(folder, "poisoned", **RUN), "target_dir": str(tmp_path / "run")}
+    run_ranks(2, fit, settings)
+    again = Run(tmp_path / "run")
+    assert "checkpoint-00000006" in again.values("resumed", "text")[-1]
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-00000008.damaged").is_dir()
+    assert again.digests() == undisturbed.digests()
+
+
+def state_turns_bad(trainer: Any) -> None:
+    """Memory of rank 1 goes bad between a step and its save."""
+    plain = trainer.save
+
+    def save() -> None:
+        if trainer.step == 4 and trainer.context.rank == 1:
+            (buffer,) = [
+                trainer.optimizer.state[p]["exp_avg"] for n, p in trainer.model.named_parameters() if "up_proj" in n
+            ][:1]
+            buffer.to_local()[0, 0] = float("inf")
+        plain()
+
+    trainer.save = save
+
+
+def test_state_that_is_not_finite_is_never_written(folder: Path) -> None:
+    settings = settings_for(folder, "bad-state", **RUN)
+    messages = run_ranks(2, fit_error_after, settings)
+    assert messages[0] == messages[1]
+    assert "exp_avg: is not finite, so nothing is saved" in messages[0]
+    assert [path.name for path in (folder / "bad-state" / "checkpoints").iterdir()] == ["checkpoint-00000002"]
+
+
+def fit_error_after(settings: dict[str, Any]) -> str:
+    return fit_error(settings, state_turns_bad)
+
+
+def disk_is_stuck(trainer: Any) -> None:
+    """A write of the save of step 4 blocks until training stands at the next save and waits for it."""
+    import threading
+
+    from tinytrain_dist import saver, tensorfiles
+
+    saver.SLOW_SECONDS, saver.WAIT_SECONDS = 0.0, 0.02
+    plain, say, free = tensorfiles._write_out, trainer.log.say, threading.Event()
+    said = (trainer.checkpoints.folder(0).parent.parent / "said.txt").open("a") if trainer.context.is_main else None
+
+    def stuck(file: Any, data: Any) -> None:
+        if "checkpoint-00000004" in str(file.name):
+            assert free.wait(60)
+        plain(file, data)
+
+    def note(*words: Any, **_: Any) -> None:
+        if said:
+            print(*words, file=said, flush=True)
+        if "step 4 has taken" in words[0] and trainer.step == 6:
+            free.set()  # rank 0 said how long and where, while it waits
+
+    def note_say(text: str) -> None:
+        note(text)
+        say(text)
+
+    tensorfiles._write_out, trainer.log.say = stuck, note_say
+    saver.print = note  # type: ignore[attr-defined]
+
+
+def test_stuck_disk_does_not_stop_training_and_is_named(folder: Path, undisturbed: Run) -> None:
+    run_ranks(2, fit, settings_for(folder, "stuck", **RUN), disk_is_stuck)
+    said = (folder / "stuck" / "said.txt").read_text()
+    assert "step 6: waiting for the save of step 4 to end" in said
+    assert "has not ended; model-00001-of-00001.safetensors is being written" in said
+    assert "step 8: waiting for the save of step 8 to end" in said, "the exit says what it waits for"
+    steps = [r["step"] for r in Run(folder / "stuck").records if r["kind"] == "train"]
+    assert steps == list(range(1, 9)), "steps went on beside it"
+    assert Run(folder / "stuck").digests() == undisturbed.digests()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    place = tmp_path / "small"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a file system of 2 MB cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_the_disk(trainer: Any) -> None:
+    """What is free is taken before the save of step 4, but for 20 kB; before that of step 6 it is given back."""
+    ballast = trainer.config.checkpoints_dir.parent / "ballast"
+
+    def hook(*_: Any) -> None:
+        if trainer.context.is_main and trainer.step == 3 and not ballast.exists():
+            trainer.checkpoints.collect(wait=True)
+            free = shutil.disk_usage(ballast.parent).free
+            ballast.write_bytes(bytes(free - 20_000))
+        if trainer.context.is_main and trainer.step == 5 and ballast.exists():
+            trainer.checkpoints.collect(wait=True)
+            assert [path.name for path in trainer.config.checkpoints_dir.iterdir()] == ["checkpoint-00000002"]
+            ballast.unlink()
+
+    trainer.model.register_forward_pre_hook(hook)
+
+
+def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run, small_disk: Path) -> None:
+    settings = settings_for(folder, "filled", **RUN, ckpt_dir=str(small_disk / "checkpoints"), max_shard_bytes=9000)
+    assert {end["state"] for end in run_ranks(2, fit, settings, fill_the_disk)} == {"done"}
+    run = Run(folder / "filled")
+    (text,) = run.values("save_failed", "text")
+    assert "No space left on device" in text
+    assert "1 so far" in text
+    kept = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
+    assert kept == ["checkpoint-00000006", "checkpoint-00000008"]
+    manifest = json.loads((small_disk / "checkpoints" / kept[-1] / "manifest.json").read_text())
+    found = {name: t["sha256"] for kind in manifest["tensors"].values() for name, t in kind.items()}
+    assert found == undisturbed.digests()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tinytrain_dist import tensorfiles
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.tensorfiles import (
     MANIFEST,
+    RING,
     Manifest,
     Spec,
     TensorReader,
+    all_finite,
     commit,
     cut_into_files,
     problems_in,
@@ -59,7 +63,9 @@ def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 <<
     aside = parent / f"{name}.tmp"
     aside.mkdir()
     manifest = Manifest()
-    write_tensors(aside, "model", specs_of(tensors), lambda spec: tensors[spec.name], max_bytes, manifest)
+    write_tensors(
+        aside, "model", specs_of(tensors), lambda spec: [tensors[spec.name].contiguous()], max_bytes, manifest
+    )
     write_index(aside, "model", specs_of(tensors), max_bytes, manifest)
     write_json(aside, "state.json", {"step": 3}, manifest)
     write_bytes(aside, "notes.bin", b"\x00\x01", manifest)
@@ -132,7 +138,14 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
     assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST}
     for name, entry in manifest.files.items():
         data = (folder / name).read_bytes()
-        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert entry["bytes"] == len(data)
+        if not name.endswith(".safetensors"):
+            assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            continue
+        header = data[: 8 + int.from_bytes(data[:8], "little")]
+        assert entry["tensors"] == list(load_file(folder / name))
+        digests = [bytes.fromhex(manifest.tensors["model"][tensor]["sha256"]) for tensor in entry["tensors"]]
+        assert entry["sha256_of_digests"] == hashlib.sha256(header + b"".join(digests)).hexdigest()
     assert set(manifest.tensors) == {"model"}
     assert list(manifest.tensors["model"]) == list(tensors)
     entry = manifest.tensors["model"]["bf16"]
@@ -143,9 +156,9 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
 def test_each_tensor_is_fetched_once_in_order_and_nothing_is_kept(tmp_path):
     tensors, fetched = some_tensors(), []
 
-    def fetch(spec: Spec) -> Tensor:
+    def fetch(spec: Spec) -> list[Tensor]:
         fetched.append(spec.name)
-        return tensors[spec.name]
+        return [tensors[spec.name].contiguous()]
 
     write_tensors(tmp_path, "model", specs_of(tensors), fetch, 100, Manifest())
     assert fetched == list(tensors)
@@ -159,7 +172,7 @@ def test_the_same_values_give_the_same_bytes(tmp_path):
 
 def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path):
     with pytest.raises(AssertionError, match="x"):
-        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], lambda _: torch.zeros(3), 100, Manifest())
+        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], lambda _: [torch.zeros(3)], 100, Manifest())
 
 
 def test_the_reader_gives_specs_rows_and_whole_tensors(tmp_path):
@@ -212,7 +225,7 @@ def test_commit_is_one_rename_and_the_folder_is_whole(tmp_path):
 
 
 def test_before_the_commit_the_folder_is_not_a_checkpoint(tmp_path):
-    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], lambda _: torch.zeros(1), 99, Manifest())
+    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], lambda _: [torch.zeros(1)], 99, Manifest())
     (problem,) = problems_in(tmp_path)
     assert "is not a complete checkpoint (no manifest.json)" in problem
 
@@ -336,6 +349,92 @@ def test_a_manifest_that_is_none_is_refused(folder, text):
 
 def test_special_values_survive_to_the_bit(tmp_path):
     values = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4028235e38])
-    folder = write_folder(tmp_path, {"x": values})
-    found = TensorReader(folder, "model").read("x")
+    aside, manifest, specs = tmp_path / "done.tmp", Manifest(), [Spec("x", (6,), torch.float32, finite=False)]
+    aside.mkdir()
+    write_tensors(aside, "model", specs, lambda _: [values], 99, manifest)
+    write_index(aside, "model", specs, 99, manifest)
+    commit(aside, tmp_path / "done", manifest)
+    found = TensorReader(tmp_path / "done", "model").read("x")
     assert torch.equal(found.view(torch.int32), values.view(torch.int32))
+    assert problems_in(tmp_path / "done") == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
+    values = torch.ones(5000, dtype=dtype)
+    values[4321] = bad
+    with pytest.raises(CheckpointError, match=r"x: is not finite, so nothing is saved"):
+        write_tensors(tmp_path, "m", [Spec("x", (5000,), dtype)], lambda _: values.split(1000), 9, Manifest())
+
+
+def test_finite_values_with_an_infinite_sum_are_finite():
+    assert all_finite(torch.full((9,), 3e38))
+    assert all_finite(torch.full((9,), 6e4, dtype=torch.float16))
+    assert all_finite(torch.full((9,), 2**62))
+    assert all_finite(torch.zeros(0))
+    assert not all_finite(torch.tensor([math.inf, -math.inf]))
+
+
+def test_values_that_are_not_finite_are_damage_though_every_digest_fits(tmp_path, monkeypatch):
+    tensors = some_tensors()
+    tensors["layers.0.weight"][3, 2] = math.nan
+    monkeypatch.setattr(tensorfiles, "all_finite", lambda _: True)
+    folder = write_folder(tmp_path, tensors, 200)
+    assert problems_in(folder) == []
+    monkeypatch.undo()
+    (problem,) = problems_in(folder)
+    assert "layers.0.weight is not finite" in problem
+
+
+def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monkeypatch):
+    """The buffers are used again: a slow disk must hold the gathering up, not lose bytes."""
+    plain, buffers = tensorfiles._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(RING)]
+
+    def slow(file, data):
+        time.sleep(0.002)
+        plain(file, data)
+
+    def fetch(_: Spec):
+        for number in range(60):
+            yield buffers[number % RING].fill_(number)
+
+    monkeypatch.setattr(tensorfiles, "_write_out", slow)
+    write_tensors(tmp_path, "m", [Spec("x", (60, 1000), torch.uint8)], fetch, 10**9, Manifest())
+    found = load_file(tmp_path / "m-00001-of-00001.safetensors")["x"]
+    assert torch.equal(found, torch.arange(60, dtype=torch.uint8)[:, None].expand(60, 1000))
+
+
+def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypatch):
+    plain, seen = tensorfiles._Span.problem, []
+    monkeypatch.setattr(tensorfiles._Span, "problem", lambda span: seen.append(span) or plain(span))
+    problems_in(folder)
+    everything = sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes)
+    assert sum(nbytes for _, _, nbytes in everything) > 1000
+    seen.clear()
+    for part in range(5):
+        assert problems_in(folder, part=part, parts=5) == []
+        assert seen, "each has a share"
+    assert sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes) == everything
+
+
+def test_a_folder_of_format_1_is_still_read(folder):
+    """Each file had the sha256 of its bytes; written by the version before."""
+    found = json.loads((folder / MANIFEST).read_text())
+    for name in found["files"]:
+        data = (folder / name).read_bytes()
+        found["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = {"format": 1, "files": found["files"], "tensors": found["tensors"]}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
+    assert problems_in(folder) == []
+    name = next(folder.glob("model-00001-*")).name
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+    (problem,) = problems_in(folder)
+    assert name in problem
+    body["format"] = 3
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
+    assert "has format 3, but this version reads 1 and 2" in problems_in(folder)[0]

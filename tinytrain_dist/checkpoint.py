@@ -1,14 +1,16 @@
 """Owns checkpoints: what of a run is saved, by whom, when one counts as valid, which is loaded and which are kept.
 
 Must not know the loop. Rank 0 alone lists, creates, writes and deletes; everything else asks it. Tensors are whole on
-disk, so that any number of ranks in any mode can read them; no rank holds more than its shards and one tensor.
+disk, so that any number of ranks in any mode can read them; no rank holds more than its shards and a few chunks.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from tinytrain_dist.huggingface import check_fits
 from tinytrain_dist.optim import local
 from tinytrain_dist.parallel import original_name, shard_range, unwrap
 from tinytrain_dist.tensorfiles import (
+    CHUNK_BYTES,
     DTYPES,
+    RING,
     STATE,
+    TYPES,
     Manifest,
     Spec,
     TensorReader,
@@ -89,6 +94,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 Pieces = dict[str, list[Piece]]  # by kind: "model", "optimizer"
 
 
+@torch.no_grad()  # otherwise to_local records itself for autograd, which takes longer than all the rest
 def pieces_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, max_shard_bytes: int = SHARD_BYTES, writers: int = 1
 ) -> tuple[Pieces, dict[str, Any]]:
@@ -124,29 +130,32 @@ def write_checkpoint(
     extra_files: dict[str, bytes] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     group: Group | None = None,
+    manifest: Manifest | None = None,
 ) -> None:
     """Write one complete checkpoint folder. A collective over `group`: each rank sends its rows to the writers.
 
     Rank 0 makes the folder, writes what is not a tensor, and commits. Errors: on every rank, CheckpointError if `path`
-    exists or a value is not finite, or a writer's OSError; then nothing is left behind.
+    exists or a value is not finite, or a writer's OSError; then nothing is left behind. `manifest`: an empty one, to
+    see from outside which file this rank is at.
     """
     aside, main = path.with_name(path.name + ".tmp"), distributed.is_main()
-    specs = {kind: [Spec(p.name, p.shape, p.dtype) for p in parts] for kind, parts in pieces.items()}
+    manifest = Manifest() if manifest is None else manifest
+    specs = {k: [Spec(p.name, p.shape, p.dtype, p.must_be_finite) for p in parts] for k, parts in pieces.items()}
     try:
-        distributed.together(lambda: _prepare(path, aside, pieces, main), group)
-        manifest = _write_my_files(aside, pieces, specs, max_shard_bytes, group)
+        distributed.together(lambda: _prepare(path, aside, main), group)
+        _write_my_files(aside, pieces, specs, max_shard_bytes, group, manifest)
         everyone = distributed.gather_to_all(manifest, group)
 
         def complete() -> None:
             if not main:
                 return
-            whole = _merge(everyone, specs)
+            manifest.files, manifest.tensors = _merge(everyone, specs)
             for kind in specs:
-                write_index(aside, kind, specs[kind], max_shard_bytes, whole)
+                write_index(aside, kind, specs[kind], max_shard_bytes, manifest)
             for name, data in (extra_files or {}).items():
-                write_bytes(aside, name, data, whole)
-            write_json(aside, STATE, state, whole)
-            commit(aside, path, whole)
+                write_bytes(aside, name, data, manifest)
+            write_json(aside, STATE, state, manifest)
+            commit(aside, path, manifest)
 
         distributed.together(complete, group)
     except (OSError, CheckpointError):
@@ -155,10 +164,7 @@ def write_checkpoint(
         raise
 
 
-def _prepare(path: Path, aside: Path, pieces: Pieces, main: bool) -> None:
-    for piece in (piece for parts in pieces.values() for piece in parts):
-        if piece.must_be_finite and piece.local.is_floating_point() and not piece.local.isfinite().all():
-            raise CheckpointError(f"{piece.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+def _prepare(path: Path, aside: Path, main: bool) -> None:
     if main:
         if path.exists():
             raise CheckpointError(f"{path}: exists already and is not replaced; give another path or delete it")
@@ -167,40 +173,29 @@ def _prepare(path: Path, aside: Path, pieces: Pieces, main: bool) -> None:
 
 
 def _write_my_files(
-    aside: Path, pieces: Pieces, specs: dict[str, list[Spec]], max_shard_bytes: int, group: Group | None
-) -> Manifest:
-    """Write the files that are this rank's, while offering the others its rows of theirs; what was written."""
-    order = [piece for parts in pieces.values() for piece in parts]
-    numbers = {(kind, piece.name): n for n, (kind, piece) in enumerate((k, p) for k in pieces for p in pieces[k])}
-    left = {n for n, piece in enumerate(order) if piece.writer == distributed.my_rank()}
-    manifest = Manifest()
-    sends = distributed.start_sends(order, group)
+    aside: Path, pieces: Pieces, specs: dict[str, list[Spec]], max_bytes: int, group: Group | None, manifest: Manifest
+) -> None:
+    """Write the files that are this rank's, while offering the others its rows of theirs; note what was written."""
+    order = [(kind, piece) for kind, parts in pieces.items() for piece in parts]
+    ring = itertools.cycle([torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(RING)])
+    gathers: dict[str, dict[Spec, Any]] = {kind: {} for kind in pieces}
+    for number, ((kind, piece), spec) in enumerate(zip(order, itertools.chain(*specs.values()), strict=True)):
+        if piece.writer == distributed.my_rank():
+            gathers[kind][spec] = distributed.gather_piece(piece, number, ring, CHUNK_BYTES, group)
+    sends = distributed.start_sends([piece for _, piece in order], CHUNK_BYTES, group)
 
     def write() -> None:
-        _wait_for_folder(aside)
-        for kind, parts in pieces.items():
-            writers = {piece.name: piece.writer for piece in parts}
-
-            def fetch(spec: Spec, kind: str = kind) -> Tensor:
-                number = numbers[kind, spec.name]
-                left.discard(number)
-                return distributed.gather_piece(order[number], number, group)
-
-            def mine(spec: Spec, writers: dict[str, int] = writers) -> bool:
-                return writers[spec.name] == distributed.my_rank()
-
-            write_tensors(aside, kind, specs[kind], fetch, max_shard_bytes, manifest, mine)
-
-    def write_and_drain() -> None:
         try:
-            write()
+            _wait_for_folder(aside)
+            for kind, of in gathers.items():
+                fetch, mine = of.__getitem__, of.__contains__
+                write_tensors(aside, kind, specs[kind], fetch, max_bytes, manifest, mine)
         finally:
-            for number in sorted(left):  # after an error the others are still offering: take it, or they wait for ever
-                distributed.gather_piece(order[number], number, group)
+            # after an error the others still offer: take it, or they wait for ever
+            deque(itertools.chain(*itertools.chain(*(of.values() for of in gathers.values()))), maxlen=0)
             distributed.finish_sends(sends)
 
-    distributed.together(write_and_drain, group)
-    return manifest
+    distributed.together(write, group)
 
 
 def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
@@ -210,12 +205,12 @@ def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def _merge(manifests: list[Manifest], specs: dict[str, list[Spec]]) -> Manifest:
-    """One manifest, in the order of the tensors, whoever wrote them."""
+def _merge(manifests: list[Manifest], specs: dict[str, list[Spec]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All files and all tensors, in the order of the tensors, whoever wrote them."""
     files = {name: entry for manifest in manifests for name, entry in manifest.files.items()}
     tensors = {kind: {n: t for m in manifests for n, t in m.tensors.get(kind, {}).items()} for kind in specs}
     ordered = {kind: {spec.name: tensors[kind][spec.name] for spec in specs[kind]} for kind in specs}
-    return Manifest(dict(sorted(files.items())), ordered)
+    return dict(sorted(files.items())), ordered
 
 
 def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -295,7 +290,6 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path
 def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, state: dict[str, Any]) -> None:
     """Give a torch optimizer, which makes its state lazily, the state tensors that the checkpoint has."""
     saved = read_manifest(path).tensors.get("optimizer", {})
-    dtypes = {text: dtype for dtype, text in DTYPES.items()}
     names = {id(param): name for name, param in model_tensors(model).items()}
     groups = state.get("optimizer", {}).get("param_groups", [])
     ours = [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
@@ -309,7 +303,7 @@ def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path:
             prefix = names[id(param)] + "."
             slots: dict[str, Any] = {}
             for name in (name for name in saved if name.startswith(prefix) and "." not in name[len(prefix) :]):
-                shape, dtype = saved[name]["shape"], dtypes[saved[name]["dtype"]]
+                shape, dtype = saved[name]["shape"], TYPES[saved[name]["dtype"]]
                 alike = list(param.shape) == shape and len(shape) > 0
                 slots[name[len(prefix) :]] = (
                     torch.zeros_like(param, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)

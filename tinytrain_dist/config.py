@@ -115,7 +115,7 @@ class TrainingConfig:
     ckpt_save_prefix: str = _in("checkpoint", "checkpoint", "folders are named PREFIX-00001000")
     keep_last: int = _in("checkpoint", 2, "newest checkpoints that are kept")
     keep_every: int | None = _in("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
-    ckpt_async: bool = _in("checkpoint", True, "save in the background; a step pays only for the copy")
+    ckpt_async: bool = _in("checkpoint", True, "save in the background; a crash loses an interval and the save's time")
     ckpt_writers: int = _in("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
     max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -362,21 +364,32 @@ def piece_of(name: str, tensor: Tensor, writer: int = 0) -> Piece:
     sharding = tensor.placements[-1]
     if not (isinstance(sharding, Shard) and sharding.dim == 0):
         raise ValueError(f"{name}: only tensors sharded over axis 0 can be saved, got {tensor.placements}")
-    mesh = tensor.device_mesh.mesh
-    # HSDP: the first replica has everything; where each replica has a mesh of its own, only the writer's place matters
-    first = tuple(range(mesh.shape[-1])) if 0 not in mesh else tuple(mesh.view(-1, mesh.shape[-1])[0].tolist())
+    first = _first_replica(tensor.device_mesh)
     mine = tensor.to_local().detach()
     return Piece(name, shape, dtype, mine if me in first else mine.new_empty(0), first, writer)
 
 
-def start_sends(pieces: Sequence[Piece], group: Group | None = None) -> list[tuple[Any, Tensor]]:
+@cache  # a mesh takes 0.1 ms to say who is in it, for each of a model's tensors, while training stalls
+def _first_replica(mesh: DeviceMesh) -> tuple[int, ...]:
+    """HSDP: it has everything; where each replica has a mesh of its own, only the writer's place matters."""
+    ranks = mesh.mesh
+    return tuple(range(ranks.shape[-1])) if 0 not in ranks else tuple(ranks.view(-1, ranks.shape[-1])[0].tolist())
+
+
+def start_sends(pieces: Sequence[Piece], chunk_bytes: int, group: Group | None = None) -> list[tuple[Any, Tensor]]:
     """Offer this rank's rows of all tensors that others write, without waiting; hand the result to `finish_sends`."""
     sends: list[tuple[Any, Tensor]] = []
     for number, piece in enumerate(pieces):
         if my_rank() in piece.ranks and piece.writer != my_rank() and piece.local.numel():
-            rows = piece.local.cpu().contiguous()
-            sends.append((dist.isend(rows, dst=piece.writer, group=group, tag=number), rows))
+            for part in _parts(piece, chunk_bytes):
+                sends.append((dist.isend(part, dst=piece.writer, group=group, tag=number), part))
     return sends
+
+
+def _parts(piece: Piece, chunk_bytes: int) -> tuple[Tensor, ...]:
+    """This rank's rows on the CPU, flat, in chunks; not a copy where they lie there already."""
+    flat = piece.local.cpu().contiguous().view(-1)
+    return torch.split(flat, chunk_bytes // piece.dtype.itemsize)
 
 
 def finish_sends(sends: list[tuple[Any, Tensor]]) -> None:
@@ -385,21 +398,24 @@ def finish_sends(sends: list[tuple[Any, Tensor]]) -> None:
         work.wait()
 
 
-def gather_piece(piece: Piece, number: int, group: Group | None = None) -> Tensor:
-    """The whole tensor, on the CPU, for its writer; `number` is its place in the list given to `start_sends`.
+def gather_piece(
+    piece: Piece, number: int, ring: Iterator[Tensor], chunk_bytes: int, group: Group | None = None
+) -> Iterator[Tensor]:
+    """The whole tensor for its writer, in order, in flat chunks on the CPU; `number` is its place in `start_sends`.
 
-    Nobody but the writer holds more than it had.
+    What others send goes into the next buffer of `ring`, uint8 of chunk_bytes each: the writer holds no whole tensor.
     """
-    me = my_rank()
-    if piece.ranks == (me,):
-        return piece.local.cpu()
-    whole = torch.empty(piece.shape, dtype=piece.dtype)
-    for source, rows in zip(piece.ranks, whole.split(-(-piece.shape[0] // len(piece.ranks))), strict=False):
+    me, most = my_rank(), -(-piece.shape[0] // len(piece.ranks)) if len(piece.ranks) > 1 else 0
+    for index, source in enumerate(piece.ranks):
         if source == me:
-            rows.copy_(piece.local)
-        else:
-            dist.recv(rows, src=source, group=group, tag=number)
-    return whole
+            yield from _parts(piece, chunk_bytes)
+            continue
+        left = max(0, min(most, piece.shape[0] - index * most)) * math.prod(piece.shape[1:]) * piece.dtype.itemsize
+        while left:
+            part = next(ring)[: min(left, chunk_bytes)].view(piece.dtype)
+            dist.recv(part, src=source, group=group, tag=number)
+            left -= part.nbytes
+            yield part
 
 
 def gather_to_all(value: Any, group: Group | None = None) -> list[Any]:

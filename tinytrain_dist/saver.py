@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from tinytrain_dist.config import IDENTITY, TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.huggingface import huggingface_config
-from tinytrain_dist.tensorfiles import STATE, problems_in, read_manifest
+from tinytrain_dist.tensorfiles import STATE, Manifest, problems_in
+
+SLOW_SECONDS, WAIT_SECONDS = 120.0, 5.0  # when a save is worth a word; how often one waited for is looked at
 
 
 class HostBuffers:
@@ -58,21 +61,30 @@ class HostBuffers:
 class Save(threading.Thread):
     """One save under way; `join` waits for it, and its `error` is the same on every rank."""
 
-    def __init__(self, step: int, work: Any) -> None:
-        """`work()` does it; it runs at once, in the background."""
+    def __init__(self, step: int, work: Callable[[Manifest], None]) -> None:
+        """`work(manifest)` does it; it runs at once, in the background. The manifest says which file it is at."""
         super().__init__(name=f"save-{step}", daemon=True)
         self.step, self.seconds, self._work = step, 0.0, work
+        self.manifest, self.started_at, self._said = Manifest(), time.monotonic(), 0.0
         self.error: BaseException | None = None
         self.start()
 
+    def too_long(self) -> str:
+        """Every time it has taken twice as long as was said before, a sentence: how long, and at which file."""
+        seconds = time.monotonic() - self.started_at
+        if not self.is_alive() or seconds < max(SLOW_SECONDS, 2 * self._said):
+            return ""
+        self._said, files = seconds, list(self.manifest.under_way)
+        at = f"{files[0]} is being written" if files else "waiting for other ranks"
+        return f"the save of step {self.step} has taken {seconds:.0f} s and has not ended; {at}"
+
     def run(self) -> None:
         """Work, and remember how it went."""
-        started = time.monotonic()
         try:
-            self._work()
+            self._work(self.manifest)
         except BaseException as error:
             self.error = error
-        self.seconds = time.monotonic() - started
+        self.seconds = time.monotonic() - self.started_at
 
 
 class Checkpoints:
@@ -113,10 +125,10 @@ class Checkpoints:
             "optimizer": values,
         }
 
-        def work() -> None:
+        def work(manifest: Manifest) -> None:
             if event is not None:
                 event.synchronize()
-            self._write(self.folder(step), pieces, state)
+            self._write(self.folder(step), pieces, state, manifest)
 
         self.pending = save = Save(step, work)
         if not self.config.ckpt_async:
@@ -124,8 +136,18 @@ class Checkpoints:
         return save
 
     def collect(self, wait: bool = False) -> Save | None:
-        """The save that has ended since, once; with `wait` also one that has not ended yet."""
+        """The save that has ended since, once; with `wait` also one that has not ended yet.
+
+        One that takes long does not stop training, and each rank that is at a file, or rank 0, says so.
+        """
         save = self.pending
+        while save is not None:
+            text = save.too_long()
+            if text and (self.context.is_main or save.manifest.under_way):
+                print(f"WARNING: rank {self.context.rank} on {self.context.host}: {text}", flush=True)
+            if not (wait and save.is_alive()):
+                break
+            save.join(WAIT_SECONDS)
         if save is None or (not wait and save.is_alive()):
             return None
         if not wait and save.error is not None and not isinstance(save.error, OSError):
@@ -134,7 +156,7 @@ class Checkpoints:
         self.pending = None
         return save
 
-    def _write(self, path: Path, pieces: Pieces, state: dict[str, Any]) -> None:
+    def _write(self, path: Path, pieces: Pieces, state: dict[str, Any], manifest: Manifest) -> None:
         exists, files, error = False, dict[str, bytes](), None
         if self.context.is_main:
             try:
@@ -143,7 +165,7 @@ class Checkpoints:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         distributed.raise_together(error, self.group)
         if not self.context.broadcast_object(exists, self.group):
-            write_checkpoint(path, pieces, state, files, self.config.max_shard_bytes, self.group)
+            write_checkpoint(path, pieces, state, files, self.config.max_shard_bytes, self.group, manifest)
         if self.context.is_main:
             try:
                 self._retain()
@@ -196,18 +218,8 @@ class Checkpoints:
         return [path]
 
     def _problems_in(self, path: Path) -> list[str]:
-        """What is damaged in a checkpoint; each file is read once, by one of the ranks. A collective."""
-        files: list[str] | None = None
-        if self.context.is_main:
-            try:
-                listed = read_manifest(path).files
-                files = sorted(listed, key=lambda name: -int(listed[name]["bytes"]))
-            except CheckpointError as error:
-                files = [str(error)]
-        files = self.context.broadcast_object(files)
-        assert files is not None
-        mine = files[self.context.rank :: self.context.world_size]
-        found = self.context.gather_objects(problems_in(path, mine))
+        """What is damaged in a checkpoint; each byte is read once, by one of the ranks. A collective."""
+        found = self.context.gather_objects(problems_in(path, part=self.context.rank, parts=self.context.world_size))
         return list(dict.fromkeys(problem for theirs in found for problem in theirs))
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[str]]:

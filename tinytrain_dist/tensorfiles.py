@@ -1,16 +1,25 @@
 """Owns folders of tensors on disk: safetensors files written as a stream, their index, the manifest, and its checks.
 
-Must not know ranks, models or steps. A folder is complete when manifest.json, written last, lists every file with its
-size and sha256 and every tensor with its shape, type and sha256; there is no pickle anywhere.
+Must not know ranks, models or steps. A folder is complete when manifest.json, written last, lists every file and every
+tensor with size and digest; there is no pickle anywhere. Manifest format 2: a tensor has the sha256 of its bytes, a
+file of tensors the sha256 over its header and, in the order of the file, its tensors' sha256 (32 bytes each), so that
+every byte is hashed once; any other file has the sha256 of its bytes. In format 1, which is still read, all files had.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor as _Thread
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,10 +30,13 @@ from torch import Tensor
 from tinytrain_dist.errors import CheckpointError
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
+# tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way
+CHUNK_BYTES, RING, THREADS = 8 * 1024**2, 4, 8
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+TYPES = {text: dtype for dtype, text in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    finite: bool = True  # NaN or infinity in it is damage
 
     @property
     def nbytes(self) -> int:
@@ -47,26 +60,7 @@ class Manifest:
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-
-
-class _HashingFile:
-    """A file that is hashed while it is written, so that the digest is of what memory held, not of what disk kept."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.digest, self.size = path, hashlib.sha256(), 0
-        self.file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by finish()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def finish(self) -> dict[str, Any]:
-        """Bring the file to the disk; its size and digest."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {"bytes": self.size, "sha256": self.digest.hexdigest()}
+    under_way: list[str] = field(default_factory=list)  # files begun and not on the disk yet: what a stuck save is at
 
 
 def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
@@ -82,37 +76,84 @@ def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
     return files
 
 
+def all_finite(values: Tensor) -> bool:
+    """No NaN, no infinity. A sum takes a fortieth of the time of isfinite, and is finite only if all are."""
+    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
+def _hash_chunk(spec: Spec, chunk: Tensor, digest: Any) -> None:
+    if spec.finite and not all_finite(chunk):
+        raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+    digest.update(bytes_of(chunk))
+
+
+def _write_out(file: BinaryIO, data: memoryview) -> None:
+    start = file.tell()
+    while data:  # without a buffer a write may take less than it is given
+        data = data[file.write(data) :]
+    if hasattr(os, "posix_fadvise"):  # Linux begins to write these pages out now, so that the sync is short
+        os.posix_fadvise(file.fileno(), start, file.tell() - start, os.POSIX_FADV_DONTNEED)
+
+
+def _sync(file: BinaryIO, written: Future[None], manifest: Manifest) -> None:
+    written.result()
+    os.fsync(file.fileno())
+    manifest.under_way.remove(Path(file.name).name)
+
+
 def write_tensors(
     folder: Path,
     kind: str,
     specs: Sequence[Spec],
-    fetch: Callable[[Spec], Tensor],
+    fetch: Callable[[Spec], Iterable[Tensor]],
     max_bytes: int,
     manifest: Manifest,
     mine: Callable[[Spec], bool] = lambda _: True,
 ) -> None:
     """Write the tensors as KIND-00001-of-N.safetensors ..., only those files whose first tensor is `mine`; note them.
 
-    fetch(spec) gives one whole tensor on the CPU; it is called once per tensor, in order, and nothing is kept, so the
-    memory is that of the largest tensor. `write_index` completes the kind. Errors: OSError from the disk.
+    fetch(spec) gives the values of one tensor on the CPU in order, in chunks of any size; it is called once per tensor,
+    in order, and a chunk is not read any more when RING others have been given. `write_index` completes the kind.
+    Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
     """
-    tensors = manifest.tensors.setdefault(kind, {})
-    for name, group in _named_files(kind, specs, max_bytes):
-        if not mine(group[0]):
-            continue
-        out = _HashingFile(folder / name)
-        try:
-            out.write(_header(group))
+    files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
+    digests = {spec.name: hashlib.sha256() for _, group in files for spec in group}
+    chunks, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
+    with ExitStack() as opened, _Thread(1) as hashing, _Thread(1) as writing, _Thread(1) as syncing:
+        for name, group in files:
+            manifest.under_way.append(name)
+            file = opened.enter_context(open(folder / name, "xb", buffering=0))
+            written = writing.submit(_write_out, file, memoryview(_header(group)))
             for spec in group:
-                value = fetch(spec).contiguous()
-                assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec
-                data = _bytes_of(value)
-                out.write(data)
-                digest = hashlib.sha256(data).hexdigest()
-                tensors[spec.name] = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digest}
-            manifest.files[name] = out.finish()
-        finally:
-            out.file.close()
+                size = 0
+                for chunk in fetch(spec):
+                    assert chunk.dtype == spec.dtype, spec
+                    written = writing.submit(_write_out, file, bytes_of(chunk))
+                    chunks.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
+                    if len(chunks) == RING:
+                        _wait(chunks.popleft())
+                    size += chunk.nbytes
+                assert size == spec.nbytes, spec
+            syncs.append(syncing.submit(_sync, file, written, manifest))  # the next file goes on beside it
+        _wait([*itertools.chain(*chunks), *syncs])
+    tensors = manifest.tensors.setdefault(kind, {})
+    for name, group in files:
+        for spec in group:
+            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digests[spec.name].hexdigest()}
+            tensors[spec.name] = entry if spec.finite else {**entry, "finite": False}
+        head, names = _header(group), [spec.name for spec in group]
+        whole = _digest_of_file(head, (digests[name].hexdigest() for name in names))
+        place = {"bytes": len(head) + sum(spec.nbytes for spec in group), "header_bytes": len(head)}
+        manifest.files[name] = {**place, "kind": kind, "tensors": names, "sha256_of_digests": whole}
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _digest_of_file(header: bytes, digests: Iterable[str]) -> str:
+    return hashlib.sha256(b"".join([header, *map(bytes.fromhex, digests)])).hexdigest()
 
 
 def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, manifest: Manifest) -> None:
@@ -127,7 +168,8 @@ def _named_files(kind: str, specs: Sequence[Spec], max_bytes: int) -> list[tuple
     return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
 
 
-def _bytes_of(value: Tensor) -> memoryview:
+def bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
     array: Any = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
     return memoryview(array)
 
@@ -152,12 +194,13 @@ def write_json(folder: Path, name: str, value: Any, manifest: Manifest) -> None:
 
 def write_bytes(folder: Path, name: str, data: bytes, manifest: Manifest) -> None:
     """Write one small file, brought to the disk, and note it."""
-    out = _HashingFile(folder / name)
-    try:
-        out.write(data)
-        manifest.files[name] = out.finish()
-    finally:
-        out.file.close()
+    manifest.under_way.append(name)
+    with open(folder / name, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    manifest.under_way.remove(name)
+    manifest.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def commit(aside: Path, final: Path, manifest: Manifest) -> None:
@@ -165,8 +208,8 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
 
     Errors: CheckpointError if `final` exists already (it is left alone); OSError from the disk.
     """
-    body = {"format": 1, "files": manifest.files, "tensors": manifest.tensors}
-    write_json(aside, MANIFEST, {**body, "sha256": _digest_of(body)}, Manifest())
+    body = {"format": 2, "files": dict(manifest.files), "tensors": manifest.tensors}
+    write_json(aside, MANIFEST, {**body, "sha256": _digest_of(body)}, manifest)
     _fsync_folder(aside)
     if final.exists():
         raise CheckpointError(f"{final}: exists already and is not replaced; give another path or delete it")
@@ -197,32 +240,90 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no {MANIFEST}); use another one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
-    if not intact or body["format"] != 1:
+    if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
+    if body["format"] not in (1, 2):
+        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 and 2; use a newer one")
     return Manifest(body["files"], body["tensors"])
 
 
-def problems_in(folder: Path, files: Iterable[str] | None = None) -> list[str]:
-    """Read every byte and say what is not as the manifest has it; empty means the folder is as it was written."""
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of a file that have one digest."""
+
+    path: Path
+    start: int
+    nbytes: int
+    sha256: str
+    tensor: str = ""
+    floats: torch.dtype | None = None  # which must be finite
+
+    def problem(self) -> str:
+        """What is wrong with these bytes; empty if nothing. Errors: OSError."""
+        name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
+        digest, finite, left = hashlib.sha256(), True, self.nbytes
+        buffer = bytearray(min(left, CHUNK_BYTES // 2))
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            while left:
+                part = memoryview(buffer)[: min(left, len(buffer))]
+                if file.readinto(part) < len(part):
+                    raise OSError(errno.EIO, "it ends too early")
+                left -= len(part)
+                digest.update(part)
+                finite = finite and (self.floats is None or all_finite(torch.frombuffer(part, dtype=self.floats)))
+        if digest.hexdigest() != self.sha256:
+            return f"{name} has sha256 {digest.hexdigest()[:12]}..., but {self.sha256[:12]}... was written"
+        return "" if finite else f"{name} is not finite, although nothing was damaged after it was written"
+
+
+def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0, parts: int = 1) -> list[str]:
+    """Read every byte and say what is not as the manifest has it; empty means the folder is as it was written.
+
+    files: only these. With `parts` > 1 only the part-th of about equal shares; together they are everything.
+    """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    found = []
-    for name in manifest.files if files is None else files:
-        path, expected = folder / name, manifest.files[name]
+    spans, found = list[_Span](), list[str]()
+
+    def said(path: Path, look: Callable[[], str]) -> str:
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                found.append(f"{path}: has {size:,} bytes, but {expected['bytes']:,} were written")
-                continue
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != expected["sha256"]:
-                found.append(f"{path}: has sha256 {digest[:12]}..., but {expected['sha256'][:12]}... was written")
+            return look()
+        except CheckpointError as error:
+            return str(error)
         except OSError as error:
-            found.append(f"{path}: cannot be read ({error.strerror})")
-    return found
+            return f"{path}: cannot be read ({error.strerror})"
+
+    for name in manifest.files if files is None else files:
+        more = partial(_spans, folder / name, manifest.files[name], manifest.tensors, spans)
+        found.append(said(folder / name, more))
+    total, ends = 1 + sum(span.nbytes for span in spans), itertools.accumulate(span.nbytes for span in spans)
+    mine = [span for span, end in zip(spans, ends, strict=True) if (end - span.nbytes) * parts // total == part]
+    with _Thread(THREADS) as pool:  # one reads while another hashes; hashing leaves Python's lock
+        found += pool.map(lambda span: said(span.path, span.problem), mine)
+    return [problem for problem in found if problem]
+
+
+def _spans(path: Path, entry: dict[str, Any], tensors: dict[str, dict[str, Any]], into: list[_Span]) -> str:
+    """Note what is to be read of a file; what is wrong with its size, or with the header of a file of tensors."""
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{path}: has {size:,} bytes, but {entry['bytes']:,} were written"
+    if "sha256" in entry:
+        into.append(_Span(path, 0, size, entry["sha256"]))
+        return ""
+    with open(path, "rb") as file:
+        header, kind, start = file.read(entry["header_bytes"]), tensors[entry["kind"]], entry["header_bytes"]
+    for name in entry["tensors"]:
+        noted, dtype = kind[name], TYPES[kind[name]["dtype"]]
+        floats = dtype if dtype.is_floating_point and noted.get("finite", True) else None
+        count = Spec(name, tuple(noted["shape"]), dtype).nbytes
+        into.append(_Span(path, start, count, noted["sha256"], name, floats))
+        start += count
+    intact = _digest_of_file(header, (kind[name]["sha256"] for name in entry["tensors"])) == entry["sha256_of_digests"]
+    return "" if intact else f"{path}: its header is not what was written"
 
 
 class TensorReader:

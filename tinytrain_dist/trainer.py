@@ -139,6 +139,7 @@ class Trainer:
         check_space(config.checkpoints_dir, whole, config.keep_last + 1, existing, context)
         if config.ckpt_async:
             check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
+            self.checkpoints.buffers.copy(kinds)  # the memory is taken now, so that the first save stalls no longer
 
     def _check(self) -> None:
         """Prove what wrappers get wrong by themselves: equal replicas, and ranks that draw different windows."""
@@ -299,7 +300,7 @@ class Trainer:
     def _collect_save(self, wait: bool = False, last: bool = False) -> None:
         """Tell how a save that has ended went. A full disk ends the save, not the run, unless it was the last one."""
         pending = self.checkpoints.pending
-        if wait and not last and pending is not None and pending.is_alive():
+        if wait and pending is not None and pending.is_alive():
             self.log.say(f"step {self.step}: waiting for the save of step {pending.step} to end")
         save = self.checkpoints.collect(wait)
         if save is None:

@@ -83,7 +83,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     noted, reader = read_manifest(source).tensors["model"], TensorReader(source, "model")
     description = _description(source, dtype)
 
-    def fetch(spec: Spec) -> Tensor:
+    def fetch(spec: Spec) -> list[Tensor]:
         value = reader.read(spec.name)
         if digest_of_tensor(value) != noted[spec.name]["sha256"]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
@@ -93,7 +93,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             raise CheckpointError(
                 f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
             )
-        return cast
+        return [cast.contiguous()]
 
     aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
     try:
