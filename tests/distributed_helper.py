@@ -383,9 +383,10 @@ def training_process(
     torchrun_args: Sequence[str] = (),
     script: Path | str = REPOSITORY / "launch" / "train.py",
     launcher: Sequence[str] = TORCHRUN,
+    rendezvous: Sequence[str] = ("--standalone",),
 ) -> Iterator[TrainingProcess]:
     """Start `torchrun --standalone ... launch/train.py ARGS` on `nproc` ranks; end all processes on the way out."""
-    command = [sys.executable, *launcher, "--standalone", f"--nproc-per-node={nproc}"]
+    command = [sys.executable, *launcher, *rendezvous, f"--nproc-per-node={nproc}"]
     command += [*torchrun_args, str(script), *map(str, args)]
     full_env = {
         **os.environ,

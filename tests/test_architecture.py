@@ -29,8 +29,8 @@ LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"config"},
     {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse", "network"},
-    {"optim", "losses", "schedule"},
-    {"model"},  # its head computes the loss in chunks (losses), so that no rank holds all logits
+    {"optim", "losses", "schedule", "failure"},
+    {"model", "watchdog"},  # its head computes the loss in chunks (losses), so that no rank holds all logits
     {"data"},
     {"distributed", "environment"},
     {"reduction"},

@@ -59,6 +59,14 @@ def settings_for(folder: Path, run: str, **overrides: Any) -> dict[str, Any]:
     return {**TINY, **data, "target_dir": str(folder / run), **overrides}
 
 
+def config_file(folder: Path, **overrides: Any) -> str:
+    """A TOML file with the settings of a run named `run`, on every rank a replica."""
+    settings = settings_for(folder, "run", **{"parallel": "ddp", **overrides})
+    path = folder / "run.toml"
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    return str(path)
+
+
 def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) -> dict[str, Any]:
     """On a rank: build, train, and say how it ended. `prepare` may change the trainer first."""
     from tinytrain_dist import distributed

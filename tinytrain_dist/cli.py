@@ -14,6 +14,7 @@ TOOLS = {
     "prepare": ("tinytrain_dist.tools.prepare:main", "text -> tokenizer and token files"),
     "schedule": ("tinytrain_dist.tools.plot:schedule_main", "the learning-rate curve of a configuration"),
     "plot": ("tinytrain_dist.tools.plot:main", "loss curves of runs as a picture"),
+    "status": ("tinytrain_dist.tools.status:status_main", "what a run is doing, or why it is not"),
     "ls": ("tinytrain_dist.tools.inspect:ls_main", "the checkpoints of a run, or the runs in a folder"),
     "doctor": ("tinytrain_dist.tools.doctor:main", "what is wrong with this machine, or with all nodes together"),
     "sample": ("tinytrain_dist.tools.sample:main", "text from a checkpoint"),

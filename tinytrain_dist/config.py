@@ -45,6 +45,8 @@ class TrainingConfig:
     total_steps: int = _in("run", 40_000, "optimizer steps of the whole run")
     stop_at_step: int | None = _in("run", None, "stop early after this step; the schedule still spans total_steps")
     time_limit: float | None = _in("run", None, "seconds after which the run saves and stops")
+    start_limit: float = _in("run", 1800.0, "seconds for joining, reading data, building, loading, each; 0: no limit")
+    step_limit: float = _in("run", 1800.0, "seconds without progress in a step or evaluation; then it hangs; 0: none")
     log_every: int = _in("run", 10, "steps between log lines")
     eval_every: int = _in("run", 1000, "steps between evaluations")
     eval_steps: int = _in("run", 10, "batches of batch_size windows in one evaluation, the same all run")
@@ -117,6 +119,7 @@ class TrainingConfig:
     keep_every: int | None = _in("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
     ckpt_async: bool = _in("checkpoint", True, "save in the background; a crash loses an interval and the save's time")
     ckpt_writers: int = _in("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
+    save_limit: float = _in("checkpoint", 3600.0, "seconds that a step waits for a save; then it hangs; 0: no limit")
     max_shard_bytes: int = _in("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 
     def __post_init__(self) -> None:
@@ -329,7 +332,7 @@ def _problems(c: TrainingConfig) -> list[str]:
     ):
         value = getattr(c, name)
         need(value is None or 0 < value < math.inf, f"{name}: {value} must be greater than 0 and finite")
-    for name in ("lr_min", "weight_decay", "seed", "warmup_iters"):
+    for name in ("lr_min", "weight_decay", "seed", "warmup_iters", "start_limit", "step_limit", "save_limit"):
         value = getattr(c, name)
         need(value is None or 0 <= value < math.inf, f"{name}: {value} must not be negative")
     need(c.seed < 1 << 64, f"seed: {c.seed} must be less than 2**64; the generator's key has one word for it")

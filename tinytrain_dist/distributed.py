@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +40,10 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Who this process is among all. `mesh` and `layout` are set by `with_layout`; a lone process is a world of one."""
+    """Who this process is among all. `mesh` and `layout` are set by `with_layout`; a lone process is a world of one.
+
+    `world` is a random word that the ranks of one start share; a restart has another one.
+    """
 
     rank: int
     local_rank: int
@@ -46,6 +51,7 @@ class DistributedContext:
     local_world_size: int
     host: str
     device: torch.device
+    world: str = ""
     mesh: DeviceMesh | None = None
     layout: Layout | None = None
 
@@ -233,12 +239,22 @@ def _slurm_hosts() -> list[str]:
         return []
 
 
-def start(device: str = "auto", timeout_seconds: float = 1800.0, meeting: Meeting | None = None) -> DistributedContext:
+def start(
+    device: str = "auto",
+    timeout_seconds: float = 1800.0,
+    meeting: Meeting | None = None,
+    traces: Path | None = None,
+) -> DistributedContext:
     """Join the world torchrun (or Slurm's own tasks) describes; alone, make a world of one.
 
-    device: auto takes cuda where there is one. meeting: what `meet` gave, else it is called.
+    device: auto takes cuda where there is one. meeting: what `meet` gave, else it is called. traces: where NCCL's
+    flight recorder goes when a collective times out.
     Errors: ConfigError if cuda is asked for and there is none, and those of `meet`.
     """
+    if traces is not None:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / "nccl_trace_rank_"))
     meeting = meeting or meet()
     rank, world_size = meeting.rank, len(meeting.hosts)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -262,8 +278,18 @@ def start(device: str = "auto", timeout_seconds: float = 1800.0, meeting: Meetin
         world_size=world_size,
     )
     context = DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
-    context.barrier()  # nobody leaves with an error while others still join, and drowns it in theirs
-    return context
+    # nobody leaves with an error while others still join, and drowns it in theirs
+    return replace(context, world=context.gather_objects(secrets.token_hex(8))[0])
+
+
+def flight_record() -> bytes:
+    """The last collectives of this rank as JSON, for when it hangs; b"" where torch does not keep them."""
+    from torch._C import _distributed_c10d as c10d
+
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the second one knows gloo too, since torch 2.13
+        if hasattr(c10d, name):
+            return bytes(getattr(c10d, name)(True, False))
+    return b""
 
 
 def _adopt_slurm_tasks() -> None:
@@ -291,9 +317,10 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def who() -> tuple[int, str]:
-    """Rank by the launcher's word, and host; also before and without a process group."""
-    return int(os.environ.get("RANK", 0)), socket.gethostname()
+def who() -> tuple[int, int, str]:
+    """Rank and number of ranks by the launcher's word, and host; also before and without a process group."""
+    _adopt_slurm_tasks()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()
 
 
 def tell_launcher(message: str) -> bool:

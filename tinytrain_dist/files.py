@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"  # in each checkpoint
 
 
 def write_atomically(path: Path, value: Any) -> None:
@@ -13,3 +16,11 @@ def write_atomically(path: Path, value: Any) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_text(value if isinstance(value, str) else json.dumps(value) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; {} where there is none, or something else."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -5,59 +5,78 @@ Must not know how training works. The first failing rank's sentence is the last 
 
 from __future__ import annotations
 
-import contextlib
-import json
+import faulthandler
 import os
+import re
 import sys
 import time
 import traceback
-from pathlib import Path
+from typing import NoReturn
 
+from tinytrain_dist import failure
 from tinytrain_dist.commandline import parse_command_line
 from tinytrain_dist.errors import MeetingError, TinytrainError
-from tinytrain_dist.stopping import owns, write_state
+from tinytrain_dist.stopping import owns
+from tinytrain_dist.watchdog import START, TICK_SECONDS, Watchdog
+
+# what the death of another rank looks like
+OF_PEERS = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
 
 
 def main(args: list[str]) -> int:
     """Run `[CONFIG.toml] --settings`; 0 when done or stopped as asked, 2 for a user's mistake, else 1."""
-    folder, trainer = None, None
+    watchdog: Watchdog | None = None
     try:
         config = parse_command_line(args)
-        folder = Path(config.target_dir)
         from tinytrain_dist import distributed  # torch takes seconds; a wrong setting need not wait for it
         from tinytrain_dist.trainer import Trainer
 
-        context = distributed.start(config.device)
-        trainer = Trainer(config, context)
-        trainer.fit()
+        faulthandler.enable()  # a crash in native code leaves a stack too
+        watchdog = Watchdog(config, distributed.who(), _say, distributed.flight_record)
+        context = distributed.start(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / "logs")
+        watchdog.joined(context.world)
+        Trainer(config, context, watchdog.pulse).fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise
-        _fail(folder, error, trainer.step if trainer else None)
+        _fail(watchdog, error)
+    watchdog.close()
     distributed.close()
     return 0
 
 
-def _fail(folder: Path | None, error: BaseException, step: int | None) -> None:
+def _say(message: str, aloud: bool = True) -> None:
+    """A last sentence: the agent prints it, or else, `aloud`, this rank."""
+    from tinytrain_dist import distributed
+
+    if not distributed.tell_launcher(message) and aloud:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _fail(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     """Tell what happened and end at once: leaving the process group in order would wait for ranks that hang."""
     from tinytrain_dist import distributed
 
+    now, trace = time.time(), traceback.format_exc()
     expected = isinstance(error, TinytrainError)  # raised together on all ranks, so one of them says it
-    rank, host = distributed.who()
+    of_peers = isinstance(error, RuntimeError) and OF_PEERS.search(str(error)) is not None
+    rank, _, host = distributed.who()
+    step = watchdog.pulse.step if watchdog and watchdog.pulse.phase not in START else None
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
-    trace = "" if expected else traceback.format_exc()
-    record = {"rank": rank, "host": host, "step": step, "message": message, "traceback": trace, "time": time.time()}
-    if (not expected or rank == 0) and folder is not None and owns(folder):  # never into another process's run
-        with contextlib.suppress(OSError):  # a full disk must not keep the sentence from being said
-            write_state(folder, "failed", step)
-            with open(folder / "error.json", "x", encoding="utf-8") as file:  # the first cause stays
-                json.dump(record, file, indent=1)
-    mine = rank == 0 or not expected or isinstance(error, MeetingError)
-    if not distributed.tell_launcher(message) and mine:
-        trace += f"error: {message}\n"
-    print(trace, end="", file=sys.stderr, flush=True)
+    if watchdog and of_peers:  # whoever has caused it says so in a moment, and then the watchdog ends this rank as well
+        watchdog.beat()
+        time.sleep(2 * TICK_SECONDS)
+    if watchdog and owns(watchdog.folder) and (rank == 0 or not expected):  # never into another process's run
+        cause = {"message": message, "rank": rank, "host": host, "step": step, "time": now, "secondary": of_peers}
+        failure.report(watchdog.folder, {**cause, "traceback": "" if expected else trace})
+    elif watchdog and expected:
+        watchdog.close()  # a mistake leaves no new folder behind
+    print("" if expected else trace, end="", file=sys.stderr, flush=True)
+    _say(message, aloud=rank == 0 or not expected or isinstance(error, MeetingError))
     sys.stdout.flush()
+    if watchdog and not expected:
+        failure.end_all(watchdog.folder, watchdog.world, message)
     os._exit(2 if expected else 1)
 
 

@@ -14,6 +14,7 @@ from types import FrameType
 
 from tinytrain_dist.files import write_atomically
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _received: list[str] = []
 _owned: list[Path] = []
 STARTED = time.monotonic()  # about when the process began: this is imported first
@@ -25,13 +26,20 @@ def _remember(number: int, _: FrameType | None) -> None:
 
 def install_handlers() -> None:
     """Let SIGTERM, SIGINT and SIGUSR1 only raise the flag. Call it at the very top of a program."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, _remember)
+
+
+def received() -> str:
+    """The first signal that came, by name, or that came to the agent before this process was there; "" if none."""
+    return _received[0] if _received else os.environ.get("TINYTRAIN_STOP", "")
 
 
 def own(folder: Path) -> None:
     """Note that this process holds the run in `folder` from here on."""
     _owned.append(folder)
+    if note := os.environ.get("TINYTRAIN_AGENT"):  # it says how a rank died that can no longer say it
+        Path(note).write_text(str(folder.resolve()), encoding="utf-8")
 
 
 def owns(folder: Path) -> bool:
@@ -62,8 +70,8 @@ class StopRequests:
     def reason(self, reserve_seconds: float = 0.0) -> str:
         """A few words, or "" to go on; `reserve_seconds` (what a save takes) are kept before the deadline."""
         now = time.monotonic()
-        if _received:
-            return _received[0]
+        if name := received():
+            return name
         if self._deadline is not None and now + reserve_seconds > self._deadline:
             return "time_limit"
         if self._look and now > self._next_look:

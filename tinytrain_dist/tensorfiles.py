@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.files import MANIFEST as MANIFEST
+from tinytrain_dist.files import STATE as STATE
 
-MANIFEST, STATE = "manifest.json", "trainer_state.json"
 # tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way
 CHUNK_BYTES, RING, THREADS = 8 * 1024**2, 4, 8
 DTYPES = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinytrain_dist import census
+from tinytrain_dist import census, failure
 from tinytrain_dist.checkpoint import init_from_folder, model_tensors, pieces_of
 from tinytrain_dist.commandline import resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig
@@ -40,7 +40,7 @@ from tinytrain_dist.pulse import Pulse
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
-from tinytrain_dist.stopping import STARTED, StopRequests, own, write_state
+from tinytrain_dist.stopping import STARTED, StopRequests, own, received, write_state
 
 CLIP_EPS = 1e-6
 
@@ -52,11 +52,12 @@ class Trainer:
     that can be known.
     """
 
-    def __init__(self, config: TrainingConfig, context: DistributedContext) -> None:
+    def __init__(self, config: TrainingConfig, context: DistributedContext, pulse: Pulse | None = None) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.hints = census.take(config, context)
         self.config = config = resolve_vocab_size(config)
-        self.pulse = Pulse()
+        self.pulse = pulse or Pulse()
+        self.pulse.enter("open_data")
         together(self._open_data)
         bits = decide_bits(config, context.device)
         fits = not context.agree(not fits_one_device(config, context.device))
@@ -67,6 +68,7 @@ class Trainer:
         self.plan = BatchPlan.make(config, context.layout)
         self.leaves = [self.plan.leaf(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)]
         self.slots = [slot for leaf in self.leaves for slot in self.plan.slots(leaf)]
+        self.pulse.enter("build")
         self.model = build_model(config, context)
         self.reduction = (CanonicalReduction if config.reproducible else NativeReduction)(
             self.model, self.plan, context
@@ -82,9 +84,11 @@ class Trainer:
         self.report: dict[str, Any] = {}
         self.failed_saves, self.saved_step = 0, -1
         self.saving_seconds, self.stop_reason = 0.0, ""
+        self.pulse.enter("load")
         self._resume()
         self._check()
         self.observer = self._observer()
+        self.stop = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=STARTED)
 
     def _open_data(self) -> None:
         c = self.config
@@ -117,6 +121,8 @@ class Trainer:
         if path is not None:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
+        if self.failure_before:
+            self.log.event(self.step, "restarted", f"restarted, because {self.failure_before}")
 
     def _claim_folder(self) -> None:
         """Prove before step 1 that saving will work: shared, writable, enough room, and nobody else's."""
@@ -130,6 +136,7 @@ class Trainer:
             Path(config.target_dir).mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(Path(config.target_dir), context)
         own(Path(config.target_dir))
+        self.failure_before = failure.take(Path(config.target_dir)) if context.is_main else ""
         kinds, _ = pieces_of(self.model, self.optimizer, config.max_shard_bytes, config.ckpt_writers)
         pieces = [piece for kind in kinds.values() for piece in kind]
         whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
@@ -157,13 +164,12 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step or until told to stop; returns "done" or "preempted". A collective."""
         config = self.config
-        stop = StopRequests(Path(config.target_dir), config.time_limit, self.context.is_main, since=STARTED)
-        self.batches = Prefetcher(self._read_rows, self.step)
         observer = self.observer
+        self._agree_to_begin()
+        self.batches = Prefetcher(self._read_rows, self.step)
         try:
             while self.step < config.last_step and not (observer.stopping or self.out_of_patience):
-                self.stop_reason = self.stop_reason or stop.reason(2 * self.saving_seconds + 3 * observer.step_seconds)
-                observer.take(self.train_step(self.stop_reason))
+                observer.take(self.train_step(self._wish_to_stop()))
                 self._collect_save()
                 if due(self.step, config.eval_every):
                     self.evaluate()
@@ -174,7 +180,20 @@ class Trainer:
             raise
         finally:
             self.batches.close()
-        return self._finish(stop)
+        return self._finish()
+
+    def _agree_to_begin(self) -> None:
+        """A signal during the start ends the run before its first step; no rank is in a start phase after this."""
+        self.pulse.enter("data", self.step)
+        self.stop_reason = received()
+        if self.context.agree(bool(self.stop_reason)):
+            self.observer.stopping, self.saved_step = True, self.step
+
+    def _wish_to_stop(self) -> str:
+        """Why this rank wants to stop, "" to go on; a wish stays."""
+        reserve = 2 * self.saving_seconds + 3 * self.observer.step_seconds
+        self.stop_reason = self.stop_reason or self.stop.reason(reserve)
+        return self.stop_reason
 
     def _observer(self) -> StepObserver:
         flops: float = unwrap(self.model).flops_per_token()  # type: ignore[operator]
@@ -216,7 +235,7 @@ class Trainer:
         self.optimizer.step(skip=skip)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.pulse.enter("reading")
+        self.pulse.enter("reading", self.step)
         numbers = HostCopy(torch.stack([loss, norm, skip.double()]))
         return StepReport(self.step, lr, numbers, leaf_losses, self.context.start_vote(bool(stop_reason)), waited)
 
@@ -237,14 +256,19 @@ class Trainer:
 
         Each file of val_data counts the same; beside their mean stand the loss of each, and bits per byte where the
         bytes of every id are known. A collective: every rank takes its share, and quotients are taken of global sums.
+        A wish to stop is agreed on between batches, as it is between steps; there is no number then.
         """
         if not self.val:
             return None
         self.observer.settle()
-        self.pulse.enter("evaluation")
+        if self.observer.stopping:
+            return None
         started, tokens = time.perf_counter(), self.config.eval_steps * self.plan.tokens_per_step
         with self.observer.watch.paused():
-            nats, sizes = zip(*map(self._evaluate_file, self.val), strict=True)
+            found = [result for files in self.val if (result := self._evaluate_file(files)) is not None]
+            if len(found) < len(self.val):
+                return None
+            nats, sizes = zip(*found, strict=True)
             size = sum(sum(theirs) for theirs in self.context.gather_objects(sizes))
         loss: float = sum(nats) / (tokens * len(nats))
         others = {f"loss/{name}": nat / tokens for name, nat in zip(self.val_names, nats, strict=True)}
@@ -257,11 +281,17 @@ class Trainer:
         self.log.evaluation(self.step, loss, time.perf_counter() - started, others)
         return loss
 
-    def _evaluate_file(self, files: TokenFiles) -> tuple[float, int]:
+    def _evaluate_file(self, files: TokenFiles) -> tuple[float, int] | None:
         """The summed loss of one file's evaluation windows, of all ranks; the bytes of this rank's targets."""
-        plan, sums, size = self.plan, [], 0
+        plan, sums, size, vote = self.plan, [], 0, None
         leaves = [batch * plan.leaves + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves]
-        for leaf in leaves:
+        for k, leaf in enumerate(leaves):
+            self.pulse.enter("evaluation")
+            if k % plan.accumulation_steps == 0:
+                self.observer.stopping = self.observer.stopping or (vote is not None and vote.result())
+                if self.observer.stopping:
+                    return None
+                vote = self.context.start_vote(bool(self._wish_to_stop()))
             rows = files.read(*files.draw(0, 0, plan.slots(leaf), EVAL_STREAM))
             size += int(self.token_bytes[rows[:, 1:].numpy()].sum()) if self.token_bytes is not None else 0
             for ids, targets in micro_batches(rows, plan.micro_batch_size, self.context.device):
@@ -292,7 +322,6 @@ class Trainer:
         The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
         """
         self.observer.settle()
-        self.pulse.enter("checkpoint")
         with self.observer.watch.paused():
             self._collect_save(wait=True)
             self.checkpoints.save(self.model, self.optimizer, self.step, self.report)
@@ -300,6 +329,8 @@ class Trainer:
     def _collect_save(self, wait: bool = False, last: bool = False) -> None:
         """Tell how a save that has ended went. A full disk ends the save, not the run, unless it was the last one."""
         pending = self.checkpoints.pending
+        if wait:
+            self.pulse.enter("checkpoint")
         if wait and pending is not None and pending.is_alive():
             self.log.say(f"step {self.step}: waiting for the save of step {pending.step} to end")
         save = self.checkpoints.collect(wait)
@@ -320,12 +351,12 @@ class Trainer:
             raise save.error
         self.log.flush()
 
-    def _finish(self, stop: StopRequests) -> str:
+    def _finish(self) -> str:
         self.observer.settle()
         early = self.out_of_patience
         state = "preempted" if self.step < self.config.last_step and not early else "done"
-        if state == "done" and self.report.get("eval_step") != self.step:
-            self.evaluate()
+        if state == "done" and self.val and self.report.get("eval_step") != self.step:
+            state = "preempted" if self.evaluate() is None else "done"
         self._collect_save(wait=True)
         if self.saved_step != self.step:
             self.save()
@@ -337,7 +368,7 @@ class Trainer:
             why = f" (no better eval loss than {best:.4f} in {self.report['evals_since_best']} evaluations, "
             why += f"early_stop_patience; the best is {self.checkpoints.folder(step).name})"
         self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
-        stop.obeyed()
+        self.stop.obeyed()
         self.log.close()
         if self.context.is_main:
             write_state(Path(self.config.target_dir), state, self.step)
@@ -350,7 +381,6 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.toml", self.config.to_toml())
             write_state(folder, "running", self.step)
-            (folder / "error.json").unlink(missing_ok=True)
         ranks = self.context.gather_objects((self.context.host, str(self.context.device), os.getpid()))
         if self.context.is_main:
             write_atomically(Path(self.config.target_dir) / "environment.json", environment(ranks))

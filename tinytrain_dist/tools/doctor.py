@@ -249,8 +249,9 @@ def _check_run(report: Report, config: TrainingConfig, context: DistributedConte
 
     def data() -> TrainingConfig:
         found = resolve_vocab_size(config)
-        if not Path(found.train_data or "").is_file():
-            raise ConfigError(f"train_data: there is no {found.train_data} on {context.host}; give a token file")
+        for path in found.train_files:
+            if not Path(path).is_file():
+                raise ConfigError(f"train_data: there is no {path} on {context.host}; give a token file")
         return found
 
     for topic, action, fine in (

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tinytrain_dist.commandline import read_toml
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
-from tinytrain_dist.tensorfiles import MANIFEST, STATE, problems_in, read_manifest
+from tinytrain_dist.files import MANIFEST, STATE
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, and what is set aside: .tmp, .damaged
 RUN_FILES = ("config.toml", "state.json", "environment.json", "logs", "checkpoints")
@@ -104,6 +104,8 @@ def open_run(place: Path) -> Run:
 
 def quick_problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
+    from tinytrain_dist.tensorfiles import read_manifest  # torch takes seconds, and who lists runs need not wait
+
     try:
         files = read_manifest(folder).files
     except CheckpointError as error:
@@ -124,6 +126,8 @@ def find_checkpoint(place: Path, kind: str | None = None) -> Path:
     kind: also read every byte of its "model" or "optimizer" files. Those that are passed over are named on stderr.
     Errors: CheckpointError if the one that was asked for is damaged, or if the run has no valid one.
     """
+
+    from tinytrain_dist.tensorfiles import problems_in, read_manifest
 
     def problems(path: Path) -> list[str]:
         found = quick_problems(path)
@@ -201,7 +205,8 @@ def human_age(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} days"
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table; `<` behind a name aligns its column to the left."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         left = column.endswith("<")
@@ -209,7 +214,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _show(table: Table) -> None:
+def show_table(table: Table) -> None:
+    """Print it, in a width that fits."""
     # a pipe has no width; rich would take 80 and fold what another program wants to read
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
@@ -240,14 +246,14 @@ def _list_checkpoints(run: Run, folders: list[Path], full: bool) -> None:
     evaluations = {r["step"]: r["loss"] for r in read_records(run.records) if r["kind"] == "eval"} if (
         run.records.is_file()
     ) else {}  # fmt: skip
-    table = _table("step", "age", "size", "eval loss", "valid<", "folder<")
+    table = table_of("step", "age", "size", "eval loss", "valid<", "folder<")
     for path in folders:
         seen = path / MANIFEST if (path / MANIFEST).exists() else path
         age = human_age(time.time() - seen.stat().st_mtime)
         size = human_bytes(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         step = "" if step_of(path) < 0 else str(step_of(path))
         table.add_row(step, age, size, _eval_loss(path, evaluations), _validity(path, full), path.name)
-    _show(table)
+    show_table(table)
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
@@ -264,6 +270,8 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 
 
 def _validity(path: Path, full: bool) -> Text:
+    from tinytrain_dist.tensorfiles import problems_in
+
     if set_aside(path) == ".tmp":
         return Text("unfinished: being written, or left by a crash", "yellow")
     if set_aside(path):
@@ -276,7 +284,7 @@ def _validity(path: Path, full: bool) -> Text:
 
 
 def _list_runs(runs: list[Run]) -> None:
-    table = _table("run<", "state<", "step", "of", "loss", "eval loss", "checkpoints", "last sign")
+    table = table_of("run<", "state<", "step", "of", "loss", "eval loss", "checkpoints", "last sign")
     for run in runs:
         records = read_records(run.records) if run.records.is_file() else []
         last = {kind: [r for r in records if r["kind"] == kind][-1:] for kind in ("train", "eval")}
@@ -286,7 +294,7 @@ def _list_runs(runs: list[Run]) -> None:
         total = str(settings_of(run.folder).get("total_steps", ""))
         shown = "" if step is None else str(step)
         table.add_row(run.folder.name, _run_state(run, step), shown, total, *losses, str(len(run.committed())), age)
-    _show(table)
+    show_table(table)
 
 
 def _run_state(run: Run, last_step: int | None) -> Text:
@@ -313,6 +321,8 @@ def verify(place: Place) -> int:
     Args:
         place: A run (its target_dir) or a checkpoint.
     """
+    from tinytrain_dist.tensorfiles import problems_in, read_manifest
+
     run = None if is_checkpoint(place) else open_run(place)
     folders = run.committed() if run else [place]
     if not folders:

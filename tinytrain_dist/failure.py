@@ -1,0 +1,58 @@
+"""Owns why a run failed: error.json holds the first cause, whoever tells it, and in whatever order they do.
+
+Must not know torch or ranks. A rank's own error and a death come before what peers report of them; then the earlier one
+counts. Also owns the notice that ends a run on all its ranks, since a rank that waits for a dead one hears nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tinytrain_dist.files import read_object, write_atomically
+from tinytrain_dist.stopping import write_state
+
+Cause = dict[str, Any]  # message, rank, host, step, traceback, time (seconds since 1970), secondary
+SILENT = "the run before ended without a word: it was killed, or its node was lost"
+
+
+def report(folder: Path, cause: Cause) -> None:
+    """Write error.json and state.json, unless what is there is nearer to the beginning. A full disk is no matter."""
+    path = folder / "error.json"
+    with contextlib.suppress(OSError):
+        before = read_object(path)
+        if before and (before["secondary"], before["time"]) <= (cause["secondary"], cause["time"]):
+            return
+        write_state(folder, "failed", cause["step"])
+        if not cause["secondary"]:
+            write_atomically(path, cause)
+            return
+        with open(path, "x", encoding="utf-8") as file:  # never over a first cause that was written meanwhile
+            json.dump(cause, file)
+
+
+def take(folder: Path) -> str:
+    """Why the run before this start failed, "" if it did not; error.json is gone then."""
+    path = folder / "error.json"
+    told = str(read_object(path).get("message", ""))
+    path.unlink(missing_ok=True)
+    return told or (SILENT if read_object(folder / "state.json").get("state") == "running" else "")
+
+
+def end_all(folder: Path, world: str, message: str, hang: bool = False, state: str = "failed") -> None:
+    """Tell every rank of this world to end within seconds; `world` tells it from earlier and later ones.
+
+    hang: leave the stacks first. state: "failed", or "preempted" where nothing is lost.
+    """
+    notice = {"world": world, "message": message, "hang": hang, "state": state}
+    with contextlib.suppress(OSError):
+        if not ending(folder, world):
+            write_atomically(folder / "logs" / "ending.json", notice)
+
+
+def ending(folder: Path, world: str) -> Cause:
+    """What `end_all` told this world, {} if nothing."""
+    notice = read_object(folder / "logs" / "ending.json")
+    return notice if world and notice.get("world") == world else {}
