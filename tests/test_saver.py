@@ -595,3 +595,39 @@ def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run,
     manifest = json.loads((small_disk / "checkpoints" / kept[-1] / "manifest.json").read_text())
     found = {name: t["sha256"] for kind in manifest["tensors"].values() for name, t in kind.items()}
     assert found == undisturbed.digests()
+
+
+def lose_the_lock(trainer: Any) -> None:
+    """After the save of step 4 another process takes the folder, as Slurm's next attempt does on another node."""
+    plain = trainer.train_step
+
+    def train_step(*args: Any) -> Any:
+        if trainer.step == 5 and trainer.context.is_main:
+            lock = Path(trainer.config.target_dir) / "lock.json"
+            lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": None}))
+            (lock.parent / "state.json").write_text('{"state": "running", "step": 4, "attempt": "the next"}')
+        return plain(*args)
+
+    trainer.train_step = train_step
+
+
+def fit_and_fail(settings: dict[str, Any]) -> tuple[str, bool]:
+    from tinytrain_dist.stopping import owns
+
+    try:
+        fit(settings, lose_the_lock)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", owns(Path(settings["target_dir"]))
+    return "no error", True
+
+
+def test_nobody_commits_into_a_run_that_another_has_taken(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", **{**RUN, "ckpt_every": 2})
+    for message, owned in run_ranks(2, fit_and_fail, settings):
+        assert message.startswith("TrainingError")
+        assert "another process has taken this run over" in message
+        assert not owned, "and nobody may write how it ended"
+    folder = tmp_path / "run"
+    assert Run(folder).checkpoint.name == "checkpoint-00000004"
+    assert json.loads((folder / "state.json").read_text())["attempt"] == "the next"
+    assert json.loads((folder / "lock.json").read_text())["host"] == "elsewhere"

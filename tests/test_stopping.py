@@ -115,7 +115,43 @@ def test_the_state_is_written_whole_and_over_the_last_one(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
 
 
-def test_the_state_names_the_attempt_of_its_batch_script(tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYTRAIN_ATTEMPT", "3")
-    stopping.write_state(tmp_path, "done", 9)
-    assert json.loads((tmp_path / "state.json").read_text()) == {"state": "done", "step": 9, "attempt": "3"}
+def test_the_state_names_the_attempt_and_where_it_began(tmp_path, monkeypatch):
+    def written(state, step, reason=""):
+        stopping.write_state(tmp_path, state, step, reason)
+        return json.loads((tmp_path / "state.json").read_text())
+
+    monkeypatch.setenv("TINYTRAIN_ATTEMPT", "3.0")
+    assert written("running", 4) == {"state": "running", "step": 4, "attempt": "3.0", "first_step": 4}
+    assert written("running", 6)["first_step"] == 4, "a restart in place goes on with the attempt"
+    assert written("preempted", 9, "SIGTERM") == {
+        "state": "preempted", "step": 9, "reason": "SIGTERM", "attempt": "3.0", "first_step": 4
+    }  # fmt: skip
+    monkeypatch.setenv("TINYTRAIN_ATTEMPT", "3.1")
+    assert written("running", 9)["first_step"] == 9
+    (tmp_path / "state.json").write_text("[]")
+    assert written("failed", None) == {"state": "failed", "step": None, "attempt": "3.1", "first_step": None}
+
+
+def test_a_run_that_another_process_has_taken_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_owned", {})
+    taken = []
+    assert not stopping.owns(tmp_path)
+    assert not stopping.lost(tmp_path)
+    stopping.own(tmp_path, lambda: bool(taken))
+    assert stopping.owns(tmp_path)
+    assert not stopping.lost(tmp_path)
+    taken.append(1)
+    assert not stopping.owns(tmp_path)
+    assert stopping.lost(tmp_path)
+
+
+def test_the_end_of_the_allocation_is_a_deadline(clock, tmp_path, monkeypatch):
+    clock.time = lambda: clock.now + 5000.0
+    monkeypatch.setenv("TINYTRAIN_DEADLINE", str(clock.time() + 60))
+    for limit, seconds in ((None, 60.0), (100.0, 60.0), (20.0, 20.0)):
+        clock.now = 1000.0
+        requests = stopping.StopRequests(tmp_path, limit, look_at_file=False)
+        clock.now += seconds
+        assert requests.reason() == ""
+        clock.now += 0.1
+        assert requests.reason() == "time_limit"

@@ -98,6 +98,7 @@ def main(args: list[str]) -> int:
     for name in ("api", "errors.error_handler"):  # they say what we say, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
+        tempfile.tempdir = scratch  # torchrun leaves folders behind; ranks do not look for their caches there
         # a rank's sentence is printed here, once; and here a rank leaves the run folder
         note = Path(scratch) / "run"
         os.environ["TINYTRAIN_AGENT"] = str(note)

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,17 +132,20 @@ def write_checkpoint(
     max_shard_bytes: int = SHARD_BYTES,
     group: Group | None = None,
     manifest: Manifest | None = None,
+    permit: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one complete checkpoint folder. A collective over `group`: each rank sends its rows to the writers.
 
-    Rank 0 makes the folder, writes what is not a tensor, and commits. Errors: on every rank, CheckpointError if `path`
-    exists or a value is not finite, or a writer's OSError; then nothing is left behind. `manifest`: an empty one, to
-    see from outside which file this rank is at.
+    Rank 0 makes the folder, writes what is not a tensor, and commits; before the first and the last of these it asks
+    `permit`, whose TrainingError ends it. Errors: on every rank, CheckpointError if `path` exists or a value is not
+    finite, or a writer's OSError; then nothing is left behind. `manifest`: an empty one, to see from outside which
+    file this rank is at.
     """
     aside, main = path.with_name(path.name + ".tmp"), distributed.is_main()
     manifest = Manifest() if manifest is None else manifest
     specs = {k: [Spec(p.name, p.shape, p.dtype, p.must_be_finite) for p in parts] for k, parts in pieces.items()}
     try:
+        distributed.together(lambda: permit() if main else None, group)
         distributed.together(lambda: _prepare(path, aside, main), group)
         _write_my_files(aside, pieces, specs, max_shard_bytes, group, manifest)
         everyone = distributed.gather_to_all(manifest, group)
@@ -155,6 +159,7 @@ def write_checkpoint(
             for name, data in (extra_files or {}).items():
                 write_bytes(aside, name, data, manifest)
             write_json(aside, STATE, state, manifest)
+            permit()
             commit(aside, path, manifest)
 
         distributed.together(complete, group)

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -298,11 +299,13 @@ def _adopt_slurm_tasks() -> None:
     alone = int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1  # sbatch sets SLURM_NTASKS for its own shell, too
     if "RANK" in env or "SLURM_PROCID" not in env or ("MASTER_ADDR" not in env and alone):
         return
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3 tasks
+    per_node = [tasks for tasks, nodes in runs for _ in range(int(nodes or 1))]
     env.update(
         RANK=env["SLURM_PROCID"],
         WORLD_SIZE=env["SLURM_NTASKS"],
         LOCAL_RANK=env["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=env["SLURM_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        LOCAL_WORLD_SIZE=per_node[int(env["SLURM_NODEID"])],
     )
     if "MASTER_ADDR" not in env:  # each would be a world of one, and all would train the same
         raise ConfigError(

@@ -74,12 +74,13 @@ def environment(ranks: list[Any]) -> dict[str, Any]:
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
+    submitted = Path(__file__).parent.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
     wanted = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
     return {
         "tinytrain_dist": __version__,
         **versions(),
         "platform": platform.platform(),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": submitted.read_text().strip() if submitted.exists() else git.stdout.strip() or None,
         "threads": torch.get_num_threads(),
         "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
         "variables": {name: os.environ[name] for name in wanted if name in os.environ},

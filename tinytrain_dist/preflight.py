@@ -103,8 +103,9 @@ class RunLock:
         """
         self.path, self._end, error = folder / "lock.json", threading.Event(), None
         self._held = False
+        mine = {"host": context.host, "pid": os.getpid(), "started": _started(os.getpid()), "job": _slurm_job()}
+        self._record = context.broadcast_object(mine)
         if context.is_main:
-            mine = {"host": context.host, "pid": os.getpid(), "started": _started(os.getpid()), "job": _slurm_job()}
             try:
                 self._take(mine)
             except CheckpointError as caught:
@@ -161,6 +162,11 @@ class RunLock:
         age = now.stat().st_mtime - self.path.stat().st_mtime
         now.unlink(missing_ok=True)
         return age > STALE_SECONDS
+
+    def taken(self) -> bool:
+        """Whether another process holds the folder by now; true on every rank of the one that lost it."""
+        holder = self._holder()
+        return holder is not None and holder != self._record
 
     def _touch(self) -> None:
         while not self._end.wait(TOUCH_SECONDS):

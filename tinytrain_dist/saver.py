@@ -24,8 +24,9 @@ from tinytrain_dist import distributed
 from tinytrain_dist.checkpoint import Pieces, pieces_of, read_checkpoint, write_checkpoint
 from tinytrain_dist.config import IDENTITY, TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
-from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.huggingface import huggingface_config
+from tinytrain_dist.stopping import lost
 from tinytrain_dist.tensorfiles import STATE, Manifest, problems_in
 
 SLOW_SECONDS, WAIT_SECONDS = 120.0, 5.0  # when a save is worth a word; how often one waited for is looked at
@@ -165,12 +166,21 @@ class Checkpoints:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         distributed.raise_together(error, self.group)
         if not self.context.broadcast_object(exists, self.group):
-            write_checkpoint(path, pieces, state, files, self.config.max_shard_bytes, self.group, manifest)
+            bounds = self.config.max_shard_bytes, self.group
+            write_checkpoint(path, pieces, state, files, *bounds, manifest, self._permit)
         if self.context.is_main:
             try:
                 self._retain()
             except OSError as caught:
                 print(f"warning: older checkpoints could not be looked at ({caught})", flush=True)
+
+    def _permit(self) -> None:
+        """Errors: TrainingError if the run is another process's by now: then nothing in its folder may be touched."""
+        if lost(Path(self.config.target_dir)):
+            raise TrainingError(
+                f"{self.config.target_dir}: another process has taken this run over (lock.json says which), so this "
+                "one ends without saving; nothing needs to be done"
+            )
 
     def find(self) -> Path | None:
         """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.

@@ -5,6 +5,7 @@ Must not know how gradients are summed, files are written or numbers are shown; 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -40,7 +41,7 @@ from tinytrain_dist.pulse import Pulse
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
-from tinytrain_dist.stopping import STARTED, StopRequests, own, received, write_state
+from tinytrain_dist.stopping import STARTED, StopRequests, own, owns, received, write_state
 
 CLIP_EPS = 1e-6
 
@@ -135,7 +136,7 @@ class Trainer:
         if context.is_main:
             Path(config.target_dir).mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(Path(config.target_dir), context)
-        own(Path(config.target_dir))
+        own(Path(config.target_dir), self.lock.taken)
         self.failure_before = failure.take(Path(config.target_dir)) if context.is_main else ""
         kinds, _ = pieces_of(self.model, self.optimizer, config.max_shard_bytes, config.ckpt_writers)
         pieces = [piece for kind in kinds.values() for piece in kind]
@@ -340,6 +341,9 @@ class Trainer:
         path = self.checkpoints.folder(save.step)
         if save.error is None:
             self.saved_step = save.step
+            with contextlib.suppress(OSError):  # a run that is killed leaves no word; this is how far it surely came
+                if self.context.is_main and owns(Path(self.config.target_dir)):
+                    write_state(Path(self.config.target_dir), "running", save.step)
             self.log.event(save.step, "saved", f"saved {path} ({save.seconds:.1f} s)")
         elif isinstance(save.error, OSError) and not last:
             self.failed_saves += 1
@@ -362,7 +366,8 @@ class Trainer:
             self.save()
         self._collect_save(wait=True, last=True)
         reasons = [reason for reason in self.context.gather_objects(self.stop_reason) if reason]
-        why = f" ({reasons[0]})" if state == "preempted" and reasons else ""
+        reason = reasons[0] if state == "preempted" and reasons else ""
+        why = f" ({reason})" if reason else ""
         if early:
             best, step = self.report["best_eval_loss"], self.report["best_eval_step"]
             why = f" (no better eval loss than {best:.4f} in {self.report['evals_since_best']} evaluations, "
@@ -371,7 +376,7 @@ class Trainer:
         self.stop.obeyed()
         self.log.close()
         if self.context.is_main:
-            write_state(Path(self.config.target_dir), state, self.step)
+            write_state(Path(self.config.target_dir), state, self.step, reason)
         self.lock.release()
         return state
 

@@ -1,0 +1,37 @@
+"""launch/train.py with a brake and a bomb, which the tests put in its place in a copy of the checkout.
+
+BRAKE="STEP:SECONDS" makes each step of the first attempt from STEP on take that much longer, so that there is time to
+hit it; CRASH="STEP" ends rank 0 of every attempt there by an exception. Must not change what is trained.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tinytrain_dist import stopping
+
+stopping.install_handlers()
+
+from tinytrain_dist.run import main  # noqa: E402
+from tinytrain_dist.trainer import Trainer  # noqa: E402
+
+original = Trainer.train_step
+first, seconds = (os.environ.get("BRAKE") or "0:0").split(":")
+crash = int(os.environ.get("CRASH") or -1)
+
+
+def train_step(self, *args):
+    if self.step >= crash >= 0 and self.context.is_main:
+        raise RuntimeError(f"bomb at step {self.step}")
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and self.step >= int(first):
+        time.sleep(float(seconds))
+    return original(self, *args)
+
+
+Trainer.train_step = train_step
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
