@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
     {"distributed", "environment"},
     {"reduction"},
     {"parallel"},
-    {"checkpoint", "metrics"},
+    {"checkpoint", "metrics", "estimate"},
     {"saver", "preflight", "observer", "census"},
     {"trainer"},
     {"run", "agent"},

@@ -21,6 +21,7 @@ TOOLS = {
     "export": ("tinytrain_dist.tools.export:main", "weights as a Hugging Face folder"),
     "verify": ("tinytrain_dist.tools.inspect:verify_main", "read every byte of checkpoints"),
     "hash": ("tinytrain_dist.tools.compare:hash_main", "one digest of weights and optimizer state"),
+    "plan": ("tinytrain_dist.tools.plan:main", "whether a run fits, what it holds, how fast it can be"),
     "replay": ("tinytrain_dist.tools.replay:main", "the steps after a checkpoint, held against the record"),
     "compare": ("tinytrain_dist.tools.compare:compare_main", "where two runs or checkpoints part"),
 }

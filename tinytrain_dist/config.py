@@ -68,7 +68,9 @@ class TrainingConfig:
         "data", None, "token file (.npy) to evaluate on, or several, each by itself; None: no evaluation"
     )
     batch_size: int = _in("data", 32, "sequences per optimizer step over ALL ranks")
-    micro_batch_size: int | None = _in("data", None, "sequences in one forward pass on one rank; None: all of them")
+    micro_batch_size: int | Literal["auto"] | None = _in(
+        "data", None, "sequences in one forward pass on one rank; None: all of them; auto: what fits in memory"
+    )
     context_len: int = _in("data", 256, "tokens per sequence")
 
     vocab_size: int | None = _in("model", None, "None: taken from meta.json beside train_data")
@@ -149,6 +151,11 @@ class TrainingConfig:
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def fixed_micro_batch_size(self) -> int | None:
+        """micro_batch_size where it is a number."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def warmup_steps(self) -> int:
@@ -319,7 +326,7 @@ def _problems(c: TrainingConfig) -> list[str]:
     for name in AT_LEAST_ONE:
         need(getattr(c, name) >= 1, f"{name}: {getattr(c, name)} must be at least 1")
     for name in NONE_OR_AT_LEAST_ONE:
-        value = getattr(c, name)
+        value = c.fixed_micro_batch_size if name == "micro_batch_size" else getattr(c, name)
         need(value is None or value >= 1, f"{name}: {value} must be at least 1 (leave it out for the default)")
     for name in (
         "lr_max",
@@ -349,7 +356,7 @@ def _shape_problems(c: TrainingConfig) -> list[str]:
         found.append(f"d_model: head width {c.head_width} is odd; rotary embeddings need d_model/num_heads even")
     if c.num_heads % c.kv_heads:
         found.append(f"num_kv_heads: {c.kv_heads} does not divide num_heads {c.num_heads}")
-    if c.micro_batch_size and c.batch_size % c.micro_batch_size:
+    if c.fixed_micro_batch_size and c.batch_size % c.fixed_micro_batch_size:
         choices = [m for m in range(1, c.batch_size + 1) if c.batch_size % m == 0]
         found.append(
             f"batch_size: {c.batch_size} is not a multiple of micro_batch_size {c.micro_batch_size}; "
@@ -423,8 +430,8 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
         )
     if c.allow_drift and not c.reproducible:
         found.append("allow_drift: has no effect with reproducible = false; leave it out")
-    if c.reproducible and c.micro_batch_size is None:
-        found.append("micro_batch_size: must be set with reproducible = true, since it decides bits")
+    if c.reproducible and c.fixed_micro_batch_size is None:
+        found.append("micro_batch_size: must be set with reproducible = true to a number, since it decides bits")
     if "/" in c.ckpt_save_prefix + c.log_save_prefix or not (c.ckpt_save_prefix and c.log_save_prefix):
         found.append("ckpt_save_prefix, log_save_prefix: must be plain names, without /")
     return found

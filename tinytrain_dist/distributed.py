@@ -24,8 +24,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tinytrain_dist.config import listed
 from tinytrain_dist.errors import ConfigError, MeetingError, TinytrainError
@@ -75,6 +78,15 @@ class DistributedContext:
         """This context on a (replicate, shard) mesh. A collective: every rank calls it with the same layout."""
         mesh = init_device_mesh(self.device.type, (layout.replicate, layout.shard), mesh_dim_names=(REPLICATE, SHARD))
         return replace(self, mesh=mesh, layout=layout)
+
+    def on_cpu(self) -> DistributedContext:
+        """The same ranks and groups with tensors on the CPU, made without a word to the others."""
+        if self.mesh is None or self.device.type == "cpu":
+            return replace(self, device=torch.device("cpu"))
+        names = (REPLICATE, SHARD)
+        groups = [self.mesh.get_group(name) for name in names]
+        mesh = DeviceMesh.from_group(groups, "cpu", self.mesh.mesh, mesh_dim_names=names)
+        return replace(self, device=torch.device("cpu"), mesh=mesh)
 
     def group(self, axis: str | None = None) -> Group | None:
         """The ranks along one axis of the mesh, or with None all of them."""
@@ -130,6 +142,35 @@ class Vote:
         """True if any rank raised its flag."""
         self.work.wait()
         return bool(self.ballot.item())
+
+
+class Unsent(TorchDispatchMode):
+    """While it is on, collectives move nothing and end at once, so that no rank waits for another."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run anything but a collective; of one, hand back its buffers as they are."""
+        if func.namespace != "c10d":
+            return func(*args, **(kwargs or {}))
+        place = next(i for i, argument in enumerate(func._schema.arguments) if argument.name == "process_group")
+        group = dist.ProcessGroup.unbox(args[place])
+        tensors = [leaf for leaf in tree_leaves(args[:place]) if isinstance(leaf, Tensor)]
+        self.message(func.__name__, tensors, tuple(dist.get_process_group_ranks(group)))
+        work = FakeWork().boxed()
+        return work if len(func._schema.returns) == 1 else (args[0], work)
+
+    def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
+        """Called with the operation and its buffers in place of sending."""
+
+
+def pretend(world_size: int, local_world_size: int) -> DistributedContext:
+    """Rank 0 of a world that is not there: groups and meshes can be made, nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    return DistributedContext(0, 0, world_size, local_world_size, socket.gethostname(), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -491,5 +532,5 @@ def start_sum(tensor: Tensor, group: Group | None) -> torch.futures.Future[Tenso
     """Sum `tensor` over the group in place; the future holds it when that is done."""
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
-    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda _: tensor)
     return future

@@ -5,6 +5,7 @@ Must not know ranks' work: it looks at one process, and is told what the others 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -19,11 +20,15 @@ from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
 
 
-def fits_one_device(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether weights, gradients and both moments (16 bytes a parameter) take less than 60 % of one device."""
-    if device.type != "cuda":
-        return True
-    return 16 * parameter_count(config) < 0.6 * torch.cuda.get_device_properties(device).total_memory
+def free_memory(device: torch.device, local_world_size: int) -> float:
+    """Bytes that a process may still take: what is free on its GPU, or its share of the host's; infinite if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+        return 1024 * float(meminfo.split("MemAvailable:")[1].split()[0]) / local_world_size
+    except (OSError, ValueError, IndexError):
+        return math.inf
 
 
 def parameter_count(config: TrainingConfig) -> int:

@@ -5,7 +5,7 @@ Must not know torch or which rank it runs on: every rank, and a login node, comp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinytrain_dist.config import TrainingConfig, listed
 from tinytrain_dist.errors import ConfigError
@@ -79,7 +79,7 @@ class BatchPlan:
     def make(cls, config: TrainingConfig, layout: Layout) -> BatchPlan:
         """The plan of a configuration on a layout. Errors: ConfigError listing the sizes that divide."""
         ranks = layout.replicate * layout.shard
-        micro = config.micro_batch_size or max(1, config.batch_size // ranks)
+        micro = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
         leaves = config.batch_size // micro
         if config.batch_size % (micro * ranks):
             sizes = [n for n in range(1, leaves + 1) if leaves % n == 0]
@@ -134,3 +134,9 @@ class BatchPlan:
             f"batch_size {self.batch_size} = micro_batch_size {self.micro_batch_size} x {self.ranks} ranks x "
             f"{self.accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens per step"
         )
+
+
+def possible_micro_batches(config: TrainingConfig, layout: Layout) -> list[int]:
+    """Every micro_batch_size that divides on this layout, smallest first. Errors: ConfigError if there is none."""
+    whole = BatchPlan.make(replace(config, micro_batch_size=None), layout).micro_batch_size
+    return [size for size in range(1, whole + 1) if whole % size == 0]

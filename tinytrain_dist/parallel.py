@@ -29,11 +29,12 @@ from tinytrain_dist.reduction import shard_rows
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Module:
+def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
     """A TransformerLM with its initial weights, wrapped for the context's layout.
 
     No rank ever holds more than its shards and one unit (a block, or the embedding): the model is described on the
-    meta device, and each unit gets its weights, the same on any layout, just before it is sharded.
+    meta device, and each unit gets its weights, the same on any layout, just before it is sharded. draw=False leaves
+    their values open, for a rehearsal.
     """
     assert context.layout is not None, "with_layout comes first"
     with torch.device("meta"):
@@ -44,7 +45,7 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
         if config.compile:
             block.compile()
     if context.layout.mode in ("none", "ddp"):
-        _materialize(model, model, context.device)
+        _materialize(model, model, context.device, draw)
         # alone, the wrapper would only cost: nothing is to be summed
         return _wrap_ddp(model, context) if context.layout.replicate > 1 else model
     embed, head = model.model.embed_tokens, model.lm_head
@@ -56,7 +57,7 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
     mesh = mesh[SHARD] if context.layout.mode == "fsdp" or config.reproducible else mesh
     for unit in units:
         for module in unit:
-            _materialize(model, module, context.device)
+            _materialize(model, module, context.device, draw)
         model.tie_weights()
         # embedding and head are gathered in float32: the sum of their gradients over tokens needs it
         narrow = config.precision == "bf16" and unit[0] not in (embed, head)
@@ -67,14 +68,14 @@ def build_model(config: TrainingConfig, context: DistributedContext) -> nn.Modul
     return model
 
 
-def _materialize(model: TransformerLM, module: nn.Module, device: torch.device) -> None:
+def _materialize(model: TransformerLM, module: nn.Module, device: torch.device, draw: bool) -> None:
     """Give the parameters of `module` that are still on the meta device their place and their initial value."""
     names = {param: name for name, param in model.named_parameters()}
     for owner in module.modules():
         for key, param in list(owner.named_parameters(recurse=False)):
             if param.device.type == "meta":
-                value = model.initial_weight(names[param], param.shape).to(device)
-                setattr(owner, key, nn.Parameter(value))
+                value = model.initial_weight(names[param], param.shape) if draw else torch.empty(param.shape)
+                setattr(owner, key, nn.Parameter(value.to(device)))
     model.tie_weights()
 
 

@@ -9,6 +9,8 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from tinytrain_dist.data import (
     short_names,
     token_bytes,
 )
-from tinytrain_dist.distributed import DistributedContext, together
-from tinytrain_dist.environment import decide_bits, environment, fits_one_device
+from tinytrain_dist.distributed import DistributedContext, Unsent, together
+from tinytrain_dist.environment import decide_bits, environment, free_memory
 from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
+from tinytrain_dist.estimate import RESERVE, estimate, largest_fitting, memory_report
 from tinytrain_dist.files import write_atomically
-from tinytrain_dist.layout import BatchPlan, choose_layout
+from tinytrain_dist.layout import BatchPlan, choose_layout, possible_micro_batches
 from tinytrain_dist.metrics import HostCopy, RunLog
 from tinytrain_dist.observer import StepObserver, StepReport, due
 from tinytrain_dist.optim import AdamW, decay_groups, local
@@ -61,23 +64,10 @@ class Trainer:
         self.pulse.enter("open_data")
         together(self._open_data)
         bits = decide_bits(config, context.device)
-        fits = not context.agree(not fits_one_device(config, context.device))
-        self.context = context = context.with_layout(
-            choose_layout(config, context.world_size, context.local_world_size, fits)
-        )
-        assert context.layout is not None
-        self.plan = BatchPlan.make(config, context.layout)
-        self.leaves = [self.plan.leaf(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)]
-        self.slots = [slot for leaf in self.leaves for slot in self.plan.slots(leaf)]
         self.pulse.enter("build")
-        self.model = build_model(config, context)
-        self.reduction = (CanonicalReduction if config.reproducible else NativeReduction)(
-            self.model, self.plan, context
-        )
-        self.optimizer = AdamW(
-            decay_groups(self.model, config.weight_decay), config.lr_max, config.betas, config.eps, config.weight_decay
-        )
-        self.optimizer.materialize()
+        self.context = context = self._spread(context)
+        self._assemble_fitting()
+        config = self.config
         prints = self.train.fingerprints  # of one file without a list, as checkpoints have it since there was only one
         data = {"train": prints if len(prints) > 1 else prints[0]}
         self.checkpoints = Checkpoints(config, context, data, bits)
@@ -90,6 +80,79 @@ class Trainer:
         self._check()
         self.observer = self._observer()
         self.stop = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=STARTED)
+
+    @classmethod
+    def double(cls) -> Trainer:
+        """A trainer that is only rehearsed (see estimate.py): it has no data, no folder and no log."""
+        double = cls.__new__(cls)
+        double.step, double.pulse = 0, Pulse()
+        return double
+
+    def assemble(self, *, draw: bool = True) -> None:
+        """What a step consists of: plan, model, reduction, optimizer. draw: see build_model."""
+        config, context = self.config, self.context
+        assert context.layout is not None
+        self.plan = BatchPlan.make(config, context.layout)
+        self.leaves = [self.plan.leaf(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)]
+        self.slots = [slot for leaf in self.leaves for slot in self.plan.slots(leaf)]
+        self.model = build_model(config, context, draw=draw)
+        self.reduction = (CanonicalReduction if config.reproducible else NativeReduction)(
+            self.model, self.plan, context
+        )
+        self.optimizer = AdamW(
+            decay_groups(self.model, config.weight_decay), config.lr_max, config.betas, config.eps, config.weight_decay
+        )
+        self.optimizer.materialize()
+
+    def _spread(self, context: DistributedContext) -> DistributedContext:
+        """This context on its layout; where `parallel = auto` may choose, replicas only if the estimate fits."""
+        config, world = self.config, (context.world_size, context.local_world_size)
+        spread = context.with_layout(choose_layout(config, *world))
+        assert spread.layout is not None
+        if config.parallel == "auto" and spread.layout.mode == "ddp" and context.device.type == "cuda":
+            least = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
+            need = estimate(least, spread, self.double()).nbytes
+            if context.agree(need > RESERVE * free_memory(context.device, context.local_world_size)):
+                spread = context.with_layout(choose_layout(config, *world, fits=False))
+        return spread
+
+    def _assemble_fitting(self) -> None:
+        """`assemble`, where micro_batch_size = auto with the largest that the estimate and a trial let pass."""
+        config, context, self.remarks = self.config, self.context, list[str]()
+        if config.micro_batch_size != "auto":
+            return self.assemble()
+        assert context.layout is not None
+        sizes = possible_micro_batches(config, context.layout)
+        room = min(context.gather_objects(RESERVE * free_memory(context.device, context.local_world_size)))
+        fitting = largest_fitting(sizes, room, config, context, self.double())
+        for size in reversed(context.broadcast_object(fitting)):
+            self.config = replace(config, micro_batch_size=size)
+            self.assemble()
+            if not context.agree(not self._survives_a_trial()):
+                self.remarks.append(f"micro_batch_size = auto: {size}")
+                return None
+            self.remarks.append(f"micro_batch_size {size} ran out of memory in a trial; trying the next smaller one")
+            del self.model, self.reduction, self.optimizer
+            if context.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise TrainingError(f"micro_batch_size: not even {sizes[0]} fits in memory\n{self._memory_report()}")
+
+    def _survives_a_trial(self) -> bool:
+        """Whether a step's passes fit in memory. Nothing is sent meanwhile, so that nobody waits for who runs out."""
+        last = self.plan.accumulation_steps - 1
+        passes = (0, last) if last else (0,)
+        shape = len(passes) * self.plan.micro_batch_size, self.config.context_len + 1
+        try:
+            with Unsent(), torch.compiler.set_stance("force_eager"):
+                self._pass(torch.zeros(shape, dtype=torch.int32), passes)
+                self.reduction.finish()
+        except torch.OutOfMemoryError:
+            return False
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _memory_report(self) -> str:
+        return memory_report(self.config, self.context, self.double())
 
     def _open_data(self) -> None:
         c = self.config
@@ -118,7 +181,7 @@ class Trainer:
             together(lambda: init_from_folder(source, self.model, config))
         self._write_run_folder()
         self.log = RunLog(config, self.context.is_main, self.step)
-        self.log.say("\n".join([str(self.context.layout), str(self.plan), *self.hints]))
+        self.log.say("\n".join([f"{self.context.layout}", *self.remarks, f"{self.plan}", *self.hints]))
         if path is not None:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
@@ -179,6 +242,8 @@ class Trainer:
         except TrainingError:
             self._collect_save(wait=True)  # what is being written is good
             raise
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{error}\n{self._memory_report()}") from error
         finally:
             self.batches.close()
         return self._finish()
@@ -214,14 +279,8 @@ class Trainer:
         waiting = time.perf_counter()
         rows = self.batches.get(self.step)
         waited = time.perf_counter() - waiting
-        sums = []
         self.pulse.enter("forward_backward")
-        for k, (ids, targets) in enumerate(micro_batches(rows, self.plan.micro_batch_size, self.context.device)):
-            self.reduction.before_micro_step(k)
-            loss_sum = self.model(ids, targets)
-            (loss_sum / self.plan.tokens_per_step).backward()  # divided once, by the global count
-            self.reduction.after_micro_step(k)
-            sums.append(loss_sum.detach())
+        sums = self._pass(rows, range(self.plan.accumulation_steps))
         self.pulse.enter("reduction")
         self.reduction.finish()
         leaf_losses = self.reduction.losses(self.leaves, sums, self.plan.leaves)
@@ -239,6 +298,18 @@ class Trainer:
         self.pulse.enter("reading", self.step)
         numbers = HostCopy(torch.stack([loss, norm, skip.double()]))
         return StepReport(self.step, lr, numbers, leaf_losses, self.context.start_vote(bool(stop_reason)), waited)
+
+    def _pass(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
+        """Forward and backward of the micro-batches in `rows`; their summed losses."""
+        sums = []
+        micros = micro_batches(rows, self.plan.micro_batch_size, self.context.device)
+        for k, (ids, targets) in zip(micro_steps, micros, strict=True):
+            self.reduction.before_micro_step(k)
+            loss_sum = self.model(ids, targets)
+            (loss_sum / self.plan.tokens_per_step).backward()  # divided once, by the global count
+            self.reduction.after_micro_step(k)
+            sums.append(loss_sum.detach())
+        return sums
 
     def _clip(self, norm: Tensor) -> None:
         if self.config.grad_clip_norm is not None:

@@ -1,0 +1,104 @@
+"""Owns the measured side of the plan: what a real step takes from the process's allocator, beside the estimate of it.
+
+Must not know what is asserted. On the CPU the C library counts every byte that any thread of the process holds,
+whatever asked for it (torch, gloo, numpy); it is read after every operation. torch's profiler would not do: it misses
+what gloo's threads free, so that its sum grows from step to step. On a GPU it is max_memory_allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+STEPS = 3  # DDP makes its buckets anew in the second
+
+# name -> ranks, settings; on top of MODEL
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "none": (1, {"parallel": "none"}),
+    "ddp 2": (2, {"parallel": "ddp"}),
+    "ddp 2, vocabulary 8192": (2, {"parallel": "ddp", "vocab_size": 8192}),
+    "ddp 2, loss in chunks": (2, {"parallel": "ddp", "vocab_size": 8192, "loss_chunk_tokens": 64}),
+    "ddp 2, accumulation": (2, {"parallel": "ddp", "micro_batch_size": 2}),
+    "ddp 2, checkpointing": (2, {"parallel": "ddp", "activation_checkpointing": "block"}),
+    "ddp 2, reproducible": (2, {"parallel": "ddp", "reproducible": True, "micro_batch_size": 2}),
+    "fsdp 2": (2, {"parallel": "fsdp"}),
+    "fsdp 2, checkpointing": (2, {"parallel": "fsdp", "activation_checkpointing": "block"}),
+    "fsdp 2, selective, bf16": (2, {"parallel": "fsdp", "activation_checkpointing": "selective", "precision": "bf16"}),
+    "fsdp 4, vocabulary 8192": (4, {"parallel": "fsdp", "vocab_size": 8192}),
+    "hsdp 2 x 2, accumulation": (4, {"parallel": "hsdp", "dp_replicate": 2, "dp_shard": 2, "micro_batch_size": 2}),
+}
+MODEL: dict[str, Any] = {
+    "num_layers": 6,
+    "d_model": 128,
+    "num_heads": 4,
+    "vocab_size": 1024,
+    "context_len": 64,
+    "batch_size": 16,
+    "device": "cpu",
+}
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd u f uordblks fordblks k".split()]
+
+
+def allocated_bytes() -> int:
+    """Bytes that this process holds from malloc, in all arenas and in mappings of their own. Needs glibc 2.33."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+class _Watch(TorchDispatchMode):
+    peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, allocated_bytes())
+        return out
+
+
+def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
+    """On a rank: the measured and the estimated bytes of a step at its peak, and the moment of the estimate."""
+    from tinytrain_dist import distributed
+    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.estimate import estimate
+    from tinytrain_dist.layout import choose_layout
+    from tinytrain_dist.trainer import Trainer
+
+    config, context = TrainingConfig(**settings), distributed.start(settings["device"])
+    context = context.with_layout(choose_layout(config, context.world_size, context.local_world_size))
+    predicted = estimate(config, context, Trainer.double())
+    _steps(Trainer.double(), config, context, 1)  # what libraries allocate once and keep is none of the step's
+    gc.collect()
+    if context.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        _steps(Trainer.double(), config, context, STEPS)
+        return torch.cuda.max_memory_allocated() - base, predicted.nbytes, predicted.peak
+    base = allocated_bytes()
+    with _Watch() as watch:
+        _steps(Trainer.double(), config, context, STEPS)
+    return watch.peak - base, predicted.nbytes, predicted.peak
+
+
+class _Batches:
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def get(self, step: int) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=torch.int32)
+
+
+def _steps(trainer: Any, config: Any, context: Any, count: int) -> None:
+    trainer.config, trainer.context = config, context
+    trainer.assemble()
+    trainer.batches = _Batches((len(trainer.slots), config.context_len + 1))
+    for _ in range(count):
+        report = trainer.train_step()
+        report.vote.result()
