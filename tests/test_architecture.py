@@ -31,9 +31,9 @@ LAYERS: list[set[str]] = [
     {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse", "network"},
     {"optim", "losses", "schedule", "failure"},
     {"model", "watchdog"},  # its head computes the loss in chunks (losses), so that no rank holds all logits
-    {"data"},
+    {"data", "board"},
     {"distributed", "environment"},
-    {"reduction"},
+    {"reduction", "replicas", "samples"},
     {"parallel"},
     {"checkpoint", "metrics", "estimate"},
     {"saver", "preflight", "observer", "census"},

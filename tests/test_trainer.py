@@ -91,7 +91,7 @@ def spoiled_save(settings: dict[str, Any]) -> str:
 
 def differ(trainer: Any) -> None:
     from tinytrain_dist.checkpoint import model_tensors
-    from tinytrain_dist.parallel import check_replicas
+    from tinytrain_dist.replicas import check_replicas
 
     if trainer.context.rank == 1:
         with torch.no_grad():

@@ -53,6 +53,7 @@ class TrainingConfig:
     early_stop_patience: int | None = _in(
         "run", None, "evaluations in a row without a better loss after which the run stops; each best is saved"
     )
+    sample_tokens: int = _in("run", 32, "tokens of each text written at an evaluation; 0: none; needs tokenizer.json")
     log_dir: str | None = _in("run", None, "None: target_dir/logs")
     log_save_prefix: str = _in("run", "metrics", "name of the plain record: metrics.jsonl")
     resume: str = _in("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
@@ -113,6 +114,9 @@ class TrainingConfig:
     reproducible: bool = _in("parallel", False, "the same bits on any number of ranks and in any mode")
     allow_drift: bool = _in("parallel", False, "reproducible: resume although something that decides bits changed")
     cpu_threads: int | None = _in("parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible")
+    fingerprint_every: int | None = _in(
+        "parallel", None, "steps between comparisons of replicas' bits; None: before each save only"
+    )
 
     ckpt_every: int = _in("checkpoint", 1000, "steps between checkpoints")
     ckpt_dir: str | None = _in("checkpoint", None, "None: target_dir/checkpoints")
@@ -311,7 +315,8 @@ AT_LEAST_ONE = tuple(
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
-    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience".split()
+    "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
+    "fingerprint_every".split()
 )
 
 
@@ -339,7 +344,8 @@ def _problems(c: TrainingConfig) -> list[str]:
     ):
         value = getattr(c, name)
         need(value is None or 0 < value < math.inf, f"{name}: {value} must be greater than 0 and finite")
-    for name in ("lr_min", "weight_decay", "seed", "warmup_iters", "start_limit", "step_limit", "save_limit"):
+    not_negative = "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens"
+    for name in not_negative.split():
         value = getattr(c, name)
         need(value is None or 0 <= value < math.inf, f"{name}: {value} must not be negative")
     need(c.seed < 1 << 64, f"seed: {c.seed} must be less than 2**64; the generator's key has one word for it")
@@ -409,6 +415,8 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
             for name in ("dp_replicate", "dp_shard")
             if getattr(c, name) is not None
         ]
+    if c.parallel in ("none", "fsdp") and c.fingerprint_every is not None:
+        found.append(f"fingerprint_every: parallel = {c.parallel} has no replicas to compare; leave it out")
     if c.ckpt_path_to_resume and c.resume not in ("auto", c.ckpt_path_to_resume):
         found.append(f"resume: {c.resume!r} contradicts ckpt_path_to_resume {c.ckpt_path_to_resume!r}; set one")
     if (c.rope_scaling_factor is None) != (c.rope_original_context_len is None):

@@ -19,6 +19,8 @@ import torch
 from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # how often the launcher, and the cluster, began again
+
 
 def free_memory(device: torch.device, local_world_size: int) -> float:
     """Bytes that a process may still take: what is free on its GPU, or its share of the host's; infinite if unknown."""
@@ -80,7 +82,7 @@ def environment(ranks: list[Any]) -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
     submitted = Path(__file__).parent.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
-    wanted = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
+    wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", *RESTARTS]
     return {
         "tinytrain_dist": __version__,
         **versions(),

@@ -1,4 +1,4 @@
-"""Owns what a run tells: console lines, metrics.jsonl (the plain record), TensorBoard, and honest clocks.
+"""Owns what a run tells: console lines, metrics.jsonl (the plain record), when TensorBoard hears of it, honest clocks.
 
 Must not know how the numbers come about. Only rank 0 has sinks; every rank calls the same methods.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
 
+from tinytrain_dist.board import Board, code
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.files import write_atomically
 
@@ -72,6 +72,36 @@ class Stopwatch:
             self._off += self._clock() - start
 
 
+class WorkClock:
+    """Time inside some modules' forward, by the host's clock, or on a GPU by events on its stream, read when past."""
+
+    def __init__(self, modules: list[nn.Module], cuda: bool, compiled: bool = False) -> None:
+        """`modules`: must not contain each other; compiled: their calls are, hooks included, which a clock must not."""
+        self._cuda = cuda
+        self._marks: list[Any] = []
+        mark = torch.compiler.disable(self._mark) if compiled else self._mark
+        for module in modules:
+            module.register_forward_pre_hook(mark)
+            module.register_forward_hook(mark)
+
+    def _mark(self, *_: Any) -> None:
+        if self._cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def take(self) -> list[Any]:
+        """The marks since the last call, for `seconds`."""
+        marks, self._marks = self._marks, []
+        return marks
+
+    def seconds(self, marks: list[Any]) -> float:
+        """Seconds between each odd mark and the next. On a GPU the work must be done, or this is an error."""
+        pairs = zip(marks[0::2], marks[1::2], strict=True)
+        return float(sum(a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairs))
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak memory of this process: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
@@ -80,7 +110,11 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device, None where it is not known."""
+    """Dense bf16 peak of the device, None where it is not known: then there is no MFU.
+
+    MFU = tokens per second x flops per token (TransformerLM.flops_per_token) / (peak x ranks), in seconds of steps:
+    without evaluation and saving. Work that is done twice (activation checkpointing) does not count.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -102,12 +136,7 @@ class RunLog:
         self.path = folder / f"{config.log_save_prefix}.jsonl"
         cut_back(self.path, resumed_step)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        per_step = config.batch_size * config.context_len
-        self._board = SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=10)
-        # steps and tokens in separate folders: purge_step is compared with the axis of every point in the folder
-        self._by_tokens = SummaryWriter(
-            str(folder / "by_tokens"), purge_step=resumed_step * per_step + 1, flush_secs=10
-        )
+        self._board = Board(config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
 
@@ -118,12 +147,18 @@ class RunLog:
         elif self.main:
             print(text, flush=True)
 
-    def train(self, step: int, values: dict[str, float], per_rank: dict[str, list[float]]) -> None:
-        """The record of a logged step; `per_rank` by rank."""
+    def train(
+        self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]], work_by_rank: list[float]
+    ) -> None:
+        """The record of a logged step. groups: numbers that belong together, by name; work_by_rank: seconds a step."""
         if not self.main:
             return
+        tokens = step * self.config.batch_size * self.config.context_len
         with self._sinks():
-            self._write_train(step, values, per_rank)
+            self._record("train", step, {"tokens": tokens, **values, **groups, "work_seconds_by_rank": work_by_rank})
+            self._board.numbers(step, values, groups)
+            self._board.loss("train", step, values["loss"])
+            self._board.histogram("by_rank/work_seconds", work_by_rank, step)
         left = (self.config.last_step - step) * values["step_seconds"]
         text = (
             f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
@@ -134,42 +169,41 @@ class RunLog:
         else:
             print(f"step {step}/{self.config.total_steps} | {text} | {duration(left)} left", flush=True)
 
-    def _write_train(self, step: int, values: dict[str, float], per_rank: dict[str, list[float]]) -> None:
-        tokens = step * self.config.batch_size * self.config.context_len
-        self._record("train", step, {"tokens": tokens, **values, **per_rank})
-        for name in ("loss", "lr", "grad_norm", "mfu"):
-            if name in values:
-                self._board.add_scalar(f"train/{name}" if name == "loss" else name, values[name], step)
-        for name in ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_gib", "skipped_steps"):
-            self._board.add_scalar(f"health/{name}" if name == "skipped_steps" else f"speed/{name}", values[name], step)
-        self._board.add_scalar("tokens", tokens, step)
-        for rank, speed in enumerate(per_rank["tokens_per_second_by_rank"]):
-            self._board.add_scalar(f"speed_by_rank/tokens_per_second_{rank}", speed, step)
-        self._by_tokens.add_scalar("train/loss", values["loss"], tokens)
-
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
         """The record of an evaluation; loss in nats per token, `others` what else was measured, by name."""
-        perplexity, others = math.exp(min(loss, 700.0)), others or {}
-        more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others.items())
-        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f}{more} ({seconds:.1f} s)")
+        numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **(others or {})}
+        more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in (others or {}).items())
+        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {numbers['perplexity']:.2f}{more} ({seconds:.1f} s)")
         if not self.main:
             return
         with self._sinks():
-            self._record("eval", step, {"loss": loss, "perplexity": perplexity, **others, "seconds": seconds})
-            self._board.add_scalar("eval/loss", loss, step)
-            self._board.add_scalar("eval/perplexity", perplexity, step)
-            for name, value in others.items():
-                self._board.add_scalar(f"eval/{name}", value, step)
-            self._by_tokens.add_scalar("eval/loss", loss, step * self.config.batch_size * self.config.context_len)
+            self._record("eval", step, {**numbers, "seconds": seconds})
+            self._board.numbers(step, {}, {"eval": numbers})
+            self._board.loss("eval", step, loss)
+
+    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """What the model wrote at an evaluation: (beginning, continuation)."""
+        if not texts or not self.main:
+            return
+        with self._sinks():
+            self._record("samples", step, {"texts": texts})
+            parts = [f"**given**\n\n{code(a)}\n\n**the model goes on**\n\n{code(b)}" for a, b in texts]
+            self._board.text("samples", "\n\n---\n\n".join(parts), step)
+
+    def about(self, step: int, topic: str, text: str) -> None:
+        """A text about the run for the dashboards, shown as it is: environment, arithmetic, plan."""
+        if self.main:
+            with self._sinks():
+                self._board.text(f"about/{topic}", code(text), step)
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """Something that happened once: resumed, saved, skipped, stopped."""
+        """Something that happened once; `kind`: one of board.EVENT_ROWS."""
         self.say(f"step {step}: {text}")
         if not self.main:
             return
         with self._sinks():
             self._record(kind, step, {"text": text})
-            self._board.add_text(kind, text, step)
+            self._board.event(kind, text, step)
 
     def flush(self) -> None:
         """Bring everything to the files."""
@@ -177,14 +211,13 @@ class RunLog:
             return
         with self._sinks():
             self._board.flush()
-            self._by_tokens.flush()
 
     def close(self) -> None:
         """Flush and end."""
         if self.main:
             if self._progress:
                 self._progress.stop()
-            for sink in (self._board, self._by_tokens, self._file):
+            for sink in (self._board, self._file):
                 with self._sinks():
                     sink.close()
 

@@ -6,7 +6,11 @@ Must not know how a step is made. Every rank has one and calls it at the same st
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +19,13 @@ from tinytrain_dist.data import TokenFiles
 from tinytrain_dist.distributed import DistributedContext, Vote
 from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.layout import BatchPlan
-from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, memory_bytes, peak_flops
+from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, WorkClock, memory_bytes, peak_flops
+from tinytrain_dist.replicas import compare
+from tinytrain_dist.stopping import STARTED
+
+PHASES = ("data", "forward_backward", "reduction", "optimizer", "reading", "evaluation", "checkpoint")
+NORMS_EVERY = 10  # logged steps from one look at the norms by layer to the next
+SLOW = 1.2  # a rank whose own work takes so many times the median's
 
 
 @dataclass
@@ -28,6 +38,9 @@ class StepReport:
     leaf_losses: Tensor
     vote: Vote
     data_wait: float
+    forward: list[Any]  # marks of the WorkClock
+    phases: dict[str, float]  # seconds in each since the step before
+    layer_norms: HostCopy | None  # of gradients and of weights, by layer
 
 
 def due(step: int, every: int) -> bool:
@@ -48,11 +61,23 @@ class StepObserver:
         step: int,
         data: TokenFiles,
         flops_per_token: float,
+        clock: WorkClock,
+        layers: list[str],
     ) -> None:
-        """step: where the run starts; data: what the steps draw from; flops_per_token: forward and backward."""
+        """step: where the run starts; data: what the steps draw from; flops_per_token: forward and backward.
+
+        clock: times this rank's own work; layers: what `layer_norms` are of.
+        """
         self.config, self.context, self.plan, self.log = config, context, plan, log
         self.data, self.flops_per_token = data, flops_per_token
+        self.clock, self.layers = clock, layers
+        self.hosts = context.gather_objects(context.host)
         self.watch, self.logged_step = Stopwatch(), step
+        self.useful_seconds, self.useful_steps = 0.0, 0
+        self.waited, self.worked, self.phases = 0.0, 0.0, Counter[str]()
+        self.suspect: int | None = None
+        self.named: int | None = None
+        self._prints: tuple[int, list[str], HostCopy] | None = None
         self.skipped, self.skipped_in_row = 0, 0
         self.step_seconds, self.stopping = 0.0, False
         self._unread: StepReport | None = None
@@ -68,7 +93,11 @@ class StepObserver:
         if report is None:
             return
         loss, norm, skipped = report.numbers.read()
+        self.waited += report.data_wait
+        self.worked += self.clock.seconds(report.forward)
+        self.phases.update(report.phases)  # adds
         self.skipped += int(skipped)
+        self.useful_steps += 1 - int(skipped)
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         if skipped:
             self._report_skip(report, loss, norm)
@@ -97,24 +126,72 @@ class StepObserver:
             for rank in range(plan.ranks)
         ]
 
+    def fingerprint(self, step: int, names: list[str], prints: HostCopy) -> None:
+        """Keep what the bits of this step's state add up to; replicas compare it with the next logged step."""
+        self._prints = (step, names, prints)
+
+    def compare_replicas(self) -> None:
+        """Compare what `fingerprint` has kept. A collective. Errors: TrainingError naming the rank that is odd."""
+        kept, self._prints = self._prints, None
+        if kept is not None:
+            step, names, prints = kept
+            try:
+                compare(names, prints.read(), self.context)
+            except TrainingError as error:
+                self.log.event(step, "replicas_differ", str(error))
+                raise
+
     def _log(self, report: StepReport, loss: float, norm: float) -> None:
-        seconds = self.watch.lap(report.numbers.ready_at) / (report.step - self.logged_step)
+        self.compare_replicas()
+        steps = report.step - self.logged_step
+        seconds = self.watch.lap(report.numbers.ready_at) / steps
         self.logged_step, self.step_seconds = report.step, seconds
-        gib = memory_bytes(self.context.device) / 2**30
-        everyone = self.context.gather_objects((seconds, report.data_wait, gib))
-        slowest = max(theirs[0] for theirs in everyone)
-        own = self.plan.tokens_per_step / self.plan.ranks
+        self.useful_seconds += seconds * self.useful_steps
+        own = [seconds, self.waited / steps, self.worked / steps, memory_bytes(self.context.device) / 2**30]
+        everyone = self.context.gather_numbers(own + [self.phases[name] / steps for name in PHASES])
+        self.waited, self.worked, self.useful_steps, self.phases = 0.0, 0.0, 0, Counter()
+        slowest, waits, works, gib, *by_phase = (list(column) for column in zip(*everyone, strict=True))
+        works = [wait + work for wait, work in zip(waits, works, strict=True)]
         values = {
             "loss": loss,
             "lr": report.lr,
             "grad_norm": norm,
-            "tokens_per_second": self.plan.tokens_per_step / slowest,
-            "step_seconds": slowest,
-            "data_wait_seconds": max(theirs[1] for theirs in everyone),
-            "memory_gib": max(theirs[2] for theirs in everyone),
+            "tokens_per_second": self.plan.tokens_per_step / max(slowest),
+            "step_seconds": max(slowest),
+            "data_wait_seconds": max(waits),
+            "memory_gib": max(gib),
             "skipped_steps": float(self.skipped),
+            "goodput": self.useful_seconds / (time.monotonic() - STARTED),
+            **self._slowest(report.step, waits, works),
         }
         peak = peak_flops(self.context.device)
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
-        self.log.train(report.step, values, {"tokens_per_second_by_rank": [own / theirs[0] for theirs in everyone]})
+        groups = {"step_time": {name: statistics.mean(times) for name, times in zip(PHASES, by_phase, strict=True)}}
+        if report.layer_norms is not None:
+            norms, count = report.layer_norms.read(), len(self.layers)
+            groups["grad_norm_by_layer"] = dict(zip(self.layers, norms[:count], strict=True))
+            groups["weight_norm_by_layer"] = dict(zip(self.layers, norms[count:], strict=True))
+        self.log.train(report.step, values, groups, works)
+
+    def _slowest(self, step: int, waits: list[float], works: list[float]) -> dict[str, float]:
+        """The rank whose own work takes longest; named when it is beyond SLOW twice in a row, until it has recovered.
+
+        Steps take equally long on all ranks, since all wait for the slowest: only what a rank does before it meets the
+        others tells them apart, which is waiting for data and the forward pass.
+        """
+        rank, median = max(range(len(works)), key=works.__getitem__), statistics.median_low(works)
+        ratio = works[rank] / median if median > 0 else 1.0
+        suspect = rank if ratio > SLOW else None
+        if suspect is not None and suspect == self.suspect and suspect != self.named:
+            self.log.event(
+                step,
+                "slow",
+                f"rank {rank} ({self.hosts[rank]}) is slow: {works[rank]:.3f} s of its own work a step, {ratio:.1f} "
+                f"times the median {median:.3f} s; {waits[rank]:.3f} s of it waiting for data, the rest in forward. "
+                "All ranks wait for it",
+            )
+            self.named = suspect
+        self.named = self.named if suspect is not None else None
+        self.suspect = suspect
+        return {"slowest_rank": float(rank), "slowest_to_median": ratio}

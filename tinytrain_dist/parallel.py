@@ -7,13 +7,13 @@ and sharding comes last, so that its hooks see whole blocks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -21,9 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext
-from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.model import TransformerLM
-from tinytrain_dist.optim import local
 from tinytrain_dist.reduction import shard_rows
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -85,7 +83,7 @@ def _wrap_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataP
         process_group=context.group(REPLICATE),
         device_ids=[context.device] if context.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # no second copy of the gradients; CanonicalReduction counts on it
-        init_sync=False,  # weights are equal by construction, and `check_replicas` proves it
+        init_sync=False,  # weights are equal by construction, and replicas.check_replicas proves it
     )
 
 
@@ -185,6 +183,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def units_without_waiting(model: nn.Module) -> list[nn.Module]:
+    """Modules in whose forward a rank meets no other: sharded blocks, which are whole by then, or all of the model."""
+    inner = unwrap(model)
+    return _outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
+
+
 def original_name(name: str) -> str:
     """A parameter's name without the prefixes that wrappers put in front of any part of it."""
     for prefix in WRAPPER_PREFIXES:
@@ -212,44 +216,13 @@ def shard_range(tensor: Tensor) -> tuple[int, int]:
     return shard_rows(tensor.shape[0], mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def check_replicas(tensors: Iterable[tuple[str, Tensor]], context: DistributedContext) -> None:
-    """Prove that all replicas of each shard hold the same bits. A collective.
-
-    Errors: TrainingError naming the first tensor that differs and the ranks and hosts on both sides.
-    """
-    named = list(tensors)
-    prints = [_bit_sum(local(tensor)) for _, tensor in named]
-    everyone = context.gather_objects((context.shard, context.rank, context.host, prints))
-    first_of_shard: dict[int, tuple[int, str, list[int]]] = {}
-    for shard, rank, host, found in everyone:
-        first, first_host, expected = first_of_shard.setdefault(shard, (rank, host, found))
-        for (name, _), theirs, ours in zip(named, found, expected, strict=True):
-            if theirs != ours:
-                raise TrainingError(
-                    f"replicas differ: {name} on rank {rank} ({host}) has other bits than on rank {first} "
-                    f"({first_host}); resume from a checkpoint, and if it comes back look at that host's memory"
-                )
-
-
-def _bit_sum(tensor: Tensor) -> int:
-    """A cheap fingerprint of the bits: their sum, weighted by position so that swapped values show."""
-    if not tensor.numel():
-        return 0
-    bits = tensor.detach().reshape(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int8)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for number, block in enumerate(bits.split(1 << 24)):  # in blocks: the wide copies are six times the size
-        weights = torch.arange(1, len(block) + 1, device=bits.device) % 65_521
-        total += (block.long() * weights).sum() * (2 * number + 1)
-    return int(total)
-
-
 __all__ = [
     "apply_ddp",
     "apply_fsdp",
     "build_model",
-    "check_replicas",
     "gather_full_state_dict",
     "original_name",
     "shard_range",
+    "units_without_waiting",
     "unwrap",
 ]

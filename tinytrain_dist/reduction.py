@@ -8,6 +8,7 @@ associative, so equal trees mean equal bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,10 @@ class NativeReduction:
         """`model`: as returned by parallel.build_model."""
         self.model, self.plan, self.context = model, plan, context
         self.params = [param for param in model.parameters() if param.requires_grad]
+        layers = [layer_of(name) for name, param in model.named_parameters() if param.requires_grad]
+        self.layers = list(dict.fromkeys(layers))
+        rows = [[float(layer == mine) for mine in layers] for layer in self.layers]
+        self._members = torch.tensor(rows, dtype=torch.float64, device=context.device)
         self.places: dict[tuple[int, ...], Tensor] = {}
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for unit in self.units:
@@ -109,6 +114,13 @@ class NativeReduction:
         norms = torch._foreach_norm(self._local_grads())
         total = torch.stack(list(norms)).double().square().sum()
         return self.context.all_reduce_sum(total, SHARD) if self.plan.shard > 1 else total
+
+    def layer_norms(self) -> Tensor:
+        """Norms of the whole gradient and of the weights by entry of `layers`: float64 [2 x layers], on every rank."""
+        pairs = ([local(param.grad) for param in self.params if param.grad is not None], list(map(local, self.params)))
+        squares = torch.stack([torch.stack(list(torch._foreach_norm(t))).double().square() for t in pairs])
+        sums = squares.detach() @ self._members.T
+        return (self.context.all_reduce_sum(sums, SHARD) if self.plan.shard > 1 else sums).sqrt().flatten()
 
     def losses(self, leaves: Sequence[int], sums: Sequence[Tensor], num_leaves: int) -> Tensor:
         """The loss of every leaf, float64 [num_leaves], on every rank.
@@ -243,6 +255,12 @@ def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
     """First and last + 1 row of shard `index`: chunks of ceil(rows / shards), the last ones short or empty."""
     chunk = -(-rows // shards)
     return min(rows, index * chunk), min(rows, (index + 1) * chunk)
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: layers.0, layers.1, ..., and outside of them its module."""
+    found = re.search(r"layers\.\d+", name)
+    return found[0] if found else name.split(".")[-2]
 
 
 def _zeros(like: Tensor, length: int) -> Tensor:

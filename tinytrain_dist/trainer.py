@@ -6,9 +6,11 @@ Must not know how gradients are summed, files are written or numbers are shown; 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist import census, failure
-from tinytrain_dist.checkpoint import init_from_folder, model_tensors, pieces_of
+from tinytrain_dist.checkpoint import init_from_folder, model_tensors, optimizer_tensors, pieces_of
 from tinytrain_dist.commandline import resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.data import (
@@ -35,13 +37,15 @@ from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
 from tinytrain_dist.estimate import RESERVE, estimate, largest_fitting, memory_report
 from tinytrain_dist.files import write_atomically
 from tinytrain_dist.layout import BatchPlan, choose_layout, possible_micro_batches
-from tinytrain_dist.metrics import HostCopy, RunLog
-from tinytrain_dist.observer import StepObserver, StepReport, due
+from tinytrain_dist.metrics import HostCopy, RunLog, WorkClock
+from tinytrain_dist.observer import NORMS_EVERY, StepObserver, StepReport, due
 from tinytrain_dist.optim import AdamW, decay_groups, local
-from tinytrain_dist.parallel import build_model, check_replicas, unwrap
+from tinytrain_dist.parallel import build_model, units_without_waiting, unwrap
 from tinytrain_dist.preflight import RunLock, check_host_memory, check_space, prove_shared
 from tinytrain_dist.pulse import Pulse
 from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
+from tinytrain_dist.replicas import check_replicas, fingerprints
+from tinytrain_dist.samples import Samples
 from tinytrain_dist.saver import Checkpoints
 from tinytrain_dist.schedule import learning_rate
 from tinytrain_dist.stopping import STARTED, StopRequests, own, owns, received, write_state
@@ -78,6 +82,8 @@ class Trainer:
         self.pulse.enter("load")
         self._resume()
         self._check()
+        self.samples = Samples(config, context, self._eval_beginnings)
+        self.clock = WorkClock(units_without_waiting(self.model), context.device.type == "cuda", config.compile)
         self.observer = self._observer()
         self.stop = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=STARTED)
 
@@ -179,9 +185,12 @@ class Trainer:
         elif config.init_from:
             source = Path(config.init_from)
             together(lambda: init_from_folder(source, self.model, config))
-        self._write_run_folder()
+        about = self._write_run_folder()
         self.log = RunLog(config, self.context.is_main, self.step)
         self.log.say("\n".join([f"{self.context.layout}", *self.remarks, f"{self.plan}", *self.hints]))
+        self.log.about(self.step, "batch", f"{self.context.layout}\n{self.plan}")
+        hosts = Counter(rank["host"] for rank in about.get("ranks", []))
+        self.log.about(self.step, "environment", json.dumps(about | {"ranks": hosts}, indent=1))
         if path is not None:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
@@ -234,6 +243,8 @@ class Trainer:
         try:
             while self.step < config.last_step and not (observer.stopping or self.out_of_patience):
                 observer.take(self.train_step(self._wish_to_stop()))
+                if config.fingerprint_every and due(self.step, config.fingerprint_every):
+                    self._fingerprint()
                 self._collect_save()
                 if due(self.step, config.eval_every):
                     self.evaluate()
@@ -271,6 +282,8 @@ class Trainer:
             step=self.step,
             data=self.train,
             flops_per_token=flops,
+            clock=self.clock,
+            layers=self.reduction.layers,
         )
 
     def train_step(self, stop_reason: str = "") -> StepReport:
@@ -279,10 +292,13 @@ class Trainer:
         waiting = time.perf_counter()
         rows = self.batches.get(self.step)
         waited = time.perf_counter() - waiting
+        self.clock.take()  # the evaluation's
         self.pulse.enter("forward_backward")
         sums = self._pass(rows, range(self.plan.accumulation_steps))
         self.pulse.enter("reduction")
         self.reduction.finish()
+        look = due(self.step + 1, NORMS_EVERY * self.config.log_every)
+        layer_norms = HostCopy(self.reduction.layer_norms()) if look else None
         leaf_losses = self.reduction.losses(self.leaves, sums, self.plan.leaves)
         loss = leaf_losses.sum() / self.plan.tokens_per_step
         norm = self.reduction.squared_norm().sqrt()
@@ -297,7 +313,8 @@ class Trainer:
         self.step += 1
         self.pulse.enter("reading", self.step)
         numbers = HostCopy(torch.stack([loss, norm, skip.double()]))
-        return StepReport(self.step, lr, numbers, leaf_losses, self.context.start_vote(bool(stop_reason)), waited)
+        vote, forward, phases = self.context.start_vote(bool(stop_reason)), self.clock.take(), self.pulse.take()
+        return StepReport(self.step, lr, numbers, leaf_losses, vote, waited, forward, phases, layer_norms)
 
     def _pass(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
         """Forward and backward of the micro-batches in `rows`; their summed losses."""
@@ -340,6 +357,7 @@ class Trainer:
             found = [result for files in self.val if (result := self._evaluate_file(files)) is not None]
             if len(found) < len(self.val):
                 return None
+            self.log.samples(self.step, self.samples.write(self.model, self.step))
             nats, sizes = zip(*found, strict=True)
             size = sum(sum(theirs) for theirs in self.context.gather_objects(sizes))
         loss: float = sum(nats) / (tokens * len(nats))
@@ -394,9 +412,22 @@ class Trainer:
         The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
         """
         self.observer.settle()
+        self.pulse.enter("checkpoint")
         with self.observer.watch.paused():
+            self._fingerprint()
+            self.observer.compare_replicas()
             self._collect_save(wait=True)
             self.checkpoints.save(self.model, self.optimizer, self.step, self.report)
+
+    def _fingerprint(self) -> None:
+        """Let the device add up the bits of weights and moments, where other ranks should have the same."""
+        if self.plan.replicate > 1:
+            tensors = model_tensors(self.model) | optimizer_tensors(self.model, self.optimizer)[0]
+            self.observer.fingerprint(self.step, list(tensors), HostCopy(fingerprints(tensors.values())))
+
+    def _eval_beginnings(self, rows: int, tokens: int) -> Tensor:
+        """The first ids of the first windows of the evaluation: [rows, tokens]."""
+        return self.val[0].read(*self.val[0].draw(0, 0, range(rows), EVAL_STREAM))[:, :tokens].long()
 
     def _collect_save(self, wait: bool = False, last: bool = False) -> None:
         """Tell how a save that has ended went. A full disk ends the save, not the run, unless it was the last one."""
@@ -451,12 +482,15 @@ class Trainer:
         self.lock.release()
         return state
 
-    def _write_run_folder(self) -> None:
+    def _write_run_folder(self) -> dict[str, Any]:
+        """Write what is run, and on what; returns the latter on the main rank."""
+        ranks = self.context.gather_objects((self.context.host, str(self.context.device), os.getpid()))
+        about: dict[str, Any] = {}
         if self.context.is_main:
+            about = environment(ranks)
             folder = Path(self.config.target_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.toml", self.config.to_toml())
             write_state(folder, "running", self.step)
-        ranks = self.context.gather_objects((self.context.host, str(self.context.device), os.getpid()))
-        if self.context.is_main:
-            write_atomically(Path(self.config.target_dir) / "environment.json", environment(ranks))
+            write_atomically(folder / "environment.json", about)
+        return about
