@@ -73,16 +73,11 @@ threads=$((cores / nproc))
 [ "$threads" -ge 1 ] || threads=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-if [ "$gpus" -eq 0 ]; then
-    # glibc gives large blocks back to the system and faults them in again at each step; let it keep them.
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-fi
 
 command=("$python" -m tinytrain_dist.agent --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
 command+=(${settings[@]+"${settings[@]}"})
 if [ -n "$dry_run" ]; then
-    env | grep -E '^(OMP_NUM_THREADS|MALLOC_[A-Z]+_THRESHOLD_)=' | sort
+    printf 'OMP_NUM_THREADS=%s\n' "$OMP_NUM_THREADS"
     printf '%q ' "${command[@]}"
     printf '\n'
     exit 0

@@ -67,23 +67,23 @@ def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
     """On a rank: the measured and the estimated bytes of a step at its peak, and the moment of the estimate."""
     from tinytrain_dist import distributed
     from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.engine import Engine
     from tinytrain_dist.estimate import estimate
     from tinytrain_dist.layout import choose_layout
-    from tinytrain_dist.trainer import Trainer
 
     config, context = TrainingConfig(**settings), distributed.start(settings["device"])
     context = context.with_layout(choose_layout(config, context.world_size, context.local_world_size))
-    predicted = estimate(config, context, Trainer.double())
-    _steps(Trainer.double(), config, context, 1)  # what libraries allocate once and keep is none of the step's
+    predicted = estimate(config, context, Engine(config, context))
+    _steps(Engine(config, context), config, context, 1)  # what libraries allocate once and keep is none of the step's
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-        _steps(Trainer.double(), config, context, STEPS)
+        _steps(Engine(config, context), config, context, STEPS)
         return torch.cuda.max_memory_allocated() - base, predicted.nbytes, predicted.peak
     base = allocated_bytes()
     with _Watch() as watch:
-        _steps(Trainer.double(), config, context, STEPS)
+        _steps(Engine(config, context), config, context, STEPS)
     return watch.peak - base, predicted.nbytes, predicted.peak
 
 

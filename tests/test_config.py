@@ -140,8 +140,8 @@ def test_an_unknown_setting_like_no_other_points_to_help():
         ("batch_size", None, "a whole number"),
         ("lr_max", "fast", "a number"),
         ("lr_max", True, "a number"),
-        ("compile", 1, "true or false"),
-        ("compile", "true", "true or false"),
+        ("reproducible", 1, "true or false"),
+        ("compile", "true", "true or false or None"),
         ("target_dir", 3, "a text"),
         ("parallel", "fdsp", "one of auto, none, ddp, fsdp, hsdp"),
         ("betas", [0.9], "two numbers"),
@@ -515,3 +515,13 @@ def test_a_broken_meta_json_is_a_sentence(tmp_path, text):
 def test_no_training_data_is_a_sentence():
     with pytest.raises(ConfigError, match="train_data: not set"):
         resolve_vocab_size(TrainingConfig())
+
+
+@pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
+def test_steps_to_profile_are_two_numbers_within_the_run(profile):
+    assert only_problem(profile=profile, total_steps=10).startswith(f"profile: {profile!r}"[:9])
+
+
+def test_steps_to_profile_include_both_ends():
+    assert list(TrainingConfig(profile="3:5").profiled_steps) == [3, 4, 5]
+    assert list(TrainingConfig().profiled_steps) == []

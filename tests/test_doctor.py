@@ -15,7 +15,7 @@ import torch
 from distributed_helper import AGENT, launch_training, run_ranks
 from training import settings_for
 
-from tinytrain_dist import census, distributed, network
+from tinytrain_dist import census, distributed, meeting, network
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.errors import ConfigError, MeetingError
 from tinytrain_dist.tools import doctor, machine
@@ -60,7 +60,7 @@ def join(variables: dict[str, dict[str, str]], seconds: float) -> str:
     """On a rank: meet with other variables than the launcher gave; what comes of it."""
     os.environ.update(variables.get(os.environ["RANK"], {}))
     try:
-        return " ".join(distributed.meet(seconds).hosts)
+        return " ".join(meeting.meet(seconds).hosts)
     except ConfigError as error:
         return f"{type(error).__name__}: {error.problems[0]}"
 
@@ -110,7 +110,7 @@ def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
     """On a rank: come from another host, whose own name stands for `loopback`."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     host = name_of_rank[os.environ["RANK"]]
-    distributed._myself = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
+    meeting._myself = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
     return join({}, 30)
 
 
@@ -132,10 +132,10 @@ def test_tasks_of_srun_without_a_head_are_not_many_runs_of_one(monkeypatch: pyte
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ConfigError, match="MASTER_ADDR: not set, but srun started 4 tasks"):
-        distributed.meet()
+        meeting.meet()
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # the batch script itself, which Slurm also gives SLURM_NTASKS
-    assert distributed.meet().hosts == [socket.gethostname()]
+    assert meeting.meet().hosts == [socket.gethostname()]
 
 
 # ---------------------------------------------------------------- all ranks run the same

@@ -194,7 +194,6 @@ def test_node_command(tmp_path: Path) -> None:
 
 
 def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinytrain_dist import distributed
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "x")  # so that it is restored
@@ -203,7 +202,7 @@ def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "head")
-    distributed._adopt_slurm_tasks()
+    meeting.adopt_slurm_tasks()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     assert found == ["9", "11", "1", "3"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.losses import IGNORE, cross_entropy_loss, head_loss_sum
+from tinytrain_dist.losses import IGNORE, cross_entropy_loss, head_loss_sum, loss_piece
 
 
 def test_the_signature_is_that_of_the_notes():
@@ -240,3 +240,25 @@ def test_pieces_never_make_all_logits():
     with Watch():
         loss_and_gradients(hidden, weight, targets, 4)
     assert max(sizes) == 4 * 100
+
+
+def test_without_a_chunk_size_pieces_have_at_most_so_many_logits(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, targets = torch.randn(10, 4), torch.randn(7, 4), torch.randint(0, 7, (10,))
+    sizes = []
+
+    def piece(logits, ids):
+        sizes.append(list(logits.shape))
+        return loss_piece(logits, ids)
+
+    whole = head_loss_sum(hidden, weight, targets, None, piece)
+    monkeypatch.setattr("tinytrain_dist.losses.CHUNK_LOGITS", 30)
+    torch.testing.assert_close(head_loss_sum(hidden, weight, targets, None, piece), whole)
+    assert sizes == [[10, 7], [4, 7], [4, 7], [2, 7]]
+
+
+def test_gradients_are_scaled_in_place_and_so_cannot_be_asked_for_twice():
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss = head_loss_sum(hidden, torch.randn(7, 4), torch.tensor([1, 2, 3]))
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -504,3 +504,20 @@ def test_flops_by_hand(tied):
 def test_a_model_of_other_modules_can_use_the_parts():
     layer = nn.Sequential(RMSNorm(6), Linear(6, 4))
     assert layer(torch.ones(2, 6)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("t", [5, 128, 300])
+def test_short_blocks_of_attention_equal_the_kernel(monkeypatch: pytest.MonkeyPatch, t: int) -> None:
+    from tinytrain_dist.model import causal_attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, t, 8).bfloat16().requires_grad_() for _ in range(3))
+    weights = torch.randn(2, 3, t, 8)
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        y = causal_attention(q, k, v)
+        results.append((y, *torch.autograd.grad((y.float() * weights).sum(), (q, k, v))))
+    for kernel, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, kernel, rtol=0.05, atol=0.05)
+    assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True)), "both ways must have been taken"

@@ -144,3 +144,52 @@ def save_under(wrap: str, folder: str) -> int:
 def test_own_loop_saves_on_ddp_and_loads_on_fsdp(tmp_path: Path) -> None:
     assert run_ranks(2, save_under, "ddp", str(tmp_path / "c")) == [7, 7]
     assert run_ranks(4, save_under, "fsdp", str(tmp_path / "c")) == [7, 7, 7, 7]
+
+
+def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | None, str]]:
+    """What `compile` becomes in each case; what its compiler says is said on the last rank only."""
+    from tinytrain_dist import distributed, parallel
+    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.errors import ConfigError
+
+    context, results = distributed.start("cpu"), []
+    for compiler, settings in cases:
+        parallel.why_not_compile = lambda _, said=compiler: said if context.rank else ""  # type: ignore[misc]
+        config = TrainingConfig(vocab_size=1000, micro_batch_size=1, **settings)
+        try:
+            config, text = parallel.settle_compile(config, context)
+            results.append((config.compile, text))
+        except ConfigError as error:
+            results.append((None, str(error)))
+    return results
+
+
+def test_compile_is_decided_for_all_ranks_and_said() -> None:
+    long, short = {"total_steps": 10**6}, {"total_steps": 10}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("", short),
+        ("", long),
+        ("no g++", long),
+        ("no g++", short),
+        ("no g++", {**long, "reproducible": True}),
+        ("no g++", {**short, "compile": True}),
+        ("", {**short, "compile": True}),
+        ("no g++", {**long, "compile": False}),
+    ]
+    first, second = run_ranks(2, settle_each, cases)
+    assert first == second, "all ranks decide the same"
+    assert [compiled for compiled, _ in first] == [False, True, False, False, None, None, True, False]
+    assert "no g++); going on without it" in first[2][1]
+    assert "compile: torch.compile does not work on" in first[4][1]
+    assert "set compile = false" in first[5][1]
+    assert first[0][1] == first[3][1] == first[7][1] == ""
+
+
+def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytrain_dist.environment import why_not_compile
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert why_not_compile(torch.device("cpu")) == "RuntimeError: no compiler"

@@ -16,11 +16,11 @@ from tinytrain_dist import distributed, estimate
 from tinytrain_dist.cli import main as tinytrain
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
+from tinytrain_dist.engine import Engine
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.layout import Layout, choose_layout, possible_micro_batches
 from tinytrain_dist.tools import plan
 from tinytrain_dist.tools.hardware import DEVICES, GIB, device_named
-from tinytrain_dist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
@@ -36,7 +36,7 @@ def world() -> Iterator[DistributedContext]:
 def estimated(context: DistributedContext, **settings: Any) -> estimate.Estimate:
     config = TrainingConfig(**{**SMALL, **settings})
     layout = choose_layout(config, context.world_size, context.local_world_size)
-    return estimate.estimate(config, context.with_layout(layout), Trainer.double())
+    return estimate.estimate(config, context.with_layout(layout), Engine(config, context))
 
 
 # ---------------------------------------------------------------- held against reality
@@ -214,12 +214,12 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
     """On a rank: train where memory is short; what went wrong, if anything did."""
-    from tinytrain_dist import trainer
+    from tinytrain_dist import engine
 
     if most is not None:
         out_of_memory_above(most, rank=1)
     if room is not None:
-        trainer.free_memory = lambda *_: room / estimate.RESERVE
+        engine.free_memory = lambda *_: room / estimate.RESERVE
     try:
         fit(settings)
     except Exception as error:
@@ -246,7 +246,7 @@ def test_auto_takes_what_the_estimate_lets_pass_and_says_so(
     settings = settings_for(tmp_path, "auto", parallel="none", micro_batch_size="auto", vocab_size=600)
     config = TrainingConfig(**{**settings, "micro_batch_size": 4})
     alone = dataclasses.replace(world, layout=Layout("none", 1, 1, ""))
-    room = estimate.estimate(config, alone, Trainer.double()).nbytes + 1
+    room = estimate.estimate(config, alone, Engine(config, alone)).nbytes + 1
     assert run_ranks(1, fit_small, settings, None, room) == [""]
     assert "micro_batch_size = auto: 4\nbatch_size 8 = micro_batch_size 4 x 1 ranks x 2" in capfd.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -285,3 +286,49 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
     missing = launch_training(["--train-data", "x.npy", "--vocab-size", "9"], 1, tmp_path)
     assert "x.npy: no such token file" in missing.stdout
     assert 'tinytrain_dist/data.py", line' not in missing.stdout
+
+
+def compile_again(trainer: Any) -> None:
+    """Let steps 1 and 5 find new graphs."""
+    from tinytrain_dist import trainer as module
+
+    module.compiled_graphs = lambda: (trainer.step >= 1) + (trainer.step >= 5)
+
+
+def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
+    run_ranks(1, fit, settings_for(tmp_path, "run"), compile_again)
+    told = [record for record in Run(tmp_path / "run").records if record["kind"] == "recompiled"]
+    assert [record["step"] for record in told] == [5]
+    assert "made 1 graph(s) again" in told[0]["text"]
+
+
+def watch_garbage(trainer: Any) -> None:
+    from tinytrain_dist import trainer as module
+
+    plain, collected = trainer.train_step, []
+    module.GARBAGE_EVERY = 2
+
+    def step(stop_reason: str = "") -> Any:
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+        return plain(stop_reason)
+
+    gc.callbacks.append(lambda phase, _: collected.append(trainer.step) if phase == "stop" else None)
+    trainer.train_step, trainer.save = step, lambda: None
+    trainer.saved_step, trainer.collected = 6, collected
+
+
+def garbage(settings: dict[str, Any]) -> tuple[list[int], bool, int]:
+    from tinytrain_dist import distributed
+    from tinytrain_dist.trainer import Trainer
+
+    trainer = Trainer(TrainingConfig(**settings), distributed.start("cpu"))
+    watch_garbage(trainer)
+    trainer.fit()
+    return trainer.collected, gc.isenabled(), gc.get_freeze_count()
+
+
+def test_garbage_is_collected_on_schedule_and_never_between(tmp_path: Path) -> None:
+    for collected, enabled, frozen in run_ranks(2, garbage, settings_for(tmp_path, "run")):
+        assert collected[:4] == [0, 2, 4, 6]
+        assert (enabled, frozen) == (True, 0), "a library's user gets the collector back"

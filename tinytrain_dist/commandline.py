@@ -81,10 +81,14 @@ def parse_command_line(
     hints: dict[str, Any] = {}
     for name, f in FIELDS.items():
         help = f"{f.metadata['help']} (default: {f.default})"
-        hints[name] = Annotated[HINTS[name], tyro.conf.arg(help=help)]
+        hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
     return load_config(path, {**overrides, **dict.fromkeys(unknown)})
+
+
+def _is_flag(name: str) -> bool:
+    return HINTS.get(name) in (bool, bool | None)
 
 
 def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
@@ -103,9 +107,9 @@ def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
         position = end
         if not flag.startswith("-") or name in ("h", "help"):
             known += [flag, *values]
-        elif name not in FIELDS and HINTS.get(name.removeprefix("no_")) is not bool:
+        elif name not in FIELDS and not _is_flag(name.removeprefix("no_")):
             unknown.append(name)
-        elif HINTS.get(name) is bool and values in (["true"], ["True"], ["false"], ["False"]):
+        elif _is_flag(name) and values in (["true"], ["True"], ["false"], ["False"]):
             known.append(("--" if values[0].lower() == "true" else "--no-") + name)
         else:
             known += [f"--{name}", *values]

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class TrainingConfig:
         "run", None, "evaluations in a row without a better loss after which the run stops; each best is saved"
     )
     sample_tokens: int = _in("run", 32, "tokens of each text written at an evaluation; 0: none; needs tokenizer.json")
+    profile: str | None = _in("run", None, "START:STOP, steps whose trace rank 0 writes to log_dir/profile")
     log_dir: str | None = _in("run", None, "None: target_dir/logs")
     log_save_prefix: str = _in("run", "metrics", "name of the plain record: metrics.jsonl")
     resume: str = _in("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
@@ -106,7 +108,9 @@ class TrainingConfig:
     dp_replicate: int | None = _in("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _in("parallel", None, "hsdp: ranks that share one replica")
     precision: Literal["fp32", "bf16"] = _in("parallel", "fp32", "compute type; weights and sums stay float32")
-    compile: bool = _in("parallel", False, "torch.compile every block")
+    compile: bool | None = _in(
+        "parallel", None, "torch.compile every block and the loss; None: if the run is long enough to pay for it"
+    )
     activation_checkpointing: Literal["none", "block", "selective"] = _in(
         "parallel", "none", "recompute in backward: nothing, whole blocks, all but matrix products"
     )
@@ -205,6 +209,12 @@ class TrainingConfig:
     def resume_from(self) -> str:
         """`auto`, `never` or the path of a checkpoint."""
         return self.ckpt_path_to_resume or self.resume
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps named in `profile`, both ends included."""
+        start, _, stop = (self.profile or "0:-1").partition(":")
+        return range(int(start), int(stop) + 1)
 
     @property
     def allowed_changes(self) -> set[str]:
@@ -427,6 +437,10 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
         found.append(f"rope_low_freq_factor: {c.rope_low_freq_factor} must be below {c.rope_high_freq_factor}")
     if c.stop_at_step is not None and c.stop_at_step > c.total_steps:
         found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
+    if c.profile is not None and not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", c.profile):
+        found.append(f"profile: {c.profile!r} must be START:STOP, two step numbers, for example 20:25")
+    elif c.profile is not None and not (c.profiled_steps and 1 <= c.profiled_steps[0] <= c.last_step):
+        found.append(f"profile: {c.profile} must be START:STOP with 1 <= START <= STOP, START at most {c.last_step}")
     for name in sorted(c.allowed_changes - {*IDENTITY, "train_data"}):
         found.append(f"allow: {name} is nothing that a resume refuses; it refuses {', '.join(IDENTITY)}, train_data")
     if c.early_stop_patience is not None and not c.val_files:

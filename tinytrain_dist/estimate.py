@@ -165,7 +165,7 @@ class Estimate:
 
 
 def estimate(config: TrainingConfig, context: DistributedContext, double: Any) -> Estimate:
-    """Rehearse a step of `config` on the context's layout. `double`: a trainer that was not built.
+    """Rehearse a step of `config` on the context's layout. `double`: an Engine that was not built.
 
     Runs in this process alone, sends nothing and takes no memory. Compiled blocks are rehearsed as if they were not: a
     compiled run holds at most this.

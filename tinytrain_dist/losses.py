@@ -5,6 +5,7 @@ Must not know ranks, models or configurations; every sum is taken in float32 (fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+CHUNK_LOGITS = 1 << 24  # logits that exist at once if loss_chunk_tokens is not set
+LossPiece = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def cross_entropy_loss(
@@ -48,51 +51,60 @@ def cross_entropy_loss(
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
 
 
-def head_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
+def loss_piece(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of some tokens, float32 scalar, and the gradient of that sum, [N, V] in the type of the logits."""
+    kept = (targets != IGNORE).unsqueeze(1)
+    wide = logits.float()
+    log_z = wide.logsumexp(dim=1, keepdim=True)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1)
+    loss = ((log_z - wide.gather(1, targets.clamp_min(0).unsqueeze(1))) * kept).sum()
+    return loss, (((wide - log_z).exp() - hit.float()) * kept).to(logits.dtype)
+
+
+def head_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int | None = None,
+    piece: LossPiece = loss_piece,
+) -> Tensor:
     """Summed cross-entropy of `targets` under softmax(hidden @ weight.T), without range checks: the hot path.
 
-    hidden: [N, D]; weight: [V, D], used in hidden's type; targets: [N]. With `chunk_tokens` the [N, V] logits never
-    exist: each piece of that many tokens makes its logits, their loss and both gradients at once, so that the memory is
-    chunk_tokens x V instead of N x V, for one more matrix product less than recomputing them in backward.
-    Returns a float32 scalar.
+    hidden: [N, D]; weight: [V, D], used in hidden's type; targets: [N]. The [N, V] logits never exist: each piece of
+    `chunk_tokens` tokens makes its logits, their loss and both gradients at once, so that the memory is
+    chunk_tokens x V, for one matrix product less than recomputing them in backward. None: as many tokens as have
+    CHUNK_LOGITS logits. `piece`: loss_piece, or what torch.compile made of it. Returns a float32 scalar.
     """
-    if chunk_tokens is None or chunk_tokens >= hidden.shape[0]:
-        logits = F.linear(hidden, weight.to(hidden.dtype))
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
-    loss: Tensor = _ChunkedHeadLoss.apply(hidden, weight, targets, chunk_tokens)  # type: ignore[no-untyped-call]
+    chunk = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
+    want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss: Tensor = _HeadLoss.apply(hidden, weight, targets, chunk, piece, want_grad)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _ChunkedHeadLoss(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     """Head and loss in pieces; the gradients for a unit loss are made in forward and scaled in backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
-        want_grad = hidden.requires_grad or weight.requires_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, piece: LossPiece, want_grad: bool
+    ) -> Tensor:
         narrow = weight.to(hidden.dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if want_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_grad else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            piece = slice(start, start + chunk_tokens)
-            ids = targets[piece]
-            kept = (ids != IGNORE).unsqueeze(1)
-            column = ids.clamp_min(0).unsqueeze(1)
-            logits = F.linear(hidden[piece], narrow).float()
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_z - logits.gather(1, column)) * kept).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                probabilities = logits.sub_(log_z).exp_()
-                probabilities.scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
-                probabilities = (probabilities * kept).to(hidden.dtype)
-                grad_hidden[piece] = probabilities @ narrow
-                grad_weight += (probabilities.T @ hidden[piece]).float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return loss
+        losses, grads_hidden = [], []
+        grad_weight: Tensor | None = None
+        for x, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            loss, grad = piece(F.linear(x, narrow), ids)
+            losses.append(loss)
+            if want_grad:
+                grads_hidden.append(grad @ narrow)
+                product = (grad.T @ x).to(weight.dtype)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        if want_grad:
+            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
+        return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None
+        # in place: a second [V, D] would be the largest tensor of the step (autograd refuses to come here twice)
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None

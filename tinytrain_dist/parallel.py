@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,10 +23,35 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext
+from tinytrain_dist.environment import compile_pays, why_not_compile
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model import TransformerLM
 from tinytrain_dist.reduction import shard_rows
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def settle_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
+    """The configuration with `compile` decided, the same on every rank, and a line that says so. A collective.
+
+    Errors: ConfigError where compile = true, or bits are promised that need it, and it does not work on some rank.
+    """
+    wanted = compile_pays(config, context.device) if config.compile is None else config.compile
+    if not wanted:
+        return replace(config, compile=False), ""
+    reason = why_not_compile(context.device)
+    found = [(host, reason) for host, reason in context.gather_objects((context.host, reason)) if reason]
+    if not found:
+        return replace(config, compile=True), "torch.compile is on; the first step takes longer"
+    text = f"torch.compile does not work on {found[0][0]} ({found[0][1]})"
+    if config.compile or config.reproducible:
+        raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
+    return replace(config, compile=False), f"{text}; going on without it, slower"
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process; a step that makes one has waited for it."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
@@ -38,6 +65,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     with torch.device("meta"):
         model = TransformerLM(config)
     blocks: list[nn.Module] = list(model.model.layers)
+    if config.compile:
+        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:

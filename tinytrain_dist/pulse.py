@@ -16,6 +16,7 @@ class Pulse:
         """`clock`: seconds, monotonic."""
         self._clock = clock
         self.phase, self.step, self.since = phase, step, clock()
+        self.follower: Callable[[str, int], None] | None = None  # hears of each phase, and of the steps completed
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -25,6 +26,8 @@ class Pulse:
         self.phase, self.since = phase, now
         if step is not None:
             self.step = step
+        if self.follower is not None:
+            self.follower(phase, self.step)
 
     def take(self) -> dict[str, float]:
         """Seconds in each phase since the last call, the one under way included."""

@@ -1,18 +1,17 @@
-"""Owns a run: building everything in order, the loop, one step, evaluation, and when to save and stop.
+"""Owns a run: building everything in order, the loop, evaluation, and when to save and stop.
 
-Must not know how gradients are summed, files are written or numbers are shown; it calls those who do.
+Must not know how a step is made, files are written or numbers are shown; it calls those who do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,26 @@ from tinytrain_dist.data import (
     short_names,
     token_bytes,
 )
-from tinytrain_dist.distributed import DistributedContext, Unsent, together
-from tinytrain_dist.environment import decide_bits, environment, free_memory
+from tinytrain_dist.distributed import DistributedContext, together
+from tinytrain_dist.engine import Engine
+from tinytrain_dist.environment import collect_garbage, decide_bits, environment
 from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
-from tinytrain_dist.estimate import RESERVE, estimate, largest_fitting, memory_report
 from tinytrain_dist.files import write_atomically
-from tinytrain_dist.layout import BatchPlan, choose_layout, possible_micro_batches
-from tinytrain_dist.metrics import HostCopy, RunLog, WorkClock
-from tinytrain_dist.observer import NORMS_EVERY, StepObserver, StepReport, due
-from tinytrain_dist.optim import AdamW, decay_groups, local
-from tinytrain_dist.parallel import build_model, units_without_waiting, unwrap
+from tinytrain_dist.metrics import HostCopy, RunLog
+from tinytrain_dist.observer import StepObserver, StepReport, due
+from tinytrain_dist.parallel import compiled_graphs, settle_compile, unwrap
 from tinytrain_dist.preflight import RunLock, check_host_memory, check_space, prove_shared
+from tinytrain_dist.profiling import Trace
 from tinytrain_dist.pulse import Pulse
-from tinytrain_dist.reduction import CanonicalReduction, NativeReduction
 from tinytrain_dist.replicas import check_replicas, fingerprints
 from tinytrain_dist.samples import Samples
 from tinytrain_dist.saver import Checkpoints
-from tinytrain_dist.schedule import learning_rate
 from tinytrain_dist.stopping import STARTED, StopRequests, own, owns, received, write_state
 
-CLIP_EPS = 1e-6
+GARBAGE_EVERY, WARM_UP_STEPS = 200, 2
 
 
-class Trainer:
+class Trainer(Engine):
     """A run of one configuration in one process of the world. `fit` is the whole life of it.
 
     Errors: ConfigError, DataError, CheckpointError and TrainingError, each before anything is changed on disk where
@@ -63,19 +59,23 @@ class Trainer:
     def __init__(self, config: TrainingConfig, context: DistributedContext, pulse: Pulse | None = None) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.hints = census.take(config, context)
-        self.config = config = resolve_vocab_size(config)
-        self.pulse = pulse or Pulse()
+        config, self.compile_note = settle_compile(resolve_vocab_size(config), context)
+        super().__init__(config, context, pulse)
+        self.trace: Trace | None = None
+        if config.profile and context.is_main:
+            steps = config.profiled_steps
+            self.trace = Trace(steps, config.logs_dir / "profile", context.device, lambda text: self.log.say(text))
+            self.pulse.follower = self.trace.enter
         self.pulse.enter("open_data")
         together(self._open_data)
         bits = decide_bits(config, context.device)
         self.pulse.enter("build")
-        self.context = context = self._spread(context)
-        self._assemble_fitting()
+        self.context = context = self.spread(context)
+        self.assemble_fitting()
         config = self.config
         prints = self.train.fingerprints  # of one file without a list, as checkpoints have it since there was only one
         data = {"train": prints if len(prints) > 1 else prints[0]}
         self.checkpoints = Checkpoints(config, context, data, bits)
-        self.step = 0
         self.report: dict[str, Any] = {}
         self.failed_saves, self.saved_step = 0, -1
         self.saving_seconds, self.stop_reason = 0.0, ""
@@ -83,82 +83,8 @@ class Trainer:
         self._resume()
         self._check()
         self.samples = Samples(config, context, self._eval_beginnings)
-        self.clock = WorkClock(units_without_waiting(self.model), context.device.type == "cuda", config.compile)
         self.observer = self._observer()
         self.stop = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=STARTED)
-
-    @classmethod
-    def double(cls) -> Trainer:
-        """A trainer that is only rehearsed (see estimate.py): it has no data, no folder and no log."""
-        double = cls.__new__(cls)
-        double.step, double.pulse = 0, Pulse()
-        return double
-
-    def assemble(self, *, draw: bool = True) -> None:
-        """What a step consists of: plan, model, reduction, optimizer. draw: see build_model."""
-        config, context = self.config, self.context
-        assert context.layout is not None
-        self.plan = BatchPlan.make(config, context.layout)
-        self.leaves = [self.plan.leaf(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)]
-        self.slots = [slot for leaf in self.leaves for slot in self.plan.slots(leaf)]
-        self.model = build_model(config, context, draw=draw)
-        self.reduction = (CanonicalReduction if config.reproducible else NativeReduction)(
-            self.model, self.plan, context
-        )
-        self.optimizer = AdamW(
-            decay_groups(self.model, config.weight_decay), config.lr_max, config.betas, config.eps, config.weight_decay
-        )
-        self.optimizer.materialize()
-
-    def _spread(self, context: DistributedContext) -> DistributedContext:
-        """This context on its layout; where `parallel = auto` may choose, replicas only if the estimate fits."""
-        config, world = self.config, (context.world_size, context.local_world_size)
-        spread = context.with_layout(choose_layout(config, *world))
-        assert spread.layout is not None
-        if config.parallel == "auto" and spread.layout.mode == "ddp" and context.device.type == "cuda":
-            least = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
-            need = estimate(least, spread, self.double()).nbytes
-            if context.agree(need > RESERVE * free_memory(context.device, context.local_world_size)):
-                spread = context.with_layout(choose_layout(config, *world, fits=False))
-        return spread
-
-    def _assemble_fitting(self) -> None:
-        """`assemble`, where micro_batch_size = auto with the largest that the estimate and a trial let pass."""
-        config, context, self.remarks = self.config, self.context, list[str]()
-        if config.micro_batch_size != "auto":
-            return self.assemble()
-        assert context.layout is not None
-        sizes = possible_micro_batches(config, context.layout)
-        room = min(context.gather_objects(RESERVE * free_memory(context.device, context.local_world_size)))
-        fitting = largest_fitting(sizes, room, config, context, self.double())
-        for size in reversed(context.broadcast_object(fitting)):
-            self.config = replace(config, micro_batch_size=size)
-            self.assemble()
-            if not context.agree(not self._survives_a_trial()):
-                self.remarks.append(f"micro_batch_size = auto: {size}")
-                return None
-            self.remarks.append(f"micro_batch_size {size} ran out of memory in a trial; trying the next smaller one")
-            del self.model, self.reduction, self.optimizer
-            if context.device.type == "cuda":
-                torch.cuda.empty_cache()
-        raise TrainingError(f"micro_batch_size: not even {sizes[0]} fits in memory\n{self._memory_report()}")
-
-    def _survives_a_trial(self) -> bool:
-        """Whether a step's passes fit in memory. Nothing is sent meanwhile, so that nobody waits for who runs out."""
-        last = self.plan.accumulation_steps - 1
-        passes = (0, last) if last else (0,)
-        shape = len(passes) * self.plan.micro_batch_size, self.config.context_len + 1
-        try:
-            with Unsent(), torch.compiler.set_stance("force_eager"):
-                self._pass(torch.zeros(shape, dtype=torch.int32), passes)
-                self.reduction.finish()
-        except torch.OutOfMemoryError:
-            return False
-        self.optimizer.zero_grad(set_to_none=True)
-        return True
-
-    def _memory_report(self) -> str:
-        return memory_report(self.config, self.context, self.double())
 
     def _open_data(self) -> None:
         c = self.config
@@ -187,7 +113,8 @@ class Trainer:
             together(lambda: init_from_folder(source, self.model, config))
         about = self._write_run_folder()
         self.log = RunLog(config, self.context.is_main, self.step)
-        self.log.say("\n".join([f"{self.context.layout}", *self.remarks, f"{self.plan}", *self.hints]))
+        plans = [str(self.context.layout), *self.remarks, str(self.plan), self.compile_note, *self.hints]
+        self.log.say("\n".join(filter(None, plans)))
         self.log.about(self.step, "batch", f"{self.context.layout}\n{self.plan}")
         hosts = Counter(rank["host"] for rank in about.get("ranks", []))
         self.log.about(self.step, "environment", json.dumps(about | {"ranks": hosts}, indent=1))
@@ -237,15 +164,18 @@ class Trainer:
     def fit(self) -> str:
         """Train to the last step or until told to stop; returns "done" or "preempted". A collective."""
         config = self.config
-        observer = self.observer
+        observer, self.first_step = self.observer, self.step + 1
         self._agree_to_begin()
         self.batches = Prefetcher(self._read_rows, self.step)
         try:
+            collect_garbage(first=True)
             while self.step < config.last_step and not (observer.stopping or self.out_of_patience):
-                observer.take(self.train_step(self._wish_to_stop()))
+                observer.take(self._observed_step())
                 if config.fingerprint_every and due(self.step, config.fingerprint_every):
                     self._fingerprint()
                 self._collect_save()
+                if due(self.step, GARBAGE_EVERY):
+                    collect_garbage()
                 if due(self.step, config.eval_every):
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.at_best:
@@ -254,9 +184,13 @@ class Trainer:
             self._collect_save(wait=True)  # what is being written is good
             raise
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{error}\n{self._memory_report()}") from error
+            raise torch.OutOfMemoryError(f"{error}\n{self.memory_report()}") from error
         finally:
             self.batches.close()
+            if self.trace:
+                self.trace.close()
+            gc.unfreeze()
+            gc.enable()
         return self._finish()
 
     def _agree_to_begin(self) -> None:
@@ -272,6 +206,18 @@ class Trainer:
         self.stop_reason = self.stop_reason or self.stop.reason(reserve)
         return self.stop_reason
 
+    def _observed_step(self) -> StepReport:
+        """train_step, and a word if it waited for a compiler although the first steps had everything compiled."""
+        before = compiled_graphs()
+        report = self.train_step(self._wish_to_stop())
+        made = compiled_graphs() - before
+        if made and self.step >= self.first_step + WARM_UP_STEPS:
+            text = (
+                f"torch.compile made {made} graph(s) again; TORCH_LOGS=recompiles says why, compile = false avoids it"
+            )
+            self.log.event(self.step, "recompiled", text)
+        return report
+
     def _observer(self) -> StepObserver:
         flops: float = unwrap(self.model).flops_per_token()  # type: ignore[operator]
         return StepObserver(
@@ -285,54 +231,6 @@ class Trainer:
             clock=self.clock,
             layers=self.reduction.layers,
         )
-
-    def train_step(self, stop_reason: str = "") -> StepReport:
-        """One optimizer step over the global batch: forward, backward, reduce, clip, update. Waits for nothing."""
-        self.pulse.enter("data", self.step)
-        waiting = time.perf_counter()
-        rows = self.batches.get(self.step)
-        waited = time.perf_counter() - waiting
-        self.clock.take()  # the evaluation's
-        self.pulse.enter("forward_backward")
-        sums = self._pass(rows, range(self.plan.accumulation_steps))
-        self.pulse.enter("reduction")
-        self.reduction.finish()
-        look = due(self.step + 1, NORMS_EVERY * self.config.log_every)
-        layer_norms = HostCopy(self.reduction.layer_norms()) if look else None
-        leaf_losses = self.reduction.losses(self.leaves, sums, self.plan.leaves)
-        loss = leaf_losses.sum() / self.plan.tokens_per_step
-        norm = self.reduction.squared_norm().sqrt()
-        skip = (~(loss.isfinite() & norm.isfinite())).float()
-        self.pulse.enter("optimizer")
-        self._clip(norm)
-        lr = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(skip=skip)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.pulse.enter("reading", self.step)
-        numbers = HostCopy(torch.stack([loss, norm, skip.double()]))
-        vote, forward, phases = self.context.start_vote(bool(stop_reason)), self.clock.take(), self.pulse.take()
-        return StepReport(self.step, lr, numbers, leaf_losses, vote, waited, forward, phases, layer_norms)
-
-    def _pass(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
-        """Forward and backward of the micro-batches in `rows`; their summed losses."""
-        sums = []
-        micros = micro_batches(rows, self.plan.micro_batch_size, self.context.device)
-        for k, (ids, targets) in zip(micro_steps, micros, strict=True):
-            self.reduction.before_micro_step(k)
-            loss_sum = self.model(ids, targets)
-            (loss_sum / self.plan.tokens_per_step).backward()  # divided once, by the global count
-            self.reduction.after_micro_step(k)
-            sums.append(loss_sum.detach())
-        return sums
-
-    def _clip(self, norm: Tensor) -> None:
-        if self.config.grad_clip_norm is not None:
-            factor = (self.config.grad_clip_norm / (norm + CLIP_EPS)).clamp(max=1.0).float()
-            grads = [local(param.grad) for param in self.model.parameters() if param.grad is not None]
-            torch._foreach_mul_(grads, factor)
 
     def _read_rows(self, step: int) -> Tensor:
         """The windows of this rank's slots, in the order of its micro-steps."""

@@ -24,10 +24,11 @@ import torch
 from tinytrain_dist import census, distributed
 from tinytrain_dist.commandline import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig, listed
-from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext, Meeting
+from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.environment import parameter_count
 from tinytrain_dist.errors import ConfigError, MeetingError, TinytrainError
 from tinytrain_dist.layout import Layout
+from tinytrain_dist.meeting import Meeting, announce, meet
 from tinytrain_dist.network import is_loopback, resolve, why_unreachable
 from tinytrain_dist.preflight import check_space, prove_shared
 from tinytrain_dist.tools.inspect import Run
@@ -93,9 +94,9 @@ def main(args: list[str]) -> int:
     try:
         if options.nodes:
             head, _, port = options.head.rpartition(":")
-            distributed.announce(options.node, options.nodes, head, int(port))
+            announce(options.node, options.nodes, head, int(port))
         started = time.perf_counter()
-        meeting = distributed.meet(options.timeout)
+        meeting = meet(options.timeout)
         title = f"tinytrain doctor on {socket.gethostname()}"
         if len(meeting.hosts) > 1:
             names = list(dict.fromkeys(meeting.hosts))

@@ -21,6 +21,7 @@ from tinytrain_dist.checkpoint import pieces_of
 from tinytrain_dist.commandline import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config import Mode, TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
+from tinytrain_dist.engine import Engine
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.estimate import KINDS, RESERVE, Estimate, estimate, smaller_settings, table_row
 from tinytrain_dist.layout import BatchPlan, Layout, choose_layout, possible_micro_batches
@@ -28,7 +29,6 @@ from tinytrain_dist.model import TransformerLM
 from tinytrain_dist.optim import AdamW, decay_groups
 from tinytrain_dist.tensorfiles import Spec, cut_into_files
 from tinytrain_dist.tools.hardware import GIB, REACHED_OF_LINKS, Device, device_named
-from tinytrain_dist.trainer import Trainer
 
 OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
 
@@ -140,11 +140,11 @@ def _on(config: TrainingConfig, context: DistributedContext, layout: Layout, wor
         sizes, unset = possible_micro_batches(config, layout), config
 
         def need(size: int) -> int:
-            return estimate(replace(unset, micro_batch_size=size), spread, Trainer.double()).nbytes
+            return estimate(replace(unset, micro_batch_size=size), spread, Engine(config, spread)).nbytes
 
         config = replace(config, micro_batch_size=sizes[max(1, bisect_right(sizes, world.room, key=need)) - 1])
     plan = BatchPlan.make(config, layout)
-    found = estimate(config, spread, Trainer.double())
+    found = estimate(config, spread, Engine(config, spread))
     inside, across = sent_bytes(found, world)
     device = world.device
     peak = device.bf16_flops if config.precision == "bf16" else device.fp32_flops

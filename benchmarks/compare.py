@@ -1,0 +1,311 @@
+"""Our trainer beside what a user would pick instead, in one run on the same model sizes, data and batch.
+
+    python benchmarks/compare.py [--precision bf16] [--rounds 3] [--steps 10] [--systems ours,hf,loop,compiled]
+    python benchmarks/compare.py --device cuda --size 1b --ranks 1 --precision bf16
+
+Systems: `ours` (DDP, as a user starts it), `ours-eager`, `ours-fsdp`, `ours-reproducible`; `hf` (Hugging Face Trainer
+with LlamaForCausalLM); `loop` and `compiled` (a minimal hand-written DDP loop around LlamaForCausalLM, eager and with
+torch.compile). They take turns; each turn is a fresh start of all processes by torchrun. Printed per system:
+tokens/s over all turns (median of the steps after warm-up, range of the turns' medians), the ratio to the first system
+turn by turn, the share of the matmul ceiling that the same processes reach in the same run (on a GPU: MFU), the peak
+memory of the fullest process, the processor time of a step on rank 0 (which other work on the machine disturbs less
+than the clock), and the seconds from the launch to the end of the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"num_layers": 6, "d_model": 256, "num_heads": 8, "d_ff": 704, "vocab_size": 10_000, "context_len": 256},
+    "1b": {"num_layers": 16, "d_model": 2048, "num_heads": 32, "d_ff": 8192, "vocab_size": 50_304, "context_len": 2048},
+}
+WARM_UP = 3
+Options = argparse.Namespace
+
+
+class Clock:
+    """The moments at which steps ended in this process."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ends, self.cpu = device, [0.0], [0.0]
+
+    def tick(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+        if len(self.ends) == 2:
+            self.first = time.time() - float(os.environ["LAUNCHED_AT"])
+
+    def result(self) -> dict[str, Any]:
+        import torch
+
+        steps = np.diff(self.ends)[1 + WARM_UP :].tolist()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        cpu = np.diff(self.cpu)[1 + WARM_UP :].tolist()
+        return {"steps": steps, "cpu": cpu, "peak": peak, "first": self.first}
+
+
+def run_ours(options: Options, folder: str) -> dict[str, Any]:
+    from tinytrain_dist import distributed
+    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.trainer import Trainer
+
+    kind = options.system.partition("-")[2]
+    config = TrainingConfig(
+        target_dir=f"{folder}/run-{os.environ['LAUNCHED_AT']}", train_data=f"{folder}/train.npy", device=options.device,
+        total_steps=10**6, stop_at_step=options.steps + WARM_UP + 1, ckpt_every=10**9, eval_every=10**9, resume="never",
+        batch_size=options.batch * options.ranks, micro_batch_size=options.batch, precision=options.precision,
+        parallel="none" if options.ranks == 1 else "fsdp" if kind == "fsdp" else "ddp",
+        reproducible=kind == "reproducible", **({"compile": False} if kind == "eager" else {}), **sizes(options),
+    )  # fmt: skip
+    clock = Clock(options.device)
+    context = distributed.start(options.device)
+    trainer = Trainer(config, context)
+    plain = trainer.train_step
+
+    def timed(stop_reason: str = "") -> Any:
+        report = plain(stop_reason)
+        clock.tick()
+        return report
+
+    trainer.train_step = timed  # type: ignore[method-assign]
+    trainer.save = lambda: None  # type: ignore[method-assign]
+    trainer.saved_step = config.last_step  # nothing is to be saved here
+    trainer.fit()
+    return clock.result()
+
+
+def llama(options: Options) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = sizes(options)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size["vocab_size"], hidden_size=size["d_model"], intermediate_size=size["d_ff"],
+            num_hidden_layers=size["num_layers"], num_attention_heads=size["num_heads"],
+            max_position_embeddings=size["context_len"], tie_word_embeddings=False, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def run_hf(options: Options, folder: str) -> dict[str, Any]:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    tokens, length = np.load(f"{folder}/train.npy", mmap_mode="r"), sizes(options)["context_len"]
+
+    class Windows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(tokens) // length
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
+            return {"input_ids": ids, "labels": ids}
+
+    clock = Clock(options.device)
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            clock.tick()
+
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/hf", per_device_train_batch_size=options.batch, max_steps=options.steps + WARM_UP + 1,
+        bf16=options.precision == "bf16", use_cpu=options.device == "cpu", logging_steps=10, save_strategy="no",
+        report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95,
+        ddp_backend="gloo" if options.device == "cpu" else None,
+    )  # fmt: skip
+    Trainer(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
+    return clock.result()
+
+
+def run_loop(options: Options, folder: str) -> dict[str, Any]:
+    """What a course's notes would have: DDP, autocast, fused AdamW, clipping, a memory-mapped token file."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    clock, length = Clock(options.device), sizes(options)["context_len"]
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    tokens = np.load(f"{folder}/train.npy", mmap_mode="r")
+    rng = np.random.default_rng(dist.get_rank())
+    model = llama(options).to(options.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    step: Any = torch.compile(wrapped) if options.system == "compiled" else wrapped
+    for _ in range(options.steps + WARM_UP + 1):
+        starts = rng.integers(0, len(tokens) - length, options.batch)
+        ids = torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64)).to(options.device)
+        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
+            loss = step(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.tick()
+    return clock.result()
+
+
+def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
+    """Matrix products alone, on all processes at the same time: FLOP/s per process at the best of some shapes."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    size = sizes(options)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    tokens, best = options.batch * size["context_len"], 0.0
+    for rows, inner, width in (
+        (tokens, size["d_model"], size["d_ff"]),
+        (tokens, size["d_ff"], size["d_model"]),
+        (tokens, size["d_model"], size["vocab_size"]),
+        (2048, 2048, 2048),
+    ):
+        a = torch.randn(rows, inner, dtype=dtype, device=options.device)
+        b = torch.randn(width, inner, dtype=dtype, device=options.device)
+        flops = 2 * rows * inner * width
+        count = max(3, int(2e10 // flops)) * (200 if options.device == "cuda" else 1)
+        dist.barrier()
+        for _ in range(4):
+            start = time.perf_counter()
+            for _ in range(count):
+                torch.nn.functional.linear(a, b)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, flops * count / (time.perf_counter() - start))
+    return {"flops": best}
+
+
+RUNNERS = {"hf": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_ceiling}
+
+
+def sizes(options: Options) -> dict[str, int]:
+    return SIZES[options.size] | ({"vocab_size": options.vocab_size} if options.vocab_size else {})
+
+
+def flops_per_token(options: Options) -> float:
+    """6 per matrix weight and 6 x layers x width x context for causal attention, forward and backward."""
+    s = sizes(options)
+    layer = 4 * s["d_model"] ** 2 + 3 * s["d_model"] * s["d_ff"]
+    matrices = s["num_layers"] * layer + s["vocab_size"] * s["d_model"]
+    return 6.0 * matrices + 6.0 * s["num_layers"] * s["d_model"] * s["context_len"]
+
+
+def turn(options: Options, system: str, precision: str, folder: str) -> list[dict[str, Any]]:
+    """Start `system` on all ranks and return what each of them found."""
+    out = Path(folder) / "results"
+    out.mkdir(exist_ok=True)
+    for path in out.iterdir():
+        path.unlink()
+    arguments = ["--worker", folder, "--system", system, "--precision", precision, "--size", options.size]
+    arguments += ["--device", options.device, "--ranks", str(options.ranks), "--steps", str(options.steps)]
+    arguments += ["--batch", str(options.batch), "--vocab-size", str(options.vocab_size)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}", __file__]
+    env = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "LAUNCHED_AT": str(time.time())}
+    if options.cold:
+        env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor-{system}"
+    log = Path(folder) / "log"
+    with open(log, "w") as file:
+        subprocess.run([sys.executable, *launch, *arguments], stdout=file, stderr=file, check=False, env=env)
+    found = [json.loads(path.read_text()) for path in sorted(out.iterdir())]
+    if len(found) != options.ranks:
+        sys.exit(f"{system} failed:\n{log.read_text()[-6000:]}")
+    return found
+
+
+def compare(options: Options, precision: str, folder: str) -> None:
+    systems = options.systems.split(",")
+    found: dict[str, list[list[dict[str, Any]]]] = {system: [] for system in systems}
+    ceilings = []
+    for _ in range(options.rounds):
+        ceilings.append(sum(rank["flops"] for rank in turn(options, "ceiling", precision, folder)))
+        for system in systems:
+            found[system].append(turn(options, system, precision, folder))
+            seconds, cpu = (1000 * statistics.median(found[system][-1][0][name]) for name in ("steps", "cpu"))
+            line = f"  {precision} {system}: {seconds:.0f} ms a step, {cpu:.0f} ms of the processor"
+            print(line, file=sys.stderr, flush=True)
+    ceiling = max(ceilings)
+    tokens = options.batch * options.ranks * sizes(options)["context_len"]
+    print(
+        f"\n{precision}: matmul ceiling {ceiling / 1e9:.0f} GFLOP/s ({min(ceilings) / 1e9:.0f} .. {ceiling / 1e9:.0f})"
+    )
+    print(
+        f"{'system':<18}{'tokens/s':>9}{'range':>16}{'ratio':>7}{'range':>14}"
+        f"{'of ceiling':>12}{'cpu/step':>11}{'peak':>10}{'first step':>12}"
+    )
+    speeds = {s: [tokens / statistics.median(ranks[0]["steps"]) for ranks in turns] for s, turns in found.items()}
+    for system in systems:
+        mine, turns = speeds[system], found[system]
+        ratios = [a / b for a, b in zip(speeds[systems[0]], mine, strict=True)]
+        peak = max(rank["peak"] for ranks in turns for rank in ranks) / 2**20
+        cpu = 1000 * min(statistics.median(ranks[0]["cpu"]) for ranks in turns)
+        first = [ranks[0]["first"] for ranks in turns]
+        speed = statistics.median(mine)
+        print(
+            f"{system:<18}{speed:>9,.0f}{min(mine):>8,.0f}{max(mine):>8,.0f}{statistics.median(ratios):>7.2f}"
+            f"{min(ratios):>7.2f}{max(ratios):>7.2f}{speed * flops_per_token(options) / ceiling:>11.0%} "
+            f"{cpu:>7,.0f} ms{peak:>6.0f} MiB{first[0]:>6.1f}, {min(first):.1f} s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default="ours,hf,loop,compiled")
+    parser.add_argument("--precision", default="bf16,fp32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="measured steps in each turn")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per process")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--vocab-size", type=int, default=0)
+    parser.add_argument("--cold", action="store_true", help="first turns find no cache of compiled code")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        result = RUNNERS.get(options.system, run_ours)(options, options.worker)
+        Path(options.worker, "results", os.environ["RANK"]).write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)  # some peers' threads do not end
+    import torch
+
+    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, {options.ranks} ranks of {options.threads} thread"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_size = sizes(options)["vocab_size"]
+        np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, vocab_size, 10**7, dtype=np.uint16))
+        for precision in options.precision.split(","):
+            compare(options, precision, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What a step and a checkpoint cost one rank apart from training itself, at 8 to 4096 ranks, without such a cluster.
+
+    python benchmarks/scaling.py [--ranks 8,64,512,4096] [--latency-us 10] [--gbit 10]
+
+Measured here, by calling the real functions with the layout that one rank of so many would have: drawing its windows,
+building the leaf-loss vector, planning the pieces of a checkpoint (of a model sharded over a fake process
+group), and unpickling what is gathered. Computed, not measured: what the network adds, from bytes and hops with a given
+latency and bandwidth: a sum of n bytes takes 2 log2(ranks) hops and moves 2n bytes, a gather moves n x ranks bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def timed(action: Callable[[], Any], repeat: int = 20) -> float:
+    """Microseconds of the fastest of some calls."""
+    best = math.inf
+    for _ in range(repeat):
+        start = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - start)
+    return best * 1e6
+
+
+def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, float, float, float]]:
+    """Name, microseconds measured here, bytes through the network, and microseconds that those would take."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from tinytrain_dist.checkpoint import pieces_of
+    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.data import window_starts
+    from tinytrain_dist.layout import BatchPlan, Layout
+    from tinytrain_dist.model import TransformerLM
+    from tinytrain_dist.optim import AdamW
+
+    shard = min(8, ranks)
+    config = TrainingConfig(
+        num_layers=8, d_model=256, num_heads=8, vocab_size=1000, batch_size=4 * ranks, micro_batch_size=4,
+        parallel="hsdp", dp_shard=shard,
+    )  # fmt: skip
+    plan = BatchPlan.make(config, Layout("hsdp", ranks // shard, shard, ""))
+    slots = [slot for k in range(plan.accumulation_steps) for slot in plan.slots(plan.leaf(0, 0, k))]
+    hops = 2 * math.log2(ranks)
+    results = []
+
+    def note(name: str, action: Callable[[], Any], summed: float = 0, gathered: float = 0) -> None:
+        network = hops * latency + 2 * summed / bytes_per_us if summed else 0.0
+        if gathered:
+            network += hops / 2 * latency + gathered * ranks / bytes_per_us
+        results.append((name, timed(action), 2 * summed + gathered * ranks, network))
+
+    note("sampling: draw this rank's windows", lambda: window_starts(0, 7, slots, 10**9))
+    ballot = torch.zeros(1, dtype=torch.int32)
+    note("agreement: the vote to stop", lambda: bool(ballot.item()), summed=4)
+
+    place, loss = torch.tensor([0]), torch.zeros(1, dtype=torch.float64)
+
+    def leaf_losses() -> None:
+        torch.zeros(plan.leaves, dtype=torch.float64).index_copy_(0, place, loss).sum()
+
+    note("loss: one number for every leaf", leaf_losses, summed=8 * plan.leaves)
+    note("norm: one number", lambda: torch.zeros(()).sqrt(), summed=8)
+    row = torch.zeros(3, dtype=torch.float64)
+    note("logging (every log_every): 3 numbers of every rank", lambda: row.tolist(), gathered=24)
+    import pickle
+
+    objects = [pickle.dumps((1.0, 2.0, 3.0))] * ranks
+    note("  the same as pickled objects", lambda: [pickle.loads(o) for o in objects], gathered=len(objects[0]) + 16)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks // shard, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    for unit in [*model.model.layers, model]:
+        fully_shard(unit, mesh=mesh)
+    model.to_empty(device="cpu")
+    optimizer = AdamW(model.parameters())
+    optimizer.materialize()
+    note("checkpoint: plan the pieces", lambda: pieces_of(model, optimizer, config.max_shard_bytes, 1))
+    dist.destroy_process_group()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="8,64,512,4096")
+    parser.add_argument("--latency-us", type=float, default=10.0, help="of one message")
+    parser.add_argument("--gbit", type=float, default=10.0, help="what one rank's control messages get")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        for name, own, size, network in measure(options.one, options.latency_us, options.gbit * 125):
+            print(f"{name}\t{own}\t{size}\t{network}")
+        sys.stdout.flush()
+        os._exit(0)
+    table: dict[str, list[str]] = {}
+    counts = [int(count) for count in options.ranks.split(",")]
+    for count in counts:
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--one", str(count)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            sys.exit(done.stderr)
+        for line in done.stdout.splitlines():
+            name, own, size, network = line.split("\t")
+            table.setdefault(name, []).append(f"{float(own):,.0f} + {float(network):,.0f} ({float(size):,.0f} B)")
+    print(f"microseconds a rank: measured + network (bytes); {options.latency_us} us a hop, {options.gbit} Gbit/s")
+    print(f"{'':<52}" + "".join(f"{count:>26,}" for count in counts))
+    for name, cells in table.items():
+        print(f"{name:<52}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
