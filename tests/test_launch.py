@@ -194,6 +194,7 @@ def test_node_command(tmp_path: Path) -> None:
 
 
 def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytrain_dist import meeting
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "x")  # so that it is restored
