@@ -126,7 +126,13 @@ def test_host_that_would_tell_others_a_loopback_address_is_named() -> None:
 def test_tasks_of_srun_without_a_head_are_not_many_runs_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    slurm = {
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "4",
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "SLURM_NODEID": "0",
+    }
     for name, value in {**slurm, "WORLD_SIZE": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", "RANK": ""}.items():
         monkeypatch.setenv(name, value)  # so that all are put back
     monkeypatch.delenv("RANK")
