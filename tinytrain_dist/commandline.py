@@ -77,14 +77,14 @@ def parse_command_line(
     import tyro  # here, because it costs more than reading a configuration does
 
     path = args[0] if args and not args[0].startswith("-") else None
-    known, unknown = _normalize(args[1:] if path else args)
+    known, without = _normalize(args[1:] if path else args)
     hints: dict[str, Any] = {}
     for name, f in FIELDS.items():
         help = f"{f.metadata['help']} (default: {f.default})"
         hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
-    return load_config(path, {**overrides, **dict.fromkeys(unknown)})
+    return load_config(path, {**overrides, **dict.fromkeys(without)})
 
 
 def _is_flag(name: str) -> bool:
@@ -92,9 +92,9 @@ def _is_flag(name: str) -> bool:
 
 
 def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments as tyro wants them (`--compile true` becomes `--compile`), and the names it does not know."""
+    """Arguments as tyro wants them (`--compile true` becomes `--compile`), and names without a value that it takes."""
     known: list[str] = []
-    unknown: list[str] = []
+    without: list[str] = []
     position = 0
     while position < len(args):
         flag, equals, value = args[position].partition("=")
@@ -107,13 +107,13 @@ def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
         position = end
         if not flag.startswith("-") or name in ("h", "help"):
             known += [flag, *values]
-        elif name not in FIELDS and not _is_flag(name.removeprefix("no_")):
-            unknown.append(name)
+        elif (name not in FIELDS and not _is_flag(name.removeprefix("no_"))) or (_is_flag(name) and values == ["None"]):
+            without.append(name)
         elif _is_flag(name) and values in (["true"], ["True"], ["false"], ["False"]):
             known.append(("--" if values[0].lower() == "true" else "--no-") + name)
         else:
             known += [f"--{name}", *values]
-    return known, unknown
+    return known, without
 
 
 def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
