@@ -127,6 +127,7 @@ def test_places_name_the_file_by_what_tells_it_apart(files: list[str]) -> None:
     source = TokenFiles(files, CONTEXT)
     chosen, starts = source.draw(0, 4, [2, 9])
     assert source.places(0, 4, [2, 9]) == [f"{chosen[0]}.npy:{starts[0]}", f"{chosen[1]}.npy:{starts[1]}"]
+    assert short_names([]) == []  # a run without val_data
     assert short_names(["x/train.npy"]) == ["train.npy"]
     assert short_names(["x/a/train.npy", "x/b/train.npy"]) == ["a/train.npy", "b/train.npy"]
     assert short_names(["/d/train.npy", "/d/b/train.npy"]) == ["train.npy", "b/train.npy"]

@@ -80,13 +80,13 @@ def test_a_slow_rank_is_named_at_the_second_time_and_again_only_after_it_recover
 
 
 def flip_a_bit(trainer: Any, rank: int) -> None:
-    """During step 5 the last bit of one weight of `rank` turns over."""
+    """During step 5 a bit of one weight of `rank` turns over; not the last one, which an update may round away."""
 
     def hook(*_: Any) -> None:
         if trainer.context.rank == rank and trainer.step == 4 and not done:
             done.append(True)
             weight = unwrap(trainer.model).model.layers[1].mlp.up_proj.weight
-            getattr(weight, "_local_tensor", weight).data.view(torch.int32)[0, 3] ^= 1
+            getattr(weight, "_local_tensor", weight).data.view(torch.int32)[0, 3] ^= 1 << 12
 
     done: list[bool] = []
     trainer.model.register_forward_pre_hook(hook)
@@ -169,7 +169,7 @@ def reads_of(settings: dict[str, Any]) -> list[tuple[int, str]]:
     def prepare(trainer: Any) -> None:
         trainers.append(trainer)
         finish = trainer._finish
-        trainer._finish = lambda stop: (trainers.clear(), finish(stop))[1]
+        trainer._finish = lambda: (trainers.clear(), finish())[1]
 
     for name in READS:
         setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
@@ -187,7 +187,7 @@ def test_between_log_lines_only_finished_copies_are_read_and_one_step_late(
     for reads in found:
         # the numbers of step k when step k + 1 has been queued; the vote is a number of the CPU's own
         assert [step for step, where in reads if where == "HostCopy.read"] == [*range(2, 11)]
-        assert [step for step, where in reads if where == "Vote.result"] == [*range(2, 11)]
+        assert [step for step, where in reads if where == "Vote.result"] == [0, *range(2, 11)]  # 0: whether to begin
         rest = [(step, where) for step, where in reads if where not in ("HostCopy.read", "Vote.result")]
         assert rest == [(5, "DistributedContext.gather_numbers"), (9, "DistributedContext.gather_numbers")]
 
@@ -212,7 +212,7 @@ def fit_without_synchronising(settings: dict[str, Any]) -> None:
 
     trainer.train_step = strict  # type: ignore[method-assign]
     finish = trainer._finish
-    trainer._finish = lambda stop: (torch.cuda.set_sync_debug_mode("default"), finish(stop))[1]  # type: ignore[method-assign]
+    trainer._finish = lambda: (torch.cuda.set_sync_debug_mode("default"), finish())[1]  # type: ignore[method-assign]
     assert trainer.fit() == "done"
 
 
@@ -287,13 +287,3 @@ def test_phases_and_goodput_say_where_time_goes(runs: dict[str, Run]) -> None:
         goodput = run.values("train", "goodput")
         assert all(0 < share < 1 for share in goodput)
         assert goodput[-1] * (1 + 1e-9) >= sum(run.values("train", "step_seconds")) / 600
-
-
-@pytest.mark.multiprocess
-def test_a_restart_by_the_launcher_is_an_event(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, "run", total_steps=2)
-    run_ranks(1, fit, settings, env={"TORCHELASTIC_RESTART_COUNT": "2"})
-    (text,) = Run(tmp_path / "run").values("restarted", "text")
-    assert "TORCHELASTIC_RESTART_COUNT 2" in text
-    run_ranks(1, fit, {**settings, "target_dir": str(tmp_path / "first")})
-    assert Run(tmp_path / "first").values("restarted", "text") == []

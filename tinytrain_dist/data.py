@@ -224,7 +224,7 @@ class TokenFiles:
 def short_names(paths: Sequence[str]) -> list[str]:
     """The part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
     whole = [os.path.abspath(path) for path in paths]
-    shared = os.path.commonpath([os.path.dirname(path) for path in whole])
+    shared = os.path.commonpath([os.path.dirname(path) for path in whole]) if whole else ""
     return [os.path.relpath(path, shared) for path in whole]
 
 
