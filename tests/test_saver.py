@@ -372,15 +372,18 @@ def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, un
 
 
 def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:
-    if os.environ["RANK"] == "1":
-        settings["val_data"] = settings["val_data"] + ".gone"
+    from tinytrain_dist import data
+
+    if os.environ["RANK"] == "1":  # its node has not mounted the folder
+        plain = data.load_token_dataset
+        data.load_token_dataset = lambda path, **rest: plain(f"{path}.gone", **rest)  # type: ignore[assignment]
     return fit_error(settings)
 
 
 def test_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
     messages = run_ranks(2, data_of_rank_1_is_gone, settings_for(folder, "gone", **RUN))
     assert messages[0] == messages[1]
-    assert "val.npy.gone: no such token file" in messages[0]
+    assert "train.npy.gone: no such token file" in messages[0]
 
 
 class Trap:
