@@ -74,7 +74,7 @@ threads=$((cores / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-command=("$python" -m tinytrain_dist.agent --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
+command=("$python" -P -m tinytrain_dist.agent --standalone --nproc-per-node "$nproc" "$root/launch/train.py" "$config")
 command+=(${settings[@]+"${settings[@]}"})
 if [ -n "$dry_run" ]; then
     printf 'OMP_NUM_THREADS=%s\n' "$OMP_NUM_THREADS"

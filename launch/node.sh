@@ -168,7 +168,7 @@ if [ -n "$direct" ]; then
     export MASTER_ADDR=${head:-$address} MASTER_PORT=$port
     command=("$python" "$root/launch/train.py" "$config")
 else
-    command=("$python" -m tinytrain_dist.agent --nnodes "$nnodes" --nproc-per-node "$nproc" --rdzv-backend c10d)
+    command=("$python" -P -m tinytrain_dist.agent --nnodes "$nnodes" --nproc-per-node "$nproc" --rdzv-backend c10d)
     command+=(--rdzv-endpoint "${head:-$address}:$port" --local-addr "$address" --max-restarts "$max_restarts")
     # is_host: torch would guess by names. The time-outs let nodes that import slowly from a shared disk come in.
     command+=(--rdzv-conf "is_host=$((rank == 0)),join_timeout=600,read_timeout=300")

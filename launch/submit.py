@@ -83,7 +83,7 @@ class Job:
         lines = self.template.read_text(encoding="utf-8").splitlines()
         last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
         added = ["# ---- filled in by launch/submit.py"]
-        added += [f"#SBATCH {flag}" for flag in self.flags()]
+        added += [f"#SBATCH {shlex.quote(flag)}" for flag in self.flags()]
         added += [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         added += [f"set -- {shlex.quote(str(self.folder))}/config{task}.toml", "# ----"]
         return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :]]) + "\n"
@@ -157,10 +157,9 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
         problems += error.problems
     if config.ckpt_writers > nodes * per_node:
         problems.append(f"ckpt_writers: {config.ckpt_writers} is more than the {nodes * per_node} processes; lower it")
-    for name in ("train_data", "val_data"):
-        path = getattr(config, name)
-        if isinstance(path, str) and "," not in path:
-            problems += [f"{name}: {problem}" for problem in check_tokens(Path(path), config.context_len)]
+    for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
+        for file in files:
+            problems += [f"{name}: {problem}" for problem in check_tokens(Path(file), config.context_len)]
     for name in ("ckpt_path_to_resume", "init_from"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_dir():

@@ -182,7 +182,7 @@ def test_node_command(tmp_path: Path) -> None:
     *environment, command = done.stdout.splitlines()
     assert environment == ["GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"]
     assert command.split()[1:] == [
-        *"-m tinytrain_dist.agent --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d".split(),
+        *"-P -m tinytrain_dist.agent --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d".split(),
         *"--rdzv-endpoint 127.0.0.1:20000 --local-addr 127.0.0.1 --max-restarts 3".split(),
         *r"--rdzv-conf is_host=0\,join_timeout=600\,read_timeout=300 --rdzv-id 12000.3".split(),
         *f"{REPOSITORY}/launch/train.py {config} --seed 5".split(),

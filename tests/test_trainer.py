@@ -135,7 +135,7 @@ def test_one_signalled_rank_stops_all_after_the_same_step_and_nothing_is_lost(tm
     assert ends[0] == ends[1]
     assert ends[0]["state"] == "preempted"
     state = json.loads((tmp_path / "run" / "state.json").read_text())
-    assert state == {"state": "preempted", "step": ends[0]["step"]}
+    assert state == {"state": "preempted", "step": ends[0]["step"], "reason": "SIGTERM"}
     assert Run(tmp_path / "run").checkpoint.name == f"checkpoint-{state['step']:08d}"
     run_ranks(2, fit, settings)
     expected = train(tmp_path, "whole", 2, parallel="ddp", ckpt_every=100)

@@ -22,14 +22,14 @@ import os, sys, threading
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tinytrain_dist import stopping
 stopping.install_handlers()
-from tinytrain_dist import run, trainer
-read, calls = trainer.read_windows, []
+from tinytrain_dist import data, run
+read, calls = data.TokenFiles.read, []
 def read_or_hang(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) > 9:
         threading.Event().wait()
     return read(*arguments)
-trainer.read_windows = read_or_hang
+data.TokenFiles.read = read_or_hang
 sys.exit(run.main(sys.argv[1:]))
 """
 

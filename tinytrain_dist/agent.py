@@ -26,7 +26,7 @@ from typing import Any
 
 from tinytrain_dist import failure
 from tinytrain_dist.files import read_object
-from tinytrain_dist.watchdog import TICK_SECONDS, read_beats
+from tinytrain_dist.watchdog import START, TICK_SECONDS, read_beats
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TASKS = Path("/proc/self/task")
@@ -122,15 +122,27 @@ def _attend_deaths(context: Any, note: Path, kills_before: int) -> None:
     def attend_and_close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
         codes = {local: handler.proc.poll() for local, handler in self.subprocess_handlers.items()}
         dead = [] if hasattr(self, "attended") else [local for local, code in codes.items() if code]
+        if not hasattr(self, "attended"):
+            _died.clear()  # of the ranks before this restart
         self.attended = True  # torchrun closes twice, and what was killed by the first time did not die by itself
         for local in dead:
             error_file = Path(self.error_files[local])
             if not (error_file.is_file() and error_file.stat().st_size):  # it left no word
                 _report_death(note, local, self.subprocess_handlers[local].proc.pid, codes[local], kills_before)
                 break
-        close(self, death_sig, CLOSING_SECONDS if dead else timeout)
+        if dead:  # a SIGTERM would be taken for a wish to stop, and a start that fails is no preemption
+            _wait_for_end(self, CLOSING_SECONDS)
+            death_sig = signal.SIGKILL
+        close(self, death_sig, timeout)
 
     context._close = attend_and_close
+
+
+def _wait_for_end(context: Any, seconds: float) -> None:
+    """Let the other ranks end by themselves: they have been told, or wait in a collective that is broken."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(h.proc.poll() is None for h in context.subprocess_handlers.values()):
+        time.sleep(0.05)
 
 
 def _report_death(note: Path, local: int, pid: int, code: int, kills_before: int) -> None:
@@ -142,9 +154,9 @@ def _report_death(note: Path, local: int, pid: int, code: int, kills_before: int
         time.sleep(TICK_SECONDS / 2)  # its peers notice soon, and each writes a last heartbeat
     beats = read_beats(folder) if folder is not None else []
     mine = next((beat for beat in beats if (beat["pid"], beat["host"]) == (pid, host)), None)
-    step = max((beat["step"] for beat in beats), default=None)
+    step = max((beat["step"] for beat in beats if beat["phase"] not in START), default=None)
     name = f"rank {mine['rank']}" if mine else f"local rank {local}"
-    text = f"{name} on {host} (process {pid}) {how}" + (f", after step {step}" if mine else "")
+    text = f"{name} on {host} (process {pid}) {how}" + (f", after step {step}" if mine and step is not None else "")
     if _given_up:
         text = f"ended by a second Ctrl-C, without saving, after step {step}"
     elif code == -signal.SIGKILL:

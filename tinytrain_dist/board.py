@@ -21,7 +21,7 @@ PLACES = {
 }
 TAGS = {name: f"{place}/{name}" for place, names in PLACES.items() for name in names}
 # Each kind of event is a row of dots, so that a chart shows which came when.
-EVENTS = ("resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped")
+EVENTS = ("resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled")
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}
 # The table of runs has a column for each; it shows the first five unasked, by the alphabet.
 COMPARED = tuple(

@@ -114,7 +114,7 @@ class TrainingConfig:
     activation_checkpointing: Literal["none", "block", "selective"] = _in(
         "parallel", "none", "recompute in backward: nothing, whole blocks, all but matrix products"
     )
-    loss_chunk_tokens: int | None = _in("parallel", None, "tokens per piece of head + loss; None: all at once")
+    loss_chunk_tokens: int | None = _in("parallel", None, "tokens per piece of head + loss; None: as have 2**24 logits")
     reproducible: bool = _in("parallel", False, "the same bits on any number of ranks and in any mode")
     allow_drift: bool = _in("parallel", False, "reproducible: resume although something that decides bits changed")
     cpu_threads: int | None = _in("parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible")

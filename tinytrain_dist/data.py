@@ -183,6 +183,8 @@ class TokenFiles:
             self._files.append((descriptor, tokens.offset, tokens.dtype))  # type: ignore[attr-defined]
         self._type = np.result_type(*(_torch_type(dtype) for _, _, dtype in self._files))
         shares = [Fraction(share) for share in weights or self.windows]
+        # the chance that two slots draw the same window
+        self.meeting = float(sum((one / sum(shares)) ** 2 / n for one, n in zip(shares, self.windows, strict=True)))
         self._bounds = [int(bound / sum(shares) * (1 << 63)) for bound in itertools.accumulate(shares[:-1])]
 
     def draw(

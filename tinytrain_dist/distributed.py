@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +51,7 @@ class DistributedContext:
     world: str = ""
     mesh: DeviceMesh | None = None
     layout: Layout | None = None
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -71,6 +71,9 @@ class DistributedContext:
     def with_layout(self, layout: Layout) -> DistributedContext:
         """This context on a (replicate, shard) mesh. A collective: every rank calls it with the same layout."""
         mesh = init_device_mesh(self.device.type, (layout.replicate, layout.shard), mesh_dim_names=(REPLICATE, SHARD))
+        if self.timeout is not None:  # torch gives a mesh ten minutes on NCCL, whatever is set elsewhere
+            for axis in (REPLICATE, SHARD):
+                dist.distributed_c10d._set_pg_timeout(self.timeout, mesh.get_group(axis))
         return replace(self, mesh=mesh, layout=layout)
 
     def on_cpu(self) -> DistributedContext:
@@ -159,6 +162,8 @@ class Unsent(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(args[place])
         tensors = [leaf for leaf in tree_leaves(args[:place]) if isinstance(leaf, Tensor)]
         self.message(func.__name__, tensors, tuple(dist.get_process_group_ranks(group)))
+        from torch._C._distributed_c10d import FakeWork
+
         work = FakeWork().boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
@@ -213,6 +218,7 @@ def start(
         world_size=world_size,
     )
     context = DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
+    context = replace(context, timeout=timedelta(seconds=timeout_seconds))
     # nobody leaves with an error while others still join, and drowns it in theirs
     return replace(context, world=context.gather_objects(secrets.token_hex(8))[0])
 
@@ -372,7 +378,8 @@ def gather_to_all(value: Any, group: Group | None = None) -> list[Any]:
 
 def background_group() -> Group | None:
     """A group of all ranks for work beside training, over the CPU; its messages meet nobody else's."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    # a save may take longer than torch's half an hour, and ends the run only where somebody waits for it
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
 def group_size(group: Group | None) -> int:

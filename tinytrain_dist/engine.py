@@ -6,6 +6,7 @@ rehearses a bare one.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,7 +88,8 @@ class Engine:
                 self.remarks.append(f"micro_batch_size = auto: {size}")
                 return None
             self.remarks.append(f"micro_batch_size {size} ran out of memory in a trial; trying the next smaller one")
-            del self.model, self.reduction, self.optimizer
+            del self.model, self.reduction, self.optimizer, self.clock
+            gc.collect()  # FSDP's modules refer to each other, and hold the memory until then
             if context.device.type == "cuda":
                 torch.cuda.empty_cache()
         raise TrainingError(f"micro_batch_size: not even {sizes[0]} fits in memory\n{self.memory_report()}")

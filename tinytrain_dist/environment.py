@@ -21,6 +21,7 @@ import torch
 from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
 
+ARITHMETIC = 2  # raised when a step is computed in another order; reproducible runs notice at a resume
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # how often the launcher, and the cluster, began again
 
 
@@ -104,6 +105,7 @@ def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
     return {
+        "arithmetic": ARITHMETIC,
         **{name: getattr(config, name) for name in settings},
         "torch": torch.__version__,
         "kernels": f"{device.type} {kernels}",

@@ -25,7 +25,8 @@ def report(folder: Path, cause: Cause) -> None:
         before = read_object(path)
         if before and (before["secondary"], before["time"]) <= (cause["secondary"], cause["time"]):
             return
-        write_state(folder, "failed", cause["step"])
+        step = cause["step"]  # None in a start: then what the start before it had reached still holds
+        write_state(folder, "failed", read_object(folder / "state.json").get("step") if step is None else step)
         if not cause["secondary"]:
             write_atomically(path, cause)
             return

@@ -67,6 +67,8 @@ def meet(seconds: float = MEETING_SECONDS) -> Meeting:
     rank, world_size, host = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()
     if "RANK" not in os.environ:
         return Meeting(dist.HashStore(), 0, [host])  # type: ignore[attr-defined]
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise MeetingError(f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun")
     head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves and (problem := why_unreachable(head, port, seconds)):
@@ -88,7 +90,11 @@ def meet(seconds: float = MEETING_SECONDS) -> Meeting:
             f"MASTER_PORT: rank {rank} on {host} cannot use {head}:{port} ({str(error).splitlines()[0]}); "
             "take another port, and as MASTER_ADDR the host of rank 0"
         ) from None
-    ours = dist.PrefixStore(f"meeting{next(_meetings)}", store)  # type: ignore[attr-defined]
+    # torchrun's own store may survive a restart with the addresses of the dead in it. Its count of restarts is the same
+    # on one node only; several nodes need our agent, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    ours = dist.PrefixStore(f"meeting{attempt}.{next(_meetings)}", store)  # type: ignore[attr-defined]
     arrivals = Meeting(ours, rank, [""] * world_size).exchange("hosts", _myself(), seconds)
     _check_arrivals(arrivals, seconds, f"{head}:{port}")
     return Meeting(ours, rank, [one["host"] for one in arrivals])

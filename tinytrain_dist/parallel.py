@@ -66,7 +66,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         model = TransformerLM(config)
     blocks: list[nn.Module] = list(model.model.layers)
     if config.compile:
-        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece)
+        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,11 @@ class RunLock:
 
     def _remove_stale(self, mine: dict[str, Any]) -> None:
         """Errors: CheckpointError if the lock is somebody's. Of several that find it stale, one removes it."""
-        holder = self._holder()
-        if not self._is_stale(holder, mine):
+        holder, seen = self._holder(), self._touched()
+        while not self._is_stale(holder, mine):
+            if holder is not None and holder["host"] != mine["host"] and self._touched() == seen:
+                time.sleep(1.0)  # on a node that was lost it stays as it is; where somebody lives it is touched
+                continue
             who = f"process {holder['pid']} on {holder['host']}" if holder else "somebody"
             raise CheckpointError(
                 f"{self.path.parent}: {who} trains into this folder; stop it, or set another target_dir"
@@ -141,6 +145,11 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
             aside.unlink()
+
+    def _touched(self) -> float:
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_mtime
+        return 0.0
 
     def _holder(self) -> dict[str, Any] | None:
         try:
@@ -169,7 +178,7 @@ class RunLock:
         return holder is not None and holder != self._record
 
     def _touch(self) -> None:
-        while not self._end.wait(TOUCH_SECONDS):
+        while not self._end.wait(TOUCH_SECONDS) and not self.taken():
             try:
                 os.utime(self.path)
             except OSError:
@@ -178,7 +187,7 @@ class RunLock:
     def release(self) -> None:
         """Give the folder back."""
         self._end.set()
-        if self._held:
+        if self._held and not self.taken():
             self.path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from tinytrain_dist import failure
 from tinytrain_dist.commandline import parse_command_line
-from tinytrain_dist.errors import MeetingError, TinytrainError
+from tinytrain_dist.errors import DataError, MeetingError, TinytrainError
 from tinytrain_dist.stopping import owns
 from tinytrain_dist.watchdog import START, TICK_SECONDS, Watchdog
 
@@ -58,7 +58,9 @@ def _fail(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     from tinytrain_dist import distributed
 
     now, trace = time.time(), traceback.format_exc()
-    expected = isinstance(error, TinytrainError)  # raised together on all ranks, so one of them says it
+    # a token file that goes away while it is read, by one rank alone, is nothing that all have raised together
+    alone = isinstance(error, DataError) and watchdog is not None and watchdog.pulse.phase not in START
+    expected = isinstance(error, TinytrainError) and not alone  # raised on all ranks, so one of them says it
     of_peers = isinstance(error, RuntimeError) and OF_PEERS.search(str(error)) is not None
     rank, _, host = distributed.who()
     step = watchdog.pulse.step if watchdog and watchdog.pulse.phase not in START else None

@@ -39,7 +39,7 @@ class Samples:
             return []
         # without compiled code, which would be compiled again for each length
         eager: Any = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
-        start = min(PROMPT_TOKENS, self.config.context_len // 2)
+        start = max(1, min(PROMPT_TOKENS, self.config.context_len // 2))
         ids = self.prompts(PROMPTS, start).to(self.context.device)
         rng = np.random.default_rng((self.config.seed, step))
         with eager:
@@ -50,7 +50,9 @@ class Samples:
         if self._tokenizer is None:
             return []
         rows = ids.tolist()
-        return [(self._decode(row[:start]), self._decode(row[start:])) for row in rows]
+        with contextlib.suppress(Exception):  # as with _load
+            return [(self._decode(row[:start]), self._decode(row[start:])) for row in rows]
+        return []
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -111,6 +111,7 @@ class Checkpoints:
         checkpoint of this step that is there already is left as it is: `find` lets no other history into the folder.
         """
         assert self.pending is None, "collect() first"
+        self.best_step = report.get("best_eval_step")
         config = self.config
         pieces, values = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         event = None
@@ -182,11 +183,12 @@ class Checkpoints:
                 "one ends without saving; nothing needs to be done"
             )
 
-    def find(self) -> Path | None:
+    def find(self, begin: Callable[[], None] = lambda: None) -> Path | None:
         """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.
 
         A collective: rank 0 looks, all ranks read a share of the files, all are told. A damaged one is renamed to
-        NAME.damaged and named. Errors: CheckpointError if one that was asked for is missing or damaged, or if all are.
+        NAME.damaged and named. `begin` is called before each is read. Errors: CheckpointError if one that was asked
+        for is missing or damaged, or if all are.
         """
         auto = self.config.resume_from == "auto"
         candidates: list[Path] = self.context.broadcast_object(self.committed())
@@ -200,6 +202,7 @@ class Checkpoints:
         if not auto:
             candidates = self._from_path(Path(self.config.resume_from), candidates)
         for path in reversed(candidates):
+            begin()
             problems = self._problems_in(path)
             if not problems:
                 return path
@@ -253,9 +256,8 @@ class Checkpoints:
                 f"{path}: belongs to another run; start a new one (another target_dir), set back, or name in `allow` "
                 "what may change:\n  " + "\n  ".join(refused)
             )
-        drift = [
-            f"{k}: {v} in the checkpoint, {self.bits[k]} now" for k, v in state["bits"].items() if self.bits[k] != v
-        ]
+        bits = state["bits"]
+        drift = [f"{k}: {bits.get(k)} in the checkpoint, {v} now" for k, v in self.bits.items() if bits.get(k) != v]
         if drift and self.config.reproducible and not self.config.allow_drift:
             raise CheckpointError(
                 f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
@@ -282,6 +284,8 @@ class Checkpoints:
         best = min(paths, key=_eval_loss, default=None)
         for path in paths[: -self.config.keep_last]:
             if (every and _step_of(path) % every == 0) or (path == best and _eval_loss(path) < math.inf):
+                continue
+            if _step_of(path) == self.best_step:  # evaluated after a resume, so that it does not know it itself
                 continue
             try:
                 aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name

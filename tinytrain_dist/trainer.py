@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ class Trainer(Engine):
     that can be known.
     """
 
+    log: RunLog
+    token_bytes: Any  # how many bytes each id stands for, None where that is not known
+
     def __init__(self, config: TrainingConfig, context: DistributedContext, pulse: Pulse | None = None) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.hints = census.take(config, context)
@@ -68,6 +72,8 @@ class Trainer(Engine):
             self.pulse.follower = self.trace.enter
         self.pulse.enter("open_data")
         together(self._open_data)
+        if context.agree(self.token_bytes is None):  # a folder that only some ranks have would halve the bytes
+            self.token_bytes = None
         bits = decide_bits(config, context.device)
         self.pulse.enter("build")
         self.context = context = self.spread(context)
@@ -98,12 +104,14 @@ class Trainer(Engine):
     def _resume(self) -> None:
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
         config, auto = self.config, self.config.resume_from == "auto"
-        path = None if auto else self.checkpoints.find()  # a wrong path leaves no new folder behind
+        loading = partial(self.pulse.enter, "load")  # start_limit counts for each reading by itself
+        path = None if auto else self.checkpoints.find(loading)  # a wrong path leaves no new folder behind
         self._claim_folder()
-        path = self.checkpoints.find() if auto else path
+        path = self.checkpoints.find(loading) if auto else path
         notes: list[str] = []
         if path is not None:
             found = path
+            loading()
             state, notes = together(lambda: self.checkpoints.load(found, self.model, self.optimizer))
             self.step, self.report = state["step"], state["report"]
             if path == self.checkpoints.folder(self.step):
@@ -158,7 +166,7 @@ class Trainer(Engine):
                 f"ranks draw slots {slots[:8]}... instead of 0 .. {self.config.batch_size - 1}, each once"
             )
         drawn = [tuple(theirs) for _, theirs in everyone]
-        if len(set(drawn)) < len(drawn) and sum(self.train.windows) > 1000 * self.config.batch_size:
+        if len(set(drawn)) < len(drawn) and len(drawn) ** 2 * self.train.meeting ** len(self.slots) < 1e-9:
             raise TrainingError(f"two ranks draw the same windows at step {self.step}: {drawn[:2]}")
 
     def fit(self) -> str:
@@ -166,6 +174,8 @@ class Trainer(Engine):
         config = self.config
         observer, self.first_step = self.observer, self.step + 1
         self._agree_to_begin()
+        if self.step and due(self.step, config.eval_every) and self.report.get("eval_step") != self.step:
+            self.evaluate()  # a stop came before it
         self.batches = Prefetcher(self._read_rows, self.step)
         try:
             collect_garbage(first=True)
@@ -369,13 +379,13 @@ class Trainer(Engine):
         reason = reasons[0] if state == "preempted" and reasons else ""
         why = f" ({reason})" if reason else ""
         if early:
-            best, step = self.report["best_eval_loss"], self.report["best_eval_step"]
+            best, step = self.report.get("best_eval_loss", math.nan), self.report.get("best_eval_step")
             why = f" (no better eval loss than {best:.4f} in {self.report['evals_since_best']} evaluations, "
-            why += f"early_stop_patience; the best is {self.checkpoints.folder(step).name})"
+            why += f"early_stop_patience; the best is {self.checkpoints.folder(step).name if step else 'none'})"
         self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
         self.stop.obeyed()
         self.log.close()
-        if self.context.is_main:
+        if self.context.is_main and owns(Path(self.config.target_dir)):
             write_state(Path(self.config.target_dir), state, self.step, reason)
         self.lock.release()
         return state

@@ -116,8 +116,9 @@ class Watchdog(threading.Thread):
         self.beat()
         try:
             if notice["hang"]:
-                self._leave_stacks()
-                message = self._wait_for_cause(message, first)
+                with contextlib.suppress(OSError, ValueError):  # a full disk must not keep the sentence from being said
+                    self._leave_stacks()
+                    message = self._wait_for_cause(message, first)
             if not preempted:
                 self._say(message)
             elif self.rank == 0 and (stopping.owns(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ):

@@ -250,9 +250,9 @@ def _check_run(report: Report, config: TrainingConfig, context: DistributedConte
 
     def data() -> TrainingConfig:
         found = resolve_vocab_size(config)
-        for path in found.train_files:
+        for path in (*found.train_files, *found.val_files):
             if not Path(path).is_file():
-                raise ConfigError(f"train_data: there is no {path} on {context.host}; give a token file")
+                raise ConfigError(f"train_data, val_data: no {path} on {context.host}; give a token file")
         return found
 
     for topic, action, fine in (

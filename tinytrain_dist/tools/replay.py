@@ -76,7 +76,8 @@ def _config(saved: dict[str, Any], path: Path, target: Path, stop: int, settings
     moved = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None, "init_from": None, "time_limit": None}
     resumed = {"resume": str(path.resolve()), "ckpt_path_to_resume": None, "ckpt_save_prefix": "checkpoint"}
     quiet: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None, "ckpt_every": 10**9}
-    quiet |= {"early_stop_patience": None, "keep_every": None}
+    quiet |= {"early_stop_patience": None, "keep_every": None, "profile": None, "sample_tokens": 0}
+    quiet |= {"fingerprint_every": None}
     layout = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "stop_at_step": stop}
     given: dict[str, Any] = {}
     for setting in settings:

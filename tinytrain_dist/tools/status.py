@@ -145,6 +145,7 @@ def lines_of(s: Status) -> dict[str, str]:
     loss = [f"{'' if kind == 'train' else 'eval '}{r['loss']:.4f} at step {r['step']}" for kind, r in losses.items()]
     speed, seconds, goodput = s.last("tokens_per_second"), s.last("step_seconds"), s.goodput
     restarts = [r for r in s.records if r["kind"] in ("restarted", "resumed")]
+    said_twice = [b["kind"] == "restarted" and a["kind"] == "resumed" for a, b in itertools.pairwise(restarts)]
     saved = ""
     if s.checkpoint is not None:
         saved = f"{s.checkpoint.name}, {human_age(s.now - s.checkpoint.stat().st_mtime)} old"
@@ -159,7 +160,7 @@ def lines_of(s: Status) -> dict[str, str]:
         "loss": ", ".join(loss),
         "speed": "" if speed is None else f"{speed:,.0f} tokens/s, {seconds:.3g} s per step",
         "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time went into steps that count",
-        "restarts": f"{len({r['time'] for r in restarts})}" if restarts else "",
+        "restarts": f"{len(restarts) - sum(said_twice)}" if restarts else "",
         **{f"  step {r['step']}": str(r.get("text", "")) for r in restarts[-5:]},
         "last sign": f"{human_age(s.now - s.seen)} ago" if s.seen and not s.alive else "",
         "waiting": waits,
