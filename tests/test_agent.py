@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distributed_helper import AGENT, TrainingProcess, training_process
+from distributed_helper import AGENT, REPOSITORY, TrainingProcess, training_process
 from training import Run, config_file, train
 
 pytestmark = pytest.mark.multiprocess
@@ -163,3 +163,30 @@ def _catches(pid: int, number: int) -> bool:
         caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
         return bool(int(caught, 16) >> (number - 1) & 1)
     return False
+
+
+DYING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tinytrain_dist import stopping
+stopping.install_handlers()
+from tinytrain_dist import engine, run
+build = engine.build_model
+def build_or_die(*arguments, **rest):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return build(*arguments, **rest)
+engine.build_model = build_or_die
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: Path) -> None:
+    """A peer that is sent SIGTERM for it would say that it was preempted, and the batch script would queue it again."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    attempt = {"TINYTRAIN_ATTEMPT": "9"}
+    with training_process([config_file(tmp_path)], 2, tmp_path, attempt, launcher=AGENT, script=script) as running:
+        assert running.wait(60) == 128 + signal.SIGKILL, running.output()
+        assert "was killed by SIGKILL" in running.output().rstrip().splitlines()[-1]
+    assert state_of(tmp_path).get("state") != "preempted"

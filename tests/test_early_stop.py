@@ -93,3 +93,22 @@ def test_without_patience_nothing_stops_and_no_best_is_saved_by_itself(tmp_path:
     (end,) = run(tmp_path, early_stop_patience=None)
     assert (end["state"], end["step"]) == ("done", 10)
     assert checkpoints(tmp_path) == ["checkpoint-00000010"]
+
+
+def stopped_in_evaluation(trainer: Any) -> None:
+    scripted(trainer, LOSSES)
+    plain = trainer._evaluate_file
+
+    def stop(files: Any) -> Any:
+        trainer.observer.stopping = trainer.observer.stopping or trainer.step == 3
+        return None if trainer.observer.stopping else plain(files)
+
+    trainer._evaluate_file = stop
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(tmp_path: Path) -> None:
+    (end,) = run(tmp_path, prepare=stopped_in_evaluation)
+    assert (end["state"], end["step"]) == ("preempted", 3)
+    (end,) = run(tmp_path)
+    assert (end["state"], end["step"]) == ("done", 4), "as without the stop"
+    assert len(Run(tmp_path / "run").values("eval", "loss")) == 4
