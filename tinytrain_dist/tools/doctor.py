@@ -250,9 +250,9 @@ def _check_run(report: Report, config: TrainingConfig, context: DistributedConte
 
     def data() -> TrainingConfig:
         found = resolve_vocab_size(config)
-        for path in (*found.train_files, *found.val_files):
-            if not Path(path).is_file():
-                raise ConfigError(f"train_data, val_data: no {path} on {context.host}; give a token file")
+        for name, files in (("train_data", found.train_files), ("val_data", found.val_files)):
+            if gone := [path for path in files if not Path(path).is_file()]:
+                raise ConfigError(f"{name}: there is no {gone[0]} on {context.host}; give a token file")
         return found
 
     for topic, action, fine in (
