@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import DistributedContext, Unsent
 from tinytrain_dist.layout import BatchPlan, possible_micro_batches
+from tinytrain_dist.losses import CHUNK_LOGITS
 from tinytrain_dist.optim import local
 from tinytrain_dist.parallel import unwrap
 
@@ -278,10 +279,9 @@ def smaller_settings(config: TrainingConfig, context: DistributedContext) -> lis
     """Changes of one setting that make a step hold less and train the same, the cheapest first."""
     assert context.layout is not None
     micro = BatchPlan.make(config, context.layout).micro_batch_size
-    tokens = micro * config.context_len
     changes: list[dict[str, Any]] = []
-    if (config.loss_chunk_tokens or tokens) > 2048:
-        changes.append({"loss_chunk_tokens": 2048})
+    if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > CHUNK_LOGITS:
+        changes.append({"loss_chunk_tokens": None})
     if not config.reproducible:  # there it decides bits
         smaller = [size for size in possible_micro_batches(config, context.layout) if size < micro]
         changes += [{"micro_batch_size": size} for size in smaller[-1:]]
