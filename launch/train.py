@@ -17,4 +17,4 @@ stopping.install_handlers()  # before torch is imported, which takes seconds in 
 from tinytrain_dist.run import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -23,8 +23,8 @@ from tinytrain_dist.watchdog import START, TICK_SECONDS, Watchdog
 OF_PEERS = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
 
 
-def main(args: list[str]) -> int:
-    """Run `[CONFIG.toml] --settings`; 0 when done or stopped as asked, 2 for a user's mistake, else 1."""
+def main(args: list[str]) -> NoReturn:
+    """Run `[CONFIG.toml] --settings` and end: 0 when done or stopped as asked, 2 for a user's mistake, else 1."""
     watchdog: Watchdog | None = None
     try:
         config = parse_command_line(args)
@@ -42,7 +42,11 @@ def main(args: list[str]) -> int:
         _fail(watchdog, error)
     watchdog.close()
     distributed.close()
-    return 0
+    # native threads of stores and groups can outlive the interpreter, whose end then aborts a run that is done (seen:
+    # "terminate called", its agent began a new round, and the other node's waited for it)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _say(message: str, aloud: bool = True) -> None:

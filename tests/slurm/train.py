@@ -34,4 +34,4 @@ def train_step(self, *args):
 Trainer.train_step = train_step
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
