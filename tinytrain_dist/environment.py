@@ -22,7 +22,6 @@ from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
 
 ARITHMETIC = 2  # raised when a step is computed in another order; reproducible runs notice at a resume
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # how often the launcher, and the cluster, began again
 
 
 def free_memory(device: torch.device, local_world_size: int) -> float:
@@ -130,7 +129,8 @@ def environment(ranks: list[Any]) -> dict[str, Any]:
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
     submitted = Path(__file__).parent.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
-    wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", *RESTARTS]
+    wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
+    wanted += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"]
     return {
         "tinytrain_dist": __version__,
         **versions(),
