@@ -5,12 +5,10 @@ Must not know models, optimizers or files; the others receive a frozen Distribut
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -243,20 +241,6 @@ def who() -> tuple[int, int, str]:
     """Rank and number of ranks by the launcher's word, and host; also before and without a process group."""
     adopt_slurm_tasks()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()
-
-
-def tell_launcher(message: str) -> bool:
-    """Leave the reason of this rank's end in the file its agent gave it; whether tinytrain_dist.agent prints it."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
-        return False
-    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    except OSError:
-        return False
-    return "TINYTRAIN_AGENT" in os.environ
 
 
 def is_main() -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,17 @@ def ending(folder: Path, world: str) -> Cause:
     """What `end_all` told this world, {} if nothing."""
     notice = read_object(folder / "logs" / "ending.json")
     return notice if world and notice.get("world") == world else {}
+
+
+def tell_launcher(message: str) -> bool:
+    """Leave the reason of this rank's end in the file its agent gave it; whether tinytrain_dist.agent prints it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return False
+    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    except OSError:
+        return False
+    return "TINYTRAIN_AGENT" in os.environ

@@ -51,9 +51,7 @@ def main(args: list[str]) -> NoReturn:
 
 def _say(message: str, aloud: bool = True) -> None:
     """A last sentence: the agent prints it, or else, `aloud`, this rank."""
-    from tinytrain_dist import distributed
-
-    if not distributed.tell_launcher(message) and aloud:
+    if not failure.tell_launcher(message) and aloud:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 

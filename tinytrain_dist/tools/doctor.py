@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tinytrain_dist import census, distributed
+from tinytrain_dist import census, distributed, failure
 from tinytrain_dist.commandline import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig, listed
 from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext
@@ -395,6 +395,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except TinytrainError as mistake:
-        if not distributed.tell_launcher(str(mistake)) and distributed.who()[0] == 0:
+        if not failure.tell_launcher(str(mistake)) and distributed.who()[0] == 0:
             print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
