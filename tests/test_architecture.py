@@ -28,7 +28,7 @@ PACKAGE = "tinytrain_dist"
 LAYERS: list[set[str]] = [
     {"errors", "files"},
     {"config"},
-    {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse", "network"},
+    {"commandline", "layout", "huggingface", "tensorfiles", "stopping", "pulse", "network", "products"},
     {"optim", "losses", "schedule", "failure"},
     {"model", "watchdog"},  # its head computes the loss in chunks (losses), so that no rank holds all logits
     {"data", "board", "meeting"},

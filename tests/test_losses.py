@@ -251,9 +251,9 @@ def test_without_a_chunk_size_pieces_have_at_most_so_many_logits(monkeypatch: py
         return loss_piece(logits, ids)
 
     whole = head_loss_sum(hidden, weight, targets, None, piece)
-    monkeypatch.setattr("tinytrain_dist.losses.CHUNK_LOGITS", 30)
+    monkeypatch.setattr("tinytrain_dist.losses.CHUNK_LOGITS", 60)
     torch.testing.assert_close(head_loss_sum(hidden, weight, targets, None, piece), whole)
-    assert sizes == [[10, 7], [4, 7], [4, 7], [2, 7]]
+    assert sizes == [[10, 7], [3, 7], [3, 7], [3, 7], [1, 7]]  # halved until at most 30
 
 
 def test_gradients_are_scaled_in_place_and_so_cannot_be_asked_for_twice():

@@ -510,6 +510,7 @@ def test_a_model_of_other_modules_can_use_the_parts():
 def test_short_blocks_of_attention_equal_the_kernel(monkeypatch: pytest.MonkeyPatch, t: int) -> None:
     from tinytrain_dist.model import causal_attention
 
+    monkeypatch.setattr("tinytrain_dist.products.WITHOUT_BF16", False)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, t, 8).bfloat16().requires_grad_() for _ in range(3))
     weights = torch.randn(2, 3, t, 8)

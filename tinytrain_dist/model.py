@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.losses import head_loss_sum, loss_piece
+from tinytrain_dist.products import linear, product_type
 
 INIT_STD = 0.02
 ATTENTION_ROWS = 128
@@ -46,7 +47,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features] in x's type."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RotaryEmbedding(nn.Module):
@@ -104,10 +105,11 @@ def apply_rotary_pos_emb(q_bhte: Tensor, k_bkte: Tensor, cos_te: Tensor, sin_te:
 
 def causal_attention(q_bhte: Tensor, k_bhte: Tensor, v_bhte: Tensor) -> Tensor:
     """Softmax attention in which a position sees itself and what is before it; all and the result are [b, h, t, e]."""
-    t, scale = q_bhte.shape[2], 1 / math.sqrt(q_bhte.shape[3])
-    short = t <= 512 and q_bhte.device.type == "cpu" and q_bhte.dtype == torch.bfloat16
+    t, scale, dtype = q_bhte.shape[2], 1 / math.sqrt(q_bhte.shape[3]), product_type(q_bhte)
+    short = t <= 512 and q_bhte.device.type == "cpu" and dtype == torch.bfloat16
     if not (short and torch.compiler.is_compiling()):
-        return F.scaled_dot_product_attention(q_bhte, k_bhte, v_bhte, is_causal=True)
+        y_bhte = F.scaled_dot_product_attention(q_bhte.to(dtype), k_bhte.to(dtype), v_bhte.to(dtype), is_causal=True)
+        return y_bhte.to(q_bhte.dtype)
     # torch's CPU kernel reaches a fifteenth of the matmul rate in bf16; compiled, products of short blocks took
     # 9 ms instead of 40 at 4 x 8 heads x 256 x 32, forward and backward (at 1,024 positions the kernel is ahead)
     pieces = []
