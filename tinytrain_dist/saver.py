@@ -104,18 +104,21 @@ class Checkpoints:
         """Where the checkpoint of a step lies."""
         return self.config.checkpoints_dir / f"{self.config.ckpt_save_prefix}-{step:08d}"
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, report: dict[str, Any]) -> Save:
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, report: dict[str, Any], last: bool = False
+    ) -> Save:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
 
-        There must be no other save under way. `report` (losses and the like) is kept in trainer_state.json. A
-        checkpoint of this step that is there already is left as it is: `find` lets no other history into the folder.
+        There must be no other save under way. last: nothing trains any more, so that no copy is needed. `report`
+        (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
+        as it is: `find` lets no other history into the folder.
         """
         assert self.pending is None, "collect() first"
         self.best_step = report.get("best_eval_step")
         config = self.config
         pieces, values = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         event = None
-        if self.config.ckpt_async:
+        if self.config.ckpt_async and not last:
             pieces, event = self.buffers.copy(pieces)
         state = {
             "step": step,

@@ -152,7 +152,8 @@ class Trainer(Engine):
             self.checkpoints.remove_leftovers()
         existing = len(self.checkpoints.committed()) if context.is_main else 0
         check_space(config.checkpoints_dir, whole, config.keep_last + 1, existing, context)
-        if config.ckpt_async:
+        beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
+        if config.ckpt_async and beside_training:
             check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
             self.checkpoints.buffers.copy(kinds)  # the memory is taken now, so that the first save stalls no longer
 
@@ -189,7 +190,7 @@ class Trainer(Engine):
                 if due(self.step, config.eval_every):
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.at_best:
-                    self.save()
+                    self.save(last=self.step == config.last_step)
         except TrainingError:
             self._collect_save(wait=True)  # what is being written is good
             raise
@@ -314,8 +315,8 @@ class Trainer(Engine):
         patience = self.config.early_stop_patience
         return patience is not None and self.report.get("evals_since_best", 0) >= patience
 
-    def save(self) -> None:
-        """Start to save the current step, after the save before has ended. A collective.
+    def save(self, last: bool = False) -> None:
+        """Start to save the current step, after the save before has ended; last: training is over. A collective.
 
         The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
         """
@@ -325,7 +326,7 @@ class Trainer(Engine):
             self._fingerprint()
             self.observer.compare_replicas()
             self._collect_save(wait=True)
-            self.checkpoints.save(self.model, self.optimizer, self.step, self.report)
+            self.checkpoints.save(self.model, self.optimizer, self.step, self.report, last)
 
     def _fingerprint(self) -> None:
         """Let the device add up the bits of weights and moments, where other ranks should have the same."""
@@ -373,7 +374,7 @@ class Trainer(Engine):
             state = "preempted" if self.evaluate() is None else "done"
         self._collect_save(wait=True)
         if self.saved_step != self.step:
-            self.save()
+            self.save(last=True)
         self._collect_save(wait=True, last=True)
         reasons = [reason for reason in self.context.gather_objects(self.stop_reason) if reason]
         reason = reasons[0] if state == "preempted" and reasons else ""
