@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist import distributed
@@ -25,9 +25,11 @@ from tinytrain_dist.optim import local
 
 
 def tree_sum(parts: Tensor) -> Tensor:
-    """Sum over axis 0 (a power of two long) by adding neighbours, then neighbours of those, ..."""
+    """Sum over axis 0 by adding neighbours, then neighbours of those, ...; one left over joins the next ones."""
     while len(parts) > 1:
-        parts = parts[0::2] + parts[1::2]
+        odd = parts[len(parts) // 2 * 2 :]
+        parts = parts[0 : len(parts) - len(odd) : 2] + parts[1::2]
+        parts = torch.cat([parts, odd]) if len(odd) else parts
     return parts[0]
 
 
@@ -85,6 +87,9 @@ class NativeReduction:
         for unit in self.units:
             unit.set_gradient_divide_factor(1.0)  # the loss is divided by the global count already
             unit.set_force_sum_reduction_for_comms(True)
+            if distributed.over_gloo():
+                unit.set_custom_all_gather(DirectAllGather())
+                unit.set_custom_reduce_scatter(TreeReduceScatter())
         self.install()
 
     def install(self) -> None:
@@ -237,12 +242,25 @@ class CanonicalReduction(NativeReduction):
         return done
 
 
-class TreeReduceScatter(ReduceScatter):
-    """FSDP's reduce-scatter as a tree sum; always SUM, whatever operation is asked for."""
-
+class _Fresh:
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A fresh buffer of `size` elements."""
         return torch.empty(*size, dtype=dtype, device=device)
+
+
+class DirectAllGather(_Fresh, AllGather):
+    """FSDP's all-gather as `distributed.all_gather` does it."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> Any:
+        """Everybody's input_tensor into output_tensor."""
+        return distributed.all_gather(output_tensor, input_tensor, group, wait=not async_op)
+
+
+class TreeReduceScatter(_Fresh, ReduceScatter):
+    """FSDP's reduce-scatter as a tree sum; always SUM, whatever operation is asked for.
+
+    Over gloo also the fastest way: its own reduce-scatter takes 3 times as long (two ranks, 40 MB: 106 ms, and 33).
+    """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False
