@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tinytrain_dist import products
 from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.distributed import DistributedContext, Unsent
+from tinytrain_dist.distributed import DistributedContext, Unsent, over_gloo
 from tinytrain_dist.layout import BatchPlan, possible_micro_batches
 from tinytrain_dist.losses import CHUNK_LOGITS
 from tinytrain_dist.optim import local
@@ -201,7 +202,9 @@ def _rehearse(config: TrainingConfig, context: DistributedContext, double: Any) 
 
     double.config, double.context, double.batches = config, context.on_cpu(), Blank(double)
     ledger = Ledger()
-    with FakeTensorMode(), ledger, ledger.resizes():
+    # the CPU that rehearses a run on GPUs may compute bf16 otherwise than they do
+    widened = mock.patch.object(products, "WITHOUT_BF16", products.WITHOUT_BF16 and over_gloo())
+    with FakeTensorMode(), widened, ledger, ledger.resizes():
         double.assemble(draw=False)
         for state in double.optimizer.state.values():
             for tensor in state.values():
