@@ -188,8 +188,100 @@ def test_compile_is_decided_for_all_ranks_and_said() -> None:
 def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinytrain_dist.environment import why_not_compile
 
-    def broken(_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(torch, "compile", broken)
     assert why_not_compile(torch.device("cpu")) == "RuntimeError: no compiler"
+
+
+# ---------------------------------------------------------------- messages over gloo
+
+
+def gathers(world_size: int) -> list[Any]:
+    from tinytrain_dist import distributed
+
+    context = distributed.start("cpu")
+    mine = torch.full((2, 3), float(context.rank))
+    fresh, inside = torch.empty(world_size * 6), torch.full((world_size * 6,), -1.0)
+    distributed.all_gather(fresh, mine, None)
+    own = inside[context.rank * 6 : (context.rank + 1) * 6]
+    own.fill_(context.rank)
+    second = torch.empty(world_size * 6)
+    under_way = [  # two at once meet their own
+        distributed.all_gather(inside, own, None, wait=False),
+        distributed.all_gather(second, mine + 10, None, wait=False),
+    ]
+    for work in reversed(under_way):
+        work.wait()
+    distributed.close()
+    return [fresh.tolist(), inside.tolist(), second.tolist()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_gathers_all_parts_in_order(world_size: int) -> None:
+    expected = [float(rank) for rank in range(world_size) for _ in range(6)]
+    for found in run_ranks(world_size, gathers, world_size):
+        assert found == [expected, expected, [value + 10 for value in expected]]
+
+
+def test_the_tree_takes_any_number_of_parts() -> None:
+    from tinytrain_dist.reduction import tree_sum
+
+    for count in range(1, 10):
+        parts = torch.arange(count * 2, dtype=torch.float32).view(count, 2)
+        assert tree_sum(parts).tolist() == parts.sum(0).tolist()
+    big, small = torch.tensor([[2.0**24], [1.0], [1.0], [1.0], [-(2.0**24)]]), 2.0
+    assert tree_sum(big).item() == small  # ((2^24 + 1) + (1 + 1)) - 2^24, the first sum rounded down
+
+
+def where_collectives_go(settings: dict[str, Any]) -> list[str]:
+    from training import fit
+
+    from tinytrain_dist import distributed
+
+    seen: set[str] = set()
+    slow = ("reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor", "all_gather_single")
+    for name in ("isend", "all_to_all_single", *slow):
+        plain = getattr(distributed.dist, name, None)  # the names of the slow ones depend on the version
+
+        def noted(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
+            seen.add(name)
+            return plain(*args, **kwargs)
+
+        setattr(distributed.dist, name, noted)
+    fit(settings)
+    return sorted(seen)
+
+
+def test_fsdp_on_gloo_takes_the_fast_ways_and_any_number_of_shards(tmp_path: Path) -> None:
+    from training import Run, settings_for
+
+    common = {"total_steps": 3, "batch_size": 6, "micro_batch_size": 1, "eval_every": 100, "ckpt_every": 100}
+    found = run_ranks(3, where_collectives_go, settings_for(tmp_path, "sharded", parallel="fsdp", **common))
+    assert found == [["all_to_all_single", "isend"]] * 3
+    run_ranks(1, where_collectives_go, settings_for(tmp_path, "alone", parallel="none", **common))
+    losses = [Run(tmp_path / name).values("train", "loss") for name in ("sharded", "alone")]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_one_process_of_a_host_compiles_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from tinytrain_dist.environment import compile_in_turn
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    lock = tmp_path / "tinytrain.lock"
+
+    def others_wait() -> bool:
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda *_, **__: others_wait())
+    assert compile_in_turn(None, []) is True
+    assert not others_wait()

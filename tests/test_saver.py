@@ -654,3 +654,51 @@ def test_nobody_commits_into_a_run_that_another_has_taken(tmp_path: Path) -> Non
     assert Run(folder).checkpoint.name == "checkpoint-00000004"
     assert json.loads((folder / "state.json").read_text())["attempt"] == "the next"
     assert json.loads((folder / "lock.json").read_text())["host"] == "elsewhere"
+
+
+def copies(trainer: Any) -> None:
+    """Note at which steps state is copied for a save, and at which it is saved; -1 is the start."""
+    buffers, note = trainer.checkpoints.buffers, (trainer.checkpoints.folder(0).parent.parent / "copies.txt").open("a")
+    plain = buffers.copy
+
+    def copy(pieces: Any) -> Any:
+        print(trainer.step, file=note, flush=True)
+        return plain(pieces)
+
+    buffers.copy = copy
+
+
+def fit_with_copies(settings: dict[str, Any]) -> None:
+    fit(settings, copies)
+
+
+@pytest.mark.parametrize(("ckpt_every", "stop_at_step", "steps"), [(2, 6, [2, 4]), (100, 3, []), (2, 3, [2])])
+def test_the_last_save_copies_nothing(
+    folder: Path, undisturbed: Run, ckpt_every: int, stop_at_step: int, steps: list[int]
+) -> None:
+    name = f"copies-{ckpt_every}-{stop_at_step}"
+    settings = settings_for(folder, name, **{**RUN, "ckpt_every": ckpt_every, "stop_at_step": stop_at_step})
+    run_ranks(2, fit_with_copies, settings)
+    found = [int(line) for line in (folder / name / "copies.txt").read_text().split()]
+    assert sorted(found) == sorted(2 * steps)  # each of two ranks
+    run = Run(folder / name)
+    assert run.checkpoint.name == f"checkpoint-{stop_at_step:08d}"
+    manifest = json.loads((run.checkpoint / "manifest.json").read_text())
+    assert manifest["tensors"]["model"]
+
+
+def test_buffers_are_taken_at_the_start_only_if_training_will_go_on_beside_a_save(folder: Path) -> None:
+    found = [
+        run_ranks(1, buffers_at_start, settings_for(folder, f"b{n}", **{**RUN, "ckpt_every": n}))[0] for n in (2, 100)
+    ]
+    assert found[0] > 0
+    assert found[1] == 0
+
+
+def buffers_at_start(settings: dict[str, Any]) -> int:
+    from tinytrain_dist import distributed
+    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.trainer import Trainer
+
+    trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), distributed.start("cpu"))
+    return len(trainer.checkpoints.buffers._buffers)

@@ -83,7 +83,7 @@ class Trainer(Engine):
         data = {"train": prints if len(prints) > 1 else prints[0]}
         self.checkpoints = Checkpoints(config, context, data, bits)
         self.report: dict[str, Any] = {}
-        self.failed_saves, self.saved_step = 0, -1
+        self.failed_saves, self.saved_step, self.finishing = 0, -1, False
         self.saving_seconds, self.stop_reason = 0.0, ""
         self.pulse.enter("load")
         self._resume()
@@ -190,7 +190,7 @@ class Trainer(Engine):
                 if due(self.step, config.eval_every):
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.at_best:
-                    self.save(last=self.step == config.last_step)
+                    self.save()
         except TrainingError:
             self._collect_save(wait=True)  # what is being written is good
             raise
@@ -315,8 +315,8 @@ class Trainer(Engine):
         patience = self.config.early_stop_patience
         return patience is not None and self.report.get("evals_since_best", 0) >= patience
 
-    def save(self, last: bool = False) -> None:
-        """Start to save the current step, after the save before has ended; last: training is over. A collective.
+    def save(self) -> None:
+        """Start to save the current step, after the save before has ended. A collective.
 
         The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
         """
@@ -326,6 +326,7 @@ class Trainer(Engine):
             self._fingerprint()
             self.observer.compare_replicas()
             self._collect_save(wait=True)
+            last = self.finishing or self.step == self.config.last_step
             self.checkpoints.save(self.model, self.optimizer, self.step, self.report, last)
 
     def _fingerprint(self) -> None:
@@ -367,6 +368,7 @@ class Trainer(Engine):
         self.log.flush()
 
     def _finish(self) -> str:
+        self.finishing = True
         self.observer.settle()
         early = self.out_of_patience
         state = "preempted" if self.step < self.config.last_step and not early else "done"
@@ -374,7 +376,7 @@ class Trainer(Engine):
             state = "preempted" if self.evaluate() is None else "done"
         self._collect_save(wait=True)
         if self.saved_step != self.step:
-            self.save(last=True)
+            self.save()
         self._collect_save(wait=True, last=True)
         reasons = [reason for reason in self.context.gather_objects(self.stop_reason) if reason]
         reason = reasons[0] if state == "preempted" and reasons else ""
