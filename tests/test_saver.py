@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from distributed_helper import run_ranks
 from test_trainer import fit_error
 from training import Run, fit, settings_for, train
@@ -487,11 +488,11 @@ def poison(checkpoint: Path, name: str) -> None:
         size = 4 * int(np.prod(tensors[other]["shape"]))
         if other == name:
             data[start : start + 4] = np.float32("nan").tobytes()
-            tensors[name]["sha256"] = hashlib.sha256(data[start : start + size]).hexdigest()
+            tensors[name]["blake3"] = blake3(data[start : start + size]).hexdigest()
         start += size
     (checkpoint / file).write_bytes(data)
-    digests = b"".join(bytes.fromhex(tensors[other]["sha256"]) for other in entry["tensors"])
-    entry["sha256_of_digests"] = hashlib.sha256(data[: entry["header_bytes"]] + digests).hexdigest()
+    digests = b"".join(bytes.fromhex(tensors[other]["blake3"]) for other in entry["tensors"])
+    entry["blake3_of_digests"] = blake3(data[: entry["header_bytes"]] + digests).hexdigest()
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**body, "sha256": digest}))
 
@@ -616,7 +617,7 @@ def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run,
     kept = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
     assert kept == ["checkpoint-00000006", "checkpoint-00000008"]
     manifest = json.loads((small_disk / "checkpoints" / kept[-1] / "manifest.json").read_text())
-    found = {name: t["sha256"] for kind in manifest["tensors"].values() for name, t in kind.items()}
+    found = {name: t["blake3"] for kind in manifest["tensors"].values() for name, t in kind.items()}
     assert found == undisturbed.digests()
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from training import in_older_format
 
 from tinytrain_dist import tensorfiles
 from tinytrain_dist.errors import CheckpointError
@@ -140,17 +142,17 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
         data = (folder / name).read_bytes()
         assert entry["bytes"] == len(data)
         if not name.endswith(".safetensors"):
-            assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            assert entry == {"bytes": len(data), "blake3": blake3(data).hexdigest()}
             continue
         header = data[: 8 + int.from_bytes(data[:8], "little")]
         assert entry["tensors"] == list(load_file(folder / name))
-        digests = [bytes.fromhex(manifest.tensors["model"][tensor]["sha256"]) for tensor in entry["tensors"]]
-        assert entry["sha256_of_digests"] == hashlib.sha256(header + b"".join(digests)).hexdigest()
+        digests = [bytes.fromhex(manifest.tensors["model"][tensor]["blake3"]) for tensor in entry["tensors"]]
+        assert entry["blake3_of_digests"] == blake3(header + b"".join(digests)).hexdigest()
     assert set(manifest.tensors) == {"model"}
     assert list(manifest.tensors["model"]) == list(tensors)
     entry = manifest.tensors["model"]["bf16"]
     values = tensors["bf16"].view(torch.uint8).numpy().tobytes()
-    assert entry == {"shape": [6, 5], "dtype": "BF16", "sha256": hashlib.sha256(values).hexdigest()}
+    assert entry == {"shape": [6, 5], "dtype": "BF16", "blake3": blake3(values).hexdigest()}
 
 
 def test_each_tensor_is_fetched_once_in_order_and_nothing_is_kept(tmp_path):
@@ -213,6 +215,88 @@ def test_a_file_that_the_index_names_and_that_is_gone_is_a_sentence(tmp_path):
     (folder / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors: cannot be read"):
         TensorReader(folder, "model").read("ids")
+
+
+@pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_read_into_a_tensor_of_any_type_and_order(tmp_path, monkeypatch, into, chunk):
+    monkeypatch.setattr(tensorfiles, "CHUNK_BYTES", chunk)
+    wide = torch.randn(6, 5)
+    save_file({"before": torch.ones(3), "wide": wide, "scalar": torch.tensor(2.5)}, tmp_path / "model.safetensors")
+    reader = TensorReader(tmp_path, "model")
+    for rows in (torch.zeros(3, 5, dtype=into), torch.zeros(5, 3, dtype=into).T, nn.Parameter(torch.zeros(3, 5))):
+        place = rows.data_ptr()
+        reader.fill(rows, "wide", 2)
+        assert_same(rows.detach(), wide[2:5].to(rows.dtype))
+        assert rows.data_ptr() == place
+    scalar = torch.zeros((), dtype=into)
+    reader.fill(scalar, "scalar")
+    assert scalar == 2.5
+
+
+def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
+    """Hugging Face's files name tensors in any order, with metadata; and what is read is exactly what lies there."""
+    tensors = {name: value.contiguous() for name, value in some_tensors().items()}
+    save_file(dict(reversed(tensors.items())), tmp_path / "model.safetensors", {"format": "pt", "by": "others"})
+    reader = TensorReader(tmp_path, "model")
+    assert set(reader.files) == set(tensors)
+    for name, expected in tensors.items():
+        assert_same(reader.read(name), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 3, 5), (30,), ()])
+def test_rows_that_do_not_fit_are_a_sentence(tmp_path, shape):
+    save_file({"wide": torch.randn(6, 5), "after": torch.randn(6, 5)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"wide is \[6, 5\], but \[.*\] from row 1 is wanted here"):
+        TensorReader(tmp_path, "model").fill(torch.zeros(shape), "wide", 1)
+
+
+def test_a_file_cut_short_meanwhile_is_a_sentence(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.randn(6, 5)}, path)
+    reader, data = TensorReader(tmp_path, "model"), path.read_bytes()
+    reader.spec("x")
+    path.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(it ends too early\)"):
+        reader.read("x")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(No such file"):
+        reader.read("x")
+
+
+def header_of(**entry):
+    text = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff" * 8, b"\xff" * 7, (99).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{x",
+        header_of() + bytes(7), header_of() + bytes(9), header_of(data_offsets=[0, 4]) + bytes(8),
+        header_of(data_offsets=[-8, 0]) + bytes(8), header_of(data_offsets=[2**63, 2**63 + 8]) + bytes(8),
+        header_of(shape=[3]) + bytes(8), header_of(dtype="F33") + bytes(8), header_of(shape="2") + bytes(8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("index", [True, False])
+def test_a_broken_header_is_a_sentence(tmp_path, data, index):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    if index:
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"cannot be read|no readable model weights"):
+        TensorReader(tmp_path, "model").read("x")
+
+
+def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "f", "y": "f", "z": 3}}')
+    (tmp_path / "f").write_bytes(header_of(dtype="F8_E4M3", shape=[8]) + bytes(8))
+    reader = TensorReader(tmp_path, "model")
+    with pytest.raises(CheckpointError, match="f: has no y; use another one"):
+        reader.read("y")
+    with pytest.raises(CheckpointError, match=r"f: x is F8_E4M3, not one of F64, .*; use another one"):
+        reader.spec("x")
+    with pytest.raises(CheckpointError, match="3: cannot be read"):
+        reader.spec("z")
 
 
 # --- commit --------------------------------------------------------------------------------------------------------
@@ -418,15 +502,10 @@ def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypa
     assert sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes) == everything
 
 
-def test_a_folder_of_format_1_is_still_read(folder):
-    """Each file had the sha256 of its bytes; written by the version before."""
-    found = json.loads((folder / MANIFEST).read_text())
-    for name in found["files"]:
-        data = (folder / name).read_bytes()
-        found["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    body = {"format": 1, "files": found["files"], "tensors": found["tensors"]}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
+@pytest.mark.parametrize("number", [1, 2])
+def test_folders_of_older_formats_are_still_read(folder, number):
+    in_older_format(folder, number)
+    assert read_manifest(folder).hashed == "sha256"
     assert problems_in(folder) == []
     name = next(folder.glob("model-00001-*")).name
     data = bytearray((folder / name).read_bytes())
@@ -434,7 +513,12 @@ def test_a_folder_of_format_1_is_still_read(folder):
     (folder / name).write_bytes(data)
     (problem,) = problems_in(folder)
     assert name in problem
-    body["format"] = 3
+    assert "has sha256" in problem
+
+
+def test_a_newer_format_is_said_and_not_read(folder):
+    body = json.loads((folder / MANIFEST).read_text()) | {"format": 4}
+    del body["sha256"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
-    assert "has format 3, but this version reads 1 and 2" in problems_in(folder)[0]
+    assert "has format 4, but this version reads 1 to 3" in problems_in(folder)[0]

@@ -12,13 +12,13 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
@@ -32,6 +32,7 @@ from tinytrain_dist.tensorfiles import (
     DTYPES,
     RING,
     STATE,
+    THREADS,
     TYPES,
     Manifest,
     Spec,
@@ -253,12 +254,11 @@ def _check_same(path: Path, kind: str, saved: dict[str, Any], wanted: dict[str, 
 
 @torch.no_grad()
 def load_tensors(reader: TensorReader, tensors: dict[str, Tensor]) -> None:
-    """Copy each tensor's rows of this rank from disk."""
-    for name, tensor in tensors.items():
-        mine = local(tensor)
-        if mine.numel():
-            start, stop = shard_range(tensor) if isinstance(tensor, DTensor) else (0, None)
-            mine.copy_(reader.read(name, start, stop))
+    """Read each tensor's rows of this rank from disk into its memory."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        mine = ((name, local(tensor), shard_range(tensor)[0]) for name, tensor in tensors.items())
+        for done in [pool.submit(reader.fill, rows, name, start) for name, rows, start in mine if rows.numel()]:
+            done.result()
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out_path: str | Path) -> None:

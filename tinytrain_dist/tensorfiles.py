@@ -1,9 +1,10 @@
 """Owns folders of tensors on disk: safetensors files written as a stream, their index, the manifest, and its checks.
 
 Must not know ranks, models or steps. A folder is complete when manifest.json, written last, lists every file and every
-tensor with size and digest; there is no pickle anywhere. Manifest format 2: a tensor has the sha256 of its bytes, a
-file of tensors the sha256 over its header and, in the order of the file, its tensors' sha256 (32 bytes each), so that
-every byte is hashed once; any other file has the sha256 of its bytes. In format 1, which is still read, all files had.
+tensor with size and digest; there is no pickle anywhere. Manifest format 3: a tensor has the BLAKE3 of its bytes, a
+file of tensors the BLAKE3 over its header and, in the order of the file, its tensors' digests (32 bytes each), so that
+every byte is hashed once; any other file has the BLAKE3 of its bytes. Formats 1 and 2 are still read: they had sha256,
+1 also of whole files of tensors. The manifest's own digest is sha256 in all, so that any version can say which it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,6 +36,8 @@ from tinytrain_dist.files import STATE as STATE
 
 # tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way
 CHUNK_BYTES, RING, THREADS = 8 * 1024**2, 4, 8
+# a digest stands under the name of its hash; sha256 takes 1.0 GB/s of a core, less than a disk gives, BLAKE3 5
+HASHES: dict[str, Callable[..., Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -62,6 +67,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     under_way: list[str] = field(default_factory=list)  # files begun and not on the disk yet: what a stuck save is at
+    hashed: str = "blake3"  # with which of HASHES
 
 
 def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
@@ -118,7 +124,7 @@ def write_tensors(
     Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
-    digests = {spec.name: hashlib.sha256() for _, group in files for spec in group}
+    digests = {spec.name: HASHES[manifest.hashed]() for _, group in files for spec in group}
     chunks, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
     with ExitStack() as opened, _Thread(1) as hashing, _Thread(1) as writing, _Thread(1) as syncing:
         for name, group in files:
@@ -140,12 +146,13 @@ def write_tensors(
     tensors = manifest.tensors.setdefault(kind, {})
     for name, group in files:
         for spec in group:
-            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digests[spec.name].hexdigest()}
+            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype]}
+            entry |= {manifest.hashed: digests[spec.name].hexdigest()}
             tensors[spec.name] = entry if spec.finite else {**entry, "finite": False}
         head, names = _header(group), [spec.name for spec in group]
-        whole = _digest_of_file(head, (digests[name].hexdigest() for name in names))
         place = {"bytes": len(head) + sum(spec.nbytes for spec in group), "header_bytes": len(head)}
-        manifest.files[name] = {**place, "kind": kind, "tensors": names, "sha256_of_digests": whole}
+        manifest.files[name] = {**place, "kind": kind, "tensors": names}
+        manifest.files[name][f"{manifest.hashed}_of_digests"] = _digest_of_file(head, names, tensors, manifest.hashed)
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:
@@ -153,8 +160,9 @@ def _wait(futures: Iterable[Future[None]]) -> None:
         future.result()
 
 
-def _digest_of_file(header: bytes, digests: Iterable[str]) -> str:
-    return hashlib.sha256(b"".join([header, *map(bytes.fromhex, digests)])).hexdigest()
+def _digest_of_file(header: bytes, names: list[str], tensors: dict[str, dict[str, Any]], hashed: str) -> str:
+    digests = (bytes.fromhex(tensors[name][hashed]) for name in names)
+    return str(HASHES[hashed](b"".join([header, *digests])).hexdigest())
 
 
 def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, manifest: Manifest) -> None:
@@ -167,6 +175,11 @@ def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, 
 def _named_files(kind: str, specs: Sequence[Spec], max_bytes: int) -> list[tuple[str, list[Spec]]]:
     files = cut_into_files(specs, max_bytes)
     return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
+
+
+def _read(file: BinaryIO, into: memoryview) -> None:
+    if into and file.readinto(into) < len(into):  # type: ignore[attr-defined]
+        raise OSError(errno.EIO, "it ends too early")
 
 
 def bytes_of(value: Tensor) -> memoryview:
@@ -201,7 +214,7 @@ def write_bytes(folder: Path, name: str, data: bytes, manifest: Manifest) -> Non
         file.flush()
         os.fsync(file.fileno())
     manifest.under_way.remove(name)
-    manifest.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.files[name] = {"bytes": len(data), manifest.hashed: HASHES[manifest.hashed](data).hexdigest()}
 
 
 def commit(aside: Path, final: Path, manifest: Manifest) -> None:
@@ -209,7 +222,7 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
 
     Errors: CheckpointError if `final` exists already (it is left alone); OSError from the disk.
     """
-    body = {"format": 2, "files": dict(manifest.files), "tensors": manifest.tensors}
+    body = {"format": 3, "files": dict(manifest.files), "tensors": manifest.tensors}
     write_json(aside, MANIFEST, {**body, "sha256": _digest_of(body)}, manifest)
     _fsync_folder(aside)
     if final.exists():
@@ -243,9 +256,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
     if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
-    if body["format"] not in (1, 2):
-        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 and 2; use a newer one")
-    return Manifest(body["files"], body["tensors"])
+    if body["format"] not in (1, 2, 3):
+        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 to 3; use a newer one")
+    return Manifest(body["files"], body["tensors"], hashed="blake3" if body["format"] == 3 else "sha256")
 
 
 @dataclass(frozen=True)
@@ -255,26 +268,26 @@ class _Span:
     path: Path
     start: int
     nbytes: int
-    sha256: str
+    hashed: str
+    digest: str
     tensor: str = ""
     floats: torch.dtype | None = None  # which must be finite
 
     def problem(self) -> str:
         """What is wrong with these bytes; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
-        digest, finite, left = hashlib.sha256(), True, self.nbytes
+        digest, finite, left = HASHES[self.hashed](), True, self.nbytes
         buffer = bytearray(min(left, CHUNK_BYTES // 2))
         with open(self.path, "rb") as file:
             file.seek(self.start)
             while left:
                 part = memoryview(buffer)[: min(left, len(buffer))]
-                if file.readinto(part) < len(part):
-                    raise OSError(errno.EIO, "it ends too early")
+                _read(file, part)
                 left -= len(part)
                 digest.update(part)
                 finite = finite and (self.floats is None or all_finite(torch.frombuffer(part, dtype=self.floats)))
-        if digest.hexdigest() != self.sha256:
-            return f"{name} has sha256 {digest.hexdigest()[:12]}..., but {self.sha256[:12]}... was written"
+        if digest.hexdigest() != self.digest:
+            return f"{name} has {self.hashed} {digest.hexdigest()[:12]}..., but {self.digest[:12]}... was written"
         return "" if finite else f"{name} is not finite, although nothing was damaged after it was written"
 
 
@@ -298,7 +311,7 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
             return f"{path}: cannot be read ({error.strerror})"
 
     for name in manifest.files if files is None else files:
-        more = partial(_spans, folder / name, manifest.files[name], manifest.tensors, spans)
+        more = partial(_spans, folder / name, manifest, spans)
         found.append(said(folder / name, more))
     total, ends = 1 + sum(span.nbytes for span in spans), itertools.accumulate(span.nbytes for span in spans)
     mine = [span for span, end in zip(spans, ends, strict=True) if (end - span.nbytes) * parts // total == part]
@@ -307,63 +320,100 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
     return [problem for problem in found if problem]
 
 
-def _spans(path: Path, entry: dict[str, Any], tensors: dict[str, dict[str, Any]], into: list[_Span]) -> str:
+def _spans(path: Path, manifest: Manifest, into: list[_Span]) -> str:
     """Note what is to be read of a file; what is wrong with its size, or with the header of a file of tensors."""
-    size = path.stat().st_size
+    size, entry, hashed = path.stat().st_size, manifest.files[path.name], manifest.hashed
     if size != entry["bytes"]:
         return f"{path}: has {size:,} bytes, but {entry['bytes']:,} were written"
-    if "sha256" in entry:
-        into.append(_Span(path, 0, size, entry["sha256"]))
+    if hashed in entry:
+        into.append(_Span(path, 0, size, hashed, entry[hashed]))
         return ""
     with open(path, "rb") as file:
-        header, kind, start = file.read(entry["header_bytes"]), tensors[entry["kind"]], entry["header_bytes"]
+        header, kind, start = file.read(entry["header_bytes"]), manifest.tensors[entry["kind"]], entry["header_bytes"]
     for name in entry["tensors"]:
         noted, dtype = kind[name], TYPES[kind[name]["dtype"]]
         floats = dtype if dtype.is_floating_point and noted.get("finite", True) else None
         count = Spec(name, tuple(noted["shape"]), dtype).nbytes
-        into.append(_Span(path, start, count, noted["sha256"], name, floats))
+        into.append(_Span(path, start, count, hashed, noted[hashed], name, floats))
         start += count
-    intact = _digest_of_file(header, (kind[name]["sha256"] for name in entry["tensors"])) == entry["sha256_of_digests"]
+    intact = _digest_of_file(header, entry["tensors"], kind, hashed) == entry[f"{hashed}_of_digests"]
     return "" if intact else f"{path}: its header is not what was written"
 
 
 class TensorReader:
-    """Reads rows of tensors from a folder with an index, opening each file once."""
+    """Reads rows of tensors from a folder with an index, each file's header once."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         """Errors: CheckpointError if the index is missing or broken. Also reads a lone KIND.safetensors."""
-        self.folder, self.kind, self._open = folder, kind, {}  # type: ignore[var-annotated]
+        self.folder, self.kind, self._places = folder, kind, dict[Path, dict[str, Any]]()
         index, single = folder / f"{kind}.safetensors.index.json", folder / f"{kind}.safetensors"
         try:
             if index.is_file():
-                self.files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                self.files = {name: str(file) for name, file in found.items()}
             else:
-                with safe_open(single, "pt") as file:
-                    self.files = dict.fromkeys(file.keys(), single.name)
+                self.files = dict.fromkeys(_places_in(single), single.name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type (in safetensors' words) of one tensor."""
-        piece = self._slice(name)
-        return tuple(piece.get_shape()), piece.get_dtype()
+        place = self._place(name)
+        return tuple(place["shape"]), place["dtype"]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start .. stop - 1 of one tensor, or all of it."""
-        if not self.spec(name)[0]:
-            whole: Tensor = self._file(name).get_tensor(name)
-            return whole
-        rows: Tensor = self._slice(name)[start:stop]
-        return rows
+        shape, dtype = self.spec(name)
+        rows = [len(range(*slice(start, stop).indices(shape[0])))] if shape else []
+        value = torch.empty((*rows, *shape[1:]), dtype=TYPES[dtype])
+        self.fill(value, name, start)
+        return value
 
-    def _slice(self, name: str) -> Any:
-        return self._file(name).get_slice(name)
+    @torch.no_grad()
+    def fill(self, into: Tensor, name: str, start: int = 0) -> None:
+        """Read rows from `start` on into a tensor, as many as it has; straight into its memory where that can be.
 
-    def _file(self, name: str) -> Any:
-        path = self.files[name]
-        if path not in self._open:
+        Errors: CheckpointError if the file cannot be read or the rows do not fit; some may have been read then.
+        """
+        path, place = self.folder / self.files[name], self._place(name)
+        dtype, shape, row = TYPES[place["dtype"]], place["shape"], list(into.shape[1:])
+        if shape[1:] != row or into.ndim != len(shape) or (shape and start + into.shape[0] > shape[0]):
+            raise CheckpointError(f"{path}: {name} is {shape}, but {list(into.shape)} from row {start} is wanted here")
+        flat = into.detach().reshape(-1)  # a copy only where it is not contiguous
+        direct = flat.dtype == dtype and flat.is_cpu
+        try:
+            with open(path, "rb") as file:
+                file.seek(place["at"] + start * math.prod(row) * dtype.itemsize)
+                for part in flat.split(CHUNK_BYTES // dtype.itemsize):
+                    values = part if direct else torch.empty(part.shape, dtype=dtype)
+                    _read(file, bytes_of(values))
+                    if not direct:
+                        part.copy_(values)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another one") from None
+        if not into.is_contiguous():
+            into.copy_(flat.view(into.shape))
+
+    def _place(self, name: str) -> dict[str, Any]:
+        path = self.folder / self.files[name]
+        if path not in self._places:
             try:
-                self._open[path] = safe_open(self.folder / path, "pt")
-            except Exception as error:  # safetensors raises its own class, OSError, or FileNotFoundError
-                raise CheckpointError(f"{self.folder / path}: cannot be read ({error}); use another one") from None
-        return self._open[path]
+                self._places[path] = _places_in(path)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from None
+        place: dict[str, Any] = self._places[path].get(name, {})
+        if place.get("dtype") not in TYPES:
+            has = f"{name} is {place['dtype']}, not one of {', '.join(TYPES)}" if place else f"has no {name}"
+            raise CheckpointError(f"{path}: {has}; use another one")
+        return place
+
+
+def _places_in(path: Path) -> dict[str, Any]:
+    """By name: type, shape and first byte of the tensors of a safetensors file, which may come from anywhere."""
+    with safe_open(path, "numpy"):  # raises if the header is broken, or names bytes that the file does not have
+        pass
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: {**place, "at": 8 + size + place["data_offsets"][0]} for name, place in header.items()}

@@ -80,12 +80,13 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     Each tensor is held against the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
     saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
     """
-    noted, reader = read_manifest(source).tensors["model"], TensorReader(source, "model")
+    saved, reader = read_manifest(source), TensorReader(source, "model")
+    noted = saved.tensors["model"]
     description = _description(source, dtype)
 
     def fetch(spec: Spec) -> list[Tensor]:
         value = reader.read(spec.name)
-        if digest_of_tensor(value) != noted[spec.name]["sha256"]:
+        if digest_of_tensor(value, saved.hashed) != noted[spec.name][saved.hashed]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
         cast = value.to(dtype)
         if not bool(cast.isfinite().all()):
