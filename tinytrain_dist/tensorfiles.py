@@ -35,7 +35,8 @@ from tinytrain_dist.files import MANIFEST as MANIFEST
 from tinytrain_dist.files import STATE as STATE
 
 # tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way
-CHUNK_BYTES, RING, THREADS = 8 * 1024**2, 4, 4
+CHUNK_BYTES, RING, THREADS = 4 * 1024**2, 4, 4
+BLOCK_BYTES = 1024**2  # is hashed at once, in a core's own cache: from the page cache 2.8 GB/s; blocks of 4 MiB 1.9
 # a digest stands under the name of its hash; sha256 takes 1.0 GB/s of a core, less than a disk gives, BLAKE3 5
 HASHES: dict[str, Callable[..., Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 DTYPES = {
@@ -85,13 +86,14 @@ def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
 
 def all_finite(values: Tensor) -> bool:
     """No NaN, no infinity. A sum takes a fortieth of the time of isfinite, and is finite only if all are."""
-    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return not values.is_floating_point() or math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _hash_chunk(spec: Spec, chunk: Tensor, digest: Any) -> None:
-    if spec.finite and not all_finite(chunk):
-        raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
-    digest.update(bytes_of(chunk))
+    for part in chunk.reshape(-1).split(BLOCK_BYTES // chunk.itemsize):
+        if spec.finite and not all_finite(part):
+            raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+        digest.update(bytes_of(part))
 
 
 def _write_out(file: BinaryIO, data: memoryview) -> None:
@@ -112,47 +114,48 @@ def write_tensors(
     folder: Path,
     kind: str,
     specs: Sequence[Spec],
-    fetch: Callable[[Spec], Iterable[Tensor]],
+    chunks: Iterable[Tensor],
     max_bytes: int,
     manifest: Manifest,
     mine: Callable[[Spec], bool] = lambda _: True,
 ) -> None:
     """Write the tensors as KIND-00001-of-N.safetensors ..., only those files whose first tensor is `mine`; note them.
 
-    fetch(spec) gives the values of one tensor on the CPU in order, in chunks of any size; it is called once per tensor,
-    in order, and a chunk is not read any more when RING others have been given. `write_index` completes the kind.
+    chunks: the values of those tensors on the CPU, in order, each in any number of parts. The next is taken when there
+    is room for it, and one is not read any more when RING others have been given. `write_index` completes the kind.
     Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
-    digests = {spec.name: HASHES[manifest.hashed]() for _, group in files for spec in group}
-    chunks, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
+    digests = {spec.name: blake3() for _, group in files for spec in group}
+    under_way, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
+    coming = (chunk for chunk in chunks if chunk.numel())
     with ExitStack() as opened, _Thread(1) as hashing, _Thread(1) as writing, _Thread(1) as syncing:
         for name, group in files:
             manifest.under_way.append(name)
             file = opened.enter_context(open(folder / name, "xb", buffering=0))
             written = writing.submit(_write_out, file, memoryview(_header(group)))
             for spec in group:
-                size = 0
-                for chunk in fetch(spec):
+                left = spec.nbytes
+                while left:
+                    chunk = next(coming)
+                    left -= chunk.nbytes
+                    assert left >= 0, spec
                     assert chunk.dtype == spec.dtype, spec
                     written = writing.submit(_write_out, file, bytes_of(chunk))
-                    chunks.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
-                    if len(chunks) == RING:
-                        _wait(chunks.popleft())
-                    size += chunk.nbytes
-                assert size == spec.nbytes, spec
+                    under_way.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
+                    if len(under_way) == RING:
+                        _wait(under_way.popleft())
             syncs.append(syncing.submit(_sync, file, written, manifest))  # the next file goes on beside it
-        _wait([*itertools.chain(*chunks), *syncs])
+        _wait([*itertools.chain(*under_way), *syncs])
     tensors = manifest.tensors.setdefault(kind, {})
     for name, group in files:
         for spec in group:
-            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype]}
-            entry |= {manifest.hashed: digests[spec.name].hexdigest()}
+            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "blake3": digests[spec.name].hexdigest()}
             tensors[spec.name] = entry if spec.finite else {**entry, "finite": False}
         head, names = _header(group), [spec.name for spec in group]
         place = {"bytes": len(head) + sum(spec.nbytes for spec in group), "header_bytes": len(head)}
-        manifest.files[name] = {**place, "kind": kind, "tensors": names}
-        manifest.files[name][f"{manifest.hashed}_of_digests"] = _digest_of_file(head, names, tensors, manifest.hashed)
+        whole = _digest_of_file(head, names, tensors, "blake3")
+        manifest.files[name] = {**place, "kind": kind, "tensors": names, "blake3_of_digests": whole}
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:
@@ -214,7 +217,7 @@ def write_bytes(folder: Path, name: str, data: bytes, manifest: Manifest) -> Non
         file.flush()
         os.fsync(file.fileno())
     manifest.under_way.remove(name)
-    manifest.files[name] = {"bytes": len(data), manifest.hashed: HASHES[manifest.hashed](data).hexdigest()}
+    manifest.files[name] = {"bytes": len(data), "blake3": blake3(data).hexdigest()}
 
 
 def commit(aside: Path, final: Path, manifest: Manifest) -> None:
@@ -277,7 +280,7 @@ class _Span:
         """What is wrong with these bytes; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
         digest, finite, left = HASHES[self.hashed](), True, self.nbytes
-        buffer = bytearray(min(left, 1024**2))  # stays in a core's own cache: 2.8 GB/s of a core; of 4 MiB 1.9
+        buffer = bytearray(min(left, BLOCK_BYTES))
         with open(self.path, "rb") as file:
             if hasattr(os, "posix_fadvise"):  # Linux reads further ahead, while this hashes: a lone tensor 1.2, not 1.0
                 os.posix_fadvise(file.fileno(), self.start, left, os.POSIX_FADV_SEQUENTIAL)
@@ -307,8 +310,6 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
     def said(path: Path, look: Callable[[], str]) -> str:
         try:
             return look()
-        except CheckpointError as error:
-            return str(error)
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
 
@@ -351,7 +352,7 @@ class TensorReader:
         index, single = folder / f"{kind}.safetensors.index.json", folder / f"{kind}.safetensors"
         try:
             if index.is_file():
-                found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                found = dict(json.loads(index.read_bytes())["weight_map"])
                 self.files = {name: str(file) for name, file in found.items()}
             else:
                 self.files = dict.fromkeys(_places_in(single), single.name)
@@ -368,28 +369,31 @@ class TensorReader:
         shape, dtype = self.spec(name)
         rows = [len(range(*slice(start, stop).indices(shape[0])))] if shape else []
         value = torch.empty((*rows, *shape[1:]), dtype=TYPES[dtype])
-        self.fill(value, name, start)
+        self._fill(value, name, start)
         return value
 
-    def fill(self, into: Tensor, name: str, start: int = 0) -> None:
-        """Read rows from `start` on into a tensor, as many as it has; straight into its memory where that can be.
+    def fill(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
+        """Read into each tensor rows of the one of that name, from that row on, as many as it has.
 
-        Errors: CheckpointError if the file cannot be read or the rows do not fit; some may have been read then.
+        Errors: CheckpointError if a file cannot be read or rows do not fit; others have been read then.
         """
+        with _Thread(THREADS) as pool:
+            _wait([pool.submit(self._fill, *rows) for rows in wanted])
+
+    def _fill(self, into: Tensor, name: str, start: int) -> None:
         place, into = self._place(name), into.detach()
         path, shape, dtype, row = place["path"], place["shape"], TYPES[place["dtype"]], list(into.shape[1:])
         if shape[1:] != row or into.ndim != len(shape) or (shape and start + into.shape[0] > shape[0]):
             raise CheckpointError(f"{path}: {name} is {shape}, but {list(into.shape)} from row {start} is wanted here")
         flat = into.reshape(-1)  # a copy only where it is not contiguous
-        direct = flat.dtype == dtype and flat.is_cpu
+        direct = flat.dtype == dtype and flat.is_cpu  # without a copy, into the tensor's memory
         try:
             with open(path, "rb") as file:
                 file.seek(place["at"] + start * math.prod(row) * dtype.itemsize)
                 for part in flat.split(CHUNK_BYTES // dtype.itemsize):
                     values = part if direct else torch.empty(part.shape, dtype=dtype)
                     _read(file, bytes_of(values))
-                    if not direct:
-                        part.copy_(values)
+                    part.copy_(values)  # does nothing to itself
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another one") from None
         if not into.is_contiguous():
@@ -404,15 +408,14 @@ class TensorReader:
                 raise CheckpointError(f"{self.folder / file}: cannot be read ({error}); use another one") from None
         place: dict[str, Any] = self._places[file].get(name, {})
         if place.get("dtype") not in TYPES:
-            has = f"{name} is {place['dtype']}, not one of {', '.join(TYPES)}" if place else f"has no {name}"
+            has = f"{name} is {place.get('dtype', 'missing')}, not one of {', '.join(TYPES)}"
             raise CheckpointError(f"{self.folder / file}: {has}; use another one")
         return place
 
 
 def _places_in(path: Path) -> dict[str, Any]:
     """By name: type, shape, path and first byte of the tensors of a safetensors file, which may come from anywhere."""
-    with safe_open(path, "numpy"):  # raises if the header is broken, or names bytes that the file does not have
-        pass
+    safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))

@@ -84,7 +84,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     noted = saved.tensors["model"]
     description = _description(source, dtype)
 
-    def fetch(spec: Spec) -> list[Tensor]:
+    def fetch(spec: Spec) -> Tensor:
         value = reader.read(spec.name)
         if digest_of_tensor(value, saved.hashed) != noted[spec.name][saved.hashed]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
@@ -94,13 +94,13 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             raise CheckpointError(
                 f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
             )
-        return [cast.contiguous()]
+        return cast.contiguous()
 
     aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
     try:
         aside.mkdir(parents=True)
         specs = [Spec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
-        write_tensors(aside, "model", specs, fetch, SHARD_BYTES, manifest)
+        write_tensors(aside, "model", specs, map(fetch, specs), SHARD_BYTES, manifest)
         write_index(aside, "model", specs, SHARD_BYTES, manifest)
         write_json(aside, "config.json", description, manifest)
         for name in TOKENIZER_FILES:
