@@ -482,6 +482,23 @@ def test_values_that_are_not_finite_are_damage_though_every_digest_fits(tmp_path
     assert "layers.0.weight is not finite" in problem
 
 
+def test_blocks_change_no_digest_and_are_all_looked_at(tmp_path, monkeypatch):
+    whole = write_folder(tmp_path, some_tensors(), name="whole")
+    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
+    blocks = write_folder(tmp_path, some_tensors(), name="blocks")
+    assert (blocks / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
+    assert problems_in(whole) == []
+    values = torch.ones(50)
+    values[49] = math.nan
+    with pytest.raises(CheckpointError, match="x: is not finite"):
+        write_tensors(tmp_path, "m", [Spec("x", (50,), torch.float32)], [values], 999, Manifest())
+    monkeypatch.setattr(tensorfiles, "all_finite", lambda _: True)
+    bad = write_folder(tmp_path, {"x": values}, name="bad")
+    monkeypatch.undo()
+    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
+    assert "x is not finite" in problems_in(bad)[0]
+
+
 def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monkeypatch):
     """The buffers are used again: a slow disk must hold the gathering up, not lose bytes."""
     plain, buffers = tensorfiles._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(RING)]
