@@ -282,7 +282,7 @@ class _Span:
         digest, finite, left = HASHES[self.hashed](), True, self.nbytes
         buffer = bytearray(min(left, BLOCK_BYTES))
         with open(self.path, "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # Linux reads further ahead, while this hashes: a lone tensor 1.2, not 1.0
+            if hasattr(os, "posix_fadvise"):  # Linux reads further ahead, while this hashes: a lone tensor 1.2, not 1.1
                 os.posix_fadvise(file.fileno(), self.start, left, os.POSIX_FADV_SEQUENTIAL)
             file.seek(self.start)
             while left:
