@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from training import in_older_format
 
 from tinytrain_dist import tensorfiles
 from tinytrain_dist.errors import CheckpointError
@@ -63,9 +65,8 @@ def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 <<
     aside = parent / f"{name}.tmp"
     aside.mkdir()
     manifest = Manifest()
-    write_tensors(
-        aside, "model", specs_of(tensors), lambda spec: [tensors[spec.name].contiguous()], max_bytes, manifest
-    )
+    chunks = (value.contiguous() for value in tensors.values())
+    write_tensors(aside, "model", specs_of(tensors), chunks, max_bytes, manifest)
     write_index(aside, "model", specs_of(tensors), max_bytes, manifest)
     write_json(aside, "state.json", {"step": 3}, manifest)
     write_bytes(aside, "notes.bin", b"\x00\x01", manifest)
@@ -140,28 +141,40 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
         data = (folder / name).read_bytes()
         assert entry["bytes"] == len(data)
         if not name.endswith(".safetensors"):
-            assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            assert entry == {"bytes": len(data), "blake3": blake3(data).hexdigest()}
             continue
         header = data[: 8 + int.from_bytes(data[:8], "little")]
         assert entry["tensors"] == list(load_file(folder / name))
-        digests = [bytes.fromhex(manifest.tensors["model"][tensor]["sha256"]) for tensor in entry["tensors"]]
-        assert entry["sha256_of_digests"] == hashlib.sha256(header + b"".join(digests)).hexdigest()
+        digests = [bytes.fromhex(manifest.tensors["model"][tensor]["blake3"]) for tensor in entry["tensors"]]
+        assert entry["blake3_of_digests"] == blake3(header + b"".join(digests)).hexdigest()
     assert set(manifest.tensors) == {"model"}
     assert list(manifest.tensors["model"]) == list(tensors)
     entry = manifest.tensors["model"]["bf16"]
     values = tensors["bf16"].view(torch.uint8).numpy().tobytes()
-    assert entry == {"shape": [6, 5], "dtype": "BF16", "sha256": hashlib.sha256(values).hexdigest()}
+    assert entry == {"shape": [6, 5], "dtype": "BF16", "blake3": blake3(values).hexdigest()}
 
 
-def test_each_tensor_is_fetched_once_in_order_and_nothing_is_kept(tmp_path):
-    tensors, fetched = some_tensors(), []
+def test_nothing_is_fetched_before_there_is_room_for_it(tmp_path, monkeypatch):
+    """A tensor may be as large as memory allows: what is not written yet must not pile up."""
+    fetched, written, plain = [], [], tensorfiles._write_out
 
-    def fetch(spec: Spec) -> list[Tensor]:
-        fetched.append(spec.name)
-        return [tensors[spec.name].contiguous()]
+    def write_out(file, data):
+        plain(file, data)
+        written.append(len(data))
 
-    write_tensors(tmp_path, "model", specs_of(tensors), fetch, 100, Manifest())
-    assert fetched == list(tensors)
+    def chunks():
+        for number in range(40):
+            fetched.append(number)
+            assert len(fetched) - len(written) <= RING
+            yield torch.full((5,), number, dtype=torch.uint8)
+
+    monkeypatch.setattr(tensorfiles, "_write_out", write_out)
+    specs = [Spec(str(number), (5 * count,), torch.uint8) for number, count in enumerate([1, 30, 0, 9])]
+    write_tensors(tmp_path, "model", specs, chunks(), 10**9, Manifest())
+    found = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    assert_same(
+        torch.cat([found[spec.name] for spec in specs]), torch.arange(40, dtype=torch.uint8).repeat_interleave(5)
+    )
 
 
 def test_the_same_values_give_the_same_bytes(tmp_path):
@@ -172,7 +185,7 @@ def test_the_same_values_give_the_same_bytes(tmp_path):
 
 def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path):
     with pytest.raises(AssertionError, match="x"):
-        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], lambda _: [torch.zeros(3)], 100, Manifest())
+        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], iter([torch.zeros(3)]), 100, Manifest())
 
 
 def test_the_reader_gives_specs_rows_and_whole_tensors(tmp_path):
@@ -215,6 +228,88 @@ def test_a_file_that_the_index_names_and_that_is_gone_is_a_sentence(tmp_path):
         TensorReader(folder, "model").read("ids")
 
 
+@pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_read_into_a_tensor_of_any_type_and_order(tmp_path, monkeypatch, into, chunk):
+    monkeypatch.setattr(tensorfiles, "CHUNK_BYTES", chunk)
+    wide = torch.randn(6, 5)
+    save_file({"before": torch.ones(3), "wide": wide, "scalar": torch.tensor(2.5)}, tmp_path / "model.safetensors")
+    reader = TensorReader(tmp_path, "model")
+    for rows in (torch.zeros(3, 5, dtype=into), torch.zeros(5, 3, dtype=into).T, nn.Parameter(torch.zeros(3, 5))):
+        place = rows.data_ptr()
+        reader.fill([(rows, "wide", 2)])
+        assert_same(rows.detach(), wide[2:5].to(rows.dtype))
+        assert rows.data_ptr() == place
+    scalar = torch.zeros((), dtype=into)
+    reader.fill([(scalar, "scalar", 0)])
+    assert scalar == 2.5
+
+
+def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
+    """Hugging Face's files name tensors in any order, with metadata; and what is read is exactly what lies there."""
+    tensors = {name: value.contiguous() for name, value in some_tensors().items()}
+    save_file(dict(reversed(tensors.items())), tmp_path / "model.safetensors", {"format": "pt", "by": "others"})
+    reader = TensorReader(tmp_path, "model")
+    assert set(reader.files) == set(tensors)
+    for name, expected in tensors.items():
+        assert_same(reader.read(name), expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 3, 5), (30,), ()])
+def test_rows_that_do_not_fit_are_a_sentence(tmp_path, shape):
+    save_file({"wide": torch.randn(6, 5), "after": torch.randn(6, 5)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"wide is \[6, 5\], but \[.*\] from row 1 is wanted here"):
+        TensorReader(tmp_path, "model").fill([(torch.zeros(shape), "wide", 1)])
+
+
+def test_a_file_cut_short_meanwhile_is_a_sentence(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.randn(6, 5)}, path)
+    reader, data = TensorReader(tmp_path, "model"), path.read_bytes()
+    reader.spec("x")
+    path.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(it ends too early\)"):
+        reader.read("x")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(No such file"):
+        reader.read("x")
+
+
+def header_of(**entry):
+    text = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff" * 8, b"\xff" * 7, (99).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{x",
+        header_of() + bytes(7), header_of() + bytes(9), header_of(data_offsets=[0, 4]) + bytes(8),
+        header_of(data_offsets=[-8, 0]) + bytes(8), header_of(data_offsets=[2**63, 2**63 + 8]) + bytes(8),
+        header_of(shape=[3]) + bytes(8), header_of(dtype="F33") + bytes(8), header_of(shape="2") + bytes(8),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("index", [True, False])
+def test_a_broken_header_is_a_sentence(tmp_path, data, index):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    if index:
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"cannot be read|no readable model weights"):
+        TensorReader(tmp_path, "model").read("x")
+
+
+def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "f", "y": "f", "z": 3}}')
+    (tmp_path / "f").write_bytes(header_of(dtype="F8_E4M3", shape=[8]) + bytes(8))
+    reader = TensorReader(tmp_path, "model")
+    with pytest.raises(CheckpointError, match="f: y is missing"):
+        reader.read("y")
+    with pytest.raises(CheckpointError, match=r"f: x is F8_E4M3, not one of F64, .*; use another one"):
+        reader.spec("x")
+    with pytest.raises(CheckpointError, match="3: cannot be read"):
+        reader.spec("z")
+
+
 # --- commit --------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +320,7 @@ def test_commit_is_one_rename_and_the_folder_is_whole(tmp_path):
 
 
 def test_before_the_commit_the_folder_is_not_a_checkpoint(tmp_path):
-    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], lambda _: [torch.zeros(1)], 99, Manifest())
+    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], iter([torch.zeros(1)]), 99, Manifest())
     (problem,) = problems_in(tmp_path)
     assert "is not a complete checkpoint (no manifest.json)" in problem
 
@@ -351,7 +446,7 @@ def test_special_values_survive_to_the_bit(tmp_path):
     values = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4028235e38])
     aside, manifest, specs = tmp_path / "done.tmp", Manifest(), [Spec("x", (6,), torch.float32, finite=False)]
     aside.mkdir()
-    write_tensors(aside, "model", specs, lambda _: [values], 99, manifest)
+    write_tensors(aside, "model", specs, iter([values]), 99, manifest)
     write_index(aside, "model", specs, 99, manifest)
     commit(aside, tmp_path / "done", manifest)
     found = TensorReader(tmp_path / "done", "model").read("x")
@@ -365,7 +460,7 @@ def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
     values = torch.ones(5000, dtype=dtype)
     values[4321] = bad
     with pytest.raises(CheckpointError, match=r"x: is not finite, so nothing is saved"):
-        write_tensors(tmp_path, "m", [Spec("x", (5000,), dtype)], lambda _: values.split(1000), 9, Manifest())
+        write_tensors(tmp_path, "m", [Spec("x", (5000,), dtype)], iter(values.split(1000)), 9, Manifest())
 
 
 def test_finite_values_with_an_infinite_sum_are_finite():
@@ -387,6 +482,23 @@ def test_values_that_are_not_finite_are_damage_though_every_digest_fits(tmp_path
     assert "layers.0.weight is not finite" in problem
 
 
+def test_blocks_change_no_digest_and_are_all_looked_at(tmp_path, monkeypatch):
+    whole = write_folder(tmp_path, some_tensors(), name="whole")
+    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
+    blocks = write_folder(tmp_path, some_tensors(), name="blocks")
+    assert (blocks / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
+    assert problems_in(whole) == []
+    values = torch.ones(50)
+    values[25] = math.nan  # neither in the first block nor in the last
+    with pytest.raises(CheckpointError, match="x: is not finite"):
+        write_tensors(tmp_path, "m", [Spec("x", (50,), torch.float32)], [values], 999, Manifest())
+    monkeypatch.setattr(tensorfiles, "all_finite", lambda _: True)
+    bad = write_folder(tmp_path, {"x": values}, name="bad")
+    monkeypatch.undo()
+    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
+    assert "x is not finite" in problems_in(bad)[0]
+
+
 def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monkeypatch):
     """The buffers are used again: a slow disk must hold the gathering up, not lose bytes."""
     plain, buffers = tensorfiles._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(RING)]
@@ -395,12 +507,12 @@ def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monk
         time.sleep(0.002)
         plain(file, data)
 
-    def fetch(_: Spec):
+    def chunks():
         for number in range(60):
             yield buffers[number % RING].fill_(number)
 
     monkeypatch.setattr(tensorfiles, "_write_out", slow)
-    write_tensors(tmp_path, "m", [Spec("x", (60, 1000), torch.uint8)], fetch, 10**9, Manifest())
+    write_tensors(tmp_path, "m", [Spec("x", (60, 1000), torch.uint8)], chunks(), 10**9, Manifest())
     found = load_file(tmp_path / "m-00001-of-00001.safetensors")["x"]
     assert torch.equal(found, torch.arange(60, dtype=torch.uint8)[:, None].expand(60, 1000))
 
@@ -418,15 +530,10 @@ def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypa
     assert sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes) == everything
 
 
-def test_a_folder_of_format_1_is_still_read(folder):
-    """Each file had the sha256 of its bytes; written by the version before."""
-    found = json.loads((folder / MANIFEST).read_text())
-    for name in found["files"]:
-        data = (folder / name).read_bytes()
-        found["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    body = {"format": 1, "files": found["files"], "tensors": found["tensors"]}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
+@pytest.mark.parametrize("number", [1, 2])
+def test_folders_of_older_formats_are_still_read(folder, number):
+    in_older_format(folder, number)
+    assert read_manifest(folder).hashed == "sha256"
     assert problems_in(folder) == []
     name = next(folder.glob("model-00001-*")).name
     data = bytearray((folder / name).read_bytes())
@@ -434,7 +541,12 @@ def test_a_folder_of_format_1_is_still_read(folder):
     (folder / name).write_bytes(data)
     (problem,) = problems_in(folder)
     assert name in problem
-    body["format"] = 3
+    assert "has sha256" in problem
+
+
+def test_a_newer_format_is_said_and_not_read(folder):
+    body = json.loads((folder / MANIFEST).read_text()) | {"format": 4}
+    del body["sha256"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
-    assert "has format 3, but this version reads 1 and 2" in problems_in(folder)[0]
+    assert "has format 4, but this version reads 1 to 3" in problems_in(folder)[0]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import TINY, train
+from training import TINY, in_older_format, train
 
 from tinytrain_dist import CheckpointError, TrainingConfig, TransformerLM, cli
 from tinytrain_dist.checkpoint import pieces_of, write_checkpoint
@@ -265,6 +265,28 @@ def test_recomputing_the_hash_does_not_trust_the_manifest(tinytrain: Cli, run: P
     assert "DAMAGED" in err
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_older_manifest_is_no_difference(
+    tinytrain: Cli, folder: Path, run: Path, tmp_path: Path, number: int
+) -> None:
+    in_older_format(newest(run), number)
+    for options in ([], ["--recompute"]):
+        assert tinytrain("hash", *options, run)[:2] == tinytrain("hash", folder / "one")[:2]
+    for pair in ((run, folder / "one"), (folder / "split", run), (newest(run), newest(run))):
+        code, out, _ = tinytrain("compare", *pair)
+        assert (code, out.count("to the bit, ")) == (0, 2), out
+    assert tinytrain("compare", run, folder / "other")[0] == 1
+    assert tinytrain("export", run, run / "out", "--no-check")[0] == 0
+    assert tinytrain("verify", run)[0] == 0
+    flip_bit(weights_file(newest(run)))
+    for command in (["hash", run], ["compare", run, newest(folder / "one")]):
+        code, _, err = tinytrain(*command)
+        assert code == 2
+        assert "is not what manifest.json says" in err
+    assert "is not what was saved" in tinytrain("export", run, run / "again", "--no-check")[2]
+    assert "has sha256" in tinytrain("verify", run)[1]
+
+
 def test_the_hash_includes_numbers_of_the_optimizer(tmp_path: Path) -> None:
     def digest(count: int) -> str:
         model = torch.nn.Linear(2, 2)
@@ -493,7 +515,7 @@ def test_sample_takes_the_newest_valid_checkpoint(tinytrain: Cli, run: Path) -> 
     assert "passed over, damaged" in err
     code, _, err = tinytrain("sample", newest(run))
     assert code == 2
-    assert "sha256" in err
+    assert "has blake3" in err
     flip_bit(weights_file(run / "checkpoints/checkpoint-00000003"))
     assert "none of 2 checkpoint(s) is valid" in tinytrain("sample", run)[2]
     shutil.rmtree(run / "checkpoints")

@@ -313,6 +313,7 @@ def watch_garbage(trainer: Any) -> None:
         assert gc.get_freeze_count() > 1000
         return plain(stop_reason)
 
+    gc.collect()  # or Python may do so by itself before the first step
     gc.callbacks.append(lambda phase, _: collected.append(trainer.step) if phase == "stop" else None)
     trainer.train_step, trainer.save = step, lambda: None
     trainer.saved_step, trainer.collected = 6, collected

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from distributed_helper import run_ranks
+
+from tinytrain_dist.tensorfiles import TYPES
 
 # 53 ids: divisible by no world size. Width 16, two heads of 2 and one key head: k_proj has 2 rows, fewer than 4 ranks.
 TINY: dict[str, Any] = {
@@ -96,15 +100,43 @@ class Run:
         return max((self.folder / "checkpoints").glob("checkpoint-????????"))
 
     def digests(self) -> dict[str, str]:
-        """sha256 of every tensor of the last checkpoint, weights and optimizer state."""
+        """BLAKE3 of every tensor of the last checkpoint, weights and optimizer state."""
         manifest = json.loads((self.checkpoint / "manifest.json").read_text())
-        return {name: t["sha256"] for kind in manifest["tensors"].values() for name, t in kind.items()}
+        return {name: t["blake3"] for kind in manifest["tensors"].values() for name, t in kind.items()}
 
     def weights(self) -> dict[str, Any]:
         from tinytrain_dist.tensorfiles import TensorReader
 
         reader = TensorReader(self.checkpoint, "model")
         return {name: reader.read(name) for name in reader.files}
+
+
+def in_older_format(checkpoint: Path, number: int) -> None:
+    """Write its manifest anew as versions with format 1 or 2 did, with sha256 for everything."""
+    path = checkpoint / "manifest.json"
+    body = json.loads(path.read_text()) | {"format": number}
+    del body["sha256"]
+
+    def digest(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    for name, entry in body["files"].items():
+        data = (checkpoint / name).read_bytes()
+        at = entry.get("header_bytes", 0)
+        digests = [data[:at]]
+        for tensor in entry.get("tensors", []):
+            noted = body["tensors"][entry["kind"]][tensor]
+            size = math.prod(noted["shape"]) * TYPES[noted["dtype"]].itemsize
+            del noted["blake3"]
+            noted["sha256"] = digest(data[at : at + size])
+            digests.append(bytes.fromhex(noted["sha256"]))
+            at += size
+        if number == 2 and len(digests) > 1:
+            del entry["blake3_of_digests"]
+            entry["sha256_of_digests"] = digest(b"".join(digests))
+        else:
+            body["files"][name] = {"bytes": len(data), "sha256": digest(data)}
+    path.write_text(json.dumps({**body, "sha256": digest(json.dumps(body, sort_keys=True).encode())}))
 
 
 def train(folder: Path, run: str, world_size: int, **overrides: Any) -> Run:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
@@ -181,23 +180,19 @@ def _write_my_files(
     aside: Path, pieces: Pieces, specs: dict[str, list[Spec]], max_bytes: int, group: Group | None, manifest: Manifest
 ) -> None:
     """Write the files that are this rank's, while offering the others its rows of theirs; note what was written."""
-    order = [(kind, piece) for kind, parts in pieces.items() for piece in parts]
-    ring = itertools.cycle([torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(RING)])
-    gathers: dict[str, dict[Spec, Any]] = {kind: {} for kind in pieces}
-    for number, ((kind, piece), spec) in enumerate(zip(order, itertools.chain(*specs.values()), strict=True)):
-        if piece.writer == distributed.my_rank():
-            gathers[kind][spec] = distributed.gather_piece(piece, number, ring, CHUNK_BYTES, group)
-    sends = distributed.start_sends([piece for _, piece in order], CHUNK_BYTES, group)
+    order, me = list(itertools.chain(*pieces.values())), distributed.my_rank()
+    chunks = distributed.gather_pieces(order, RING, CHUNK_BYTES, group)
+    sends = distributed.start_sends(order, CHUNK_BYTES, group)
 
     def write() -> None:
         try:
             _wait_for_folder(aside)
-            for kind, of in gathers.items():
-                fetch, mine = of.__getitem__, of.__contains__
-                write_tensors(aside, kind, specs[kind], fetch, max_bytes, manifest, mine)
+            for kind, parts in pieces.items():
+                mine = {spec for spec, piece in zip(specs[kind], parts, strict=True) if piece.writer == me}
+                write_tensors(aside, kind, specs[kind], chunks, max_bytes, manifest, mine.__contains__)
         finally:
             # after an error the others still offer: take it, or they wait for ever
-            deque(itertools.chain(*itertools.chain(*(of.values() for of in gathers.values()))), maxlen=0)
+            deque(chunks, maxlen=0)
             distributed.finish_sends(sends)
 
     distributed.together(write, group)
@@ -245,20 +240,16 @@ def _check_same(path: Path, kind: str, saved: dict[str, Any], wanted: dict[str, 
         if found != here:
             problems.append(f"{name}: is {found[1]} {found[0]} in the checkpoint, but {here[1]} {here[0]} here")
     if problems:
-        shown = "\n  ".join(sorted(problems)[:10]) + (
-            f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        )
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        shown = "\n  ".join(sorted(problems)[:10] + more)
         raise CheckpointError(f"{path}: does not fit this {kind}; use the configuration it was made with:\n  {shown}")
 
 
 @torch.no_grad()
 def load_tensors(reader: TensorReader, tensors: dict[str, Tensor]) -> None:
-    """Copy each tensor's rows of this rank from disk."""
-    for name, tensor in tensors.items():
-        mine = local(tensor)
-        if mine.numel():
-            start, stop = shard_range(tensor) if isinstance(tensor, DTensor) else (0, None)
-            mine.copy_(reader.read(name, start, stop))
+    """Read each tensor's rows of this rank from disk into its memory."""
+    mine = ((local(tensor), name, shard_range(tensor)[0]) for name, tensor in tensors.items())
+    reader.fill(rows for rows in mine if rows[0].numel())
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out_path: str | Path) -> None:
@@ -294,8 +285,8 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path
 
 def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, state: dict[str, Any]) -> None:
     """Give a torch optimizer, which makes its state lazily, the state tensors that the checkpoint has."""
-    saved = read_manifest(path).tensors.get("optimizer", {})
-    names = {id(param): name for name, param in model_tensors(model).items()}
+    saved, params = read_manifest(path).tensors.get("optimizer", {}), model_tensors(model)
+    names = {id(param): name for name, param in params.items()}
     groups = state.get("optimizer", {}).get("param_groups", [])
     ours = [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
     if [group["params"] for group in groups] != ours:
@@ -303,22 +294,15 @@ def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path:
             f"{path}: its optimizer has {[len(g['params']) for g in groups]} parameters in its groups, this one "
             f"{[len(group) for group in ours]}, or in another order; build it as when the checkpoint was saved"
         )
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            prefix = names[id(param)] + "."
-            slots: dict[str, Any] = {}
-            for name in (name for name in saved if name.startswith(prefix) and "." not in name[len(prefix) :]):
-                shape, dtype = saved[name]["shape"], TYPES[saved[name]["dtype"]]
-                alike = list(param.shape) == shape and len(shape) > 0
-                slots[name[len(prefix) :]] = (
-                    torch.zeros_like(param, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
-                )
-            for name, value in state["optimizer"]["state"].items():
-                if name.startswith(prefix) and "." not in name[len(prefix) :]:
-                    slots[name[len(prefix) :]] = value
-            optimizer.state.pop(param, None)
-            if slots:
-                optimizer.state[param] = slots
+    optimizer.state.clear()
+    for (of, _, key), noted in ((name.rpartition("."), noted) for name, noted in saved.items()):
+        shape, dtype = noted["shape"], TYPES[noted["dtype"]]
+        alike = list(params[of].shape) == shape and len(shape) > 0
+        blank = torch.zeros_like(params[of], dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+        optimizer.state[params[of]][key] = blank
+    for name, value in state["optimizer"]["state"].items():
+        of, _, key = name.rpartition(".")
+        optimizer.state[params[of]][key] = value
 
 
 def init_from_folder(folder: Path, model: nn.Module, config: TrainingConfig) -> None:

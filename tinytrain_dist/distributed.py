@@ -5,10 +5,12 @@ Must not know models, optimizers or files; the others receive a frozen Distribut
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import secrets
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -267,6 +269,11 @@ def together(action: Callable[[], T], group: Group | None = None) -> T:
     return result[0]
 
 
+# chunks that are asked for before they are used: one that comes unasked makes gloo's thread spin. Rank 0 took 1.8 s of
+# processor time to save 0.7 GB, half of it its own, when none was asked for before; 1.1 s with eight
+AHEAD = 8
+
+
 @dataclass(frozen=True)
 class Piece:
     """What this rank has of one tensor on disk: its rows, the ranks that together hold all of them, and who writes."""
@@ -331,24 +338,35 @@ def finish_sends(sends: list[tuple[Any, Tensor]]) -> None:
         work.wait()
 
 
-def gather_piece(
-    piece: Piece, number: int, ring: Iterator[Tensor], chunk_bytes: int, group: Group | None = None
-) -> Iterator[Tensor]:
-    """The whole tensor for its writer, in order, in flat chunks on the CPU; `number` is its place in `start_sends`.
+def gather_pieces(pieces: Sequence[Piece], held: int, chunk_bytes: int, group: Group | None = None) -> Iterator[Tensor]:
+    """All tensors that this rank writes, whole, in order, in flat chunks on the CPU; the others `start_sends` the same.
 
-    What others send goes into the next buffer of `ring`, uint8 of chunk_bytes each: the writer holds no whole tensor.
+    What they send goes into held + AHEAD buffers of chunk_bytes each, so that the writer holds no whole tensor: a chunk
+    is good until `held` others have been given.
     """
-    me, most = my_rank(), -(-piece.shape[0] // len(piece.ranks)) if len(piece.ranks) > 1 else 0
-    for index, source in enumerate(piece.ranks):
-        if source == me:
-            yield from _parts(piece, chunk_bytes)
-            continue
-        left = max(0, min(most, piece.shape[0] - index * most)) * math.prod(piece.shape[1:]) * piece.dtype.itemsize
-        while left:
-            part = next(ring)[: min(left, chunk_bytes)].view(piece.dtype)
-            dist.recv(part, src=source, group=group, tag=number)
-            left -= part.nbytes
-            yield part
+    me, ring = my_rank(), itertools.cycle([torch.empty(chunk_bytes, dtype=torch.uint8) for _ in range(held + AHEAD)])
+
+    def ask() -> Iterator[tuple[Any, Tensor]]:
+        for number, piece in enumerate(pieces):
+            for index, source in enumerate(piece.ranks if piece.writer == me else ()):
+                if source == me:
+                    yield from ((None, part) for part in _parts(piece, chunk_bytes))
+                    continue
+                most, row = -(-piece.shape[0] // len(piece.ranks)), math.prod(piece.shape[1:]) * piece.dtype.itemsize
+                left = max(0, min(most, piece.shape[0] - index * most)) * row
+                while left:
+                    part = next(ring)[: min(left, chunk_bytes)].view(piece.dtype)
+                    left -= part.nbytes
+                    yield dist.irecv(part, src=source, group=group, tag=number), part
+
+    asked = ask()
+    coming = deque(itertools.islice(asked, AHEAD))
+    while coming:
+        work, part = coming.popleft()
+        if work is not None:
+            work.wait()
+        yield part
+        coming.extend(itertools.islice(asked, 1))
 
 
 def gather_to_all(value: Any, group: Group | None = None) -> list[Any]:

@@ -1,9 +1,10 @@
 """Owns folders of tensors on disk: safetensors files written as a stream, their index, the manifest, and its checks.
 
 Must not know ranks, models or steps. A folder is complete when manifest.json, written last, lists every file and every
-tensor with size and digest; there is no pickle anywhere. Manifest format 2: a tensor has the sha256 of its bytes, a
-file of tensors the sha256 over its header and, in the order of the file, its tensors' sha256 (32 bytes each), so that
-every byte is hashed once; any other file has the sha256 of its bytes. In format 1, which is still read, all files had.
+tensor with size and digest; there is no pickle anywhere. Manifest format 3: a tensor has the BLAKE3 of its bytes, a
+file of tensors the BLAKE3 over its header and, in the order of the file, its tensors' digests (32 bytes each), so that
+every byte is hashed once; any other file has the BLAKE3 of its bytes. Formats 1 and 2 are still read: they had sha256,
+1 also of whole files of tensors. The manifest's own digest is sha256 in all, so that any version can say which it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,7 +35,10 @@ from tinytrain_dist.files import MANIFEST as MANIFEST
 from tinytrain_dist.files import STATE as STATE
 
 # tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way
-CHUNK_BYTES, RING, THREADS = 8 * 1024**2, 4, 8
+CHUNK_BYTES, RING, THREADS = 4 * 1024**2, 4, 4
+BLOCK_BYTES = 1024**2  # is hashed at once, in a core's own cache: from the page cache 2.8 GB/s; blocks of 4 MiB 1.9
+# a digest stands under the name of its hash; sha256 takes 1.0 GB/s of a core, less than a disk gives, BLAKE3 5
+HASHES: dict[str, Callable[..., Any]] = {"blake3": blake3, "sha256": hashlib.sha256}
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -62,6 +68,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     under_way: list[str] = field(default_factory=list)  # files begun and not on the disk yet: what a stuck save is at
+    hashed: str = "blake3"  # with which of HASHES
 
 
 def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
@@ -79,13 +86,14 @@ def cut_into_files(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
 
 def all_finite(values: Tensor) -> bool:
     """No NaN, no infinity. A sum takes a fortieth of the time of isfinite, and is finite only if all are."""
-    return not values.is_floating_point() or bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return not values.is_floating_point() or math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _hash_chunk(spec: Spec, chunk: Tensor, digest: Any) -> None:
-    if spec.finite and not all_finite(chunk):
-        raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
-    digest.update(bytes_of(chunk))
+    for part in chunk.reshape(-1).split(BLOCK_BYTES // chunk.itemsize):
+        if spec.finite and not all_finite(part):
+            raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+        digest.update(bytes_of(part))
 
 
 def _write_out(file: BinaryIO, data: memoryview) -> None:
@@ -106,46 +114,48 @@ def write_tensors(
     folder: Path,
     kind: str,
     specs: Sequence[Spec],
-    fetch: Callable[[Spec], Iterable[Tensor]],
+    chunks: Iterable[Tensor],
     max_bytes: int,
     manifest: Manifest,
     mine: Callable[[Spec], bool] = lambda _: True,
 ) -> None:
     """Write the tensors as KIND-00001-of-N.safetensors ..., only those files whose first tensor is `mine`; note them.
 
-    fetch(spec) gives the values of one tensor on the CPU in order, in chunks of any size; it is called once per tensor,
-    in order, and a chunk is not read any more when RING others have been given. `write_index` completes the kind.
+    chunks: the values of those tensors on the CPU, in order, each in any number of parts. The next is taken when there
+    is room for it, and one is not read any more when RING others have been given. `write_index` completes the kind.
     Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
-    digests = {spec.name: hashlib.sha256() for _, group in files for spec in group}
-    chunks, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
+    digests = {spec.name: blake3() for _, group in files for spec in group}
+    under_way, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
+    coming = (chunk for chunk in chunks if chunk.numel())
     with ExitStack() as opened, _Thread(1) as hashing, _Thread(1) as writing, _Thread(1) as syncing:
         for name, group in files:
             manifest.under_way.append(name)
             file = opened.enter_context(open(folder / name, "xb", buffering=0))
             written = writing.submit(_write_out, file, memoryview(_header(group)))
             for spec in group:
-                size = 0
-                for chunk in fetch(spec):
+                left = spec.nbytes
+                while left:
+                    chunk = next(coming)
+                    left -= chunk.nbytes
+                    assert left >= 0, spec
                     assert chunk.dtype == spec.dtype, spec
                     written = writing.submit(_write_out, file, bytes_of(chunk))
-                    chunks.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
-                    if len(chunks) == RING:
-                        _wait(chunks.popleft())
-                    size += chunk.nbytes
-                assert size == spec.nbytes, spec
+                    under_way.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
+                    if len(under_way) == RING:
+                        _wait(under_way.popleft())
             syncs.append(syncing.submit(_sync, file, written, manifest))  # the next file goes on beside it
-        _wait([*itertools.chain(*chunks), *syncs])
+        _wait([*itertools.chain(*under_way), *syncs])
     tensors = manifest.tensors.setdefault(kind, {})
     for name, group in files:
         for spec in group:
-            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "sha256": digests[spec.name].hexdigest()}
+            entry = {"shape": list(spec.shape), "dtype": DTYPES[spec.dtype], "blake3": digests[spec.name].hexdigest()}
             tensors[spec.name] = entry if spec.finite else {**entry, "finite": False}
         head, names = _header(group), [spec.name for spec in group]
-        whole = _digest_of_file(head, (digests[name].hexdigest() for name in names))
         place = {"bytes": len(head) + sum(spec.nbytes for spec in group), "header_bytes": len(head)}
-        manifest.files[name] = {**place, "kind": kind, "tensors": names, "sha256_of_digests": whole}
+        whole = _digest_of_file(head, names, tensors, "blake3")
+        manifest.files[name] = {**place, "kind": kind, "tensors": names, "blake3_of_digests": whole}
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:
@@ -153,8 +163,9 @@ def _wait(futures: Iterable[Future[None]]) -> None:
         future.result()
 
 
-def _digest_of_file(header: bytes, digests: Iterable[str]) -> str:
-    return hashlib.sha256(b"".join([header, *map(bytes.fromhex, digests)])).hexdigest()
+def _digest_of_file(header: bytes, names: list[str], tensors: dict[str, dict[str, Any]], hashed: str) -> str:
+    digests = (bytes.fromhex(tensors[name][hashed]) for name in names)
+    return str(HASHES[hashed](b"".join([header, *digests])).hexdigest())
 
 
 def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, manifest: Manifest) -> None:
@@ -167,6 +178,11 @@ def write_index(folder: Path, kind: str, specs: Sequence[Spec], max_bytes: int, 
 def _named_files(kind: str, specs: Sequence[Spec], max_bytes: int) -> list[tuple[str, list[Spec]]]:
     files = cut_into_files(specs, max_bytes)
     return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
+
+
+def _read(file: BinaryIO, into: memoryview) -> None:
+    if into and file.readinto(into) < len(into):  # type: ignore[attr-defined]
+        raise OSError(errno.EIO, "it ends too early")
 
 
 def bytes_of(value: Tensor) -> memoryview:
@@ -201,7 +217,7 @@ def write_bytes(folder: Path, name: str, data: bytes, manifest: Manifest) -> Non
         file.flush()
         os.fsync(file.fileno())
     manifest.under_way.remove(name)
-    manifest.files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.files[name] = {"bytes": len(data), "blake3": blake3(data).hexdigest()}
 
 
 def commit(aside: Path, final: Path, manifest: Manifest) -> None:
@@ -209,7 +225,7 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
 
     Errors: CheckpointError if `final` exists already (it is left alone); OSError from the disk.
     """
-    body = {"format": 2, "files": dict(manifest.files), "tensors": manifest.tensors}
+    body = {"format": 3, "files": dict(manifest.files), "tensors": manifest.tensors}
     write_json(aside, MANIFEST, {**body, "sha256": _digest_of(body)}, manifest)
     _fsync_folder(aside)
     if final.exists():
@@ -243,9 +259,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
     if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
-    if body["format"] not in (1, 2):
-        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 and 2; use a newer one")
-    return Manifest(body["files"], body["tensors"])
+    if body["format"] not in (1, 2, 3):
+        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 to 3; use a newer one")
+    return Manifest(body["files"], body["tensors"], hashed="blake3" if body["format"] == 3 else "sha256")
 
 
 @dataclass(frozen=True)
@@ -255,26 +271,28 @@ class _Span:
     path: Path
     start: int
     nbytes: int
-    sha256: str
+    hashed: str
+    digest: str
     tensor: str = ""
     floats: torch.dtype | None = None  # which must be finite
 
     def problem(self) -> str:
         """What is wrong with these bytes; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
-        digest, finite, left = hashlib.sha256(), True, self.nbytes
-        buffer = bytearray(min(left, CHUNK_BYTES // 2))
+        digest, finite, left = HASHES[self.hashed](), True, self.nbytes
+        buffer = bytearray(min(left, BLOCK_BYTES))
         with open(self.path, "rb") as file:
+            if hasattr(os, "posix_fadvise"):  # Linux reads further ahead, while this hashes: a lone tensor 1.2, not 1.1
+                os.posix_fadvise(file.fileno(), self.start, left, os.POSIX_FADV_SEQUENTIAL)
             file.seek(self.start)
             while left:
                 part = memoryview(buffer)[: min(left, len(buffer))]
-                if file.readinto(part) < len(part):
-                    raise OSError(errno.EIO, "it ends too early")
+                _read(file, part)
                 left -= len(part)
                 digest.update(part)
                 finite = finite and (self.floats is None or all_finite(torch.frombuffer(part, dtype=self.floats)))
-        if digest.hexdigest() != self.sha256:
-            return f"{name} has sha256 {digest.hexdigest()[:12]}..., but {self.sha256[:12]}... was written"
+        if digest.hexdigest() != self.digest:
+            return f"{name} has {self.hashed} {digest.hexdigest()[:12]}..., but {self.digest[:12]}... was written"
         return "" if finite else f"{name} is not finite, although nothing was damaged after it was written"
 
 
@@ -292,13 +310,11 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
     def said(path: Path, look: Callable[[], str]) -> str:
         try:
             return look()
-        except CheckpointError as error:
-            return str(error)
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
 
     for name in manifest.files if files is None else files:
-        more = partial(_spans, folder / name, manifest.files[name], manifest.tensors, spans)
+        more = partial(_spans, folder / name, manifest, spans)
         found.append(said(folder / name, more))
     total, ends = 1 + sum(span.nbytes for span in spans), itertools.accumulate(span.nbytes for span in spans)
     mine = [span for span, end in zip(spans, ends, strict=True) if (end - span.nbytes) * parts // total == part]
@@ -307,63 +323,101 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
     return [problem for problem in found if problem]
 
 
-def _spans(path: Path, entry: dict[str, Any], tensors: dict[str, dict[str, Any]], into: list[_Span]) -> str:
+def _spans(path: Path, manifest: Manifest, into: list[_Span]) -> str:
     """Note what is to be read of a file; what is wrong with its size, or with the header of a file of tensors."""
-    size = path.stat().st_size
+    size, entry, hashed = path.stat().st_size, manifest.files[path.name], manifest.hashed
     if size != entry["bytes"]:
         return f"{path}: has {size:,} bytes, but {entry['bytes']:,} were written"
-    if "sha256" in entry:
-        into.append(_Span(path, 0, size, entry["sha256"]))
+    if hashed in entry:
+        into.append(_Span(path, 0, size, hashed, entry[hashed]))
         return ""
     with open(path, "rb") as file:
-        header, kind, start = file.read(entry["header_bytes"]), tensors[entry["kind"]], entry["header_bytes"]
+        header, kind, start = file.read(entry["header_bytes"]), manifest.tensors[entry["kind"]], entry["header_bytes"]
     for name in entry["tensors"]:
         noted, dtype = kind[name], TYPES[kind[name]["dtype"]]
         floats = dtype if dtype.is_floating_point and noted.get("finite", True) else None
         count = Spec(name, tuple(noted["shape"]), dtype).nbytes
-        into.append(_Span(path, start, count, noted["sha256"], name, floats))
+        into.append(_Span(path, start, count, hashed, noted[hashed], name, floats))
         start += count
-    intact = _digest_of_file(header, (kind[name]["sha256"] for name in entry["tensors"])) == entry["sha256_of_digests"]
+    intact = _digest_of_file(header, entry["tensors"], kind, hashed) == entry[f"{hashed}_of_digests"]
     return "" if intact else f"{path}: its header is not what was written"
 
 
 class TensorReader:
-    """Reads rows of tensors from a folder with an index, opening each file once."""
+    """Reads rows of tensors from a folder with an index, each file's header once."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         """Errors: CheckpointError if the index is missing or broken. Also reads a lone KIND.safetensors."""
-        self.folder, self.kind, self._open = folder, kind, {}  # type: ignore[var-annotated]
+        self.folder, self.kind, self._places = folder, kind, dict[str, dict[str, Any]]()
         index, single = folder / f"{kind}.safetensors.index.json", folder / f"{kind}.safetensors"
         try:
             if index.is_file():
-                self.files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                found = dict(json.loads(index.read_bytes())["weight_map"])
+                self.files = {name: str(file) for name, file in found.items()}
             else:
-                with safe_open(single, "pt") as file:
-                    self.files = dict.fromkeys(file.keys(), single.name)
+                self.files = dict.fromkeys(_places_in(single), single.name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type (in safetensors' words) of one tensor."""
-        piece = self._slice(name)
-        return tuple(piece.get_shape()), piece.get_dtype()
+        place = self._place(name)
+        return tuple(place["shape"]), place["dtype"]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start .. stop - 1 of one tensor, or all of it."""
-        if not self.spec(name)[0]:
-            whole: Tensor = self._file(name).get_tensor(name)
-            return whole
-        rows: Tensor = self._slice(name)[start:stop]
-        return rows
+        shape, dtype = self.spec(name)
+        rows = [len(range(*slice(start, stop).indices(shape[0])))] if shape else []
+        value = torch.empty((*rows, *shape[1:]), dtype=TYPES[dtype])
+        self._fill(value, name, start)
+        return value
 
-    def _slice(self, name: str) -> Any:
-        return self._file(name).get_slice(name)
+    def fill(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
+        """Read into each tensor rows of the one of that name, from that row on, as many as it has.
 
-    def _file(self, name: str) -> Any:
-        path = self.files[name]
-        if path not in self._open:
+        Errors: CheckpointError if a file cannot be read or rows do not fit; others have been read then.
+        """
+        with _Thread(THREADS) as pool:
+            _wait([pool.submit(self._fill, *rows) for rows in wanted])
+
+    def _fill(self, into: Tensor, name: str, start: int) -> None:
+        place, into = self._place(name), into.detach()
+        path, shape, dtype, row = place["path"], place["shape"], TYPES[place["dtype"]], list(into.shape[1:])
+        if shape[1:] != row or into.ndim != len(shape) or (shape and start + into.shape[0] > shape[0]):
+            raise CheckpointError(f"{path}: {name} is {shape}, but {list(into.shape)} from row {start} is wanted here")
+        flat = into.reshape(-1)  # a copy only where it is not contiguous
+        direct = flat.dtype == dtype and flat.is_cpu  # without a copy, into the tensor's memory
+        try:
+            with open(path, "rb") as file:
+                file.seek(place["at"] + start * math.prod(row) * dtype.itemsize)
+                for part in flat.split(CHUNK_BYTES // dtype.itemsize):
+                    values = part if direct else torch.empty(part.shape, dtype=dtype)
+                    _read(file, bytes_of(values))
+                    part.copy_(values)  # does nothing to itself
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another one") from None
+        if not into.is_contiguous():
+            into.copy_(flat.view(into.shape))
+
+    def _place(self, name: str) -> dict[str, Any]:
+        file = self.files[name]
+        if file not in self._places:
             try:
-                self._open[path] = safe_open(self.folder / path, "pt")
-            except Exception as error:  # safetensors raises its own class, OSError, or FileNotFoundError
-                raise CheckpointError(f"{self.folder / path}: cannot be read ({error}); use another one") from None
-        return self._open[path]
+                self._places[file] = _places_in(self.folder / file)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise CheckpointError(f"{self.folder / file}: cannot be read ({error}); use another one") from None
+        place: dict[str, Any] = self._places[file].get(name, {})
+        if place.get("dtype") not in TYPES:
+            has = f"{name} is {place.get('dtype', 'missing')}, not one of {', '.join(TYPES)}"
+            raise CheckpointError(f"{self.folder / file}: {has}; use another one")
+        return place
+
+
+def _places_in(path: Path) -> dict[str, Any]:
+    """By name: type, shape, path and first byte of the tensors of a safetensors file, which may come from anywhere."""
+    safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: {**place, "path": path, "at": 8 + size + place["data_offsets"][0]} for name, place in header.items()}

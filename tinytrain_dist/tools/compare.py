@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from torch import Tensor
 
-from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.tensorfiles import DTYPES, MANIFEST, STATE, TensorReader, read_manifest
+from tinytrain_dist.errors import CheckpointError, TinytrainError
+from tinytrain_dist.tensorfiles import DTYPES, HASHES, MANIFEST, STATE, TensorReader, bytes_of, read_manifest
 from tinytrain_dist.tools.inspect import (
     Place,
     Record,
@@ -36,27 +35,30 @@ SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "e
 SHOWN = 5  # tensors by name, where many differ
 
 
-def digest_of_tensor(value: Tensor) -> str:
-    """sha256 of the bytes of a tensor's values, as the manifest has it."""
-    flat: Any = value.contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
-    return hashlib.sha256(memoryview(flat)).hexdigest()
+def digest_of_tensor(value: Tensor, hashed: str = "blake3") -> str:
+    """BLAKE3 (or another of HASHES) of the bytes of a tensor's values, as the manifest has it."""
+    return str(HASHES[hashed](bytes_of(value.contiguous())).hexdigest())
 
 
 def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, dict[str, list[Any]]]:
-    """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, digest].
+    """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, BLAKE3].
 
-    recompute: read the tensors, instead of taking the manifest's word.
+    recompute: read the tensors, instead of taking the manifest's word. An older one has no such digests: its tensors
+    are read and held against those it has. Errors: CheckpointError if they do not fit.
     """
     manifest, found = read_manifest(checkpoint), {}
+    older = manifest.hashed if manifest.hashed != "blake3" else ""
     for kind in (kind for kind in KINDS if kind in manifest.tensors):
         entries: dict[str, list[Any]] = {}
-        reader = TensorReader(checkpoint, kind) if recompute else None
+        reader = TensorReader(checkpoint, kind) if recompute or older else None
         for name, noted in manifest.tensors[kind].items():
             if reader:
                 value = reader.read(name)
                 entries[name] = [list(value.shape), DTYPES[value.dtype], digest_of_tensor(value)]
+                if older and digest_of_tensor(value, older) != noted[older]:
+                    raise CheckpointError(f"{checkpoint}: {name} is not what {MANIFEST} says; use another checkpoint")
             else:
-                entries[name] = [noted["shape"], noted["dtype"], noted["sha256"]]
+                entries[name] = [noted["shape"], noted["dtype"], noted["blake3"]]
         found[kind] = entries
     if "optimizer" in found and (checkpoint / STATE).is_file():
         values = read_state(checkpoint).get("optimizer", {}).get("state", {})
@@ -72,6 +74,8 @@ def digest_of(entries: dict[str, list[Any]]) -> str:
 
 def hash_(place: Place, recompute: bool = False) -> int:
     """Print one digest of the weights and one of the optimizer state; equal digests mean equal bits.
+
+    Each is a sha256 over a list of all tensors: name, shape, type, and the BLAKE3 of its bytes.
 
     Args:
         place: A checkpoint, or a run: its newest valid checkpoint.

@@ -80,12 +80,13 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     Each tensor is held against the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
     saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
     """
-    noted, reader = read_manifest(source).tensors["model"], TensorReader(source, "model")
+    saved, reader = read_manifest(source), TensorReader(source, "model")
+    noted = saved.tensors["model"]
     description = _description(source, dtype)
 
-    def fetch(spec: Spec) -> list[Tensor]:
+    def fetch(spec: Spec) -> Tensor:
         value = reader.read(spec.name)
-        if digest_of_tensor(value) != noted[spec.name]["sha256"]:
+        if digest_of_tensor(value, saved.hashed) != noted[spec.name][saved.hashed]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
         cast = value.to(dtype)
         if not bool(cast.isfinite().all()):
@@ -93,13 +94,13 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             raise CheckpointError(
                 f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
             )
-        return [cast.contiguous()]
+        return cast.contiguous()
 
     aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
     try:
         aside.mkdir(parents=True)
         specs = [Spec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
-        write_tensors(aside, "model", specs, fetch, SHARD_BYTES, manifest)
+        write_tensors(aside, "model", specs, map(fetch, specs), SHARD_BYTES, manifest)
         write_index(aside, "model", specs, SHARD_BYTES, manifest)
         write_json(aside, "config.json", description, manifest)
         for name in TOKENIZER_FILES:

@@ -16,7 +16,7 @@ import tyro
 
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.tensorfiles import read_manifest
+from tinytrain_dist.tools.compare import tensor_entries
 from tinytrain_dist.tools.inspect import Place, find_checkpoint, open_run, read_records, read_state
 
 NATIVE_TOLERANCE = 1e-3  # relative; sums in another order move a loss by less over a few hundred steps
@@ -55,7 +55,7 @@ def replay(checkpoint: Place, steps: int = 10, nproc: int = 1, settings: tuple[s
         differ = [step for step in common if not _same(recorded[step], again[step], exact)]
         end = path.with_name(path.name.rpartition("-")[0] + f"-{start + steps:08d}")
         replayed = next(iter((target / "checkpoints").iterdir()))
-        if exact and end.is_dir() and read_manifest(end).tensors != read_manifest(replayed).tensors:
+        if exact and end.is_dir() and tensor_entries(end) != tensor_entries(replayed):
             print(f"step {start + steps}: the tensors are not those of {end}")
             differ.append(start + steps)
     how = "to the last bit" if exact else f"within {NATIVE_TOLERANCE:.1%}, as the run is not reproducible"
