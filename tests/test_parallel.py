@@ -264,24 +264,3 @@ def test_fsdp_on_gloo_takes_the_fast_ways_and_any_number_of_shards(tmp_path: Pat
     losses = [Run(tmp_path / name).values("train", "loss") for name in ("sharded", "alone")]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_one_process_of_a_host_compiles_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    from tinytrain_dist.environment import compile_in_turn
-
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    lock = tmp_path / "tinytrain.lock"
-
-    def others_wait() -> bool:
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda *_, **__: others_wait())
-    assert compile_in_turn(None, []) is True
-    assert not others_wait()

@@ -6,7 +6,6 @@ Must not know ranks' work: it looks at one process, and is told what the others 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import gc
 import math
 import os
@@ -60,24 +59,10 @@ def compile_pays(config: TrainingConfig, device: torch.device) -> bool:
     return flops >= (1e17 if device.type == "cuda" else 3e13)
 
 
-def compile_in_turn(graph: Any, inputs: Any, **kwargs: Any) -> Any:
-    """What torch.compile does by itself (its inductor), by one process of a host at a time.
-
-    All ranks compile the same graphs: the first does, and the others find what it made in the cache they share. The
-    cache lies where torch puts it and not in the run's folder, for it holds code and pickles.
-    """
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    with open(Path(cache_dir()) / "tinytrain.lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
-        return compile_fx(graph, inputs, **kwargs)
-
-
 def why_not_compile(device: torch.device) -> str:
     """Empty if torch.compile works on this device here, else what it says: it needs a C++ compiler or Triton."""
     try:
-        torch.compile(torch.sin, backend=compile_in_turn)(torch.zeros(8, device=device))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     return ""

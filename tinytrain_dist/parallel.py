@@ -24,7 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tinytrain_dist import distributed
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import REPLICATE, SHARD, DistributedContext
-from tinytrain_dist.environment import compile_in_turn, compile_pays, why_not_compile
+from tinytrain_dist.environment import compile_pays, why_not_compile
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model import TransformerLM
 from tinytrain_dist.reduction import shard_rows
@@ -67,11 +67,11 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         model = TransformerLM(config)
     blocks: list[nn.Module] = list(model.model.layers)
     if config.compile:
-        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False, backend=compile_in_turn)
+        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
     for block in blocks:
         checkpoint_activations(block, config.activation_checkpointing)
         if config.compile:
-            block.compile(backend=compile_in_turn)
+            block.compile()
     if context.layout.mode in ("none", "ddp"):
         _materialize(model, model, context.device, draw)
         # alone, the wrapper would only cost: nothing is to be summed
