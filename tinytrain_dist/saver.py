@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ class Checkpoints:
 
         There must be no other save under way. last: nothing trains any more, so that no copy is needed. `report`
         (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
-        as it is: `find` lets no other history into the folder.
+        as it is: `resume` lets no other history into the folder.
         """
         assert self.pending is None, "collect() first"
         self.best_step = report.get("best_eval_step")
@@ -186,12 +187,15 @@ class Checkpoints:
                 "one ends without saving; nothing needs to be done"
             )
 
-    def find(self, begin: Callable[[], None] = lambda: None) -> Path | None:
-        """The checkpoint to resume from by the `resume` setting, every byte of it checked; None for a fresh start.
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, begin: Callable[[], None] = lambda: None
+    ) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """Load the checkpoint that the `resume` setting means, every byte of it checked; None for a fresh start.
 
-        A collective: rank 0 looks, all ranks read a share of the files, all are told. A damaged one is renamed to
-        NAME.damaged and named. `begin` is called before each is read. Errors: CheckpointError if one that was asked
-        for is missing or damaged, or if all are.
+        Returns its path and what `load` does. A collective: rank 0 looks, all ranks check a share of the files, all are
+        told. A damaged one is renamed to NAME.damaged and named, and what was read of it is overwritten by the one
+        before it. `begin` is called before each is read. Errors: CheckpointError if one that was asked for is missing
+        or damaged, if all are, or if `load` refuses it.
         """
         auto = self.config.resume_from == "auto"
         candidates: list[Path] = self.context.broadcast_object(self.committed())
@@ -206,9 +210,13 @@ class Checkpoints:
             candidates = self._from_path(Path(self.config.resume_from), candidates)
         for path in reversed(candidates):
             begin()
-            problems = self._problems_in(path)
+            with ThreadPoolExecutor(
+                1
+            ) as beside:  # it finds in the page cache what is checked meanwhile, and this there
+                loading = beside.submit(self.load, path, model, optimizer)
+                problems = self._problems_in(path)
             if not problems:
-                return path
+                return path, *distributed.together(loading.result)
             if not auto:
                 raise CheckpointError(f"resume = {path}: " + "; ".join(problems))
             if self.context.is_main:

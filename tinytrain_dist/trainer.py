@@ -105,14 +105,12 @@ class Trainer(Engine):
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
         config, auto = self.config, self.config.resume_from == "auto"
         loading = partial(self.pulse.enter, "load")  # start_limit counts for each reading by itself
-        path = None if auto else self.checkpoints.find(loading)  # a wrong path leaves no new folder behind
+        resume = partial(self.checkpoints.resume, self.model, self.optimizer, loading)
+        found = None if auto else resume()  # a wrong path leaves no new folder behind
         self._claim_folder()
-        path = self.checkpoints.find(loading) if auto else path
-        notes: list[str] = []
-        if path is not None:
-            found = path
-            loading()
-            state, notes = together(lambda: self.checkpoints.load(found, self.model, self.optimizer))
+        found = resume() if auto else found
+        if found:
+            path, state, notes = found
             self.step, self.report = state["step"], state["report"]
             if path == self.checkpoints.folder(self.step):
                 self.saved_step = self.step
@@ -126,7 +124,7 @@ class Trainer(Engine):
         self.log.about(self.step, "batch", f"{self.context.layout}\n{self.plan}")
         hosts = Counter(rank["host"] for rank in about.get("ranks", []))
         self.log.about(self.step, "environment", json.dumps(about | {"ranks": hosts}, indent=1))
-        if path is not None:
+        if found:
             changes = f"; changed settings: {', '.join(notes)}" if notes else ""
             self.log.event(self.step, "resumed", f"resumed from {path}{changes}")
         if self.failure_before:
