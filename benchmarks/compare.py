@@ -177,8 +177,11 @@ def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+    from tinytrain_dist.products import product_type
+
     size = sizes(options)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = product_type(torch.empty(0, dtype=dtype, device=options.device))  # on a CPU without bf16 it is float32
     tokens, best = options.batch * size["context_len"], 0.0
     for rows, inner, width in (
         (tokens, size["d_model"], size["d_ff"]),

@@ -262,3 +262,14 @@ def test_gradients_are_scaled_in_place_and_so_cannot_be_asked_for_twice():
     (2 * loss).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_pieces_work_under_somebodys_autocast():
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    targets, found = torch.randint(0, 7, (8,)), []
+    for narrow in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            loss = head_loss_sum(hidden, weight, targets, 3)
+        found.append(torch.autograd.grad(loss, (hidden, weight)))
+    for exact, cast in zip(*found, strict=True):
+        torch.testing.assert_close(cast, exact, rtol=0.05, atol=0.05)

@@ -209,7 +209,7 @@ def gathers(world_size: int) -> list[Any]:
     own.fill_(context.rank)
     second = torch.empty(world_size * 6)
     under_way = [  # two at once meet their own
-        distributed.all_gather(inside, own, None, wait=False),
+        distributed.all_gather(inside, None, None, wait=False),
         distributed.all_gather(second, mine + 10, None, wait=False),
     ]
     for work in reversed(under_way):

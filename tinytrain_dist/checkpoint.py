@@ -294,6 +294,9 @@ def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path:
             f"{path}: its optimizer has {[len(g['params']) for g in groups]} parameters in its groups, this one "
             f"{[len(group) for group in ours]}, or in another order; build it as when the checkpoint was saved"
         )
+    odd = [name for name in (*saved, *state["optimizer"]["state"]) if name.rpartition(".")[0] not in params]
+    if odd:
+        raise CheckpointError(f"{path}: {odd[0]} is state of no parameter here; use the model it was saved with")
     optimizer.state.clear()
     for (of, _, key), noted in ((name.rpartition("."), noted) for name, noted in saved.items()):
         shape, dtype = noted["shape"], TYPES[noted["dtype"]]

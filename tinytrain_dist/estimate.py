@@ -6,6 +6,7 @@ Must not know devices, their sizes or their speed, nor the architecture: sizes c
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -41,6 +42,7 @@ KINDS = {
     "backward": "temporaries of backward",
     "update": "temporaries of the update",
 }
+GATHERS = re.compile(r"allgather|^send|^recv")  # over gloo they are messages
 RESERVE = 0.92  # of a device's memory: the rest is lost to fragments and to libraries' work space
 
 
@@ -79,7 +81,7 @@ class Ledger(Unsent):
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
         """Note what would be sent; its buffers are the reduction's, or gathered weights."""
         for tensor in tensors:
-            self.note(tensor, "gathered" if "allgather" in name else "reduction")
+            self.note(tensor, "gathered" if GATHERS.search(name) else "reduction")
         self._messages.append((self.passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
     def note(self, tensor: Tensor, kind: str | None = None) -> None:

@@ -111,7 +111,7 @@ class _HeadLoss(torch.autograd.Function):
                 grads_hidden.append((grad @ narrow).to(hidden.dtype))
                 if grad_weight is None:
                     grad_weight = (grad.T @ x).to(weight.dtype)
-                elif dtype == weight.dtype:
+                elif grad.dtype == x.dtype == grad_weight.dtype:  # not so under somebody's autocast
                     grad_weight.addmm_(grad.T, x)
                 else:
                     grad_weight.add_(grad.T @ x)

@@ -1,7 +1,7 @@
 """Owns matrix products of activations and weights: in which type they are computed.
 
-Must not know layers or losses. Products of bf16 values are exact in float32, and every unit sums them there, so what
-comes out differs from a bf16 unit's only in the order of the sum.
+Must not know layers or losses. Products of bf16 values are exact in float32, and every bf16 unit sums them there; the
+head and attention then also leave out roundings to bf16 between their steps, as compiled code may do everywhere.
 """
 
 from __future__ import annotations
@@ -31,5 +31,7 @@ def product_type(x: Tensor) -> torch.dtype:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T with the weight rounded to x's type. x: [..., k]; weight: [n, k]; returns [..., n] in x's type."""
-    dtype = product_type(x)
-    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype)).to(x.dtype)
+    narrow, dtype = weight.to(x.dtype), product_type(x)
+    if dtype == x.dtype:
+        return F.linear(x, narrow)  # as it is: autocast may have made it another type
+    return F.linear(x.to(dtype), narrow.to(dtype)).to(x.dtype)

@@ -258,8 +258,8 @@ class DirectAllGather(_Fresh, AllGather):
     """FSDP's all-gather as `distributed.all_gather` does it."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> Any:
-        """Everybody's input_tensor into output_tensor."""
-        return distributed.all_gather(output_tensor, input_tensor, group, wait=not async_op)
+        """Everybody's input_tensor, which is a part of output_tensor, into the whole."""
+        return distributed.all_gather(output_tensor, None, group, wait=not async_op)
 
 
 class TreeReduceScatter(_Fresh, ReduceScatter):

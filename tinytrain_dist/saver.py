@@ -110,7 +110,7 @@ class Checkpoints:
     ) -> Save:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
 
-        There must be no other save under way. last: nothing trains any more, so that no copy is needed. `report`
+        There must be no other save under way. last: nothing trains any more, so that a CPU needs no copy. `report`
         (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
         as it is: `resume` lets no other history into the folder.
         """
@@ -119,7 +119,7 @@ class Checkpoints:
         config = self.config
         pieces, values = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         event = None
-        if self.config.ckpt_async and not last:
+        if self.config.ckpt_async and not (last and self.context.device.type == "cpu"):
             pieces, event = self.buffers.copy(pieces)
         state = {
             "step": step,

@@ -151,7 +151,7 @@ class Trainer(Engine):
         existing = len(self.checkpoints.committed()) if context.is_main else 0
         check_space(config.checkpoints_dir, whole, config.keep_last + 1, existing, context)
         beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
-        if config.ckpt_async and beside_training:
+        if config.ckpt_async and (beside_training or context.device.type == "cuda"):
             check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
             self.checkpoints.buffers.copy(kinds)  # the memory is taken now, so that the first save stalls no longer
 
