@@ -76,7 +76,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         _materialize(model, model, context.device, draw)
         # alone, the wrapper would only cost: nothing is to be summed
         return _wrap_ddp(model, context) if context.layout.replicate > 1 else model
-    embed, head = model.model.embed_tokens, model.lm_head
+    embed: Any = model.model.embed_tokens
+    head = model.lm_head
     outer: list[list[nn.Module]] = [[embed, head]] if config.tie_embeddings else [[embed], [head]]
     units: list[list[nn.Module]] = [*outer, *([block] for block in blocks), [model]]
     mesh = context.mesh
@@ -92,7 +93,11 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy)
+        # the head's backward comes at once, so its weights may stay gathered until then
+        keep = False if unit == [head] else None
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
+    if not config.tie_embeddings:
+        embed.set_unshard_in_backward(False)  # a look-up's gradient needs no weights
     if distributed.over_gloo():
         _gather_ahead([model, embed, *blocks, head])
     return model
