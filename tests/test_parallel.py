@@ -195,6 +195,21 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_compile(torch.device("cpu")) == "RuntimeError: no compiler"
 
 
+def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytrain_dist import environment
+
+    cpu = torch.device("cpu")
+    for without, version, exact, refused in (
+        (True, "2.12.1", True, True),
+        (True, "2.13.0+cpu", True, False),
+        (True, "2.12.1", False, False),
+        (False, "2.12.1", True, False),
+    ):
+        monkeypatch.setattr(environment, "WITHOUT_BF16", without)
+        monkeypatch.setattr(torch, "__version__", version)
+        assert ("leaves out roundings" in environment.why_not_compile(cpu, exact)) == refused
+
+
 # ---------------------------------------------------------------- messages over gloo
 
 

@@ -59,8 +59,15 @@ def compile_pays(config: TrainingConfig, device: torch.device) -> bool:
     return flops >= (1e17 if device.type == "cuda" else 3e13)
 
 
-def why_not_compile(device: torch.device) -> str:
-    """Empty if torch.compile works on this device here, else what it says: it needs a C++ compiler or Triton."""
+def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
+    """Empty if torch.compile works on this device here, else what it says: it needs a C++ compiler or Triton.
+
+    exact_bf16: a layout must not decide bits. Where bf16 products are computed in float32, only torch 2.13 can be kept
+    from leaving out the rounding of weights before them (joint_graph.py, pointless_convert).
+    """
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if exact_bf16 and device.type == "cpu" and WITHOUT_BF16 and version < (2, 13):
+        return f"torch {torch.__version__} leaves out roundings to bf16 that decide bits; 2.13 does not"
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:

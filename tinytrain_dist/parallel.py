@@ -40,7 +40,7 @@ def settle_compile(config: TrainingConfig, context: DistributedContext) -> tuple
     wanted = compile_pays(config, context.device) if config.compile is None else config.compile
     if not wanted:
         return replace(config, compile=False), ""
-    reason = why_not_compile(context.device)
+    reason = why_not_compile(context.device, config.reproducible and config.precision == "bf16")
     found = [(host, reason) for host, reason in context.gather_objects((context.host, reason)) if reason]
     if not found:
         return replace(config, compile=True), "torch.compile is on; the first step takes longer"
