@@ -154,7 +154,7 @@ def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | No
 
     context, results = distributed.start("cpu"), []
     for compiler, settings in cases:
-        parallel.why_not_compile = lambda _, said=compiler: said if context.rank else ""  # type: ignore[misc]
+        parallel.why_not_compile = lambda *_, said=compiler: said if context.rank else ""  # type: ignore[misc]
         config = TrainingConfig(vocab_size=1000, micro_batch_size=1, **settings)
         try:
             config, text = parallel.settle_compile(config, context)
