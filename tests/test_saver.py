@@ -679,7 +679,7 @@ def test_nobody_commits_into_a_run_that_another_has_taken(tmp_path: Path) -> Non
 
 
 def copies(trainer: Any) -> None:
-    """Note at which steps state is copied for a save, and at which it is saved; -1 is the start."""
+    """Note at which steps state is copied for a save."""
     buffers, note = trainer.checkpoints.buffers, (trainer.checkpoints.folder(0).parent.parent / "copies.txt").open("a")
     plain = buffers.copy
 

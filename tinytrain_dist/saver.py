@@ -210,9 +210,8 @@ class Checkpoints:
             candidates = self._from_path(Path(self.config.resume_from), candidates)
         for path in reversed(candidates):
             begin()
-            with ThreadPoolExecutor(
-                1
-            ) as beside:  # it finds in the page cache what is checked meanwhile, and this there
+            with ThreadPoolExecutor(1) as beside:
+                # each finds in the page cache what the other has read
                 loading = beside.submit(self.load, path, model, optimizer)
                 problems = self._problems_in(path)
             if not problems:
