@@ -19,7 +19,7 @@ from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
 from tinytrain_dist.environment import versions
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.products import WITHOUT_BF16
+from tinytrain_dist.products import widened
 
 CLOCK_SECONDS = 2.0  # what is decided by a clock is decided by one rank; more than this confuses people who read logs
 SETTING = "setting "
@@ -135,7 +135,7 @@ def take(config: TrainingConfig, context: DistributedContext) -> list[str]:
     if odd := odd_ones([one for _, one, *_ in people], hosts):
         raise ConfigError(odd, f"the world of {context.world_size} ranks")
     hints = crowded([one for *_, one, _ in people], [one for *_, one in people], hosts)
-    if config.precision == "bf16" and context.device.type == "cpu" and WITHOUT_BF16:
+    if widened(config.precision, context.device):
         hints.append("precision: this CPU has no bf16 instructions, so products are in float32; fp32 is about as fast")
     late: list[str] = context.broadcast_object(late_clocks(clock_offsets(context), hosts))
     return hints + late

@@ -20,7 +20,7 @@ import torch
 
 from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.products import WITHOUT_BF16
+from tinytrain_dist.products import WITHOUT_BF16, widened
 
 ARITHMETIC = 3  # raised when a step is computed in another order; reproducible runs notice at a resume
 
@@ -110,7 +110,7 @@ def decide_bits(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
             # which arrive in bf16, get other gradients than DDP's, which are cast inside (measured: other bits)
             inductor.emulate_precision_casts = True
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    if config.precision == "bf16" and device.type == "cpu" and WITHOUT_BF16:
+    if widened(config.precision, device):
         kernels += ", bf16 products in float32"
     settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
     return {

@@ -23,6 +23,11 @@ def _without_bf16() -> bool:
 WITHOUT_BF16 = _without_bf16()
 
 
+def widened(precision: str, device: torch.device) -> bool:
+    """Whether products of a run of this precision are computed in float32 although it is bf16."""
+    return WITHOUT_BF16 and precision == "bf16" and device.type == "cpu"
+
+
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which products with `x` are computed: its own, but float32 for bf16 on a CPU that has none."""
     emulated = WITHOUT_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
