@@ -1,11 +1,12 @@
 """What a checkpoint costs: the stall of a step, the bandwidth of saving and loading, and rank 0's memory.
 
-    python benchmarks/checkpoint.py [--ranks 2] [--rounds 5] [--layers 8 16]
+    python benchmarks/checkpoint.py [--parallel fsdp] [--ranks 2] [--rounds 5] [--layers 8 16]
 
-One run measures, alternating: the stall of a background save against the bare copy it has to make, a save in the
-foreground, torch.distributed.checkpoint's async_save of the same tensors, the whole save, a load with every byte
-verified (from a cold cache where the caches can be dropped), and what the disk itself takes for the same bytes in
-blocks of 16 MiB, as `dd bs=16M conv=fsync` writes and `dd bs=16M` reads. FSDP, float32, tensors of 1 to 16 MB.
+One run measures, alternating: the stall of a background save against the bare copy it has to make (all ranks copy at
+the same time, as in a save; the longest of all ranks), a save in the foreground, torch.distributed.checkpoint's
+async_save of the same tensors, the whole save, a load with every byte verified (from a cold cache where the caches
+can be dropped), and what the disk itself takes for the same bytes in blocks of 16 MiB, as `dd bs=16M conv=fsync`
+writes and `dd bs=16M` reads. Float32, tensors of 1 to 16 MB.
 """
 
 from __future__ import annotations
@@ -81,11 +82,10 @@ def reset_peak() -> None:
 class Measurement:
     """One rank's trainer, and one method for each thing that is timed."""
 
-    def __init__(self, folder: Path, layers: int) -> None:
+    def __init__(self, folder: Path, layers: int, parallel: str) -> None:
         from dataclasses import replace
 
         from tinytrain_dist import distributed
-        from tinytrain_dist.checkpoint import pieces_of
         from tinytrain_dist.config import TrainingConfig
         from tinytrain_dist.saver import Checkpoints
         from tinytrain_dist.trainer import Trainer
@@ -93,14 +93,14 @@ class Measurement:
         self.folder, self.context = folder, distributed.start("cpu")
         config = TrainingConfig(
             target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192,
-            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel="fsdp",
+            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel=parallel,
             keep_last=1, ckpt_every=10**9,
         )  # fmt: skip
         self.trainer = trainer = Trainer(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
-        self.foreground = Checkpoints(elsewhere, self.context, trainer.checkpoints.data, trainer.checkpoints.bits)
-        self.pieces = pieces_of(trainer.model, trainer.optimizer)[0]
-        self.own = sum(piece.local.nbytes for parts in self.pieces.values() for piece in parts)
+        about = trainer.checkpoints.data, trainer.checkpoints.bits
+        self.foreground = Checkpoints(elsewhere, trainer.context, trainer.model, trainer.optimizer, *about)
+        self.own = sum(piece.local.nbytes for piece in trainer.checkpoints.all_pieces)
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 
     def alone(self, action: Callable[[], object]) -> float:
@@ -109,6 +109,11 @@ class Measurement:
         seconds = timed(action) if self.context.is_main else 0.0
         self.context.barrier()
         return seconds
+
+    def longest(self, action: Callable[[], object]) -> float:
+        """Seconds of the rank that takes longest; they begin together."""
+        self.context.barrier()
+        return max(self.context.gather_objects(timed(action)))
 
     def all_ranks(self, action: Callable[[], object]) -> float:
         self.context.barrier()
@@ -122,14 +127,14 @@ class Measurement:
         self.context.barrier()
         before = memory("VmRSS")
         reset_peak()
-        found["stall"] = timed(trainer.save)
+        found["stall"] = self.longest(trainer.save)
         save = trainer.checkpoints.collect(wait=True)
         assert save is not None
         assert save.error is None, save.error
         found["save"] = save.seconds
         self.extra = max(self.extra, memory("VmHWM") - before) if number else 0
-        found["copy"] = timed(lambda: trainer.checkpoints.buffers.copy(self.pieces))
-        found["foreground"] = self.all_ranks(lambda: self.foreground.save(trainer.model, trainer.optimizer, number, {}))
+        found["copy"] = self.longest(trainer.checkpoints.buffers.copy)
+        found["foreground"] = self.all_ranks(lambda: self.foreground.save(number, {}))
         self.foreground.collect(wait=True)
         found |= self.theirs(number)
         sizes = [file.stat().st_size for file in sorted(path.iterdir())]
@@ -144,7 +149,7 @@ class Measurement:
         return {**found, "bytes": sum(sizes)}
 
     def load(self, path: Path) -> None:
-        found = self.trainer.checkpoints.resume(self.trainer.model, self.trainer.optimizer)
+        found = self.trainer.checkpoints.resume()
         assert found is not None
         assert found[0] == path
 
@@ -166,10 +171,10 @@ class Measurement:
         return {"their stall": stall, "their save": whole}
 
 
-def worker(folder: Path, rounds: int, layers: int) -> None:
+def worker(folder: Path, rounds: int, layers: int, parallel: str) -> None:
     from tinytrain_dist import distributed
 
-    measurement = Measurement(folder, layers)
+    measurement = Measurement(folder, layers, parallel)
     measurement.round(0)  # makes torch's buffers, and brings everything into memory
     found = [measurement.round(number) for number in range(1, rounds + 1)]
     if measurement.context.is_main:
@@ -207,6 +212,7 @@ def show(layers: int, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parallel", default="fsdp", choices=["ddp", "fsdp"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, nargs=2, default=[8, 16])
@@ -214,9 +220,10 @@ def main() -> None:
     parser.add_argument("--size", type=int)
     options = parser.parse_args()
     if options.worker:
-        worker(Path(options.worker), options.rounds, options.size)
+        worker(Path(options.worker), options.rounds, options.size, options.parallel)
         return
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.ranks} ranks; medians of {options.rounds}")
+    ranks = f"{options.ranks} ranks, {options.parallel}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {ranks}; medians of {options.rounds}")
     for layers in options.layers:
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 8192, 10**5, dtype=np.uint16))
@@ -228,6 +235,7 @@ def main() -> None:
                 f"--nproc-per-node={options.ranks}",
             ]
             command += [__file__, "--worker", folder, "--size", str(layers), "--rounds", str(options.rounds)]
+            command += ["--parallel", options.parallel]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

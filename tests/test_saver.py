@@ -57,11 +57,11 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
     copies = [0]
     copy = saver.HostBuffers.copy
 
-    def counted_copy(self: Any, pieces: Any) -> Any:
+    def counted_copy(self: Any) -> Any:
         copies[0] += 1
         if stage == "copy" and copies[0] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return copy(self, pieces)
+        return copy(self)
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         if copies[0] == 2:
@@ -683,9 +683,9 @@ def copies(trainer: Any) -> None:
     buffers, note = trainer.checkpoints.buffers, (trainer.checkpoints.folder(0).parent.parent / "copies.txt").open("a")
     plain = buffers.copy
 
-    def copy(pieces: Any) -> Any:
+    def copy() -> Any:
         print(trainer.step, file=note, flush=True)
-        return plain(pieces)
+        return plain()
 
     buffers.copy = copy
 
@@ -710,17 +710,15 @@ def test_the_last_save_copies_nothing(
 
 
 def test_buffers_are_taken_at_the_start_only_if_training_will_go_on_beside_a_save(folder: Path) -> None:
-    found = [
-        run_ranks(1, buffers_at_start, settings_for(folder, f"b{n}", **{**RUN, "ckpt_every": n}))[0] for n in (2, 100)
-    ]
-    assert found[0] > 0
-    assert found[1] == 0
+    for ckpt_every, taken in ((2, True), (100, False)):
+        settings = settings_for(folder, f"b{ckpt_every}", **{**RUN, "ckpt_every": ckpt_every})
+        assert run_ranks(1, buffers_at_start, settings) == [taken]
 
 
-def buffers_at_start(settings: dict[str, Any]) -> int:
+def buffers_at_start(settings: dict[str, Any]) -> bool:
     from tinytrain_dist import distributed
     from tinytrain_dist.config import TrainingConfig
     from tinytrain_dist.trainer import Trainer
 
     trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), distributed.start("cpu"))
-    return len(trainer.checkpoints.buffers._buffers)
+    return bool(trainer.checkpoints.buffers.taken)

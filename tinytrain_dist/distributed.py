@@ -279,11 +279,15 @@ AHEAD = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank has of one tensor on disk: its rows, the ranks that together hold all of them, and who writes."""
+    """What this rank has of one tensor: the rows it trains with (`held`), and of these what goes to disk (`local`).
+
+    `ranks` together hold all rows that are saved; a rank that is not among them, a replica, has none in `local`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    held: Tensor
     local: Tensor
     ranks: tuple[int, ...]
     writer: int = 0
@@ -298,21 +302,19 @@ def my_rank() -> int:
 def piece_of(name: str, tensor: Tensor, writer: int = 0) -> Piece:
     """The piece of a plain tensor (every rank has it all) or of one sharded over axis 0 (DTensor; the first replica).
 
-    Ranks whose rows are not needed have an empty piece. Errors: ValueError for another sharding.
+    Errors: ValueError for another sharding.
     """
-    shape, dtype, me = tuple(tensor.shape), tensor.dtype, my_rank()
-    if not isinstance(tensor, DTensor):
-        mine = tensor.detach()
-        return Piece(name, shape, dtype, mine if me == writer else mine.new_empty(0), (writer,), writer)
-    sharding = tensor.placements[-1]
-    if not (isinstance(sharding, Shard) and sharding.dim == 0):
-        raise ValueError(f"{name}: only tensors sharded over axis 0 can be saved, got {tensor.placements}")
-    first = _first_replica(tensor.device_mesh)
-    mine = tensor.to_local().detach()
-    return Piece(name, shape, dtype, mine if me in first else mine.new_empty(0), first, writer)
+    held, ranks = tensor.detach(), tuple[int, ...]((writer,))
+    if isinstance(tensor, DTensor):
+        sharding = tensor.placements[-1]
+        if not (isinstance(sharding, Shard) and sharding.dim == 0):
+            raise ValueError(f"{name}: only tensors sharded over axis 0 can be saved, got {tensor.placements}")
+        held, ranks = tensor.to_local().detach(), _first_replica(tensor.device_mesh)
+    saved = held if my_rank() in ranks else held.new_empty(0)
+    return Piece(name, tuple(tensor.shape), tensor.dtype, held, saved, ranks, writer)
 
 
-@cache  # a mesh takes 0.1 ms to say who is in it, for each of a model's tensors, while training stalls
+@cache  # a mesh takes 0.1 ms to say who is in it, for each of a model's tensors
 def _first_replica(mesh: DeviceMesh) -> tuple[int, ...]:
     """HSDP: it has everything; where each replica has a mesh of its own, only the writer's place matters."""
     ranks = mesh.mesh

@@ -34,3 +34,7 @@ class CheckpointError(TinytrainError):
 
 class TrainingError(TinytrainError):
     """The run cannot go on: non-finite steps in a row, replicas that differ, a world that does not fit."""
+
+
+class ReplicasDiffer(TrainingError):
+    """Ranks that should hold the same bits do not: the state is wrong on some of them, and is not saved."""

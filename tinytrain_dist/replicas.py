@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinytrain_dist.distributed import DistributedContext
-from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.distributed import DistributedContext, Group, gather_to_all
+from tinytrain_dist.errors import ReplicasDiffer
 from tinytrain_dist.optim import local
 
 
 def check_replicas(tensors: Iterable[tuple[str, Tensor]], context: DistributedContext) -> None:
     """Prove that all replicas of each shard hold the same bits. A collective.
 
-    Errors: TrainingError naming the first tensor that differs and the ranks and hosts on both sides.
+    Errors: ReplicasDiffer naming the first tensor that differs and the ranks and hosts on both sides.
     """
     named = dict(tensors)
     compare(list(named), fingerprints(named.values()).tolist(), context)
@@ -32,20 +32,22 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([_bit_sum(local(tensor)) for tensor in tensors])
 
 
-def compare(names: Sequence[str], prints: Sequence[float], context: DistributedContext) -> None:
-    """Errors: TrainingError on all ranks if the fingerprints of replicas of one shard are not the same. A collective.
+def compare(
+    names: Sequence[str], prints: Sequence[float], context: DistributedContext, group: Group | None = None
+) -> None:
+    """Errors: ReplicasDiffer on all ranks if fingerprints of replicas of one shard are not the same. A collective.
 
     Where one side has the majority, the others are named as wrong. Ranks exchange a digest, and the rest only in need.
     """
     digest = hashlib.blake2b(repr(list(prints)).encode(), digest_size=8).hexdigest()
-    everyone = context.gather_objects((context.shard, context.host, digest))
+    everyone = gather_to_all((context.shard, context.host, digest), group)
     odd, right, majority = _odd_ranks([(shard, found) for shard, _, found in everyone])
     if not odd:
         return
-    details = context.gather_objects(list(prints))
+    details = gather_to_all(list(prints), group)
     differ = [name for name, a, b in zip(names, details[odd[0]], details[right], strict=True) if a != b]
     wrong = " and ".join(f"rank {rank} ({everyone[rank][1]})" for rank in odd)
-    raise TrainingError(
+    raise ReplicasDiffer(
         f"replicas differ: {differ[0]}{f' and {len(differ) - 1} more' if differ[1:] else ''} on {wrong} has other bits "
         f"than on rank {right} ({everyone[right][1]}){'' if majority else '; which of them is wrong is not known'}. "
         "This state is not saved; resume from the last checkpoint, and if it comes back look at that host's memory"

@@ -6,6 +6,7 @@ step the copy into host buffers; gathering, hashing, writing and the commit happ
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from tinytrain_dist import distributed
-from tinytrain_dist.checkpoint import Pieces, pieces_of, read_checkpoint, write_checkpoint
+from tinytrain_dist.checkpoint import Pieces, optimizer_tensors, pieces_of, read_checkpoint, write_checkpoint
 from tinytrain_dist.config import IDENTITY, TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
 from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.huggingface import huggingface_config
+from tinytrain_dist.metrics import HostCopy
+from tinytrain_dist.replicas import compare, fingerprints
 from tinytrain_dist.stopping import lost
 from tinytrain_dist.tensorfiles import STATE, Manifest, problems_in
 
@@ -36,28 +39,28 @@ SLOW_SECONDS, WAIT_SECONDS = 120.0, 5.0  # when a save is worth a word; how ofte
 class HostBuffers:
     """Copies of this rank's pieces in host memory, kept from save to save; pinned where they come from a GPU."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self, pieces: Pieces) -> None:
+        """`pieces`: what is to be copied each time; the memory is taken at the first one."""
+        self._sources = [piece.local for parts in pieces.values() for piece in parts]
+        self._cuda = any(source.is_cuda for source in self._sources)
+        self._pieces, self._copied = pieces, list[Tensor]()
 
-    def copy(self, pieces: Pieces) -> tuple[Pieces, torch.cuda.Event | None]:
+    @property
+    def taken(self) -> bool:
+        """Whether the memory is."""
+        return bool(self._copied)
+
+    def copy(self) -> tuple[Pieces, torch.cuda.Event | None]:
         """The pieces with `local` in host memory, and what to wait for before reading them; does not block."""
-        copied: Pieces = {}
-        event = None
-        for kind, parts in pieces.items():
-            copied[kind] = []
-            for piece in parts:
-                cuda = piece.local.is_cuda
-                buffer = self._buffers.get(f"{kind}/{piece.name}")
-                if buffer is None:
-                    buffer = torch.empty(piece.local.shape, dtype=piece.dtype, pin_memory=cuda)
-                    self._buffers[f"{kind}/{piece.name}"] = buffer
-                buffer.copy_(piece.local, non_blocking=cuda)
-                copied[kind].append(replace(piece, local=buffer))
-                if cuda and event is None:
-                    event = torch.cuda.Event()
+        if not self._copied:
+            self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
+            buffers = iter(self._copied)
+            self._pieces = {k: [replace(p, local=next(buffers)) for p in ps] for k, ps in self._pieces.items()}
+        torch._foreach_copy_(self._copied, self._sources, non_blocking=self._cuda)
+        event = torch.cuda.Event() if self._cuda else None
         if event is not None:
             event.record()
-        return copied, event
+        return self._pieces, event
 
 
 class Save(threading.Thread):
@@ -93,11 +96,23 @@ class Checkpoints:
     """Saves, finds, loads and keeps the checkpoints of one run."""
 
     def __init__(
-        self, config: TrainingConfig, context: DistributedContext, data: dict[str, Any], bits: dict[str, Any]
+        self,
+        config: TrainingConfig,
+        context: DistributedContext,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: dict[str, Any],
+        bits: dict[str, Any],
     ) -> None:
-        """`data`: fingerprint of the token files; `bits`: what decides the last bit besides the run's identity."""
+        """What is saved are this model's tensors and this optimizer's, whose state exists already and stays in place.
+
+        `data`: fingerprint of the token files; `bits`: what decides the last bit besides the run's identity.
+        """
         self.config, self.context, self.data, self.bits = config, context, data, bits
-        self.buffers = HostBuffers()
+        self.model, self.optimizer = model, optimizer
+        self.pieces, _ = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)  # too slow for a save
+        self.all_pieces = list(itertools.chain.from_iterable(self.pieces.values()))
+        self.buffers = HostBuffers(self.pieces)
         self.pending: Save | None = None
         self.group = distributed.background_group()
 
@@ -105,22 +120,18 @@ class Checkpoints:
         """Where the checkpoint of a step lies."""
         return self.config.checkpoints_dir / f"{self.config.ckpt_save_prefix}-{step:08d}"
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, report: dict[str, Any], last: bool = False
-    ) -> Save:
+    def save(self, step: int, report: dict[str, Any], last: bool = False) -> Save:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
 
         There must be no other save under way. last: nothing trains any more, so that a CPU needs no copy. `report`
         (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
-        as it is: `resume` lets no other history into the folder.
+        as it is: `resume` lets no other history into the folder. A state whose replicas differ is not saved.
         """
         assert self.pending is None, "collect() first"
         self.best_step = report.get("best_eval_step")
-        config = self.config
-        pieces, values = pieces_of(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
-        event = None
-        if self.config.ckpt_async and not (last and self.context.device.type == "cpu"):
-            pieces, event = self.buffers.copy(pieces)
+        beside = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
+        fingerprints_now = self._fingerprints_now(beside)
+        pieces, event = self.buffers.copy() if beside else (self.pieces, None)
         state = {
             "step": step,
             "tokens": step * self.config.batch_size * self.config.context_len,
@@ -128,18 +139,48 @@ class Checkpoints:
             "data": self.data,
             "report": dict(report),
             "bits": self.bits,
-            "optimizer": values,
+            "optimizer": optimizer_tensors(self.model, self.optimizer)[1],
         }
 
         def work(manifest: Manifest) -> None:
             if event is not None:
                 event.synchronize()
+            self._compare_replicas(pieces, *fingerprints_now)
             self._write(self.folder(step), pieces, state, manifest)
 
         self.pending = save = Save(step, work)
         if not self.config.ckpt_async:
             save.join()
         return save
+
+    def _fingerprints_now(self, beside: bool) -> tuple[list[str], HostCopy | None]:
+        """Names and fingerprints of what training will change before the save reads it, and of all that a GPU holds.
+
+        Those of copies on a CPU are left to the save: a rank that copies stalls no longer, the others hash meanwhile.
+        """
+        replicated = self.context.layout is not None and self.context.layout.replicate > 1
+        live = [p for p in self.all_pieces if p.held.is_cuda or (beside and not p.local.numel())]
+        live = live if replicated else []
+        return [p.name for p in live], HostCopy(fingerprints(p.held for p in live)) if live else None
+
+    def _compare_replicas(self, pieces: Pieces, names: list[str], prints: HostCopy | None) -> None:
+        """Errors: ReplicasDiffer. A collective where there are replicas; `pieces` do not change any more."""
+        if self.context.layout is None or self.context.layout.replicate == 1:
+            return
+        found = dict(zip(names, prints.read() if prints else (), strict=True))
+        still = [p for p in itertools.chain.from_iterable(pieces.values()) if p.name not in found]
+        if still:
+            values = fingerprints(p.local if p.local.numel() else p.held for p in still)
+            found |= dict(zip([p.name for p in still], values.tolist(), strict=True))
+        order = [p.name for p in self.all_pieces]  # the same on all ranks
+        compare(order, [found[name] for name in order], self.context, self.group)
+
+    @property
+    def failure(self) -> str:
+        """What has gone wrong in the save under way and will end the run, so that ranks can agree to end it now."""
+        save = self.pending
+        ended = save is not None and not save.is_alive() and not isinstance(save.error, OSError)
+        return str(save.error) if save is not None and ended and save.error is not None else ""
 
     def collect(self, wait: bool = False) -> Save | None:
         """The save that has ended since, once; with `wait` also one that has not ended yet.
@@ -187,9 +228,7 @@ class Checkpoints:
                 "one ends without saving; nothing needs to be done"
             )
 
-    def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, begin: Callable[[], None] = lambda: None
-    ) -> tuple[Path, dict[str, Any], list[str]] | None:
+    def resume(self, begin: Callable[[], None] = lambda: None) -> tuple[Path, dict[str, Any], list[str]] | None:
         """Load the checkpoint that the `resume` setting means, every byte of it checked; None for a fresh start.
 
         Returns its path and what `load` does. A collective: rank 0 looks, all ranks check a share of the files, all are
@@ -212,7 +251,7 @@ class Checkpoints:
             begin()
             with ThreadPoolExecutor(1) as beside:
                 # each finds in the page cache what the other has read
-                loading = beside.submit(self.load, path, model, optimizer)
+                loading = beside.submit(self.load, path)
                 problems = self._problems_in(path)
             if not problems:
                 return path, *distributed.together(loading.result)
@@ -245,7 +284,7 @@ class Checkpoints:
         found = self.context.gather_objects(problems_in(path, part=self.context.rank, parts=self.context.world_size))
         return list(dict.fromkeys(problem for theirs in found for problem in theirs))
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[str]]:
+    def load(self, path: Path) -> tuple[dict[str, Any], list[str]]:
         """Fill model and optimizer from `path`; the saved state, and the settings that differ, as sentences.
 
         Errors: CheckpointError if the settings or the data that make the run what it is are not the saved ones.
@@ -273,7 +312,7 @@ class Checkpoints:
                 f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
                 + "\n  ".join(drift)
             )
-        read_checkpoint(path, model, optimizer)
+        read_checkpoint(path, self.model, self.optimizer)
         return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]
 
     def remove_leftovers(self) -> None:

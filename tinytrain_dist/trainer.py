@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist import census, failure
-from tinytrain_dist.checkpoint import init_from_folder, model_tensors, optimizer_tensors, pieces_of
+from tinytrain_dist.checkpoint import init_from_folder, model_tensors
 from tinytrain_dist.commandline import resolve_vocab_size
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.data import (
@@ -34,7 +34,7 @@ from tinytrain_dist.data import (
 from tinytrain_dist.distributed import DistributedContext, together
 from tinytrain_dist.engine import Engine
 from tinytrain_dist.environment import collect_garbage, decide_bits, environment
-from tinytrain_dist.errors import CheckpointError, ConfigError, TrainingError
+from tinytrain_dist.errors import CheckpointError, ConfigError, ReplicasDiffer, TrainingError
 from tinytrain_dist.files import write_atomically
 from tinytrain_dist.metrics import HostCopy, RunLog
 from tinytrain_dist.observer import StepObserver, StepReport, due
@@ -81,7 +81,7 @@ class Trainer(Engine):
         config = self.config
         prints = self.train.fingerprints  # of one file without a list, as checkpoints have it since there was only one
         data = {"train": prints if len(prints) > 1 else prints[0]}
-        self.checkpoints = Checkpoints(config, context, data, bits)
+        self.checkpoints = Checkpoints(config, context, self.model, self.optimizer, data, bits)
         self.report: dict[str, Any] = {}
         self.failed_saves, self.saved_step, self.finishing = 0, -1, False
         self.saving_seconds, self.stop_reason = 0.0, ""
@@ -105,7 +105,7 @@ class Trainer(Engine):
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
         config, auto = self.config, self.config.resume_from == "auto"
         loading = partial(self.pulse.enter, "load")  # start_limit counts for each reading by itself
-        resume = partial(self.checkpoints.resume, self.model, self.optimizer, loading)
+        resume = partial(self.checkpoints.resume, loading)
         found = None if auto else resume()  # a wrong path leaves no new folder behind
         self._claim_folder()
         found = resume() if auto else found
@@ -143,8 +143,7 @@ class Trainer(Engine):
         self.lock = RunLock(Path(config.target_dir), context)
         own(Path(config.target_dir), self.lock.taken)
         self.failure_before = failure.take(Path(config.target_dir)) if context.is_main else ""
-        kinds, _ = pieces_of(self.model, self.optimizer, config.max_shard_bytes, config.ckpt_writers)
-        pieces = [piece for kind in kinds.values() for piece in kind]
+        pieces = self.checkpoints.all_pieces
         whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
         if context.is_main:
             self.checkpoints.remove_leftovers()
@@ -153,7 +152,7 @@ class Trainer(Engine):
         beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
         if config.ckpt_async and (beside_training or context.device.type == "cuda"):
             check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
-            self.checkpoints.buffers.copy(kinds)  # the memory is taken now, so that the first save stalls no longer
+            self.checkpoints.buffers.copy()  # the memory is taken now, so that the first save stalls no longer
 
     def _check(self) -> None:
         """Prove what wrappers get wrong by themselves: equal replicas, and ranks that draw different windows."""
@@ -212,7 +211,7 @@ class Trainer(Engine):
     def _wish_to_stop(self) -> str:
         """Why this rank wants to stop, "" to go on; a wish stays."""
         reserve = 2 * self.saving_seconds + 3 * self.observer.step_seconds
-        self.stop_reason = self.stop_reason or self.stop.reason(reserve)
+        self.stop_reason = self.stop_reason or self.checkpoints.failure or self.stop.reason(reserve)
         return self.stop_reason
 
     def _observed_step(self) -> StepReport:
@@ -321,17 +320,15 @@ class Trainer(Engine):
         self.observer.settle()
         self.pulse.enter("checkpoint")
         with self.observer.watch.paused():
-            self._fingerprint()
-            self.observer.compare_replicas()
             self._collect_save(wait=True)
             last = self.finishing or self.step == self.config.last_step
-            self.checkpoints.save(self.model, self.optimizer, self.step, self.report, last)
+            self.checkpoints.save(self.step, self.report, last)
 
     def _fingerprint(self) -> None:
         """Let the device add up the bits of weights and moments, where other ranks should have the same."""
         if self.plan.replicate > 1:
-            tensors = model_tensors(self.model) | optimizer_tensors(self.model, self.optimizer)[0]
-            self.observer.fingerprint(self.step, list(tensors), HostCopy(fingerprints(tensors.values())))
+            held = {piece.name: piece.held for piece in self.checkpoints.all_pieces}
+            self.observer.fingerprint(self.step, list(held), HostCopy(fingerprints(held.values())))
 
     def _eval_beginnings(self, rows: int, tokens: int) -> Tensor:
         """The first ids of the first windows of the evaluation: [rows, tokens]."""
@@ -362,6 +359,8 @@ class Trainer(Engine):
         elif isinstance(save.error, OSError):
             raise CheckpointError(f"{path}: could not be saved ({save.error}); make room or mend the disk and resume")
         else:
+            kind = "replicas_differ" if isinstance(save.error, ReplicasDiffer) else "save_failed"
+            self.log.event(save.step, kind, str(save.error))
             raise save.error
         self.log.flush()
 
