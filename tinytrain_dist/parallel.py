@@ -93,8 +93,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        # the head's backward comes at once, so its weights may stay gathered until then
-        keep = False if unit == [head] else None
+        # their backward comes at once, so these weights stay gathered until then
+        keep = False if unit in ([head], [blocks[-1]]) else None
         fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
     if not config.tie_embeddings:
         embed.set_unshard_in_backward(False)  # a look-up's gradient needs no weights
