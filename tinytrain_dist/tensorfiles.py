@@ -277,11 +277,10 @@ class _Span:
     tensor: str = ""
     floats: torch.dtype | None = None  # which must be finite
 
-    def problem(self) -> str:
-        """What is wrong with these bytes; empty if nothing. Errors: OSError."""
+    def problem(self, buffer: bytearray) -> str:
+        """What is wrong with these bytes, read through `buffer`; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
         digest, finite, left = HASHES[self.hashed](), True, self.nbytes
-        buffer = bytearray(min(left, BLOCK_BYTES))
         with open(self.path, "rb") as file:
             if hasattr(os, "posix_fadvise"):  # Linux reads further ahead, while this hashes: a lone tensor 1.2, not 1.1
                 os.posix_fadvise(file.fileno(), self.start, left, os.POSIX_FADV_SEQUENTIAL)
@@ -319,8 +318,17 @@ def problems_in(folder: Path, files: Iterable[str] | None = None, part: int = 0,
         found.append(said(folder / name, more))
     total, ends = 1 + sum(span.nbytes for span in spans), itertools.accumulate(span.nbytes for span in spans)
     mine = [span for span, end in zip(spans, ends, strict=True) if (end - span.nbytes) * parts // total == part]
+    buffers = deque(bytearray(BLOCK_BYTES) for _ in range(THREADS))
+
+    def problem(span: _Span) -> str:
+        buffer = buffers.pop()
+        try:
+            return said(span.path, lambda: span.problem(buffer))
+        finally:
+            buffers.append(buffer)
+
     with _Thread(THREADS) as pool:  # one reads while another hashes; hashing leaves Python's lock
-        found += pool.map(lambda span: said(span.path, span.problem), mine)
+        found += pool.map(problem, mine)
     return [problem for problem in found if problem]
 
 
