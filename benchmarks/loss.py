@@ -31,6 +31,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     from tinytrain_dist.losses import head_loss_sum, loss_piece
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # all ways get the same values, so their losses can be compared
     keep_memory(torch.device(options.device))
     name, _, chunk = way.partition("/")
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from training import Run, fit, settings_for, train
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.observer import NORMS_EVERY, PHASES, StepObserver
 from tinytrain_dist.parallel import unwrap
-from tinytrain_dist.replicas import fingerprints
+from tinytrain_dist.replicas import bit_sum, fingerprints
 
 # ---------------------------------------------------------------- who is slow
 
@@ -134,6 +135,8 @@ def test_every_way_to_save_compares_replicas(tmp_path: Path, how: dict[str, Any]
     run = Run(tmp_path / "run")
     assert [record["step"] for record in run.records if record["kind"] == "replicas_differ"] == [step]
     assert [path.name[-1] for path in (run.folder / "checkpoints").iterdir()] == ["3"] * (step == 6)
+    if "ckpt_async" in how:
+        assert max(record["step"] for record in run.records) == 6, "it trained on although it knew"
 
 
 def flipped_and_watched(settings: dict[str, Any]) -> tuple[str, int]:
@@ -175,24 +178,31 @@ def test_fingerprints_between_saves_are_compared_with_the_next_log_line(tmp_path
     assert not list((run.folder / "checkpoints").iterdir())
 
 
-def test_a_fingerprint_sees_every_bit_and_every_exchange() -> None:
+@pytest.mark.parametrize("of", [lambda tensor: fingerprints([tensor]).item(), lambda tensor: bit_sum(tensor).item()])
+def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Tensor], int]) -> None:
+    """Of a CPU, and of a GPU (whose sum can be taken anywhere)."""
     generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(3, 100_000, generator=generator)  # more than two blocks
-    (expected,) = fingerprints([tensor]).tolist()
-    for place in (0, 1, 4_095, 4_096, 65_536, 131_071, 131_072, 299_999):
+    tensor = torch.randn(3, 100_000, generator=generator)
+    expected = of(tensor)
+    for place in (0, 1, 65_535, 65_536, 299_999):
         for bit in (0, 15, 31):
             tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
-            assert fingerprints([tensor]).tolist() != [expected]
+            assert of(tensor) != expected
             tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
-    assert fingerprints([tensor]).tolist() == [expected]
-    assert fingerprints([tensor.flip(1)]).tolist() != [expected]
-    for size in (1, 4_096, 65_536, 131_072):
+    assert of(tensor) == expected
+    assert of(tensor.flip(1)) != expected
+    assert of(-tensor) != expected
+    for size in (1, 4_096, 131_072):
         blocks = tensor.view(-1)[: 2 * size].view(2, -1)
-        assert not fingerprints([blocks]).equal(fingerprints([blocks.flip(0)])), f"blocks of {size} exchanged"
-    odd = torch.randn(7, generator=generator).bfloat16()
-    last = odd.clone().index_fill(0, torch.tensor(6), -odd[6].item())
-    assert not fingerprints([odd]).equal(fingerprints([last])), "what fills no whole word"
-    assert fingerprints([torch.empty(0), torch.tensor(1.0), torch.zeros(5, dtype=torch.bool)]).shape == (3,)
+        assert of(blocks) != of(blocks.flip(0).contiguous()), f"blocks of {size} exchanged"
+
+
+def test_fingerprints_are_of_what_is_in_a_tensor_not_of_how_it_lies() -> None:
+    wide = torch.arange(12.0).view(3, 4)
+    kinds = [wide[:, 1], torch.tensor(1.0), torch.zeros(5, dtype=torch.bool), torch.empty(0), wide.bfloat16()[1:, 1:]]
+    alike = [kind.clone(memory_format=torch.contiguous_format) for kind in kinds]
+    assert fingerprints(kinds).tolist() == fingerprints(alike).tolist()
+    assert len(set(fingerprints(kinds).tolist())) == len(kinds)
 
 
 # ---------------------------------------------------------------- nobody waits

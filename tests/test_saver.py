@@ -721,4 +721,4 @@ def buffers_at_start(settings: dict[str, Any]) -> bool:
     from tinytrain_dist.trainer import Trainer
 
     trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), distributed.start("cpu"))
-    return bool(trainer.checkpoints.buffers.taken)
+    return bool(trainer.checkpoints.buffers._copied)

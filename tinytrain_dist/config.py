@@ -119,7 +119,7 @@ class TrainingConfig:
     allow_drift: bool = _in("parallel", False, "reproducible: resume although something that decides bits changed")
     cpu_threads: int | None = _in("parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible")
     fingerprint_every: int | None = _in(
-        "parallel", None, "steps between comparisons of replicas' bits; None: before each save only"
+        "parallel", None, "steps between comparisons of replicas' bits; None: only with each save"
     )
 
     ckpt_every: int = _in("checkpoint", 1000, "steps between checkpoints")

@@ -343,13 +343,13 @@ def finish_sends(sends: list[tuple[Any, Tensor]]) -> None:
         work.wait()
 
 
-def gather_pieces(pieces: Sequence[Piece], held: int, chunk_bytes: int, group: Group | None = None) -> Iterator[Tensor]:
+def gather_pieces(pieces: Sequence[Piece], kept: int, chunk_bytes: int, group: Group | None = None) -> Iterator[Tensor]:
     """All tensors that this rank writes, whole, in order, in flat chunks on the CPU; the others `start_sends` the same.
 
-    What they send goes into held + AHEAD buffers of chunk_bytes each, so that the writer holds no whole tensor: a chunk
-    is good until `held` others have been given.
+    What they send goes into kept + AHEAD buffers of chunk_bytes each, so that the writer holds no whole tensor: a chunk
+    is good until `kept` others have been given.
     """
-    me, ring = my_rank(), itertools.cycle([torch.empty(chunk_bytes, dtype=torch.uint8) for _ in range(held + AHEAD)])
+    me, ring = my_rank(), itertools.cycle([torch.empty(chunk_bytes, dtype=torch.uint8) for _ in range(kept + AHEAD)])
 
     def ask() -> Iterator[tuple[Any, Tensor]]:
         for number, piece in enumerate(pieces):

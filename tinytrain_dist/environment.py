@@ -140,7 +140,7 @@ def environment(ranks: list[Any]) -> dict[str, Any]:
     )
     submitted = Path(__file__).parent.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
     wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
-    wanted += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"]
+    wanted += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
     return {
         "tinytrain_dist": __version__,
         **versions(),

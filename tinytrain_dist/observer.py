@@ -17,7 +17,7 @@ from torch import Tensor
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.data import TokenFiles
 from tinytrain_dist.distributed import DistributedContext, Vote
-from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.errors import ReplicasDiffer, TrainingError
 from tinytrain_dist.layout import BatchPlan
 from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, WorkClock, memory_bytes, peak_flops
 from tinytrain_dist.replicas import compare
@@ -130,19 +130,19 @@ class StepObserver:
         """Keep what the bits of this step's state add up to; replicas compare it with the next logged step."""
         self._prints = (step, names, prints)
 
-    def compare_replicas(self) -> None:
-        """Compare what `fingerprint` has kept. A collective. Errors: TrainingError naming the rank that is odd."""
+    def _compare_replicas(self) -> None:
+        """Compare what `fingerprint` has kept. A collective. Errors: ReplicasDiffer naming the rank that is odd."""
         kept, self._prints = self._prints, None
         if kept is not None:
             step, names, prints = kept
             try:
                 compare(names, prints.read(), self.context)
-            except TrainingError as error:
+            except ReplicasDiffer as error:
                 self.log.event(step, "replicas_differ", str(error))
                 raise
 
     def _log(self, report: StepReport, loss: float, norm: float) -> None:
-        self.compare_replicas()
+        self._compare_replicas()
         steps = report.step - self.logged_step
         seconds = self.watch.lap(report.numbers.ready_at) / steps
         self.logged_step, self.step_seconds = report.step, seconds

@@ -1,7 +1,8 @@
 """Owns the checkpoints of one run: saving in the background, which one is loaded, which are kept, who holds the folder.
 
 Must not know the loop. Rank 0 alone lists, creates, writes and deletes, and tells the others. A save costs a training
-step the copy into host buffers; gathering, hashing, writing and the commit happen in a thread over a group of its own.
+step the copy into host buffers, and where there are replicas a fingerprint of what a rank does not copy; gathering,
+comparing, hashing, writing and the commit happen in a thread over a group of its own.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from tinytrain_dist.config import IDENTITY, TrainingConfig
 from tinytrain_dist.distributed import DistributedContext
 from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.huggingface import huggingface_config
-from tinytrain_dist.metrics import HostCopy
-from tinytrain_dist.replicas import compare, fingerprints
+from tinytrain_dist.replicas import Comparison
 from tinytrain_dist.stopping import lost
 from tinytrain_dist.tensorfiles import STATE, Manifest, problems_in
 
@@ -45,13 +45,8 @@ class HostBuffers:
         self._cuda = any(source.is_cuda for source in self._sources)
         self._pieces, self._copied = pieces, list[Tensor]()
 
-    @property
-    def taken(self) -> bool:
-        """Whether the memory is."""
-        return bool(self._copied)
-
     def copy(self) -> tuple[Pieces, torch.cuda.Event | None]:
-        """The pieces with `local` in host memory, and what to wait for before reading them; does not block."""
+        """The pieces with `local` in host memory, and what to wait for before reading where a GPU still copies."""
         if not self._copied:
             self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
             buffers = iter(self._copied)
@@ -130,7 +125,7 @@ class Checkpoints:
         assert self.pending is None, "collect() first"
         self.best_step = report.get("best_eval_step")
         beside = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
-        fingerprints_now = self._fingerprints_now(beside)
+        comparison = Comparison(self.all_pieces, beside, self.context)
         pieces, event = self.buffers.copy() if beside else (self.pieces, None)
         state = {
             "step": step,
@@ -145,7 +140,7 @@ class Checkpoints:
         def work(manifest: Manifest) -> None:
             if event is not None:
                 event.synchronize()
-            self._compare_replicas(pieces, *fingerprints_now)
+            comparison.finish(itertools.chain.from_iterable(pieces.values()), self.group)
             self._write(self.folder(step), pieces, state, manifest)
 
         self.pending = save = Save(step, work)
@@ -153,34 +148,11 @@ class Checkpoints:
             save.join()
         return save
 
-    def _fingerprints_now(self, beside: bool) -> tuple[list[str], HostCopy | None]:
-        """Names and fingerprints of what training will change before the save reads it, and of all that a GPU holds.
-
-        Those of copies on a CPU are left to the save: a rank that copies stalls no longer, the others hash meanwhile.
-        """
-        replicated = self.context.layout is not None and self.context.layout.replicate > 1
-        live = [p for p in self.all_pieces if p.held.is_cuda or (beside and not p.local.numel())]
-        live = live if replicated else []
-        return [p.name for p in live], HostCopy(fingerprints(p.held for p in live)) if live else None
-
-    def _compare_replicas(self, pieces: Pieces, names: list[str], prints: HostCopy | None) -> None:
-        """Errors: ReplicasDiffer. A collective where there are replicas; `pieces` do not change any more."""
-        if self.context.layout is None or self.context.layout.replicate == 1:
-            return
-        found = dict(zip(names, prints.read() if prints else (), strict=True))
-        still = [p for p in itertools.chain.from_iterable(pieces.values()) if p.name not in found]
-        if still:
-            values = fingerprints(p.local if p.local.numel() else p.held for p in still)
-            found |= dict(zip([p.name for p in still], values.tolist(), strict=True))
-        order = [p.name for p in self.all_pieces]  # the same on all ranks
-        compare(order, [found[name] for name in order], self.context, self.group)
-
     @property
     def failure(self) -> str:
         """What has gone wrong in the save under way and will end the run, so that ranks can agree to end it now."""
-        save = self.pending
-        ended = save is not None and not save.is_alive() and not isinstance(save.error, OSError)
-        return str(save.error) if save is not None and ended and save.error is not None else ""
+        error = None if self.pending is None or self.pending.is_alive() else self.pending.error
+        return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
 
     def collect(self, wait: bool = False) -> Save | None:
         """The save that has ended since, once; with `wait` also one that has not ended yet.
@@ -198,7 +170,7 @@ class Checkpoints:
         if save is None or (not wait and save.is_alive()):
             return None
         if not wait and save.error is not None and not isinstance(save.error, OSError):
-            return None  # it will end the run, and ranks must do that at the same step: the next save or the end
+            return None  # it will end the run, at the same step on all ranks: they vote for it (see `failure`)
         save.join()
         self.pending = None
         return save

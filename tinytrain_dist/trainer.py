@@ -189,7 +189,7 @@ class Trainer(Engine):
                 if due(self.step, config.ckpt_every) or self.at_best:
                     self.save()
         except TrainingError:
-            self._collect_save(wait=True)  # what is being written is good
+            self._collect_save(wait=True)  # what is being written is good, or says what is nearer to the cause
             raise
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"{error}\n{self.memory_report()}") from error
@@ -323,6 +323,8 @@ class Trainer(Engine):
             self._collect_save(wait=True)
             last = self.finishing or self.step == self.config.last_step
             self.checkpoints.save(self.step, self.report, last)
+            if not self.config.ckpt_async:
+                self._collect_save(wait=True)
 
     def _fingerprint(self) -> None:
         """Let the device add up the bits of weights and moments, where other ranks should have the same."""
@@ -361,6 +363,7 @@ class Trainer(Engine):
         else:
             kind = "replicas_differ" if isinstance(save.error, ReplicasDiffer) else "save_failed"
             self.log.event(save.step, kind, str(save.error))
+            self.log.flush()
             raise save.error
         self.log.flush()
 
