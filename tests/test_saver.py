@@ -47,6 +47,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
         return
     owner, name = {
         "copy": (saver.HostBuffers, "copy"),
+        "compare": (saver.Comparison, "finish"),
         "gather": (distributed.dist, "isend" if trainer.context.rank else "irecv"),
         "between files": (checkpoint, "write_index"),
         "before the manifest": (checkpoint, "commit"),
@@ -77,8 +78,9 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
 
 WHICH_CALL = {"gather": 5, "retention": 2}  # the first rmtree clears the way for the new folder
 STAGES = [
-    ("copy", (0,)), ("copy", (0, 1)), ("gather", (1,)), ("gather", (0,)), ("gather", (0, 1)), ("between files", (0,)),
-    ("before the manifest", (0,)), ("before the rename", (0,)), ("retention", (0,)),
+    ("copy", (0,)), ("copy", (0, 1)), ("compare", (0,)), ("compare", (1,)), ("gather", (1,)), ("gather", (0,)),
+    ("gather", (0, 1)), ("between files", (0,)), ("before the manifest", (0,)), ("before the rename", (0,)),
+    ("retention", (0,)),
 ]  # fmt: skip
 
 
@@ -87,8 +89,8 @@ def test_killed_in_a_save_the_next_start_goes_on_to_the_same_bits(
     folder: Path, undisturbed: Run, stage: str, ranks: tuple[int, ...]
 ) -> None:
     name = f"killed-{stage}-{len(ranks)}-{ranks[0]}".replace(" ", "-")
-    # one checkpoint is kept, so that the save of step 4 has something to delete
-    settings = settings_for(folder, name, **RUN, keep_last=1)
+    # one checkpoint is kept, so that the save of step 4 has something to delete; replicas compare what they hold
+    settings = settings_for(folder, name, **RUN | {"parallel": "ddp" if stage == "compare" else "fsdp"}, keep_last=1)
     with pytest.raises(AssertionError, match="SIGKILL"):
         run_ranks(2, fit, settings, functools.partial(die_at, stage=stage, ranks=ranks))
     run_ranks(2, fit, settings)
