@@ -178,11 +178,15 @@ def test_fingerprints_between_saves_are_compared_with_the_next_log_line(tmp_path
     assert not list((run.folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("of", [lambda tensor: fingerprints([tensor]).item(), lambda tensor: bit_sum(tensor).item()])
+@pytest.mark.parametrize(
+    "of",
+    [lambda tensor: fingerprints([tensor]).item(), lambda tensor: bit_sum(tensor, 1 << 16).item()],
+    ids=["CPU", "GPU"],
+)
 def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Tensor], int]) -> None:
-    """Of a CPU, and of a GPU (whose sum can be taken anywhere)."""
+    """Those of a CPU, and those of a GPU, whose sum can be taken anywhere."""
     generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(3, 100_000, generator=generator)
+    tensor = torch.randn(3, 100_000, generator=generator)  # more than one block of the sum
     expected = of(tensor)
     for place in (0, 1, 65_535, 65_536, 299_999):
         for bit in (0, 15, 31):
@@ -192,7 +196,7 @@ def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Ten
     assert of(tensor) == expected
     assert of(tensor.flip(1)) != expected
     assert of(-tensor) != expected
-    for size in (1, 4_096, 131_072):
+    for size in (1, 4_096, 65_536, 131_072):
         blocks = tensor.view(-1)[: 2 * size].view(2, -1)
         assert of(blocks) != of(blocks.flip(0).contiguous()), f"blocks of {size} exchanged"
 
@@ -203,6 +207,7 @@ def test_fingerprints_are_of_what_is_in_a_tensor_not_of_how_it_lies() -> None:
     alike = [kind.clone(memory_format=torch.contiguous_format) for kind in kinds]
     assert fingerprints(kinds).tolist() == fingerprints(alike).tolist()
     assert len(set(fingerprints(kinds).tolist())) == len(kinds)
+    assert torch.stack([bit_sum(kind) for kind in alike]).shape == (len(kinds),)
 
 
 # ---------------------------------------------------------------- nobody waits

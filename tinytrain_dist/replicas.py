@@ -106,16 +106,15 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     return torch.tensor(int.from_bytes(digest, "little", signed=True))
 
 
-def bit_sum(tensor: Tensor) -> Tensor:
+def bit_sum(tensor: Tensor, block_size: int = 1 << 24) -> Tensor:
     """The sum of the bits, weighted by position with odd numbers: no single flip is lost, and swapped values show.
 
-    For a GPU; a CPU takes nine times as long for it as to read the tensor, and twice as long for a BLAKE3.
+    For a GPU: a CPU computes a BLAKE3 in a fifth of the time. In blocks, since the products are twice as wide.
     """
     bits = tensor.detach().reshape(-1)
     bits = bits.view(torch.int32 if tensor.element_size() == 4 else torch.int8)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    size = 1 << 24  # in blocks, since the products are twice as wide
-    weights = 2 * torch.arange(min(size, len(bits)), device=bits.device) + 1
-    for block in bits.split(size):
+    weights = 2 * torch.arange(min(block_size, len(bits)), device=bits.device) + 1
+    for block in bits.split(block_size):
         total = 3 * total + (block * weights[: len(block)]).sum()
     return total

@@ -327,7 +327,7 @@ class Trainer(Engine):
                 self._collect_save(wait=True)
 
     def _fingerprint(self) -> None:
-        """Let the device add up the bits of weights and moments, where other ranks should have the same."""
+        """Take fingerprints of weights and moments, where other ranks should have the same."""
         if self.plan.replicate > 1:
             held = {piece.name: piece.held for piece in self.checkpoints.all_pieces}
             self.observer.fingerprint(self.step, list(held), HostCopy(fingerprints(held.values())))
