@@ -205,6 +205,7 @@ def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
 
 
 RUNNERS = {"hf": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_ceiling}
+RUNNERS |= dict.fromkeys(("ours", "ours-eager", "ours-fsdp", "ours-reproducible"), run_ours)
 
 
 def sizes(options: Options) -> dict[str, int]:
@@ -293,10 +294,13 @@ def main() -> None:
     parser.add_argument("--system", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        result = RUNNERS.get(options.system, run_ours)(options, options.worker)
+        result = RUNNERS[options.system](options, options.worker)
         Path(options.worker, "results", os.environ["RANK"]).write_text(json.dumps(result))
         sys.stdout.flush()
         os._exit(0)  # some peers' threads do not end
+    systems = [name for name in RUNNERS if name != "ceiling"]
+    if unknown := set(options.systems.split(",")) - set(systems):
+        parser.error(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(systems)}")
     import torch
 
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
