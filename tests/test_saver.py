@@ -650,6 +650,8 @@ def lose_the_lock(trainer: Any) -> None:
 
     def train_step(*args: Any) -> Any:
         if trainer.step == 5 and trainer.context.is_main:
+            if trainer.checkpoints.pending is not None:
+                trainer.checkpoints.pending.join()  # the save of step 4; however slow the machine is, it is committed
             lock = Path(trainer.config.target_dir) / "lock.json"
             lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": None}))
             (lock.parent / "state.json").write_text('{"state": "running", "step": 4, "attempt": "the next"}')
