@@ -445,7 +445,6 @@ def all_gather(output: Tensor, input: Tensor | None, group: Group | None, wait: 
 
 def start_sum(tensor: Tensor, group: Group | None) -> torch.futures.Future[Tensor]:
     """Sum `tensor` over the group in place; the future holds it when that is done."""
-    work = dist.all_reduce(tensor, group=group, async_op=True)
-    assert work is not None
-    future: torch.futures.Future[Tensor] = work.get_future().then(lambda _: tensor)
-    return future
+    work: Any = dist.all_reduce(tensor, group=group, async_op=True)
+    summed: torch.futures.Future[Tensor] = work.get_future().then(lambda _: tensor)
+    return summed

@@ -22,7 +22,7 @@ from tinytrain_dist import __version__
 from tinytrain_dist.config import TrainingConfig
 from tinytrain_dist.products import WITHOUT_BF16, widened
 
-ARITHMETIC = 3  # raised when a step is computed in another order; reproducible runs notice at a resume
+ARITHMETIC = 4  # raised when a step is computed in another order; reproducible runs notice at a resume
 
 
 def free_memory(device: torch.device, local_world_size: int) -> float:
