@@ -15,7 +15,7 @@ from torch import Tensor
 from tinytrain_dist.products import product_type
 
 IGNORE = -100
-CHUNK_LOGITS = 1 << 24  # logits that exist at once if loss_chunk_tokens is not set; on a CPU half as many
+CHUNK_LOGITS = 1 << 24  # logits that exist at once if loss_chunk_tokens is not set; in float32 on a CPU half as many
 LossPiece = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -83,7 +83,7 @@ def head_loss_sum(
     a piece has at most CHUNK_LOGITS logits; equal pieces are compiled once. `piece`: loss_piece, or what torch.compile
     made of it. Returns a float32 scalar.
     """
-    most = CHUNK_LOGITS >> (hidden.device.type == "cpu")
+    most = CHUNK_LOGITS >> (hidden.device.type == "cpu" and product_type(hidden).itemsize > 2)
     chunk = chunk_tokens or len(hidden)
     while chunk_tokens is None and chunk > 1 and chunk * weight.shape[0] > most:
         chunk = -(-chunk // 2)
