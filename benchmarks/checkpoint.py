@@ -85,12 +85,12 @@ class Measurement:
     def __init__(self, folder: Path, layers: int, parallel: str) -> None:
         from dataclasses import replace
 
-        from tinytrain_dist import distributed
-        from tinytrain_dist.config import TrainingConfig
-        from tinytrain_dist.saver import Checkpoints
-        from tinytrain_dist.trainer import Trainer
+        from tinytrain_dist.checkpoint.manager import CheckpointManager
+        from tinytrain_dist.config.schema import TrainingConfig
+        from tinytrain_dist.distributed.context import init_distributed
+        from tinytrain_dist.training.trainer import Trainer
 
-        self.folder, self.context = folder, distributed.start("cpu")
+        self.folder, self.context = folder, init_distributed("cpu")
         config = TrainingConfig(
             target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192,
             device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel=parallel,
@@ -99,7 +99,7 @@ class Measurement:
         self.trainer = trainer = Trainer(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
         about = trainer.checkpoints.data, trainer.checkpoints.bits
-        self.foreground = Checkpoints(elsewhere, trainer.context, trainer.model, trainer.optimizer, *about)
+        self.foreground = CheckpointManager(elsewhere, trainer.context, trainer.model, trainer.optimizer, *about)
         self.own = sum(piece.local.nbytes for piece in trainer.checkpoints.all_pieces)
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 
@@ -113,7 +113,7 @@ class Measurement:
     def longest(self, action: Callable[[], object]) -> float:
         """Seconds of the rank that takes longest; they begin together."""
         self.context.barrier()
-        return max(self.context.gather_objects(timed(action)))
+        return max(self.context.all_gather_object(timed(action)))
 
     def all_ranks(self, action: Callable[[], object]) -> float:
         self.context.barrier()
@@ -157,7 +157,7 @@ class Measurement:
         """torch.distributed.checkpoint.async_save of the same tensors; it hashes nothing and gathers nothing."""
         import torch.distributed.checkpoint as dcp
 
-        from tinytrain_dist.checkpoint import model_tensors, optimizer_tensors
+        from tinytrain_dist.checkpoint.state import model_tensors, optimizer_tensors
 
         model, optimizer = self.trainer.model, self.trainer.optimizer
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)[0]}
@@ -172,7 +172,7 @@ class Measurement:
 
 
 def worker(folder: Path, rounds: int, layers: int, parallel: str) -> None:
-    from tinytrain_dist import distributed
+    from tinytrain_dist.distributed.context import shutdown
 
     measurement = Measurement(folder, layers, parallel)
     measurement.round(0)  # makes torch's buffers, and brings everything into memory
@@ -180,7 +180,7 @@ def worker(folder: Path, rounds: int, layers: int, parallel: str) -> None:
     if measurement.context.is_main:
         result = {"rounds": found, "extra": measurement.extra, "own": measurement.own, "cold": measurement.cold}
         print("RESULT " + json.dumps(result), flush=True)
-    distributed.close()
+    shutdown()
 
 
 def show(layers: int, found: dict[str, Any]) -> None:

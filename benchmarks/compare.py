@@ -68,9 +68,9 @@ class Clock:
 
 
 def run_ours(options: Options, folder: str) -> dict[str, Any]:
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
     kind = options.system.partition("-")[2]
     config = TrainingConfig(
@@ -81,7 +81,7 @@ def run_ours(options: Options, folder: str) -> dict[str, Any]:
         reproducible=kind == "reproducible", **({"compile": False} if kind == "eager" else {}), **sizes(options),
     )  # fmt: skip
     clock = Clock(options.device)
-    context = distributed.start(options.device)
+    context = init_distributed(options.device)
     trainer = Trainer(config, context)
     plain = trainer.train_step
 
@@ -177,11 +177,11 @@ def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    from tinytrain_dist.products import product_type
+    from tinytrain_dist.model.matmul import matmul_dtype
 
     size = sizes(options)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    dtype = product_type(torch.empty(0, dtype=dtype, device=options.device))  # on a CPU without bf16 it is float32
+    dtype = matmul_dtype(torch.empty(0, dtype=dtype, device=options.device))  # on a CPU without bf16 it is float32
     tokens, best = options.batch * size["context_len"], 0.0
     for rows, inner, width in (
         (tokens, size["d_model"], size["d_ff"]),

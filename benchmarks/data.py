@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tinytrain_dist.data import TokenFiles, load_token_dataset, read_windows, window_starts
+from tinytrain_dist.data.sampling import window_starts
+from tinytrain_dist.data.token_dataset import TokenDataset, load_token_dataset, read_windows
 
 
 def _sparse(path: Path, tokens: int) -> Path:
@@ -40,7 +41,7 @@ def _memory() -> dict[str, float]:
 
 def _ways(path: Path, context_len: int) -> dict[str, Callable[[int, range], Tensor]]:
     """Name of a way -> the windows that some slots draw at a step."""
-    source = TokenFiles([str(path)], context_len)
+    source = TokenDataset([str(path)], context_len)
     advised, plain = load_token_dataset(path), np.load(path, mmap_mode="r")
 
     def mapped(tokens: np.ndarray, seed: int) -> Callable[[int, range], Tensor]:

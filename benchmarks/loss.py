@@ -27,18 +27,18 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from tinytrain_dist.environment import keep_memory
-    from tinytrain_dist.losses import head_loss_sum, loss_piece
+    from tinytrain_dist.model.loss import chunk_loss_and_grad, head_loss_sum
+    from tinytrain_dist.training.determinism import keep_freed_memory
 
     torch.set_num_threads(1)
     torch.manual_seed(0)  # all ways get the same values, so their losses can be compared
-    keep_memory(torch.device(options.device))
+    keep_freed_memory(torch.device(options.device))
     name, _, chunk = way.partition("/")
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     hidden = torch.randn(options.tokens, options.d_model, dtype=dtype, device=options.device, requires_grad=True)
     weight = torch.randn(int(options.vocab_size), options.d_model, device=options.device).mul_(0.02).requires_grad_()
     targets = torch.randint(0, int(options.vocab_size), (options.tokens,), device=options.device)
-    piece: Any = torch.compile(loss_piece) if name == "compiled" else loss_piece
+    piece: Any = torch.compile(chunk_loss_and_grad) if name == "compiled" else chunk_loss_and_grad
     linear_cross_entropy = getattr(F, "linear_cross_entropy", None)
 
     def loss() -> torch.Tensor:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from tinytrain_dist.tools.corpus import find_sources
-from tinytrain_dist.tools.prepare import prepare
-from tinytrain_dist.tools.tokenizer import Encoder, load_vocabulary
+from tinytrain_dist.data.preparation.corpus import find_sources
+from tinytrain_dist.data.preparation.prepare import prepare
+from tinytrain_dist.data.preparation.tokenizer import Encoder, load_vocabulary
 
 _FEW_BYTES = 4_000_000  # of text for the comparison, which the slower encoder must also get through
 

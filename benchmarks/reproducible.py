@@ -40,12 +40,12 @@ def settings(folder: str, mode: str, accumulation: int, reproducible: bool, rank
 def worker(folder: str, rounds: int, steps: int) -> None:
     import resource
 
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.data import Prefetcher
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.data.batches import Prefetcher
+    from tinytrain_dist.distributed.context import init_distributed, shutdown
+    from tinytrain_dist.training.trainer import Trainer
 
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     only = os.environ.get("ONLY")
     results = {}
     for mode, accumulation in CASES:
@@ -76,7 +76,7 @@ def worker(folder: str, rounds: int, steps: int) -> None:
             }
     if context.is_main:
         print("RESULT " + json.dumps(results), flush=True)
-    distributed.close()
+    shutdown()
 
 
 def run(ranks: int, *arguments: str, only: str | None = None) -> dict[str, dict[str, object]]:

@@ -41,19 +41,20 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from tinytrain_dist.checkpoint import pieces_of
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.data import window_starts
-    from tinytrain_dist.layout import BatchPlan, Layout
-    from tinytrain_dist.model import TransformerLM
-    from tinytrain_dist.optim import AdamW
+    from tinytrain_dist.checkpoint.state import collect_shards
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.data.sampling import window_starts
+    from tinytrain_dist.distributed.batch_plan import BatchPlan
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
+    from tinytrain_dist.model.transformer import TransformerLM
+    from tinytrain_dist.optim.adamw import AdamW
 
     shard = min(8, ranks)
     config = TrainingConfig(
         num_layers=8, d_model=256, num_heads=8, vocab_size=1000, batch_size=4 * ranks, micro_batch_size=4,
         parallel="hsdp", dp_shard=shard,
     )  # fmt: skip
-    plan = BatchPlan.make(config, Layout("hsdp", ranks // shard, shard, ""))
+    plan = BatchPlan.make(config, ParallelDims("hsdp", ranks // shard, shard, ""))
     slots = [slot for k in range(plan.accumulation_steps) for slot in plan.slots(plan.leaf(0, 0, k))]
     hops = 2 * math.log2(ranks)
     results = []
@@ -91,7 +92,7 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
     model.to_empty(device="cpu")
     optimizer = AdamW(model.parameters())
     optimizer.materialize()
-    note("checkpoint: plan the pieces", lambda: pieces_of(model, optimizer, config.max_shard_bytes, 1))
+    note("checkpoint: plan the pieces", lambda: collect_shards(model, optimizer, config.max_shard_bytes, 1))
     dist.destroy_process_group()
     return results
 

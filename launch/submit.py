@@ -28,11 +28,15 @@ VENV = ROOT / ".venv" / "bin" / "python"
 if __name__ == "__main__" and importlib.util.find_spec("tyro") is None and VENV.exists():
     os.execv(VENV, [str(VENV), *sys.argv])  # started by the system's own Python
 
-from tinytrain_dist.commandline import parse_command_line, resolve_vocab_size  # noqa: E402
-from tinytrain_dist.config import TrainingConfig  # noqa: E402
+from tinytrain_dist.config.loading import (  # noqa: E402
+    parse_command_line,
+    resolve_vocab_size,
+)
+from tinytrain_dist.config.schema import TrainingConfig  # noqa: E402
+from tinytrain_dist.distributed.batch_plan import BatchPlan  # noqa: E402
+from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims  # noqa: E402
 from tinytrain_dist.errors import ConfigError  # noqa: E402
-from tinytrain_dist.files import write_atomically  # noqa: E402
-from tinytrain_dist.layout import BatchPlan, choose_layout  # noqa: E402
+from tinytrain_dist.utils.atomic_files import write_atomically  # noqa: E402
 
 CODE = ("launch", "tinytrain_dist", "slurm", "configs", "pyproject.toml", "constraints.txt")
 SITE = "slurm/env.sh"  # git ignores it, the job needs it
@@ -152,7 +156,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     except ConfigError as error:
         problems += error.problems
     try:
-        BatchPlan.make(config, choose_layout(config, nodes * per_node, per_node))
+        BatchPlan.make(config, choose_parallel_dims(config, nodes * per_node, per_node))
     except ConfigError as error:
         problems += error.problems
     if config.ckpt_writers > nodes * per_node:

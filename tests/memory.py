@@ -65,25 +65,27 @@ class _Watch(TorchDispatchMode):
 
 def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
     """On a rank: the measured and the estimated bytes of a step at its peak, and the moment of the estimate."""
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.engine import Engine
-    from tinytrain_dist.estimate import estimate
-    from tinytrain_dist.layout import choose_layout
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
+    from tinytrain_dist.training.memory_estimate import estimate_memory
+    from tinytrain_dist.training.train_step import TrainStep
 
-    config, context = TrainingConfig(**settings), distributed.start(settings["device"])
-    context = context.with_layout(choose_layout(config, context.world_size, context.local_world_size))
-    predicted = estimate(config, context, Engine(config, context))
-    _steps(Engine(config, context), config, context, 1)  # what libraries allocate once and keep is none of the step's
+    config, context = TrainingConfig(**settings), init_distributed(settings["device"])
+    context = context.with_mesh(choose_parallel_dims(config, context.world_size, context.local_world_size))
+    predicted = estimate_memory(config, context, TrainStep(config, context))
+    _steps(
+        TrainStep(config, context), config, context, 1
+    )  # what libraries allocate once and keep is none of the step's
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-        _steps(Engine(config, context), config, context, STEPS)
+        _steps(TrainStep(config, context), config, context, STEPS)
         return torch.cuda.max_memory_allocated() - base, predicted.nbytes, predicted.peak
     base = allocated_bytes()
     with _Watch() as watch:
-        _steps(Engine(config, context), config, context, STEPS)
+        _steps(TrainStep(config, context), config, context, STEPS)
     return watch.peak - base, predicted.nbytes, predicted.peak
 
 

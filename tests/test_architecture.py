@@ -319,7 +319,7 @@ def test_each_rule_catches(rule: Callable[[File], list[str]], path: str, text: s
         ("tinytrain_dist/parallel.py", "from torch.distributed.fsdp import fully_shard"),
         ("tinytrain_dist/reduction.py", "import torch.distributed as dist\ndef hook(bucket: dist.GradBucket): ..."),
         ("tinytrain_dist/trainer.py", "from tinytrain_dist import checkpoint, TrainingConfig\ncontext.all_reduce(x)"),
-        ("tinytrain_dist/tools/plan.py", "from tinytrain_dist.tools.doctor import check\nfrom . import status"),
+        ("tinytrain_dist/tools/plan.py", "from tinytrain_dist.cli.doctor import check\nfrom . import status"),
         ("launch/train.py", "from tinytrain_dist.trainer import Trainer\nimport tinytrain_dist"),
         ("tinytrain_dist/data.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
         ("tinytrain_dist/trainer.py", "class Trainer:\n    def evaluate(self):\n" + "        x = 1\n" * 50),
@@ -379,7 +379,7 @@ def test_a_login_node_can_check_a_run_without_torch(module: str) -> None:
 
 
 def test_every_attribute_of_the_configuration_is_a_field() -> None:
-    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.config.schema import TrainingConfig
 
     fields = {field.name for field in dataclasses.fields(TrainingConfig)}
     for name, value in vars(TrainingConfig).items():

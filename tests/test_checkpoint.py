@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from tinytrain_dist import AdamW, CheckpointError, load_checkpoint, save_checkpoint
-from tinytrain_dist import checkpoint as checkpoint_module
-from tinytrain_dist.tensorfiles import problems_in
+from tinytrain_dist.checkpoint import sharded_io
+from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.verify import find_damage
 
 
 class Net(nn.Module):
@@ -91,11 +92,11 @@ def test_disk_error_leaves_nothing_behind_and_the_older_checkpoint(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module, "write_json", full)
+    monkeypatch.setattr(sharded_io, "write_json_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(model, optimizer, 2, tmp_path / "d")
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
-    assert not problems_in(path)
+    assert not find_damage(path)
 
 
 def test_other_model_is_refused_before_anything_changes(tmp_path: Path) -> None:
@@ -159,9 +160,9 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
 
 def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
     model, optimizer, path = saved(tmp_path)
-    pieces, values = checkpoint_module.pieces_of(model, optimizer)
+    pieces, values = collect_shards(model, optimizer)
     state = {"step": 1, "optimizer": values}
-    checkpoint_module.write_checkpoint(tmp_path / "many", pieces, state, max_shard_bytes=64)
+    sharded_io.write_checkpoint(tmp_path / "many", pieces, state, max_shard_bytes=64)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     tensors = [json.loads((p / "manifest.json").read_text())["tensors"] for p in (path, tmp_path / "many")]
     assert tensors[0] == tensors[1]

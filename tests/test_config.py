@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.commandline import load_config, parse_command_line, read_toml, resolve_vocab_size
-from tinytrain_dist.config import FIELDS, SECTIONS, TrainingConfig, listed
+from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
+from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError, TinytrainError
+from tinytrain_dist.utils.text import format_list
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -112,8 +113,8 @@ def test_betas_come_back_as_a_tuple():
 
 
 def test_listed_names_the_first_and_says_that_there_are_more():
-    assert listed([1, 2, 3]) == "1, 2, 3"
-    assert listed(list(range(1, 20)), most=3) == "1, 2, 3, ..."
+    assert format_list([1, 2, 3]) == "1, 2, 3"
+    assert format_list(list(range(1, 20)), most=3) == "1, 2, 3, ..."
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -468,7 +469,8 @@ def test_help_names_every_setting(capsys):
 
 def test_no_torch_is_imported():
     code = (
-        "import sys, tinytrain_dist.commandline as c, tinytrain_dist.layout, tinytrain_dist.stopping\n"
+        "import sys, tinytrain_dist.config.loading as c, tinytrain_dist.distributed.batch_plan\n"
+        "import tinytrain_dist.reliability.stop_requests\n"
         "c.parse_command_line(['configs/quickstart.toml', '--seed', '1'])\n"
         "import tinytrain_dist; tinytrain_dist.TrainingConfig, tinytrain_dist.BatchPlan\n"
         "print([m for m in ('torch', 'numpy', 'tensorboard', 'safetensors') if m in sys.modules])"

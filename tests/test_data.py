@@ -17,19 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist import data
-from tinytrain_dist.data import (
-    EVAL_STREAM,
-    TRAIN_STREAM,
-    Prefetcher,
-    fingerprint,
-    get_batch,
-    load_token_dataset,
-    micro_batches,
-    num_windows,
-    read_windows,
-    window_starts,
-)
+from tinytrain_dist.data import token_dataset
+from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
+from tinytrain_dist.data.sampling import EVAL_STREAM, TRAIN_STREAM, window_starts
+from tinytrain_dist.data.token_dataset import dataset_fingerprint, load_token_dataset, num_windows, read_windows
 from tinytrain_dist.errors import DataError
 
 WAIT = 60.0  # seconds until a hanging thread counts as one; nothing waits that long when it works
@@ -138,7 +129,7 @@ def test_an_archive_of_arrays_is_named(tmp_path):
 
 def test_an_array_that_is_not_in_order_is_refused(tmp_path, monkeypatch):
     # numpy writes every 1-D array in order, so this can only come from a loader that gives a view
-    monkeypatch.setattr(data.np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
+    monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):
         load_token_dataset(tmp_path / "t.npy")
 
@@ -170,7 +161,7 @@ def test_the_largest_id_is_found_in_a_later_block(tmp_path):
 def scans(monkeypatch):
     """How often the ids of a file were scanned."""
     count = []
-    real = data.np.ndarray.min
+    real = np.ndarray.min
 
     class Counting(np.memmap):
         def min(self, *args, **kwargs):
@@ -178,7 +169,7 @@ def scans(monkeypatch):
             return real(self, *args, **kwargs)
 
     load = np.load
-    monkeypatch.setattr(data.np, "load", lambda *a, **k: load(*a, **k).view(Counting))
+    monkeypatch.setattr(np, "load", lambda *a, **k: load(*a, **k).view(Counting))
     return count
 
 
@@ -257,29 +248,29 @@ def test_an_empty_file_opens_and_has_no_window(tmp_path):
 
 def test_a_fingerprint_says_name_length_type_and_content(tmp_path):
     tokens = load_token_dataset(save(tmp_path / "t.npy", range(100)))
-    found = fingerprint(tmp_path / "t.npy", tokens)
+    found = dataset_fingerprint(tmp_path / "t.npy", tokens)
     assert {k: found[k] for k in ("file", "tokens", "dtype")} == {"file": "t.npy", "tokens": 100, "dtype": "uint16"}
-    assert fingerprint(tmp_path / "t.npy", tokens) == found
+    assert dataset_fingerprint(tmp_path / "t.npy", tokens) == found
     assert json.loads(json.dumps(found)) == found
 
 
 @pytest.mark.parametrize("length", [1, 100, 4096, 5000])
 def test_a_fingerprint_sees_each_change_of_a_small_file(length):
     ids = np.arange(length, dtype=np.uint16)
-    digests = {fingerprint("t", ids)["sha256"]}
+    digests = {dataset_fingerprint("t", ids)["sha256"]}
     for place in {0, length // 2, length - 1}:
         changed = ids.copy()
         changed[place] += 1
-        digests.add(fingerprint("t", changed)["sha256"])
+        digests.add(dataset_fingerprint("t", changed)["sha256"])
     assert len(digests) == 1 + len({0, length // 2, length - 1})
 
 
 def test_a_fingerprint_of_a_large_file_looks_at_both_ends():
     ids = np.zeros(1_000_000, dtype=np.uint16)
-    base = fingerprint("t", ids)["sha256"]
+    base = dataset_fingerprint("t", ids)["sha256"]
     for place in (0, 4095, 1_000_000 - 4096, 999_999):
         ids[place] = 1
-        assert fingerprint("t", ids)["sha256"] != base
+        assert dataset_fingerprint("t", ids)["sha256"] != base
         ids[place] = 0
 
 
@@ -478,7 +469,7 @@ def test_get_batch_from_a_memory_map(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_micro_batches_cut_rows_into_inputs_and_targets(dtype):
     rows = torch.arange(6 * 5, dtype=dtype).view(6, 5)
-    pieces = list(micro_batches(rows, 2, torch.device("cpu")))
+    pieces = list(split_micro_batches(rows, 2, torch.device("cpu")))
     assert len(pieces) == 3
     for number, (inputs, targets) in enumerate(pieces):
         assert inputs.dtype == targets.dtype == torch.int64
@@ -605,7 +596,7 @@ def sparse(path: Path, tokens: int) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is Linux's to tell")
 def test_drawing_from_a_large_file_maps_nothing_into_memory(tmp_path):
-    source = data.TokenFiles([str(sparse(tmp_path / "t.npy", 4_000_000_000))], 64)
+    source = token_dataset.TokenDataset([str(sparse(tmp_path / "t.npy", 4_000_000_000))], 64)
     before = mapped_mib()
     for step in range(25):
         assert not source.read(*source.draw(0, step, range(40))).any()
@@ -626,18 +617,18 @@ def test_a_scan_gives_back_what_it_mapped(tmp_path):
 
 
 def test_bytes_of_a_byte_level_tokenizer_add_up_to_those_of_the_text(tmp_path):
-    tokenizer = pytest.importorskip("tinytrain_dist.tools.tokenizer")
+    tokenizer = pytest.importorskip("tinytrain_dist.data.preparation.tokenizer")
     text = "Grüße, 日本語 👩‍👧 and  plain\twords words words\r\n" * 3
     vocabulary = tokenizer.train_bpe([text], 300)
     (tmp_path / "tokenizer.json").write_text(vocabulary.text)
-    sizes = data.token_bytes(tmp_path, 320)
+    sizes = token_dataset.bytes_per_token(tmp_path, 320)
     ids = tokenizer.Encoder(vocabulary, use_fast=False).encode(text + "🦆")
     assert len(set(ids.tolist())) > 10
     assert sizes[ids].sum() == len((text + "🦆").encode())
     assert sizes[vocabulary.eos_id] == 0
     assert sizes[vocabulary.size :].sum() == 0  # ids that pad the vocabulary stand for nothing
     with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 5 "):
-        data.token_bytes(tmp_path, 5)
+        token_dataset.bytes_per_token(tmp_path, 5)
 
 
 def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
@@ -647,7 +638,7 @@ def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
         "added_tokens": [{"id": 2, "content": "é!", "special": False}, {"id": 0, "content": "a", "special": True}],
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
-    assert data.token_bytes(tmp_path, 4).tolist() == [0, 2, 3, 0]
+    assert token_dataset.bytes_per_token(tmp_path, 4).tolist() == [0, 2, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -659,17 +650,17 @@ def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
     ],
 )
 def test_bytes_of_other_tokenizers_are_not_known_without_a_table(tmp_path, found):
-    assert data.token_bytes(tmp_path, 3) is None
+    assert token_dataset.bytes_per_token(tmp_path, 3) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
-    assert data.token_bytes(tmp_path, 3) is None
+    assert token_dataset.bytes_per_token(tmp_path, 3) is None
     np.save(tmp_path / "token_bytes.npy", [0, 4, 1])
-    assert data.token_bytes(tmp_path, 3).tolist() == [0, 4, 1]
+    assert token_dataset.bytes_per_token(tmp_path, 3).tolist() == [0, 4, 1]
     with pytest.raises(DataError, match=r"token_bytes\.npy: does not fit vocab_size 4 "):
-        data.token_bytes(tmp_path, 4)
+        token_dataset.bytes_per_token(tmp_path, 4)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}'])
 def test_a_broken_tokenizer_is_a_sentence(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 3 "):
-        data.token_bytes(tmp_path, 3)
+        token_dataset.bytes_per_token(tmp_path, 3)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from distributed_helper import AGENT
 
-from tinytrain_dist.cli import TOOLS
-from tinytrain_dist.config import FIELDS
+from tinytrain_dist.cli.main import VERBS
+from tinytrain_dist.config.schema import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,8 +55,8 @@ def test_commands_name_files_settings_and_tools_that_exist(page: str, words: lis
     program = words[0].removeprefix(".venv/bin/")
     known = set(FIELDS) | OF_OTHERS.get(program, set())
     if program == "tinytrain":
-        assert words[1] in TOOLS, f"{page} uses tinytrain {words[1]}"
-        known |= flags_by_help([sys.executable, "-m", "tinytrain_dist.cli", words[1]])
+        assert words[1] in VERBS, f"{page} uses tinytrain {words[1]}"
+        known |= flags_by_help([sys.executable, "-m", "tinytrain_dist", words[1]])
     elif program in HELP:
         known |= flags_by_help([program])
     for word in words:
@@ -75,7 +75,7 @@ def test_links_and_names_in_the_text_exist(page: Path) -> None:
     for name in re.findall(r"`--([a-z-]+)`", prose):
         assert name in OF_LAUNCHERS or name.replace("-", "_") in FIELDS, f"{page.name} names --{name}"
     for verb in re.findall(r"`tinytrain ([a-z]+)", prose):
-        assert verb in TOOLS, f"{page.name} names tinytrain {verb}"
+        assert verb in VERBS, f"{page.name} names tinytrain {verb}"
     for name in re.findall(r"`([a-z]+/[a-z_.]+\.(?:py|sh|sbatch|toml|md))`", prose):
         assert (ROOT / name).exists() or name == "slurm/env.sh", f"{page.name} names {name}"
 

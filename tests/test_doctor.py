@@ -15,10 +15,12 @@ import torch
 from distributed_helper import AGENT, launch_training, run_ranks
 from training import settings_for
 
-from tinytrain_dist import census, distributed, meeting, network
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.errors import ConfigError, MeetingError
-from tinytrain_dist.tools import doctor, machine
+from tinytrain_dist.cli import doctor, machine_checks, speed_checks
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed import network, rendezvous
+from tinytrain_dist.distributed.context import DistributedContext, init_distributed
+from tinytrain_dist.errors import ConfigError, RendezvousError
+from tinytrain_dist.reliability import rank_consistency
 
 DEBIAN = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
 
@@ -60,7 +62,7 @@ def join(variables: dict[str, dict[str, str]], seconds: float) -> str:
     """On a rank: meet with other variables than the launcher gave; what comes of it."""
     os.environ.update(variables.get(os.environ["RANK"], {}))
     try:
-        return " ".join(meeting.meet(seconds).hosts)
+        return " ".join(rendezvous.rendezvous(seconds).hosts)
     except ConfigError as error:
         return f"{type(error).__name__}: {error.problems[0]}"
 
@@ -110,7 +112,7 @@ def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
     """On a rank: come from another host, whose own name stands for `loopback`."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     host = name_of_rank[os.environ["RANK"]]
-    meeting._myself = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
+    rendezvous._own_arrival = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
     return join({}, 30)
 
 
@@ -138,10 +140,10 @@ def test_tasks_of_srun_without_a_head_are_not_many_runs_of_one(monkeypatch: pyte
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ConfigError, match="MASTER_ADDR: not set, but srun started 4 tasks"):
-        meeting.meet()
+        rendezvous.rendezvous()
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")  # the batch script itself, which Slurm also gives SLURM_NTASKS
-    assert meeting.meet().hosts == [socket.gethostname()]
+    assert rendezvous.rendezvous().hosts == [socket.gethostname()]
 
 
 # ---------------------------------------------------------------- all ranks run the same
@@ -149,31 +151,32 @@ def test_tasks_of_srun_without_a_head_are_not_many_runs_of_one(monkeypatch: pyte
 
 def take_census(settings: dict[str, Any], odd: str) -> str:
     """On a rank: the check at the start of a run, with something else on rank 2."""
-    context = replace(distributed.start("cpu"), host=f"node{int(os.environ['RANK']) // 2 + 1}")
+    context = replace(init_distributed("cpu"), host=f"node{int(os.environ['RANK']) // 2 + 1}")
     if context.rank == 2:
         if odd == "settings":
             settings = {**settings, "lr_max": 0.5, "target_dir": "elsewhere"}
         elif odd == "code":
-            census.code_digest = lambda: "another"
+            rank_consistency.code_digest = lambda: "another"
         elif odd == "versions":
             torch.__version__ = "2.11.0"  # type: ignore[assignment]
         elif odd == "shape":
             context = replace(context, local_world_size=7)
         elif odd == "clock":
-            real = census.time.time
-            census.clock_offsets.__defaults__ = (lambda: real() - 100,)
+            real = rank_consistency.time.time
+            rank_consistency.clock_offsets.__defaults__ = (lambda: real() - 100,)
     if odd == "threads":
         settings = {**settings, "cpu_threads": 4}
-        census.usable_cores = lambda: {0, 1} if context.rank < 2 else {0, 1, 2, 3, 4, 5, 6, 7}
+        rank_consistency.usable_cores = lambda: {0, 1} if context.rank < 2 else {0, 1, 2, 3, 4, 5, 6, 7}
     else:
-        census.usable_cores = lambda: {0, 1}
+        rank_consistency.usable_cores = lambda: {0, 1}
     try:
-        return "\n".join(census.take(TrainingConfig(**settings), context))
+        return "\n".join(rank_consistency.check_rank_consistency(TrainingConfig(**settings), context))
     except ConfigError as error:
         return "\n".join([error.source, *error.problems])
 
 
 REST = "rank 0 (node1), rank 1 (node1), rank 3 (node2)"
+CODE = rank_consistency.code_digest()
 
 
 @pytest.mark.multiprocess
@@ -188,7 +191,7 @@ REST = "rank 0 (node1), rank 1 (node1), rank 3 (node2)"
             "give every node the same file and the same settings\n"
             f"lr_max: 0.5 on rank 2 (node2), but 0.001 on {REST}; give every node the same file and the same settings",
         ),
-        ("code", f"code: 'another' on rank 2 (node2), but '{census.code_digest()}' on {REST}; start every node from"),
+        ("code", f"code: 'another' on rank 2 (node2), but '{CODE}' on {REST}; start every node from"),
         ("versions", f"torch: '2.11.0' on rank 2 (node2), but {torch.__version__!r} on {REST}; use one environment"),
         ("shape", f"processes per node: 7 on rank 2 (node2), but 4 on {REST}; start the same number"),
         ("clock", "clock: node2 is 100.0 s behind node1; set it (chrony)"),
@@ -204,7 +207,7 @@ def test_odd_rank_is_named_on_all_ranks(odd: str, problems: str) -> None:
 
 
 def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
-    assert census.odd_ones([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
+    assert rank_consistency.find_differences([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
         "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use one environment on all nodes"
     ]
 
@@ -213,7 +216,8 @@ def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
 def test_run_with_different_settings_on_its_ranks_does_not_start(tmp_path: Path) -> None:
     script = tmp_path / "odd.py"
     script.write_text(
-        "import os, sys\nfrom tinytrain_dist.run import main\nmain([*sys.argv[1:], '--seed', os.environ['RANK']])\n"
+        "import os, sys\nfrom tinytrain_dist.launch.worker import main\n"
+        "main([*sys.argv[1:], '--seed', os.environ['RANK']])\n"
     )
     settings = settings_for(tmp_path, "run")
     config = tmp_path / "run.toml"
@@ -234,10 +238,10 @@ def examine(args: list[str], slow_rank: int | None = None, broken: str = "") -> 
     import io
 
     rank = int(os.environ["RANK"])
-    doctor.MIB = 1024
-    census.usable_cores = lambda: set(range(8))
-    doctor.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
-    doctor.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
+    speed_checks.MIB = 1024
+    rank_consistency.usable_cores = lambda: set(range(8))
+    speed_checks.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
+    speed_checks.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
     if broken == "port" and rank == 0:
         doctor._try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
     said = io.StringIO()
@@ -291,7 +295,7 @@ def test_run_folder_and_data_of_the_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_under_the_agent(tmp_path: Path) -> None:
-    module = "tinytrain_dist.tools.doctor"
+    module = "tinytrain_dist.cli.doctor"
     done = launch_training(["--timeout", "60"], 2, tmp_path, script=module, torchrun_args=["-m"], launcher=AGENT)
     assert "on 2 ranks of" in done.stdout
     assert re.search(r"matmul bf16: .* TFLOP/s", done.stdout)
@@ -310,7 +314,7 @@ def test_under_the_agent(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_on_the_command_line(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from tinytrain_dist.cli import main
+    from tinytrain_dist.cli.main import main
 
     try:
         code: Any = main(["doctor", *args])
@@ -325,14 +329,14 @@ def test_mistakes_on_the_command_line(args: list[str], says: str, capsys: pytest
 
 def test_outlier_is_below_eight_tenths_of_the_median() -> None:
     rates = {"a": 10.0, "b": 10.2, "c": 7.9}
-    (said,) = doctor.outliers("matmul", "TFLOP/s", rates, "look there")
+    (said,) = speed_checks.outliers("matmul", "TFLOP/s", rates, "look there")
     assert said == "matmul: c has 7.9 TFLOP/s, the median of 3 is 10; look there"
-    assert doctor.outliers("matmul", "TFLOP/s", {**rates, "c": 8.1}, "") == []
+    assert speed_checks.outliers("matmul", "TFLOP/s", {**rates, "c": 8.1}, "") == []
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8])
 def test_each_node_swaps_with_both_neighbours_and_with_one_at_a_time(nodes: int) -> None:
-    rounds = doctor.ring_rounds(nodes)
+    rounds = speed_checks.ring_rounds(nodes)
     for pairs in rounds:
         busy = [node for pair in pairs for node in pair]
         assert len(busy) == len(set(busy))
@@ -349,39 +353,41 @@ def test_each_node_swaps_with_both_neighbours_and_with_one_at_a_time(nodes: int)
     ],
 )
 def test_shape_of_the_world(hosts: list[str], says: str) -> None:
-    context = distributed.DistributedContext(0, 0, len(hosts), 2, "a", torch.device("cpu"))
-    assert says in " ".join(doctor._shape(hosts, context))
-    assert bool(says) == bool(doctor._shape(hosts, context))
+    context = DistributedContext(0, 0, len(hosts), 2, "a", torch.device("cpu"))
+    assert says in " ".join(speed_checks.rank_placement_problems(hosts, context))
+    assert bool(says) == bool(speed_checks.rank_placement_problems(hosts, context))
 
 
 def test_limit_of_the_control_group_is_the_smallest_above(tmp_path: Path) -> None:
     job = tmp_path / "memory" / "slurm" / "job_1"
     job.mkdir(parents=True)
     (job / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert machine.cgroup_limit("4:memory:/slurm/job_1\n", tmp_path) is None
+    assert machine_checks.cgroup_limit("4:memory:/slurm/job_1\n", tmp_path) is None
     (job / "memory.limit_in_bytes").write_text("5000\n")
     (job.parent / "memory.limit_in_bytes").write_text("4000\n")
-    assert machine.cgroup_limit("4:memory:/slurm/job_1\n3:cpu:/x\n", tmp_path) == 4000
+    assert machine_checks.cgroup_limit("4:memory:/slurm/job_1\n3:cpu:/x\n", tmp_path) == 4000
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "memory.max").write_text("max\n")
-    assert machine.cgroup_limit("0::/user\n", tmp_path) is None
+    assert machine_checks.cgroup_limit("0::/user\n", tmp_path) is None
     (tmp_path / "user" / "memory.max").write_text("77\n")
-    assert machine.cgroup_limit("0::/user\n", tmp_path) == 77
+    assert machine_checks.cgroup_limit("0::/user\n", tmp_path) == 77
 
 
 def test_interface_that_does_not_exist_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
-    assert any(level == machine.PROBLEM and "no interface ib7" in text for level, text in machine.machine())
+    assert any(
+        level == machine_checks.PROBLEM and "no interface ib7" in text for level, text in machine_checks.machine()
+    )
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker0")
-    assert not any("NCCL_SOCKET_IFNAME:" in text for _, text in machine.machine())
+    assert not any("NCCL_SOCKET_IFNAME:" in text for _, text in machine_checks.machine())
 
 
 def test_own_name_that_is_the_machine_itself_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: DEBIAN)
-    notes = [text for level, text in machine.name_and_interfaces("node7") if level == machine.NOTE]
+    notes = [text for level, text in machine_checks.name_and_interfaces("node7") if level == machine_checks.NOTE]
     assert notes[0].startswith("name: node7 stands for 127.0.1.1 here; with several nodes export GLOO_SOCKET_IFNAME=")
 
 
 def test_meeting_error_is_a_mistake_of_the_configuration() -> None:
-    assert issubclass(MeetingError, ConfigError)
+    assert issubclass(RendezvousError, ConfigError)

@@ -140,10 +140,10 @@ def test_what_does_not_decide_bits_changes_nothing(folder: Path) -> None:
 
 
 def read_ahead(_: Any) -> None:
-    from tinytrain_dist import trainer as module
-    from tinytrain_dist.data import Prefetcher
+    from tinytrain_dist.data import batches
+    from tinytrain_dist.data.batches import Prefetcher
 
-    module.Prefetcher = functools.partial(Prefetcher, depth=7)  # type: ignore[misc, assignment]
+    batches.Prefetcher = functools.partial(Prefetcher, depth=7)  # type: ignore[misc, assignment]
 
 
 LONG = {"reproducible": True, "total_steps": 30, "grad_clip_norm": 0.7, "eval_every": 7, "ckpt_every": 5}
@@ -151,7 +151,7 @@ LONG = {"reproducible": True, "total_steps": 30, "grad_clip_norm": 0.7, "eval_ev
 
 def die(trainer: Any, step: int, in_save: bool) -> None:
     """SIGKILL this rank in the middle of a step, or of a save."""
-    from tinytrain_dist import checkpoint
+    from tinytrain_dist.checkpoint import manifest
 
     def kill(*args: Any) -> None:
         if trainer.step == step if not in_save else args[0].name == f"checkpoint-{step:08d}.tmp":
@@ -159,9 +159,9 @@ def die(trainer: Any, step: int, in_save: bool) -> None:
         elif in_save:
             write_bytes(*args)
 
-    write_bytes = checkpoint.write_bytes
+    write_bytes = manifest.write_file
     if in_save and trainer.context.is_main:
-        checkpoint.write_bytes = kill  # the tensors are written, the rest is not
+        manifest.write_file = kill  # the tensors are written, the rest is not
     elif not in_save:
         trainer.model.register_forward_pre_hook(kill)
 
@@ -217,7 +217,7 @@ def test_golden_curve(tmp_path: Path) -> None:
 
 def break_tree(_: Any) -> None:
     """Sum in the order of ranks, as a ring would."""
-    from tinytrain_dist import reduction
+    from tinytrain_dist.parallel import tree_reduction
 
     def in_order(parts: torch.Tensor) -> torch.Tensor:
         total = parts[0].clone()
@@ -225,12 +225,12 @@ def break_tree(_: Any) -> None:
             total += part
         return total
 
-    reduction.tree_sum = in_order
+    tree_reduction.tree_sum = in_order
 
 
 def break_counter(_: Any) -> None:
     """Add micro-steps one after the other, as `.grad` does."""
-    from tinytrain_dist.reduction import BinaryCounter
+    from tinytrain_dist.parallel.tree_reduction import BinaryCounter
 
     def add(self: BinaryCounter, leaf: int, tensors: list[torch.Tensor]) -> None:
         if leaf:
@@ -248,19 +248,19 @@ def break_sampling(trainer: Any) -> None:
 
 def break_initial_weights(trainer: Any) -> None:
     """Let the rank decide the weights, by one unit in the last place or so."""
-    from tinytrain_dist.optim import local
+    from tinytrain_dist.distributed.dtensor import local_tensor
 
     with torch.no_grad():
         for param in trainer.model.parameters():
-            local(param).mul_(1 + trainer.context.rank * 2**-22)
+            local_tensor(param).mul_(1 + trainer.context.rank * 2**-22)
 
 
 def break_norm(trainer: Any) -> None:
     """Clip by the norm of the local shards."""
-    from tinytrain_dist.optim import local
+    from tinytrain_dist.distributed.dtensor import local_tensor
 
     def local_norm() -> torch.Tensor:
-        squares = [local(param.grad).double().square().sum() for param in trainer.model.parameters()]
+        squares = [local_tensor(param.grad).double().square().sum() for param in trainer.model.parameters()]
         return torch.stack(squares).sum()
 
     trainer.reduction.squared_norm = local_norm
@@ -268,9 +268,9 @@ def break_norm(trainer: Any) -> None:
 
 def break_update(_: Any) -> None:
     """Let torch's fused kernel end a tensor with scalar code."""
-    from tinytrain_dist import optim
+    from tinytrain_dist.optim import adamw
 
-    optim._fill_vectors = lambda *pieces: lambda: None  # type: ignore[assignment]
+    adamw._pad_to_simd_width = lambda *pieces: lambda: None  # type: ignore[assignment]
 
 
 BREAKS = [  # the tree over ranks needs four of them to have an order, the counter four micro-steps

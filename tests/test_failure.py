@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tinytrain_dist import failure
+from tinytrain_dist.reliability import error_report
 
 CAUSES = {
     "peer": {"message": "peer", "time": 1.0, "secondary": True, "step": 3},  # earliest on its host's clock
@@ -21,7 +21,7 @@ CAUSES = {
 @pytest.mark.parametrize("order", list(itertools.permutations(CAUSES)))
 def test_a_death_comes_before_what_peers_say_and_then_the_earlier_one(tmp_path: Path, order: Any) -> None:
     for name in order:
-        failure.report(tmp_path, CAUSES[name])
+        error_report.write_error(tmp_path, CAUSES[name])
     assert json.loads((tmp_path / "error.json").read_text()) == CAUSES["killed"]
     assert json.loads((tmp_path / "state.json").read_text())["state"] == "failed"
 
@@ -29,32 +29,32 @@ def test_a_death_comes_before_what_peers_say_and_then_the_earlier_one(tmp_path: 
 def test_what_a_peer_says_never_replaces_a_cause_written_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failure.report(tmp_path, CAUSES["killed"])
-    monkeypatch.setattr(failure, "read_object", lambda path: {})  # it was not there yet when this one looked
-    failure.report(tmp_path, CAUSES["peer"])
+    error_report.write_error(tmp_path, CAUSES["killed"])
+    monkeypatch.setattr(error_report, "read_json_object", lambda path: {})  # it was not there yet when this one looked
+    error_report.write_error(tmp_path, CAUSES["peer"])
     assert json.loads((tmp_path / "error.json").read_text()) == CAUSES["killed"]
 
 
 def test_taking_the_cause_removes_it_and_a_silent_end_has_a_sentence(tmp_path: Path) -> None:
-    assert failure.take(tmp_path) == ""
-    failure.report(tmp_path, CAUSES["killed"])
-    assert failure.take(tmp_path) == "killed"
+    assert error_report.read_and_clear_error(tmp_path) == ""
+    error_report.write_error(tmp_path, CAUSES["killed"])
+    assert error_report.read_and_clear_error(tmp_path) == "killed"
     assert not (tmp_path / "error.json").exists()
     (tmp_path / "state.json").write_text('{"state": "running", "step": 1}')
-    assert failure.take(tmp_path) == failure.SILENT
+    assert error_report.read_and_clear_error(tmp_path) == error_report.NO_ERROR_MESSAGE
     (tmp_path / "state.json").write_text('{"state": "preempted", "step": 1}')
-    assert failure.take(tmp_path) == ""
+    assert error_report.read_and_clear_error(tmp_path) == ""
 
 
 def test_a_notice_is_for_one_world_and_the_first_one_stays(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    failure.end_all(tmp_path, "a", "first")
-    failure.end_all(tmp_path, "a", "second")
-    assert failure.ending(tmp_path, "a")["message"] == "first"
-    assert failure.ending(tmp_path, "b") == {}
-    assert failure.ending(tmp_path, "") == {}
+    error_report.request_abort(tmp_path, "a", "first")
+    error_report.request_abort(tmp_path, "a", "second")
+    assert error_report.read_abort_request(tmp_path, "a")["message"] == "first"
+    assert error_report.read_abort_request(tmp_path, "b") == {}
+    assert error_report.read_abort_request(tmp_path, "") == {}
 
 
 def test_a_full_disk_is_no_matter(tmp_path: Path) -> None:
-    failure.report(tmp_path / "gone", CAUSES["killed"])
-    failure.end_all(tmp_path / "gone", "a", "x")
+    error_report.write_error(tmp_path / "gone", CAUSES["killed"])
+    error_report.request_abort(tmp_path / "gone", "a", "x")

@@ -194,7 +194,7 @@ def test_node_command(tmp_path: Path) -> None:
 
 
 def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinytrain_dist import meeting
+    from tinytrain_dist.distributed import rendezvous
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "x")  # so that it is restored
@@ -203,7 +203,7 @@ def test_slurm_tasks_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "head")
-    meeting.adopt_slurm_tasks()
+    rendezvous.adopt_slurm_variables()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     assert found == ["9", "11", "1", "3"]
 

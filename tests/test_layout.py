@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.config import TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.layout import BatchPlan, Layout, choose_layout
 
 
 def mesh(config: TrainingConfig, world: int, local: int, fits: bool = True) -> tuple[str, int, int]:
-    layout = choose_layout(config, world, local, fits)
+    layout = choose_parallel_dims(config, world, local, fits)
     return layout.mode, layout.replicate, layout.shard
 
 
@@ -58,7 +59,7 @@ def test_configured_modes(settings, world, local, expected):
 
 def test_none_on_several_processes_is_an_error():
     with pytest.raises(ConfigError, match="parallel: none runs on 1 process, but there are 2"):
-        choose_layout(TrainingConfig(parallel="none"), 2, 2)
+        choose_parallel_dims(TrainingConfig(parallel="none"), 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ def test_none_on_several_processes_is_an_error():
 )
 def test_a_mesh_that_does_not_cover_the_world_lists_those_that_do(settings, world, local, product):
     with pytest.raises(ConfigError) as caught:
-        choose_layout(TrainingConfig(parallel="hsdp", **settings), world, local)
+        choose_parallel_dims(TrainingConfig(parallel="hsdp", **settings), world, local)
     assert caught.value.problems == [f"dp_replicate x dp_shard: {product}"]
 
 
 def test_a_layout_says_itself():
-    text = str(choose_layout(TrainingConfig(), 4, 4))
+    text = str(choose_parallel_dims(TrainingConfig(), 4, 4))
     assert text.startswith("parallel = ddp: 4 replica(s) x 1 shard(s); chosen because")
 
 
@@ -85,7 +86,7 @@ def test_a_layout_says_itself():
 
 
 def make(config: TrainingConfig, replicate: int = 1, shard: int = 1) -> BatchPlan:
-    return BatchPlan.make(config, Layout("any", replicate, shard, ""))
+    return BatchPlan.make(config, ParallelDims("any", replicate, shard, ""))
 
 
 def test_accumulation_is_derived():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.losses import IGNORE, cross_entropy_loss, head_loss_sum, loss_piece
+from tinytrain_dist.model.loss import IGNORE_INDEX, chunk_loss_and_grad, cross_entropy_loss, head_loss_sum
 
 
 def test_the_signature_is_that_of_the_notes():
@@ -52,7 +52,7 @@ def test_logits_that_are_large_do_not_overflow():
 
 def test_minus_100_is_ignored_in_the_sum_and_in_the_mean():
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    targets = torch.tensor([1, IGNORE, 3, IGNORE])
+    targets = torch.tensor([1, IGNORE_INDEX, 3, IGNORE_INDEX])
     kept = by_hand(logits.detach()[[0, 2]], targets[[0, 2]])
     torch.testing.assert_close(cross_entropy_loss(logits, targets).double(), kept.mean())
     torch.testing.assert_close(cross_entropy_loss(logits, targets, reduction="sum").double(), kept.sum())
@@ -68,7 +68,7 @@ def test_another_id_can_be_ignored():
     with_padding = cross_entropy_loss(logits, torch.tensor([1, 0, 2]), ignore_index=0)
     torch.testing.assert_close(with_padding, cross_entropy_loss(logits[[0, 2]], torch.tensor([1, 2])))
     with pytest.raises(ValueError, match="target -100 is not in"):
-        cross_entropy_loss(logits, torch.tensor([1, IGNORE, 2]), ignore_index=0)
+        cross_entropy_loss(logits, torch.tensor([1, IGNORE_INDEX, 2]), ignore_index=0)
 
 
 @pytest.mark.parametrize("bad", [-1, -5, 5, 2**31])
@@ -128,7 +128,7 @@ def problem(n: int, d: int, v: int, seed: int, ignored: float) -> tuple[torch.Te
     hidden = torch.randn(n, d, generator=generator)
     weight = torch.randn(v, d, generator=generator)
     targets = torch.randint(0, v, (n,), generator=generator)
-    return hidden, weight, targets.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORE)
+    return hidden, weight, targets.masked_fill(torch.rand(n, generator=generator) < ignored, IGNORE_INDEX)
 
 
 def loss_and_gradients(hidden, weight, targets, chunk_tokens, scale=1.0):
@@ -140,7 +140,7 @@ def loss_and_gradients(hidden, weight, targets, chunk_tokens, scale=1.0):
 
 def reference(hidden, weight, targets, scale=1.0):
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    loss = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
+    loss = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     (loss * scale).backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -174,8 +174,8 @@ def test_pieces_give_the_plain_loss_and_both_gradients(n, d, v, chunk, seed, ign
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 12, 13])
 def test_every_chunk_size_of_one_case(chunk):
     case = problem(13, 6, 31, seed=4, ignored=0.3)
-    assert (case[2] == IGNORE).any()
-    assert (case[2] != IGNORE).any()
+    assert (case[2] == IGNORE_INDEX).any()
+    assert (case[2] != IGNORE_INDEX).any()
     for ours, plain in zip(loss_and_gradients(*case, chunk), loss_and_gradients(*case, None), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=2e-6)
 
@@ -184,7 +184,7 @@ def test_every_chunk_size_of_one_case(chunk):
 def test_ignored_tokens_have_no_gradient(chunk):
     hidden, weight, targets = problem(10, 6, 31, seed=4, ignored=0.5)
     _, grad_hidden, _ = loss_and_gradients(hidden, weight, targets, chunk)
-    ignored = targets == IGNORE
+    ignored = targets == IGNORE_INDEX
     assert (grad_hidden[ignored] == 0).all()
     assert (grad_hidden[~ignored] != 0).any(dim=1).all()
 
@@ -248,10 +248,10 @@ def test_without_a_chunk_size_pieces_have_at_most_so_many_logits(monkeypatch: py
 
     def piece(logits, ids):
         sizes.append(list(logits.shape))
-        return loss_piece(logits, ids)
+        return chunk_loss_and_grad(logits, ids)
 
     whole = head_loss_sum(hidden, weight, targets, None, piece)
-    monkeypatch.setattr("tinytrain_dist.losses.CHUNK_LOGITS", 60)
+    monkeypatch.setattr("tinytrain_dist.model.loss.MAX_CHUNK_LOGITS", 60)
     torch.testing.assert_close(head_loss_sum(hidden, weight, targets, None, piece), whole)
     assert sizes == [[10, 7], [3, 7], [3, 7], [3, 7], [1, 7]]  # halved until at most 30
 

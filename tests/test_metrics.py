@@ -7,16 +7,19 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tinytrain_dist import metrics
-from tinytrain_dist.board import EVENT_ROWS
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.metrics import HostCopy, RunLog, Stopwatch, WorkClock, cut_back, duration, memory_bytes, peak_flops
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
+from tinytrain_dist.metrics.run_log import RunLog, truncate_records
+from tinytrain_dist.metrics.tensorboard import EVENT_ROWS
+from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
+from tinytrain_dist.utils.text import format_duration
 
 GROUPS = {"step_time": {"data": 0.25, "forward_backward": 1.5}, "grad_norm_by_layer": {"layers.0": 0.5, "norm": 2.0}}
 WORK = [1.0, 1.5]  # seconds of two ranks
@@ -48,7 +51,7 @@ def line(step: int) -> str:
 def test_records_after_the_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(line(step) + "\n" for step in (1, 2, 3, 4)))
-    cut_back(path, 2)
+    truncate_records(path, 2)
     assert path.read_text() == line(1) + "\n" + line(2) + "\n"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -57,19 +60,19 @@ def test_records_after_the_step_are_dropped(tmp_path):
 def test_a_torn_line_is_dropped_and_the_next_record_starts_a_line(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + "\n" + torn)
-    cut_back(path, 5)
+    truncate_records(path, 5)
     assert path.read_text() == line(1) + "\n"
 
 
 def test_a_last_line_without_its_end_is_kept_and_ended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + "\n" + line(2))
-    cut_back(path, 5)
+    truncate_records(path, 5)
     assert path.read_text() == line(1) + "\n" + line(2) + "\n"
 
 
 def test_without_a_record_there_is_nothing_to_cut(tmp_path):
-    cut_back(tmp_path / "metrics.jsonl", 5)
+    truncate_records(tmp_path / "metrics.jsonl", 5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,7 +356,7 @@ class Clock:
 
 def test_a_lap_is_a_duration_and_not_a_clock_reading():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     assert watch.lap(103.0) == 3.0
     assert watch.lap(103.5) == 0.5
     assert watch.lap(103.5) == 0.0
@@ -361,7 +364,7 @@ def test_a_lap_is_a_duration_and_not_a_clock_reading():
 
 def test_a_lap_ends_when_the_step_ended_and_not_when_it_is_asked_for():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     clock.now += 50.0  # the numbers of a step are read when the next one is under way
     assert watch.lap(103.0) == 3.0
     assert watch.lap(150.0) == 47.0
@@ -369,7 +372,7 @@ def test_a_lap_ends_when_the_step_ended_and_not_when_it_is_asked_for():
 
 def test_pauses_are_left_out_of_their_lap_only():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
     clock.now += 1.0
     with watch.paused():
         clock.now += 10.0
@@ -383,7 +386,7 @@ def test_pauses_are_left_out_of_their_lap_only():
 
 def test_a_pause_that_ends_with_an_error_is_left_out_too():
     clock = Clock()
-    watch = Stopwatch(clock)
+    watch = StepTimer(clock)
 
     def fail() -> None:
         with watch.paused():
@@ -401,7 +404,7 @@ def test_a_pause_that_ends_with_an_error_is_left_out_too():
     [(0, "0:00:00"), (59.9, "0:00:59"), (60, "0:01:00"), (3661, "1:01:01"), (360_000, "100:00:00"), (-5, "0:00:00")],
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_a_host_copy_of_cpu_values():
@@ -415,8 +418,8 @@ def test_a_host_copy_of_cpu_values():
 def test_work_is_timed_inside_the_modules_only(monkeypatch):
     inner, outer_only = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     clock = Clock()
-    monkeypatch.setattr(metrics.time, "perf_counter", clock)
-    work = WorkClock([inner], cuda=False)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    work = ForwardTimer([inner], cuda=False)
     inner.register_forward_pre_hook(lambda *_: setattr(clock, "now", clock.now + 2.0))
     outer_only.register_forward_hook(lambda *_: setattr(clock, "now", clock.now + 50.0))
     for _ in range(3):
@@ -427,12 +430,12 @@ def test_work_is_timed_inside_the_modules_only(monkeypatch):
 
 def test_memory_is_that_of_this_process():
     one_gib = 1 << 30
-    assert 10 << 20 < memory_bytes(torch.device("cpu")) < 64 * one_gib
+    assert 10 << 20 < peak_memory_bytes(torch.device("cpu")) < 64 * one_gib
 
 
 def test_a_cpu_has_no_peak_and_a_gpu_that_of_its_name(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
-    monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_flops(torch.device("cuda")) == 989e12
-    monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1080")
     assert peak_flops(torch.device("cuda")) is None

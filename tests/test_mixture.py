@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import TINY, Run, train
 
-from tinytrain_dist.commandline import load_config, parse_command_line, resolve_vocab_size
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.data import TokenFiles, read_windows, short_names, window_starts
+from tinytrain_dist.config.loading import load_config, parse_command_line, resolve_vocab_size
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.sampling import window_starts
+from tinytrain_dist.data.token_dataset import TokenDataset, read_windows, short_names
 from tinytrain_dist.errors import ConfigError, DataError, TinytrainError
 
 CONTEXT = 7
@@ -41,17 +42,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_one_file_draws_the_windows_it_always_drew(files: list[str]) -> None:
     for path in files:
-        source = TokenFiles([path], CONTEXT)
+        source = TokenDataset([path], CONTEXT)
         chosen, starts = source.draw(1, 2, [0, 1, 2, 3, 10])
         assert not chosen.any()
         assert starts.tolist() == window_starts(1, 2, [0, 1, 2, 3, 10], source.windows[0]).tolist()
     frozen = [[13, 7, 3, 9, 6], [3, 27, 3, 39, 36], [53, 27, 3, 89, 86]]
-    drawn = [TokenFiles([path], CONTEXT).draw(1, 2, [0, 1, 2, 3, 10])[1].tolist() for path in files]
+    drawn = [TokenDataset([path], CONTEXT).draw(1, 2, [0, 1, 2, 3, 10])[1].tolist() for path in files]
     assert drawn == frozen, "a run on one file, when resumed, would continue with other windows"
 
 
 def test_the_draw_of_a_mixture_is_pinned(files: list[str]) -> None:
-    chosen, starts = TokenFiles(files, CONTEXT, weights=[0.2, 0.5, 0.3]).draw(1, 2, range(8))
+    chosen, starts = TokenDataset(files, CONTEXT, weights=[0.2, 0.5, 0.3]).draw(1, 2, range(8))
     assert [chosen.tolist(), starts.tolist()] == [PINNED_FILES, PINNED_STARTS], (
         "a run on several files, when resumed, would continue with other windows: say so in CHANGELOG.md"
     )
@@ -70,7 +71,7 @@ PINNED_STARTS = [13, 27, 3, 39, 33, 29, 12, 33]
 def test_a_slots_file_and_window_do_not_depend_on_the_others(
     files: list[str], seed: int, step: int, slots: list[int], weights: list[float] | None
 ) -> None:
-    source = TokenFiles(files, CONTEXT, weights=weights)
+    source = TokenDataset(files, CONTEXT, weights=weights)
     alone = [tuple(int(part[0]) for part in source.draw(seed, step, [slot])) for slot in slots]
     assert list(zip(*(part.tolist() for part in source.draw(seed, step, slots)), strict=True)) == alone
     assert all(0 <= start < source.windows[file] for file, start in alone)
@@ -85,7 +86,7 @@ def chi_square(counts: Any, expected: Any) -> float:
 def test_weights_are_kept_and_every_window_of_a_file_is_equally_likely(
     files: list[str], weights: list[float] | None
 ) -> None:
-    source, draws = TokenFiles(files, CONTEXT, weights=weights), 60_000
+    source, draws = TokenDataset(files, CONTEXT, weights=weights), 60_000
     chosen, starts = source.draw(3, 0, range(draws))
     shares = np.array(weights or source.windows) / sum(weights or source.windows)
     counts = np.bincount(chosen, minlength=3)
@@ -104,19 +105,19 @@ def test_weights_are_kept_and_every_window_of_a_file_is_equally_likely(
 def test_the_file_says_nothing_about_the_window(tmp_path: Path) -> None:
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.arange(11, dtype=np.uint16))
-    chosen, starts = TokenFiles([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")], 1).draw(5, 0, range(40_000))
+    chosen, starts = TokenDataset([str(tmp_path / "a.npy"), str(tmp_path / "b.npy")], 1).draw(5, 0, range(40_000))
     table = np.histogram2d(chosen, starts, bins=(2, 10))[0]
     assert chi_square(table, np.full((2, 10), 2000)) < 43.8  # 19 degrees of freedom
 
 
 def test_what_is_drawn_is_what_is_read(files: list[str]) -> None:
-    source = TokenFiles(files, CONTEXT)
+    source = TokenDataset(files, CONTEXT)
     chosen, starts = source.draw(0, 0, range(50))
     assert set(chosen.tolist()) == {0, 1, 2}
     rows = source.read(chosen, starts)
     first = (np.array([1000, 2000, 3000])[chosen] + starts)[:, None]
     assert rows.tolist() == (first + np.arange(CONTEXT + 1)).tolist()
-    one = TokenFiles(files[:1], CONTEXT)
+    one = TokenDataset(files[:1], CONTEXT)
     drawn = one.draw(0, 0, range(9))
     by_array = read_windows(np.load(files[0]), drawn[1], CONTEXT)
     assert one.read(*drawn).dtype == by_array.dtype
@@ -124,7 +125,7 @@ def test_what_is_drawn_is_what_is_read(files: list[str]) -> None:
 
 
 def test_places_name_the_file_by_what_tells_it_apart(files: list[str]) -> None:
-    source = TokenFiles(files, CONTEXT)
+    source = TokenDataset(files, CONTEXT)
     chosen, starts = source.draw(0, 4, [2, 9])
     assert source.places(0, 4, [2, 9]) == [f"{chosen[0]}.npy:{starts[0]}", f"{chosen[1]}.npy:{starts[1]}"]
     assert short_names([]) == []  # a run without val_data
@@ -137,15 +138,15 @@ def test_a_file_that_is_too_short_or_of_another_vocabulary_is_named(files: list[
     short = str(tmp_path / "short.npy")
     np.save(short, np.arange(CONTEXT, dtype=np.uint16))
     with pytest.raises(DataError, match=r"short\.npy: has 7 tokens, but context_len 7 needs at least 8"):
-        TokenFiles([files[0], short], CONTEXT)
+        TokenDataset([files[0], short], CONTEXT)
     with pytest.raises(DataError, match=r"2\.npy: holds token id 3106, but vocab_size 3000"):
-        TokenFiles(files, CONTEXT, vocab_size=3000)
+        TokenDataset(files, CONTEXT, vocab_size=3000)
 
 
 def test_a_file_cut_short_while_training_is_named(tmp_path: Path) -> None:
     path = tmp_path / "t.npy"
     np.save(path, np.arange(1000, dtype=np.uint16))
-    source = TokenFiles([str(path)], CONTEXT)
+    source = TokenDataset([str(path)], CONTEXT)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DataError, match=r"t\.npy: has become shorter since the run began"):
         source.read(np.array([0]), np.array([900]))
@@ -271,7 +272,7 @@ def test_evaluation_of_several_files_and_bits_per_byte(whole: tuple[Path, dict[s
     assert record["loss"] == pytest.approx((record["loss/a/val.npy"] + record["loss/b/val.npy"]) / 2, rel=1e-12)
     assert record["loss/a/val.npy"] != record["loss/b/val.npy"]
     slots, context = range(TINY["batch_size"]), TINY["context_len"]
-    sources = [TokenFiles([path], context) for path in settings["val_data"]]
+    sources = [TokenDataset([path], context) for path in settings["val_data"]]
     targets = [source.read(*source.draw(0, 0, slots, 1))[:, 1:].numpy() for source in sources]
     size = sum(int(SIZES[ids].sum()) for ids in targets)
     nats = record["loss"] * 2 * len(slots) * context
@@ -285,10 +286,10 @@ def test_evaluation_of_several_files_and_bits_per_byte(whole: tuple[Path, dict[s
 
 def refusals(many: list[dict[str, Any]]) -> list[str]:
     """On a rank: why each of these runs is refused, or nothing."""
-    from tinytrain_dist import distributed
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
-    context, found = distributed.start("cpu"), []
+    context, found = init_distributed("cpu"), []
     for settings in many:
         try:
             Trainer(TrainingConfig(**settings), context).fit()
@@ -335,7 +336,7 @@ def test_a_checkpoint_of_one_file_is_noted_as_ever(tmp_path: Path) -> None:
     one = {"train_data": settings["train_data"][0], "train_weights": None, "val_data": settings["val_data"][0]}
     run = train(tmp_path, "one", 1, **{**settings, **one})
     state = json.loads((run.checkpoint / "trainer_state.json").read_text())
-    assert state["data"]["train"] == TokenFiles([one["train_data"]], 4).fingerprints[0]
+    assert state["data"]["train"] == TokenDataset([one["train_data"]], 4).fingerprints[0]
     (record, *_) = (r for r in run.records if r["kind"] == "eval")
     assert record.keys() == {"kind", "step", "time", "loss", "perplexity", "seconds"}, "no table, no bits per byte"
     listed = train(tmp_path, "one", 1, **{**settings, **one, "train_data": [one["train_data"]], "total_steps": 7})

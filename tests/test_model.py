@@ -16,18 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from tinytrain_dist.config import TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.huggingface import check_fits, huggingface_config
-from tinytrain_dist.model import (
-    Linear,
-    RMSNorm,
-    RotaryEmbedding,
-    SwiGLU,
-    TransformerBlock,
-    TransformerLM,
-    apply_rotary_pos_emb,
-)
+from tinytrain_dist.model.attention import RotaryEmbedding, apply_rotary_pos_emb
+from tinytrain_dist.model.hf_config import check_hf_config, to_hf_config
+from tinytrain_dist.model.layers import Linear, RMSNorm, SwiGLU
+from tinytrain_dist.model.transformer import TransformerBlock, TransformerLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
 
@@ -62,7 +56,7 @@ def some_ids(config: TrainingConfig, batch: int = 3, length: int = 20) -> torch.
 
 
 def write_folder(folder: Path, model: TransformerLM) -> Path:
-    (folder / "config.json").write_text(json.dumps(huggingface_config(model.config)))
+    (folder / "config.json").write_text(json.dumps(to_hf_config(model.config)))
     save_file(
         {name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors", {"format": "pt"}
     )
@@ -106,7 +100,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, tmp_path):
 def test_each_kind_differs_from_plain():
     # or the comparison above would compare the same model several times
     ids = some_ids(SMALL, length=48)
-    assert len({json.dumps(huggingface_config(config), sort_keys=True) for config in KINDS.values()}) == len(KINDS)
+    assert len({json.dumps(to_hf_config(config), sort_keys=True) for config in KINDS.values()}) == len(KINDS)
     plain, scaled = (random_model(KINDS[kind])(ids) for kind in ("plain", "llama3"))
     theta = random_model(dataclasses.replace(KINDS["llama3"], rope_scaling_factor=None, rope_original_context_len=None))
     assert not torch.allclose(scaled, theta(ids), atol=1e-3)
@@ -118,15 +112,15 @@ def test_transformers_own_config_is_taken_back(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = KINDS[kind]
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(huggingface_config(config)))
-    check_fits(config, tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(to_hf_config(config)))
+    check_hf_config(config, tmp_path / "ours")
     transformers.AutoConfig.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    check_fits(config, tmp_path / "theirs")
+    check_hf_config(config, tmp_path / "theirs")
 
 
 def test_the_end_token_is_told():
-    assert huggingface_config(SMALL)["eos_token_id"] is None
-    assert huggingface_config(SMALL, eos_id=5)["eos_token_id"] == 5
+    assert to_hf_config(SMALL)["eos_token_id"] is None
+    assert to_hf_config(SMALL, eos_id=5)["eos_token_id"] == 5
 
 
 # --- what a folder of another model must be ------------------------------------------------------------------------
@@ -134,11 +128,11 @@ def test_the_end_token_is_told():
 
 def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]:
     """The problems that check_fits names when config.json of `config` has these changes; None takes a key away."""
-    theirs = {**huggingface_config(config), **changes}
+    theirs = {**to_hf_config(config), **changes}
     theirs = {key: value for key, value in theirs.items() if value is not None or key not in changes}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     try:
-        check_fits(config, tmp_path)
+        check_hf_config(config, tmp_path)
     except ConfigError as error:
         return error.problems
     return []
@@ -193,7 +187,7 @@ def test_a_size_that_differs_says_both_and_what_to_set(tmp_path, key, value, set
 def test_the_folder_is_named(tmp_path):
     fits(tmp_path, SMALL, vocab_size=1)
     with pytest.raises(ConfigError) as caught:
-        check_fits(SMALL, tmp_path)
+        check_hf_config(SMALL, tmp_path)
     assert caught.value.source == f"init_from = {tmp_path}"
 
 
@@ -205,7 +199,7 @@ def test_everything_that_differs_is_said_at_once(tmp_path):
 def test_query_norms_and_scaling_must_agree(tmp_path):
     assert [p.split(":")[0] for p in fits(tmp_path, SMALL, model_type="qwen3")] == ["qk_norm"]
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["qwen3"], model_type="llama")] == ["qk_norm"]
-    scaled = {**huggingface_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
+    scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
     problems = fits(tmp_path, SMALL, rope_parameters=scaled)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
     # and the other way round: a scaling here that the weights were not trained with
@@ -231,12 +225,12 @@ def test_keys_left_out_have_transformers_defaults(tmp_path):
 def test_a_folder_of_something_else_is_a_sentence(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json cannot be read|hidden_size: is missing in"):
-        check_fits(SMALL, tmp_path)
+        check_hf_config(SMALL, tmp_path)
 
 
 def test_no_folder_is_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"init_from: .*config\.json cannot be read"):
-        check_fits(SMALL, tmp_path / "none")
+        check_hf_config(SMALL, tmp_path / "none")
 
 
 # --- first weights -------------------------------------------------------------------------------------------------
@@ -508,9 +502,9 @@ def test_a_model_of_other_modules_can_use_the_parts():
 
 @pytest.mark.parametrize("t", [5, 128, 300])
 def test_short_blocks_of_attention_equal_the_kernel(monkeypatch: pytest.MonkeyPatch, t: int) -> None:
-    from tinytrain_dist.model import causal_attention
+    from tinytrain_dist.model.attention import causal_attention
 
-    monkeypatch.setattr("tinytrain_dist.products.WITHOUT_BF16", False)
+    monkeypatch.setattr("tinytrain_dist.model.matmul.CPU_LACKS_BF16", False)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, t, 8).bfloat16().requires_grad_() for _ in range(3))
     weights = torch.randn(2, 3, t, 8)

@@ -21,9 +21,9 @@ from distributed_helper import run_ranks
 from training import Run, fit, settings_for, train
 
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.observer import NORMS_EVERY, PHASES, StepObserver
-from tinytrain_dist.parallel import unwrap
-from tinytrain_dist.replicas import bit_sum, fingerprints
+from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, PHASES, StepMetrics
+from tinytrain_dist.parallel.replica_check import fingerprints, weighted_bit_sum
+from tinytrain_dist.parallel.wrappers import unwrap
 
 # ---------------------------------------------------------------- who is slow
 
@@ -62,7 +62,7 @@ def named(works: list[list[float]]) -> list[tuple[int, str]]:
     log = SimpleNamespace(event=lambda step, kind, text: events.append((step, text[:6])))
     observer: Any = SimpleNamespace(log=log, suspect=None, named=None, hosts=["a", "b", "c", "d"])
     for step, seconds in enumerate(works, 1):
-        StepObserver._slowest(observer, step, [0.0] * len(seconds), seconds)
+        StepMetrics._slowest(observer, step, [0.0] * len(seconds), seconds)
     return events
 
 
@@ -180,7 +180,7 @@ def test_fingerprints_between_saves_are_compared_with_the_next_log_line(tmp_path
 
 @pytest.mark.parametrize(
     "of",
-    [lambda tensor: fingerprints([tensor]).item(), lambda tensor: bit_sum(tensor, 1 << 16).item()],
+    [lambda tensor: fingerprints([tensor]).item(), lambda tensor: weighted_bit_sum(tensor, 1 << 16).item()],
     ids=["CPU", "GPU"],
 )
 def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Tensor], int]) -> None:
@@ -207,7 +207,7 @@ def test_fingerprints_are_of_what_is_in_a_tensor_not_of_how_it_lies() -> None:
     alike = [kind.clone(memory_format=torch.contiguous_format) for kind in kinds]
     assert fingerprints(kinds).tolist() == fingerprints(alike).tolist()
     assert len(set(fingerprints(kinds).tolist())) == len(kinds)
-    assert torch.stack([bit_sum(kind) for kind in alike]).shape == (len(kinds),)
+    assert torch.stack([weighted_bit_sum(kind) for kind in alike]).shape == (len(kinds),)
 
 
 # ---------------------------------------------------------------- nobody waits
@@ -252,7 +252,7 @@ def test_between_log_lines_only_finished_copies_are_read_and_one_step_late(
         assert [step for step, where in reads if where == "HostCopy.read"] == [*range(2, 11)]
         assert [step for step, where in reads if where == "Vote.result"] == [0, *range(2, 11)]  # 0: whether to begin
         rest = [(step, where) for step, where in reads if where not in ("HostCopy.read", "Vote.result")]
-        assert rest == [(5, "DistributedContext.gather_numbers"), (9, "DistributedContext.gather_numbers")]
+        assert rest == [(5, "DistributedContext.all_gather_numbers"), (9, "DistributedContext.all_gather_numbers")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA to report synchronisations")
@@ -262,11 +262,11 @@ def test_no_step_synchronises_with_the_gpu(tmp_path: Path) -> None:
 
 
 def fit_without_synchronising(settings: dict[str, Any]) -> None:
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**settings), distributed.start("cuda"))
+    trainer = Trainer(TrainingConfig(**settings), init_distributed("cuda"))
     plain = trainer.train_step
 
     def strict(reason: str) -> Any:
@@ -291,7 +291,7 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-LONG = {"total_steps": NORMS_EVERY, "ckpt_every": NORMS_EVERY - 1, "eval_every": 5, "reproducible": True}
+LONG = {"total_steps": LAYER_NORMS_EVERY, "ckpt_every": LAYER_NORMS_EVERY - 1, "eval_every": 5, "reproducible": True}
 
 
 @pytest.fixture(scope="module")
@@ -325,14 +325,14 @@ def test_norms_by_layer_add_up_to_the_norm_and_are_those_of_the_weights(runs: di
     found = []
     for run in (runs["alone"], runs["fsdp"]):
         (record,) = [record for record in run.records if "grad_norm_by_layer" in record]
-        assert record["step"] == NORMS_EVERY
+        assert record["step"] == LAYER_NORMS_EVERY
         grads, weights = record["grad_norm_by_layer"], record["weight_norm_by_layer"]
         assert list(grads) == list(weights) == ["embed_tokens", "layers.0", "layers.1", "norm", "lm_head"]
         assert math.hypot(*grads.values()) == pytest.approx(record["grad_norm"], rel=1e-6)
         found.append({**grads, **{f"w {name}": value for name, value in weights.items()}})
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     before = min(runs["alone"].folder.glob("checkpoints/checkpoint-????????"))
-    from tinytrain_dist.tensorfiles import TensorReader
+    from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
     reader = TensorReader(before, "model")
     first = [reader.read(name).norm().item() for name in reader.files if "layers.1." in name]

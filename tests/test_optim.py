@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tinytrain_dist import optim
-from tinytrain_dist.optim import AdamW, clip_gradients, decay_groups
+from tinytrain_dist.optim import adamw
+from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
+from tinytrain_dist.optim.clipping import clip_gradients
 
 
 def positional(function) -> list[str]:
@@ -229,7 +230,7 @@ def test_the_bits_of_an_update_do_not_depend_on_where_a_tensor_is_cut():
 
 
 def test_without_filled_vectors_the_bits_do_depend_on_it(monkeypatch):
-    monkeypatch.setattr(optim, "_fill_vectors", lambda *pieces: lambda: None)
+    monkeypatch.setattr(adamw, "_pad_to_simd_width", lambda *pieces: lambda: None)
     same = [torch.equal(whole, cut) for whole, cut in zip(*whole_and_cut(ODD_CUTS, 10_003), strict=True)]
     if all(same):
         pytest.skip("this CPU's kernel rounds alike in whole and in incomplete vectors")
@@ -256,7 +257,7 @@ def test_a_transposed_parameter_is_updated_in_place(shape):
 
 def test_decay_groups_put_matrices_apart_from_vectors():
     model = nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 5))
-    groups = decay_groups(model, 0.1)
+    groups = weight_decay_groups(model, 0.1)
     assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
         (0.1, [(5, 3), (5, 3)]),
         (0.0, [(3,), (3,), (5,)]),
@@ -267,7 +268,7 @@ def test_decay_groups_leave_out_frozen_and_count_tied_weights_once():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
     model[2].weight.requires_grad_(False)
-    groups = decay_groups(model, 0.1)
+    groups = weight_decay_groups(model, 0.1)
     assert [len(group["params"]) for group in groups] == [1]  # and no empty group
 
 

@@ -49,21 +49,22 @@ def reference() -> dict[str, torch.Tensor]:
 
 
 def own_loop(wrap: str, param_dtype: torch.dtype | None) -> dict[str, Any]:
-    from tinytrain_dist import AdamW, apply_ddp, apply_fsdp, clip_gradients, distributed, gather_full_state_dict
-    from tinytrain_dist.layout import Layout
+    from tinytrain_dist import AdamW, apply_ddp, apply_fsdp, clip_gradients, gather_full_state_dict
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
 
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     torch.manual_seed(context.rank)  # a careless user: every rank another model; rank 0's must win
     model: nn.Module = Blocks()
     world = context.world_size
     if wrap == "ddp":
         model = apply_ddp(model)
     elif wrap == "fsdp":
-        mesh = context.with_layout(Layout("fsdp", 1, world, "")).mesh
+        mesh = context.with_mesh(ParallelDims("fsdp", 1, world, "")).mesh
         assert mesh is not None
         model = apply_fsdp(model, mesh["dp_shard"], param_dtype=param_dtype)
     else:
-        mesh = context.with_layout(Layout("hsdp", world // 2, 2, "")).mesh
+        mesh = context.with_mesh(ParallelDims("hsdp", world // 2, 2, "")).mesh
         assert mesh is not None
         model = apply_fsdp(model, mesh, param_dtype=param_dtype)
     optimizer = AdamW(model.parameters(), 0.1, (0.9, 0.999), 1e-8, 0.01)
@@ -100,10 +101,11 @@ def test_bf16_keeps_master_weights_and_gradients_in_float32() -> None:
 
 
 def refusals() -> list[str]:
-    from tinytrain_dist import apply_ddp, apply_fsdp, distributed
-    from tinytrain_dist.layout import Layout
+    from tinytrain_dist import apply_ddp, apply_fsdp
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
 
-    mesh = distributed.start("cpu").with_layout(Layout("hsdp", 1, 1, "")).mesh
+    mesh = init_distributed("cpu").with_mesh(ParallelDims("hsdp", 1, 1, "")).mesh
     messages = []
     for call in (lambda: apply_ddp(Blocks(), mesh), lambda: apply_fsdp(Blocks().bfloat16(), mesh)):
         try:
@@ -121,16 +123,17 @@ def test_refusals_say_what_to_do() -> None:
 
 def save_under(wrap: str, folder: str) -> int:
     """save_checkpoint and load_checkpoint are collectives where there is a process group."""
-    from tinytrain_dist import AdamW, apply_ddp, apply_fsdp, distributed, load_checkpoint, save_checkpoint
-    from tinytrain_dist.layout import Layout
+    from tinytrain_dist import AdamW, apply_ddp, apply_fsdp, load_checkpoint, save_checkpoint
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
 
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     torch.manual_seed(0)
     model: nn.Module = Blocks()
     if wrap == "ddp":
         model = apply_ddp(model)
     else:
-        mesh = context.with_layout(Layout("fsdp", 1, context.world_size, "")).mesh
+        mesh = context.with_mesh(ParallelDims("fsdp", 1, context.world_size, "")).mesh
         assert mesh is not None
         model = apply_fsdp(model, mesh["dp_shard"])
     optimizer = AdamW(model.parameters(), 0.1)
@@ -148,16 +151,17 @@ def test_own_loop_saves_on_ddp_and_loads_on_fsdp(tmp_path: Path) -> None:
 
 def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | None, str]]:
     """What `compile` becomes in each case; what its compiler says is said on the last rank only."""
-    from tinytrain_dist import distributed, parallel
-    from tinytrain_dist.config import TrainingConfig
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.errors import ConfigError
+    from tinytrain_dist.parallel import compile
 
-    context, results = distributed.start("cpu"), []
+    context, results = init_distributed("cpu"), []
     for compiler, settings in cases:
-        parallel.why_not_compile = lambda *_, said=compiler: said if context.rank else ""  # type: ignore[misc]
+        compile.why_not_compile = lambda *_, said=compiler: said if context.rank else ""  # type: ignore[misc]
         config = TrainingConfig(vocab_size=1000, micro_batch_size=1, **settings)
         try:
-            config, text = parallel.settle_compile(config, context)
+            config, text = compile.resolve_compile(config, context)
             results.append((config.compile, text))
         except ConfigError as error:
             results.append((None, str(error)))
@@ -186,7 +190,7 @@ def test_compile_is_decided_for_all_ranks_and_said() -> None:
 
 
 def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinytrain_dist.environment import why_not_compile
+    from tinytrain_dist.parallel.compile import why_not_compile
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler\nat all")
@@ -196,7 +200,7 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinytrain_dist import environment
+    from tinytrain_dist.parallel import compile
 
     cpu = torch.device("cpu")
     for without, version, exact, refused in (
@@ -205,31 +209,32 @@ def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytes
         (True, "2.12.1", False, False),
         (False, "2.12.1", True, False),
     ):
-        monkeypatch.setattr(environment, "WITHOUT_BF16", without)
+        monkeypatch.setattr(compile, "CPU_LACKS_BF16", without)
         monkeypatch.setattr(torch, "__version__", version)
-        assert ("leaves out roundings" in environment.why_not_compile(cpu, exact)) == refused
+        assert ("leaves out roundings" in compile.why_not_compile(cpu, exact)) == refused
 
 
 # ---------------------------------------------------------------- messages over gloo
 
 
 def gathers(world_size: int) -> list[Any]:
-    from tinytrain_dist import distributed
+    from tinytrain_dist.distributed import collectives
+    from tinytrain_dist.distributed.context import init_distributed, shutdown
 
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     mine = torch.full((2, 3), float(context.rank))
     fresh, inside = torch.empty(world_size * 6), torch.full((world_size * 6,), -1.0)
-    distributed.all_gather(fresh, mine, None)
+    collectives.all_gather(fresh, mine, None)
     own = inside[context.rank * 6 : (context.rank + 1) * 6]
     own.fill_(context.rank)
     second = torch.empty(world_size * 6)
     under_way = [  # two at once meet their own
-        distributed.all_gather(inside, None, None, wait=False),
-        distributed.all_gather(second, mine + 10, None, wait=False),
+        collectives.all_gather(inside, None, None, wait=False),
+        collectives.all_gather(second, mine + 10, None, wait=False),
     ]
     for work in reversed(under_way):
         work.wait()
-    distributed.close()
+    shutdown()
     return [fresh.tolist(), inside.tolist(), second.tolist()]
 
 
@@ -241,7 +246,7 @@ def test_every_rank_gathers_all_parts_in_order(world_size: int) -> None:
 
 
 def test_the_tree_takes_any_number_of_parts() -> None:
-    from tinytrain_dist.reduction import tree_sum
+    from tinytrain_dist.parallel.tree_reduction import tree_sum
 
     for count in range(1, 10):
         parts = torch.arange(count * 2, dtype=torch.float32).view(count, 2)
@@ -253,18 +258,16 @@ def test_the_tree_takes_any_number_of_parts() -> None:
 def where_collectives_go(settings: dict[str, Any]) -> list[str]:
     from training import fit
 
-    from tinytrain_dist import distributed
-
     seen: set[str] = set()
     slow = ("reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor", "all_gather_single")
     for name in ("isend", "all_to_all_single", *slow):
-        plain = getattr(distributed.dist, name, None)  # the names of the slow ones depend on the version
+        plain = getattr(torch.distributed, name, None)  # the names of the slow ones depend on the version
 
         def noted(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
             seen.add(name)
             return plain(*args, **kwargs)
 
-        setattr(distributed.dist, name, noted)
+        setattr(torch.distributed, name, noted)
     fit(settings)
     return sorted(seen)
 

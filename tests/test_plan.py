@@ -12,15 +12,16 @@ from distributed_helper import run_ranks
 from memory import CASES, MODEL, measure
 from training import Run, fit, settings_for
 
-from tinytrain_dist import distributed, estimate
-from tinytrain_dist.cli import main as tinytrain
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.distributed import DistributedContext
-from tinytrain_dist.engine import Engine
+from tinytrain_dist.cli.main import main as tinytrain
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed import collectives, fake_backend
+from tinytrain_dist.distributed.batch_plan import possible_micro_batch_sizes
+from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.layout import Layout, choose_layout, possible_micro_batches
-from tinytrain_dist.tools import plan
-from tinytrain_dist.tools.hardware import DEVICES, GIB, device_named
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_spec
+from tinytrain_dist.training import forecast, memory_estimate
+from tinytrain_dist.training.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
@@ -29,14 +30,14 @@ SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
 @pytest.fixture
 def world() -> Iterator[DistributedContext]:
     """Rank 0 of 2 nodes x 2 devices that are not there."""
-    yield distributed.pretend(4, 2)
-    distributed.close()
+    yield fake_backend.fake_context(4, 2)
+    shutdown()
 
 
-def estimated(context: DistributedContext, **settings: Any) -> estimate.Estimate:
+def estimated(context: DistributedContext, **settings: Any) -> memory_estimate.MemoryEstimate:
     config = TrainingConfig(**{**SMALL, **settings})
-    layout = choose_layout(config, context.world_size, context.local_world_size)
-    return estimate.estimate(config, context.with_layout(layout), Engine(config, context))
+    layout = choose_parallel_dims(config, context.world_size, context.local_world_size)
+    return memory_estimate.estimate_memory(config, context.with_mesh(layout), TrainStep(config, context))
 
 
 # ---------------------------------------------------------------- held against reality
@@ -57,11 +58,13 @@ def test_deep_models_are_drawn_out_exactly(world: DistributedContext, monkeypatc
         {"parallel": "hsdp", "precision": "bf16", "activation_checkpointing": "selective"},
     ):
         drawn = estimated(world, num_layers=9, **settings)
-        monkeypatch.setattr(estimate, "DEPTHS", (9, 9))
+        monkeypatch.setattr(memory_estimate, "SIMULATED_DEPTHS", (9, 9))
         whole = estimated(world, num_layers=9, **settings)
         monkeypatch.undo()
         assert abs(drawn.nbytes - whole.nbytes) <= whole.nbytes // 1000
-        assert plan.sent_bytes(drawn, two_nodes()) == pytest.approx(plan.sent_bytes(whole, two_nodes()), rel=1e-3)
+        assert forecast.sent_bytes(drawn, two_nodes()) == pytest.approx(
+            forecast.sent_bytes(whole, two_nodes()), rel=1e-3
+        )
 
 
 def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> None:
@@ -77,32 +80,34 @@ def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> No
 def meta_model() -> Any:
     import torch
 
-    from tinytrain_dist.model import TransformerLM
+    from tinytrain_dist.model.transformer import TransformerLM
 
     with torch.device("meta"):
         return TransformerLM(TrainingConfig(**SMALL))
 
 
-def two_nodes() -> plan.World:
-    return plan.World(2, 2, DEVICES["h100"])
+def two_nodes() -> forecast.Cluster:
+    return forecast.Cluster(2, 2, DEVICE_SPECS["h100"])
 
 
 def test_bytes_on_the_wire(world: DistributedContext) -> None:
     weights = 4 * sum(p.numel() for p in meta_model().parameters())
     # one ring over four ranks on two nodes: 2 x 3/4 past every rank, and as much out of each node
-    sent = plan.sent_bytes(estimated(world, parallel="ddp"), two_nodes())
+    sent = forecast.sent_bytes(estimated(world, parallel="ddp"), two_nodes())
     assert sent == pytest.approx((1.5 * weights, 1.5 * weights), rel=0.01)
     # gathered in forward, and all blocks but the last in backward as well; scattered once; each in each of two passes
-    once = plan.sent_bytes(estimated(world, parallel="fsdp", micro_batch_size=4), two_nodes())
-    twice = plan.sent_bytes(estimated(world, parallel="fsdp", micro_batch_size=2), two_nodes())
+    once = forecast.sent_bytes(estimated(world, parallel="fsdp", micro_batch_size=4), two_nodes())
+    twice = forecast.sent_bytes(estimated(world, parallel="fsdp", micro_batch_size=2), two_nodes())
     assert twice == pytest.approx([2 * each for each in once], rel=0.01)
     again = 4 * sum(p.numel() for block in meta_model().model.layers[:-1] for p in block.parameters())
     assert once[0] == pytest.approx(0.75 * (2 * weights + again), rel=0.01)
     # shards inside a node, replicas across: only halves of the gradients leave it, from both ranks
-    _, across = plan.sent_bytes(estimated(world, parallel="hsdp"), two_nodes())
+    _, across = forecast.sent_bytes(estimated(world, parallel="hsdp"), two_nodes())
     assert across == pytest.approx(2 * weights / 2, rel=0.01)
     # all-to-all and all-gather instead of a ring: each rank sends half of its gradients to the other node, then parts
-    _, across = plan.sent_bytes(estimated(world, parallel="ddp", reproducible=True, micro_batch_size=4), two_nodes())
+    _, across = forecast.sent_bytes(
+        estimated(world, parallel="ddp", reproducible=True, micro_batch_size=4), two_nodes()
+    )
     assert across == pytest.approx(2 * weights / 2 + 0.75 * weights, rel=0.02)
 
 
@@ -171,15 +176,15 @@ def test_the_vocabulary_must_be_known(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_auto_shards_when_one_device_is_too_small(world: DistributedContext) -> None:
     config = TrainingConfig(**{**SMALL, "parallel": "auto"})
     for memory, mode in ((1e12, "ddp"), (1e3, "hsdp")):
-        device = dataclasses.replace(DEVICES["h100"], memory=memory, context=0)
-        assert plan.forecast(config, world, plan.World(2, 2, device), 1.0).layout.mode == mode
+        device = dataclasses.replace(DEVICE_SPECS["h100"], memory=memory, context=0)
+        assert forecast.forecast(config, world, forecast.Cluster(2, 2, device), 1.0).parallel_dims.mode == mode
 
 
 def test_the_table_of_devices() -> None:
-    for device in DEVICES.values():
+    for device in DEVICE_SPECS.values():
         assert 20 * GIB < device.memory < 200 * GIB
         assert device.bf16_flops > device.fp32_flops > 1e13
-    cpu = device_named("cpu", 2, "fp32")
+    cpu = find_device_spec("cpu", 2, "fp32")
     assert cpu.memory > GIB / 4
     assert cpu.fp32_flops > 1e9
 
@@ -189,7 +194,7 @@ def test_the_table_of_devices() -> None:
 
 def test_sizes_that_divide() -> None:
     config = TrainingConfig(batch_size=24, micro_batch_size="auto")
-    assert possible_micro_batches(config, Layout("ddp", 2, 1, "")) == [1, 2, 3, 4, 6, 12]
+    assert possible_micro_batch_sizes(config, ParallelDims("ddp", 2, 1, "")) == [1, 2, 3, 4, 6, 12]
     with pytest.raises(ConfigError, match="micro_batch_size: must be set with reproducible = true to a number"):
         TrainingConfig(micro_batch_size="auto", reproducible=True)
     with pytest.raises(ConfigError, match="micro_batch_size: 'all' is not a whole number or one of auto or None"):
@@ -201,12 +206,12 @@ def out_of_memory_above(most: int, rank: int) -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
 
-    from tinytrain_dist.model import TransformerBlock
+    from tinytrain_dist.model.transformer import TransformerBlock
 
     plain = TransformerBlock.forward
 
     def forward(self: Any, x: Any, *args: Any) -> Any:
-        if x.shape[0] > most and distributed.my_rank() == rank and not isinstance(x, FakeTensor):
+        if x.shape[0] > most and collectives.get_rank() == rank and not isinstance(x, FakeTensor):
             raise torch.OutOfMemoryError("injected")
         return plain(self, x, *args)
 
@@ -215,12 +220,12 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
     """On a rank: train where memory is short; what went wrong, if anything did."""
-    from tinytrain_dist import engine
+    from tinytrain_dist.metrics import device_stats
 
     if most is not None:
         out_of_memory_above(most, rank=1)
     if room is not None:
-        engine.free_memory = lambda *_: room / estimate.RESERVE
+        device_stats.free_memory_bytes = lambda *_: room / memory_estimate.USABLE_MEMORY
     try:
         fit(settings)
     except Exception as error:
@@ -246,8 +251,8 @@ def test_auto_takes_what_the_estimate_lets_pass_and_says_so(
 ) -> None:
     settings = settings_for(tmp_path, "auto", parallel="none", micro_batch_size="auto", vocab_size=600)
     config = TrainingConfig(**{**settings, "micro_batch_size": 4})
-    alone = dataclasses.replace(world, layout=Layout("none", 1, 1, ""))
-    room = estimate.estimate(config, alone, Engine(config, alone)).nbytes + 1
+    alone = dataclasses.replace(world, parallel_dims=ParallelDims("none", 1, 1, ""))
+    room = memory_estimate.estimate_memory(config, alone, TrainStep(config, alone)).nbytes + 1
     assert run_ranks(1, fit_small, settings, None, room) == [""]
     assert "micro_batch_size = auto: 4\nbatch_size 8 = micro_batch_size 4 x 1 ranks x 2" in capfd.readouterr().out
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tinytrain_dist
+
 pytest.importorskip("tokenizers")
 pytest.importorskip("tiktoken")
 zstandard = pytest.importorskip("zstandard")
@@ -25,18 +27,26 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
 
-from tinytrain_dist.errors import ConfigError, DataError  # noqa: E402
-from tinytrain_dist.tools import prepare as verb  # noqa: E402
-from tinytrain_dist.tools import tokenfiles  # noqa: E402
-from tinytrain_dist.tools.corpus import SEPARATOR, cut, find_sources  # noqa: E402
-from tinytrain_dist.tools.prepare import main, prepare  # noqa: E402
-from tinytrain_dist.tools.tokenizer import (  # noqa: E402
+from tinytrain_dist.cli.prepare import main  # noqa: E402
+from tinytrain_dist.data.preparation import prepare as preparation  # noqa: E402
+from tinytrain_dist.data.preparation import token_writer  # noqa: E402
+from tinytrain_dist.data.preparation.corpus import (  # noqa: E402
+    SEPARATOR,
+    cut,
+    find_sources,
+)
+from tinytrain_dist.data.preparation.prepare import prepare  # noqa: E402
+from tinytrain_dist.data.preparation.tokenizer import (  # noqa: E402
     Encoder,
     Vocabulary,
     byte_of_character,
     load_vocabulary,
     train_bpe,
     why_not_fast,
+)
+from tinytrain_dist.errors import (  # noqa: E402
+    ConfigError,
+    DataError,
 )
 
 WORDS = "the of and to in that it was his he model token wolf naïve straße 北京 run(x): return x+1\n \n".split(" ")
@@ -119,7 +129,7 @@ def test_every_document_comes_back_whole_on_one_side_and_the_files_are_what_meta
 def test_any_number_of_workers_gives_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenfiles, "_BATCH_BYTES", 500)  # many more batches than workers
+    monkeypatch.setattr(token_writer, "_BATCH_BYTES", 500)  # many more batches than workers
     results = []
     for workers in (1, 2, 3):
         run(corpus, tmp_path / str(workers), workers=workers)
@@ -128,8 +138,8 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 
 def test_a_second_run_gives_the_same_bytes_whatever_the_order_of_hashing(corpus: Path, tmp_path: Path) -> None:
-    code = "import sys; from tinytrain_dist.tools.prepare import main; sys.exit(main(sys.argv[1:]))"
-    root = Path(verb.__file__).parents[2]
+    code = "import sys; from tinytrain_dist.cli.prepare import main; sys.exit(main(sys.argv[1:]))"
+    root = Path(tinytrain_dist.__file__).parents[1]
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "RAYON_NUM_THREADS": seed}
         arguments = [str(corpus), "--out", seed, "--vocab-size", "320", "--workers", "1"]
@@ -309,7 +319,7 @@ def test_the_sample_does_not_depend_on_the_order_of_documents(order: list[int], 
     documents = [b"x" * (1 + 7 * index % 60) for index in range(40)]
 
     def drawn(indices: Any) -> list[bytes]:
-        sample = verb.Sample(most)
+        sample = preparation.Sample(most)
         for index in indices:
             sample.add(index, documents[index])
             sample.add(index, documents[index])  # a copy of a document does not count
@@ -320,10 +330,10 @@ def test_the_sample_does_not_depend_on_the_order_of_documents(order: list[int], 
 
 
 def test_the_tokenizer_is_trained_on_a_bounded_number_of_different_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "_TRAINING_WORD_BYTES", 100)
+    monkeypatch.setattr(preparation, "_TRAINING_WORD_BYTES", 100)
     same, new = [b"again and again\n"] * 50, [b"word%c%c\n" % (65 + i, 65 + j) for i in range(20) for j in range(20)]
-    assert b"".join(verb._training_texts(same)) == b"".join(same)
-    assert len(b"".join(verb._training_texts(new))) <= 200
+    assert b"".join(preparation._training_texts(same)) == b"".join(same)
+    assert len(b"".join(preparation._training_texts(new))) <= 200
 
 
 def test_train_and_val_share_no_document_and_val_is_never_empty(tmp_path: Path) -> None:
@@ -408,7 +418,7 @@ def test_bad_text_is_named_and_leaves_nothing(tmp_path: Path, name: str, data: b
 
 
 def test_a_line_too_long_to_hold_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinytrain_dist.tools.corpus._JSON_LINE_BYTES", 1000)
+    monkeypatch.setattr("tinytrain_dist.data.preparation.corpus._JSON_LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 1000}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl: line 2 is longer than 1,000 bytes"):
         run(tmp_path / "a.jsonl", tmp_path / "out")
@@ -514,13 +524,13 @@ def test_nothing_is_visible_before_everything_is_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    write = tokenfiles.write_file
+    write = token_writer.write_file
 
     def spy(path: Path, text: str) -> str:
         seen.append((path.name, (tmp_path / "out").exists()))
         return write(path, text)
 
-    monkeypatch.setattr(verb, "write_file", spy)
+    monkeypatch.setattr(preparation, "write_file", spy)
     run(corpus, tmp_path / "out")
     assert seen == [("tokenizer.json", False), ("tokenizer_config.json", False), ("meta.json", False)]
 
@@ -531,7 +541,7 @@ def test_a_full_disk_is_a_message_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tokenfiles, "_sync", full)
+    monkeypatch.setattr(token_writer, "_sync", full)
     with pytest.raises(DataError, match=r"cannot be written: No space left on device; .* \([\d,]+ MB are free now\)"):
         run(corpus, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["stories.txt"]
@@ -555,14 +565,14 @@ def test_a_write_that_the_system_refuses_leaves_the_old_data_set(corpus: Path, t
 def test_a_source_that_changes_under_way_is_noticed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threshold = verb._threshold
+    threshold = preparation._threshold
 
     def meanwhile(*arguments: Any) -> int:
         with corpus.open("ab") as file:
             file.write(b" more")
         return threshold(*arguments)
 
-    monkeypatch.setattr(verb, "_threshold", meanwhile)
+    monkeypatch.setattr(preparation, "_threshold", meanwhile)
     with pytest.raises(DataError, match="a source changed while it was read"):
         run(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -571,7 +581,7 @@ def test_a_source_that_changes_under_way_is_noticed(
 @pytest.mark.multiprocess
 def test_a_worker_that_is_killed_ends_the_run_with_a_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one of 2 encoding processes was ended from outside.*--workers"):
-        list(tokenfiles.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
+        list(token_writer.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
 
 
 def test_the_command_line_says_what_came_out_and_what_is_next(
@@ -596,7 +606,7 @@ def test_ctrl_c_is_no_traceback_and_leaves_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenfiles.TokenFile, "append", interrupted)
+    monkeypatch.setattr(token_writer.TokenWriter, "append", interrupted)
     former = signal.getsignal(signal.SIGTERM)
     try:
         assert main([str(corpus), "--out", str(tmp_path / "out"), "--vocab-size", "300", "--workers", "1"]) == 130

@@ -8,30 +8,31 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tinytrain_dist import products
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.losses import head_loss_sum
-from tinytrain_dist.model import TransformerLM, causal_attention
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.model import matmul
+from tinytrain_dist.model.attention import causal_attention
+from tinytrain_dist.model.loss import head_loss_sum
+from tinytrain_dist.model.transformer import TransformerLM
 
 
 @pytest.fixture(params=[False, True], ids=["with-bf16", "without-bf16"])
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(products, "WITHOUT_BF16", request.param)
+    monkeypatch.setattr(matmul, "CPU_LACKS_BF16", request.param)
     return bool(request.param)
 
 
 def test_only_bf16_on_a_cpu_that_has_none_is_widened(without: bool) -> None:
-    assert products.product_type(torch.zeros(1)) == torch.float32
-    assert products.product_type(torch.zeros(1, dtype=torch.float64)) == torch.float64
-    assert products.product_type(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
-    wide = products.product_type(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
+    assert matmul.matmul_dtype(torch.zeros(1)) == torch.float32
+    assert matmul.matmul_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
+    assert matmul.matmul_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+    wide = matmul.matmul_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
     assert wide == without
 
 
 def test_a_product_is_that_of_the_rounded_values_rounded_once(without: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(7, 64, requires_grad=True)
-    y = products.linear(x, weight)
+    y = matmul.linear(x, weight)
     assert y.dtype == torch.bfloat16
     exact = x.detach().double() @ weight.detach().bfloat16().double().T
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8)
@@ -74,7 +75,7 @@ def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(6, 16).bfloat16().requires_grad_(), torch.randn(11, 16, requires_grad=True)
     targets, found = torch.tensor([0, 3, -100, 10, 5, 5]), []
     for flag in (False, True):
-        monkeypatch.setattr(products, "WITHOUT_BF16", flag)
+        monkeypatch.setattr(matmul, "CPU_LACKS_BF16", flag)
         loss = head_loss_sum(hidden, weight, targets)
         found.append((causal_attention(q, k, v), loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
     for native, widened in zip(*found, strict=True):

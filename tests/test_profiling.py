@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from training import settings_for
 
-from tinytrain_dist import distributed
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.profiling import Trace
-from tinytrain_dist.trainer import Trainer
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.context import init_distributed, shutdown
+from tinytrain_dist.metrics.profiler import StepProfiler
+from tinytrain_dist.training.trainer import Trainer
 
 
 def run(folder: Path, **overrides: Any) -> Trainer:
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     try:
         trainer = Trainer(TrainingConfig(**settings_for(folder, "run", **overrides)), context)
         trainer.fit()
         return trainer
     finally:
-        distributed.close()
+        shutdown()
 
 
 def test_a_trace_has_the_steps_and_phases_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +51,6 @@ def test_steps_that_are_over_are_said_to_have_no_trace(tmp_path: Path, capsys: p
 
 
 def test_without_the_setting_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trace, "__init__", None)
+    monkeypatch.setattr(StepProfiler, "__init__", None)
     trainer = run(tmp_path, stop_at_step=1)
     assert trainer.pulse.follower is None

@@ -41,22 +41,25 @@ def undisturbed(folder: Path) -> Run:
 
 def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
     """SIGKILL the given ranks when the save of step 4 reaches a stage."""
-    from tinytrain_dist import checkpoint, distributed, saver, tensorfiles
+    import torch.distributed
+
+    from tinytrain_dist.checkpoint import async_save, manifest, sharded_io
+    from tinytrain_dist.parallel import replica_check
 
     if trainer.context.rank not in ranks:
         return
     owner, name = {
-        "copy": (saver.HostBuffers, "copy"),
-        "compare": (saver.Comparison, "finish"),
-        "gather": (distributed.dist, "isend" if trainer.context.rank else "irecv"),
-        "between files": (checkpoint, "write_index"),
-        "before the manifest": (checkpoint, "commit"),
-        "before the rename": (tensorfiles, "_fsync_folder"),
-        "retention": (saver.shutil, "rmtree"),
+        "copy": (async_save.HostBuffers, "copy"),
+        "compare": (replica_check.ReplicaComparison, "finish"),
+        "gather": (torch.distributed, "isend" if trainer.context.rank else "irecv"),
+        "between files": (sharded_io, "write_index"),
+        "before the manifest": (sharded_io, "commit_folder"),
+        "before the rename": (manifest, "_fsync_folder"),
+        "retention": (shutil, "rmtree"),
     }[stage]
     plain, calls = getattr(owner, name), [0]
     copies = [0]
-    copy = saver.HostBuffers.copy
+    copy = async_save.HostBuffers.copy
 
     def counted_copy(self: Any) -> Any:
         copies[0] += 1
@@ -73,7 +76,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
 
     if stage != "copy":
         setattr(owner, name, deadly)
-    saver.HostBuffers.copy = counted_copy  # type: ignore[method-assign]
+    async_save.HostBuffers.copy = counted_copy  # type: ignore[method-assign]
 
 
 WHICH_CALL = {"gather": 5, "retention": 2}  # the first rmtree clears the way for the new folder
@@ -103,9 +106,9 @@ def test_killed_in_a_save_the_next_start_goes_on_to_the_same_bits(
 
 def send_in_many_parts(_: Any) -> None:
     """A tensor comes in up to 53 parts from each rank, more than are asked for ahead: they must not change places."""
-    from tinytrain_dist import checkpoint
+    from tinytrain_dist.checkpoint import safetensors_io
 
-    checkpoint.CHUNK_BYTES = 16
+    safetensors_io.CHUNK_BYTES = 16
 
 
 @pytest.mark.parametrize("mode", [{"parallel": "ddp"}, {"parallel": "fsdp"}, {"parallel": "hsdp", "dp_shard": 2}])
@@ -132,16 +135,16 @@ def test_background_and_foreground_saves_are_the_same(folder: Path, undisturbed:
 
 
 def fail_saves(trainer: Any, steps: tuple[int, ...], errno: int) -> None:
-    from tinytrain_dist import checkpoint
+    from tinytrain_dist.checkpoint import safetensors_io
 
-    plain = checkpoint.write_tensors
+    plain = safetensors_io.write_tensors
 
     def write(folder: Path, *args: Any) -> None:
         if int(folder.name.removesuffix(".tmp")[-8:]) in steps:
             raise OSError(errno, os.strerror(errno))
         plain(folder, *args)
 
-    checkpoint.write_tensors = write  # type: ignore[assignment]
+    safetensors_io.write_tensors = write  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("errno", [28, 5, 30], ids=["ENOSPC", "EIO", "EROFS"])
@@ -172,10 +175,9 @@ def last_save_error(settings: dict[str, Any]) -> str:
 
 
 def no_room(settings: dict[str, Any]) -> str:
-    from tinytrain_dist import preflight
 
     usage = namedtuple("usage", "total used free")
-    preflight.shutil.disk_usage = lambda _: usage(10**6, 10**6, 9999)  # type: ignore[assignment]
+    shutil.disk_usage = lambda _: usage(10**6, 10**6, 9999)  # type: ignore[assignment]
     return fit_error(settings)
 
 
@@ -188,7 +190,7 @@ def test_too_little_disk_is_said_before_step_one(folder: Path) -> None:
 
 
 def no_memory(settings: dict[str, Any]) -> str:
-    from tinytrain_dist import preflight
+    from tinytrain_dist.reliability import storage_checks
 
     class Meminfo:
         def __init__(self, *_: Any) -> None: ...
@@ -196,18 +198,18 @@ def no_memory(settings: dict[str, Any]) -> str:
         def read_text(self) -> str:
             return "MemTotal: 9 kB\nMemAvailable:  1 kB\n"
 
-    preflight.Path = Meminfo  # type: ignore[misc, assignment]
+    storage_checks.Path = Meminfo  # type: ignore[misc, assignment]
     try:
-        preflight.check_host_memory(2**20, start_context())
+        storage_checks.check_host_memory(2**20, start_context())
     except ValueError as error:
         return str(error)
     return "no error"
 
 
 def start_context() -> Any:
-    from tinytrain_dist import distributed
+    from tinytrain_dist.distributed.context import init_distributed
 
-    return distributed.start("cpu")
+    return init_distributed("cpu")
 
 
 def test_too_little_host_memory_is_said(folder: Path) -> None:
@@ -220,7 +222,7 @@ def blind_rank(settings: dict[str, Any]) -> str:
     """Rank 1 stands for a node whose path leads to another disk."""
     import dataclasses
 
-    from tinytrain_dist.preflight import prove_shared
+    from tinytrain_dist.reliability.storage_checks import check_shared_storage
 
     context = start_context()
     place = Path(settings["target_dir"])
@@ -231,7 +233,7 @@ def blind_rank(settings: dict[str, Any]) -> str:
         real = Path.read_text
         Path.read_text = lambda self, **k: "other" if ".probe" in self.name else real(self, **k)  # type: ignore
     try:
-        prove_shared(place, context)
+        check_shared_storage(place, context)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -246,10 +248,10 @@ def test_node_that_does_not_see_the_folder_is_named(folder: Path) -> None:
 
 def second_run(settings: dict[str, Any]) -> str:
     """Another process holds the lock."""
-    from tinytrain_dist.preflight import _started
+    from tinytrain_dist.reliability.run_lock import process_start_time
 
     parent = os.getppid()
-    lock = {"host": os.uname().nodename, "pid": parent, "started": _started(parent), "job": None}
+    lock = {"host": os.uname().nodename, "pid": parent, "started": process_start_time(parent), "job": None}
     Path(settings["target_dir"]).mkdir()
     (Path(settings["target_dir"]) / "lock.json").write_text(json.dumps(lock))
     return fit_error(settings)
@@ -377,16 +379,16 @@ def test_finished_run_started_again_records_nothing_twice(tmp_path: Path) -> Non
 
 def fail_beside_the_tensors(trainer: Any, where: str) -> None:
     """On rank 0 only, as a stale file handle would: what surrounds the collectives must not part ranks."""
-    from tinytrain_dist.saver import Checkpoints
+    from tinytrain_dist.checkpoint.manager import CheckpointManager
 
-    plain = getattr(Checkpoints, where)
+    plain = getattr(CheckpointManager, where)
 
     def fail(self: Any, *args: Any) -> Any:
         if trainer.step in (4, 5):
             raise OSError(116, "Stale file handle")
         return plain(self, *args)
 
-    setattr(Checkpoints, where, fail)
+    setattr(CheckpointManager, where, fail)
 
 
 @pytest.mark.parametrize("where", ["_extra_files", "_retain"])
@@ -412,11 +414,11 @@ def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, un
 
 
 def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:
-    from tinytrain_dist import data
+    from tinytrain_dist.data import token_dataset
 
     if os.environ["RANK"] == "1":  # its node has not mounted the folder
-        plain = data.load_token_dataset
-        data.load_token_dataset = lambda path, **rest: plain(f"{path}.gone", **rest)  # type: ignore[assignment]
+        plain = token_dataset.load_token_dataset
+        token_dataset.load_token_dataset = lambda path, **rest: plain(f"{path}.gone", **rest)  # type: ignore[assignment]
     return fit_error(settings)
 
 
@@ -560,10 +562,10 @@ def disk_is_stuck(trainer: Any) -> None:
     """Writes of the save of step 4 block until training waits for it at the next one; those of 8 until its end does."""
     import threading
 
-    from tinytrain_dist import saver, tensorfiles
+    from tinytrain_dist.checkpoint import async_save, manager, safetensors_io
 
-    saver.SLOW_SECONDS, saver.WAIT_SECONDS = 0.0, 0.02
-    plain, say, free, end = tensorfiles._write_out, trainer.log.say, threading.Event(), threading.Event()
+    async_save.SLOW_SAVE_SECONDS, manager.POLL_SECONDS = 0.0, 0.02
+    plain, say, free, end = safetensors_io._write_out, trainer.log.say, threading.Event(), threading.Event()
     said = (trainer.checkpoints.folder(0).parent.parent / "said.txt").open("a") if trainer.context.is_main else None
 
     def stuck(file: Any, data: Any) -> None:
@@ -585,8 +587,8 @@ def disk_is_stuck(trainer: Any) -> None:
         note(text)
         say(text)
 
-    tensorfiles._write_out, trainer.log.say = stuck, note_say
-    saver.print = note  # type: ignore[attr-defined]
+    safetensors_io._write_out, trainer.log.say = stuck, note_say
+    manager.print = note  # type: ignore[attr-defined]
 
 
 def test_stuck_disk_does_not_stop_training_and_is_named(folder: Path, undisturbed: Run) -> None:
@@ -661,12 +663,12 @@ def lose_the_lock(trainer: Any) -> None:
 
 
 def fit_and_fail(settings: dict[str, Any]) -> tuple[str, bool]:
-    from tinytrain_dist.stopping import owns
+    from tinytrain_dist.reliability.run_state import owns_run
 
     try:
         fit(settings, lose_the_lock)
     except Exception as error:
-        return f"{type(error).__name__}: {error}", owns(Path(settings["target_dir"]))
+        return f"{type(error).__name__}: {error}", owns_run(Path(settings["target_dir"]))
     return "no error", True
 
 
@@ -720,9 +722,9 @@ def test_buffers_are_taken_at_the_start_only_if_training_will_go_on_beside_a_sav
 
 
 def buffers_at_start(settings: dict[str, Any]) -> bool:
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), distributed.start("cpu"))
+    trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), init_distributed("cpu"))
     return bool(trainer.checkpoints.buffers._copied)

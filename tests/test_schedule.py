@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.config import TrainingConfig
-from tinytrain_dist.schedule import cosine_lr_schedule, learning_rate, wsd_lr_schedule
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule, learning_rate, wsd_lr_schedule
 
 
 def test_the_signature_is_that_of_the_notes():

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from tinytrain_dist import cli
-from tinytrain_dist.tools import status
-from tinytrain_dist.tools.inspect import Run
-from tinytrain_dist.tools.status import SILENT_SECONDS, Status, lines_of, read_status
+from tinytrain_dist.cli import main, status
+from tinytrain_dist.cli.status import SILENT_SECONDS, Status, lines_of, read_status
+from tinytrain_dist.config.run_folder import RunFolder
 
 NOW = 1_000_000.0
 
 
-def run_folder(folder: Path, state: str = "running", pids: tuple[int, ...] = (), seen: float = NOW, **beat: Any) -> Run:
+def run_folder(
+    folder: Path, state: str = "running", pids: tuple[int, ...] = (), seen: float = NOW, **beat: Any
+) -> RunFolder:
     """A run of 100 steps that logged steps 10 and 20 by NOW - 100 and NOW - 50, 4 s each, and saved step 10."""
     (folder / "logs" / "heartbeat").mkdir(parents=True)
     (folder / "config.toml").write_text("[run]\ntotal_steps = 100\n")
@@ -42,7 +43,7 @@ def run_folder(folder: Path, state: str = "running", pids: tuple[int, ...] = (),
         values |= {"phase": "reduction" if rank else "data", "seconds": 7.0, **beat}
         path.write_text(json.dumps(values))
         os.utime(path, (seen, seen))
-    run = Run.at(folder)
+    run = RunFolder.at(folder)
     assert run is not None
     return run
 
@@ -94,19 +95,19 @@ def test_the_word_for_the_state(tmp_path: Path, state: str, pids: str, age: floa
 def test_a_failed_run_says_why_and_the_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_folder(tmp_path / "failed", "failed", (dead_pid(),))
     (tmp_path / "failed" / "error.json").write_text(json.dumps({"message": "rank 3 on node7: it broke"}))
-    assert cli.main(["status", str(tmp_path / "failed")]) == 1
+    assert main.main(["status", str(tmp_path / "failed")]) == 1
     assert "failed: rank 3 on node7: it broke" in capsys.readouterr().out
     run_folder(tmp_path / "dead", "running", (dead_pid(),), time.time())
-    assert cli.main(["status", str(tmp_path / "dead"), "--watch"]) == 1
+    assert main.main(["status", str(tmp_path / "dead"), "--watch"]) == 1
     assert "is gone without a word" in capsys.readouterr().out
     run_folder(tmp_path / "done", "done")
-    assert cli.main(["status", str(tmp_path / "done")]) == 0
-    assert cli.main(["status", str(tmp_path / "nothing")]) == 2
+    assert main.main(["status", str(tmp_path / "done")]) == 0
+    assert main.main(["status", str(tmp_path / "nothing")]) == 2
 
 
 def test_an_empty_folder_of_a_run_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
-    assert cli.main(["status", str(tmp_path)]) == 1
+    assert main.main(["status", str(tmp_path)]) == 1
     assert "none yet" in capsys.readouterr().out
 
 
@@ -121,7 +122,7 @@ def test_watch_looks_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytest
             (tmp_path / "logs" / "heartbeat" / "rank-00000.json").unlink()
 
     monkeypatch.setattr(status.time, "sleep", nap)
-    assert cli.main(["status", str(tmp_path), "--watch"]) == 0
+    assert main.main(["status", str(tmp_path), "--watch"]) == 0
     assert len(naps) == 2
 
 
@@ -129,7 +130,7 @@ def test_of_many_ranks_those_that_are_behind_are_shown(tmp_path: Path, capsys: p
     run_folder(tmp_path, pids=(os.getpid(),) * 40, seen=time.time())
     path = tmp_path / "logs" / "heartbeat" / "rank-00033.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "step": 7, "host": "slow-node"}))
-    assert cli.main(["status", str(tmp_path)]) == 0
+    assert main.main(["status", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "all wait for rank 33 on slow-node" in out
     assert out.count("slow-node") == 2, "in the table too"
@@ -137,7 +138,7 @@ def test_of_many_ranks_those_that_are_behind_are_shown(tmp_path: Path, capsys: p
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, tinytrain_dist.tools.status; sys.exit('torch' in sys.modules)"
+    code = "import sys, tinytrain_dist.cli.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,24 +16,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training import in_older_format
 
-from tinytrain_dist import tensorfiles
-from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.tensorfiles import (
-    MANIFEST,
-    RING,
-    Manifest,
-    Spec,
+from tinytrain_dist.checkpoint import safetensors_io, verify
+from tinytrain_dist.checkpoint.hashing import all_finite
+from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
+from tinytrain_dist.checkpoint.safetensors_io import (
+    CHUNKS_IN_FLIGHT,
     TensorReader,
-    all_finite,
-    commit,
-    cut_into_files,
-    problems_in,
-    read_manifest,
-    write_bytes,
+    TensorSpec,
+    split_into_files,
     write_index,
-    write_json,
     write_tensors,
 )
+from tinytrain_dist.checkpoint.verify import find_damage
+from tinytrain_dist.config.run_folder import MANIFEST_FILE
+from tinytrain_dist.errors import CheckpointError
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -57,8 +53,8 @@ def some_tensors() -> dict[str, Tensor]:
     }
 
 
-def specs_of(tensors: dict[str, Tensor]) -> list[Spec]:
-    return [Spec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+def specs_of(tensors: dict[str, Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
 
 
 def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 << 30, name: str = "done") -> Path:
@@ -68,9 +64,9 @@ def write_folder(parent: Path, tensors: dict[str, Tensor], max_bytes: int = 1 <<
     chunks = (value.contiguous() for value in tensors.values())
     write_tensors(aside, "model", specs_of(tensors), chunks, max_bytes, manifest)
     write_index(aside, "model", specs_of(tensors), max_bytes, manifest)
-    write_json(aside, "state.json", {"step": 3}, manifest)
-    write_bytes(aside, "notes.bin", b"\x00\x01", manifest)
-    commit(aside, parent / name, manifest)
+    write_json_file(aside, "state.json", {"step": 3}, manifest)
+    write_file(aside, "notes.bin", b"\x00\x01", manifest)
+    commit_folder(aside, parent / name, manifest)
     return parent / name
 
 
@@ -84,8 +80,8 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 @given(st.lists(st.integers(0, 20), max_size=12), st.integers(1, 60))
 def test_files_are_consecutive_full_and_not_too_large(sizes, limit):
-    specs = [Spec(str(i), (size,), torch.float32) for i, size in enumerate(sizes)]
-    files = cut_into_files(specs, limit)
+    specs = [TensorSpec(str(i), (size,), torch.float32) for i, size in enumerate(sizes)]
+    files = split_into_files(specs, limit)
     assert [spec for group in files for spec in group] == specs
     assert all(files)
     totals = [sum(spec.nbytes for spec in group) for group in files]
@@ -96,14 +92,14 @@ def test_files_are_consecutive_full_and_not_too_large(sizes, limit):
 
 def test_a_tensor_larger_than_a_file_gets_its_own():
     sizes = {"a": 2, "big": 100, "b": 2, "c": 1}
-    specs = [Spec(name, (size,), torch.float32) for name, size in sizes.items()]
-    assert [[s.name for s in group] for group in cut_into_files(specs, 16)] == [["a"], ["big"], ["b", "c"]]
+    specs = [TensorSpec(name, (size,), torch.float32) for name, size in sizes.items()]
+    assert [[s.name for s in group] for group in split_into_files(specs, 16)] == [["a"], ["big"], ["b", "c"]]
 
 
 def test_bytes_of_a_tensor():
-    assert Spec("x", (3, 5), torch.bfloat16).nbytes == 30
-    assert Spec("x", (), torch.float64).nbytes == 8
-    assert Spec("x", (0, 5), torch.float64).nbytes == 0
+    assert TensorSpec("x", (3, 5), torch.bfloat16).nbytes == 30
+    assert TensorSpec("x", (), torch.float64).nbytes == 8
+    assert TensorSpec("x", (0, 5), torch.float64).nbytes == 0
 
 
 # --- writing and reading -------------------------------------------------------------------------------------------
@@ -136,7 +132,7 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
     tensors = some_tensors()
     folder = write_folder(tmp_path, tensors, 200)
     manifest = read_manifest(folder)
-    assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST}
+    assert set(manifest.files) == {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
     for name, entry in manifest.files.items():
         data = (folder / name).read_bytes()
         assert entry["bytes"] == len(data)
@@ -156,7 +152,7 @@ def test_the_manifest_lists_every_file_and_every_tensor(tmp_path):
 
 def test_nothing_is_fetched_before_there_is_room_for_it(tmp_path, monkeypatch):
     """A tensor may be as large as memory allows: what is not written yet must not pile up."""
-    fetched, written, plain = [], [], tensorfiles._write_out
+    fetched, written, plain = [], [], safetensors_io._write_out
 
     def write_out(file, data):
         plain(file, data)
@@ -165,11 +161,11 @@ def test_nothing_is_fetched_before_there_is_room_for_it(tmp_path, monkeypatch):
     def chunks():
         for number in range(40):
             fetched.append(number)
-            assert len(fetched) - len(written) <= RING
+            assert len(fetched) - len(written) <= CHUNKS_IN_FLIGHT
             yield torch.full((5,), number, dtype=torch.uint8)
 
-    monkeypatch.setattr(tensorfiles, "_write_out", write_out)
-    specs = [Spec(str(number), (5 * count,), torch.uint8) for number, count in enumerate([1, 30, 0, 9])]
+    monkeypatch.setattr(safetensors_io, "_write_out", write_out)
+    specs = [TensorSpec(str(number), (5 * count,), torch.uint8) for number, count in enumerate([1, 30, 0, 9])]
     write_tensors(tmp_path, "model", specs, chunks(), 10**9, Manifest())
     found = load_file(tmp_path / "model-00001-of-00001.safetensors")
     assert_same(
@@ -185,7 +181,7 @@ def test_the_same_values_give_the_same_bytes(tmp_path):
 
 def test_a_tensor_that_is_not_as_announced_is_not_written(tmp_path):
     with pytest.raises(AssertionError, match="x"):
-        write_tensors(tmp_path, "m", [Spec("x", (2,), torch.float32)], iter([torch.zeros(3)]), 100, Manifest())
+        write_tensors(tmp_path, "m", [TensorSpec("x", (2,), torch.float32)], iter([torch.zeros(3)]), 100, Manifest())
 
 
 def test_the_reader_gives_specs_rows_and_whole_tensors(tmp_path):
@@ -231,7 +227,7 @@ def test_a_file_that_the_index_names_and_that_is_gone_is_a_sentence(tmp_path):
 @pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
 @pytest.mark.parametrize("into", [torch.float32, torch.bfloat16, torch.float64])
 def test_rows_are_read_into_a_tensor_of_any_type_and_order(tmp_path, monkeypatch, into, chunk):
-    monkeypatch.setattr(tensorfiles, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(safetensors_io, "CHUNK_BYTES", chunk)
     wide = torch.randn(6, 5)
     save_file({"before": torch.ones(3), "wide": wide, "scalar": torch.tensor(2.5)}, tmp_path / "model.safetensors")
     reader = TensorReader(tmp_path, "model")
@@ -315,13 +311,13 @@ def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
 
 def test_commit_is_one_rename_and_the_folder_is_whole(tmp_path):
     folder = write_folder(tmp_path, some_tensors())
-    assert problems_in(folder) == []
+    assert find_damage(folder) == []
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 def test_before_the_commit_the_folder_is_not_a_checkpoint(tmp_path):
-    write_tensors(tmp_path, "model", [Spec("x", (1,), torch.float32)], iter([torch.zeros(1)]), 99, Manifest())
-    (problem,) = problems_in(tmp_path)
+    write_tensors(tmp_path, "model", [TensorSpec("x", (1,), torch.float32)], iter([torch.zeros(1)]), 99, Manifest())
+    (problem,) = find_damage(tmp_path)
     assert "is not a complete checkpoint (no manifest.json)" in problem
 
 
@@ -341,9 +337,9 @@ def test_commit_never_replaces(tmp_path, kind):
 
 
 def test_a_file_is_never_written_twice(tmp_path):
-    write_bytes(tmp_path, "a", b"1", Manifest())
+    write_file(tmp_path, "a", b"1", Manifest())
     with pytest.raises(FileExistsError):
-        write_bytes(tmp_path, "a", b"2", Manifest())
+        write_file(tmp_path, "a", b"2", Manifest())
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
@@ -377,7 +373,7 @@ def places(size: int) -> list[int]:
 
 def test_one_flipped_bit_is_found_in_every_file(folder):
     names = sorted(path.name for path in folder.iterdir())
-    assert MANIFEST in names
+    assert MANIFEST_FILE in names
     assert len(names) >= 6
     for name in names:
         original = (folder / name).read_bytes()
@@ -385,20 +381,20 @@ def test_one_flipped_bit_is_found_in_every_file(folder):
             damaged = bytearray(original)
             damaged[place] ^= 1 << (place % 8)
             (folder / name).write_bytes(damaged)
-            (problem,) = problems_in(folder)
+            (problem,) = find_damage(folder)
             assert name in problem, (name, place)
         (folder / name).write_bytes(original)
-    assert problems_in(folder) == []
+    assert find_damage(folder) == []
 
 
 def test_no_bit_of_the_manifest_can_flip_unseen(folder):
-    original = (folder / MANIFEST).read_bytes()
+    original = (folder / MANIFEST_FILE).read_bytes()
     end = len(original) - 1  # after the last brace there is a line end, which says nothing
     unseen = []
     for place in range(0, end, 5):
         damaged = bytearray(original)
         damaged[place] ^= 1 << (place % 8)
-        (folder / MANIFEST).write_bytes(damaged)
+        (folder / MANIFEST_FILE).write_bytes(damaged)
         try:
             found = read_manifest(folder)
         except CheckpointError:
@@ -411,47 +407,47 @@ def test_truncated_longer_and_missing_files_are_named_with_both_sizes(folder):
     name = next(folder.glob("model-00001-*")).name
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
-    assert problems_in(folder) == [f"{folder / name}: has {len(data) - 1:,} bytes, but {len(data):,} were written"]
+    assert find_damage(folder) == [f"{folder / name}: has {len(data) - 1:,} bytes, but {len(data):,} were written"]
     (folder / name).write_bytes(data + b"x")
-    assert problems_in(folder) == [f"{folder / name}: has {len(data) + 1:,} bytes, but {len(data):,} were written"]
+    assert find_damage(folder) == [f"{folder / name}: has {len(data) + 1:,} bytes, but {len(data):,} were written"]
     (folder / name).unlink()
     (folder / "state.json").write_text("")
-    first, second = sorted(problems_in(folder))
+    first, second = sorted(find_damage(folder))
     assert first == f"{folder / name}: cannot be read (No such file or directory)"
     assert second.startswith(f"{folder / 'state.json'}: has 0 bytes")
 
 
 def test_only_the_files_asked_for_are_read(folder):
     (folder / "state.json").write_text("")
-    assert problems_in(folder, ["notes.bin"]) == []
-    assert len(problems_in(folder, ["notes.bin", "state.json"])) == 1
+    assert find_damage(folder, ["notes.bin"]) == []
+    assert len(find_damage(folder, ["notes.bin", "state.json"])) == 1
 
 
 def test_a_manifest_changed_by_hand_is_refused(folder):
-    found = json.loads((folder / MANIFEST).read_text())
+    found = json.loads((folder / MANIFEST_FILE).read_text())
     found["files"]["state.json"]["bytes"] += 1
-    (folder / MANIFEST).write_text(json.dumps(found))
+    (folder / MANIFEST_FILE).write_text(json.dumps(found))
     with pytest.raises(CheckpointError, match="was changed after it was written"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"format": 1}'])
 def test_a_manifest_that_is_none_is_refused(folder, text):
-    (folder / MANIFEST).write_text(text)
+    (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
         read_manifest(folder)
 
 
 def test_special_values_survive_to_the_bit(tmp_path):
     values = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4028235e38])
-    aside, manifest, specs = tmp_path / "done.tmp", Manifest(), [Spec("x", (6,), torch.float32, finite=False)]
+    aside, manifest, specs = tmp_path / "done.tmp", Manifest(), [TensorSpec("x", (6,), torch.float32, finite=False)]
     aside.mkdir()
     write_tensors(aside, "model", specs, iter([values]), 99, manifest)
     write_index(aside, "model", specs, 99, manifest)
-    commit(aside, tmp_path / "done", manifest)
+    commit_folder(aside, tmp_path / "done", manifest)
     found = TensorReader(tmp_path / "done", "model").read("x")
     assert torch.equal(found.view(torch.int32), values.view(torch.int32))
-    assert problems_in(tmp_path / "done") == []
+    assert find_damage(tmp_path / "done") == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -460,7 +456,7 @@ def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
     values = torch.ones(5000, dtype=dtype)
     values[4321] = bad
     with pytest.raises(CheckpointError, match=r"x: is not finite, so nothing is saved"):
-        write_tensors(tmp_path, "m", [Spec("x", (5000,), dtype)], iter(values.split(1000)), 9, Manifest())
+        write_tensors(tmp_path, "m", [TensorSpec("x", (5000,), dtype)], iter(values.split(1000)), 9, Manifest())
 
 
 def test_finite_values_with_an_infinite_sum_are_finite():
@@ -474,34 +470,38 @@ def test_finite_values_with_an_infinite_sum_are_finite():
 def test_values_that_are_not_finite_are_damage_though_every_digest_fits(tmp_path, monkeypatch):
     tensors = some_tensors()
     tensors["layers.0.weight"][3, 2] = math.nan
-    monkeypatch.setattr(tensorfiles, "all_finite", lambda _: True)
+    for module in (safetensors_io, verify):
+        monkeypatch.setattr(module, "all_finite", lambda _: True)
     folder = write_folder(tmp_path, tensors, 200)
-    assert problems_in(folder) == []
+    assert find_damage(folder) == []
     monkeypatch.undo()
-    (problem,) = problems_in(folder)
+    (problem,) = find_damage(folder)
     assert "layers.0.weight is not finite" in problem
 
 
 def test_blocks_change_no_digest_and_are_all_looked_at(tmp_path, monkeypatch):
     whole = write_folder(tmp_path, some_tensors(), name="whole")
-    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
+    for module in (safetensors_io, verify):
+        monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 16)
     blocks = write_folder(tmp_path, some_tensors(), name="blocks")
-    assert (blocks / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
-    assert problems_in(whole) == []
+    assert (blocks / MANIFEST_FILE).read_bytes() == (whole / MANIFEST_FILE).read_bytes()
+    assert find_damage(whole) == []
     values = torch.ones(50)
     values[25] = math.nan  # neither in the first block nor in the last
     with pytest.raises(CheckpointError, match="x: is not finite"):
-        write_tensors(tmp_path, "m", [Spec("x", (50,), torch.float32)], [values], 999, Manifest())
-    monkeypatch.setattr(tensorfiles, "all_finite", lambda _: True)
+        write_tensors(tmp_path, "m", [TensorSpec("x", (50,), torch.float32)], [values], 999, Manifest())
+    for module in (safetensors_io, verify):
+        monkeypatch.setattr(module, "all_finite", lambda _: True)
     bad = write_folder(tmp_path, {"x": values}, name="bad")
     monkeypatch.undo()
-    monkeypatch.setattr(tensorfiles, "BLOCK_BYTES", 16)
-    assert "x is not finite" in problems_in(bad)[0]
+    for module in (safetensors_io, verify):
+        monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 16)
+    assert "x is not finite" in find_damage(bad)[0]
 
 
 def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monkeypatch):
     """The buffers are used again: a slow disk must hold the gathering up, not lose bytes."""
-    plain, buffers = tensorfiles._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(RING)]
+    plain, buffers = safetensors_io._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(CHUNKS_IN_FLIGHT)]
 
     def slow(file, data):
         time.sleep(0.002)
@@ -509,23 +509,23 @@ def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monk
 
     def chunks():
         for number in range(60):
-            yield buffers[number % RING].fill_(number)
+            yield buffers[number % CHUNKS_IN_FLIGHT].fill_(number)
 
-    monkeypatch.setattr(tensorfiles, "_write_out", slow)
-    write_tensors(tmp_path, "m", [Spec("x", (60, 1000), torch.uint8)], chunks(), 10**9, Manifest())
+    monkeypatch.setattr(safetensors_io, "_write_out", slow)
+    write_tensors(tmp_path, "m", [TensorSpec("x", (60, 1000), torch.uint8)], chunks(), 10**9, Manifest())
     found = load_file(tmp_path / "m-00001-of-00001.safetensors")["x"]
     assert torch.equal(found, torch.arange(60, dtype=torch.uint8)[:, None].expand(60, 1000))
 
 
 def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypatch):
-    plain, seen = tensorfiles._Span.problem, []
-    monkeypatch.setattr(tensorfiles._Span, "problem", lambda span, buffer: seen.append(span) or plain(span, buffer))
-    problems_in(folder)
+    plain, seen = verify._ByteRange.problem, []
+    monkeypatch.setattr(verify._ByteRange, "problem", lambda span, buffer: seen.append(span) or plain(span, buffer))
+    find_damage(folder)
     everything = sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes)
     assert sum(nbytes for _, _, nbytes in everything) > 1000
     seen.clear()
     for part in range(5):
-        assert problems_in(folder, part=part, parts=5) == []
+        assert find_damage(folder, part=part, parts=5) == []
         assert seen, "each has a share"
     assert sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes) == everything
 
@@ -534,19 +534,19 @@ def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypa
 def test_folders_of_older_formats_are_still_read(folder, number):
     in_older_format(folder, number)
     assert read_manifest(folder).hashed == "sha256"
-    assert problems_in(folder) == []
+    assert find_damage(folder) == []
     name = next(folder.glob("model-00001-*")).name
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
-    (problem,) = problems_in(folder)
+    (problem,) = find_damage(folder)
     assert name in problem
     assert "has sha256" in problem
 
 
 def test_a_newer_format_is_said_and_not_read(folder):
-    body = json.loads((folder / MANIFEST).read_text()) | {"format": 4}
+    body = json.loads((folder / MANIFEST_FILE).read_text()) | {"format": 4}
     del body["sha256"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({**body, "sha256": digest}))
-    assert "has format 4, but this version reads 1 to 3" in problems_in(folder)[0]
+    (folder / MANIFEST_FILE).write_text(json.dumps({**body, "sha256": digest}))
+    assert "has format 4, but this version reads 1 to 3" in find_damage(folder)[0]

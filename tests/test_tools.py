@@ -20,10 +20,15 @@ import pytest
 import torch
 from training import TINY, in_older_format, train
 
-from tinytrain_dist import CheckpointError, TrainingConfig, TransformerLM, cli
-from tinytrain_dist.checkpoint import pieces_of, write_checkpoint
-from tinytrain_dist.huggingface import huggingface_config
-from tinytrain_dist.tools import compare, inspect, plot, sample
+from tinytrain_dist import CheckpointError, TrainingConfig, TransformerLM
+from tinytrain_dist.checkpoint import digests, discovery, load_model
+from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
+from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.cli import ls, main, plot, sample
+from tinytrain_dist.cli.schedule import chart
+from tinytrain_dist.config import run_folder
+from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.training import generation
 
 TEXT = "def add(a, b):\n    return a + b  # naïve — 加法 \U0001f600\n"
 EOS = 0
@@ -34,7 +39,7 @@ Cli = Callable[..., tuple[int, str, str]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs over the same byte-level text: `one`, `split` (many small files) and `other` (another lr)."""
     pytest.importorskip("tokenizers")
-    from tinytrain_dist.tools.tokenizer import Encoder, train_bpe
+    from tinytrain_dist.data.preparation.tokenizer import Encoder, train_bpe
 
     folder = tmp_path_factory.mktemp("runs")
     vocabulary = train_bpe([TEXT], 280)
@@ -62,7 +67,7 @@ def tinytrain(capsys: pytest.CaptureFixture[str]) -> Cli:
 
     def call(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main([str(arg) for arg in args])
+        code = main.main([str(arg) for arg in args])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -87,7 +92,7 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def test_every_verb_has_an_entry() -> None:
-    for module, _, entry in (home.partition(":") for home, _ in cli.TOOLS.values()):
+    for module, _, entry in (home.partition(":") for home, _ in main.VERBS.values()):
         assert callable(getattr(import_module(module), entry))
 
 
@@ -112,17 +117,17 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_p
     def broken(_: list[str]) -> int:
         raise BrokenPipeError
 
-    monkeypatch.setattr(inspect, "ls_main", broken)
+    monkeypatch.setattr(ls, "main", broken)
     with open(tmp_path / "out", "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert cli.main(["ls"]) == 141
+        assert main.main(["ls"]) == 141
 
 
 def test_what_the_system_refuses_is_said_without_a_traceback(tinytrain: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: list[str]) -> int:
         raise PermissionError(13, "Permission denied", "runs")
 
-    monkeypatch.setattr(inspect, "ls_main", refused)
+    monkeypatch.setattr(ls, "main", refused)
     assert tinytrain("ls") == (1, "", "error: [Errno 13] Permission denied: 'runs'\n")
 
 
@@ -137,7 +142,7 @@ def test_ls_shows_each_checkpoint(tinytrain: Cli, folder: Path) -> None:
     code, out, _ = tinytrain("ls", folder / "one")
     assert code == 0
     evals = {
-        r["step"]: r["loss"] for r in inspect.read_records(folder / "one/logs/metrics.jsonl") if r["kind"] == "eval"
+        r["step"]: r["loss"] for r in run_folder.read_records(folder / "one/logs/metrics.jsonl") if r["kind"] == "eval"
     }
     for step in (3, 6):
         (line,) = lines_with(out, f"checkpoint-{step:08d}")
@@ -183,7 +188,7 @@ def test_ls_of_a_folder_lists_its_runs(tinytrain: Cli, folder: Path, tmp_path: P
     (tmp_path / "failed" / "state.json").unlink()
     (tmp_path / "failed" / "error.json").write_text("{}")
     _, out, _ = tinytrain("ls", tmp_path)
-    loss = [r["loss"] for r in inspect.read_records(folder / "one/logs/metrics.jsonl") if r["kind"] == "train"][-1]
+    loss = [r["loss"] for r in run_folder.read_records(folder / "one/logs/metrics.jsonl") if r["kind"] == "train"][-1]
     states = {"finished": "done", "killed": "running or killed", "failed": "failed", "stopped": "preempted"}
     for name, state in states.items():
         (line,) = re.findall(rf"^ *{name} +{state} .*", out, re.M)
@@ -206,7 +211,7 @@ def test_checkpoints_and_records_are_found_where_the_settings_put_them(tinytrain
     config = config.replace('"metrics"', f'"numbers"\nlog_dir = {json.dumps(str(run))}')
     (run / "config.toml").write_text(config)
     assert tinytrain("ls", run)[1].count("checkpoint-0") == 2
-    assert len(inspect.read_records(inspect.open_run(run).records)) > 6
+    assert len(run_folder.read_records(run_folder.open_run(run).records)) > 6
     shutil.rmtree(run)
 
 
@@ -292,9 +297,9 @@ def test_the_hash_includes_numbers_of_the_optimizer(tmp_path: Path) -> None:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer.state[model.weight]["count"] = count
-        pieces, values = pieces_of(model, optimizer)
+        pieces, values = collect_shards(model, optimizer)
         write_checkpoint(tmp_path / str(count), pieces, {"step": count, "optimizer": values})
-        return compare.digest_of(compare.tensor_entries(tmp_path / str(count))["optimizer"])
+        return digests.state_digest(digests.tensor_entries(tmp_path / str(count))["optimizer"])
 
     assert digest(3) != digest(4)
 
@@ -374,11 +379,11 @@ def test_compare_of_checkpoints_names_tensors(tinytrain: Cli, folder: Path) -> N
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> TransformerLM:
-    return sample.load_model(newest(folder / "one"), torch.device("cpu"))
+    return load_model.load_model(newest(folder / "one"), torch.device("cpu"))
 
 
 def test_the_model_has_the_weights_of_the_checkpoint(folder: Path, model: TransformerLM) -> None:
-    from tinytrain_dist.tensorfiles import TensorReader
+    from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
     reader = TensorReader(newest(folder / "one"), "model")
     assert not torch.equal(model.lm_head.weight, TransformerLM(model.config).lm_head.weight)
@@ -406,17 +411,17 @@ def test_greedy_text_slides_its_window(model: TransformerLM) -> None:
     for _ in range(3 * model.config.context_len):
         logits = model(torch.tensor([known[-model.config.context_len :]]))
         known.append(int(logits[0, -1].argmax()))
-    assert sample.generate(model, [5, 6, 7], 3 * model.config.context_len, temperature=0) == known[3:]
-    assert sample.generate(model, [5, 6, 7], 9, top_k=1) == known[3:12]
-    assert sample.generate(model, [5, 6, 7], 9, top_k=None, top_p=1e-9) == known[3:12]
+    assert generation.generate(model, [5, 6, 7], 3 * model.config.context_len, temperature=0) == known[3:]
+    assert generation.generate(model, [5, 6, 7], 9, top_k=1) == known[3:12]
+    assert generation.generate(model, [5, 6, 7], 9, top_k=None, top_p=1e-9) == known[3:12]
     stop = known[8]
-    assert sample.generate(model, [5, 6, 7], 99, temperature=0, stop_id=stop) == known[3 : known.index(stop, 3)]
+    assert generation.generate(model, [5, 6, 7], 99, temperature=0, stop_id=stop) == known[3 : known.index(stop, 3)]
 
 
 def test_a_long_prompt_counts_by_its_end(model: TransformerLM) -> None:
     tail = list(range(10, 10 + model.config.context_len))
-    assert sample.generate(model, [3] * 40 + tail, 8, seed=4) == sample.generate(model, tail, 8, seed=4)
-    assert sample.generate(model, [3, *tail[:-1]], 8, seed=4) != sample.generate(model, tail, 8, seed=4)
+    assert generation.generate(model, [3] * 40 + tail, 8, seed=4) == generation.generate(model, tail, 8, seed=4)
+    assert generation.generate(model, [3, *tail[:-1]], 8, seed=4) != generation.generate(model, tail, 8, seed=4)
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -425,7 +430,7 @@ def test_draws_follow_the_probabilities() -> None:
 
     def shares(**options: Any) -> list[float]:
         rng, settings = np.random.default_rng(0), {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-        drawn = [sample.draw(logits, rng, **settings) for _ in range(4000)]
+        drawn = [generation.draw_token(logits, rng, **settings) for _ in range(4000)]
         return [round(drawn.count(i) / len(drawn), 1) for i in range(4)]
 
     assert shares() == [0.1, 0.5, 0.0, 0.4]
@@ -437,12 +442,12 @@ def test_draws_follow_the_probabilities() -> None:
 def test_text_comes_in_whole_characters(folder: Path) -> None:
     tokenizer = sample.load_tokenizer(newest(folder / "one"))
     ids = tokenizer.encode(TEXT).ids
-    stream = sample.TextStream(tokenizer, ids[:3])
+    stream = generation.TextStream(tokenizer, ids[:3])
     pieces = [stream.add(new) for new in ids[3:]]
     assert "" in pieces, "no character took several ids, so this proves nothing"
     assert "\ufffd" not in "".join(pieces)
     assert tokenizer.decode(ids[:3]) + "".join(pieces) + stream.rest() == TEXT
-    half = sample.TextStream(tokenizer, [])
+    half = generation.TextStream(tokenizer, [])
     shown = "".join(half.add(new) for new in tokenizer.encode("a\U0001f600").ids[:-1])
     assert (shown, half.rest()) == ("a", "\ufffd")
 
@@ -473,10 +478,10 @@ def test_without_a_tokenizer_ids_go_in_and_out(tinytrain: Cli, run: Path) -> Non
 
 def strip_tokenizer(run: Path) -> None:
     """Write the newest checkpoint again as one of a run whose data has no tokenizer."""
-    path, model = newest(run), sample.load_model(newest(run), torch.device("cpu"))
-    state, config = inspect.read_state(path), (path / "config.json").read_bytes()
+    path, model = newest(run), load_model.load_model(newest(run), torch.device("cpu"))
+    state, config = discovery.read_trainer_state(path), (path / "config.json").read_bytes()
     shutil.rmtree(path)
-    write_checkpoint(path, pieces_of(model, None)[0], state, {"config.json": config})
+    write_checkpoint(path, collect_shards(model, None)[0], state, {"config.json": config})
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_word(tinytrain: Cli, folder: Path) -> None:
@@ -524,9 +529,9 @@ def test_sample_takes_the_newest_valid_checkpoint(tinytrain: Cli, run: Path) -> 
 
 def test_a_checkpoint_without_a_configuration_is_an_error(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    write_checkpoint(tmp_path / "any", pieces_of(model, None)[0], {"step": 1})
+    write_checkpoint(tmp_path / "any", collect_shards(model, None)[0], {"step": 1})
     with pytest.raises(CheckpointError, match="says no configuration"):
-        sample.load_model(tmp_path / "any", torch.device("cpu"))
+        load_model.load_model(tmp_path / "any", torch.device("cpu"))
 
 
 def test_text_without_tokenizers_says_what_to_install(
@@ -585,10 +590,10 @@ def config_with(**overrides: Any) -> TrainingConfig:
 
 
 def written(folder: Path, model: TransformerLM, step: int, **config: Any) -> Path:
-    description = {**huggingface_config(model.config), **config}
+    description = {**to_hf_config(model.config), **config}
     path = folder / f"checkpoint-{step:08d}"
     files = {"config.json": json.dumps(description).encode()}
-    write_checkpoint(path, pieces_of(model, None)[0], {"step": step, "config": model.config.to_dict()}, files)
+    write_checkpoint(path, collect_shards(model, None)[0], {"step": step, "config": model.config.to_dict()}, files)
     return path
 
 
@@ -662,7 +667,7 @@ def test_plot_draws_a_run(tinytrain: Cli, run: Path, x: str) -> None:
     curve = plot.Curve(run, "run", x)
     assert curve.x.tolist() == [step * per_step for step in range(1, 7)]
     assert curve.eval_x.tolist() == [3 * per_step, 6 * per_step]
-    records = inspect.read_records(run / "logs" / "metrics.jsonl")
+    records = run_folder.read_records(run / "logs" / "metrics.jsonl")
     assert curve.loss.tolist() == [r["loss"] for r in records if r["kind"] == "train"]
     assert curve.eval_loss.tolist() == [r["loss"] for r in records if r["kind"] == "eval"]
 
@@ -734,7 +739,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 @pytest.mark.parametrize("steps", [1, 2, 3, 69, 300, 1_000_000])
 def test_the_chart_fits_a_terminal(schedule: Any, blocks: str, steps: int) -> None:
     config = TrainingConfig(total_steps=steps, schedule=schedule, warmup_iters=steps // 5)
-    lines = plot.chart(config, blocks).splitlines()
+    lines = chart(config, blocks).splitlines()
     assert len(lines) <= 16
     assert max(map(len, lines)) <= 80
     assert ("".join(lines).isascii()) == (blocks == " #")
@@ -742,7 +747,7 @@ def test_the_chart_fits_a_terminal(schedule: Any, blocks: str, steps: int) -> No
 
 def test_the_chart_says_the_rates_of_the_schedule() -> None:
     config = TrainingConfig(total_steps=1000, warmup_iters=100, lr_max=1.0, lr_min=0.2)
-    lines = plot.chart(config).splitlines()
+    lines = chart(config).splitlines()
     assert [line.split()[1:3] for line in lines[-4:]] == [
         ["1", "1.000e-02"], ["100", "1.000e+00"], ["500", f"{0.6 + 0.4 * math.cos(math.pi * 4 / 9):.3e}"],
         ["1,000", "2.000e-01"],

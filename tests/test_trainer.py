@@ -16,8 +16,8 @@ import torch
 from distributed_helper import launch_training, run_ranks, training_process
 from training import Run, fit, settings_for, train
 
-from tinytrain_dist.commandline import load_config
-from tinytrain_dist.config import TrainingConfig
+from tinytrain_dist.config.loading import load_config
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import TinytrainError
 
 pytestmark = pytest.mark.multiprocess
@@ -91,8 +91,8 @@ def spoiled_save(settings: dict[str, Any]) -> str:
 
 
 def differ(trainer: Any) -> None:
-    from tinytrain_dist.checkpoint import model_tensors
-    from tinytrain_dist.replicas import check_replicas
+    from tinytrain_dist.checkpoint.state import model_tensors
+    from tinytrain_dist.parallel.replica_check import check_replicas
 
     if trainer.context.rank == 1:
         with torch.no_grad():
@@ -118,9 +118,9 @@ def test_ranks_that_draw_the_same_slots_are_refused(tmp_path: Path) -> None:
 
 def signal_self(trainer: Any) -> None:
     """Rank 1 alone hears a signal during step 3 (the third forward of this rank's four micro-steps)."""
-    from tinytrain_dist import stopping
+    from tinytrain_dist.reliability import stop_requests
 
-    stopping.install_handlers()
+    stop_requests.install_signal_handlers()
 
     def hook(*_: Any) -> None:
         if trainer.context.rank == 1 and trainer.step == 2:
@@ -245,9 +245,10 @@ def test_checkpoint_is_a_hugging_face_model_and_can_be_started_from(tmp_path: Pa
 
 
 def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
-    from tinytrain_dist.checkpoint import load_tensors, model_tensors
-    from tinytrain_dist.model import TransformerLM
-    from tinytrain_dist.tensorfiles import TensorReader
+    from tinytrain_dist.checkpoint.safetensors_io import TensorReader
+    from tinytrain_dist.checkpoint.sharded_io import load_tensors
+    from tinytrain_dist.checkpoint.state import model_tensors
+    from tinytrain_dist.model.transformer import TransformerLM
 
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
     model = TransformerLM(TrainingConfig.from_dict(state["config"]))
@@ -290,9 +291,10 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
 
 def compile_again(trainer: Any) -> None:
     """Let steps 1 and 5 find new graphs."""
-    from tinytrain_dist import trainer as module
+    from tinytrain_dist.parallel import compile
+    from tinytrain_dist.training import trainer
 
-    module.compiled_graphs = lambda: (trainer.step >= 1) + (trainer.step >= 5)
+    compile.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)
 
 
 def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
@@ -303,10 +305,10 @@ def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
 
 
 def watch_garbage(trainer: Any) -> None:
-    from tinytrain_dist import trainer as module
+    from tinytrain_dist.training import trainer
 
     plain, collected = trainer.train_step, []
-    module.GARBAGE_EVERY = 2
+    trainer.GARBAGE_EVERY = 2
 
     def step(stop_reason: str = "") -> Any:
         assert not gc.isenabled()
@@ -320,10 +322,10 @@ def watch_garbage(trainer: Any) -> None:
 
 
 def garbage(settings: dict[str, Any]) -> tuple[list[int], bool, int]:
-    from tinytrain_dist import distributed
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**settings), distributed.start("cpu"))
+    trainer = Trainer(TrainingConfig(**settings), init_distributed("cpu"))
     watch_garbage(trainer)
     trainer.fit()
     return trainer.collected, gc.isenabled(), gc.get_freeze_count()

@@ -14,7 +14,7 @@ import pytest
 from distributed_helper import AGENT, REPOSITORY, training_process
 from training import config_file
 
-from tinytrain_dist.watchdog import read_beats, waited_for
+from tinytrain_dist.reliability.watchdog import describe_waiting, read_heartbeats
 
 ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
 HANGING = f"""
@@ -53,7 +53,7 @@ def beat(rank: int, step: int = 5, phase: str = "reduction", seen: float = 100.0
     ],
 )
 def test_who_is_waited_for(beats: list[dict[str, Any]], expected: str) -> None:
-    assert expected in waited_for(beats, 3, since=50.0)
+    assert expected in describe_waiting(beats, 3, since=50.0)
 
 
 def test_torn_heartbeats_and_those_of_a_larger_run_before_are_passed_over(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_torn_heartbeats_and_those_of_a_larger_run_before_are_passed_over(tmp_pa
     for rank in (0, 1, 7):
         (folder / f"rank-{rank:05d}.json").write_text(json.dumps(beat(rank)))
     (folder / "rank-00002.json").write_text('{"rank": 2, "pha')
-    assert [found["rank"] for found in read_beats(tmp_path)] == [0, 1]
-    assert read_beats(tmp_path / "gone") == []
+    assert [found["rank"] for found in read_heartbeats(tmp_path)] == [0, 1]
+    assert read_heartbeats(tmp_path / "gone") == []
 
 
 @pytest.mark.multiprocess
@@ -114,7 +114,7 @@ def test_a_rank_that_waits_to_join_ends_at_its_limit_or_at_a_signal(tmp_path: Pa
         "[os.environ.pop(name) for name in list(os.environ) if name.startswith('TORCHELASTIC')]\n"
         "from tinytrain_dist import stopping\n"
         "stopping.install_handlers()\n"
-        "from tinytrain_dist.run import main\n"
+        "from tinytrain_dist.launch.worker import main\n"
         "main(sys.argv[1:])\n"
     )
     heartbeat = tmp_path / "run" / "logs" / "heartbeat" / "rank-00000.json"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from distributed_helper import run_ranks
 
-from tinytrain_dist.tensorfiles import TYPES
+from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME
 
 # 53 ids: divisible by no world size. Width 16, two heads of 2 and one key head: k_proj has 2 rows, fewer than 4 ranks.
 TINY: dict[str, Any] = {
@@ -73,11 +73,11 @@ def config_file(folder: Path, **overrides: Any) -> str:
 
 def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) -> dict[str, Any]:
     """On a rank: build, train, and say how it ended. `prepare` may change the trainer first."""
-    from tinytrain_dist import distributed
-    from tinytrain_dist.config import TrainingConfig
-    from tinytrain_dist.trainer import Trainer
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.training.trainer import Trainer
 
-    context = distributed.start("cpu")
+    context = init_distributed("cpu")
     trainer = Trainer(TrainingConfig(**settings), context)
     if prepare is not None:
         prepare(trainer)
@@ -105,7 +105,7 @@ class Run:
         return {name: t["blake3"] for kind in manifest["tensors"].values() for name, t in kind.items()}
 
     def weights(self) -> dict[str, Any]:
-        from tinytrain_dist.tensorfiles import TensorReader
+        from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
         reader = TensorReader(self.checkpoint, "model")
         return {name: reader.read(name) for name in reader.files}
@@ -126,7 +126,7 @@ def in_older_format(checkpoint: Path, number: int) -> None:
         digests = [data[:at]]
         for tensor in entry.get("tensors", []):
             noted = body["tensors"][entry["kind"]][tensor]
-            size = math.prod(noted["shape"]) * TYPES[noted["dtype"]].itemsize
+            size = math.prod(noted["shape"]) * DTYPE_OF_NAME[noted["dtype"]].itemsize
             del noted["blake3"]
             noted["sha256"] = digest(data[at : at + size])
             digests.append(bytes.fromhex(noted["sha256"]))

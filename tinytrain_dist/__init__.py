@@ -1,35 +1,67 @@
-"""Owns the public names of the package, loaded on first use. Must not import torch: a login node imports this too."""
+"""A small, exact, fault-tolerant pre-trainer for decoder-only language models.
+
+The public names are loaded on first use, so that `import tinytrain_dist` does not import torch: a login node checks
+a configuration in a tenth of a second.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers and editors see the names here; at run time __getattr__ finds them
+    from tinytrain_dist.checkpoint.save_load import load_checkpoint as load_checkpoint
+    from tinytrain_dist.checkpoint.save_load import save_checkpoint as save_checkpoint
+    from tinytrain_dist.config.loading import load_config as load_config
+    from tinytrain_dist.config.schema import TrainingConfig as TrainingConfig
+    from tinytrain_dist.data.batches import get_batch as get_batch
+    from tinytrain_dist.data.token_dataset import load_token_dataset as load_token_dataset
+    from tinytrain_dist.distributed.batch_plan import BatchPlan as BatchPlan
+    from tinytrain_dist.errors import CheckpointError as CheckpointError
+    from tinytrain_dist.errors import ConfigError as ConfigError
+    from tinytrain_dist.errors import DataError as DataError
+    from tinytrain_dist.errors import TrainingError as TrainingError
+    from tinytrain_dist.model.attention import RotaryEmbedding as RotaryEmbedding
+    from tinytrain_dist.model.attention import apply_rotary_pos_emb as apply_rotary_pos_emb
+    from tinytrain_dist.model.layers import RMSNorm as RMSNorm
+    from tinytrain_dist.model.layers import SwiGLU as SwiGLU
+    from tinytrain_dist.model.loss import cross_entropy_loss as cross_entropy_loss
+    from tinytrain_dist.model.transformer import TransformerBlock as TransformerBlock
+    from tinytrain_dist.model.transformer import TransformerLM as TransformerLM
+    from tinytrain_dist.optim.adamw import AdamW as AdamW
+    from tinytrain_dist.optim.clipping import clip_gradients as clip_gradients
+    from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule as cosine_lr_schedule
+    from tinytrain_dist.optim.lr_schedule import wsd_lr_schedule as wsd_lr_schedule
+    from tinytrain_dist.parallel.wrappers import apply_ddp as apply_ddp
+    from tinytrain_dist.parallel.wrappers import apply_fsdp as apply_fsdp
+    from tinytrain_dist.parallel.wrappers import gather_full_state_dict as gather_full_state_dict
+    from tinytrain_dist.training.trainer import Trainer as Trainer
 
 _HOME = {
-    "TrainingConfig": "config",
-    "load_config": "commandline",
-    "BatchPlan": "layout",
+    "TrainingConfig": "config.schema",
+    "load_config": "config.loading",
+    "BatchPlan": "distributed.batch_plan",
     "ConfigError": "errors",
     "DataError": "errors",
     "CheckpointError": "errors",
     "TrainingError": "errors",
-    "cross_entropy_loss": "losses",
-    "cosine_lr_schedule": "schedule",
-    "wsd_lr_schedule": "schedule",
-    "AdamW": "optim",
-    "clip_gradients": "optim",
-    "TransformerLM": "model",
-    "TransformerBlock": "model",
-    "RMSNorm": "model",
-    "RotaryEmbedding": "model",
-    "apply_rotary_pos_emb": "model",
-    "SwiGLU": "model",
-    "get_batch": "data",
-    "load_token_dataset": "data",
-    "apply_ddp": "parallel",
-    "apply_fsdp": "parallel",
-    "gather_full_state_dict": "parallel",
-    "save_checkpoint": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "Trainer": "trainer",
+    "cross_entropy_loss": "model.loss",
+    "cosine_lr_schedule": "optim.lr_schedule",
+    "wsd_lr_schedule": "optim.lr_schedule",
+    "AdamW": "optim.adamw",
+    "clip_gradients": "optim.clipping",
+    "TransformerLM": "model.transformer",
+    "TransformerBlock": "model.transformer",
+    "RMSNorm": "model.layers",
+    "RotaryEmbedding": "model.attention",
+    "apply_rotary_pos_emb": "model.attention",
+    "SwiGLU": "model.layers",
+    "get_batch": "data.batches",
+    "load_token_dataset": "data.token_dataset",
+    "apply_ddp": "parallel.wrappers",
+    "apply_fsdp": "parallel.wrappers",
+    "gather_full_state_dict": "parallel.wrappers",
+    "save_checkpoint": "checkpoint.save_load",
+    "load_checkpoint": "checkpoint.save_load",
+    "Trainer": "training.trainer",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

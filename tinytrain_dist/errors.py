@@ -4,6 +4,8 @@ Every message is a sentence with four parts: what is wrong, both values, which s
 Our own invariants use `assert`; these classes are for configuration, data, checkpoints and training runs.
 """
 
+from __future__ import annotations
+
 
 class TinytrainError(ValueError):
     """Base of all errors whose message is meant for the person who started the run."""
@@ -20,7 +22,7 @@ class ConfigError(TinytrainError):
         super().__init__("\n".join([count, *(f"  {problem}" for problem in self.problems)]))
 
 
-class MeetingError(ConfigError):
+class RendezvousError(ConfigError):
     """This rank cannot meet the others. It alone knows, so it is the one that has to say so."""
 
 
@@ -36,5 +38,5 @@ class TrainingError(TinytrainError):
     """The run cannot go on: non-finite steps in a row, replicas that differ, a world that does not fit."""
 
 
-class ReplicasDiffer(TrainingError):
+class ReplicaMismatchError(TrainingError):
     """Ranks that should hold the same bits do not: the state is wrong on some of them, and is not saved."""

@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tinytrain_dist import stopping
+from tinytrain_dist.reliability import stop_requests
 
-stopping.install_handlers()
+stop_requests.install_signal_handlers()
 
-from tinytrain_dist.run import main  # noqa: E402
-from tinytrain_dist.trainer import Trainer  # noqa: E402
+from tinytrain_dist.launch.worker import main  # noqa: E402
+from tinytrain_dist.training.trainer import Trainer  # noqa: E402
 
 original = Trainer.train_step
 first, seconds = (os.environ.get("BRAKE") or "0:0").split(":")

@@ -1,0 +1,36 @@
+"""TODO docstring of checkpoint.load_model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
+from tinytrain_dist.checkpoint.sharded_io import read_checkpoint
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
+from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.model.transformer import TransformerLM
+
+MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["section"] == "model"), "context_len"}
+
+
+def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
+    """The model of a checkpoint in float32, ready to be used; needs no process group.
+
+    Errors: CheckpointError if the folder says no configuration or holds other tensors than that configuration's model.
+    """
+    saved = read_trainer_state(checkpoint).get("config")
+    if not saved:
+        raise CheckpointError(
+            f"{checkpoint}: says no configuration (save_checkpoint writes none); give a checkpoint of a training run"
+        )
+    # only what the model needs, so that a setting that was renamed since does not stand in the way
+    settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
+    config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
+    with torch.device("meta"):
+        model = TransformerLM(config)
+    model.to_empty(device=device)
+    model.tie_weights()
+    read_checkpoint(checkpoint, model, None)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,162 @@
+"""Owns `tinytrain export`: weights as a Hugging Face folder, and the proof that it is the same model.
+
+Must not know how checkpoints are made; it reads one and writes a new folder, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from tinytrain_dist.checkpoint.digests import tensor_digest
+from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
+from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
+from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
+from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
+from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+# float32 sums in another order; measured 1e-6 on logits of size 1
+TOLERANCE = 1e-3
+
+
+def main(args: list[str]) -> int:
+    """`tinytrain export`."""
+    return tyro.cli(export, prog="tinytrain export", args=args)
+
+
+def export(
+    checkpoint: PathArgument,
+    out: PathArgument,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    allow_untrained: bool = False,
+    check: bool = True,
+) -> int:
+    """Copy the weights, config.json and the tokenizer into a new folder that transformers, vLLM and others load.
+
+    Args:
+        checkpoint: A checkpoint, or a run: its newest valid checkpoint.
+        out: The folder to write; it appears complete or not at all, and is never replaced.
+        dtype: Type of the weights in it.
+        allow_untrained: Also export a model that has made no step.
+        check: Before the folder appears, load it with transformers where that is installed, and compare the logits.
+    """
+    source = find_checkpoint(checkpoint)
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out}: exists already and is not replaced; give another folder or delete it")
+    step = read_trainer_state(source).get("step")
+    if not step and not allow_untrained:
+        raise CheckpointError(
+            f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained"
+        )
+    target: torch.dtype = getattr(torch, dtype)
+    said = write_folder(source, out, target, check)
+    count = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: the weights of {source} (step {step}) as {dtype}, {count / 1e6:,.1f} MB")
+    print(said)
+    return 0
+
+
+def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
+    """Write `out` beside its final name, check it, and rename it; a sentence that says how it was checked.
+
+    Each tensor is held against the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
+    saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
+    """
+    saved, reader = read_manifest(source), TensorReader(source, "model")
+    noted = saved.tensors["model"]
+    description = _description(source, dtype)
+
+    def fetch(spec: TensorSpec) -> Tensor:
+        value = reader.read(spec.name)
+        if tensor_digest(value, saved.hashed) != noted[spec.name][saved.hashed]:
+            raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
+        cast = value.to(dtype)
+        if not bool(cast.isfinite().all()):
+            largest, limit = value.abs().max().item(), torch.finfo(dtype).max
+            raise CheckpointError(
+                f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
+            )
+        return cast.contiguous()
+
+    aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
+    try:
+        aside.mkdir(parents=True)
+        specs = [TensorSpec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
+        write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, manifest)
+        write_index(aside, "model", specs, MAX_FILE_BYTES, manifest)
+        write_json_file(aside, "config.json", description, manifest)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                write_file(aside, name, (source / name).read_bytes(), manifest)
+        said = check_with_transformers(source, aside, dtype) if check else "not checked, as asked"
+        commit_folder(aside, out, manifest)
+        return said
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error}); give another place") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # also after Ctrl-C; gone by then if it was renamed
+
+
+def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the type of the weights; both spellings, as transformers before 4.56 knows only the second."""
+    try:
+        found: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
+        ) from None
+    return {**found, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
+
+
+def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> str:
+    """Hold the logits of `folder` in transformers against ours, both in float32; a sentence with the difference.
+
+    Errors: CheckpointError if transformers cannot load it, or if they differ by more than rounding explains.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return "not checked against transformers, which is not installed: pip install 'tinytrain_dist[hf]'"
+    quiet: Any = transformers.logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    ours = load_model(source, torch.device("cpu"))
+    vocab_size = ours.config.vocab_size or 1
+    prompt = torch.arange(min(32, ours.config.context_len))[None] * 997 % vocab_size
+    exact = ours(prompt)
+    for parameter in ours.parameters():
+        parameter.copy_(parameter.to(dtype))
+    rounded = ours(prompt)
+    del ours  # one model in memory at a time
+    name = f"transformers {transformers.__version__}"
+    try:
+        with torch.no_grad():
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(prompt).logits
+    except Exception as error:  # whatever it raises, the folder is of no use
+        raise CheckpointError(
+            f"{source}: {name} cannot load its export ({error}); --no-check exports anyway"
+        ) from error
+    difference = (theirs - rounded).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, rounded.abs().max().item()):
+        raise CheckpointError(
+            f"{source}: {name} computes other logits than we do, by up to {difference:.3g}, so nothing is exported; "
+            "compare its config.json with the settings of the run, or add --no-check"
+        )
+    said = f"checked: {name} gives our logits, largest difference {difference:.2g}"
+    if dtype != torch.float32:
+        said += f"; rounding to {_name(dtype)} moved them by {(exact - rounded).abs().max().item():.2g}"
+    return said
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,52 @@
+"""TODO docstring of cli.figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinytrain_dist.errors import ConfigError, TinytrainError
+
+Numbers = NDArray[np.float64]
+# Okabe & Ito: told apart with any colour vision, and in print
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+INK, FAINT = "#333333", "#DDDDDD"
+
+
+def new_figure(**options: Any) -> tuple[Any, Any]:
+    """A new matplotlib figure that needs no display. Errors: TinytrainError if matplotlib is not installed."""
+    try:
+        import matplotlib.ticker
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise TinytrainError(
+            "matplotlib: is not installed, and a picture needs it; pip install 'tinytrain_dist[plot]' "
+            "(`tinytrain schedule` without --out draws with letters)"
+        ) from None
+    figure = Figure(figsize=(8, 5), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(**options)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(INK)
+        ax.grid(axis="y", color=FAINT, linewidth=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(colors=INK, labelsize=9)
+        ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    return figure, axes
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Write the picture and print its path. Errors: ConfigError for another ending; TinytrainError from the disk."""
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"out: {out} is not a picture's name; it must end in .png, .svg or .pdf", "the settings")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise TinytrainError(f"out: {out} cannot be written ({error.strerror}); give another --out") from None
+    print(out)

@@ -1,0 +1,63 @@
+"""Owns the `tinytrain` command: names the tools and prints what users did wrong. Must not hold any other logic."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import sys
+from importlib import import_module
+
+from tinytrain_dist.errors import TinytrainError
+
+VERBS = {
+    "prepare": ("tinytrain_dist.cli.prepare:main", "text -> tokenizer and token files"),
+    "schedule": ("tinytrain_dist.cli.schedule:main", "the learning-rate curve of a configuration"),
+    "plot": ("tinytrain_dist.cli.plot:main", "loss curves of runs as a picture"),
+    "status": ("tinytrain_dist.cli.status:main", "what a run is doing, or why it is not"),
+    "ls": ("tinytrain_dist.cli.ls:main", "the checkpoints of a run, or the runs in a folder"),
+    "doctor": ("tinytrain_dist.cli.doctor:main", "what is wrong with this machine, or with all nodes together"),
+    "sample": ("tinytrain_dist.cli.sample:main", "text from a checkpoint"),
+    "export": ("tinytrain_dist.cli.export:main", "weights as a Hugging Face folder"),
+    "verify": ("tinytrain_dist.cli.verify:main", "read every byte of checkpoints"),
+    "hash": ("tinytrain_dist.cli.hash:main", "one digest of weights and optimizer state"),
+    "plan": ("tinytrain_dist.cli.plan:main", "whether a run fits, what it holds, how fast it can be"),
+    "replay": ("tinytrain_dist.cli.replay:main", "the steps after a checkpoint, held against the record"),
+    "compare": ("tinytrain_dist.cli.compare:main", "where two runs or checkpoints part"),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one tool: its exit code, or 2 for a user's mistake."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, VERBS))
+        print("usage: tinytrain TOOL [--help] ...\n")
+        print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in VERBS.items()))
+        return 0 if args else 2
+    if args[0] not in VERBS:
+        close = difflib.get_close_matches(args[0], VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}"
+        print(f"error: no tool {args[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text of a model, in a terminal that has not all of its characters
+    module, _, entry = VERBS[args[0]][0].partition(":")
+    try:
+        return int(getattr(import_module(module), entry)(args[1:]))
+    except TinytrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `tinytrain ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # no permission, a full disk, a file that went away: the system's sentence names it
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""TODO docstring of cli.tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PathArgument = tyro.conf.Positional[Path]
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table; `<` behind a name aligns its column to the left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        left = column.endswith("<")
+        table.add_column(column.rstrip("<"), justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print it, in a width that fits."""
+    # a pipe has no width; rich would take 80 and fold what another program wants to read
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)

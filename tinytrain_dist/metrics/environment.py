@@ -1,0 +1,48 @@
+"""Owns what a run runs on: the kernels that decide bits, what one device holds, and the record of hosts and versions.
+
+Must not know ranks' work: it looks at one process, and is told what the others found.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinytrain_dist import __version__
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def library_versions() -> dict[str, Any]:
+    """Of what computes: the same on all ranks, or their results are not. The NVIDIA ones only where there is a GPU."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if not torch.cuda.is_available():
+        return found
+    driver = Path("/proc/driver/nvidia/version")  # nvidia-smi would take a second
+    version = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", driver.read_text()) if driver.exists() else None
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {**found, "CUDA": torch.version.cuda, "NCCL": nccl, "driver": version[1] if version else None}
+
+
+def environment_record(ranks: list[Any]) -> dict[str, Any]:
+    """What the run ran on. Variables are an allow-list: an environment holds people's keys."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
+    submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
+    wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
+    wanted += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
+    return {
+        "tinytrain_dist": __version__,
+        **library_versions(),
+        "platform": platform.platform(),
+        "git_commit": submitted.read_text().strip() if submitted.exists() else git.stdout.strip() or None,
+        "threads": torch.get_num_threads(),
+        "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
+        "variables": {name: os.environ[name] for name in wanted if name in os.environ},
+    }

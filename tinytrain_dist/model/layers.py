@@ -1,0 +1,77 @@
+"""TODO docstring of model.layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinytrain_dist.model.loss import chunk_loss_and_grad, head_loss_sum
+from tinytrain_dist.model.matmul import linear
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the mean is taken in float32. Source: Zhang & Sennrich 2019."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim] of any float type; returns the same shape and type."""
+        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, used in the type of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]; returns [..., out_features] in x's type."""
+        return linear(x, self.weight)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), d_model -> d_ff -> d_model. Source: Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., d_model]; returns the same shape."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Embedding(nn.Embedding):
+    """Token ids to vectors of the compute type."""
+
+    def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__(vocab_size, dim)
+        self.compute_dtype = dtype
+
+    def forward(self, ids_bt: Tensor) -> Tensor:
+        """ids: [b, t]; returns [b, t, d]. The gradient is summed in the weight's own type, float32."""
+        return F.embedding(ids_bt, self.weight).to(self.compute_dtype)
+
+
+class LMHead(Linear):
+    """The output matrix; with targets it returns the summed loss, so that the logits may stay in pieces."""
+
+    def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None) -> None:
+        super().__init__(d_model, vocab_size)
+        self.chunk_tokens, self.loss_piece = chunk_tokens, chunk_loss_and_grad
+
+    def forward(self, x_btd: Tensor, targets_bt: Tensor | None = None) -> Tensor:
+        """x: [b, t, d]; returns logits [b, t, v], or the float32 sum of the losses of targets [b, t]."""
+        if targets_bt is None:
+            return super().forward(x_btd)
+        hidden, targets = x_btd.flatten(0, 1), targets_bt.flatten()
+        return head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece)

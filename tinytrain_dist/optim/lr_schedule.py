@@ -1,0 +1,55 @@
+"""Owns the learning rate as pure functions of the step: nothing to save, nothing to restore.
+
+Must not know optimizers, torch or ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tinytrain_dist.config.schema import TrainingConfig
+
+
+def cosine_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, cosine_iters: int) -> float:
+    """Linear warm-up to `lr_max` at step `warmup_iters`, cosine to `lr_min` at `cosine_iters`, then `lr_min`.
+
+    t counts from 0, where the rate is 0 if there is a warm-up. Errors: ValueError if cosine_iters < warmup_iters,
+    which would make the curve jump, or if a step is negative. Source: Loshchilov & Hutter 2016 (arXiv 1608.03983).
+    """
+    if min(t, warmup_iters) < 0 or cosine_iters < warmup_iters:
+        raise ValueError(
+            f"cosine_lr_schedule: needs 0 <= t, 0 <= warmup_iters <= cosine_iters, "
+            f"got t={t}, warmup_iters={warmup_iters}, cosine_iters={cosine_iters}"
+        )
+    if t < warmup_iters:
+        return lr_max * t / warmup_iters
+    if t > cosine_iters:
+        return lr_min
+    progress = (t - warmup_iters) / max(1, cosine_iters - warmup_iters)
+    return lr_min + 0.5 * (1 + math.cos(math.pi * progress)) * (lr_max - lr_min)
+
+
+def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, decay_iters: int, end: int) -> float:
+    """Warm-up, stable at `lr_max`, then linear to `lr_min` over the last `decay_iters` steps before step `end`.
+
+    Errors: ValueError if warm-up and decay overlap. Source: Hu et al. 2024, MiniCPM (arXiv 2404.06395).
+    """
+    if min(t, warmup_iters) < 0 or decay_iters < 1 or warmup_iters + decay_iters > end:
+        raise ValueError(
+            f"wsd_lr_schedule: needs 0 <= t, 1 <= decay_iters, warmup_iters + decay_iters <= end, "
+            f"got t={t}, warmup_iters={warmup_iters}, decay_iters={decay_iters}, end={end}"
+        )
+    if t < warmup_iters:
+        return lr_max * t / warmup_iters
+    progress = min(1.0, max(0.0, (t - (end - decay_iters)) / decay_iters))
+    return lr_max + progress * (lr_min - lr_max)
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The rate of the update that completes step `step` + 1; the first update (step 0) never has rate 0."""
+    t, warmup = step + 1, config.warmup_steps
+    if config.schedule == "wsd":
+        return wsd_lr_schedule(t, config.lr_max, config.lr_min, warmup, config.decay_steps, config.total_steps)
+    if config.schedule == "constant":
+        return config.lr_max * min(1.0, t / max(1, warmup))
+    return cosine_lr_schedule(t, config.lr_max, config.lr_min, warmup, config.cosine_end)

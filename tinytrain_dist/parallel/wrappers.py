@@ -1,0 +1,105 @@
+"""TODO docstring of parallel.wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch._dynamo.utils
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tinytrain_dist.distributed import collectives
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def apply_ddp(model: nn.Module, mesh: DeviceMesh | None = None) -> DistributedDataParallel:
+    """Wrap any module for DDP over `mesh` (1-D; None: all ranks). Gradients are averaged, as DDP does it.
+
+    Rank 0's weights are given to all. Errors: ValueError for a mesh with several axes.
+    """
+    if mesh is not None and mesh.ndim != 1:
+        raise ValueError(f"apply_ddp: needs a mesh with one axis, got {mesh.ndim} axes; pass mesh['dp_replicate']")
+    return DistributedDataParallel(
+        model, process_group=mesh.get_group() if mesh is not None else None, gradient_as_bucket_view=True
+    )
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Shard any module with FSDP2 over `mesh`: 1-D shards, 2-D replicates over axis 0 and shards over axis 1 (HSDP).
+
+    Every element of the outermost ModuleLists becomes a unit, the rest is one more; without a ModuleList the model is a
+    single unit. Weights are first made equal to rank 0's, which FSDP2 by itself does not do; they and their gradients
+    stay float32, `param_dtype` is what forward and backward compute in. Gradients are averaged, as FSDP does it.
+    Errors: ValueError for a mesh of more than two axes or parameters that are not float32.
+    """
+    if mesh.ndim > 2:
+        raise ValueError(f"apply_fsdp: needs a mesh with one or two axes, got {mesh.ndim}")
+    odd = [name for name, param in model.named_parameters() if param.dtype != torch.float32]
+    if odd:
+        raise ValueError(f"apply_fsdp: master weights must be float32, but {odd[0]} is not; call model.float() first")
+    model.to(mesh.device_type)
+    collectives.broadcast_tensors([tensor.data for tensor in (*model.parameters(), *model.buffers())])
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    if param_dtype is not None:
+        # FSDP casts parameters, but not buffers: one float32 mask or rotary table would meet bf16 weights in a product
+        plain = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(mesh.device_type, dtype=param_dtype):
+                return plain(*args, **kwargs)
+
+        model.forward = forward
+    for unit in [*outermost_blocks(model), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def outermost_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the elements of the outermost ModuleLists, in order."""
+    blocks: list[nn.Module] = []
+    for child in module.children():
+        blocks += list(child) if isinstance(child, nn.ModuleList) else outermost_blocks(child)
+    return blocks
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP or torch.compile; the only place that knows how to get there."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
+    """Modules in whose forward a rank meets no other: sharded blocks, which are whole by then, or all of the model."""
+    inner = unwrap(model)
+    return outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
+
+
+def original_name(name: str) -> str:
+    """A parameter's name without the prefixes that wrappers put in front of any part of it."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix).replace("." + prefix, ".")
+    return name
+
+
+def gather_full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer whole, on the CPU, under its original name. A collective: every rank calls it.
+
+    Every rank receives the whole model; to save a model that does not fit in one memory use save_checkpoint.
+    """
+    state = unwrap(model).state_dict()
+    return {
+        original_name(name): (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone()
+        for name, t in state.items()
+    }

@@ -1,0 +1,24 @@
+"""Owns writing a small file so that nobody ever sees half of it. Must not know what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, value: Any) -> None:
+    """Write text (or a value, as JSON) aside and rename it. Errors: OSError from the disk."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(value if isinstance(value, str) else json.dumps(value) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file; {} where there is none, or something else."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
