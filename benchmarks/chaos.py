@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import distributed_helper  # noqa: E402
-from training import Run, fit, settings_for  # noqa: E402
+from tests.helpers.training import Run, fit, settings_for  # noqa: E402
 
 LIVES = [(1, "none"), (2, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "ddp")]
 COMMON: dict[str, Any] = {
@@ -47,16 +46,14 @@ def live(folder: Path, rng: random.Random, ranks: int, mode: str) -> str:
             pass
         pids: list[int] = []
         while not pids and not end.wait(seconds):
-            pids = sorted(distributed_helper._alive)
+            pids = sorted(ranks._alive)
         for pid in pids if everyone or not pids else [rng.choice(pids)]:
             os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        distributed_helper.run_ranks(
-            ranks, fit, settings_for(folder, "run", parallel=mode, **COMMON), timeout_seconds=600
-        )
+        ranks.run_ranks(ranks, fit, settings_for(folder, "run", parallel=mode, **COMMON), timeout_seconds=600)
     except AssertionError as error:
         if "SIGKILL" not in str(error):
             sys.exit(f"a life ended otherwise than by our kill:\n{error}")
@@ -91,9 +88,9 @@ def main() -> None:
                 )
         # an interval, and the save's own duration: at most an interval more, since the next save waits for it
         stop, most = at + 10, 2 * COMMON["ckpt_every"]
-        distributed_helper.run_ranks(2, fit, settings_for(folder, "run", parallel="ddp", stop_at_step=stop, **COMMON))
+        ranks.run_ranks(2, fit, settings_for(folder, "run", parallel="ddp", stop_at_step=stop, **COMMON))
         settings = settings_for(folder, "undisturbed", parallel="none", stop_at_step=stop, **COMMON)
-        distributed_helper.run_ranks(1, fit, settings, timeout_seconds=3600)
+        ranks.run_ranks(1, fit, settings, timeout_seconds=3600)
         run, expected = Run(folder / "run"), Run(folder / "undisturbed")
         same = run.digests() == expected.digests()
         damaged = len(list((folder / "run" / "checkpoints").glob("*.damaged*")))

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from distributed_helper import run_ranks  # noqa: E402
-from memory import CASES, MODEL, measure  # noqa: E402
+from tests.helpers.memory import CASES, MODEL, measure  # noqa: E402
+from tests.helpers.ranks import run_ranks  # noqa: E402
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
     if len(hosts) > 1 and (wrong := [f"{host} ({address})" for host, address in hosts.items() if address]):
         raise ConfigError(
             f"GLOO_SOCKET_IFNAME: not set, and the name of {format_list(wrong)} resolves to the machine itself, "
-            "which it would tell the others; set it to the interface of the nodes' network (ip addr), or mend /etc/hosts"
+            "which it would tell the others; set it to the interface of the nodes' network (ip addr), or fix /etc/hosts"
         )
 
 

@@ -1,0 +1,193 @@
+"""Owns how a run of several agents ends and goes on when ranks and nodes die, and where a stop finds it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_process
+from tests.helpers.training import Run, config_file, train
+
+pytestmark = pytest.mark.multiprocess
+ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
+
+
+def wait_until(holds: Callable[[], object], running: TrainingProcess | None = None, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, running.output() if running else "waited too long"
+        time.sleep(0.02)
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "run" / "state.json").read_text())
+    return {}
+
+
+def phase_of(folder: Path, rank: int = 0) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "run" / "logs" / "heartbeat" / f"rank-{rank:05d}.json").read_text())["phase"]
+    return ""
+
+
+def nodes(
+    folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str
+) -> list[TrainingProcess]:
+    """Two agents on this machine, as if on two nodes; the first one holds the rendezvous."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
+    conf = "--rdzv-conf=is_host={},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    return [
+        stack.enter_context(
+            training_process(
+                [config],
+                1,
+                folder,
+                launcher=AGENT,
+                rendezvous=[*rendezvous, conf.format(int(node == 0)), "--local-addr=127.0.0.1", *arguments],
+            )
+        )
+        for node in range(2)
+    ]
+
+
+def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -> None:
+    config = config_file(tmp_path, **ENDLESS)
+    with contextlib.ExitStack() as stack:
+        agents = nodes(tmp_path, config, stack, "2")
+        wait_until(lambda: any("step 5/" in agent.output() for agent in agents), agents[0])
+        os.kill(agents[1].worker_pids()[0], signal.SIGKILL)
+        codes = [agent.wait(60) for agent in agents]
+        words = [agent.output().rstrip().splitlines()[-1] for agent in agents]
+    cause = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert words == [f"error: {cause['message']}"] * 2
+    assert "was killed by SIGKILL, after step " in cause["message"]
+    assert "memory" in cause["message"]
+    assert not cause["secondary"]
+    assert cause["step"] > 0
+    assert codes[1] == 128 + signal.SIGKILL
+    assert codes[0] != 0
+    assert state_of(tmp_path)["state"] == "failed"
+
+
+def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> None:
+    settings = {**ENDLESS, "total_steps": 400, "ckpt_every": 10, "keep_last": 1}
+    config = config_file(tmp_path, **settings)
+    with contextlib.ExitStack() as stack:
+        agents = nodes(tmp_path, config, stack, "1:2", "--max-restarts=2")
+        wait_until(lambda: any("checkpoint-00000010" in agent.output() for agent in agents), agents[0])
+        both = [pid for agent in agents for pid in agent.worker_pids()]
+        os.killpg(agents[1].process.pid, signal.SIGKILL)
+        agents[1].process.wait()
+        assert agents[0].wait(180) == 0, agents[0].output()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both))  # no orphan is left
+    assert len(both) == 2
+    run = Run(tmp_path / "run")
+    assert state_of(tmp_path)["state"] == "done"
+    assert run.values("restarted", "text")
+    assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]) == 1
+
+
+def test_a_restart_in_place_tells_why_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = {"total_steps": 40, "ckpt_every": 10, "eval_every": 1000, "log_every": 5}
+    config = config_file(tmp_path, **settings)
+    with training_process([config], 2, tmp_path, launcher=AGENT, torchrun_args=["--max-restarts=2"]) as running:
+        running.wait_for_output("checkpoint-00000010")
+        os.kill(running.worker_pids()[1], signal.SIGKILL)
+        assert running.wait(120) == 0, running.output()
+    run = Run(tmp_path / "run")
+    (why,) = run.values("restarted", "text")
+    assert "was killed by SIGKILL" in str(why)
+    assert run.digests() == train(tmp_path, "whole", 2, parallel="ddp", **settings).digests()
+    assert not (tmp_path / "run" / "error.json").exists()
+    assert not (tmp_path / "run" / "logs" / "heartbeat").exists(), "it tells of live processes"
+
+
+def test_the_ranks_of_an_agent_that_dies_end_too(tmp_path: Path) -> None:
+    with training_process([config_file(tmp_path, **ENDLESS)], 2, tmp_path, launcher=AGENT) as running:
+        running.wait_for_output("step 5/")
+        pids = running.worker_pids()
+        assert len(pids) == 2
+        os.kill(running.process.pid, signal.SIGKILL)
+        wait_until(lambda: not any(_runs(pid) for pid in pids), seconds=30)
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_stop_during_a_long_evaluation_abandons_it_and_saves(tmp_path: Path) -> None:
+    settings = {**ENDLESS, "eval_every": 3, "eval_steps": 100_000}
+    with training_process([config_file(tmp_path, **settings)], 2, tmp_path, launcher=AGENT) as running:
+        wait_until(lambda: phase_of(tmp_path) == "evaluation", running)
+        os.kill(running.process.pid, signal.SIGTERM)
+        assert running.wait(60) == 0, running.output()
+    run = Run(tmp_path / "run")
+    assert state_of(tmp_path) == {"state": "preempted", "step": 3} | state_of(tmp_path)
+    assert run.checkpoint.name == "checkpoint-00000003"
+    assert run.values("eval", "loss") == []
+    assert "preempted (SIGTERM) at step 3" in str(run.values("stopped", "text")[0])
+
+
+@pytest.mark.parametrize("moment", ["agent imports", "ranks start"])
+def test_a_signal_during_the_start_ends_well_before_the_first_step(tmp_path: Path, moment: str) -> None:
+    config = config_file(tmp_path, **ENDLESS)
+    with training_process([config], 2, tmp_path, {"TINYTRAIN_ATTEMPT": "9"}, launcher=AGENT) as running:
+        if moment == "agent imports":  # from when it has its handlers; a signal before is the shell's affair
+            wait_until(lambda: _catches(running.process.pid, signal.SIGUSR1), running)
+            os.kill(running.process.pid, signal.SIGUSR1)
+        else:
+            wait_until(lambda: len(running.worker_pids()) == 2, running)
+            os.kill(running.process.pid, signal.SIGTERM)
+        assert running.wait(60) == 0, running.output()
+        assert "step 5/" not in running.output()
+    state = state_of(tmp_path)
+    assert (state["state"], state["attempt"]) == ("preempted", "9")
+    assert not list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
+
+
+def _catches(pid: int, number: int) -> bool:
+    with contextlib.suppress(OSError):
+        caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+        return bool(int(caught, 16) >> (number - 1) & 1)
+    return False
+
+
+DYING = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tinytrain_dist import stopping
+stopping.install_handlers()
+from tinytrain_dist import engine, run
+build = engine.build_model
+def build_or_die(*arguments, **rest):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return build(*arguments, **rest)
+engine.build_model = build_or_die
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: Path) -> None:
+    """A peer that is sent SIGTERM for it would say that it was preempted, and the batch script would queue it again."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    attempt = {"TINYTRAIN_ATTEMPT": "9"}
+    with training_process([config_file(tmp_path)], 2, tmp_path, attempt, launcher=AGENT, script=script) as running:
+        assert running.wait(60) == 128 + signal.SIGKILL, running.output()
+        assert "was killed by SIGKILL" in running.output().rstrip().splitlines()[-1]
+    assert state_of(tmp_path).get("state") != "preempted"

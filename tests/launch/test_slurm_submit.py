@@ -1,0 +1,237 @@
+"""Owns the checks of launch/submit.py: what it refuses, the script it renders, what it keeps, what it shows.
+
+Must not know Slurm: sbatch and squeue are scripts that answer as theirs do. The real ones are met in test_slurm.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.training import settings_for
+
+SUBMIT = REPOSITORY / "launch" / "submit.py"
+USUAL = ("--nodes", "2", "--processes-per-node", "2", "--time", "30")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    settings = settings_for(tmp_path, "run")
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    return path
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Path:
+    """A folder with commands that answer as Slurm's do; `asked` in it has their arguments."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    commands = {
+        "sbatch": f'cp "${{!#}}" {folder}/script; echo 77',
+        # running at the first look, ended at the second
+        "squeue": f"[ -e {folder}/looked ] || echo RUNNING None; touch {folder}/looked; echo hello from the job >>"
+        f"{tmp_path}/run/submitted/1/job-77.out",
+        "scontrol": "echo JobId=77 JobState=COMPLETED Reason=None",
+    }
+    for name, body in commands.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >>{folder}/asked\n{body}\n')
+        path.chmod(0o755)
+    return folder
+
+
+def submit(*args: object, path: Path | None = None, script: Path = SUBMIT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}" if path else "/usr/bin:/bin", "PYTHON": "/venv/python"}
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=script.parent.parent)
+
+
+def refusal(*args: object) -> str:
+    done = submit(*args)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+GOLDEN = """\
+# ---- filled in by launch/submit.py
+#SBATCH --job-name=run
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node={tasks}
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=1-0
+#SBATCH --signal=B:USR1@180
+#SBATCH --partition=long
+#SBATCH --account=me
+#SBATCH --qos=high
+#SBATCH --output={folder}/job-%j.out
+#SBATCH --mem=0
+#SBATCH --exclusive
+export TINYTRAIN_CODE={folder}/code
+export PYTHON=/venv/python
+export MAX_REQUEUES=3
+set -- {folder}/config.toml
+# ----
+"""
+
+
+@pytest.mark.parametrize(("template", "tasks"), [("train", 1), ("srun", 8)])
+def test_the_script_that_is_submitted(config: Path, tmp_path: Path, template: str, tasks: int) -> None:
+    done = submit(
+        config, "--nodes", 2, "--gpus-per-node", 8, "--cpus-per-task", 64, "--time", "1-0", "--partition", "long",
+        "--account", "me", "--qos", "high", "--max-requeues", 3, "--template", f"slurm/{template}.sbatch", "--dry-run",
+        "--batch-size", 16, "--sbatch", "--mem=0", "--exclusive",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "submitted" / "1"
+    original = (REPOSITORY / "slurm" / f"{template}.sbatch").read_text()
+    script, _, command = done.stdout.partition("\n# would be submitted from ")
+    rendered = GOLDEN.format(tasks=tasks, folder=folder)
+    assert rendered in script
+    assert script.replace(rendered, "").rstrip("\n") == original.rstrip("\n"), "nothing else of the template may change"
+    assert command == f"{REPOSITORY} with:\nsbatch --parsable {folder}/job.sbatch\n"
+    assert not (tmp_path / "run").exists(), "a dry run changes nothing"
+
+
+def test_a_sweep_has_a_configuration_for_each_task(config: Path, slurm: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(f"# two\n--lr-max 0.02\n\n--d-model 32 --target-dir {tmp_path}/wide\n")
+    done = submit(config, *USUAL, "--array", sweep, path=slurm)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "submitted" / "1"
+    script = (slurm / "script").read_text()
+    assert "#SBATCH --array=0-1\n" in script
+    assert f"#SBATCH --output={folder}/job-%A_%a.out\n" in script
+    assert f"set -- {folder}/config-$SLURM_ARRAY_TASK_ID.toml\n" in script
+    first, second = ((folder / f"config-{task}.toml").read_text() for task in (0, 1))
+    assert "lr_max = 0.02\n" in first
+    assert f'target_dir = "{tmp_path}/run/0"\n' in first
+    assert "d_model = 32\n" in second
+    assert f'target_dir = "{tmp_path}/wide"\n' in second
+    sweep.write_text("--target-dir same\n--target-dir same\n--batch-size 7\n")
+    text = refusal(config, *USUAL, "--array", sweep)
+    assert "several tasks have the target_dir same" in text
+    assert "task 2: batch_size: 7 is not a multiple of micro_batch_size 1 x 4 ranks" in text
+
+
+def test_all_mistakes_are_told_at_once(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_text("no tokens")
+    text = refusal(
+        config, "--nodes", 3, "--processes-per-node", 2, "--time", "1", "--context-len", 5000, "--val-data",
+        tmp_path / "text.npy", "--init-from", "/nowhere", "--ckpt-writers", 9,
+    )  # fmt: skip
+    assert text.startswith(f"error: 6 problems in {config}\n")
+    assert "--time: 1 is less than two minutes" in text
+    assert "batch_size: 8 is not a multiple of micro_batch_size 1 x 6 ranks = 6; possible: ranks 1, 2, 4, 8" in text
+    assert "train_data: " in text
+    assert "has 4000 tokens, but context_len 5000 needs 5001" in text
+    assert "val_data: " in text
+    assert "init_from: there is no folder /nowhere" in text
+    assert "ckpt_writers: 9 is more than the 6 processes" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--time", "30"], "--gpus-per-node: not set"),
+        ([*USUAL, "--gpus-per-node", "2"], "there is one process for each GPU"),
+        ([*USUAL[:-1], "soon"], "--time: 'soon' is no time limit"),
+        ([*USUAL, "--total-step", "5"], "did you mean total_steps?"),
+        ([*USUAL, "--train-data", "/nope/train.npy", "--vocab-size", "9"], "/nope/train.npy: no such token file"),
+        ([*USUAL, "--train-data", "/nope/train.npy"], "vocab_size: not set, and there is no /nope/meta.json"),
+        ([*USUAL, "--vocab-size", "9"], "vocab_size: 9 is less than the 53 of"),
+        ([*USUAL, "--parallel", "none"], "parallel: none runs on 1 process, but there are 4"),
+        ([*USUAL, "--template", "mine.sbatch"], "--template: there is no file mine.sbatch"),
+        ([*USUAL, "--array", "mine.txt"], "--array: mine.txt cannot be read"),
+    ],
+)
+def test_a_mistake_is_told_on_the_login_node(config: Path, args: list[str], sentence: str) -> None:
+    assert sentence in refusal(config, *args)
+
+
+def test_a_check_needs_no_torch(config: Path) -> None:
+    code = (
+        "import runpy, sys\nsys.argv[0] = 'submit.py'\n"
+        f"try: runpy.run_path({str(SUBMIT)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, str(config), *USUAL, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stderr.strip() == "False", "a login node must not wait for torch"
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:05", 95405)],
+)
+def test_time_limits_in_slurms_spelling(limit: str, seconds: int) -> None:
+    sys.path.insert(0, str(SUBMIT.parent))
+    try:
+        from submit import seconds_of  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(SUBMIT.parent))
+    assert seconds_of(limit) == seconds
+
+
+def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for part in ("launch", "tinytrain_dist", "slurm", "configs"):
+        shutil.copytree(REPOSITORY / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (checkout / "slurm" / "env.sh").write_text("export NCCL_DEBUG=INFO\n")
+    (checkout / "launch" / "train.py").write_text("changed and not committed\n")
+    (checkout / "tinytrain_dist" / "new.py").write_text("not added yet\n")
+    (checkout / "data").mkdir()
+    (checkout / "data" / "huge.npy").write_text("not code")
+    done = submit(config, *USUAL, "--seed", 5, path=slurm, script=checkout / "launch" / "submit.py")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run" / "submitted" / "1"
+    assert "job 77: 1 run(s)" in done.stdout
+    assert (folder / "job_id").read_text() == "77\n"
+    (checkout / "launch" / "train.py").write_text("changed again\n")
+    assert (folder / "code" / "launch" / "train.py").read_text() == "changed and not committed\n"
+    assert (folder / "code" / "tinytrain_dist" / "new.py").exists()
+    assert (folder / "code" / "slurm" / "env.sh").exists()
+    assert not (folder / "code" / "data").exists()
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert (folder / "code" / "COMMIT").read_text() == f"{head} with changes\n"
+    assert "seed = 5\n" in (folder / "config.toml").read_text()
+    assert (slurm / "script").read_text() == (folder / "job.sbatch").read_text()
+    again = submit(config, *USUAL, path=slurm, script=checkout / "launch" / "submit.py")
+    assert str(tmp_path / "run" / "submitted" / "2") in again.stdout
+
+
+def test_follow_shows_the_log_to_the_end(config: Path, slurm: Path) -> None:
+    done = submit(config, *USUAL, "--follow", path=slurm)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("hello from the job\n") == 2
+    assert done.stdout.endswith("submit.py: job 77 has ended: COMPLETED\n")
+
+
+def test_what_slurm_refuses_leaves_nothing_behind(config: Path, slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    done = submit(config, *USUAL, "--partition", "x", path=slurm)
+    assert done.returncode == 1
+    assert done.stderr == "error: sbatch refused: sbatch: error: invalid partition specified: x\n"
+    assert list((tmp_path / "run" / "submitted").iterdir()) == []
+
+
+def test_without_slurm_it_says_so(config: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SUBMIT), str(config), *USUAL],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "there is no sbatch here" in done.stderr

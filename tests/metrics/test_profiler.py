@@ -1,0 +1,56 @@
+"""Owns the trace of some steps: that it is there, readable, named by step and phase, and absent without the setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.training import settings_for
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.context import init_distributed, shutdown
+from tinytrain_dist.metrics.profiler import StepProfiler
+from tinytrain_dist.training.trainer import Trainer
+
+
+def run(folder: Path, **overrides: Any) -> Trainer:
+    context = init_distributed("cpu")
+    try:
+        trainer = Trainer(TrainingConfig(**settings_for(folder, "run", **overrides)), context)
+        trainer.fit()
+        return trainer
+    finally:
+        shutdown()
+
+
+def test_a_trace_has_the_steps_and_phases_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, profile="2:3", total_steps=4)
+    (path,) = (tmp_path / "run" / "logs" / "profile").iterdir()
+    assert path.name == "steps-2-3.pt.trace.json"
+    assert f"profile: wrote {path}" in capsys.readouterr().out
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    assert [name for name in names if name.startswith("ProfilerStep#")] == ["ProfilerStep#2", "ProfilerStep#3"]
+    for phase in ("data", "forward_backward", "reduction", "optimizer"):
+        assert names.count(phase) == 2, phase
+    assert "aten::mm" in names
+
+
+def test_a_run_that_ends_early_still_writes_its_trace(tmp_path: Path) -> None:
+    run(tmp_path, profile="3:9", stop_at_step=4)
+    (path,) = (tmp_path / "run" / "logs" / "profile").iterdir()
+    assert path.name == "steps-3-4.pt.trace.json"
+
+
+def test_steps_that_are_over_are_said_to_have_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, total_steps=4, stop_at_step=3)
+    run(tmp_path, profile="2:3", total_steps=4)
+    assert "no step of 2:3 was made here" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "logs" / "profile").exists()
+
+
+def test_without_the_setting_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepProfiler, "__init__", None)
+    trainer = run(tmp_path, stop_at_step=1)
+    assert trainer.pulse.follower is None
