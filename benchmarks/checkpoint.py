@@ -100,7 +100,7 @@ class Measurement:
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
         about = trainer.checkpoints.data, trainer.checkpoints.bits
         self.foreground = CheckpointManager(elsewhere, trainer.context, trainer.model, trainer.optimizer, *about)
-        self.own = sum(piece.local.nbytes for piece in trainer.checkpoints.all_pieces)
+        self.own = sum(shard.rows_to_save.nbytes for shard in trainer.checkpoints.all_shards)
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 
     def alone(self, action: Callable[[], object]) -> float:

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--ranks 8,64,512,4096] [--latency-us 10] [--gbit 10]
 
 Measured here, by calling the real functions with the layout that one rank of so many would have: drawing its windows,
-building the leaf-loss vector, planning the pieces of a checkpoint (of a model sharded over a fake process
+building the leaf-loss vector, planning the shards of a checkpoint (of a model sharded over a fake process
 group), and unpickling what is gathered. Computed, not measured: what the network adds, from bytes and hops with a given
 latency and bandwidth: a sum of n bytes takes 2 log2(ranks) hops and moves 2n bytes, a gather moves n x ranks bytes.
 """
@@ -55,7 +55,7 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
         parallel="hsdp", dp_shard=shard,
     )  # fmt: skip
     plan = BatchPlan.make(config, ParallelDims("hsdp", ranks // shard, shard, ""))
-    slots = [slot for k in range(plan.accumulation_steps) for slot in plan.slots(plan.leaf(0, 0, k))]
+    slots = [slot for k in range(plan.accumulation_steps) for slot in plan.slots(plan.micro_batch_index(0, 0, k))]
     hops = 2 * math.log2(ranks)
     results = []
 
@@ -71,10 +71,10 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
 
     place, loss = torch.tensor([0]), torch.zeros(1, dtype=torch.float64)
 
-    def leaf_losses() -> None:
-        torch.zeros(plan.leaves, dtype=torch.float64).index_copy_(0, place, loss).sum()
+    def micro_batch_losses() -> None:
+        torch.zeros(plan.num_micro_batches, dtype=torch.float64).index_copy_(0, place, loss).sum()
 
-    note("loss: one number for every leaf", leaf_losses, summed=8 * plan.leaves)
+    note("loss: one number for every leaf", micro_batch_losses, summed=8 * plan.num_micro_batches)
     note("norm: one number", lambda: torch.zeros(()).sqrt(), summed=8)
     row = torch.zeros(3, dtype=torch.float64)
     note("logging (every log_every): 3 numbers of every rank", lambda: row.tolist(), gathered=24)
@@ -92,7 +92,7 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
     model.to_empty(device="cpu")
     optimizer = AdamW(model.parameters())
     optimizer.materialize()
-    note("checkpoint: plan the pieces", lambda: collect_shards(model, optimizer, config.max_shard_bytes, 1))
+    note("checkpoint: plan the shards", lambda: collect_shards(model, optimizer, config.max_shard_bytes, 1))
     dist.destroy_process_group()
     return results
 

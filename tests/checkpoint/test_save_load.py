@@ -160,9 +160,9 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
 
 def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
     model, optimizer, path = saved(tmp_path)
-    pieces, values = collect_shards(model, optimizer)
+    shards, values = collect_shards(model, optimizer)
     state = {"step": 1, "optimizer": values}
-    sharded_io.write_checkpoint(tmp_path / "many", pieces, state, max_shard_bytes=64)
+    sharded_io.write_checkpoint(tmp_path / "many", shards, state, max_shard_bytes=64)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     tensors = [json.loads((p / "manifest.json").read_text())["tensors"] for p in (path, tmp_path / "many")]
     assert tensors[0] == tensors[1]

@@ -91,7 +91,7 @@ def make(config: TrainingConfig, replicate: int = 1, shard: int = 1) -> BatchPla
 
 def test_accumulation_is_derived():
     plan = make(TrainingConfig(batch_size=48, micro_batch_size=4, context_len=10), 2, 3)
-    assert (plan.ranks, plan.leaves, plan.accumulation_steps, plan.tokens_per_step) == (6, 12, 2, 480)
+    assert (plan.ranks, plan.num_micro_batches, plan.accumulation_steps, plan.tokens_per_step) == (6, 12, 2, 480)
     assert str(plan) == (
         "batch_size 48 = micro_batch_size 4 x 6 ranks x 2 accumulation steps; 480 tokens per step"
     )  # fmt: skip
@@ -179,7 +179,7 @@ def test_every_slot_is_owned_exactly_once(plan):
         for replica in range(plan.replicate)
         for shard in range(plan.shard)
         for micro_step in range(plan.accumulation_steps)
-        for slot in plan.slots(plan.leaf(replica, shard, micro_step))
+        for slot in plan.slots(plan.micro_batch_index(replica, shard, micro_step))
     ]
     assert len(owned) == plan.batch_size
     assert sorted(owned) == list(range(plan.batch_size))
@@ -189,7 +189,7 @@ def test_every_slot_is_owned_exactly_once(plan):
 def test_a_replicas_ranks_hold_neighbouring_leaves_in_each_micro_step(plan):
     for replica in range(plan.replicate):
         for micro_step in range(plan.accumulation_steps):
-            leaves = [plan.leaf(replica, shard, micro_step) for shard in range(plan.shard)]
+            leaves = [plan.micro_batch_index(replica, shard, micro_step) for shard in range(plan.shard)]
             assert leaves == list(range(leaves[0], leaves[0] + plan.shard))
             assert leaves[0] % plan.shard == 0
 
@@ -198,7 +198,9 @@ def test_a_replicas_ranks_hold_neighbouring_leaves_in_each_micro_step(plan):
 def test_a_replica_holds_a_contiguous_run_of_leaves(plan):
     run = plan.accumulation_steps * plan.shard
     for replica in range(plan.replicate):
-        leaves = [plan.leaf(replica, s, k) for k in range(plan.accumulation_steps) for s in range(plan.shard)]
+        leaves = [
+            plan.micro_batch_index(replica, s, k) for k in range(plan.accumulation_steps) for s in range(plan.shard)
+        ]
         assert leaves == list(range(replica * run, (replica + 1) * run))
 
 
@@ -209,6 +211,6 @@ def test_the_formula_is_that_of_each_mode(plan):
     for rank in range(plan.ranks):
         for k in range(k_count):
             if plan.shard == 1:
-                assert plan.leaf(rank, 0, k) == rank * k_count + k
+                assert plan.micro_batch_index(rank, 0, k) == rank * k_count + k
             if plan.replicate == 1:
-                assert plan.leaf(0, rank, k) == k * plan.ranks + rank
+                assert plan.micro_batch_index(0, rank, k) == k * plan.ranks + rank

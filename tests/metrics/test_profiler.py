@@ -53,4 +53,4 @@ def test_steps_that_are_over_are_said_to_have_no_trace(tmp_path: Path, capsys: p
 def test_without_the_setting_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepProfiler, "__init__", None)
     trainer = run(tmp_path, stop_at_step=1)
-    assert trainer.pulse.follower is None
+    assert trainer.phase_timer.follower is None

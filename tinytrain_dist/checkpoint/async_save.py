@@ -17,20 +17,20 @@ SLOW_SAVE_SECONDS = 120.0  # when a save is worth a word
 
 
 class HostBuffers:
-    """Copies of this rank's pieces in host memory, kept from save to save; pinned where they come from a GPU."""
+    """Copies of this rank's shards in host memory, kept from save to save; pinned where they come from a GPU."""
 
-    def __init__(self, pieces: ShardsByKind) -> None:
-        """`pieces`: what is to be copied each time; the memory is taken at the first one."""
-        self._sources = [piece.local for parts in pieces.values() for piece in parts]
+    def __init__(self, shards: ShardsByKind) -> None:
+        """`shards`: what is to be copied each time; the memory is taken at the first one."""
+        self._sources = [shard.rows_to_save for parts in shards.values() for shard in parts]
         self._cuda = any(source.is_cuda for source in self._sources)
-        self._pieces, self._copied = pieces, list[Tensor]()
+        self._pieces, self._copied = shards, list[Tensor]()
 
     def copy(self) -> tuple[ShardsByKind, torch.cuda.Event | None]:
-        """The pieces with `local` in host memory, and what to wait for before reading where a GPU still copies."""
+        """The shards with `local` in host memory, and what to wait for before reading where a GPU still copies."""
         if not self._copied:
             self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
             buffers = iter(self._copied)
-            self._pieces = {k: [replace(p, local=next(buffers)) for p in ps] for k, ps in self._pieces.items()}
+            self._pieces = {k: [replace(p, rows_to_save=next(buffers)) for p in ps] for k, ps in self._pieces.items()}
         torch._foreach_copy_(self._copied, self._sources, non_blocking=self._cuda)
         event = torch.cuda.Event() if self._cuda else None
         if event is not None:

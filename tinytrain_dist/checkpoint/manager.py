@@ -55,11 +55,11 @@ class CheckpointManager:
         """
         self.config, self.context, self.data, self.bits = config, context, data, bits
         self.model, self.optimizer = model, optimizer
-        self.pieces, _ = collect_shards(
+        self.shards, _ = collect_shards(
             model, optimizer, config.max_shard_bytes, config.ckpt_writers
         )  # too slow for a save
-        self.all_pieces = list(itertools.chain.from_iterable(self.pieces.values()))
-        self.buffers = HostBuffers(self.pieces)
+        self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
+        self.buffers = HostBuffers(self.shards)
         self.pending: SaveThread | None = None
         self.group = collectives.new_background_group()
 
@@ -77,8 +77,8 @@ class CheckpointManager:
         assert self.pending is None, "collect() first"
         self.best_step = report.get("best_eval_step")
         beside = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
-        comparison = ReplicaComparison(self.all_pieces, beside, self.context)
-        pieces, event = self.buffers.copy() if beside else (self.pieces, None)
+        comparison = ReplicaComparison(self.all_shards, beside, self.context)
+        shards, event = self.buffers.copy() if beside else (self.shards, None)
         state = {
             "step": step,
             "tokens": step * self.config.batch_size * self.config.context_len,
@@ -92,8 +92,8 @@ class CheckpointManager:
         def work(manifest: Manifest) -> None:
             if event is not None:
                 event.synchronize()
-            comparison.finish(itertools.chain.from_iterable(pieces.values()), self.group)
-            self._write(self.folder(step), pieces, state, manifest)
+            comparison.finish(itertools.chain.from_iterable(shards.values()), self.group)
+            self._write(self.folder(step), shards, state, manifest)
 
         self.pending = save = SaveThread(step, work)
         if not self.config.ckpt_async:
@@ -127,7 +127,7 @@ class CheckpointManager:
         self.pending = None
         return save
 
-    def _write(self, path: Path, pieces: ShardsByKind, state: dict[str, Any], manifest: Manifest) -> None:
+    def _write(self, path: Path, shards: ShardsByKind, state: dict[str, Any], manifest: Manifest) -> None:
         exists, files, error = False, dict[str, bytes](), None
         if self.context.is_main:
             try:
@@ -137,7 +137,7 @@ class CheckpointManager:
         collectives.raise_on_all_ranks(error, self.group)
         if not self.context.broadcast_object(exists, self.group):
             bounds = self.config.max_shard_bytes, self.group
-            write_checkpoint(path, pieces, state, files, *bounds, manifest, self._permit)
+            write_checkpoint(path, shards, state, files, *bounds, manifest, self._permit)
         if self.context.is_main:
             try:
                 self._retain()

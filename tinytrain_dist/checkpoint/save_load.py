@@ -24,8 +24,8 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteratio
     Needs no process group; with one it is a collective and rank 0 writes. An existing path is never replaced.
     Errors: CheckpointError if out_path exists, or for state that cannot be saved; OSError from the disk.
     """
-    pieces, values = collect_shards(model, optimizer)
-    write_checkpoint(Path(out_path), pieces, {"step": int(iteration), "optimizer": values})
+    shards, values = collect_shards(model, optimizer)
+    write_checkpoint(Path(out_path), shards, {"step": int(iteration), "optimizer": values})
 
 
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path: str | Path) -> int:

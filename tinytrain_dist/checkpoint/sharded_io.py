@@ -38,7 +38,7 @@ from tinytrain_dist.errors import CheckpointError
 
 def write_checkpoint(
     path: Path,
-    pieces: ShardsByKind,
+    shards: ShardsByKind,
     state: dict[str, Any],
     extra_files: dict[str, bytes] | None = None,
     max_shard_bytes: int = MAX_FILE_BYTES,
@@ -55,11 +55,11 @@ def write_checkpoint(
     """
     aside, main = path.with_name(path.name + ".tmp"), collectives.is_main_rank()
     manifest = Manifest() if manifest is None else manifest
-    specs = {k: [TensorSpec(p.name, p.shape, p.dtype, p.must_be_finite) for p in parts] for k, parts in pieces.items()}
+    specs = {k: [TensorSpec(p.name, p.shape, p.dtype, p.must_be_finite) for p in parts] for k, parts in shards.items()}
     try:
         collectives.run_on_all_ranks(lambda: permit() if main else None, group)
         collectives.run_on_all_ranks(lambda: _make_folder(path, aside, main), group)
-        _write_my_files(aside, pieces, specs, max_shard_bytes, group, manifest)
+        _write_my_files(aside, shards, specs, max_shard_bytes, group, manifest)
         everyone = collectives.all_gather_object(manifest, group)
 
         def complete() -> None:
@@ -91,22 +91,22 @@ def _make_folder(path: Path, aside: Path, main: bool) -> None:
 
 def _write_my_files(
     aside: Path,
-    pieces: ShardsByKind,
+    shards: ShardsByKind,
     specs: dict[str, list[TensorSpec]],
     max_bytes: int,
     group: Group | None,
     manifest: Manifest,
 ) -> None:
     """Write the files that are this rank's, while offering the others its rows of theirs; note what was written."""
-    order, me = list(itertools.chain(*pieces.values())), collectives.get_rank()
+    order, me = list(itertools.chain(*shards.values())), collectives.get_rank()
     chunks = shard_transfer.recv_shards(order, CHUNKS_IN_FLIGHT, CHUNK_BYTES, group)
     sends = shard_transfer.isend_shards(order, CHUNK_BYTES, group)
 
     def write() -> None:
         try:
             _wait_for_folder(aside)
-            for kind, parts in pieces.items():
-                mine = {spec for spec, piece in zip(specs[kind], parts, strict=True) if piece.writer == me}
+            for kind, parts in shards.items():
+                mine = {spec for spec, shard in zip(specs[kind], parts, strict=True) if shard.writer == me}
                 write_tensors(aside, kind, specs[kind], chunks, max_bytes, manifest, mine.__contains__)
         finally:
             # after an error the others still offer: take it, or they wait for ever

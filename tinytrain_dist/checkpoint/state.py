@@ -73,10 +73,10 @@ def collect_shards(
     kinds, values = {"model": model_tensors(model)}, dict[str, Any]()
     if optimizer is not None:
         kinds["optimizer"], values = optimizer_tensors(model, optimizer)
-    pieces: ShardsByKind = {}
+    shards: ShardsByKind = {}
     turn = 0
     for kind, tensors in kinds.items():
-        pieces[kind] = []
+        shards[kind] = []
         specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         for file in split_into_files(specs, max_shard_bytes):
             for spec in file:
@@ -86,6 +86,6 @@ def collect_shards(
                         f"{spec.name}: is {tensor.dtype}, which cannot be saved; make it real numbers"
                     )
                 weight = kind == "optimizer" or isinstance(tensor, nn.Parameter)  # a buffer may hold -inf masks
-                pieces[kind].append(replace(shard_of(spec.name, tensor, turn % writers), must_be_finite=weight))
+                shards[kind].append(replace(shard_of(spec.name, tensor, turn % writers), must_be_finite=weight))
             turn += 1
-    return pieces, values
+    return shards, values

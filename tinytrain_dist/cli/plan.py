@@ -148,8 +148,8 @@ def _speed(now: Forecast, world: Cluster, flops: float) -> str:
 def _disk(config: TrainingConfig, model: nn.Module) -> str:
     optimizer = AdamW(weight_decay_groups(model, config.weight_decay))
     optimizer.materialize()
-    pieces, _ = collect_shards(model, optimizer, config.max_shard_bytes)
-    specs = [[TensorSpec(p.name, p.shape, p.dtype) for p in parts] for parts in pieces.values()]
+    shards, _ = collect_shards(model, optimizer, config.max_shard_bytes)
+    specs = [[TensorSpec(p.name, p.shape, p.dtype) for p in parts] for parts in shards.values()]
     size = sum(spec.nbytes for kind in specs for spec in kind)
     files = sum(len(split_into_files(kind, config.max_shard_bytes)) for kind in specs)
     saves = math.ceil(config.total_steps / config.ckpt_every)

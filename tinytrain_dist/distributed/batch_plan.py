@@ -59,21 +59,21 @@ class BatchPlan:
         return self.replicate * self.shard
 
     @property
-    def leaves(self) -> int:
+    def num_micro_batches(self) -> int:
         """Forward passes that make up one step, over all ranks."""
         return self.batch_size // self.micro_batch_size
 
     @property
     def accumulation_steps(self) -> int:
         """Forward passes of one rank in one step."""
-        return self.leaves // self.ranks
+        return self.num_micro_batches // self.ranks
 
     @property
     def tokens_per_step(self) -> int:
         """Target tokens of one step over all ranks."""
         return self.batch_size * self.context_len
 
-    def leaf(self, replica: int, shard: int, micro_step: int) -> int:
+    def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
         """The leaf that a rank computes in its micro_step.
 
         One formula serves every mode: with it the ranks of a replica hold neighbouring leaves in each micro-step
@@ -81,9 +81,9 @@ class BatchPlan:
         """
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard
 
-    def slots(self, leaf: int) -> range:
+    def slots(self, micro_batch: int) -> range:
         """The slots of one leaf."""
-        return range(leaf * self.micro_batch_size, (leaf + 1) * self.micro_batch_size)
+        return range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
 
     def __str__(self) -> str:
         return (

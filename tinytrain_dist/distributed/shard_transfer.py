@@ -25,23 +25,23 @@ RECEIVES_AHEAD = 8
 
 @dataclass(frozen=True)
 class TensorShard:
-    """What this rank has of one tensor: the rows it trains with (`held`), and of these what goes to disk (`local`).
+    """What this rank has of one tensor: the rows it trains with, and of these the rows that go to disk.
 
-    `ranks` together hold all rows that are saved; a rank that is not among them, a replica, has none in `local`.
+    `ranks` together hold all rows that are saved; a rank that is not among them, a replica, has none in `rows_to_save`.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    held: Tensor
-    local: Tensor
+    local_rows: Tensor
+    rows_to_save: Tensor
     ranks: tuple[int, ...]
     writer: int = 0
     must_be_finite: bool = True
 
 
 def shard_of(name: str, tensor: Tensor, writer: int = 0) -> TensorShard:
-    """The piece of a plain tensor (every rank has it all) or of one sharded over axis 0 (DTensor; the first replica).
+    """The shard of a plain tensor (every rank has it all) or of one sharded over axis 0 (DTensor; the first replica).
 
     Errors: ValueError for another sharding.
     """
@@ -63,21 +63,21 @@ def _first_replica_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
 
 
 def isend_shards(
-    pieces: Sequence[TensorShard], chunk_bytes: int, group: Group | None = None
+    shards: Sequence[TensorShard], chunk_bytes: int, group: Group | None = None
 ) -> list[tuple[Any, Tensor]]:
     """Offer this rank's rows of all tensors that others write, without waiting; hand the result to `finish_sends`."""
     sends: list[tuple[Any, Tensor]] = []
-    for number, piece in enumerate(pieces):
-        if get_rank() in piece.ranks and piece.writer != get_rank() and piece.local.numel():
-            for part in _chunks(piece, chunk_bytes):
-                sends.append((dist.isend(part, dst=piece.writer, group=group, tag=number), part))
+    for number, shard in enumerate(shards):
+        if get_rank() in shard.ranks and shard.writer != get_rank() and shard.rows_to_save.numel():
+            for part in _chunks(shard, chunk_bytes):
+                sends.append((dist.isend(part, dst=shard.writer, group=group, tag=number), part))
     return sends
 
 
-def _chunks(piece: TensorShard, chunk_bytes: int) -> tuple[Tensor, ...]:
+def _chunks(shard: TensorShard, chunk_bytes: int) -> tuple[Tensor, ...]:
     """This rank's rows on the CPU, flat, in chunks; not a copy where they lie there already."""
-    flat = piece.local.cpu().contiguous().view(-1)
-    return torch.split(flat, chunk_bytes // piece.dtype.itemsize)
+    flat = shard.rows_to_save.cpu().contiguous().view(-1)
+    return torch.split(flat, chunk_bytes // shard.dtype.itemsize)
 
 
 def wait_for_sends(sends: list[tuple[Any, Tensor]]) -> None:
@@ -87,7 +87,7 @@ def wait_for_sends(sends: list[tuple[Any, Tensor]]) -> None:
 
 
 def recv_shards(
-    pieces: Sequence[TensorShard], kept: int, chunk_bytes: int, group: Group | None = None
+    shards: Sequence[TensorShard], kept: int, chunk_bytes: int, group: Group | None = None
 ) -> Iterator[Tensor]:
     """All tensors that this rank writes, whole, in order, in flat chunks on the CPU; the others `start_sends` the same.
 
@@ -100,15 +100,15 @@ def recv_shards(
     )
 
     def ask() -> Iterator[tuple[Any, Tensor]]:
-        for number, piece in enumerate(pieces):
-            for index, source in enumerate(piece.ranks if piece.writer == me else ()):
+        for number, shard in enumerate(shards):
+            for index, source in enumerate(shard.ranks if shard.writer == me else ()):
                 if source == me:
-                    yield from ((None, part) for part in _chunks(piece, chunk_bytes))
+                    yield from ((None, part) for part in _chunks(shard, chunk_bytes))
                     continue
-                most, row = -(-piece.shape[0] // len(piece.ranks)), math.prod(piece.shape[1:]) * piece.dtype.itemsize
-                left = max(0, min(most, piece.shape[0] - index * most)) * row
+                most, row = -(-shard.shape[0] // len(shard.ranks)), math.prod(shard.shape[1:]) * shard.dtype.itemsize
+                left = max(0, min(most, shard.shape[0] - index * most)) * row
                 while left:
-                    part = next(ring)[: min(left, chunk_bytes)].view(piece.dtype)
+                    part = next(ring)[: min(left, chunk_bytes)].view(shard.dtype)
                     left -= part.nbytes
                     yield dist.irecv(part, src=source, group=group, tag=number), part
 

@@ -36,7 +36,7 @@ def main(args: list[str]) -> NoReturn:
         watchdog = Watchdog(config, launcher_rank(), _say, flight_record)
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / "logs")
         watchdog.joined(context.launch_id)
-        Trainer(config, context, watchdog.pulse).fit()
+        Trainer(config, context, watchdog.phase_timer).fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise
@@ -62,11 +62,11 @@ def _fail(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
 
     now, trace = time.time(), traceback.format_exc()
     # a token file that goes away while it is read, by one rank alone, is nothing that all have raised together
-    alone = isinstance(error, DataError) and watchdog is not None and watchdog.pulse.phase not in START_PHASES
+    alone = isinstance(error, DataError) and watchdog is not None and watchdog.phase_timer.phase not in START_PHASES
     expected = isinstance(error, TinytrainError) and not alone  # raised on all ranks, so one of them says it
     of_peers = isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None
     rank, _, host = launcher_rank()
-    step = watchdog.pulse.step if watchdog and watchdog.pulse.phase not in START_PHASES else None
+    step = watchdog.phase_timer.step if watchdog and watchdog.phase_timer.phase not in START_PHASES else None
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
     if watchdog and of_peers:  # whoever has caused it says so in a moment, and then the watchdog ends this rank as well

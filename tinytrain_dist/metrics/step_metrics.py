@@ -37,7 +37,7 @@ class StepResult:
     step: int
     lr: float
     numbers: HostCopy  # loss, gradient norm, skipped (0 or 1)
-    leaf_losses: Tensor
+    micro_batch_losses: Tensor
     vote: Vote
     data_wait: float
     forward: list[Any]  # marks of the WorkClock
@@ -108,7 +108,7 @@ class StepMetrics:
         self.stopping = self.stopping or report.vote.result()
 
     def _report_skip(self, report: StepResult, loss: float, norm: float) -> None:
-        bad = [leaf for leaf, value in enumerate(report.leaf_losses.tolist()) if not math.isfinite(value)]
+        bad = [leaf for leaf, value in enumerate(report.micro_batch_losses.tolist()) if not math.isfinite(value)]
         slots = [slot for leaf in bad for slot in self.plan.slots(leaf)]
         places = self.data.places(self.config.seed, report.step - 1, slots[:16])
         owners = sorted(rank for rank, leaves in enumerate(self._leaves_by_rank()) if set(leaves) & set(bad))
@@ -124,7 +124,7 @@ class StepMetrics:
     def _leaves_by_rank(self) -> list[list[int]]:
         plan = self.plan
         return [
-            [plan.leaf(rank // plan.shard, rank % plan.shard, k) for k in range(plan.accumulation_steps)]
+            [plan.micro_batch_index(rank // plan.shard, rank % plan.shard, k) for k in range(plan.accumulation_steps)]
             for rank in range(plan.ranks)
         ]
 

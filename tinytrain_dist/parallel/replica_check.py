@@ -44,19 +44,23 @@ class ReplicaComparison:
     Those who copy compare their copies, so that they stall no longer; the others take their fingerprints meanwhile.
     """
 
-    def __init__(self, pieces: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
+    def __init__(self, shards: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
         """beside: training goes on, and changes what is not copied; on a GPU all fingerprints are taken at once."""
         self.context = context
         self.needed = context.parallel_dims is not None and context.parallel_dims.replicate > 1
-        live = [p for p in pieces if p.held.is_cuda or (beside and not p.local.numel())] if self.needed else []
-        self._names, self._prints = [p.name for p in live], fingerprints(p.held for p in live)
+        live = (
+            [p for p in shards if p.local_rows.is_cuda or (beside and not p.rows_to_save.numel())]
+            if self.needed
+            else []
+        )
+        self._names, self._prints = [p.name for p in live], fingerprints(p.local_rows for p in live)
 
-    def finish(self, pieces: Iterable[TensorShard], group: Group | None) -> None:
-        """`pieces`: all, as they will be written. A collective. Errors: ReplicasDiffer."""
+    def finish(self, shards: Iterable[TensorShard], group: Group | None) -> None:
+        """`shards`: all, as they will be written. A collective. Errors: ReplicasDiffer."""
         if not self.needed:
             return
         found = dict(zip(self._names, self._prints.tolist(), strict=True))
-        saved = {p.name: p.local if p.local.numel() else p.held for p in pieces}
+        saved = {p.name: p.rows_to_save if p.rows_to_save.numel() else p.local_rows for p in shards}
         rest = [name for name in saved if name not in found]
         found |= dict(zip(rest, fingerprints(saved[name] for name in rest).tolist(), strict=True))
         compare_fingerprints(list(saved), [found[name] for name in saved], self.context, group)

@@ -44,7 +44,7 @@ class Watchdog(threading.Thread):
         For the main thread only: signals wake the watchdog from here on, also while that thread sits in a collective.
         """
         super().__init__(name="watchdog", daemon=True)
-        self.folder, self.pulse, self.world = Path(config.target_dir), PhaseTimer("join"), ""
+        self.folder, self.phase_timer, self.world = Path(config.target_dir), PhaseTimer("join"), ""
         self.rank, self.world_size, self.host = who
         self._say, self._flight_record = say, flight_record
         self._limits = dict.fromkeys(START_PHASES, config.start_limit) | {"checkpoint": config.save_limit}
@@ -85,14 +85,14 @@ class Watchdog(threading.Thread):
             if select.select([self._woken], [], [], TICK_SECONDS)[0]:
                 numbers = set(os.read(self._woken, 64)) & set(map(int, stop_requests.STOP_SIGNALS))
                 self._signal = self._signal or next((signal.Signals(number).name for number in numbers), "")
-            now, since = time.monotonic(), self.pulse.since
+            now, since = time.monotonic(), self.phase_timer.since
             # time in which this thread did not run, as in a stopped process or a sleeping laptop, is nobody's fault
             age = age + min(now - before, 2 * TICK_SECONDS) if since == entered else 0.0
             entered, before = since, now
             self._look(age)
 
     def _look(self, age: float) -> None:
-        phase = self.pulse.phase
+        phase = self.phase_timer.phase
         limit = self._limits.get(phase, self._step_limit)
         if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._parent:
             os._exit(1)  # nobody would take note of how this rank ends, or end it with the others
@@ -131,7 +131,11 @@ class Watchdog(threading.Thread):
         path = self.folder / "logs" / "stacks" / f"rank-{self.rank:05d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            print(f"rank {self.rank}, process {os.getpid()} on {self.host}, {self.pulse.phase}", file=file, flush=True)
+            print(
+                f"rank {self.rank}, process {os.getpid()} on {self.host}, {self.phase_timer.phase}",
+                file=file,
+                flush=True,
+            )
             faulthandler.dump_traceback(file, all_threads=True)
         record = path.with_suffix(".collectives.json")  # in a thread, because native code might not come back
         threading.Thread(target=lambda: record.write_bytes(self._flight_record()), daemon=True).start()
@@ -149,7 +153,7 @@ class Watchdog(threading.Thread):
             since = asked.stat().st_mtime if self.world else max(b["seen"] for b in beats) - 3 * HEARTBEAT_SECONDS
             message += f"; {describe_waiting(beats, self.world_size, since)}"
             message += f"; stacks are in {self.folder / 'logs' / 'stacks'}"
-            cause = {"message": message, "rank": self.rank, "host": self.host, "step": self.pulse.step}
+            cause = {"message": message, "rank": self.rank, "host": self.host, "step": self.phase_timer.step}
             if run_state.owns_run(self.folder):
                 error_report.write_error(self.folder, {**cause, "traceback": "", "time": started, "secondary": False})
         return message
@@ -159,9 +163,9 @@ class Watchdog(threading.Thread):
 
     def beat(self, age: float = 0.0) -> None:
         """Write down what this rank is doing, and how many seconds it has made no progress."""
-        self._next_beat, self._told = time.monotonic() + HEARTBEAT_SECONDS, self.pulse.phase
+        self._next_beat, self._told = time.monotonic() + HEARTBEAT_SECONDS, self.phase_timer.phase
         beat: Heartbeat = {"rank": self.rank, "world_size": self.world_size, "host": self.host, "pid": os.getpid()}
-        beat |= {"step": self.pulse.step, "phase": self.pulse.phase, "seconds": round(age, 1)}
+        beat |= {"step": self.phase_timer.step, "phase": self.phase_timer.phase, "seconds": round(age, 1)}
         beat |= {"time": time.time(), "world": self.world, "attempt": os.environ.get("TINYTRAIN_ATTEMPT", "")}
         with contextlib.suppress(OSError):  # a full disk must not matter
             self._path().parent.mkdir(parents=True, exist_ok=True)

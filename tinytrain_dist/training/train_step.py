@@ -42,9 +42,11 @@ class TrainStep:
 
     batches: Prefetcher
 
-    def __init__(self, config: TrainingConfig, context: DistributedContext, pulse: PhaseTimer | None = None) -> None:
+    def __init__(
+        self, config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer | None = None
+    ) -> None:
         """Nothing is built yet: see `spread` and `assemble_fitting`, or `assemble` alone for a layout that is known."""
-        self.config, self.context, self.pulse = config, context, pulse or PhaseTimer()
+        self.config, self.context, self.phase_timer = config, context, phase_timer or PhaseTimer()
         self.step = 0
         self.remarks: list[str] = []
 
@@ -53,7 +55,9 @@ class TrainStep:
         config, context = self.config, self.context
         assert context.parallel_dims is not None
         self.plan = BatchPlan.make(config, context.parallel_dims)
-        self.leaves = [self.plan.leaf(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)]
+        self.leaves = [
+            self.plan.micro_batch_index(context.replica, context.shard, k) for k in range(self.plan.accumulation_steps)
+        ]
         self.slots = [slot for leaf in self.leaves for slot in self.plan.slots(leaf)]
         self.model = build_model(config, context, draw=draw)
         self.reduction = (DeterministicGradReduction if config.reproducible else NativeGradReduction)(
@@ -127,22 +131,22 @@ class TrainStep:
 
     def train_step(self, stop_reason: str = "") -> StepResult:
         """One optimizer step over the global batch: forward, backward, reduce, clip, update. Waits for nothing."""
-        self.pulse.enter("data", self.step)
+        self.phase_timer.enter("data", self.step)
         waiting = time.perf_counter()
         rows = self.batches.get(self.step)
         waited = time.perf_counter() - waiting
         self.clock.take()  # the evaluation's
-        self.pulse.enter("forward_backward")
+        self.phase_timer.enter("forward_backward")
         sums = self._pass(rows, range(self.plan.accumulation_steps))
-        self.pulse.enter("reduction")
+        self.phase_timer.enter("reduction")
         self.reduction.finish()
         look = due(self.step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.layer_norms()) if look else None
-        leaf_losses = self.reduction.losses(self.leaves, sums, self.plan.leaves)
-        loss = leaf_losses.sum() / self.plan.tokens_per_step
+        micro_batch_losses = self.reduction.losses(self.leaves, sums, self.plan.num_micro_batches)
+        loss = micro_batch_losses.sum() / self.plan.tokens_per_step
         norm = self.reduction.squared_norm().sqrt()
         skip = (~(loss.isfinite() & norm.isfinite())).float()
-        self.pulse.enter("optimizer")
+        self.phase_timer.enter("optimizer")
         self._clip(norm)
         lr = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
@@ -150,10 +154,10 @@ class TrainStep:
         self.optimizer.step(skip=skip)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.pulse.enter("reading", self.step)
+        self.phase_timer.enter("reading", self.step)
         numbers = HostCopy(torch.stack([loss, norm, skip.double()]))
-        vote, forward, phases = self.context.start_vote(bool(stop_reason)), self.clock.take(), self.pulse.take()
-        return StepResult(self.step, lr, numbers, leaf_losses, vote, waited, forward, phases, layer_norms)
+        vote, forward, phases = self.context.start_vote(bool(stop_reason)), self.clock.take(), self.phase_timer.take()
+        return StepResult(self.step, lr, numbers, micro_batch_losses, vote, waited, forward, phases, layer_norms)
 
     def _pass(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
         """Forward and backward of the micro-batches in `rows`; their summed losses."""

@@ -62,24 +62,26 @@ class Trainer(TrainStep):
     log: RunLog
     bytes_per_token: Any  # how many bytes each id stands for, None where that is not known
 
-    def __init__(self, config: TrainingConfig, context: DistributedContext, pulse: PhaseTimer | None = None) -> None:
+    def __init__(
+        self, config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer | None = None
+    ) -> None:
         """Build in order: data, layout, model, optimizer, what is resumed, logs. A collective."""
         self.hints = rank_consistency.check_rank_consistency(config, context)
         config, self.compile_note = resolve_compile(resolve_vocab_size(config), context)
-        super().__init__(config, context, pulse)
+        super().__init__(config, context, phase_timer)
         self.trace: StepProfiler | None = None
         if config.profile and context.is_main:
             steps = config.profiled_steps
             self.trace = StepProfiler(
                 steps, config.logs_dir / "profile", context.device, lambda text: self.log.say(text)
             )
-            self.pulse.follower = self.trace.enter
-        self.pulse.enter("open_data")
+            self.phase_timer.follower = self.trace.enter
+        self.phase_timer.enter("open_data")
         run_on_all_ranks(self._open_data)
         if context.any_rank(self.bytes_per_token is None):  # a folder that only some ranks have would halve the bytes
             self.bytes_per_token = None
         bits = configure_determinism(config, context.device)
-        self.pulse.enter("build")
+        self.phase_timer.enter("build")
         self.context = context = self.spread(context)
         self.assemble_fitting()
         config = self.config
@@ -89,7 +91,7 @@ class Trainer(TrainStep):
         self.report: dict[str, Any] = {}
         self.failed_saves, self.saved_step, self.finishing = 0, -1, False
         self.saving_seconds, self.stop_reason = 0.0, ""
-        self.pulse.enter("load")
+        self.phase_timer.enter("load")
         self._resume()
         self._check()
         self.samples = TextSampler(config, context, self._eval_beginnings)
@@ -108,7 +110,7 @@ class Trainer(TrainStep):
     def _resume(self) -> None:
         """Take the state of the checkpoint that the `resume` setting names, or the weights of init_from."""
         config, auto = self.config, self.config.resume_from == "auto"
-        loading = partial(self.pulse.enter, "load")  # start_limit counts for each reading by itself
+        loading = partial(self.phase_timer.enter, "load")  # start_limit counts for each reading by itself
         resume = partial(self.checkpoints.resume, loading)
         found = None if auto else resume()  # a wrong path leaves no new folder behind
         self._claim_folder()
@@ -147,15 +149,15 @@ class Trainer(TrainStep):
         self.lock = RunLock(Path(config.target_dir), context)
         claim_run(Path(config.target_dir), self.lock.taken)
         self.failure_before = error_report.read_and_clear_error(Path(config.target_dir)) if context.is_main else ""
-        pieces = self.checkpoints.all_pieces
-        whole = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
+        shards = self.checkpoints.all_shards
+        whole = sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards)
         if context.is_main:
             self.checkpoints.remove_leftovers()
         existing = len(self.checkpoints.committed()) if context.is_main else 0
         check_disk_space(config.checkpoints_dir, whole, config.keep_last + 1, existing, context)
         beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
         if config.ckpt_async and (beside_training or context.device.type == "cuda"):
-            check_host_memory(sum(piece.local.nbytes for piece in pieces), context)
+            check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
             self.checkpoints.buffers.copy()  # the memory is taken now, so that the first save stalls no longer
 
     def _check(self) -> None:
@@ -209,7 +211,7 @@ class Trainer(TrainStep):
 
     def _agree_to_begin(self) -> None:
         """A signal during the start ends the run before its first step; no rank is in a start phase after this."""
-        self.pulse.enter("data", self.step)
+        self.phase_timer.enter("data", self.step)
         self.stop_reason = received_signal()
         if self.context.any_rank(bool(self.stop_reason)):
             self.observer.stopping, self.saved_step = True, self.step
@@ -286,9 +288,11 @@ class Trainer(TrainStep):
     def _evaluate_file(self, files: TokenDataset) -> tuple[float, int] | None:
         """The summed loss of one file's evaluation windows, of all ranks; the bytes of this rank's targets."""
         plan, sums, size, vote = self.plan, [], 0, None
-        leaves = [batch * plan.leaves + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves]
+        leaves = [
+            batch * plan.num_micro_batches + leaf for batch in range(self.config.eval_steps) for leaf in self.leaves
+        ]
         for k, leaf in enumerate(leaves):
-            self.pulse.enter("evaluation")
+            self.phase_timer.enter("evaluation")
             if k % plan.accumulation_steps == 0:
                 self.observer.stopping = self.observer.stopping or (vote is not None and vote.result())
                 if self.observer.stopping:
@@ -298,7 +302,7 @@ class Trainer(TrainStep):
             size += int(self.bytes_per_token[rows[:, 1:].numpy()].sum()) if self.bytes_per_token is not None else 0
             for ids, targets in split_micro_batches(rows, plan.micro_batch_size, self.context.device):
                 sums.append(self.model(ids, targets))
-        return float(self.reduction.losses(leaves, sums, self.config.eval_steps * plan.leaves).sum()), size
+        return float(self.reduction.losses(leaves, sums, self.config.eval_steps * plan.num_micro_batches).sum()), size
 
     def _compare_with_best(self, loss: float) -> None:
         """Note whether this evaluation is the best of the run, and how many came since. A collective."""
@@ -324,7 +328,7 @@ class Trainer(TrainStep):
         The state is whole: steps that were not finite are skipped, and a state that is not finite is never written.
         """
         self.observer.settle()
-        self.pulse.enter("checkpoint")
+        self.phase_timer.enter("checkpoint")
         with self.observer.watch.paused():
             self._collect_save(wait=True)
             last = self.finishing or self.step == self.config.last_step
@@ -335,7 +339,7 @@ class Trainer(TrainStep):
     def _fingerprint(self) -> None:
         """Take fingerprints of weights and moments, where other ranks should have the same."""
         if self.plan.replicate > 1:
-            held = {piece.name: piece.held for piece in self.checkpoints.all_pieces}
+            held = {shard.name: shard.local_rows for shard in self.checkpoints.all_shards}
             self.observer.fingerprint(self.step, list(held), HostCopy(fingerprints(held.values())))
 
     def _eval_beginnings(self, rows: int, tokens: int) -> Tensor:
@@ -346,7 +350,7 @@ class Trainer(TrainStep):
         """Tell how a save that has ended went. A full disk ends the save, not the run, unless it was the last one."""
         pending = self.checkpoints.pending
         if wait:
-            self.pulse.enter("checkpoint")
+            self.phase_timer.enter("checkpoint")
         if wait and pending is not None and pending.is_alive():
             self.log.say(f"step {self.step}: waiting for the save of step {pending.step} to end")
         save = self.checkpoints.collect(wait)
