@@ -96,10 +96,10 @@ class Measurement:
             device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel=parallel,
             keep_last=1, ckpt_every=10**9,
         )  # fmt: skip
-        self.trainer = trainer = Trainer(config, self.context)
+        self.trainer = trainer = Trainer.build(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
         about = trainer.checkpoints.data, trainer.checkpoints.bits
-        self.foreground = CheckpointManager(elsewhere, trainer.context, trainer.model, trainer.optimizer, *about)
+        self.foreground = CheckpointManager(elsewhere, trainer.context, trainer.train_step.model, trainer.train_step.optimizer, *about)
         self.own = sum(shard.rows_to_save.nbytes for shard in trainer.checkpoints.all_shards)
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 
@@ -159,7 +159,7 @@ class Measurement:
 
         from tinytrain_dist.checkpoint.state import model_tensors, optimizer_tensors
 
-        model, optimizer = self.trainer.model, self.trainer.optimizer
+        model, optimizer = self.trainer.train_step.model, self.trainer.train_step.optimizer
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)[0]}
         state = {name: tensor.detach() for name, tensor in tensors.items()}
         under_way: list[Any] = []

@@ -82,17 +82,17 @@ def run_ours(options: Options, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     clock = Clock(options.device)
     context = init_distributed(options.device)
-    trainer = Trainer(config, context)
-    plain = trainer.train_step
+    trainer = Trainer.build(config, context)
+    plain = trainer.run_step
 
     def timed(stop_reason: str = "") -> Any:
         report = plain(stop_reason)
         clock.tick()
         return report
 
-    trainer.train_step = timed  # type: ignore[method-assign]
+    trainer.run_step = timed  # type: ignore[method-assign]
     trainer.save = lambda: None  # type: ignore[method-assign]
-    trainer.saved_step = config.last_step  # nothing is to be saved here
+    trainer.saver.saved_step = config.last_step  # nothing is to be saved here
     trainer.fit()
     return clock.result()
 
@@ -138,7 +138,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
         report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95,
         ddp_backend="gloo" if options.device == "cpu" else None,
     )  # fmt: skip
-    Trainer(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
+    Trainer.build(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
     return clock.result()
 
 

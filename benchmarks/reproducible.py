@@ -54,9 +54,9 @@ def worker(folder: str, rounds: int, steps: int) -> None:
         for reproducible in (False, True):
             if only is None or only == f"{mode}/{accumulation}/{reproducible}":
                 config = TrainingConfig(**settings(folder, mode, accumulation, reproducible, context.world_size))  # type: ignore[arg-type]
-                trainers[reproducible] = trainer = Trainer(config, context)
+                trainers[reproducible] = trainer = Trainer.build(config, context)
                 trainer.batches = Prefetcher(trainer._read_rows, 0)
-                trainer.train_step()
+                trainer.run_step()
         times: dict[bool, list[float]] = {kind: [] for kind in trainers}
         for number in range(rounds):
             for kind in sorted(trainers, reverse=bool(number % 2)):

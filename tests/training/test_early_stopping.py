@@ -20,8 +20,8 @@ LOSSES = [5.0, 4.0, 4.5, 4.2, 3.0, 3.5, 3.1, 2.0, 2.0, 2.0]  # after steps 1, 2,
 def scripted(trainer: Any, losses: list[float], other: list[float] | None = None) -> None:
     """Evaluations of this trainer find `losses` (on ranks above 0 `other`), by step."""
     mine = other if other is not None and trainer.context.rank else losses
-    tokens = trainer.config.eval_steps * trainer.plan.tokens_per_step
-    trainer._evaluate_file = lambda _: (mine[trainer.step - 1] * tokens, 0)
+    tokens = trainer.config.eval_steps * trainer.train_step.plan.tokens_per_step
+    trainer.evaluator.summed_loss = lambda _: (mine[trainer.step - 1] * tokens, 0)
 
 
 def run(folder: Path, world_size: int = 1, prepare: Any = None, **overrides: Any) -> list[dict[str, Any]]:
@@ -98,13 +98,13 @@ def test_without_patience_nothing_stops_and_no_best_is_saved_by_itself(tmp_path:
 
 def stopped_in_evaluation(trainer: Any) -> None:
     scripted(trainer, LOSSES)
-    plain = trainer._evaluate_file
+    plain = trainer.evaluator.summed_loss
 
     def stop(files: Any) -> Any:
-        trainer.observer.stopping = trainer.observer.stopping or trainer.step == 3
-        return None if trainer.observer.stopping else plain(files)
+        trainer.metrics.stopping = trainer.metrics.stopping or trainer.step == 3
+        return None if trainer.metrics.stopping else plain(files)
 
-    trainer._evaluate_file = stop
+    trainer.evaluator.summed_loss = stop
 
 
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def poison(trainer: Any, steps: range) -> None:
         bad = trainer.context.rank == 1 and trainer.step in steps and torch.is_grad_enabled()
         return loss * float("nan") if bad else loss
 
-    trainer.model.register_forward_hook(hook)
+    trainer.train_step.model.register_forward_hook(hook)
 
 
 def test_non_finite_step_is_skipped_by_all_ranks(tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
 
 def spoil_weights(trainer: Any) -> None:
     with torch.no_grad():
-        next(iter(trainer.model.parameters()))[0] = float("inf")
+        next(iter(trainer.train_step.model.parameters()))[0] = float("inf")
     trainer.save()
-    trainer._collect_save(wait=True)
+    trainer.saver.collect(trainer.step, wait=True)
 
 
 def test_non_finite_state_is_never_saved(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def differ(trainer: Any) -> None:
 
     if trainer.context.rank == 1:
         with torch.no_grad():
-            trainer.model.module.model.norm.weight[3] += 2**-20
-    check_replicas(model_tensors(trainer.model).items(), trainer.context)
+            trainer.train_step.model.module.model.norm.weight[3] += 2**-20
+    check_replicas(model_tensors(trainer.train_step.model).items(), trainer.context)
 
 
 def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
@@ -107,8 +107,10 @@ def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def same_slots(trainer: Any) -> None:
-    trainer.slots = [0, 1, 2, 3]
-    trainer._check()
+    trainer.train_step.slots = [0, 1, 2, 3]
+    from tinytrain_dist.training import build
+
+    build._check_ranks(trainer.train_step, trainer.data, trainer.step)
 
 
 def test_ranks_that_draw_the_same_slots_are_refused(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def signal_self(trainer: Any) -> None:
         if trainer.context.rank == 1 and trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.model.register_forward_pre_hook(hook)
+    trainer.train_step.model.register_forward_pre_hook(hook)
 
 
 def test_one_signalled_rank_stops_all_after_the_same_step_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -291,41 +293,40 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
 
 def compile_again(trainer: Any) -> None:
     """Let steps 1 and 5 find new graphs."""
-    from tinytrain_dist.parallel import compile
-    from tinytrain_dist.training import trainer
+    from tinytrain_dist.training import trainer as module
 
-    compile.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)
+    module.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)
 
 
 def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
     run_ranks(1, fit, settings_for(tmp_path, "run"), compile_again)
     told = [record for record in Run(tmp_path / "run").records if record["kind"] == "recompiled"]
     assert [record["step"] for record in told] == [5]
-    assert "made 1 graph(s) again" in told[0]["text"]
+    assert "compiled 1 graph(s) again" in told[0]["text"]
 
 
 def watch_garbage(trainer: Any) -> None:
-    from tinytrain_dist.training import trainer
+    from tinytrain_dist.training import trainer as module
 
-    plain, collected = trainer.train_step, []
-    trainer.GARBAGE_EVERY = 2
+    plain, collected = trainer.run_step, []
+    module.GARBAGE_EVERY = 2
 
-    def step(stop_reason: str = "") -> Any:
+    def step() -> Any:
         assert not gc.isenabled()
         assert gc.get_freeze_count() > 1000
-        return plain(stop_reason)
+        return plain()
 
     gc.collect()  # or Python may do so by itself before the first step
     gc.callbacks.append(lambda phase, _: collected.append(trainer.step) if phase == "stop" else None)
-    trainer.train_step, trainer.save = step, lambda: None
-    trainer.saved_step, trainer.collected = 6, collected
+    trainer.run_step, trainer.save = step, lambda: None
+    trainer.saver.saved_step, trainer.collected = 6, collected
 
 
 def garbage(settings: dict[str, Any]) -> tuple[list[int], bool, int]:
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**settings), init_distributed("cpu"))
+    trainer = Trainer.build(TrainingConfig(**settings), init_distributed("cpu"))
     watch_garbage(trainer)
     trainer.fit()
     return trainer.collected, gc.isenabled(), gc.get_freeze_count()

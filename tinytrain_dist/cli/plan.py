@@ -117,7 +117,7 @@ def _memory(now: Forecast, world: Cluster) -> str:
     device, found = world.device, now.estimate
     kept = (1 - USABLE_MEMORY) * device.memory
     total = found.nbytes + device.context + kept
-    held = found.moments[found.peak]
+    held = found.stages[found.peak]
     rows = [
         memory_row(MEMORY_KINDS[kind], held[kind]) for kind in MEMORY_KINDS if held[kind] >= 2**20 or kind == "weights"
     ]

@@ -36,7 +36,7 @@ def main(args: list[str]) -> NoReturn:
         watchdog = Watchdog(config, launcher_rank(), _say, flight_record)
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / "logs")
         watchdog.joined(context.launch_id)
-        Trainer(config, context, watchdog.phase_timer).fit()
+        Trainer.build(config, context, watchdog.phase_timer).fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise

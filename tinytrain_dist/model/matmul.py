@@ -6,7 +6,9 @@ head and attention then also leave out roundings to bf16 between their steps, as
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,3 +42,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if dtype == x.dtype:
         return F.linear(x, narrow)  # as it is: autocast may have made it another type
     return F.linear(x.to(dtype), narrow.to(dtype)).to(x.dtype)
+
+
+@contextlib.contextmanager
+def assume_cpu_lacks_bf16(lacks_bf16: bool) -> Iterator[None]:
+    """Choose types as on a CPU with or without bf16 instructions, for a simulation of another device's step."""
+    global CPU_LACKS_BF16
+    before = CPU_LACKS_BF16
+    CPU_LACKS_BF16 = lacks_bf16
+    try:
+        yield
+    finally:
+        CPU_LACKS_BF16 = before

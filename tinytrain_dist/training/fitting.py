@@ -1,35 +1,115 @@
-"""TODO docstring of training.fitting."""
+"""Fit a run into memory: choose the mesh and the micro-batch size, and suggest settings that need less."""
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.fake_backend import NoCommunication
+from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
+from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.metrics.device_stats import free_memory_bytes
+from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS
-from tinytrain_dist.training.memory_estimate import estimate_memory, memory_row
+from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
+from tinytrain_dist.training.train_step import TrainStep, build_train_step
+
+RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, in the order of less memory
+
+
+def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> DistributedContext:
+    """Return the context on the mesh of the configuration.
+
+    Where `parallel = auto` may choose on GPUs, every rank becomes a replica only if the memory estimate fits. A
+    collective.
+    """
+    ranks = (context.world_size, context.local_world_size)
+    meshed = context.with_mesh(choose_parallel_dims(config, *ranks))
+    assert meshed.parallel_dims is not None
+    if config.parallel == "auto" and meshed.parallel_dims.mode == "ddp" and context.device.type == "cuda":
+        smallest = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
+        needed_bytes = estimate_memory(smallest, meshed).nbytes
+        if context.any_rank(needed_bytes > usable_bytes(context)):
+            meshed = context.with_mesh(choose_parallel_dims(config, *ranks, fits=False))
+    return meshed
+
+
+def usable_bytes(context: DistributedContext) -> float:
+    """Return how many bytes of this rank's free memory a step may take."""
+    return USABLE_MEMORY * free_memory_bytes(context.device, context.local_world_size)
+
+
+def build_fitting_train_step(
+    config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer
+) -> tuple[TrainStep, list[str]]:
+    """Build the train step, with micro_batch_size = auto the largest that passes the estimate and a trial.
+
+    Returns the step, whose `config` has the chosen size, and lines for the log. A collective. Errors: TrainingError if
+    not even the smallest size fits.
+    """
+    if config.micro_batch_size != "auto":
+        return build_train_step(config, context, phase_timer), []
+    assert context.parallel_dims is not None
+    notes: list[str] = []
+    sizes = possible_micro_batch_sizes(config, context.parallel_dims)
+    room = min(context.all_gather_object(usable_bytes(context)))
+    candidates = context.broadcast_object(fitting_micro_batch_sizes(sizes, room, config, context))
+    for size in reversed(candidates):
+        train_step = build_train_step(replace(config, micro_batch_size=size), context, phase_timer)
+        if not context.any_rank(not _passes_trial(train_step)):
+            return train_step, [*notes, f"micro_batch_size = auto: {size}"]
+        notes.append(f"micro_batch_size {size} ran out of memory in a trial; trying the next smaller one")
+        del train_step
+        gc.collect()  # FSDP's modules refer to each other, and hold the memory until then
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+    report = memory_report(replace(config, micro_batch_size=sizes[0]), context)
+    raise TrainingError(f"micro_batch_size: not even {sizes[0]} fits in memory\n{report}")
+
+
+def _passes_trial(train_step: TrainStep) -> bool:
+    """Return whether a step's passes fit in memory.
+
+    Collectives are disabled, so an out-of-memory rank cannot block the others.
+    """
+    plan, config = train_step.plan, train_step.config
+    last = plan.accumulation_steps - 1
+    micro_steps = (0, last) if last else (0,)  # the passes between take no more
+    shape = (len(micro_steps) * plan.micro_batch_size, config.context_len + 1)
+    try:
+        with NoCommunication(), torch.compiler.set_stance("force_eager"):
+            train_step.forward_backward(torch.zeros(shape, dtype=torch.int32), micro_steps)
+            train_step.reduction.finish()
+    except torch.OutOfMemoryError:
+        return False
+    train_step.optimizer.zero_grad(set_to_none=True)
+    return True
 
 
 def fitting_micro_batch_sizes(
-    sizes: list[int], room: float, config: TrainingConfig, context: DistributedContext, double: Any
+    sizes: list[int], room_bytes: float, config: TrainingConfig, context: DistributedContext
 ) -> list[int]:
-    """Those micro-batch sizes (given smallest first) whose estimate is within `room` bytes, at least the smallest."""
+    """Return those of `sizes` (smallest first) whose estimate is within `room_bytes`, at least the smallest."""
 
-    def need(size: int) -> int:
-        return estimate_memory(replace(config, micro_batch_size=size), context, double).nbytes
+    def needed_bytes(size: int) -> int:
+        return estimate_memory(replace(config, micro_batch_size=size), context).nbytes
 
-    return sizes[: max(1, bisect_right(sizes, room, key=need))]
+    return sizes[: max(1, bisect_right(sizes, room_bytes, key=needed_bytes))]
 
 
-def memory_report(config: TrainingConfig, context: DistributedContext, double: Any) -> str:
-    """For a run that is out of memory: what a rank holds, and what it would hold with other settings."""
-    now = estimate_memory(config, context, double)
-    lines = ["one step holds on one rank, by the estimate (fragments and libraries not counted):", now.table()]
+def memory_report(config: TrainingConfig, context: DistributedContext) -> str:
+    """Describe what a rank holds at its peak, and what it would hold with other settings."""
+    now = estimate_memory(config, context)
+    lines = ["estimated memory of one step on one rank (without fragmentation and libraries):", now.table()]
     for change in smaller_settings(config, context):
-        nbytes = estimate_memory(replace(config, **change), context, double).nbytes
+        nbytes = estimate_memory(replace(config, **change), context).nbytes
         if nbytes < now.nbytes:
             text = ", ".join(f"{name} = {value}" for name, value in change.items())
             lines.append(memory_row(f"with {text}", nbytes))
@@ -37,16 +117,16 @@ def memory_report(config: TrainingConfig, context: DistributedContext, double: A
 
 
 def smaller_settings(config: TrainingConfig, context: DistributedContext) -> list[dict[str, Any]]:
-    """Changes of one setting that make a step hold less and train the same, the cheapest first."""
+    """Return changes of one setting with which a step holds less and trains the same, the cheapest first."""
     assert context.parallel_dims is not None
-    micro = BatchPlan.make(config, context.parallel_dims).micro_batch_size
+    micro_batch_size = BatchPlan.make(config, context.parallel_dims).micro_batch_size
     changes: list[dict[str, Any]] = []
     if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > MAX_CHUNK_LOGITS:
         changes.append({"loss_chunk_tokens": None})
-    if not config.reproducible:  # there it decides bits
-        smaller = [size for size in possible_micro_batch_sizes(config, context.parallel_dims) if size < micro]
+    if not config.reproducible:  # in reproducible mode the micro-batch size decides bits
+        sizes = possible_micro_batch_sizes(config, context.parallel_dims)
+        smaller = [size for size in sizes if size < micro_batch_size]
         changes += [{"micro_batch_size": size} for size in smaller[-1:]]
-    later = ("none", "selective", "block")
-    place = later.index(config.activation_checkpointing)
-    changes += [{"activation_checkpointing": how} for how in later[place + 1 :]]
+    present = RECOMPUTATION.index(config.activation_checkpointing)
+    changes += [{"activation_checkpointing": choice} for choice in RECOMPUTATION[present + 1 :]]
     return changes

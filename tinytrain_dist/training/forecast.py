@@ -15,7 +15,6 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec
 from tinytrain_dist.training.fitting import smaller_settings
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
-from tinytrain_dist.training.train_step import TrainStep
 
 RECOMPUTED = {"none": 1.0, "selective": 1.0, "block": 4 / 3}  # a third of the products is forward's, done twice
 
@@ -73,11 +72,11 @@ def _on(
         sizes, unset = possible_micro_batch_sizes(config, dims), config
 
         def need(size: int) -> int:
-            return estimate_memory(replace(unset, micro_batch_size=size), spread, TrainStep(config, spread)).nbytes
+            return estimate_memory(replace(unset, micro_batch_size=size), spread).nbytes
 
         config = replace(config, micro_batch_size=sizes[max(1, bisect_right(sizes, world.room, key=need)) - 1])
     plan = BatchPlan.make(config, dims)
-    found = estimate_memory(config, spread, TrainStep(config, spread))
+    found = estimate_memory(config, spread)
     inside, across = sent_bytes(found, world)
     device = world.device
     peak = device.bf16_flops if config.precision == "bf16" else device.fp32_flops

@@ -1,6 +1,9 @@
-"""Owns the rehearsal of a step: the real code on tensors without memory, and what each moment would hold and send.
+"""Estimate what a step holds in memory and sends, by running the real step on tensors without memory.
 
 Must not know devices, their sizes or their speed, nor the architecture: sizes come from running it, not from formulas.
+
+A simulated step goes through stages (weights, forward, head, backward, update). A `MemoryTracker` records each
+allocation with its stage and kind, and each message. It sends nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.model import matmul
 from tinytrain_dist.parallel.wrappers import unwrap
+from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
-# Blocks are equal, so what each moment holds is linear in their number: deep models are rehearsed with these and drawn
-# out (measured: exact). Fewer would not show a block in the middle, whose neighbours FSDP gathers early and frees late.
+# Blocks are equal, so what each stage holds is linear in their number. Deep models are simulated at these two depths
+# and extrapolated (measured: exact). Fewer blocks would not show one in the middle, whose neighbours FSDP gathers early
+# and frees late.
 SIMULATED_DEPTHS = (3, 4)
 MEMORY_KINDS = {
     "weights": "master weights",
@@ -42,216 +46,232 @@ MEMORY_KINDS = {
     "backward": "temporaries of backward",
     "update": "temporaries of the update",
 }
-GATHER_OPERATIONS = re.compile(r"allgather|^send|^recv")  # over gloo they are messages
-USABLE_MEMORY = 0.92  # of a device's memory: the rest is lost to fragments and to libraries' work space
+GATHER_OPERATIONS = re.compile(r"allgather|^send|^recv")  # over gloo, weights are gathered by direct messages
+USABLE_MEMORY = 0.92  # share of a device's memory: the rest is lost to fragmentation and libraries' work space
 
 
 class Allocation:
-    """Memory of one storage; `reference` tells when it ends."""
+    """The memory of one storage; `reference` tells when it is freed."""
 
     __slots__ = ("kind", "nbytes", "reference")
 
     def __init__(self, kind: str) -> None:
-        self.kind, self.nbytes = kind, 0
+        self.kind = kind
+        self.nbytes = 0
         self.reference: Any = None
 
 
 class MemoryTracker(NoCommunication):
-    """Notes each storage that comes or goes while it is on, with the moment; sends nothing."""
+    """Record every allocation and message while it is active; set `stage` to name the stage that begins."""
 
     def __init__(self) -> None:
-        """Starts at the moment "weights"; set `moment` to name the next one."""
         super().__init__()
-        self.moment = "weights"
-        self.events: list[tuple[str, int, Allocation]] = []
-        self.passes = 0  # forward passes begun
-        self._messages: list[tuple[int, str, int, tuple[int, ...]]] = []  # pass, operation, bytes, ranks of the group
-        self._blocks: dict[int, Allocation] = {}
-        self._resize = torch.UntypedStorage.resize_
+        self.stage = "weights"
+        self.events: list[tuple[str, int, Allocation]] = []  # stage, change in bytes, of which allocation
+        self.forward_passes = 0  # begun so far
+        # forward pass, operation, bytes, ranks of the group
+        self._messages: list[tuple[int, str, int, tuple[int, ...]]] = []
+        self._allocations: dict[int, Allocation] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note what it made."""
+        """Run the operation and record the tensors that it made."""
         out = super().__torch_dispatch__(func, types, args, kwargs)
         gathers = func.namespace == "fsdp" and "gather" in func.__name__
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
-                self.note(value, "gathered" if gathers else None)
+                self.record(value, "gathered" if gathers else None)
         return out
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Note what would be sent; its buffers are the reduction's, or gathered weights."""
+        """Record what would be sent; its buffers belong to the reduction, or are gathered weights."""
         for tensor in tensors:
-            self.note(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
-        self._messages.append((self.passes, name, max(tensor.nbytes for tensor in tensors), ranks))
+            self.record(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
+        self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
-    def note(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Know the tensor's storage from now on; `kind` says better than the moment what it is."""
+    def record(self, tensor: Tensor, kind: str | None = None) -> None:
+        """Track the tensor's storage from now on; `kind` overrides what the stage says it is."""
         storage = local_tensor(tensor).untyped_storage()
-        block = self._block(storage, storage.nbytes())
-        block.kind = kind or block.kind
+        allocation = self._allocation(storage, storage.nbytes())
+        allocation.kind = kind or allocation.kind
 
-    def _block(self, storage: Any, nbytes: int) -> Allocation:
+    def _allocation(self, storage: Any, nbytes: int) -> Allocation:
         key = storage._cdata
-        block = self._blocks.get(key)
-        if block is None:
-            block = self._blocks[key] = Allocation(self.moment.partition(":")[0])
-            block.reference = weakref.ref(storage, lambda _: self._size(self._blocks.pop(key), 0))
-        self._size(block, nbytes)
-        return block
+        allocation = self._allocations.get(key)
+        if allocation is None:
+            allocation = self._allocations[key] = Allocation(self.stage.partition(":")[0])
+            allocation.reference = weakref.ref(storage, lambda _: self._resized(self._allocations.pop(key), 0))
+        self._resized(allocation, nbytes)
+        return allocation
 
-    def _size(self, block: Allocation, nbytes: int) -> None:
-        if nbytes != block.nbytes:
-            self.events.append((self.moment, nbytes - block.nbytes, block))
-            block.nbytes = nbytes
+    def _resized(self, allocation: Allocation, nbytes: int) -> None:
+        if nbytes != allocation.nbytes:
+            self.events.append((self.stage, nbytes - allocation.nbytes, allocation))
+            allocation.nbytes = nbytes
 
     @contextlib.contextmanager
-    def resizes(self) -> Iterator[None]:
-        """Note storages that are resized in place, which is how FSDP frees and takes back gathered weights."""
+    def tracking_resizes(self) -> Iterator[None]:
+        """Also record storages that are resized in place: this is how FSDP frees and regains gathered weights."""
+        original = torch.UntypedStorage.resize_
 
         def resize(storage: Any, nbytes: int) -> Any:
-            result = self._resize(storage, nbytes)
-            self._block(storage, nbytes).kind = "gathered"
+            result = original(storage, nbytes)
+            self._allocation(storage, nbytes).kind = "gathered"
             return result
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize):
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        try:
             yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
-    def sent(self, passes: int) -> dict[tuple[int, ...], Counter[str]]:
-        """Bytes of a step of so many passes, by ranks of the group and operation."""
+    def sent_bytes(self, forward_passes: int) -> dict[tuple[int, ...], Counter[str]]:
+        """Return the bytes that a step of so many forward passes sends, by ranks of the group and operation.
+
+        A simulation has two passes at most. The first of them stands for all passes but the last.
+        """
         sums: dict[tuple[int, ...], Counter[str]] = {}
-        for number, name, nbytes, ranks in self._messages:
-            repeats = passes - 1 if number == 1 and self.passes > 1 else 1
+        for forward_pass, name, nbytes, ranks in self._messages:
+            repeats = forward_passes - 1 if forward_pass == 1 and self.forward_passes > 1 else 1
             sums.setdefault(ranks, Counter())[name] += nbytes * repeats
         return sums
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """What each moment held at its highest: bytes by kind."""
+        """Return what each stage held at its highest: bytes by kind."""
         live: Counter[str] = Counter()
         peaks: dict[str, Counter[str]] = {}
-        total, highest = 0, dict[str, int]()
-        for moment, change, block in self.events:
-            if moment not in peaks:  # it begins with what the one before it left
-                highest[moment], peaks[moment] = total, live.copy()
-            live[block.kind] += change
+        total = 0
+        highest: dict[str, int] = {}
+        for stage, change, allocation in self.events:
+            if stage not in peaks:  # it begins with what the stage before has left
+                highest[stage] = total
+                peaks[stage] = live.copy()
+            live[allocation.kind] += change
             total += change
-            if total > highest[moment]:
-                highest[moment], peaks[moment] = total, live.copy()
+            if total > highest[stage]:
+                highest[stage] = total
+                peaks[stage] = live.copy()
         return peaks
 
 
 def memory_row(name: str, nbytes: float) -> str:
-    """One line of a table of memory."""
+    """Format one line of a memory table."""
     return f"  {name:<40}{nbytes / 2**30:>9.3f} GiB"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one rank holds at each moment of a step (bytes by kind) and what it sends in a step."""
+    """What one rank holds at each stage of a step (bytes by kind), and what it sends in a step."""
 
-    moments: dict[str, Counter[str]]
+    stages: dict[str, Counter[str]]
     sent: dict[tuple[int, ...], dict[str, int]]  # ranks of a group -> operation -> bytes in a step
 
     @property
     def peak(self) -> str:
-        """The moment that holds most."""
-        return max(self.moments, key=lambda moment: self.moments[moment].total())
+        """The stage that holds most."""
+        return max(self.stages, key=lambda stage: self.stages[stage].total())
 
     @property
     def nbytes(self) -> int:
-        """The most that is held at once."""
-        return self.moments[self.peak].total()
+        """The most bytes that are held at once."""
+        return self.stages[self.peak].total()
 
     def table(self) -> str:
-        """What is held at the peak, one kind a line, the largest first."""
-        held = self.moments[self.peak]
+        """Format what is held at the peak, one kind per line, the largest first."""
+        held = self.stages[self.peak]
         rows = [memory_row(MEMORY_KINDS[kind], size) for kind, size in held.most_common() if size > 0]
         return "\n".join([*rows, memory_row(f"at the peak ({self.peak})", self.nbytes)])
 
 
-def estimate_memory(config: TrainingConfig, context: DistributedContext, double: Any) -> MemoryEstimate:
-    """Rehearse a step of `config` on the context's layout. `double`: an Engine that was not built.
+def estimate_memory(config: TrainingConfig, context: DistributedContext) -> MemoryEstimate:
+    """Simulate a step of `config` on the context's mesh.
 
-    Runs in this process alone, sends nothing and takes no memory. Compiled blocks are rehearsed as if they were not: a
-    compiled run holds at most this.
+    Runs in this process alone, sends nothing and takes no memory. Compiled blocks are simulated as if they were not
+    compiled: a compiled run holds at most this.
     """
     assert context.parallel_dims is not None, "with_mesh comes first"
     plan = BatchPlan.make(config, context.parallel_dims)
-    few = replace(config, compile=False, batch_size=config.batch_size // plan.accumulation_steps)
-    if plan.accumulation_steps > 1:  # the first pass leaves gradients behind, the second meets them; the rest is alike
-        few = replace(few, batch_size=2 * few.batch_size)
+    # With accumulation two passes are simulated: the first leaves gradients behind, the second finds them. All others
+    # are like the second.
+    passes = 2 if plan.accumulation_steps > 1 else 1
+    batch_size = passes * config.batch_size // plan.accumulation_steps
+    simulated = replace(config, compile=False, batch_size=batch_size)
     depths = (config.num_layers,) if config.num_layers <= SIMULATED_DEPTHS[1] else SIMULATED_DEPTHS
-    rehearsals = [_simulate_step(replace(few, num_layers=depth), context, double) for depth in depths]
-    moments = _extrapolate([ledger.peaks() for ledger in rehearsals], depths, config.num_layers)
-    if config.reproducible:  # the counter keeps one sum per binary digit of the passes that are done
-        held = max(0, (plan.accumulation_steps - 1).bit_length() - 1) * moments["update"]["gradients"]
-        moments = {moment: kinds + Counter(gradients=held) for moment, kinds in moments.items()}
-    sent = _extrapolate([ledger.sent(plan.accumulation_steps) for ledger in rehearsals], depths, config.num_layers)
-    return MemoryEstimate(moments, {ranks: dict(names) for ranks, names in sent.items()})
+    trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
+    stages = _extrapolate([tracker.peaks() for tracker in trackers], depths, config.num_layers)
+    if config.reproducible:  # the binary counter keeps one sum per binary digit of the passes that are done
+        kept_sums = max(0, (plan.accumulation_steps - 1).bit_length() - 1)
+        kept_bytes = kept_sums * stages["update"]["gradients"]
+        stages = {stage: kinds + Counter(gradients=kept_bytes) for stage, kinds in stages.items()}
+    sent_bytes = [tracker.sent_bytes(plan.accumulation_steps) for tracker in trackers]
+    sent = _extrapolate(sent_bytes, depths, config.num_layers)
+    return MemoryEstimate(stages, {ranks: dict(operations) for ranks, operations in sent.items()})
 
 
-def _extrapolate(found: list[dict[Any, Counter[str]]], depths: tuple[int, ...], layers: int) -> dict[Any, Counter[str]]:
-    """The line through what two depths gave, at `layers`."""
-    first, last = found[0], found[-1]
-    steps = (layers - depths[0]) / max(1, depths[-1] - depths[0])  # from the first, in units of what lies between
-    drawn: dict[Any, Counter[str]] = {}
+def _extrapolate(
+    simulated: list[dict[Any, Counter[str]]], depths: tuple[int, ...], num_layers: int
+) -> dict[Any, Counter[str]]:
+    """Extend the line through the figures of the first and the last depth to `num_layers`."""
+    first, last = simulated[0], simulated[-1]
+    distance = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])  # from the first depth, in units of the step
+    extended: dict[Any, Counter[str]] = {}
     for key, kinds in last.items():
-        drawn[key] = Counter({k: round(n + (steps - 1) * (n - first[key][k])) for k, n in kinds.items()})
-    return drawn
+        sizes = {kind: size + (distance - 1) * (size - first[key][kind]) for kind, size in kinds.items()}
+        extended[key] = Counter({kind: round(size) for kind, size in sizes.items()})
+    return extended
 
 
-def _simulate_step(config: TrainingConfig, context: DistributedContext, double: Any) -> MemoryTracker:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # costs a second, and most runs do not need it
+def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import; most runs do not need it
 
-    double.config, double.context, double.batches = config, context.on_cpu(), EmptyBatches(double)
-    ledger = MemoryTracker()
-    # the CPU that rehearses a run on GPUs may compute bf16 otherwise than they do
-    widened = mock.patch.object(matmul, "CPU_LACKS_BF16", matmul.CPU_LACKS_BF16 and uses_gloo())
-    with FakeTensorMode(), widened, ledger, ledger.resizes():
-        double.assemble(draw=False)
-        for state in double.optimizer.state.values():
+    tracker = MemoryTracker()
+    # the CPU that simulates a run on GPUs may compute bf16 in another way than they do
+    lacks_bf16 = matmul.CPU_LACKS_BF16 and uses_gloo()
+    with FakeTensorMode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
+        train_step = build_train_step(config, context.on_cpu(), draw=False)
+        for state in train_step.optimizer.state.values():
             for tensor in state.values():
-                ledger.note(tensor, "optimizer")
-        _track_stages(double, ledger)
-        double.train_step()
-    return ledger
+                tracker.record(tensor, "optimizer")
+        _track_stages(train_step, tracker)
+        train_step.run(0, EmptyBatches(len(train_step.slots), config.context_len))
+    return tracker
 
 
 class EmptyBatches:
     """Batches without data."""
 
-    def __init__(self, double: Any) -> None:
-        self.double = double
+    def __init__(self, num_slots: int, context_len: int) -> None:
+        self.shape = (num_slots, context_len + 1)
 
     def get(self, step: int) -> Tensor:
-        """The rows of any step."""
-        return torch.empty(len(self.double.slots), self.double.config.context_len + 1, dtype=torch.int32)
+        """Return the rows of any step."""
+        return torch.empty(self.shape, dtype=torch.int32)
 
 
-def _track_stages(double: Any, ledger: MemoryTracker) -> None:
-    """Let the ledger know which moment of the step it is."""
-    model: Any = unwrap(double.model)
+def _track_stages(train_step: TrainStep, tracker: MemoryTracker) -> None:
+    """Let the tracker know at which stage the step is, by hooks on the model and the optimizer."""
+    model: Any = unwrap(train_step.model)
     blocks = model.model.layers
 
-    def enter(moment: str, *_: Any) -> None:
-        if moment in ("forward", "update"):
-            ledger.passes += moment == "forward"
-            for param in double.model.parameters():
+    def enter(stage: str, *_: Any) -> None:
+        if stage in ("forward", "update"):
+            tracker.forward_passes += stage == "forward"
+            for param in train_step.model.parameters():
                 if param.grad is not None:
-                    ledger.note(param.grad, "gradients")
-        ledger.moment = moment
+                    tracker.record(param.grad, "gradients")
+        tracker.stage = stage
 
     def before_head(_: Any, args: tuple[Tensor, ...]) -> None:
         enter("head")
         args[0].register_hook(partial(enter, "backward: last block"))
 
-    def before_last(_: Any, args: tuple[Tensor, ...]) -> None:
+    def before_last_block(_: Any, args: tuple[Tensor, ...]) -> None:
         args[0].register_hook(partial(enter, "backward: blocks between"))
 
-    def after_first(_: Any, __: Any, output: Tensor) -> None:
+    def after_first_block(_: Any, __: Any, output: Tensor) -> None:
         output.register_hook(partial(enter, "backward: first block"))
 
     model.register_forward_pre_hook(partial(enter, "forward"))
-    blocks[0].register_forward_hook(after_first)
-    blocks[-1].register_forward_pre_hook(before_last)
+    blocks[0].register_forward_hook(after_first_block)
+    blocks[-1].register_forward_pre_hook(before_last_block)
     model.lm_head.register_forward_pre_hook(before_head)
-    double.optimizer.register_step_pre_hook(partial(enter, "update"))
+    train_step.optimizer.register_step_pre_hook(partial(enter, "update"))

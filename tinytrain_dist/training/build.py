@@ -1,0 +1,242 @@
+"""Build a run in order: checks, data, mesh, model, optimizer, what is resumed, logs.
+
+`build_trainer` reads top to bottom. Every problem that can be found before step 1 is an error here, before anything on
+disk is changed where that is possible.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tinytrain_dist.checkpoint.hf_import import init_from_hf_folder
+from tinytrain_dist.checkpoint.manager import CheckpointManager
+from tinytrain_dist.checkpoint.state import model_tensors
+from tinytrain_dist.config.loading import resolve_vocab_size
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.collectives import run_on_all_ranks
+from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.errors import ConfigError, TrainingError
+from tinytrain_dist.metrics.environment import environment_record
+from tinytrain_dist.metrics.phase_timer import PhaseTimer
+from tinytrain_dist.metrics.profiler import StepProfiler
+from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.metrics.step_metrics import StepMetrics
+from tinytrain_dist.parallel.compile import resolve_compile
+from tinytrain_dist.parallel.replica_check import check_replicas
+from tinytrain_dist.parallel.wrappers import unwrap
+from tinytrain_dist.reliability.error_report import read_and_clear_error
+from tinytrain_dist.reliability.rank_consistency import check_rank_consistency
+from tinytrain_dist.reliability.run_lock import RunLock
+from tinytrain_dist.reliability.run_state import claim_run, write_state
+from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
+from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
+from tinytrain_dist.training.determinism import configure_determinism
+from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh
+from tinytrain_dist.training.run_data import RunData, open_run_data
+from tinytrain_dist.training.saving import RunSaver
+from tinytrain_dist.training.text_samples import TextSampler
+from tinytrain_dist.training.train_step import TrainStep
+from tinytrain_dist.training.trainer import Trainer
+from tinytrain_dist.utils.atomic_files import write_atomically
+
+
+@dataclass
+class Start:
+    """Where a run starts, and what led to it."""
+
+    step: int = 0
+    record: dict[str, Any] = field(default_factory=dict)  # of evaluations, see EarlyStopping
+    saved_step: int = -1  # the step of the run's own checkpoint that was loaded
+    source: Path | None = None  # the checkpoint that was loaded
+    changed_settings: list[str] = field(default_factory=list)
+    previous_failure: str = ""  # why the start before this one failed
+    lock: RunLock | None = None
+
+
+def build_trainer(
+    config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer | None = None
+) -> Trainer:
+    """Build the run of a configuration on all ranks. A collective.
+
+    Errors: ConfigError, DataError, CheckpointError and TrainingError, the same on all ranks.
+    """
+    phase_timer = phase_timer or PhaseTimer()
+    warnings = check_rank_consistency(config, context)
+    config, compile_note = resolve_compile(resolve_vocab_size(config), context)
+
+    phase_timer.enter("open_data")
+    data = run_on_all_ranks(lambda: open_run_data(config))
+    if context.any_rank(data.bytes_per_token is None):  # a file that only some ranks see would give wrong sums
+        data = replace(data, bytes_per_token=None)
+    numerics = configure_determinism(config, context.device)
+
+    phase_timer.enter("build")
+    context = with_fitting_mesh(config, context)
+    train_step, fitting_notes = build_fitting_train_step(config, context, phase_timer)
+    config = train_step.config
+    checkpoints = CheckpointManager(
+        config, context, train_step.model, train_step.optimizer, data.fingerprint(), numerics
+    )
+
+    phase_timer.enter("load")
+    start = _load(config, context, checkpoints, train_step, phase_timer)
+    environment = _write_run_folder(config, context, start.step)
+    log = RunLog(config, context.is_main, start.step)
+    log.say("\n".join(filter(None, [*_plan_lines(train_step, fitting_notes), compile_note, *warnings])))
+    _log_start(log, start, environment, train_step)
+    _check_ranks(train_step, data, start.step)
+
+    sampler = TextSampler(config, context, data.evaluation_prompts)
+    metrics = _step_metrics(train_step, data, log, start.step)
+    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=PROCESS_START)
+    assert start.lock is not None, "_load has taken it"
+    return Trainer(
+        train_step=train_step,
+        data=data,
+        sampler=sampler,
+        metrics=metrics,
+        saver=RunSaver(checkpoints, log, phase_timer, start.saved_step),
+        log=log,
+        stop_requests=stop_requests,
+        lock=start.lock,
+        profiler=_profiler(config, context, phase_timer, log),
+        step=start.step,
+        record=start.record,
+    )
+
+
+def _load(
+    config: TrainingConfig,
+    context: DistributedContext,
+    checkpoints: CheckpointManager,
+    train_step: TrainStep,
+    phase_timer: PhaseTimer,
+) -> Start:
+    """Claim the run folder, and load the checkpoint that `resume` names, or the weights of `init_from`."""
+
+    def resume() -> Any:
+        # start_limit counts for each checkpoint that is read
+        return checkpoints.resume(lambda: phase_timer.enter("load"))
+
+    automatic = config.resume_from == "auto"
+    loaded = None if automatic else resume()  # first: a wrong path leaves no new folder behind
+    start = _claim_run_folder(config, context, checkpoints)
+    loaded = resume() if automatic else loaded
+    if loaded:
+        start.source, state, start.changed_settings = loaded
+        start.step, start.record = state["step"], state["report"]
+        if start.source == checkpoints.folder(start.step):
+            start.saved_step = start.step
+    elif config.init_from:
+        folder = Path(config.init_from)
+        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config))
+    return start
+
+
+def _claim_run_folder(config: TrainingConfig, context: DistributedContext, checkpoints: CheckpointManager) -> Start:
+    """Take the run folder's lock, and check that saving will work: shared, writable, with enough room."""
+    folder = Path(config.target_dir)
+    if config.ckpt_writers > context.world_size:
+        raise ConfigError(
+            f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks there are; lower it"
+        )
+    check_shared_storage(config.checkpoints_dir, context)
+    if context.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder, context)
+    claim_run(folder, lock.taken)
+    previous_failure = read_and_clear_error(folder) if context.is_main else ""
+
+    shards = checkpoints.all_shards
+    checkpoint_bytes = sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards)
+    if context.is_main:
+        checkpoints.remove_leftovers()
+    existing = len(checkpoints.committed()) if context.is_main else 0
+    check_disk_space(config.checkpoints_dir, checkpoint_bytes, config.keep_last + 1, existing, context)
+
+    saves_beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
+    if config.ckpt_async and (saves_beside_training or context.device.type == "cuda"):
+        check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
+        checkpoints.buffers.copy()  # takes the memory now, so that the first save stalls no longer than the others
+    return Start(previous_failure=previous_failure, lock=lock)
+
+
+def _write_run_folder(config: TrainingConfig, context: DistributedContext, step: int) -> dict[str, Any]:
+    """Write the resolved configuration and the environment; return the latter on rank 0."""
+    ranks = context.all_gather_object((context.host, str(context.device), os.getpid()))
+    if not context.is_main:
+        return {}
+    environment = environment_record(ranks)
+    folder = Path(config.target_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.toml", config.to_toml())
+    write_state(folder, "running", step)
+    write_atomically(folder / "environment.json", environment)
+    return environment
+
+
+def _plan_lines(train_step: TrainStep, notes: Sequence[str] = ()) -> list[str]:
+    """Describe the mesh and how the global batch is cut, with the notes between."""
+    return [str(train_step.context.parallel_dims), *notes, str(train_step.plan)]
+
+
+def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_step: TrainStep) -> None:
+    """Log how the work is spread, on what it runs, and from where it continues."""
+    step = start.step
+    log.about(step, "batch", "\n".join(_plan_lines(train_step)))
+    hosts = Counter(rank["host"] for rank in environment.get("ranks", []))
+    log.about(step, "environment", json.dumps(environment | {"ranks": hosts}, indent=1))
+    if start.source is not None:
+        changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
+        log.event(step, "resumed", f"resumed from {start.source}{changes}")
+    if start.previous_failure:
+        log.event(step, "restarted", f"restarted, because {start.previous_failure}")
+
+
+def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
+    """Check what DDP and FSDP do not: replicas start equal, and no two ranks read the same windows. A collective."""
+    config, context = train_step.config, train_step.context
+    check_replicas(model_tensors(train_step.model).items(), context)
+    places = data.train.places(config.seed, step, train_step.slots)
+    everyone = context.all_gather_object((train_step.slots, places))
+    slots = sorted(slot for rank_slots, _ in everyone for slot in rank_slots)
+    if slots != list(range(config.batch_size)):
+        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of 0 .. {config.batch_size - 1}, each once")
+    drawn = [tuple(rank_places) for _, rank_places in everyone]
+    # equal draws by chance are expected in tiny files only
+    probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)
+    if len(set(drawn)) < len(drawn) and probability < 1e-9:
+        raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
+
+
+def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, step: int) -> StepMetrics:
+    model: Any = unwrap(train_step.model)
+    return StepMetrics(
+        train_step.config,
+        train_step.context,
+        train_step.plan,
+        log,
+        step=step,
+        data=data.train,
+        flops_per_token=model.flops_per_token(),
+        clock=train_step.forward_timer,
+        layers=train_step.reduction.layers,
+    )
+
+
+def _profiler(
+    config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer, log: RunLog
+) -> StepProfiler | None:
+    """Return a profiler that follows the phases, on rank 0 of a run with `profile`."""
+    if not (config.profile and context.is_main):
+        return None
+    profiler = StepProfiler(config.profiled_steps, config.logs_dir / "profile", context.device, log.say)
+    phase_timer.follower = profiler.enter
+    return profiler

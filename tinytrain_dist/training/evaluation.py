@@ -1,0 +1,138 @@
+"""Evaluate a model on the fixed evaluation windows of a run, and decide when the run stops early.
+
+Must not know when an evaluation is due, or where its numbers are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tinytrain_dist.data.batches import split_micro_batches
+from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.training.run_data import RunData
+from tinytrain_dist.training.text_samples import TextSampler
+from tinytrain_dist.training.train_step import TrainStep
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of one evaluation, over all ranks."""
+
+    loss: float  # nats per token, the mean over the evaluation files
+    others: dict[str, float]  # the loss of each of several files, and bits per byte where they are known
+    samples: list[tuple[str, str]]  # (prompt, continuation)
+
+
+class Evaluator:
+    """Compute the loss over the evaluation windows: the same windows all run, on any number of ranks."""
+
+    def __init__(
+        self,
+        train_step: TrainStep,
+        data: RunData,
+        sampler: TextSampler,
+        wants_stop: Callable[[], bool],
+    ) -> None:
+        """`wants_stop`: whether this rank wants the run to stop; asked between batches."""
+        self.train_step = train_step
+        self.data = data
+        self.sampler = sampler
+        self.wants_stop = wants_stop
+
+    @torch.no_grad()
+    def run(self, step: int) -> Evaluation | None:
+        """Evaluate the model as it is after `step` steps; None if the ranks agree to stop. A collective.
+
+        Every file counts the same. Every rank takes its share of the windows, and quotients are taken of global sums.
+        """
+        context, plan = self.train_step.context, self.train_step.plan
+        loss_sums = []
+        num_bytes = 0
+        for dataset in self.data.evaluation.values():
+            summed = self.summed_loss(dataset)
+            if summed is None:
+                return None
+            loss_sums.append(summed[0])
+            num_bytes += summed[1]
+        samples = self.sampler.write(self.train_step.model, step)
+        num_bytes = sum(context.all_gather_object(num_bytes))
+
+        tokens = self.train_step.config.eval_steps * plan.tokens_per_step  # of each file
+        loss = sum(loss_sums) / (tokens * len(loss_sums))
+        others: dict[str, float] = {}
+        if len(loss_sums) > 1:
+            names = self.data.evaluation
+            others = {f"loss/{name}": loss_sum / tokens for name, loss_sum in zip(names, loss_sums, strict=True)}
+        if num_bytes > 0:
+            others["bits_per_byte"] = sum(loss_sums) / math.log(2) / num_bytes
+        return Evaluation(loss, others, samples)
+
+    def summed_loss(self, dataset: TokenDataset) -> tuple[float, int] | None:
+        """Return the summed loss of one file's windows over all ranks, and the bytes of this rank's targets.
+
+        None if the ranks agree to stop. They vote at the start of each batch, and read the vote at the next one.
+        """
+        step = self.train_step
+        plan, context, table = step.plan, step.context, self.data.bytes_per_token
+        indices = [
+            batch * plan.num_micro_batches + index
+            for batch in range(step.config.eval_steps)
+            for index in step.micro_batch_indices
+        ]
+        loss_sums = []
+        num_bytes = 0
+        vote = None
+        for number, index in enumerate(indices):
+            step.phase_timer.enter("evaluation")
+            if number % plan.accumulation_steps == 0:  # a new batch begins
+                if vote is not None and vote.result():
+                    return None
+                vote = context.start_vote(self.wants_stop())
+            rows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM))
+            if table is not None:
+                num_bytes += int(table[rows[:, 1:].numpy()].sum())
+            for ids, targets in split_micro_batches(rows, plan.micro_batch_size, context.device):
+                loss_sums.append(step.model(ids, targets))
+        losses = step.reduction.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
+        return float(losses.sum()), num_bytes
+
+
+class EarlyStopping:
+    """Track the best evaluation of a run in `record`, which every checkpoint keeps.
+
+    Keys of the record: eval_loss and eval_step (of the newest evaluation), best_eval_loss, best_eval_step, and
+    evals_since_best.
+    """
+
+    def __init__(self, patience: int | None, record: dict[str, Any]) -> None:
+        """`patience`: evaluations in a row without a better loss after which the run stops; None: never."""
+        self.patience = patience
+        self.record = record
+
+    def update(self, step: int, loss: float, context: DistributedContext) -> None:
+        """Compare an evaluation with the best one. A collective: all ranks decide the same."""
+        if context.any_rank(loss < self.record.get("best_eval_loss", math.inf)):
+            self.record |= {"best_eval_loss": loss, "best_eval_step": step, "evals_since_best": 0}
+        else:
+            self.record["evals_since_best"] = self.record.get("evals_since_best", 0) + 1
+
+    def is_best(self, step: int) -> bool:
+        """Return whether early stopping is on and `step` has the best loss so far, so that it must be saved."""
+        return self.patience is not None and self.record.get("best_eval_step") == step
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run ends because no evaluation was better for too long; the same on all ranks."""
+        return self.patience is not None and self.record.get("evals_since_best", 0) >= self.patience
+
+    def summary(self) -> str:
+        """Say why the run stops early."""
+        best = self.record.get("best_eval_loss", math.nan)
+        return f"no better eval loss than {best:.4f} in {self.record['evals_since_best']} evaluations"

@@ -1,0 +1,47 @@
+"""Open the token files of a run, and read the windows that a rank's sample slots draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from torch import Tensor
+
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.token_dataset import TokenDataset, bytes_per_token, short_names
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The datasets of a run: one to train on (several files are one dataset), one per evaluation file."""
+
+    train: TokenDataset
+    evaluation: dict[str, TokenDataset]  # by short name
+    bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if not known
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the training data in a checkpoint; one file without a list, as older versions did."""
+        fingerprints = self.train.fingerprints
+        return {"train": fingerprints if len(fingerprints) > 1 else fingerprints[0]}
+
+    def evaluation_prompts(self, rows: int, tokens: int) -> Tensor:
+        """Return the first IDs of the first evaluation windows: [rows, tokens], int64."""
+        dataset = next(iter(self.evaluation.values()))
+        return dataset.read(*dataset.draw(0, 0, range(rows), EVAL_STREAM))[:, :tokens].long()
+
+
+def open_run_data(config: TrainingConfig) -> RunData:
+    """Open the token files of a configuration. Errors: DataError naming the file that cannot be used."""
+    assert config.vocab_size is not None, "resolve_vocab_size has filled it"
+    vocab_size = config.vocab_size
+    train = TokenDataset(config.train_files, config.context_len, vocab_size=vocab_size, weights=config.train_weights)
+    evaluation = {
+        name: TokenDataset([path], config.context_len, vocab_size=vocab_size)
+        for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
+    }
+    folders = [Path(path).parent for path in (*config.train_files, *config.val_files)]
+    tables = (bytes_per_token(folder, vocab_size) for folder in folders)
+    return RunData(train, evaluation, next((table for table in tables if table is not None), None))

@@ -1,0 +1,87 @@
+"""Start the saves of a run, and report how each of them ended.
+
+A full disk ends a save and not the run, unless it is the last save. Must not know when a save is due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from tinytrain_dist.checkpoint.async_save import SaveThread
+from tinytrain_dist.checkpoint.manager import CheckpointManager
+from tinytrain_dist.errors import CheckpointError, ReplicaMismatchError
+from tinytrain_dist.metrics.phase_timer import PhaseTimer
+from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.reliability.run_state import owns_run, write_state
+
+
+class RunSaver:
+    """The saves of one run: at most one is in progress."""
+
+    def __init__(self, checkpoints: CheckpointManager, log: RunLog, phase_timer: PhaseTimer, saved_step: int) -> None:
+        """`saved_step`: the step of the checkpoint that the run resumed from, -1 if there is none."""
+        self.checkpoints = checkpoints
+        self.log = log
+        self.phase_timer = phase_timer
+        self.saved_step = saved_step
+        self.saving_seconds = 0.0  # of the newest save
+        self.failed_saves = 0
+
+    def save(self, step: int, record: dict[str, Any], last: bool = False) -> None:
+        """Start to save the state after `step` steps, once the save before has ended. A collective.
+
+        The state is complete: steps that were not finite were skipped, and a state that is not finite is never
+        written. `record` is kept in trainer_state.json. last: nothing is trained after this step.
+        """
+        self.phase_timer.enter("checkpoint")
+        self.collect(step, wait=True)
+        self.checkpoints.save(step, record, last)
+        if not self.checkpoints.config.ckpt_async:
+            self.collect(step, wait=True)
+
+    def collect(self, step: int, wait: bool = False, last: bool = False) -> None:
+        """Report the save that has ended since the last call; `wait` for one that is in progress.
+
+        `step`: the present step, for messages. last: a save that failed cannot be repeated, so it is an error.
+        Errors: CheckpointError after a failed last save; whatever else ended a save, such as ReplicaMismatchError.
+        """
+        if wait:
+            self.phase_timer.enter("checkpoint")
+            pending = self.checkpoints.pending
+            if pending is not None and pending.is_alive():
+                self.log.say(f"step {step}: waiting for the save of step {pending.step} to end")
+        save = self.checkpoints.collect(wait)
+        if save is None:
+            return
+        self.saving_seconds = save.seconds
+        if save.error is None:
+            self._report_saved(save)
+        elif isinstance(save.error, OSError):
+            self._report_disk_error(save, save.error, last)
+        else:
+            kind = "replicas_differ" if isinstance(save.error, ReplicaMismatchError) else "save_failed"
+            self.log.event(save.step, kind, str(save.error))
+            self.log.flush()
+            raise save.error
+        self.log.flush()
+
+    def _report_saved(self, save: SaveThread) -> None:
+        self.saved_step = save.step
+        folder = Path(self.checkpoints.config.target_dir)
+        with contextlib.suppress(OSError):  # if the run is killed later, state.json still tells how far it came
+            if self.checkpoints.context.is_main and owns_run(folder):
+                write_state(folder, "running", save.step)
+        path = self.checkpoints.folder(save.step)
+        self.log.event(save.step, "saved", f"saved {path} ({save.seconds:.1f} s)")
+
+    def _report_disk_error(self, save: SaveThread, error: OSError, last: bool) -> None:
+        if last:
+            path = self.checkpoints.folder(save.step)
+            raise CheckpointError(f"{path}: could not be saved ({error}); make room or fix the disk, then resume")
+        self.failed_saves += 1
+        text = (
+            f"SAVE FAILED ({error}); {self.failed_saves} so far. The last good checkpoint is kept. Training continues, "
+        )
+        self.log.event(save.step, "save_failed", f"{text}and the next try is at the next ckpt_every")
