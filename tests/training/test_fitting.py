@@ -1,0 +1,50 @@
+"""Settings that need less memory; that a run picks what fits is tested with real ranks beside the memory estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers.memory import MODEL
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.fake_backend import fake_context
+from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.training.fitting import fitting_micro_batch_sizes, memory_report, smaller_settings
+from tinytrain_dist.training.memory_estimate import estimate_memory
+
+SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
+
+
+@pytest.fixture
+def two_replicas() -> Iterator[DistributedContext]:
+    yield fake_context(2, 2).with_mesh(ParallelDims("ddp", 2, 1, ""))
+    shutdown()
+
+
+def test_smaller_settings_come_with_the_cheapest_first(two_replicas: DistributedContext) -> None:
+    config = TrainingConfig(**{**SMALL, "loss_chunk_tokens": 2**20})
+    assert smaller_settings(config, two_replicas) == [
+        {"loss_chunk_tokens": None},
+        {"micro_batch_size": 4},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "block"},
+    ]
+    exact = TrainingConfig(**{**SMALL, "reproducible": True, "micro_batch_size": 8})
+    assert smaller_settings(exact, two_replicas)[0] == {"activation_checkpointing": "selective"}
+
+
+def test_sizes_within_the_room_fit_and_the_smallest_is_always_tried(two_replicas: DistributedContext) -> None:
+    config = TrainingConfig(**{**SMALL, "micro_batch_size": 4})
+    room = estimate_memory(config, two_replicas).nbytes
+    assert fitting_micro_batch_sizes([1, 2, 4, 8], room, config, two_replicas) == [1, 2, 4]
+    assert fitting_micro_batch_sizes([1, 2, 4, 8], 0.0, config, two_replicas) == [1]
+
+
+def test_the_report_names_what_is_held_and_what_would_help(two_replicas: DistributedContext) -> None:
+    report = memory_report(TrainingConfig(**{**SMALL, "micro_batch_size": 8}), two_replicas)
+    for line in ("estimated memory of one step", "master weights", "at the peak (", "with micro_batch_size = 4"):
+        assert line in report
+    assert report.endswith("micro_batch_size = auto")

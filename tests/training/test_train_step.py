@@ -1,0 +1,88 @@
+"""One optimizer step, compared with the same step written out with torch's own AdamW and clipping."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.helpers.training import TINY, VOCABULARY
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.context import DistributedContext, init_distributed, shutdown
+from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.training.train_step import CLIP_EPS, TrainStep, build_train_step
+
+
+@pytest.fixture
+def context() -> Iterator[DistributedContext]:
+    yield init_distributed("cpu").with_mesh(ParallelDims("none", 1, 1, ""))
+    shutdown()
+
+
+class FixedBatches:
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def get(self, step: int) -> torch.Tensor:
+        return self.rows
+
+
+def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, FixedBatches]:
+    config = TrainingConfig(**{**TINY, "vocab_size": VOCABULARY, "micro_batch_size": 2, "compile": False, **settings})
+    step = build_train_step(config, context)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY, (len(step.slots), config.context_len + 1), generator=generator)
+    return step, FixedBatches(rows.int())
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_step_is_the_textbook_step_over_the_whole_batch(context: DistributedContext, reproducible: bool) -> None:
+    step, batches = built(context, reproducible=reproducible)
+    config, oracle = step.config, copy.deepcopy(step.model)
+    result = step.run(3, batches)
+
+    rows = batches.rows.long()
+    loss = F.cross_entropy(oracle(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    params = list(oracle.parameters())
+    norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+    factor = min(1.0, (config.grad_clip_norm or 1.0) / (norm.item() + CLIP_EPS))
+    for param in params:
+        assert param.grad is not None
+        param.grad.mul_(factor)
+    matrices = {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
+    torch.optim.AdamW([matrices, vectors], learning_rate(config, 3), config.betas, config.eps).step()
+
+    assert (result.step, result.lr) == (4, learning_rate(config, 3))
+    assert result.numbers.read() == pytest.approx([loss.item(), norm.item(), 0.0], rel=1e-5)
+    assert len(result.micro_batch_losses) == 4
+    for name, param in step.model.named_parameters():
+        assert torch.allclose(param, dict(oracle.named_parameters())[name], atol=1e-6), name
+        assert param.grad is None
+
+
+def test_a_step_that_is_not_finite_changes_nothing(context: DistributedContext) -> None:
+    step, batches = built(context)
+    before = {name: param.clone() for name, param in step.model.named_parameters()}
+    step.model.register_forward_hook(lambda *_: torch.tensor(torch.nan, requires_grad=True))
+    _, _, skipped = step.run(0, batches).numbers.read()
+    assert skipped == 1.0
+    assert all(torch.equal(param, before[name]) for name, param in step.model.named_parameters())
+
+
+def test_a_vote_to_stop_is_in_the_result(context: DistributedContext) -> None:
+    step, batches = built(context)
+    assert not step.run(0, batches).vote.result()
+    assert step.run(1, batches, wants_stop=True).vote.result()
+
+
+def test_this_rank_computes_its_own_micro_batches(context: DistributedContext) -> None:
+    step, _ = built(context)
+    assert step.micro_batch_indices == [0, 1, 2, 3]
+    assert step.slots == list(range(8))
