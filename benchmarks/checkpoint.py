@@ -99,7 +99,8 @@ class Measurement:
         self.trainer = trainer = Trainer.build(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
         about = trainer.checkpoints.data, trainer.checkpoints.bits
-        self.foreground = CheckpointManager(elsewhere, trainer.context, trainer.train_step.model, trainer.train_step.optimizer, *about)
+        step = trainer.train_step
+        self.foreground = CheckpointManager(elsewhere, trainer.context, step.model, step.optimizer, *about)
         self.own = sum(shard.rows_to_save.nbytes for shard in trainer.checkpoints.all_shards)
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 

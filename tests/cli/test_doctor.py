@@ -72,9 +72,9 @@ def test_rank_that_cannot_reach_the_head_says_where_and_why() -> None:
     port = closed_port()
     lost, waiting = run_ranks(2, join, {"0": {"MASTER_ADDR": "127.0.1.1", "MASTER_PORT": str(port)}}, 0.2)
     host = socket.gethostname()
-    assert lost.startswith(f"MeetingError: MASTER_ADDR: rank 0 on {host} cannot reach 127.0.1.1:{port} (refused")
+    assert lost.startswith(f"RendezvousError: MASTER_ADDR: rank 0 on {host} cannot reach 127.0.1.1:{port} (refused")
     assert f"on {host} that is {host} itself" in lost
-    assert waiting.startswith(f"MeetingError: MASTER_ADDR: rank 1 on {host} waited 0.4 s in vain for rank 0")
+    assert waiting.startswith(f"RendezvousError: MASTER_ADDR: rank 1 on {host} waited 0.4 s in vain for rank 0")
 
 
 def missing(seconds: float) -> str:
@@ -104,7 +104,7 @@ def occupied() -> str:
 @pytest.mark.multiprocess
 def test_port_of_another_job_is_named() -> None:
     said = run_ranks(1, occupied)[0]
-    assert said.startswith("MeetingError: MASTER_PORT: rank 0 on ")
+    assert said.startswith("RendezvousError: MASTER_PORT: rank 0 on ")
     assert "take another port" in said
 
 
@@ -120,7 +120,7 @@ def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
 def test_host_that_would_tell_others_a_loopback_address_is_named() -> None:
     two_nodes = {"0": "node1", "1": "node2"}
     for said in run_ranks(2, arrive_as, two_nodes, "127.0.1.1"):
-        assert said.startswith("ConfigError: GLOO_SOCKET_IFNAME: not set, and the own name of node2 (127.0.1.1)")
+        assert said.startswith("ConfigError: GLOO_SOCKET_IFNAME: not set, and the name of node2 (127.0.1.1)")
     assert run_ranks(2, arrive_as, two_nodes, "") == ["node1 node2"] * 2
     assert run_ranks(2, arrive_as, {"0": "node2", "1": "node2"}, "127.0.1.1") == ["node2 node2"] * 2  # one machine
 

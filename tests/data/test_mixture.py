@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.helpers.ranks import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.helpers.training import TINY, Run, train
 
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import TINY, Run, train
 from tinytrain_dist.config.loading import load_config, parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.sampling import window_starts
@@ -292,7 +292,7 @@ def refusals(many: list[dict[str, Any]]) -> list[str]:
     context, found = init_distributed("cpu"), []
     for settings in many:
         try:
-            Trainer(TrainingConfig(**settings), context).fit()
+            Trainer.build(TrainingConfig(**settings), context).fit()
             found.append("")
         except TinytrainError as error:
             found.append(str(error))

@@ -69,23 +69,21 @@ def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
     from tinytrain_dist.training.memory_estimate import estimate_memory
-    from tinytrain_dist.training.train_step import TrainStep
+    from tinytrain_dist.training.train_step import build_train_step
 
     config, context = TrainingConfig(**settings), init_distributed(settings["device"])
     context = context.with_mesh(choose_parallel_dims(config, context.world_size, context.local_world_size))
-    predicted = estimate_memory(config, context, TrainStep(config, context))
-    _steps(
-        TrainStep(config, context), config, context, 1
-    )  # what libraries allocate once and keep is none of the step's
+    predicted = estimate_memory(config, context)
+    _steps(build_train_step(config, context), 1)  # what libraries allocate once and keep is none of the step's
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-        _steps(TrainStep(config, context), config, context, STEPS)
+        _steps(build_train_step(config, context), STEPS)
         return torch.cuda.max_memory_allocated() - base, predicted.nbytes, predicted.peak
     base = allocated_bytes()
     with _Watch() as watch:
-        _steps(TrainStep(config, context), config, context, STEPS)
+        _steps(build_train_step(config, context), STEPS)
     return watch.peak - base, predicted.nbytes, predicted.peak
 
 
@@ -97,10 +95,7 @@ class _Batches:
         return torch.zeros(self.shape, dtype=torch.int32)
 
 
-def _steps(trainer: Any, config: Any, context: Any, count: int) -> None:
-    trainer.config, trainer.context = config, context
-    trainer.assemble()
-    trainer.batches = _Batches((len(trainer.slots), config.context_len + 1))
-    for _ in range(count):
-        report = trainer.train_step()
-        report.vote.result()
+def _steps(train_step: Any, count: int) -> None:
+    batches = _Batches((len(train_step.slots), train_step.config.context_len + 1))
+    for step in range(count):
+        train_step.run(step, batches).vote.result()

@@ -78,10 +78,10 @@ def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) 
     from tinytrain_dist.training.trainer import Trainer
 
     context = init_distributed("cpu")
-    trainer = Trainer(TrainingConfig(**settings), context)
+    trainer = Trainer.build(TrainingConfig(**settings), context)
     if prepare is not None:
         prepare(trainer)
-    return {"state": trainer.fit(), "step": trainer.step, "skipped": trainer.observer.skipped}
+    return {"state": trainer.fit(), "step": trainer.step, "skipped": trainer.metrics.skipped}
 
 
 class Run:

@@ -169,16 +169,17 @@ def _catches(pid: int, number: int) -> bool:
 DYING = f"""
 import os, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from tinytrain_dist import stopping
-stopping.install_handlers()
-from tinytrain_dist import engine, run
-build = engine.build_model
+from tinytrain_dist.reliability import stop_requests
+stop_requests.install_signal_handlers()
+from tinytrain_dist.launch import worker
+from tinytrain_dist.training import train_step
+build = train_step.build_model
 def build_or_die(*arguments, **rest):
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return build(*arguments, **rest)
-engine.build_model = build_or_die
-sys.exit(run.main(sys.argv[1:]))
+train_step.build_model = build_or_die
+sys.exit(worker.main(sys.argv[1:]))
 """
 
 

@@ -18,7 +18,7 @@ from tinytrain_dist.training.trainer import Trainer
 def run(folder: Path, **overrides: Any) -> Trainer:
     context = init_distributed("cpu")
     try:
-        trainer = Trainer(TrainingConfig(**settings_for(folder, "run", **overrides)), context)
+        trainer = Trainer.build(TrainingConfig(**settings_for(folder, "run", **overrides)), context)
         trainer.fit()
         return trainer
     finally:

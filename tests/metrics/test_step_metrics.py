@@ -33,7 +33,7 @@ def slow_down(trainer: Any, where: str) -> None:
     if trainer.context.rank != 1:
         return
     if where == "forward":
-        unwrap(trainer.model).model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
+        unwrap(trainer.train_step.model).model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
     else:
         read = trainer._read_rows
         trainer._read_rows = lambda step: (time.sleep(0.25), read(step))[1]
@@ -86,11 +86,11 @@ def flip_a_bit(trainer: Any, rank: int) -> None:
     def hook(*_: Any) -> None:
         if trainer.context.rank == rank and trainer.step == 4 and not done:
             done.append(True)
-            weight = unwrap(trainer.model).model.layers[1].mlp.up_proj.weight
+            weight = unwrap(trainer.train_step.model).model.layers[1].mlp.up_proj.weight
             getattr(weight, "_local_tensor", weight).data.view(torch.int32)[0, 3] ^= 1 << 12
 
     done: list[bool] = []
-    trainer.model.register_forward_pre_hook(hook)
+    trainer.train_step.model.register_forward_pre_hook(hook)
 
 
 def flipped(settings: dict[str, Any], rank: int) -> str:
@@ -112,7 +112,7 @@ def test_a_flipped_bit_stops_the_run_before_it_is_saved(
     settings = settings_for(tmp_path, "run", parallel=mode, batch_size=12, total_steps=9, **grid)
     messages = run_ranks(ranks, flipped, settings, bad)
     assert len(set(messages)) == 1
-    assert messages[0].startswith("ReplicasDiffer: replicas differ: model.layers.1.mlp.up_proj.weight")
+    assert messages[0].startswith("ReplicaMismatchError: replicas differ: model.layers.1.mlp.up_proj.weight")
     assert f"on rank {bad} (" in messages[0]
     assert f"than on rank {right} (" in messages[0]
     assert ("which of them is wrong is not known" in messages[0]) == (ranks != 3), "three can outvote one"
@@ -149,7 +149,7 @@ def flipped_and_watched(settings: dict[str, Any]) -> tuple[str, int]:
                 trainer.checkpoints.pending.join()
 
         flip_a_bit(trainer, rank=1)
-        trainer.model.register_forward_pre_hook(wait_for_the_save)
+        trainer.train_step.model.register_forward_pre_hook(wait_for_the_save)
 
     trainers: list[Any] = []
     try:
@@ -266,14 +266,14 @@ def fit_without_synchronising(settings: dict[str, Any]) -> None:
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**settings), init_distributed("cuda"))
-    plain = trainer.train_step
+    trainer = Trainer.build(TrainingConfig(**settings), init_distributed("cuda"))
+    plain = trainer.run_step
 
     def strict(reason: str) -> Any:
         torch.cuda.set_sync_debug_mode("error" if trainer.step >= 2 else "default")  # the first steps allocate
         return plain(reason)
 
-    trainer.train_step = strict  # type: ignore[method-assign]
+    trainer.run_step = strict  # type: ignore[method-assign]
     finish = trainer._finish
     trainer._finish = lambda: (torch.cuda.set_sync_debug_mode("default"), finish())[1]  # type: ignore[method-assign]
     assert trainer.fit() == "done"

@@ -136,16 +136,16 @@ def test_background_and_foreground_saves_are_the_same(folder: Path, undisturbed:
 
 
 def fail_saves(trainer: Any, steps: tuple[int, ...], errno: int) -> None:
-    from tinytrain_dist.checkpoint import safetensors_io
+    from tinytrain_dist.checkpoint import sharded_io
 
-    plain = safetensors_io.write_tensors
+    plain = sharded_io.write_tensors
 
     def write(folder: Path, *args: Any) -> None:
         if int(folder.name.removesuffix(".tmp")[-8:]) in steps:
             raise OSError(errno, os.strerror(errno))
         plain(folder, *args)
 
-    safetensors_io.write_tensors = write  # type: ignore[assignment]
+    sharded_io.write_tensors = write  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("errno", [28, 5, 30], ids=["ENOSPC", "EIO", "EROFS"])
@@ -320,9 +320,9 @@ def test_lock_of_another_host_is_stale_after_two_minutes(tmp_path: Path) -> None
 
 
 def best_at_step_2(trainer: Any) -> None:
-    tokens = trainer.config.eval_steps * trainer.plan.tokens_per_step
+    tokens = trainer.config.eval_steps * trainer.train_step.plan.tokens_per_step
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    trainer._evaluate_file = lambda _: (tokens * next(losses), 0)
+    trainer.evaluator.summed_loss = lambda _: (tokens * next(losses), 0)
 
 
 def fit_best_at_step_2(settings: dict[str, Any]) -> None:
@@ -485,7 +485,7 @@ def disturb(trainer: Any) -> None:
                 trainer.checkpoints.collect(wait=True)
                 shutil.rmtree(trainer.config.checkpoints_dir)
 
-    trainer.model.register_forward_pre_hook(hook)
+    trainer.train_step.model.register_forward_pre_hook(hook)
 
 
 def test_vanished_folder_and_a_clock_that_jumps_back(folder: Path, undisturbed: Run) -> None:
@@ -539,7 +539,9 @@ def state_turns_bad(trainer: Any) -> None:
     def save() -> None:
         if trainer.step == 4 and trainer.context.rank == 1:
             (buffer,) = [
-                trainer.optimizer.state[p]["exp_avg"] for n, p in trainer.model.named_parameters() if "up_proj" in n
+                trainer.train_step.optimizer.state[p]["exp_avg"]
+                for n, p in trainer.train_step.model.named_parameters()
+                if "up_proj" in n
             ][:1]
             buffer.to_local()[0, 0] = float("inf")
         plain()
@@ -630,7 +632,7 @@ def fill_the_disk(trainer: Any) -> None:
             assert [path.name for path in trainer.config.checkpoints_dir.iterdir()] == ["checkpoint-00000002"]
             ballast.unlink()
 
-    trainer.model.register_forward_pre_hook(hook)
+    trainer.train_step.model.register_forward_pre_hook(hook)
 
 
 def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run, small_disk: Path) -> None:
@@ -649,7 +651,7 @@ def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run,
 
 def lose_the_lock(trainer: Any) -> None:
     """After the save of step 4 another process takes the folder, as Slurm's next attempt does on another node."""
-    plain = trainer.train_step
+    plain = trainer.run_step
 
     def train_step(*args: Any) -> Any:
         if trainer.step == 5 and trainer.context.is_main:
@@ -660,7 +662,7 @@ def lose_the_lock(trainer: Any) -> None:
             (lock.parent / "state.json").write_text('{"state": "running", "step": 4, "attempt": "the next"}')
         return plain(*args)
 
-    trainer.train_step = train_step
+    trainer.run_step = train_step
 
 
 def fit_and_fail(settings: dict[str, Any]) -> tuple[str, bool]:
@@ -727,5 +729,5 @@ def buffers_at_start(settings: dict[str, Any]) -> bool:
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 
-    trainer = Trainer(TrainingConfig(**{**settings, "parallel": "none"}), init_distributed("cpu"))
+    trainer = Trainer.build(TrainingConfig(**{**settings, "parallel": "none"}), init_distributed("cpu"))
     return bool(trainer.checkpoints.buffers._copied)

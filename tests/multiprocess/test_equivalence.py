@@ -163,7 +163,7 @@ def die(trainer: Any, step: int, in_save: bool) -> None:
     if in_save and trainer.context.is_main:
         manifest.write_file = kill  # the tensors are written, the rest is not
     elif not in_save:
-        trainer.model.register_forward_pre_hook(kill)
+        trainer.train_step.model.register_forward_pre_hook(kill)
 
 
 def test_killed_twice_and_moved_equals_thirty_steps_on_one_rank(folder: Path) -> None:
@@ -243,7 +243,7 @@ def break_counter(_: Any) -> None:
 
 def break_sampling(trainer: Any) -> None:
     """Let the rank decide what is drawn."""
-    trainer.slots = [slot + 1000 * trainer.context.rank for slot in trainer.slots]
+    trainer.train_step.slots = [slot + 1000 * trainer.context.rank for slot in trainer.train_step.slots]
 
 
 def break_initial_weights(trainer: Any) -> None:
@@ -251,7 +251,7 @@ def break_initial_weights(trainer: Any) -> None:
     from tinytrain_dist.distributed.dtensor import local_tensor
 
     with torch.no_grad():
-        for param in trainer.model.parameters():
+        for param in trainer.train_step.model.parameters():
             local_tensor(param).mul_(1 + trainer.context.rank * 2**-22)
 
 
@@ -260,10 +260,10 @@ def break_norm(trainer: Any) -> None:
     from tinytrain_dist.distributed.dtensor import local_tensor
 
     def local_norm() -> torch.Tensor:
-        squares = [local_tensor(param.grad).double().square().sum() for param in trainer.model.parameters()]
+        squares = [local_tensor(param.grad).double().square().sum() for param in trainer.train_step.model.parameters()]
         return torch.stack(squares).sum()
 
-    trainer.reduction.squared_norm = local_norm
+    trainer.train_step.reduction.squared_norm = local_norm
 
 
 def break_update(_: Any) -> None:

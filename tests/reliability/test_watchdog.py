@@ -20,17 +20,18 @@ ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000,
 HANGING = f"""
 import os, sys, threading
 sys.path.insert(0, {str(REPOSITORY)!r})
-from tinytrain_dist import stopping
-stopping.install_handlers()
-from tinytrain_dist import data, run
-read, calls = data.TokenFiles.read, []
+from tinytrain_dist.reliability import stop_requests
+stop_requests.install_signal_handlers()
+from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.launch import worker
+read, calls = TokenDataset.read, []
 def read_or_hang(*arguments):
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) > 9:
         threading.Event().wait()
     return read(*arguments)
-data.TokenFiles.read = read_or_hang
-sys.exit(run.main(sys.argv[1:]))
+TokenDataset.read = read_or_hang
+sys.exit(worker.main(sys.argv[1:]))
 """
 
 
@@ -112,8 +113,8 @@ def test_a_rank_that_waits_to_join_ends_at_its_limit_or_at_a_signal(tmp_path: Pa
         "os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', LOCAL_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1')\n"
         "os.environ.update(MASTER_PORT=str(port), TINYTRAIN_ATTEMPT='7')\n"
         "[os.environ.pop(name) for name in list(os.environ) if name.startswith('TORCHELASTIC')]\n"
-        "from tinytrain_dist import stopping\n"
-        "stopping.install_handlers()\n"
+        "from tinytrain_dist.reliability import stop_requests\n"
+        "stop_requests.install_signal_handlers()\n"
         "from tinytrain_dist.launch.worker import main\n"
         "main(sys.argv[1:])\n"
     )

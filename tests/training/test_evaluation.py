@@ -87,7 +87,7 @@ def test_several_files_count_the_same_and_bytes_are_summed(tmp_path: Path) -> No
     np.save(tmp_path / "other.npy", np.load(tmp_path / "val.npy")[::-1].copy())
     settings["val_data"] = [settings["val_data"], str(tmp_path / "other.npy")]
     ((loss, others), _), *_ = run_ranks(1, evaluated, settings)
-    assert loss == pytest.approx((others["loss/val"] + others["loss/other"]) / 2)
+    assert loss == pytest.approx((others["loss/val.npy"] + others["loss/other.npy"]) / 2)
     assert others["bits_per_byte"] == pytest.approx(loss / math.log(2) / 2)  # two bytes a token
 
 

@@ -21,7 +21,6 @@ from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parall
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_spec
 from tinytrain_dist.training import forecast, memory_estimate
-from tinytrain_dist.training.train_step import TrainStep
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
@@ -37,7 +36,7 @@ def world() -> Iterator[DistributedContext]:
 def estimated(context: DistributedContext, **settings: Any) -> memory_estimate.MemoryEstimate:
     config = TrainingConfig(**{**SMALL, **settings})
     layout = choose_parallel_dims(config, context.world_size, context.local_world_size)
-    return memory_estimate.estimate_memory(config, context.with_mesh(layout), TrainStep(config, context))
+    return memory_estimate.estimate_memory(config, context.with_mesh(layout))
 
 
 # ---------------------------------------------------------------- held against reality
@@ -71,7 +70,7 @@ def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> No
     with_ddp, with_fsdp = estimated(world, parallel="ddp"), estimated(world, parallel="fsdp")
     weights = 4 * sum(p.numel() for p in meta_model().parameters())
     for found, share in ((with_ddp, 1), (with_fsdp, 4)):
-        held = found.moments["update"]
+        held = found.stages["update"]
         assert held["weights"] == pytest.approx(weights / share, rel=0.01)
         assert held["optimizer"] == pytest.approx(2 * weights / share, rel=0.01)
         assert held["gradients"] == pytest.approx(weights / share, rel=0.01)
@@ -220,12 +219,12 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
     """On a rank: train where memory is short; what went wrong, if anything did."""
-    from tinytrain_dist.metrics import device_stats
+    from tinytrain_dist.training import fitting
 
     if most is not None:
         out_of_memory_above(most, rank=1)
     if room is not None:
-        device_stats.free_memory_bytes = lambda *_: room / memory_estimate.USABLE_MEMORY
+        fitting.free_memory_bytes = lambda *_: room / memory_estimate.USABLE_MEMORY
     try:
         fit(settings)
     except Exception as error:
@@ -252,7 +251,7 @@ def test_auto_takes_what_the_estimate_lets_pass_and_says_so(
     settings = settings_for(tmp_path, "auto", parallel="none", micro_batch_size="auto", vocab_size=600)
     config = TrainingConfig(**{**settings, "micro_batch_size": 4})
     alone = dataclasses.replace(world, parallel_dims=ParallelDims("none", 1, 1, ""))
-    room = memory_estimate.estimate_memory(config, alone, TrainStep(config, alone)).nbytes + 1
+    room = memory_estimate.estimate_memory(config, alone).nbytes + 1
     assert run_ranks(1, fit_small, settings, None, room) == [""]
     assert "micro_batch_size = auto: 4\nbatch_size 8 = micro_batch_size 4 x 1 ranks x 2" in capfd.readouterr().out
 
@@ -263,7 +262,7 @@ def test_out_of_memory_with_a_fixed_size_shows_what_is_held_and_what_helps(tmp_p
     with pytest.raises(AssertionError, match="rank 1 of 2 failed") as caught:
         run_ranks(2, fit, fixed, out_of_memory_at_two)
     text = str(caught.value)
-    assert "OutOfMemoryError: injected\none step holds on one rank" in text
+    assert "OutOfMemoryError: injected\nestimated memory of one step on one rank" in text
     for line in ("master weights", "optimizer state", "at the peak (", "with micro_batch_size = 2"):
         assert line in text
 
@@ -276,4 +275,4 @@ def out_of_memory_at_two(trainer: Any) -> None:
 def test_when_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
     auto = settings_for(tmp_path, "auto", parallel="fsdp", micro_batch_size="auto")
     errors = run_ranks(2, fit_small, auto, 0)
-    assert all("micro_batch_size: not even 1 fits in memory\none step holds" in error for error in errors)
+    assert all("micro_batch_size: not even 1 fits in memory\nestimated memory of one step" in error for error in errors)

@@ -23,8 +23,8 @@ def test_several_training_files_are_one_dataset_and_evaluation_files_are_apart(t
     np.save(tmp_path / "more.npy", np.load(tmp_path / "val.npy"))
     both = [str(tmp_path / "train.npy"), str(tmp_path / "more.npy")]
     mixed = opened(tmp_path, train_data=both, val_data=[str(tmp_path / "val.npy"), str(tmp_path / "more.npy")])
-    assert list(data.evaluation) == ["val"]
-    assert list(mixed.evaluation) == ["val", "more"]
+    assert list(data.evaluation) == ["val.npy"]
+    assert list(mixed.evaluation) == ["val.npy", "more.npy"]
     assert len(mixed.train.windows) == 2
 
 
@@ -49,7 +49,7 @@ def test_bytes_per_token_are_taken_from_the_folder_of_any_file(tmp_path: Path) -
 def test_prompts_are_the_first_ids_of_the_first_evaluation_windows(tmp_path: Path) -> None:
     data = opened(tmp_path)
     prompts = data.evaluation_prompts(3, 5)
-    dataset = data.evaluation["val"]
+    dataset = data.evaluation["val.npy"]
     windows = dataset.read(*dataset.draw(0, 0, range(3), EVAL_STREAM))
     assert prompts.tolist() == windows[:, :5].tolist()
 

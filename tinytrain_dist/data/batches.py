@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from torch import Tensor
-import numpy as np
 import queue
 import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 import torch
+from torch import Tensor
+
 from tinytrain_dist.data.sampling import window_starts
-from tinytrain_dist.data.token_dataset import Tokens
-from tinytrain_dist.data.token_dataset import num_windows
-from tinytrain_dist.data.token_dataset import read_windows
+from tinytrain_dist.data.token_dataset import Tokens, num_windows, read_windows
 
 
 def get_batch(

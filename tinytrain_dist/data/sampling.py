@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
-
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 
@@ -36,6 +36,8 @@ def uniform_integers(words: npt.NDArray[np.uint64], windows: int) -> npt.NDArray
     return starts
 
 
-def window_starts(seed: int, step: int, slots: Sequence[int], windows: int, stream: int = TRAIN_STREAM) -> npt.NDArray[np.int64]:
+def window_starts(
+    seed: int, step: int, slots: Sequence[int], windows: int, stream: int = TRAIN_STREAM
+) -> npt.NDArray[np.int64]:
     """First token of the window of each slot, uniform over 0 .. windows - 1, int64; see `slot_words`."""
     return uniform_integers(slot_random_words(seed, step, slots, stream), windows)

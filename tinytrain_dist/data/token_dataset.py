@@ -5,27 +5,26 @@ Must not know ranks, models or devices beyond where a batch is put; a rank asks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fractions import Fraction
-from pathlib import Path
-from torch import Tensor
-from typing import Any
 import contextlib
 import hashlib
 import itertools
 import json
 import mmap as maps
+import os
+import weakref
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
-import os
 import torch
-import weakref
-from tinytrain_dist.data.sampling import TRAIN_STREAM
-from tinytrain_dist.data.sampling import slot_random_words
-from tinytrain_dist.data.sampling import uniform_integers
+from torch import Tensor
+
+from tinytrain_dist.data.sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
-
 
 Tokens = npt.NDArray[Any]
 
@@ -77,7 +76,10 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
     """Smallest and largest id; scanned once and cached in FILE.range.json under the file's fingerprint."""
     if not len(tokens):
         return 0, -1
-    cache, key = path.with_name(path.name + ".range.json"), {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime}
+    cache, key = (
+        path.with_name(path.name + ".range.json"),
+        {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime},
+    )
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
         if known["key"] == key:

@@ -1,1 +1,25 @@
-"""TODO."""
+"""Ranks, meshes and collectives: the only package that calls torch.distributed.
+
+Own training loops start with `init_distributed` and end with `shutdown`; both are loaded on first use, so that a login
+node can read a batch plan without importing torch. `start` and `close` are their names before version 0.1.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_NAME_IN_CONTEXT = {
+    "init_distributed": "init_distributed",
+    "shutdown": "shutdown",
+    "DistributedContext": "DistributedContext",
+    "start": "init_distributed",
+    "close": "shutdown",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _NAME_IN_CONTEXT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.context"), _NAME_IN_CONTEXT[name])

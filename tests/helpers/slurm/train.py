@@ -18,7 +18,7 @@ stop_requests.install_signal_handlers()
 from tinytrain_dist.launch.worker import main  # noqa: E402
 from tinytrain_dist.training.trainer import Trainer  # noqa: E402
 
-original = Trainer.train_step
+original = Trainer.run_step
 first, seconds = (os.environ.get("BRAKE") or "0:0").split(":")
 crash = int(os.environ.get("CRASH") or -1)
 
@@ -31,7 +31,7 @@ def train_step(self, *args):
     return original(self, *args)
 
 
-Trainer.train_step = train_step
+Trainer.run_step = train_step
 
 if __name__ == "__main__":
     main(sys.argv[1:])

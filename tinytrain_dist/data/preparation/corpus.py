@@ -5,15 +5,6 @@ Must not know tokenizers, token files or processes.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
-from typing import Literal
-from typing import cast
 import glob
 import gzip
 import hashlib
@@ -24,8 +15,13 @@ import platform
 import stat
 import sysconfig
 import zlib
-from tinytrain_dist.errors import DataError
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
 
+from tinytrain_dist.errors import DataError
 
 SEPARATOR = b"<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")

@@ -5,52 +5,45 @@ Must not know models, training or how a token file is sampled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from pathlib import Path
-from rich.console import Console
-from rich.progress import BarColumn
-from rich.progress import Progress
-from rich.progress import TextColumn
-from rich.progress import TimeRemainingColumn
-from typing import Annotated
-from typing import Any
-from typing import Literal
 import hashlib
 import heapq
 import json
-import numpy as np
 import os
 import re
 import sys
 import time
-import tyro
-from tinytrain_dist import __version__
-from tinytrain_dist.data.preparation.corpus import Meter
-from tinytrain_dist.data.preparation.corpus import Reading
-from tinytrain_dist.data.preparation.corpus import SEPARATOR
-from tinytrain_dist.data.preparation.corpus import Source
-from tinytrain_dist.data.preparation.corpus import cut
-from tinytrain_dist.data.preparation.corpus import find_sources
-from tinytrain_dist.data.preparation.corpus import open_source
-from tinytrain_dist.data.preparation.corpus import read_documents
-from tinytrain_dist.data.preparation.token_writer import TokenWriter
-from tinytrain_dist.data.preparation.token_writer import document_hashes
-from tinytrain_dist.data.preparation.token_writer import encode_all
-from tinytrain_dist.data.preparation.token_writer import in_batches
-from tinytrain_dist.data.preparation.token_writer import new_folder
-from tinytrain_dist.data.preparation.token_writer import write_file
-from tinytrain_dist.data.preparation.tokenizer import Vocabulary
-from tinytrain_dist.data.preparation.tokenizer import load_vocabulary
-from tinytrain_dist.data.preparation.tokenizer import train_bpe
-from tinytrain_dist.data.preparation.tokenizer import why_not_fast
-from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.errors import DataError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tinytrain_dist import __version__
+from tinytrain_dist.data.preparation.corpus import (
+    SEPARATOR,
+    Meter,
+    Reading,
+    Source,
+    cut,
+    find_sources,
+    open_source,
+    read_documents,
+)
+from tinytrain_dist.data.preparation.token_writer import (
+    TokenWriter,
+    document_hashes,
+    encode_all,
+    in_batches,
+    new_folder,
+    write_file,
+)
+from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
+from tinytrain_dist.errors import ConfigError, DataError
 
 _DEFAULT_VOCAB_SIZE = 8192
 _SMALLEST_VOCAB_SIZE = 257  # every byte and the end of a document
@@ -65,6 +58,7 @@ _SMALL_TOKENS = 1025  # a common context_len and the token after it
 
 
 def say(message: str) -> None:
+    """Print a line for people on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -5,32 +5,26 @@ Must not know where documents come from or how a tokenizer is made.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from contextlib import suppress
-from numpy.typing import NDArray
-from pathlib import Path
-from typing import Any
-from typing import BinaryIO
-from typing import NamedTuple
-from typing import Self
 import hashlib
 import io
 import multiprocessing
-import numpy as np
 import os
 import shutil
 import signal
 import threading
-from tinytrain_dist.data.preparation.tokenizer import Encoder
-from tinytrain_dist.data.preparation.tokenizer import Vocabulary
-from tinytrain_dist.errors import DataError
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tinytrain_dist.data.preparation.tokenizer import Encoder, Vocabulary
+from tinytrain_dist.errors import DataError
 
 _BATCH_BYTES = 1 << 20  # text per task of a worker
 _FILES = {"train.npy", "val.npy", "tokenizer.json", "tokenizer_config.json", "meta.json"}

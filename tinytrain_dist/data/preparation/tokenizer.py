@@ -5,22 +5,18 @@ Must not know where text comes from or where ids go.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numpy.typing import NDArray
 from pathlib import Path
-from tokenizers import Regex
-from tokenizers import Tokenizer
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
 from typing import Any
-import json
+
 import numpy as np
 import tiktoken
-from tinytrain_dist.errors import DataError
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tinytrain_dist.errors import DataError
 
 EOS_TOKEN = "<|endoftext|>"
 # GPT-4's split (cl100k) with three changes. No branch for contractions: the first covers them ("don't" -> "don", "'t"),
