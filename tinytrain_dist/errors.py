@@ -1,7 +1,7 @@
-"""Owns the exceptions a user can cause. Must not know anything else of the package.
+"""Exceptions for mistakes that a user can make or fix.
 
-Every message is a sentence with four parts: what is wrong, both values, which setting, what to do.
-Our own invariants use `assert`; these classes are for configuration, data, checkpoints and training runs.
+Every message is a sentence with four parts: what is wrong, the expected and the found value, which setting, what to do.
+Our own invariants use `assert`. These classes are for configurations, data, checkpoints and training runs.
 """
 
 from __future__ import annotations

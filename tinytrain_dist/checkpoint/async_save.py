@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.async_save."""
+"""Copy a rank's shards to host memory, and run a save in a thread beside training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.digests."""
+"""Digests of tensors and of whole states: equal digests mean equal bits."""
 
 from __future__ import annotations
 

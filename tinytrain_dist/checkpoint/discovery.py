@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.discovery."""
+"""Find the newest valid checkpoint of a run, and read its saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.hashing."""
+"""Hash functions and block sizes of the checkpoint format, and the check that values are finite."""
 
 from __future__ import annotations
 

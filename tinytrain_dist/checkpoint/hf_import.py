@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.hf_import."""
+"""Start from the weights of a Hugging Face folder, each rank reading its own rows."""
 
 from __future__ import annotations
 

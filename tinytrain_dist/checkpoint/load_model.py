@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.load_model."""
+"""Load the model of a checkpoint into one process, ready to use."""
 
 from __future__ import annotations
 

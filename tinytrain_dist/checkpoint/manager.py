@@ -1,8 +1,8 @@
-"""Owns the checkpoints of one run: saving in the background, which one is loaded, which are kept, who holds the folder.
+"""Manage the checkpoints of one run: save in the background, choose the one to resume from, keep and delete.
 
-Must not know the loop. Rank 0 alone lists, creates, writes and deletes, and tells the others. A save costs a training
-step the copy into host buffers, and where there are replicas a fingerprint of what a rank does not copy; gathering,
-comparing, hashing, writing and the commit happen in a thread over a group of its own.
+Must not know the loop. Rank 0 alone lists, creates, writes and deletes, and informs the others. A save costs a training
+step the copy into host buffers, and where there are replicas a fingerprint of what a rank does not copy. Gathering,
+comparing, hashing, writing and the commit happen in a thread over a process group of its own.
 """
 
 from __future__ import annotations

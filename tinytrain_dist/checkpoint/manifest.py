@@ -1,4 +1,15 @@
-"""TODO docstring of checkpoint.manifest."""
+"""Write and read manifest.json, and commit a folder so that it appears complete or not at all.
+
+A folder is complete when manifest.json, written last, lists every file and every tensor with size and digest. Format 3:
+
+- a tensor has the BLAKE3 of its bytes
+- a file of tensors has the BLAKE3 over its header and, in the order of the file, its tensors' digests (32 bytes each),
+  so that every byte is hashed once
+- any other file has the BLAKE3 of its bytes
+
+Formats 1 and 2 are still read: they had sha256, format 1 also of whole files of tensors. The manifest's own digest is
+sha256 in all formats, so that every version can say which format it has found.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
-"""Owns folders of tensors on disk: safetensors files written as a stream, their index, the manifest, and its checks.
+"""Write and read safetensors files as a stream, with an index that says which file holds which tensor.
 
-Must not know ranks, models or steps. A folder is complete when manifest.json, written last, lists every file and every
-tensor with size and digest; there is no pickle anywhere. Manifest format 3: a tensor has the BLAKE3 of its bytes, a
-file of tensors the BLAKE3 over its header and, in the order of the file, its tensors' digests (32 bytes each), so that
-every byte is hashed once; any other file has the BLAKE3 of its bytes. Formats 1 and 2 are still read: they had sha256,
-1 also of whole files of tensors. The manifest's own digest is sha256 in all, so that any version can say which it is.
+Must not know ranks, models or steps. There is no pickle anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.save_load."""
+"""Save and load checkpoints of own training loops: any module with any torch optimizer."""
 
 from __future__ import annotations
 

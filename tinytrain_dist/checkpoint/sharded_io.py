@@ -1,7 +1,7 @@
-"""Owns checkpoints: what of a run is saved, by whom, when one counts as valid, which is loaded and which are kept.
+"""Write and read one checkpoint folder with all ranks.
 
-Must not know the loop. Rank 0 alone lists, creates, writes and deletes; everything else asks it. Tensors are whole on
-disk, so that any number of ranks in any mode can read them; no rank holds more than its shards and a few chunks.
+Must not know the loop. Rank 0 alone creates the folder and commits it. Tensors are whole on disk, so that any number of
+ranks in any mode can read them. No rank holds more than its shards and a few chunks.
 """
 
 from __future__ import annotations

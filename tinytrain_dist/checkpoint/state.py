@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.state."""
+"""Collect what is saved of a model and an optimizer: tensors by name, plain values, and this rank's shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of checkpoint.verify."""
+"""Verify a folder of tensors: read every byte and compare it with the manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns whether two things are the same to the last bit: `tinytrain hash` and `tinytrain compare`.
+"""`tinytrain compare`: find where two runs or checkpoints differ.
 
-Must not know how a run is trained or what the numbers mean; it reads records, manifests and tensors.
+Must not know how a run is trained or what the numbers mean: it reads records, manifests and tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns `tinytrain doctor`: what would go wrong with a run on this machine, or on all nodes together, before it starts.
+"""`tinytrain doctor`: find what would go wrong with a run on this machine, or on all nodes together, before it starts.
 
-Must not know how a run is trained. It looks, measures for some seconds, and says a remedy for each problem it names.
+Must not know how a run is trained. It looks, measures for some seconds, and gives a remedy for each problem.
 """
 
 from __future__ import annotations

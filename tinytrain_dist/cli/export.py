@@ -1,6 +1,6 @@
-"""Owns `tinytrain export`: weights as a Hugging Face folder, and the proof that it is the same model.
+"""`tinytrain export`: write weights as a Hugging Face folder, and prove that it is the same model.
 
-Must not know how checkpoints are made; it reads one and writes a new folder, tensor by tensor.
+Must not know how checkpoints are made: it reads one and writes a new folder, tensor by tensor.
 """
 
 from __future__ import annotations

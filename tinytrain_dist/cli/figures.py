@@ -1,4 +1,4 @@
-"""TODO docstring of cli.figures."""
+"""Pictures of one style for the verbs that draw."""
 
 from __future__ import annotations
 

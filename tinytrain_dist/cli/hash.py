@@ -1,4 +1,4 @@
-"""TODO docstring of cli.hash."""
+"""`tinytrain hash`: print one digest of the weights and one of the optimizer state."""
 
 from __future__ import annotations
 

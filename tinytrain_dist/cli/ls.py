@@ -1,6 +1,6 @@
-"""Owns what runs left on disk: finding a run's checkpoints and its record, `tinytrain ls` and `tinytrain verify`.
+"""`tinytrain ls`: list the checkpoints of a run, or the runs in a folder.
 
-Must not know how a run is trained, and changes nothing: it only reads.
+Must not know how a run is trained, and changes nothing.
 """
 
 from __future__ import annotations

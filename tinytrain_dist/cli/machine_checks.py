@@ -1,6 +1,6 @@
-"""Owns what `tinytrain doctor` finds on one machine: its name, interfaces, memory, limits, room for scratch files.
+"""Check one machine for `tinytrain doctor`: its name, interfaces, memory, limits, and room for scratch files.
 
-Must not know ranks or torch; it only looks.
+Must not know ranks or torch: it only looks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns the `tinytrain` command: names the tools and prints what users did wrong. Must not hold any other logic."""
+"""Run the `tinytrain` command: find the verb, and print what a user did wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Owns `tinytrain plan`: whether a run fits, what it holds, sends and saves, and how fast it can be at best.
+"""`tinytrain plan`: print whether a run fits, what it holds, sends and saves, and how fast it can be at best.
 
-Must not know the architecture: sizes come from rehearsing the trainer's own step (estimate.py) in a world that is not
-there, and speeds from the table of devices (hardware.py).
+Must not know the architecture: see training/forecast.py for where the numbers come from.
 """
 
 from __future__ import annotations

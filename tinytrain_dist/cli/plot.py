@@ -1,6 +1,6 @@
-"""Owns curves: `tinytrain plot` draws what runs recorded, `tinytrain schedule` the learning rate that a run will have.
+"""`tinytrain plot`: draw the loss curves that runs recorded.
 
-Must not know training: one reads metrics.jsonl, the other calls the schedule of a configuration.
+Must not know training: it reads metrics.jsonl.
 """
 
 from __future__ import annotations

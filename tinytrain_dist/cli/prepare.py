@@ -1,4 +1,4 @@
-"""TODO docstring of cli.prepare."""
+"""`tinytrain prepare`: turn text into a tokenizer and token files, and say what came out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns `tinytrain replay`: the steps after a checkpoint once more, held against what was recorded.
+"""`tinytrain replay`: train the steps after a checkpoint again, and compare them with what was recorded.
 
 Must not know how a run is trained: it starts one from the checkpoint, in a folder of its own, and reads its record.
 """

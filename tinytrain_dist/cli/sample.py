@@ -1,4 +1,4 @@
-"""Owns text from a trained model: loading one without a process group, drawing tokens, and `tinytrain sample`.
+"""`tinytrain sample`: write text with a trained model.
 
 Must not know how the model was trained or on how many ranks.
 """

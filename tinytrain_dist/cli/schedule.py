@@ -1,4 +1,7 @@
-"""TODO docstring of cli.schedule."""
+"""`tinytrain schedule`: show the learning rate that a configuration will have, as text or as a picture.
+
+Must not know training: it calls the schedule of a configuration.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of cli.speed_checks."""
+"""Measure matrix products and collectives for `tinytrain doctor`, and report ranks slower than the others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Owns `tinytrain status RUN`: what a run is doing, from its files alone, so that it works on a dead one too.
+"""`tinytrain status`: show what a run is doing, from its files alone, so that it works on a dead run, too.
 
 Must not know torch, and changes nothing. Goodput is the share of the time since the first record that went into steps
-which count: step_seconds of every step in the record, over the time from the first record to the last sign of life
-(now, for a run that is alive). The rest: starts, evaluations, saves, waiting for nodes, steps that were done twice.
+that count: step_seconds of every step in the record, over the time from the first record to the last sign of life (now,
+for a run that is alive). The rest went into starts, evaluations, saves, waiting for nodes, and repeated steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of cli.tables."""
+"""Tables and argument types that several verbs share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of cli.verify."""
+"""`tinytrain verify`: read every byte of checkpoints and report damage."""
 
 from __future__ import annotations
 

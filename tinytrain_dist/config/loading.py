@@ -1,4 +1,4 @@
-"""Owns how a configuration is read: TOML files, the command line, and the vocabulary that stands beside the data.
+"""Read a configuration: TOML files, the command line, and the vocabulary size beside the data.
 
 Must not know torch, ranks or devices, nor what a setting means: a login node reads and checks a run in a moment.
 """

@@ -1,4 +1,8 @@
-"""TODO docstring of config.run_folder."""
+"""Find runs and checkpoints on disk by their names, and read the plain record of a run.
+
+Must not know torch: listing runs must be fast. It only reads. It lies in config/ because metrics and reliability, which
+checkpoint/ builds on, write files of a run folder, too.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns what a run is: `TrainingConfig`, one flat frozen value, and the checks that it passes when it is made.
+"""The settings of a run: `TrainingConfig`, one flat frozen value that is checked when it is made.
 
-Must not know torch, files, ranks or devices: a login node can check a run in a tenth of a second.
+Must not know torch, files, ranks or devices: a login node checks a run in a tenth of a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of config.validation."""
+"""Check a configuration: every problem that shows without looking at ranks or files, as one sentence each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of data.batches."""
+"""Make batches: random windows for own loops, reading ahead in a thread, and cutting into micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""TODO docstring of data.sampling."""
+"""Draw the windows of a step: a pure function of (seed, step, sample slot).
+
+A sample slot is the index of a sequence in the global batch. A window is context_len tokens with the token after them.
+A stream separates the draws of training from those of evaluation. Nothing about sampling is saved: a resumed run draws
+the same windows, on any number of ranks.
+"""
 
 from __future__ import annotations
 

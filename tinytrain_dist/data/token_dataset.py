@@ -1,6 +1,6 @@
-"""Owns token files: opening and checking them, which windows a step draws, and reading them ahead of time.
+"""Open and check token files, and read windows of several files as one dataset.
 
-Must not know ranks, models or devices beyond where a batch is put; a rank asks for slots and gets their windows.
+Must not know ranks, models or devices: a rank asks for sample slots and gets their windows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns how the work of one step is cut: `Layout` (ranks into replicas and shards) and `BatchPlan` (slots into leaves).
+"""Cut the global batch of a step: which micro-batches and sample slots each rank computes.
 
 Must not know torch or which rank it runs on: every rank, and a login node, computes the same plan.
 """

@@ -1,4 +1,4 @@
-"""TODO docstring of distributed.collectives."""
+"""Collectives over a process group: gathers, sums, broadcasts, and errors that all ranks raise together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns the one door to torch.distributed: the launcher's variables, process groups, meshes and every collective.
+"""This process among all ranks: joining and leaving the process group, the device mesh, and collectives on it.
 
-Must not know models, optimizers or files; the others receive a frozen DistributedContext and ask it.
+Must not know models, optimizers or files. Other packages receive a frozen DistributedContext and call its methods.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of distributed.dtensor."""
+"""Plain facts about sharded tensors: the local part, its rows, its bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of distributed.fake_backend."""
+"""Run collectives that send nothing: for simulations and memory trials of a single process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns what sockets tell before any rank has met another: names, addresses, and whether a port answers.
+"""Ask the network what it knows before any rank is connected: names, addresses, whether a port answers.
 
-Must not know torch or ranks; it returns sentences, and its callers say which rank and host they are about.
+Must not know torch or ranks. It returns sentences, and its callers add which rank and host they are about.
 """
 
 from __future__ import annotations

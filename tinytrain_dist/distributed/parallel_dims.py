@@ -1,4 +1,7 @@
-"""TODO docstring of distributed.parallel_dims."""
+"""Choose the device mesh of a run: how many replicas, and how many shards in each.
+
+Must not know torch: a login node makes the same choice as the ranks.
+"""
 
 from __future__ import annotations
 

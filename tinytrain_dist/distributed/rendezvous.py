@@ -1,6 +1,6 @@
-"""Owns how ranks find each other before there are groups: the launcher's words, a store, and who did not come.
+"""Let ranks find each other over a key-value store, before there are process groups.
 
-Must not know collectives; with distributed.py, which opens groups on what was found here, it is the one door.
+A store answers where a collective would hang, so a rank that is missing can be named. Must not know collectives.
 """
 
 from __future__ import annotations

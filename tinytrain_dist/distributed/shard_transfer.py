@@ -1,4 +1,4 @@
-"""TODO docstring of distributed.shard_transfer."""
+"""Send tensor shards to the ranks that write them, in chunks, without a whole tensor on any rank."""
 
 from __future__ import annotations
 

@@ -1,11 +1,16 @@
-"""torchrun that outlives the signals that ask for a stop, and whose last words are the first failing rank's.
+"""A torchrun wrapper that survives stop signals and ends by printing the first failing rank's error.
 
     python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
-torchrun itself dies of SIGUSR1, turns SIGTERM and Ctrl-C into a traceback and exit code 1 although every rank has
-saved, waits half a minute for ranks that hang after one has died, and ends a failed run with a page about itself. This
-passes the signals on to the ranks, which save and exit 0, says how a rank died that can no longer say it, and prints
-one sentence. Owns the ranks' lives; must not know what they do.
+torchrun itself has four habits that cost work or time:
+
+- SIGUSR1 kills it
+- it turns SIGTERM and Ctrl-C into a traceback and exit code 1, although every rank has saved
+- it waits half a minute for ranks that hang after one of them died
+- it ends a failed run with a page about itself
+
+This wrapper forwards the signals to the ranks, which save and exit 0. It reports how a rank ended that could not report
+it, and prints one sentence. Must not know what the ranks do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns the way from a command line to an exit code: parse, join the world, train, and report what went wrong.
+"""Run training in one rank: from a command line to an exit code, with a report of what went wrong.
 
-Must not know how training works. The first failing rank's sentence is the last thing it prints, and error.json has it.
+Must not know how training works. The first failing rank's error is the last line printed, and error.json has it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""TODO."""
+"""What a run reports: the run log, TensorBoard, step metrics, timers, device facts, traces, the environment.
+
+Read `step_metrics.py` and `run_log.py` first.
+"""

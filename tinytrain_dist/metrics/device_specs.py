@@ -1,9 +1,11 @@
-"""Owns a small table of devices and links, with its sources. Must not know models or runs.
+"""Peak numbers of devices and links, each with its source.
 
-Memory is what the driver shows, peaks are dense (without sparsity) with sums in float32, links are one direction of one
-device inside a node and of a whole node outside. Sources: NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM, L40S,
-L4, and its Ada and Ampere GPU architecture papers (RTX 4090, RTX 3090); networks are those of DGX H100 and DGX A100
-(eight ports of 400 and 200 Gbit/s), for the others 100 Gbit/s are assumed: `--network` says better.
+Must not know models or runs. Memory is what the driver shows. Peaks are dense (without sparsity) with sums in float32.
+Links are one direction of one device inside a node, and of a whole node outside.
+
+Sources: NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM, L40S, L4, and its Ada and Ampere GPU architecture papers
+(RTX 4090, RTX 3090). Networks are those of DGX H100 and DGX A100 (eight ports of 400 and 200 Gbit/s). For the others
+100 Gbit/s are assumed: set `--network` if you know better.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of metrics.device_stats."""
+"""Memory and peak speed of the device that this process uses."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns what a run runs on: the kernels that decide bits, what one device holds, and the record of hosts and versions.
+"""Record what a run ran on: versions, git commit, hosts and an allow-list of environment variables.
 
-Must not know ranks' work: it looks at one process, and is told what the others found.
+Must not know what ranks do: it looks at one process, and is given what the others found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns what this process is doing: the phase, the step, since when, and how long each phase has taken.
+"""Time the phases of a process: which phase it is in, since when, at which step.
 
-Must not know torch, ranks or what a phase means; the trainer names the phases, others look or write them down.
+Must not know torch, ranks or what a phase means: the trainer names the phases, others read or record them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns the trace of a few steps: torch's profiler, the phases as named ranges in it, on a GPU a snapshot of the memory.
+"""Trace a few steps with torch's profiler: phases as named ranges, and on a GPU a snapshot of the memory.
 
-Must not know what a phase does. A run that does not set `profile` never makes one of these.
+Must not know what a phase does. Only a run that sets `profile` makes one of these.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns what a run tells: console lines, metrics.jsonl (the plain record), when TensorBoard hears of it, honest clocks.
+"""Write what a run reports: console lines, metrics.jsonl (the plain record) and TensorBoard.
 
-Must not know how the numbers come about. Only rank 0 has sinks; every rank calls the same methods.
+Must not know how the numbers come about. Only rank 0 writes; every rank calls the same methods.
 """
 
 from __future__ import annotations

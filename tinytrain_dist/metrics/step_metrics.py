@@ -1,4 +1,4 @@
-"""Owns reading a step when the next one is under way: what was skipped, what is logged, whether all agreed to stop.
+"""Read the numbers of a step while the next one runs: skipped steps, logged values, votes to stop.
 
 Must not know how a step is made. Every rank has one and calls it at the same steps, since logging gathers from all.
 """

@@ -1,6 +1,6 @@
-"""Owns what TensorBoard shows of a run: which curves share a chart, and what becomes a text, a marker or a histogram.
+"""Write the TensorBoard files of a run: which curves share a chart, and what is a text, a marker or a histogram.
 
-Must not know how the numbers come about or which rank writes; metrics.py has one of these where there is something to
+Must not know how the numbers come about or which rank writes: the run log has one of these where there is something to
 write.
 """
 

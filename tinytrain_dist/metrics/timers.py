@@ -1,4 +1,4 @@
-"""TODO docstring of metrics.timers."""
+"""Clocks for a run: device values copied to the host, seconds per step without pauses, time in forward passes."""
 
 from __future__ import annotations
 

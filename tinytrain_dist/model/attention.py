@@ -1,4 +1,4 @@
-"""TODO docstring of model.attention."""
+"""Rotary position embeddings and causal self-attention with grouped queries."""
 
 from __future__ import annotations
 

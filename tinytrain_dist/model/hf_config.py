@@ -1,6 +1,6 @@
-"""Owns the translation between TrainingConfig and Hugging Face's config.json, for Llama and Qwen3.
+"""Translate between TrainingConfig and the config.json of Hugging Face, for Llama and Qwen3.
 
-Must not know tensors or ranks. Parameter names need no translation: ours are theirs.
+Must not know tensors or ranks. Parameter names need no translation: ours are those of Hugging Face.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of model.layers."""
+"""The layers around attention: RMSNorm, linear maps, SwiGLU, the token embedding and the output head."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Owns the loss: softmax cross-entropy over token ids, alone and fused with the output head.
+"""Softmax cross-entropy over token IDs, alone and fused with the output head.
 
-Must not know ranks, models or configurations; every sum is taken in float32 (float64 stays float64).
+Must not know ranks, models or configurations. Every sum is taken in float32 (float64 stays float64).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Owns matrix products of activations and weights: in which type they are computed.
+"""Choose the type in which matrix products of activations and weights are computed.
 
-Must not know layers or losses. Products of bf16 values are exact in float32, and every bf16 unit sums them there; the
-head and attention then also leave out roundings to bf16 between their steps, as compiled code may do everywhere.
+Must not know layers or losses. Products of bf16 values are exact in float32, and every bf16 unit sums them there. The
+output head and attention then also leave out roundings to bf16 between their steps, as compiled code may do everywhere.
 """
 
 from __future__ import annotations

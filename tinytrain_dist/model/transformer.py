@@ -1,10 +1,11 @@
-"""Owns the network: a Llama-style decoder whose parameter names are Hugging Face's, and its initial weights.
+"""A Llama-style decoder with the parameter names of Hugging Face, and its initial weights.
 
-Must not know ranks, meshes or optimizers; parallelism is applied to the finished model elsewhere.
+Must not know ranks, meshes or optimizers: parallelism is applied to the finished model elsewhere.
 
 Shapes in names: b batch, t position, d model width, h head, k key/value head, e head width, v vocabulary.
-Every layer computes in the type of its input and casts its float32 weight to it, so precision is decided in one place
-(the embedding's output), and the same numbers come out whether a wrapper has cast the weights before or not.
+
+Every layer computes in the type of its input and casts its float32 weight to it. So precision is decided in one place,
+the embedding's output. The same numbers come out whether a wrapper has cast the weights before or not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Owns the update: AdamW, which parameters decay, and clipping by the global norm for people's own loops.
+"""AdamW on plain and sharded parameters, and which parameters decay.
 
-Must not know ranks or groups: it works on whatever piece of a parameter is local (a DTensor's shard or a tensor).
+Must not know ranks or groups: it works on the rows of a parameter that lie on this rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""TODO docstring of optim.clipping."""
+"""Clip gradients by their global norm, for own training loops.
+
+The trainer clips with the norm of its gradient reduction, which is exact over layouts.
+"""
 
 from __future__ import annotations
 

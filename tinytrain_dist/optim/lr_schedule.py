@@ -1,4 +1,4 @@
-"""Owns the learning rate as pure functions of the step: nothing to save, nothing to restore.
+"""The learning rate as pure functions of the step: nothing to save, nothing to restore.
 
 Must not know optimizers, torch or ranks.
 """

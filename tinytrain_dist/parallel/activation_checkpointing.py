@@ -1,4 +1,4 @@
-"""TODO docstring of parallel.activation_checkpointing."""
+"""Recompute activations in backward instead of keeping them, for whole blocks or all but matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of parallel.compile."""
+"""Decide whether torch.compile is used: whether the run is long enough to pay for it, and whether it works here."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Owns how gradients and losses of many micro-batches on many ranks become one sum, and the norm of that sum.
+"""Turn the gradients and losses of many micro-batches on many ranks into one sum, and the norm of that sum.
 
-Must not know the model's architecture or the optimizer. Two ways: `NativeReduction` lets DDP and FSDP sum in whatever
-order is fastest; `CanonicalReduction` follows one binary tree over the leaves (micro-batches) of the global batch, low
-bits of the leaf index first, whatever rank holds which leaf. Floating-point addition is commutative but not
-associative, so equal trees mean equal bits.
+Must not know the model's architecture or the optimizer. There are two ways:
+
+- `NativeGradReduction` lets DDP and FSDP sum in whatever order is fastest.
+- `DeterministicGradReduction` follows one binary tree over the micro-batches of the global batch, low bits of the index
+  first, whatever rank holds which micro-batch. Floating-point addition is commutative but not associative, so equal
+  trees mean equal bits.
 """
 
 from __future__ import annotations

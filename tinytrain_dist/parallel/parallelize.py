@@ -1,7 +1,7 @@
-"""Owns how a finished model is spread over ranks: checkpointing, then compile, then DDP / FSDP2 / HSDP, in that order.
+"""Spread a model over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP, in that order.
 
-Must not know the optimizer or the loop. The order is said once, in `build_model`: recomputation wraps what is compiled,
-and sharding comes last, so that its hooks see whole blocks.
+Must not know the optimizer or the loop. Recomputation wraps what is compiled. Sharding comes last, so that its hooks
+see whole blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns the proof that replicas are equal: a fingerprint of the bits of each tensor, and whose differs from the others'.
+"""Check that replicas hold the same bits, by a fingerprint of each tensor, and name the ranks that differ.
 
 Must not know what the tensors are for or when they are compared.
 """

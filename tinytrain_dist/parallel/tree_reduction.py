@@ -1,4 +1,7 @@
-"""TODO docstring of parallel.tree_reduction."""
+"""Sum along one fixed binary tree, so that the result does not depend on which rank holds which part.
+
+Floating-point addition is commutative but not associative: equal trees mean equal bits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of parallel.wrappers."""
+"""Wrap any module for DDP or FSDP2, and get back to the module and the names inside a wrapper."""
 
 from __future__ import annotations
 

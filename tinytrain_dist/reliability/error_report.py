@@ -1,7 +1,8 @@
-"""Owns why a run failed: error.json holds the first cause, whoever tells it, and in whatever order they do.
+"""Record why a run failed: error.json holds the first cause, whichever rank reports it, in whatever order.
 
-Must not know torch or ranks. A rank's own error and a death come before what peers report of them; then the earlier one
-counts. Also owns the notice that ends a run on all its ranks, since a rank that waits for a dead one hears nothing.
+Must not know torch or ranks. A rank's own error and a killed rank come before what peers report of them. Among equals
+the earlier one counts. The abort request, which ends a run on all its ranks, is here as well: a rank that waits for a
+dead one in a collective cannot be reached in another way.
 """
 
 from __future__ import annotations

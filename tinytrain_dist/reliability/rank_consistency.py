@@ -1,6 +1,7 @@
-"""Owns whether all ranks are of one mind before step 1: code, versions, settings, shape of the world, clocks, threads.
+"""Check before step 1 that all ranks agree on code, versions, settings, number of processes, clocks and threads.
 
-Must not know what is trained. Each rank tells its facts once; the odd rank and host are named with both values.
+Must not know what is trained. Each rank contributes its facts once; a message names the deviating rank and host with
+both values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring of reliability.run_lock."""
+"""Let one process at a time write to a run folder, and take over the lock of a process that is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""TODO docstring of reliability.run_state."""
+"""Write state.json, from which batch scripts read how a run ended, and know whether this process still owns the run.
+
+Exit codes do not survive launchers, so the state is a file.
+"""
 
 from __future__ import annotations
 

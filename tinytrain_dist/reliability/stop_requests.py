@@ -1,7 +1,6 @@
-"""Owns the wish to stop: signals, a stop file and a deadline raise a flag here, and nothing else happens.
+"""Collect requests to stop: signals, a stop file and a deadline set a flag here, and nothing else happens.
 
 Must not know torch or ranks: handlers are installed before torch is imported, and the loop decides with all ranks.
-Also owns state.json, in which a batch script reads how the run ended: exit codes do not survive launchers.
 """
 
 from __future__ import annotations

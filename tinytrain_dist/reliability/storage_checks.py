@@ -1,6 +1,6 @@
-"""Owns what is found out before step 1: the run folder is shared, writable, large enough, and nobody else's.
+"""Check before step 1 that a run folder is shared and writable, and that disk and host memory suffice.
 
-Must not know models or the loop. Rank 0 acts, all ranks are told; each sentence names the host that is the odd one.
+Must not know models or the loop. Rank 0 acts and all ranks get the result; each message names the host concerned.
 """
 
 from __future__ import annotations

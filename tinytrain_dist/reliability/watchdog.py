@@ -1,7 +1,8 @@
-"""Owns the thread that watches this process: its heartbeat file, time limits on phases, and ending it with all others.
+"""Watch one rank from a thread: write its heartbeat, enforce time limits on phases, end it together with all others.
 
-Must not know torch, or what a phase does; the thread reads and writes small files, so it works while the main thread
-sits in a collective. RUN/logs/heartbeat has a file per rank, RUN/logs/stacks what each did when the run hung.
+Must not know torch, or what a phase does. The thread reads and writes small files, so it works while the main thread
+sits in a collective. RUN/logs/heartbeat has a file per rank. RUN/logs/stacks has the stacks of each rank of a run that
+hung.
 """
 
 from __future__ import annotations

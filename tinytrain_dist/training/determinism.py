@@ -1,4 +1,4 @@
-"""TODO docstring of training.determinism."""
+"""Choose kernels and memory behaviour: what a reproducible run needs, and when garbage is collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring of training.generation."""
+"""Generate text with a trained model: draw tokens one by one, and decode them as they come."""
 
 from __future__ import annotations
 

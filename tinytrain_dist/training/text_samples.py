@@ -1,6 +1,6 @@
-"""Owns the texts that the model under training writes at each evaluation, from the same beginnings all run.
+"""Write texts with the model under training at each evaluation, from the same prompts all run.
 
-Must not know how the model is spread: every rank calls it, does as many forward passes, and one of them shows the text.
+Must not know how the model is spread: every rank runs the same forward passes, and one of them shows the text.
 """
 
 from __future__ import annotations

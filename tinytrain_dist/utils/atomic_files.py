@@ -1,4 +1,7 @@
-"""Owns writing a small file so that nobody ever sees half of it. Must not know what is in it."""
+"""Write small files so that no reader ever sees half of one.
+
+Must not know what is in a file.
+"""
 
 from __future__ import annotations
 

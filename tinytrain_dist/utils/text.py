@@ -1,4 +1,4 @@
-"""TODO docstring of utils.text."""
+"""Format lists, sizes and durations for people."""
 
 from __future__ import annotations
 

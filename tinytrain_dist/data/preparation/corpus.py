@@ -1,4 +1,4 @@
-"""Owns the way from files to documents: sources, decompression, decoding, separators, cutting.
+"""Turn files into documents: find sources, decompress, decode, separate and cut.
 
 Must not know tokenizers, token files or processes.
 """

@@ -1,4 +1,4 @@
-"""Owns `tinytrain prepare`: text becomes a tokenizer and token files, the same bytes for any number of workers.
+"""Prepare a corpus: text becomes a tokenizer and token files, the same bytes for any number of workers.
 
 Must not know models, training or how a token file is sampled.
 """

@@ -1,4 +1,4 @@
-"""Owns what is written: documents encoded by several processes, growing .npy files, the folder that appears whole.
+"""Write token files: documents encoded by several processes, growing .npy files, a folder that appears complete.
 
 Must not know where documents come from or how a tokenizer is made.
 """

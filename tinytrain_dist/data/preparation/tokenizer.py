@@ -1,6 +1,6 @@
-"""Owns byte-level BPE: training it, loading one, encoding text, and the proof that two encoders agree.
+"""Train, load and run byte-level BPE tokenizers, and prove that two encoders agree.
 
-Must not know where text comes from or where ids go.
+Must not know where text comes from or where token IDs go.
 """
 
 from __future__ import annotations
