@@ -26,7 +26,7 @@ class HostBuffers:
         self._pieces, self._copied = shards, list[Tensor]()
 
     def copy(self) -> tuple[ShardsByKind, torch.cuda.Event | None]:
-        """The shards with `local` in host memory, and what to wait for before reading where a GPU still copies."""
+        """Copy the shards to host memory; return them, and the event to wait for while a GPU copies."""
         if not self._copied:
             self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
             buffers = iter(self._copied)

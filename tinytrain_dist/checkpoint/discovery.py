@@ -12,7 +12,7 @@ from tinytrain_dist.errors import CheckpointError
 
 
 def quick_problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
+    """Return what is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
     from tinytrain_dist.checkpoint.manifest import (
         read_manifest,  # torch takes seconds, and who lists runs need not wait
     )

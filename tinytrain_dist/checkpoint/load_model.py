@@ -16,7 +16,7 @@ MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["se
 
 
 def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
-    """The model of a checkpoint in float32, ready to be used; needs no process group.
+    """Return the model of a checkpoint in float32, ready to use; needs no process group.
 
     Errors: CheckpointError if the folder says no configuration or holds other tensors than that configuration's model.
     """

@@ -49,7 +49,7 @@ class CheckpointManager:
         data: dict[str, Any],
         bits: dict[str, Any],
     ) -> None:
-        """What is saved are this model's tensors and this optimizer's, whose state exists already and stays in place.
+        """Prepare to save this model and this optimizer, whose state exists already and stays in place.
 
         `data`: fingerprint of the token files; `bits`: what decides the last bit besides the run's identity.
         """
@@ -107,7 +107,7 @@ class CheckpointManager:
         return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
 
     def collect(self, wait: bool = False) -> SaveThread | None:
-        """The save that has ended since, once; with `wait` also one that has not ended yet.
+        """Return the save that has ended since the last call; with `wait` also one that is in progress.
 
         One that takes long does not stop training, and each rank that is at a file, or rank 0, says so.
         """
@@ -191,7 +191,7 @@ class CheckpointManager:
         return None
 
     def _from_path(self, path: Path, own: list[Path]) -> list[Path]:
-        """What `resume = PATH` means in a folder that has checkpoints: a requeued run goes on, a branch is refused."""
+        """Resolve `resume = PATH` in a folder that has checkpoints: a requeued run continues, a branch is refused."""
         names = [other.name for other in own]
         if path.resolve().parent != self.config.checkpoints_dir.resolve():
             return own[-1:] or [path]  # this run began at PATH and has come further since
@@ -204,7 +204,7 @@ class CheckpointManager:
         return [path]
 
     def _problems_in(self, path: Path) -> list[str]:
-        """What is damaged in a checkpoint; each byte is read once, by one of the ranks. A collective."""
+        """Return what is damaged in a checkpoint; each byte is read once, by one of the ranks. A collective."""
         found = self.context.all_gather_object(find_damage(path, part=self.context.rank, parts=self.context.world_size))
         return list(dict.fromkeys(problem for theirs in found for problem in theirs))
 
@@ -284,7 +284,7 @@ def _step_of(path: Path) -> int:
 
 
 def _eval_loss(path: Path) -> float:
-    """The eval loss measured at the checkpoint's own step; infinite where there is none."""
+    """Return the eval loss measured at the checkpoint's own step; infinite where there is none."""
     try:
         state = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         report = state["report"]

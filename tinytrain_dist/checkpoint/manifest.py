@@ -79,7 +79,7 @@ def _manifest_digest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete folder. Errors: CheckpointError if it is missing or is not what was written."""
+    """Read the manifest of a complete folder. Errors: CheckpointError if it is missing or was changed."""
     path = folder / MANIFEST_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -164,7 +164,7 @@ def read_exactly(file: BinaryIO, into: memoryview) -> None:
 
 
 def _safetensors_header(specs: Iterable[TensorSpec]) -> bytes:
-    """The head of a safetensors file: length, then JSON with type, shape and place of every tensor."""
+    """Return the head of a safetensors file: its length, then JSON with type, shape and offsets of every tensor."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:

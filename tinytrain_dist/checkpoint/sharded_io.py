@@ -117,7 +117,7 @@ def _write_my_files(
 
 
 def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
-    """A shared file system may show a new folder to other hosts late."""
+    """Wait until the folder is visible: a shared file system may show a new folder to other hosts late."""
     deadline = time.monotonic() + seconds
     while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -33,7 +33,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors named PARAMETER.KEY, and the rest of it as plain values.
+    """Return the optimizer's state as tensors named PARAMETER.KEY, and the rest of it as plain values.
 
     Errors: CheckpointError for a parameter that is not the model's or a state that is neither tensor nor number.
     """
@@ -66,7 +66,7 @@ ShardsByKind = dict[str, list[TensorShard]]  # by kind: "model", "optimizer"
 def collect_shards(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, max_shard_bytes: int = MAX_FILE_BYTES, writers: int = 1
 ) -> tuple[ShardsByKind, dict[str, Any]]:
-    """What this rank has of everything that is saved, without copying it, and the optimizer's plain values.
+    """Return this rank's shards of everything that is saved, without a copy, and the optimizer's plain values.
 
     Whole files go to `writers` ranks in turn; the sizes must be those given to `write_checkpoint`.
     """

@@ -32,7 +32,7 @@ class _ByteRange:
     floats: torch.dtype | None = None  # which must be finite
 
     def problem(self, buffer: bytearray) -> str:
-        """What is wrong with these bytes, read through `buffer`; empty if nothing. Errors: OSError."""
+        """Return what is wrong with these bytes, read through `buffer`; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
         digest, finite, left = HASH_FUNCTIONS[self.hashed](), True, self.nbytes
         with open(self.path, "rb") as file:

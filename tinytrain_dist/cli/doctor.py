@@ -136,7 +136,7 @@ def _check_network(meeting: Rendezvous, seconds: float) -> tuple[list[str], str]
 
 
 def _try_peers(host: str, peers: dict[str, tuple[int, dict[str, str]]]) -> list[str]:
-    """What is wrong on the way from here to each peer: its name, its port, the choice of interfaces."""
+    """Return what is wrong on the way from here to each peer: its name, its port, the choice of interfaces."""
 
     def check(name: str) -> list[str]:
         port, where = peers[name]
@@ -197,7 +197,7 @@ def _check_together(report: Report, config: TrainingConfig | None, context: Dist
 
 
 def _check_run(report: Report, config: TrainingConfig, context: DistributedContext) -> None:
-    """Data, folder and room of the run that is meant; leaves nothing behind."""
+    """Check the data, the folder and the disk space of the given run; leaves nothing behind."""
     folder = config.checkpoints_dir
     new = [path for path in (folder, *folder.parents) if not path.exists()]
 

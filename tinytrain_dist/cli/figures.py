@@ -17,7 +17,7 @@ INK, FAINT = "#333333", "#DDDDDD"
 
 
 def new_figure(**options: Any) -> tuple[Any, Any]:
-    """A new matplotlib figure that needs no display. Errors: TinytrainError if matplotlib is not installed."""
+    """Return a new matplotlib figure that needs no display. Errors: TinytrainError without matplotlib."""
     try:
         import matplotlib.ticker
         from matplotlib.backends.backend_agg import FigureCanvasAgg

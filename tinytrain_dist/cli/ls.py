@@ -67,7 +67,7 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
-    """The evaluation at the checkpoint's step; an older one is shown with its step, never as if it were this one's."""
+    """Return the evaluation at the checkpoint's step, or an older one together with its step."""
     earlier = [step for step in evaluations if step <= checkpoint_step(path)]
     if earlier:
         step = max(earlier)

@@ -43,7 +43,7 @@ def machine() -> list[Finding]:
 
 
 def name_and_interfaces(host: str) -> list[Finding]:
-    """What others would be told to reach this machine by."""
+    """Check the name and the interfaces by which other machines would reach this one."""
     cards, own = interfaces(), resolve(host)
     listing = ", ".join(f"{name} {address}" for name, address in cards.items()) or "none but the loopback"
     first = next(iter(cards), "eth0")

@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
 
 
 def _take_own_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The options of `plan`, and the arguments that belong to the configuration."""
+    """Split the arguments into the options of `plan` and those of the configuration."""
     own = {"--nodes", "--devices-per-node", "--device", "--network"}
     options: dict[str, str] = {}
     rest: list[str] = []

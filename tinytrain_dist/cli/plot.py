@@ -87,7 +87,7 @@ class Curve:
         self.smooth = smoothed(self.loss)
 
     def label(self) -> str:
-        """The legend: name, and where the curves end."""
+        """Return the legend: the name, and where the curves end."""
         text = f"{self.name}: train {self.smooth[-1]:.3f}"
         return text + (f", eval {self.eval_loss[-1]:.3f} (dots)" if len(self.eval_loss) else "")
 
@@ -114,7 +114,7 @@ def smoothed(values: Numbers) -> Numbers:
 
 
 def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
-    """What is left after the first 3 % fills the height: neither the start nor a lone outlier flattens the rest."""
+    """Return limits in which all but the first 3 % fills the height, so that no outlier flattens the rest."""
     late = [curve.loss[len(curve.loss) * 3 // 100 :] for curve in curves]
     smooth = [curve.smooth[len(curve.smooth) * 3 // 100 :] for curve in curves]
     shown = np.concatenate([*smooth, *(curve.eval_loss for curve in curves)])

@@ -74,7 +74,7 @@ def _same(one: dict[str, Any], two: dict[str, Any], exact: bool) -> bool:
 
 
 def _config(saved: dict[str, Any], path: Path, target: Path, stop: int, settings: tuple[str, ...]) -> TrainingConfig:
-    """The saved configuration, in another folder, from the checkpoint to `stop`, on whatever ranks there are."""
+    """Return the saved configuration in another folder, from the checkpoint to `stop`, on any number of ranks."""
     moved = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None, "init_from": None, "time_limit": None}
     resumed = {"resume": str(path.resolve()), "ckpt_path_to_resume": None, "ckpt_save_prefix": "checkpoint"}
     quiet: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None, "ckpt_every": 10**9}

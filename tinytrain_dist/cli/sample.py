@@ -104,7 +104,7 @@ def _write(options: Options, model: nn.Module, tokenizer: Any, ids: list[int], e
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """The tokenizer in the checkpoint's folder, None if it has none.
+    """Load the tokenizer in the checkpoint's folder; None if it has none.
 
     Errors: TinytrainError if `tokenizers` is not installed; CheckpointError if the file is not a tokenizer.
     """
@@ -126,7 +126,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 
 def end_id(checkpoint: Path) -> int | None:
-    """The end-of-text id that config.json names, if any."""
+    """Return the end-of-text ID that config.json names, if any."""
     path = checkpoint / "config.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     return found[0] if isinstance(found, list) else found

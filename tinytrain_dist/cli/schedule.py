@@ -63,7 +63,7 @@ def _take_own_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
 
 
 def landmarks(config: TrainingConfig) -> list[tuple[str, int]]:
-    """The steps whose rates say what a schedule is; step n is the n-th update."""
+    """Return the steps whose rates characterize a schedule; step n is the n-th update."""
     last, warmup = config.total_steps, config.warmup_steps
     found = [("first", 1)]
     if 1 < warmup < last:
@@ -86,7 +86,7 @@ def _title(config: TrainingConfig) -> str:
 
 
 def chart(config: TrainingConfig, blocks: str = " ▁▂▃▄▅▆▇█") -> str:
-    """The schedule in letters, at most 80 x 16; `blocks`: from an empty cell to a full one."""
+    """Draw the schedule in characters, at most 80 x 16; `blocks`: from an empty cell to a full one."""
     rate, last = _rate(config), config.total_steps
     marks = landmarks(config)
     margin, rows = 10, CHART_HEIGHT - 4 - len(marks)
@@ -116,7 +116,7 @@ def _pairs(edges: Numbers) -> list[tuple[float, float]]:
 
 
 def draw_schedule(config: TrainingConfig, out: Path) -> None:
-    """The schedule as a picture. Errors: TinytrainError if matplotlib is not installed or `out` cannot be written."""
+    """Draw the schedule as a picture. Errors: TinytrainError without matplotlib, or if `out` cannot be written."""
     figure, ax = new_figure()
     rate, marks = _rate(config), landmarks(config)
     points = {*np.linspace(1, config.total_steps, 2000).astype(int).tolist(), *(step for _, step in marks)}

@@ -30,7 +30,7 @@ class Report:
     tables: list[list[list[str]]] = field(default_factory=list)
 
     def add(self, topic: str, problems: list[str], fine: str) -> None:
-        """A problem for each sentence, or one line that says what is fine."""
+        """Add each problem, or one line that says what is fine."""
         self.findings += [(PROBLEM, text) for text in problems] or [(OK, f"{topic}: {fine}")]
 
     def show(self, title: str) -> int:
@@ -51,7 +51,7 @@ class Report:
 
 
 def rank_placement_problems(hosts: list[str], context: DistributedContext) -> list[str]:
-    """What is wrong with how ranks lie on hosts; where nothing is, ranks of a node are neighbours."""
+    """Return what is wrong with how ranks lie on hosts; if nothing is, ranks of a node are neighbours."""
     counts = {host: hosts.count(host) for host in hosts}
     if any(count % context.local_world_size for count in counts.values()):
         listing = ", ".join(f"{count} on {host}" for host, count in counts.items())
@@ -94,7 +94,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def best_seconds(action: Callable[[], Any], device: torch.device, seconds: float = 0.0, times: int = 3) -> float:
-    """The shortest time of an action, done for `seconds` and at least `times`; the first may be a warm-up."""
+    """Return the shortest time of an action, repeated for `seconds` and at least `times`; the first may warm up."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -111,7 +111,7 @@ def best_seconds(action: Callable[[], Any], device: torch.device, seconds: float
 
 
 def outliers(what: str, unit: str, values: dict[str, float], remedy: str) -> list[str]:
-    """A sentence for each that is slower than SLOW times the median."""
+    """Return a sentence for each value that is lower than SLOW_SHARE times the median."""
     median = statistics.median(values.values())
     return [
         f"{what}: {name} has {value:.3g} {unit}, the median of {len(values)} is {median:.3g}; {remedy}"
@@ -150,7 +150,7 @@ def _bandwidths(report: Report, hosts: list[str], context: DistributedContext) -
 
 
 def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """The neighbours of a ring in rounds of disjoint pairs; each node has two, so a slow one is slow with both."""
+    """Return the neighbours of a ring in rounds of disjoint pairs; each node has two, so a slow one is slow twice."""
     pairs = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else nodes - 1)]
     last = [pairs.pop()] if nodes > 2 and nodes % 2 else []
     return [found for found in (pairs[::2], pairs[1::2], last) if found]

@@ -43,7 +43,7 @@ class Status:
     seen: float
 
     def last(self, name: str) -> float | None:
-        """A value of the newest record that has it."""
+        """Return a value of the newest record that has it."""
         return next((record[name] for record in reversed(self.records) if record.get(name) is not None), None)
 
     @property
@@ -129,7 +129,7 @@ def _place(beat: Heartbeat) -> tuple[float, int, int]:
 
 
 def lines_of(s: Status) -> dict[str, str]:
-    """What is said, by the word in front of it; "" where nothing is known."""
+    """Return what is shown, by its label; an empty text where nothing is known."""
     share = f" ({100 * s.step / s.last_step:.0f} %)" if s.last_step else ""
     left = "" if s.seconds_left is None else f", about {format_age(s.seconds_left)} left"
     losses = {r["kind"]: r for r in s.records if r["kind"] in ("train", "eval") and "loss" in r}
@@ -161,7 +161,7 @@ def lines_of(s: Status) -> dict[str, str]:
 
 
 def status(run: PathArgument, watch: bool = False) -> int:
-    """What a run is doing: state, progress, checkpoints, speed, restarts, and where each rank is.
+    """Show what a run is doing: state, progress, checkpoints, speed, restarts, and where each rank is.
 
     Args:
         run: A run (its target_dir).

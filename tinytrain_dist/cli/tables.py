@@ -14,7 +14,7 @@ PathArgument = tyro.conf.Positional[Path]
 
 
 def new_table(*columns: str) -> Table:
-    """An empty table; `<` behind a name aligns its column to the left."""
+    """Return an empty table; `<` behind a name aligns its column to the left."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         left = column.endswith("<")

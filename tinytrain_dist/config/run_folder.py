@@ -31,7 +31,7 @@ class RunFolder:
 
     @classmethod
     def at(cls, folder: Path) -> RunFolder | None:
-        """The run in `folder`, which may also be its folder of checkpoints; None if there is none."""
+        """Return the run in `folder`, which may also be its folder of checkpoints; None if there is none."""
         if any((folder / name).exists() for name in RUN_FILES):
             settings = read_settings(folder)
             checkpoints = Path(settings.get("ckpt_dir") or folder / "checkpoints")
@@ -54,7 +54,7 @@ class RunFolder:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What config.toml says, {} where there is none or it cannot be read: looking must not fail of it."""
+    """Read config.toml; an empty dictionary where there is none or it cannot be read, since looking must not fail."""
     try:
         return read_toml(folder / "config.toml")[0] if (folder / "config.toml").is_file() else {}
     except ConfigError:
@@ -73,19 +73,19 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name, -1 where it has none."""
+    """Return the step in a checkpoint's name, -1 where it has none."""
     match = STEP_FOLDER.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def name_suffix(path: Path) -> str:
-    """What is left of the name after the step: "" for a committed checkpoint, else ".tmp", ".damaged" or the like."""
+    """Return what follows the step in a name: "" for a committed checkpoint, else ".tmp", ".damaged" or the like."""
     match = STEP_FOLDER.fullmatch(path.name)
     return (match[2] or "") if match else ""
 
 
 def open_run(place: Path) -> RunFolder:
-    """The run at `place`. Errors: CheckpointError saying what was looked for."""
+    """Return the run at `place`. Errors: CheckpointError saying what was looked for."""
     run = RunFolder.at(place)
     if run is None:
         state = "holds neither a run nor a checkpoint" if place.is_dir() else "is not a folder"
@@ -94,7 +94,7 @@ def open_run(place: Path) -> RunFolder:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a torn line, which a crash leaves, is passed over.
+    """Read the records of a metrics.jsonl; a torn line, which a crash leaves, is skipped.
 
     Errors: TinytrainError if there is no such file.
     """

@@ -26,7 +26,7 @@ SECTIONS = ("run", "data", "model", "optimizer", "parallel", "checkpoint")
 
 
 def _setting(section: str, default: Any, help: str) -> Any:
-    """A field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
+    """Declare a field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
     return field(default=default, metadata={"section": section, "help": help})
 
 
@@ -260,7 +260,7 @@ class TrainingConfig:
         return {**self.to_dict(), **sizes}
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML, with derived sizes written out; None is left out."""
+        """Return the resolved configuration as TOML, with derived sizes written out; None is left out."""
         resolved = self.resolved()
         lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
         for section in SECTIONS:
@@ -275,7 +275,7 @@ HINTS = get_type_hints(TrainingConfig)
 
 
 def _coerce(key: str, value: Any) -> tuple[Any, str]:
-    """The value with its declared type, or a sentence that says why it cannot be one."""
+    """Return the value with its declared type, or a sentence that says why it cannot have that type."""
     if key not in FIELDS:
         return None, f"{key}: unknown setting{_nearest(key)}"
     for option in get_args(HINTS[key]) if _is_union(HINTS[key]) else (HINTS[key],):
@@ -285,7 +285,7 @@ def _coerce(key: str, value: Any) -> tuple[Any, str]:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """The value as what a field was declared to be. Errors: TypeError if it is nothing like that."""
+    """Convert a value to the declared type of a field. Errors: TypeError if it cannot be converted."""
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
     if get_origin(kind) is tuple and isinstance(value, list | tuple):

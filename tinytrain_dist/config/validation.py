@@ -102,7 +102,7 @@ def _data_problems(c: TrainingConfig) -> list[str]:
 
 
 def _effect_problems(c: TrainingConfig) -> list[str]:
-    """Settings that are set but would change nothing, or that contradict each other."""
+    """Find settings that are set but would change nothing, or that contradict each other."""
     found = []
     if c.schedule != "cosine" and c.cosine_iters is not None:
         found.append(f"cosine_iters: has no effect with schedule = {c.schedule}; leave it out")

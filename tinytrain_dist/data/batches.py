@@ -71,7 +71,7 @@ class Prefetcher:
             step += 1
 
     def get(self, step: int) -> Tensor:
-        """The batch of `step`; steps must be asked for in order. Errors: whatever `make` raised."""
+        """Return the batch of `step`; steps must be requested in order. Errors: whatever `make` raised."""
         ready, item = self._ready.get()
         if isinstance(item, BaseException):
             self._ready.put((ready, item))  # the thread has ended: whoever asks again gets the same answer

@@ -65,7 +65,7 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
 
 
 def dataset_fingerprint(path: str | Path, tokens: Tokens) -> dict[str, Any]:
-    """What identifies a token file cheaply: length, type and a sha256 over 64 blocks of 4,096 ids spread over it."""
+    """Return what identifies a token file: length, type and a sha256 over 64 blocks of 4,096 IDs spread over it."""
     digest = hashlib.sha256()
     for start in np.linspace(0, max(0, len(tokens) - 4096), 64).astype(np.int64):
         digest.update(np.ascontiguousarray(tokens[start : start + 4096]).tobytes())
@@ -114,7 +114,7 @@ def _torch_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def read_windows(tokens: Tokens, starts: Tokens, context_len: int) -> Tensor:
-    """The windows that begin at `starts`, with the token after each: [len(starts), context_len + 1], CPU."""
+    """Read the windows that begin at `starts`, with the token after each: [len(starts), context_len + 1], CPU."""
     rows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), context_len + 1)[starts]
     return torch.from_numpy(rows.astype(_torch_dtype(rows.dtype), copy=False))
 
@@ -174,7 +174,7 @@ class TokenDataset:
         return files, starts
 
     def read(self, files: npt.NDArray[np.int64], starts: Tokens) -> Tensor:
-        """The windows that `draw` named, with the token after each: [len(starts), context_len + 1], CPU.
+        """Read the windows that `draw` chose, with the token after each: [len(starts), context_len + 1], CPU.
 
         Errors: DataError if a file has become shorter; OSError if it cannot be read.
         """
@@ -194,7 +194,7 @@ class TokenDataset:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
+    """Return the part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
     whole = [os.path.abspath(path) for path in paths]
     shared = os.path.commonpath([os.path.dirname(path) for path in whole]) if whole else ""
     return [os.path.relpath(path, shared) for path in whole]

@@ -32,7 +32,7 @@ class BatchPlan:
 
     @classmethod
     def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlan:
-        """The plan of a configuration on a mesh. Errors: ConfigError listing the sizes that divide."""
+        """Return the plan of a configuration on a mesh. Errors: ConfigError listing the sizes that divide."""
         ranks = dims.replicate * dims.shard
         micro = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
         leaves = config.batch_size // micro
@@ -74,7 +74,7 @@ class BatchPlan:
         return self.batch_size * self.context_len
 
     def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
-        """The leaf that a rank computes in its micro_step.
+        """Return the micro-batch of the global batch that a rank computes in its micro_step.
 
         One formula serves every mode: with it the ranks of a replica hold neighbouring leaves in each micro-step
         (FSDP reduces there), and a replica holds a contiguous run of them (DDP reduces once at the end).
@@ -82,7 +82,7 @@ class BatchPlan:
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard
 
     def slots(self, micro_batch: int) -> range:
-        """The slots of one leaf."""
+        """Return the sample slots of one micro-batch."""
         return range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ def run_on_all_ranks(action: Callable[[], T], group: Group | None = None) -> T:
 
 
 def get_rank() -> int:
-    """This process's rank; 0 where there are no ranks."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -55,13 +55,13 @@ def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def new_background_group() -> Group | None:
-    """A group of all ranks for work beside training, over the CPU; its messages meet nobody else's."""
+    """Make a group of all ranks over the CPU, for work beside training: its messages do not mix with others."""
     # a save may take longer than torch's half an hour, and ends the run only where somebody waits for it
     return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.is_initialized() else None
 
 
 def group_size(group: Group | None) -> int:
-    """Number of ranks in a group."""
+    """Return the number of ranks in a group."""
     return dist.get_world_size(group)
 
 

@@ -62,7 +62,7 @@ class DistributedContext:
         return self.rank % self.parallel_dims.shard if self.parallel_dims else 0
 
     def with_mesh(self, dims: ParallelDims) -> DistributedContext:
-        """This context on a (replicate, shard) mesh. A collective: every rank calls it with the same dimensions."""
+        """Return this context on a (replicate, shard) mesh. A collective: every rank passes the same dimensions."""
         mesh = init_device_mesh(self.device.type, (dims.replicate, dims.shard), mesh_dim_names=(REPLICATE, SHARD))
         if self.timeout is not None:  # torch gives a mesh ten minutes on NCCL, whatever is set elsewhere
             for axis in (REPLICATE, SHARD):
@@ -70,7 +70,7 @@ class DistributedContext:
         return replace(self, mesh=mesh, parallel_dims=dims)
 
     def on_cpu(self) -> DistributedContext:
-        """The same ranks and groups with tensors on the CPU, made without a word to the others."""
+        """Return the same ranks and groups with tensors on the CPU. Needs no communication."""
         if self.mesh is None or self.device.type == "cpu":
             return replace(self, device=torch.device("cpu"))
         names = (REPLICATE, SHARD)
@@ -79,7 +79,7 @@ class DistributedContext:
         return replace(self, device=torch.device("cpu"), mesh=mesh)
 
     def group(self, axis: str | None = None) -> Group | None:
-        """The ranks along one axis of the mesh, or with None all of them."""
+        """Return the group of ranks along one axis of the mesh, or of all ranks (None)."""
         assert axis is None or self.mesh is not None, "with_mesh comes first"
         return None if axis is None or self.mesh is None else self.mesh.get_group(axis)
 
@@ -106,7 +106,7 @@ class DistributedContext:
         return values[0]
 
     def exchange(self, tensor: Tensor, peer: int) -> Tensor:
-        """The peer's tensor for ours; both call it at the same time."""
+        """Exchange a tensor with a peer, which calls this at the same time; return the peer's tensor."""
         theirs = torch.empty_like(tensor)
         for work in dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, theirs, peer)]
@@ -124,7 +124,7 @@ class DistributedContext:
         return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank if any rank says True; the only way to decide something that binds all."""
+        """Return True on every rank if any rank passes True; the only way to decide something that binds all."""
         return self.start_vote(flag).result()
 
 
@@ -136,7 +136,7 @@ class Vote:
     work: Any
 
     def result(self) -> bool:
-        """True if any rank raised its flag."""
+        """Wait for the vote, and return True if any rank raised its flag."""
         self.work.wait()
         return bool(self.ballot.item())
 
@@ -188,7 +188,7 @@ def init_distributed(
 
 
 def flight_record() -> bytes:
-    """The last collectives of this rank as JSON, for when it hangs; b"" where torch does not keep them."""
+    """Return the last collectives of this rank as JSON, for a run that hangs; b"" where torch does not keep them."""
     from torch._C import _distributed_c10d as c10d
 
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the second one knows gloo too, since torch 2.13

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank, sharing memory with it."""
+    """Return the part of a tensor that lies on this rank, sharing memory with it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -36,6 +36,6 @@ def _shard_count_and_index(mesh: DeviceMesh) -> tuple[int, int]:
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     array: Any = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
     return memoryview(array)

@@ -34,7 +34,7 @@ class NoCommunication(TorchDispatchMode):
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Called with the operation and its buffers in place of sending."""
+        """Receive the operation and its buffers instead of sending them; subclasses record them."""
 
 
 def fake_context(world_size: int, local_world_size: int) -> DistributedContext:

@@ -27,7 +27,7 @@ class ParallelDims:
 def choose_parallel_dims(
     config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True
 ) -> ParallelDims:
-    """The mesh for this world. `fits`: one device holds weights, gradients and optimizer state.
+    """Choose the mesh of a run. `fits`: one device holds weights, gradients and optimizer state.
 
     Errors: ConfigError where the mode and the number of ranks do not go together, listing what would.
     """

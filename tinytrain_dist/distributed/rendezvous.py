@@ -109,7 +109,7 @@ def set_launcher_variables(rank: int, world_size: int, head: str, port: int) -> 
 
 
 def _own_arrival() -> dict[str, Any]:
-    """What a rank says when it comes: its host, and the address that gloo would tell if that is no use to others."""
+    """Return this rank's host, and the address gloo would announce if other hosts cannot use that address."""
     own = resolve(socket.gethostname())
     named = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
     return {"host": socket.gethostname(), "loopback": own[0] if own and is_loopback(own[0]) and not named else ""}

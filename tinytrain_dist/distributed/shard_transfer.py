@@ -41,7 +41,7 @@ class TensorShard:
 
 
 def shard_of(name: str, tensor: Tensor, writer: int = 0) -> TensorShard:
-    """The shard of a plain tensor (every rank has it all) or of one sharded over axis 0 (DTensor; the first replica).
+    """Return the shard of a plain tensor (every rank has it all) or of a DTensor sharded over axis 0.
 
     Errors: ValueError for another sharding.
     """
@@ -75,7 +75,7 @@ def isend_shards(
 
 
 def _chunks(shard: TensorShard, chunk_bytes: int) -> tuple[Tensor, ...]:
-    """This rank's rows on the CPU, flat, in chunks; not a copy where they lie there already."""
+    """Return this rank's rows on the CPU, flat, in chunks; not a copy where they lie there already."""
     flat = shard.rows_to_save.cpu().contiguous().view(-1)
     return torch.split(flat, chunk_bytes // shard.dtype.itemsize)
 

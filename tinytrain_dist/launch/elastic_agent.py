@@ -75,7 +75,7 @@ def forward_signal(number: int, _: FrameType | None) -> None:
 
 
 def _wait_for_handler(pid: int, number: int) -> None:
-    """A signal would kill a rank whose Python has not come to install its handlers."""
+    """Wait until the rank has installed its signal handlers: before that, a signal would kill it."""
     end = time.monotonic() + HANDLERS_SECONDS
     while number != signal.SIGKILL and time.monotonic() < end:
         try:
@@ -183,7 +183,7 @@ def _memory_kills() -> int:
 
 
 def _first_cause(note: Path) -> str:
-    """What error.json has, once the one who knows has written it: that may be the agent of another node."""
+    """Wait for the first cause in error.json, which the agent of another node may have to write; "" if none."""
     end = time.monotonic() + CLOSING_SECONDS
     while note.is_file() and time.monotonic() < end:
         cause = read_json_object(Path(note.read_text()) / "error.json")
@@ -194,7 +194,7 @@ def _first_cause(note: Path) -> str:
 
 
 def _reason(failure: Any) -> str:
-    """What the rank left in its error file, or how its process ended."""
+    """Return what the rank left in its error file, or how its process ended."""
     told = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
     if isinstance(told, dict) and told.get("message"):
         return str(told["message"])

@@ -51,7 +51,7 @@ def main(args: list[str]) -> NoReturn:
 
 
 def _say(message: str, aloud: bool = True) -> None:
-    """A last sentence: the agent prints it, or else, `aloud`, this rank."""
+    """Report the final error: the agent prints it, or else, with `aloud`, this rank."""
     if not error_report.report_to_launcher(message) and aloud:
         print(f"error: {message}", file=sys.stderr, flush=True)
 

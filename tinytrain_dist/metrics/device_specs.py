@@ -54,7 +54,7 @@ DEVICE_SPECS = {
 
 
 def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
-    """A device of the table; `cpu` is this machine, its memory and measured speed shared by per_node processes.
+    """Return a device of the table; `cpu` is this machine, its memory and measured speed shared by per_node processes.
 
     Errors: ConfigError with the nearest names.
     """

@@ -32,7 +32,7 @@ def library_versions() -> dict[str, Any]:
 
 
 def environment_record(ranks: list[Any]) -> dict[str, Any]:
-    """What the run ran on. Variables are an allow-list: an environment holds people's keys."""
+    """Return what the run ran on. Variables are an allow-list: an environment holds people's keys."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
     submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
     wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]

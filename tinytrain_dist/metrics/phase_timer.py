@@ -20,7 +20,7 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The phase before ends here, and this one begins."""
+        """End the present phase and begin another one."""
         now = self._clock()
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self.since
         self.phase, self.since = phase, now

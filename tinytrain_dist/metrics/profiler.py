@@ -17,14 +17,14 @@ class StepProfiler:
     """Follows a Pulse and writes a trace of some steps; each step and each phase is a range with its name."""
 
     def __init__(self, steps: range, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
-        """steps: numbers as logged, the first is 1; folder: for the files, made when needed; say: for one line."""
+        """Prepare to trace `steps` (numbers as logged, from 1) into `folder`; `say` prints one line about it."""
         self._steps, self._folder, self._device, self._say = steps, folder, device, say
         self._profiler: profile | None = None
         self._traced: list[int] = []
         self._step_range, self._phase_range = ExitStack(), ExitStack()
 
     def enter(self, phase: str, step: int) -> None:
-        """A phase begins after so many completed steps; the phase `data` begins the next step."""
+        """Begin a phase after so many completed steps; the phase `data` begins the next step."""
         self._phase_range.close()
         if phase == "data":
             self._begin(step + 1)
@@ -32,7 +32,7 @@ class StepProfiler:
             self._phase_range.enter_context(record_function(phase))
 
     def close(self) -> None:
-        """The run ends; what was traced is written even if the last steps are missing."""
+        """End the trace: what was traced is written even if the last steps are missing."""
         self._phase_range.close()
         self._begin(0)
         if not self._traced:

@@ -40,7 +40,7 @@ class RunLog:
             self._start_progress(resumed_step)
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line for people."""
         if self.main and self._progress:
             self._progress.console.print(text, highlight=False, markup=False)
         elif self.main:
@@ -49,7 +49,7 @@ class RunLog:
     def train(
         self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]], work_by_rank: list[float]
     ) -> None:
-        """The record of a logged step. groups: numbers that belong together, by name; work_by_rank: seconds a step."""
+        """Record a logged step. groups: numbers that belong together, by name; work_by_rank: seconds per step."""
         if not self.main:
             return
         tokens = step * self.config.batch_size * self.config.context_len
@@ -69,7 +69,7 @@ class RunLog:
             print(f"step {step}/{self.config.total_steps} | {text} | {format_duration(left)} left", flush=True)
 
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
-        """The record of an evaluation; loss in nats per token, `others` what else was measured, by name."""
+        """Record an evaluation; loss in nats per token, `others`: what else was measured, by name."""
         numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **(others or {})}
         more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in (others or {}).items())
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {numbers['perplexity']:.2f}{more} ({seconds:.1f} s)")
@@ -81,7 +81,7 @@ class RunLog:
             self._board.loss("eval", step, loss)
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
-        """What the model wrote at an evaluation: (beginning, continuation)."""
+        """Record what the model wrote at an evaluation: (prompt, continuation)."""
         if not texts or not self.main:
             return
         with self._sinks():
@@ -92,7 +92,7 @@ class RunLog:
             self._board.text("samples", "\n\n---\n\n".join(parts), step)
 
     def about(self, step: int, topic: str, text: str) -> None:
-        """A text about the run for the dashboards, shown as it is: environment, arithmetic, plan."""
+        """Show a text about the run on the dashboards, as it is: environment, arithmetic, plan."""
         if self.main:
             with self._sinks():
                 self._board.text(f"about/{topic}", indented_code(text), step)
@@ -124,7 +124,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _sinks(self) -> Iterator[None]:
-        """A record that cannot be written is dropped, with one word: a full disk must not end the training."""
+        """Drop a record that cannot be written, with one warning: a full disk must not end the training."""
         try:
             yield
         except OSError as error:

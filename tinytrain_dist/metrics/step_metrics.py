@@ -177,7 +177,7 @@ class StepMetrics:
         self.log.train(report.step, values, groups, works)
 
     def _slowest(self, step: int, waits: list[float], works: list[float]) -> dict[str, float]:
-        """The rank whose own work takes longest; named when it is beyond SLOW twice in a row, until it has recovered.
+        """Find the rank whose own work takes longest; warn after two slow intervals in a row, until it has recovered.
 
         Steps take equally long on all ranks, since all wait for the slowest: only what a rank does before it meets the
         others tells them apart, which is waiting for data and the forward pass.

@@ -86,7 +86,7 @@ class TensorBoardWriter:
             self._writer.add_scalar(tag, value, step)
 
     def loss(self, kind: str, step: int, loss: float) -> None:
-        """A loss against tokens; `kind`: train or eval."""
+        """Add a loss to the chart against tokens; `kind`: train or eval."""
         self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", loss, step * self._per_step)
 
     def histogram(self, tag: str, values: list[float], step: int) -> None:
@@ -94,7 +94,7 @@ class TensorBoardWriter:
         self._writer.add_histogram(tag, np.asarray(values), step)
 
     def event(self, kind: str, text: str, step: int) -> None:
-        """A text, and a dot in the row of its kind."""
+        """Add a text, and a dot in the row of its kind."""
         self.text(f"events/{kind}", text, step)
         self._writer.add_scalar(f"events/{kind}", EVENT_ROWS.get(kind, 0), step)
 

@@ -26,7 +26,7 @@ class HostCopy:
             self._ready.record()
 
     def read(self) -> list[float]:
-        """The values as numbers."""
+        """Wait for the copy, and return the values as numbers."""
         if self._ready is not None:
             self._ready.synchronize()
             self.ready_at = self._clock()
@@ -77,7 +77,7 @@ class ForwardTimer:
             self._marks.append(time.perf_counter())
 
     def take(self) -> list[Any]:
-        """The marks since the last call, for `seconds`."""
+        """Return the marks since the last call, for `seconds`."""
         marks, self._marks = self._marks, []
         return marks
 

@@ -27,7 +27,7 @@ REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidde
 
 
 def to_hf_config(config: TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
-    """The config.json with which transformers loads our weights: a LlamaForCausalLM, or Qwen3 with qk_norm."""
+    """Return the config.json for transformers: a LlamaForCausalLM, or with qk_norm a Qwen3ForCausalLM."""
     kind, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling_factor is not None:

@@ -56,7 +56,7 @@ def cross_entropy_loss(
 
 
 def chunk_loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of some tokens, float32 scalar, and the gradient of that sum, [N, V] in the type of the logits."""
+    """Return the summed loss of some tokens, a float32 scalar, and its gradient [N, V] in the type of the logits."""
     kept, ids = (targets != IGNORE_INDEX).unsqueeze(1), targets.clamp_min(0).unsqueeze(1)
     wide = logits.float()
     # one exp for both results, in place where nothing is compiled; the target's own entry by expm1, since p - 1 in the
@@ -77,7 +77,7 @@ def head_loss_sum(
     chunk_tokens: int | None = None,
     piece: ChunkLoss = chunk_loss_and_grad,
 ) -> Tensor:
-    """Summed cross-entropy of `targets` under softmax(hidden @ weight.T), without range checks: the hot path.
+    """Return the summed cross-entropy of `targets` under softmax(hidden @ weight.T), without range checks.
 
     hidden: [N, D]; weight: [V, D], used in hidden's type; targets: [N]. The [N, V] logits never exist: each piece of
     `chunk_tokens` tokens makes its logits, their loss and both gradients at once, so that the memory is

@@ -31,7 +31,7 @@ def widens_bf16(precision: str, device: torch.device) -> bool:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The type in which products with `x` are computed: its own, but float32 for bf16 on a CPU that has none."""
+    """Return the type of products with `x`: its own, but float32 for bf16 on a CPU without bf16 instructions."""
     emulated = CPU_LACKS_BF16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return torch.float32 if emulated else x.dtype
 

@@ -98,7 +98,7 @@ class TransformerLM(nn.Module):
             param.copy_(self.initial_weight(name, param.shape))
 
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
-        """The initial value of one parameter: a function of (seed, name) alone, the same on every machine.
+        """Return the initial value of one parameter: a function of (seed, name) alone, the same on every machine.
 
         Drawn with numpy's Philox, whose normal numbers do not depend on vector width or device as torch's do. Matrices
         have standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 num_layers) (GPT-2).

@@ -46,7 +46,7 @@ def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, dec
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate of the update that completes step `step` + 1; the first update (step 0) never has rate 0."""
+    """Return the rate of the update that completes step `step` + 1; the first update never has rate 0."""
     t, warmup = step + 1, config.warmup_steps
     if config.schedule == "wsd":
         return wsd_lr_schedule(t, config.lr_max, config.lr_min, warmup, config.decay_steps, config.total_steps)

@@ -42,7 +42,7 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
 
 
 def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
-    """The configuration with `compile` decided, the same on every rank, and a line that says so. A collective.
+    """Decide `compile` for all ranks; return the configuration, and a line for the log. A collective.
 
     Errors: ConfigError where compile = true, or bits are promised that need it, and it does not work on some rank.
     """

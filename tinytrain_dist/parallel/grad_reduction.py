@@ -55,7 +55,7 @@ class NativeGradReduction:
         self.install()
 
     def install(self) -> None:
-        """Hook into the wrapper."""
+        """Install the hooks in the wrapper."""
         if isinstance(self.model, DistributedDataParallel):
             group = self.context.group(REPLICATE)
             # a lambda: DDP compares a hook's annotations with its own types
@@ -96,7 +96,7 @@ class NativeGradReduction:
         return (self.context.all_reduce_sum(sums, SHARD) if self.plan.shard > 1 else sums).sqrt().flatten()
 
     def losses(self, leaves: Sequence[int], sums: Sequence[Tensor], num_leaves: int) -> Tensor:
-        """The loss of every leaf, float64 [num_leaves], on every rank.
+        """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
 
         Each value is added to zeros only, which is exact: the same vector comes out on any number of ranks.
         """
@@ -213,7 +213,7 @@ class DeterministicGradReduction(NativeGradReduction):
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: layers.0, layers.1, ..., and outside of them its module."""
+    """Return the layer of a parameter: layers.0, layers.1, ..., and outside of them its module."""
     found = re.search(r"layers\.\d+", name)
     return found[0] if found else name.split(".")[-2]
 

@@ -23,7 +23,7 @@ from tinytrain_dist.parallel.activation_checkpointing import apply_activation_ch
 
 
 def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
-    """A TransformerLM with its initial weights, wrapped for the context's layout.
+    """Build a TransformerLM with its initial weights, wrapped for the context's mesh.
 
     No rank ever holds more than its shards and one unit (a block, or the embedding): the model is described on the
     meta device, and each unit gets its weights, the same on any layout, just before it is sharded. draw=False leaves

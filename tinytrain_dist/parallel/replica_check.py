@@ -112,7 +112,7 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 
 
 def weighted_bit_sum(tensor: Tensor, block_size: int = 1 << 24) -> Tensor:
-    """The sum of the bits, weighted by position with odd numbers: no single flip is lost, and swapped values show.
+    """Return the sum of the bits, weighted by position with odd numbers: no single flip or swap is lost.
 
     For a GPU: a CPU computes a BLAKE3 in a fifth of the time. In blocks, since the products are twice as wide.
     """

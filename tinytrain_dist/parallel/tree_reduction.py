@@ -57,7 +57,7 @@ class BinaryCounter:
         self._levels[level] = tensors
 
     def pop(self) -> list[list[Tensor]]:
-        """The partial sums, smallest first: what the carry of the last leaf runs through."""
+        """Return the partial sums, smallest first: what the carry of the last leaf runs through."""
         levels = [self._levels[level] for level in sorted(self._levels)]
         self._levels = {}
         return levels
@@ -65,7 +65,7 @@ class BinaryCounter:
 
 class _NewBuffers:
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A fresh buffer of `size` elements."""
+        """Return a new buffer of `size` elements."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 

@@ -74,7 +74,7 @@ def outermost_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP or torch.compile; the only place that knows how to get there."""
+    """Return the model inside DDP or torch.compile; the only place that knows how to get there."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model
@@ -87,7 +87,7 @@ def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
 
 
 def original_name(name: str) -> str:
-    """A parameter's name without the prefixes that wrappers put in front of any part of it."""
+    """Return a parameter's name without the prefixes that wrappers put in front of any part of it."""
     for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix).replace("." + prefix, ".")
     return name

@@ -57,7 +57,7 @@ def request_abort(folder: Path, world: str, message: str, hang: bool = False, st
 
 
 def read_abort_request(folder: Path, world: str) -> ErrorRecord:
-    """What `end_all` told this world, {} if nothing."""
+    """Return the abort request of this launch; an empty dictionary if there is none."""
     notice = read_json_object(folder / "logs" / "ending.json")
     return notice if world and notice.get("world") == world else {}
 

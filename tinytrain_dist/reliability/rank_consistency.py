@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> RankFacts:
-    """What must be the same on all ranks: a flat dictionary of plain values."""
+    """Return what must be the same on all ranks: a flat dictionary of plain values."""
     settings = config.resolved() if config else {}
     return {
         "processes per node": context.local_world_size,
@@ -49,7 +49,7 @@ def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> Ra
 
 
 def find_differences(everyone: list[RankFacts], hosts: list[str]) -> list[str]:
-    """A sentence for each fact on which ranks differ, naming the fewer with both values; [] where all agree."""
+    """Return a sentence for each fact on which ranks differ, naming the minority with both values."""
     found = []
     for name in dict.fromkeys(key for one in everyone for key in one):
         values = [repr(one.get(name)) for one in everyone]
@@ -80,12 +80,12 @@ def format_ranks(ranks: list[int], hosts: list[str]) -> str:
 
 
 def usable_cores() -> set[int]:
-    """The cores this process may run on."""
+    """Return the cores that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[str]) -> list[str]:
-    """A sentence for each host whose ranks run more threads than they have cores."""
+    """Return a sentence for each host whose ranks run more threads than they have cores."""
     found = []
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, where in enumerate(hosts) if where == host]
@@ -115,7 +115,7 @@ def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time
 
 
 def skewed_clocks(offsets: list[tuple[float, float]], hosts: list[str]) -> list[str]:
-    """A sentence for each host whose clock is certainly wrong against rank 0's."""
+    """Return a sentence for each host whose clock is certainly wrong compared with rank 0's."""
     worst: dict[str, float] = {}
     for host, (offset, bound) in zip(hosts, offsets, strict=True):
         if abs(offset) - bound > max(MAX_CLOCK_SKEW_SECONDS, abs(worst.get(host, 0.0))):

@@ -27,7 +27,7 @@ def install_signal_handlers() -> None:
 
 
 def received_signal() -> str:
-    """The first signal that came, by name, or that came to the agent before this process was there; "" if none."""
+    """Return the first stop signal by name, also one that the agent received before this process; "" if none."""
     return _received[0] if _received else os.environ.get("TINYTRAIN_STOP", "")
 
 
@@ -47,7 +47,7 @@ class StopRequests:
         self._next_look = 0.0
 
     def reason(self, reserve_seconds: float = 0.0) -> str:
-        """A few words, or "" to go on; `reserve_seconds` (what a save takes) are kept before the deadline."""
+        """Return why to stop, or ""; `reserve_seconds` (the time of a save) are kept before the deadline."""
         now = time.monotonic()
         if name := received_signal():
             return name

@@ -142,7 +142,7 @@ class Watchdog(threading.Thread):
         threading.Thread(target=lambda: record.write_bytes(self._flight_record()), daemon=True).start()
 
     def _wait_for_cause(self, message: str, first: bool) -> str:
-        """The rank that noticed a hang reads what all others left, and says whom they wait for; others wait for it."""
+        """Find who the others wait for, on the rank that noticed the hang; other ranks wait for its answer."""
         started, end = time.time(), time.monotonic() + GRACE_SECONDS * (1 if first else 2)
         while time.monotonic() < end:
             time.sleep(0.1)
@@ -174,7 +174,7 @@ class Watchdog(threading.Thread):
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """The last heartbeat of each rank, by rank, with `seen`: when it was written by the file system's clock."""
+    """Return the last heartbeat of each rank, with `seen`: when it was written by the file system's clock."""
     beats = []
     for path in sorted((folder / "logs" / "heartbeat").glob("rank-*.json")):
         if (beat := read_json_object(path)) and "phase" in beat:
@@ -184,7 +184,7 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
 
 
 def describe_waiting(beats: list[Heartbeat], world_size: int, since: float) -> str:
-    """A few words on which ranks the others wait for: those that are silent since then, missing, or behind."""
+    """Say which ranks the others wait for: those that are silent since then, missing, or behind."""
     missing = sorted(set(range(world_size)) - {beat["rank"] for beat in beats})
     silent = [beat for beat in beats if beat["seen"] < since]
     if missing:

@@ -58,7 +58,7 @@ class Forecast:
 
 
 def forecast(config: TrainingConfig, context: DistributedContext, world: Cluster, flops: float) -> Forecast:
-    """What the run would hold, send and take on this world; `flops` per token. Errors: ConfigError."""
+    """Forecast what the run would hold, send and take on this cluster; `flops` per token. Errors: ConfigError."""
     shape = (context.world_size, context.local_world_size)
     dims = choose_parallel_dims(config, *shape)
     found = _on(config, context, dims, world, flops)
@@ -111,7 +111,7 @@ def sent_bytes(found: MemoryEstimate, world: Cluster) -> tuple[float, float]:
 
 
 def other_modes(config: TrainingConfig, world: Cluster) -> Iterator[TrainingConfig]:
-    """The same run in every mode that this world allows."""
+    """Yield the same run in every mode that this cluster allows."""
     ranks = world.nodes * world.per_node
     for mode in get_args(Mode):
         sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
@@ -128,7 +128,7 @@ def other_modes(config: TrainingConfig, world: Cluster) -> Iterator[TrainingConf
 def suggest_change(
     now: Forecast, others: list[Forecast], context: DistributedContext, world: Cluster, flops: float
 ) -> str:
-    """The setting to change so that the run fits, or the settings, or what is missing."""
+    """Name the setting to change so that the run fits, or several settings, or what is missing."""
     micro = now.plan.micro_batch_size
     fixed = replace(now.config, micro_batch_size=micro)
     spread = replace(context, parallel_dims=now.parallel_dims)

@@ -42,7 +42,7 @@ def generate(
     context_len: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
-    """The ids that the model writes after `ids`: max_new_tokens, or fewer if it draws `stop_id`, which is left out.
+    """Return the IDs that the model writes after `ids`: max_new_tokens, or fewer if it draws `stop_id` (left out).
 
     The model sees the last context_len ids (None: its configuration's), counted from position 0 as in training. The
     same seed gives the same ids. on_token is told each id as it comes. Errors: ValueError if `ids` is empty.
@@ -83,7 +83,7 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """The text that was not shown yet, complete or not."""
+        """Return the text that was not shown yet, complete or not."""
         return self._decode(self.ids[self.start :])[len(self._decode(self.ids[self.start : self.shown])) :]
 
     def _decode(self, ids: list[int]) -> str:

@@ -62,7 +62,7 @@ class TextSampler:
 
 
 def _load_tokenizer(path: Path) -> Any:
-    """The tokenizer in `path`, None if there is none that can be used: a picture of progress must not end a run."""
+    """Load the tokenizer in `path`; None if it cannot be used, since a sample must not end a run."""
     with contextlib.suppress(Exception):  # tokenizers is an extra, and raises bare Exception for what it cannot read
         from tokenizers import Tokenizer
 

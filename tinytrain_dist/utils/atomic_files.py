@@ -20,7 +20,7 @@ def write_atomically(path: Path, value: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file; {} where there is none, or something else."""
+    """Read the JSON object in a small file; an empty dictionary where there is none, or something else."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}

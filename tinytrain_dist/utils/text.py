@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_list(numbers: Sequence[object], most: int = 12) -> str:
-    """The first of a list, for a sentence."""
+    """Format the first items of a list for a sentence."""
     return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 

@@ -71,7 +71,7 @@ class Meter:
 
 
 def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[Source]:
-    """The files behind `stdlib`, files, folders and globs, each file once; DataError where there are none."""
+    """Return the files behind `stdlib`, files, folders and globs, each file once; DataError where there are none."""
     sources, seen = [], set[str]()
     for argument in arguments:
         source = _standard_library() if argument == "stdlib" else _find(argument, say)
@@ -135,7 +135,7 @@ def _walk(folder: str, say: Callable[[str], None]) -> Iterator[str]:
 
 
 def _standard_library() -> Source:
-    """The running Python's own source, without tests, compiled modules and files that describe the machine."""
+    """Return the running Python's own source, without tests, compiled modules and files about the machine."""
     root, files = sysconfig.get_paths()["stdlib"], list[str]()
     for place, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in _STDLIB_SKIPPED and not f.startswith("config-"))
@@ -150,7 +150,7 @@ def _standard_library() -> Source:
 
 
 def text_suffix(name: str) -> str:
-    """The lower-case suffix, below a compression suffix if there is one: `.jsonl` for `a.JSONL.zst`."""
+    """Return the lower-case suffix, without a compression suffix: `.jsonl` for `a.JSONL.zst`."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED_SUFFIXES else suffix
 
@@ -164,7 +164,7 @@ def open_source(path: str) -> BinaryIO:
 
 
 def read_documents(path: str, meter: Meter, reading: Reading) -> Iterator[bytes]:
-    """The documents of one file as valid UTF-8, none of them blank; DataError names the file and offset or line.
+    """Yield the documents of one file as valid UTF-8, none blank; DataError names the file and offset or line.
 
     `<|endoftext|>` ends a document wherever it stands, and the line ends around it belong to it. A document
     longer than `max_document_bytes` becomes several, cut at line ends (a longer line: between two characters).
@@ -217,7 +217,7 @@ def cut(blocks: Iterable[bytes], separator: bytes, limit: int) -> Iterator[tuple
 
 
 def _cut_point(buffer: bytes, start: int, limit: int) -> int:
-    """The last line end in the `limit` bytes after `start`; without one, the last place between two characters."""
+    """Return the last line end in the `limit` bytes after `start`, or else the last place between two characters."""
     end = start + limit
     line_end = buffer.rfind(b"\n", start, end) + 1
     if line_end > start:
@@ -277,7 +277,7 @@ def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
 
 
 def _blocks(path: str, meter: Meter) -> Iterator[bytes]:
-    """The decompressed bytes of a file in blocks of bounded size; DataError for a damaged one."""
+    """Yield the decompressed bytes of a file in blocks of bounded size; DataError for a damaged one."""
     suffix = os.path.splitext(path.lower())[1]
     try:
         if suffix == ".zst":

@@ -86,7 +86,7 @@ class Sample:
             self.bytes -= len(dropped)
 
     def documents(self) -> list[bytes]:
-        """What was kept, by hash."""
+        """Return the documents that were kept, in the order of their hashes."""
         return [document for _, document in sorted(self.heap, reverse=True)]
 
 
@@ -103,7 +103,7 @@ class Scan:
 
 @contextmanager
 def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told the bytes done so far: a bar on a terminal, else a line every five seconds."""
+    """Yield a function that takes the bytes done so far: a bar on a terminal, else a line every five seconds."""
     console, shown, spoken = Console(stderr=True), 0, time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -267,7 +267,7 @@ def _default_workers() -> int:
 
 
 def _threshold(scan: Scan, fraction: float) -> int:
-    """The hash below which documents are validation: as `fraction` says, but never none and never all."""
+    """Return the hash below which documents are validation: as `fraction` says, but never none and never all."""
     if scan.smallest == scan.largest:
         raise DataError(
             f"all of the text is one document of {scan.bytes // scan.documents:,} bytes, and train and val need one "
@@ -353,7 +353,7 @@ def _write(
 
 
 def _proof_texts(scan: Scan) -> Iterator[str]:
-    """The starts of sampled documents, a megabyte in all."""
+    """Yield the starts of sampled documents, a megabyte in all."""
     size = 0
     for document in scan.sample.documents():
         if size < _PROOF_BYTES:

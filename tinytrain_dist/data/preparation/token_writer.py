@@ -54,7 +54,7 @@ class BatchEncoder:
         self.end = np.array([vocabulary.eos_id], dtype)
 
     def __call__(self, documents: list[bytes]) -> list[Part]:
-        """The train part and the val part, each document followed by the end-of-document token."""
+        """Return the train part and the val part, each document followed by the end-of-document token."""
         parts = []
         is_val = [document_hashes(document)[0] < self.threshold for document in documents]
         for side in (False, True):
@@ -209,7 +209,7 @@ def _check_target(target: Path, old: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its place when the block ends well, and is deleted when it does not.
+    """Yield a folder beside `target` that takes its place when the block ends well, and is deleted otherwise.
 
     An old `target` is renamed aside before and deleted after, so that at every instant one complete data set is
     on disk. DataError if `target` is in the way, or if the disk is full or refuses.

@@ -111,7 +111,7 @@ def _describe(text: str, eos_token: str) -> Vocabulary:
 
 
 def _split_regex(pre: Any) -> str | None:
-    """The regex of a byte-level pre-tokenizer in one of the two usual forms, None for every other."""
+    """Return the regex of a byte-level pre-tokenizer in one of the two usual forms, None for every other."""
     match pre:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return _GPT2_REGEX
@@ -150,12 +150,12 @@ class Encoder:
             return self.encode_slow(text)
 
     def encode_slow(self, text: str) -> NDArray[np.uint32]:
-        """The same ids from `tokenizers`, the definition."""
+        """Return the same IDs from `tokenizers`, the definition."""
         return np.array(self.slow.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
 
 def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding:
-    """The same BPE as a tiktoken encoding; ValueError says why there is none."""
+    """Return the same BPE as a tiktoken encoding; ValueError says why there is none."""
     data = json.loads(tokenizer.to_str())
     model, added = data["model"], data["added_tokens"]
     if vocabulary.regex is None or model["type"] != "BPE":
