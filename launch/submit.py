@@ -331,7 +331,7 @@ def main(args: list[str]) -> int:
     try:
         return follow(slurm_id, job.folder)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; scancel {slurm_id} ends it")
+        print(f"\nthe job continues; scancel {slurm_id} ends it")
         return 0
 
 

@@ -23,7 +23,7 @@ class ConfigError(TinytrainError):
 
 
 class RendezvousError(ConfigError):
-    """This rank cannot meet the others. It alone knows, so it is the one that has to say so."""
+    """This rank cannot reach the others. Only this rank can detect it, so this rank reports it."""
 
 
 class DataError(TinytrainError):

@@ -74,7 +74,9 @@ def test_rank_that_cannot_reach_the_head_says_where_and_why() -> None:
     host = socket.gethostname()
     assert lost.startswith(f"RendezvousError: MASTER_ADDR: rank 0 on {host} cannot reach 127.0.1.1:{port} (refused")
     assert f"on {host} that is {host} itself" in lost
-    assert waiting.startswith(f"RendezvousError: MASTER_ADDR: rank 1 on {host} waited 0.4 s in vain for rank 0")
+    assert waiting.startswith(
+        f"RendezvousError: MASTER_ADDR: rank 1 on {host} timed out after 0.4 s waiting for rank 0"
+    )
 
 
 def missing(seconds: float) -> str:

@@ -99,7 +99,7 @@ def test_a_failed_run_says_why_and_the_exit_codes(tmp_path: Path, capsys: pytest
     assert "failed: rank 3 on node7: it broke" in capsys.readouterr().out
     run_folder(tmp_path / "dead", "running", (dead_pid(),), time.time())
     assert main.main(["status", str(tmp_path / "dead"), "--watch"]) == 1
-    assert "is gone without a word" in capsys.readouterr().out
+    assert "is gone without an error message" in capsys.readouterr().out
     run_folder(tmp_path / "done", "done")
     assert main.main(["status", str(tmp_path / "done")]) == 0
     assert main.main(["status", str(tmp_path / "nothing")]) == 2

@@ -48,7 +48,7 @@ def beat(rank: int, step: int = 5, phase: str = "reduction", seen: float = 100.0
             [beat(0, 6, "data"), beat(1, 6, "reading"), beat(2, 6, "checkpoint")],
             "all wait for rank 1 on node1 (reading",
         ),
-        ([beat(0), beat(1, seen=9.0), beat(2)], "last word of rank 1 on node1 (reduction after step 5): no sign"),
+        ([beat(0), beat(1, seen=9.0), beat(2)], "heartbeat of rank 1 on node1 (reduction after step 5): no sign"),
         ([beat(0), beat(2)], "rank(s) 1 of 3 never gave a sign of life"),
         ([beat(0), beat(1), beat(2)], "all 3 rank(s) are in reduction after step 5"),
     ],
@@ -93,7 +93,7 @@ def test_a_stopped_process_is_named_by_the_others(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGSTOP)
         assert running.wait(120) == 1, running.output()
         last = running.output().rstrip().splitlines()[-1]
-    assert "all wait for the last word of rank 1 on" in last
+    assert "all wait for a heartbeat of rank 1 on" in last
     assert last.startswith("error: rank 0 on ")
     assert json.loads((tmp_path / "run" / "error.json").read_text())["message"] in last
 

@@ -39,7 +39,7 @@ class HostBuffers:
 
 
 class SaveThread(threading.Thread):
-    """One save under way; `join` waits for it, and its `error` is the same on every rank."""
+    """A save in progress; `join` waits for it, and its `error` is the same on every rank."""
 
     def __init__(self, step: int, work: Callable[[Manifest], None]) -> None:
         """`work(manifest)` does it; it runs at once, in the background. The manifest says which file it is at."""

@@ -29,7 +29,7 @@ def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, dict[
     """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, BLAKE3].
 
     recompute: read the tensors, instead of taking the manifest's word. An older one has no such digests: its tensors
-    are read and held against those it has. Errors: CheckpointError if they do not fit.
+    are read and compared with those it has. Errors: CheckpointError if they do not fit.
     """
     manifest, found = read_manifest(checkpoint), {}
     older = manifest.hashed if manifest.hashed != "blake3" else ""

@@ -70,7 +70,7 @@ class CheckpointManager:
     def save(self, step: int, report: dict[str, Any], last: bool = False) -> SaveThread:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
 
-        There must be no other save under way. last: nothing trains any more, so that a CPU needs no copy. `report`
+        There must be no other save in progress. last: nothing trains any more, so that a CPU needs no copy. `report`
         (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
         as it is: `resume` lets no other history into the folder. A state whose replicas differ is not saved.
         """
@@ -102,7 +102,7 @@ class CheckpointManager:
 
     @property
     def failure(self) -> str:
-        """What has gone wrong in the save under way and will end the run, so that ranks can agree to end it now."""
+        """What went wrong in the save in progress and will end the run, so that ranks can agree to end it now."""
         error = None if self.pending is None or self.pending.is_alive() else self.pending.error
         return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
 
@@ -166,7 +166,7 @@ class CheckpointManager:
             if candidates:
                 raise CheckpointError(
                     f"{self.config.checkpoints_dir}: holds {len(candidates)} checkpoint(s), but resume = never starts "
-                    "anew; set resume = auto, or another target_dir"
+                    "a new run; set resume = auto, or another target_dir"
                 )
             return None
         if not auto:
@@ -186,7 +186,7 @@ class CheckpointManager:
         if candidates:
             raise CheckpointError(
                 f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
-                "start anew with another target_dir"
+                "start a new run with another target_dir"
             )
         return None
 
@@ -226,15 +226,15 @@ class CheckpointManager:
             refused.append(f"train_data: {state.get('data')} in the checkpoint, {self.data} now")
         if refused:
             raise CheckpointError(
-                f"{path}: belongs to another run; start a new one (another target_dir), set back, or name in `allow` "
-                "what may change:\n  " + "\n  ".join(refused)
+                f"{path}: belongs to another run; start a new one (another target_dir), restore the settings, or name in "
+                "`allow` what may change:\n  " + "\n  ".join(refused)
             )
         bits = state["bits"]
         drift = [f"{k}: {bits.get(k)} in the checkpoint, {v} now" for k, v in self.bits.items() if bits.get(k) != v]
         if drift and self.config.reproducible and not self.config.allow_drift:
             raise CheckpointError(
-                f"{path}: going on here would not give the same bits; set back, or set allow_drift = true:\n  "
-                + "\n  ".join(drift)
+                f"{path}: resuming here would not be bit-identical; restore these settings or set "
+                "allow_drift = true:\n  " + "\n  ".join(drift)
             )
         read_checkpoint(path, self.model, self.optimizer)
         return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]

@@ -29,7 +29,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
 
-# tensors are hashed and written in chunks that stay in a core's share of the cache; RING of them may be under way.
+# tensors are hashed and written in chunks that stay in a core's share of the cache.
 # Few threads: each rank has its own, and a disk slows down with the streams it reads (two 1.2 GB/s, eight 0.9)
 CHUNK_BYTES, CHUNKS_IN_FLIGHT, THREADS_PER_RANK = 4 * 1024**2, 4, 2
 NAME_OF_DTYPE = {
@@ -123,7 +123,7 @@ def write_tensors(
                     under_way.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
                     if len(under_way) == CHUNKS_IN_FLIGHT:
                         _wait_for_all(under_way.popleft())
-            syncs.append(syncing.submit(_fsync, file, written, manifest))  # the next file goes on beside it
+            syncs.append(syncing.submit(_fsync, file, written, manifest))  # the next file is written meanwhile
         _wait_for_all([*itertools.chain(*under_way), *syncs])
     tensors = manifest.tensors.setdefault(kind, {})
     for name, group in files:

@@ -124,7 +124,7 @@ def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
 
 
 def _merge(manifests: list[Manifest], specs: dict[str, list[TensorSpec]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All files and all tensors, in the order of the tensors, whoever wrote them."""
+    """All files and all tensors, in the order of the tensors, whichever rank wrote them."""
     files = {name: entry for manifest in manifests for name, entry in manifest.files.items()}
     tensors = {kind: {n: t for m in manifests for n, t in m.tensors.get(kind, {}).items()} for kind in specs}
     ordered = {kind: {spec.name: tensors[kind][spec.name] for spec in specs[kind]} for kind in specs}

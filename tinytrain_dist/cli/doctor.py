@@ -129,7 +129,9 @@ def _check_network(meeting: Rendezvous, seconds: float) -> tuple[list[str], str]
         )
         found = meeting.exchange("reached", problems, seconds + CONNECT_SECONDS * (1 + len(peers)))
     silent = [
-        f"network: rank {rank} ({meeting.hosts[rank]}) fell silent" for rank, one in enumerate(found) if one is None
+        f"network: rank {rank} ({meeting.hosts[rank]}) stopped responding"
+        for rank, one in enumerate(found)
+        if one is None
     ]
     problems = silent + [text for one in found if one for text in one]
     return problems, f"{len(names)} node(s), each reaches {'all' if len(peers) == len(after) else len(peers)} others"
@@ -142,7 +144,7 @@ def _try_peers(host: str, peers: dict[str, tuple[int, dict[str, str]]]) -> list[
         port, where = peers[name]
         known = resolve(name)
         if known and all(map(is_loopback, known)):
-            return [f"network: {name} stands for {known[0]} on {host}, which is {host} itself; mend /etc/hosts there"]
+            return [f"network: {name} resolves to {known[0]} on {host}, which is {host} itself; fix /etc/hosts there"]
         answers = {card: why_unreachable(address, port, CONNECT_SECONDS) for card, address in where.items()}
         good = [card for card, reason in answers.items() if not reason]
         if not good:

@@ -69,7 +69,7 @@ def export(
 def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
     """Write `out` beside its final name, check it, and rename it; a sentence that says how it was checked.
 
-    Each tensor is held against the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
+    Each tensor is compared with the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
     saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
     """
     saved, reader = read_manifest(source), TensorReader(source, "model")

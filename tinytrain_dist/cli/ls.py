@@ -111,7 +111,7 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
     """state.json's word, unless the record or error.json is newer than it."""
     state: dict[str, Any] = {}
     path, failure = run.folder / "state.json", run.folder / "error.json"
-    with contextlib.suppress(OSError, ValueError):  # none yet: the run goes on, or died without a word
+    with contextlib.suppress(OSError, ValueError):  # none yet: the run has just started, or died
         state = json.loads(path.read_text(encoding="utf-8"))
     written = path.stat().st_mtime if state else 0.0
     if failure.exists() and failure.stat().st_mtime > written:

@@ -58,7 +58,7 @@ def name_and_interfaces(host: str) -> list[Finding]:
         found.append((NOTE, f"name: {host} does not know its own name; with several nodes add it to /etc/hosts"))
     elif is_loopback(own[0]) and "GLOO_SOCKET_IFNAME" not in chosen:
         found.append(
-            (NOTE, f"name: {host} stands for {own[0]} here; with several nodes export GLOO_SOCKET_IFNAME={first}")
+            (NOTE, f"name: {host} resolves to {own[0]} here; with several nodes export GLOO_SOCKET_IFNAME={first}")
         )
     if len(cards) > 1 and not chosen:
         names = " or ".join(cards)

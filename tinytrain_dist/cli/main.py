@@ -22,7 +22,10 @@ VERBS = {
     "verify": ("tinytrain_dist.cli.verify:main", "read every byte of checkpoints"),
     "hash": ("tinytrain_dist.cli.hash:main", "one digest of weights and optimizer state"),
     "plan": ("tinytrain_dist.cli.plan:main", "whether a run fits, what it holds, how fast it can be"),
-    "replay": ("tinytrain_dist.cli.replay:main", "the steps after a checkpoint, held against the record"),
+    "replay": (
+        "tinytrain_dist.cli.replay:main",
+        "train the steps after a checkpoint again and compare them with the record",
+    ),
     "compare": ("tinytrain_dist.cli.compare:main", "where two runs or checkpoints part"),
 }
 

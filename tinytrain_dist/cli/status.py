@@ -100,7 +100,7 @@ def read_status(run: RunFolder, now: float | None = None) -> Status:
 
 def _why_dead(gone: list[Heartbeat], seen: float, now: float) -> str:
     if gone:
-        return f"rank {gone[0]['rank']} (process {gone[0]['pid']}) is gone without a word"
+        return f"rank {gone[0]['rank']} (process {gone[0]['pid']}) is gone without an error message"
     return f"no sign of life for {format_age(now - seen)}" if seen else "no sign of life"
 
 

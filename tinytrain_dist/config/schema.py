@@ -39,39 +39,41 @@ class TrainingConfig:
     """
 
     target_dir: str = _setting("run", "runs/default", "folder of this run: settings, logs and checkpoints")
-    seed: int = _setting("run", 0, "decides initial weights and every drawn window, on any number of ranks")
+    seed: int = _setting(
+        "run", 0, "random seed of the initial weights and of every drawn window, on any number of ranks"
+    )
     device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda where there is one, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
     stop_at_step: int | None = _setting("run", None, "stop early after this step; the schedule still spans total_steps")
     time_limit: float | None = _setting("run", None, "seconds after which the run saves and stops")
     start_limit: float = _setting(
-        "run", 1800.0, "seconds for joining, reading data, building, loading, each; 0: no limit"
+        "run",
+        1800.0,
+        "abort if joining, opening data, building or loading takes more seconds than this, each (0: no limit)",
     )
     step_limit: float = _setting(
-        "run", 1800.0, "seconds without progress in a step or evaluation; then it hangs; 0: none"
+        "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
     eval_every: int = _setting("run", 1000, "steps between evaluations")
-    eval_steps: int = _setting("run", 10, "batches of batch_size windows in one evaluation, the same all run")
+    eval_steps: int = _setting("run", 10, "batches of batch_size windows in one evaluation; the same windows all run")
     early_stop_patience: int | None = _setting(
         "run", None, "evaluations in a row without a better loss after which the run stops; each best is saved"
     )
     sample_tokens: int = _setting(
-        "run", 32, "tokens of each text written at an evaluation; 0: none; needs tokenizer.json"
+        "run", 32, "tokens of each sample text written at an evaluation (0: no samples); needs tokenizer.json"
     )
     profile: str | None = _setting("run", None, "START:STOP, steps whose trace rank 0 writes to log_dir/profile")
     log_dir: str | None = _setting("run", None, "None: target_dir/logs")
     log_save_prefix: str = _setting("run", "metrics", "name of the plain record: metrics.jsonl")
     resume: str = _setting("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
     ckpt_path_to_resume: str | None = _setting("run", None, "a checkpoint folder; the same as resume = PATH")
-    allow: str | None = _setting(
-        "run", None, "settings that may differ at resume although they make it another run: a,b"
-    )
-    init_from: str | None = _setting("run", None, "folder with Hugging Face Llama/Qwen3 weights to start from")
+    allow: str | None = _setting("run", None, "comma-separated settings that may differ from the checkpoint on resume")
+    init_from: str | None = _setting("run", None, "start from the weights in this Hugging Face folder (Llama or Qwen3)")
 
     train_data: str | tuple[str, ...] | None = _setting("data", None, "token file (.npy) to train on, or several")
     train_weights: tuple[float, ...] | None = _setting(
-        "data", None, "how often each file of train_data is drawn from; None: every window is equally likely"
+        "data", None, "sampling weight of each file of train_data; None: every window is equally likely"
     )
     val_data: str | tuple[str, ...] | None = _setting(
         "data", None, "token file (.npy) to evaluate on, or several, each by itself; None: no evaluation"
@@ -121,28 +123,30 @@ class TrainingConfig:
         "parallel", "none", "recompute in backward: nothing, whole blocks, all but matrix products"
     )
     loss_chunk_tokens: int | None = _setting(
-        "parallel", None, "tokens per piece of head + loss; None: as have 2**24 logits"
+        "parallel", None, "tokens per chunk of output head and loss; None: as many as give 2**24 logits"
     )
-    reproducible: bool = _setting("parallel", False, "the same bits on any number of ranks and in any mode")
-    allow_drift: bool = _setting("parallel", False, "reproducible: resume although something that decides bits changed")
+    reproducible: bool = _setting("parallel", False, "give the same bits on any number of ranks and in any mode")
+    allow_drift: bool = _setting(
+        "parallel", False, "with reproducible: resume although something that decides bits has changed"
+    )
     cpu_threads: int | None = _setting(
         "parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between comparisons of replicas' bits; None: only with each save"
+        "parallel", None, "steps between bitwise comparisons of replicas; None: only with each save"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")
     ckpt_dir: str | None = _setting("checkpoint", None, "None: target_dir/checkpoints")
     ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "folders are named PREFIX-00001000")
-    keep_last: int = _setting("checkpoint", 2, "newest checkpoints that are kept")
-    keep_every: int | None = _setting("checkpoint", None, "checkpoints at multiples of this step are kept for ever")
+    keep_last: int = _setting("checkpoint", 2, "number of newest checkpoints to keep")
+    keep_every: int | None = _setting("checkpoint", None, "keep checkpoints at multiples of this step for ever")
     ckpt_async: bool = _setting(
-        "checkpoint", True, "save in the background; a crash loses an interval and the save's time"
+        "checkpoint", True, "save in the background; a crash then loses up to one interval and the duration of a save"
     )
     ckpt_writers: int = _setting("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
     save_limit: float = _setting(
-        "checkpoint", 3600.0, "seconds that a step waits for a save; then it hangs; 0: no limit"
+        "checkpoint", 3600.0, "abort as hung when a step waits this many seconds for a save (0: no limit)"
     )
     max_shard_bytes: int = _setting("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
 

@@ -131,9 +131,7 @@ def _effect_problems(c: TrainingConfig) -> list[str]:
     elif c.profile is not None and not (c.profiled_steps and 1 <= c.profiled_steps[0] <= c.last_step):
         found.append(f"profile: {c.profile} must be START:STOP with 1 <= START <= STOP, START at most {c.last_step}")
     for name in sorted(c.allowed_changes - {*IDENTITY_SETTINGS, "train_data"}):
-        found.append(
-            f"allow: {name} is nothing that a resume refuses; it refuses {', '.join(IDENTITY_SETTINGS)}, train_data"
-        )
+        found.append(f"allow: {name} is not checked on resume; checked are {', '.join(IDENTITY_SETTINGS)}, train_data")
     if c.early_stop_patience is not None and not c.val_files:
         found.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
     if c.keep_every is not None and c.keep_every % c.ckpt_every:

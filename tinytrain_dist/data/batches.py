@@ -74,7 +74,7 @@ class Prefetcher:
         """Return the batch of `step`; steps must be requested in order. Errors: whatever `make` raised."""
         ready, item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put((ready, item))  # the thread has ended: whoever asks again gets the same answer
+            self._ready.put((ready, item))  # the thread has ended: every later call gets the same error
             raise item
         assert ready == step, f"asked for step {step}, have {ready}"
         return item

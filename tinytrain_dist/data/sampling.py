@@ -19,7 +19,7 @@ def slot_random_words(seed: int, step: int, slots: Sequence[int], stream: int = 
     """Four random words for each slot: [len(slots), 4].
 
     A pure function of (seed, step, slot): Philox with the seed as key and (slot, step) as counter gives every slot its
-    own block of four words, so nobody's draws depend on who draws the others.
+    own block of four words, so no slot's draw depends on which rank draws the others.
     """
     words = np.empty((len(slots), 4), dtype=np.uint64)
     runs = np.split(np.arange(len(slots)), np.flatnonzero(np.diff(np.asarray(slots)) != 1) + 1) if len(slots) else []

@@ -21,7 +21,7 @@ def _is_power_of_two(number: float) -> bool:
 class BatchPlan:
     """How the global batch is cut: batch_size = micro_batch_size x ranks x accumulation_steps.
 
-    Slot s (0 .. batch_size - 1) belongs to leaf s // micro_batch_size; a leaf is one forward pass.
+    Sample slot s (0 .. batch_size - 1) belongs to micro-batch s // micro_batch_size, which is one forward pass.
     """
 
     batch_size: int
@@ -76,7 +76,7 @@ class BatchPlan:
     def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
         """Return the micro-batch of the global batch that a rank computes in its micro_step.
 
-        One formula serves every mode: with it the ranks of a replica hold neighbouring leaves in each micro-step
+        One formula serves every mode: with it the ranks of a replica hold neighbouring micro-batches in each micro-step
         (FSDP reduces there), and a replica holds a contiguous run of them (DDP reduces once at the end).
         """
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard

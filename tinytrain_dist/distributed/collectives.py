@@ -85,7 +85,7 @@ def uses_gloo() -> bool:
 
 
 class PendingMessages(dist.Work):
-    """Messages under way, as one handle."""
+    """Messages in flight, as one handle."""
 
     def __init__(self, works: list[Any]) -> None:
         super().__init__()

@@ -130,7 +130,7 @@ class DistributedContext:
 
 @dataclass
 class Vote:
-    """A question under way to all ranks; `result` waits for the answer, which by the next step is long there."""
+    """A vote of all ranks in progress; `result` blocks, but by the next step the answer has usually arrived."""
 
     ballot: Tensor
     work: Any
@@ -149,9 +149,9 @@ def init_distributed(
 ) -> DistributedContext:
     """Join the world torchrun (or Slurm's own tasks) describes; alone, make a world of one.
 
-    device: auto takes cuda where there is one. meeting: what `meet` gave, else it is called. traces: where NCCL's
+    device: auto takes cuda where there is one. meeting: a rendezvous made before; None: make one. traces: where NCCL's
     flight recorder goes when a collective times out.
-    Errors: ConfigError if cuda is asked for and there is none, and those of `meet`.
+    Errors: ConfigError if cuda is asked for and there is none, and those of `rendezvous`.
     """
     if traces is not None:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -183,7 +183,7 @@ def init_distributed(
     )
     context = DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
     context = replace(context, timeout=timedelta(seconds=timeout_seconds))
-    # nobody leaves with an error while others still join, and drowns it in theirs
+    # synchronize: if one rank failed while others still initialize, their errors would bury its own
     return replace(context, launch_id=context.all_gather_object(secrets.token_hex(8))[0])
 
 

@@ -51,7 +51,8 @@ class Rendezvous:
             self.store.wait([name], timedelta(seconds=2 * seconds + 1))
         except (dist.DistStoreError, dist.DistNetworkError):
             raise RendezvousError(
-                f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} waited {2 * seconds:g} s in vain for rank 0; "
+                f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting for "
+                "rank 0; "
                 "look at its log"
             ) from None
         answer: list[Any] = json.loads(self.store.get(name))
@@ -78,10 +79,10 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         advice = "see that rank 0 runs there and that no firewall is between"
         if any(map(is_loopback, here)):
             advice = (
-                f"on {host} that is {host} itself: take the head's address in the nodes' network, or mend /etc/hosts"
+                f"on {host} that is {host} itself: take the head's address in the nodes' network, or fix /etc/hosts"
             )
         raise RendezvousError(
-            f"MASTER_ADDR: rank {rank} on {host} cannot reach {head}:{port} ({problem}; the name stands for "
+            f"MASTER_ADDR: rank {rank} on {host} cannot reach {head}:{port} ({problem}; the name resolves to "
             f"{', '.join(here) or 'no address'}); {advice}"
         )
     try:
@@ -123,7 +124,7 @@ def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
         raise ConfigError(
             f"{len(missing)} of {len(arrivals)} ranks did not come to {head} within {seconds:g} s: rank "
             f"{format_list(missing)}; there were {format_list(list(hosts))}"
-            + (f", and nobody from {format_list(absent)}" if absent else "")
+            + (f", and none from {format_list(absent)}" if absent else "")
             + "; look at the logs of the others, and whether every node was started with the same numbers"
         )
     if len(hosts) > 1 and (wrong := [f"{host} ({address})" for host, address in hosts.items() if address]):

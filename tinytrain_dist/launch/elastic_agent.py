@@ -121,7 +121,7 @@ def main(args: list[str]) -> int:
 
 
 def _report_deaths_before_closing(context: Any, note: Path, kills_before: int) -> None:
-    """Be there when torchrun has found a dead rank, and goes on to end the others."""
+    """Report a dead rank when torchrun has found it, before it ends the others."""
     close = context._close
 
     def attend_and_close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
@@ -153,7 +153,11 @@ def _wait_for_end(context: Any, seconds: float) -> None:
 def _report_death(note: Path, local: int, pid: int, code: int, kills_before: int) -> None:
     """Say what the dead rank cannot say any more, in error.json and to all ranks."""
     now, host = time.time(), socket.gethostname()
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}, without a word"
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code}, without an error message"
+    )
     folder = Path(note.read_text()) if note.is_file() else None
     if folder is not None:
         time.sleep(TICK_SECONDS / 2)  # its peers notice soon, and each writes a last heartbeat

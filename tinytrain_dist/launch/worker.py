@@ -69,7 +69,9 @@ def _fail(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     step = watchdog.phase_timer.step if watchdog and watchdog.phase_timer.phase not in START_PHASES else None
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
-    if watchdog and of_peers:  # whoever has caused it says so in a moment, and then the watchdog ends this rank as well
+    if (
+        watchdog and of_peers
+    ):  # the rank that caused it reports it in a moment, and then the watchdog ends this rank as well
         watchdog.beat()
         time.sleep(2 * TICK_SECONDS)
     if watchdog and owns_run(watchdog.folder) and (rank == 0 or not expected):  # never into another process's run

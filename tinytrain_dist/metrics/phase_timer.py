@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 
 class PhaseTimer:
-    """The phase under way. On a GPU a phase is the time to queue its work, on a CPU the time to do it."""
+    """The phase in progress. On a GPU a phase is the time to queue its work, on a CPU the time to do it."""
 
     def __init__(self, phase: str = "start", step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds, monotonic."""
         self._clock = clock
         self.phase, self.step, self.since = phase, step, clock()
-        self.follower: Callable[[str, int], None] | None = None  # hears of each phase, and of the steps completed
+        self.follower: Callable[[str, int], None] | None = None  # called with each phase and the steps completed
         self._seconds: dict[str, float] = {}
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -30,7 +30,7 @@ class PhaseTimer:
             self.follower(phase, self.step)
 
     def take(self) -> dict[str, float]:
-        """Seconds in each phase since the last call, the one under way included."""
+        """Return the seconds in each phase since the last call, including the phase in progress."""
         self.enter(self.phase)
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -67,4 +67,4 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history(enabled=None)
             self._say(f"profile: wrote {path}; open it at https://ui.perfetto.dev or in TensorBoard")
         except (OSError, RuntimeError) as error:
-            self._say(f"profile: {path} cannot be written ({error}); training goes on")
+            self._say(f"profile: {path} cannot be written ({error}); training continues")

@@ -129,7 +129,7 @@ class RunLog:
             yield
         except OSError as error:
             if not self._warned:
-                print(f"WARNING: records cannot be written ({error}); training goes on without them", flush=True)
+                print(f"WARNING: records cannot be written ({error}); training continues without them", flush=True)
             self._warned = True
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:

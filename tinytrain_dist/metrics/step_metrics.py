@@ -32,7 +32,7 @@ SLOW_RANK_RATIO = 1.2  # a rank whose own work takes so many times the median's
 
 @dataclass
 class StepResult:
-    """What one step leaves behind; its numbers are read when the next step is under way."""
+    """What one step leaves behind; its numbers are read while the next step runs."""
 
     step: int
     lr: float
@@ -108,10 +108,10 @@ class StepMetrics:
         self.stopping = self.stopping or report.vote.result()
 
     def _report_skip(self, report: StepResult, loss: float, norm: float) -> None:
-        bad = [leaf for leaf, value in enumerate(report.micro_batch_losses.tolist()) if not math.isfinite(value)]
-        slots = [slot for leaf in bad for slot in self.plan.slots(leaf)]
+        bad = [index for index, value in enumerate(report.micro_batch_losses.tolist()) if not math.isfinite(value)]
+        slots = [slot for index in bad for slot in self.plan.slots(index)]
         places = self.data.places(self.config.seed, report.step - 1, slots[:16])
-        owners = sorted(rank for rank, leaves in enumerate(self._leaves_by_rank()) if set(leaves) & set(bad))
+        owners = sorted(rank for rank, indices in enumerate(self._micro_batches_by_rank()) if set(indices) & set(bad))
         where = f"rank(s) {owners}, windows starting at {', '.join(places)}" if bad else "in the gradient only"
         text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
         self.log.event(report.step, "skipped", text)
@@ -121,7 +121,7 @@ class StepMetrics:
                 "run stops. The last checkpoint is good; lower lr_max or look at those windows"
             )
 
-    def _leaves_by_rank(self) -> list[list[int]]:
+    def _micro_batches_by_rank(self) -> list[list[int]]:
         plan = self.plan
         return [
             [plan.micro_batch_index(rank // plan.shard, rank % plan.shard, k) for k in range(plan.accumulation_steps)]
@@ -179,8 +179,8 @@ class StepMetrics:
     def _slowest(self, step: int, waits: list[float], works: list[float]) -> dict[str, float]:
         """Find the rank whose own work takes longest; warn after two slow intervals in a row, until it has recovered.
 
-        Steps take equally long on all ranks, since all wait for the slowest: only what a rank does before it meets the
-        others tells them apart, which is waiting for data and the forward pass.
+        Steps take equally long on all ranks, since all wait for the slowest: only what a rank does before it waits for
+        the others tells them apart, which is waiting for data and the forward pass.
         """
         rank, median = max(range(len(works)), key=works.__getitem__), statistics.median_low(works)
         ratio = works[rank] / median if median > 0 else 1.0

@@ -43,7 +43,7 @@ class StepTimer:
         self._start, self._off = clock(), 0.0
 
     def lap(self, now: float) -> float:
-        """Seconds from the last lap to the moment `now`, pauses left out."""
+        """Return the seconds from the last lap to the time `now`, without pauses."""
         seconds, self._start, self._off = now - self._start - self._off, now, 0.0
         return seconds
 

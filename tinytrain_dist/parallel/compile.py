@@ -56,7 +56,7 @@ def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tupl
     text = f"torch.compile does not work on {found[0][0]} ({found[0][1]})"
     if config.compile or config.reproducible:
         raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
-    return replace(config, compile=False), f"{text}; going on without it, slower"
+    return replace(config, compile=False), f"{text}; continuing without it, slower"
 
 
 def compiled_graph_count() -> int:

@@ -95,15 +95,15 @@ class NativeGradReduction:
         sums = squares.detach() @ self._members.T
         return (self.context.all_reduce_sum(sums, SHARD) if self.plan.shard > 1 else sums).sqrt().flatten()
 
-    def losses(self, leaves: Sequence[int], sums: Sequence[Tensor], num_leaves: int) -> Tensor:
+    def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
         """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
 
         Each value is added to zeros only, which is exact: the same vector comes out on any number of ranks.
         """
-        key = tuple(leaves)
+        key = tuple(indices)
         if key not in self.places:  # made once: an index from the host would make every step wait for the device
             self.places[key] = torch.tensor(key, device=self.context.device)
-        vector = torch.zeros(num_leaves, dtype=torch.float64, device=self.context.device)
+        vector = torch.zeros(num_micro_batches, dtype=torch.float64, device=self.context.device)
         vector.index_copy_(0, self.places[key], torch.stack(list(sums)).double())
         return self.context.all_reduce_sum(vector) if self.plan.ranks > 1 else vector
 
@@ -117,8 +117,8 @@ class NativeGradReduction:
 class DeterministicGradReduction(NativeGradReduction):
     """Sums that follow the tree, so that the gradient is the same to the last bit on any number of ranks.
 
-    DDP: a rank owns neighbouring leaves; a binary counter adds them, and in the last backward each bucket runs through
-    its carry before the tree over the ranks. FSDP: the ranks of a replica own neighbouring leaves; every micro-step is
+    DDP: a rank owns neighbouring micro-batches. A binary counter adds them, and in the last backward each bucket runs
+    through its carry before the tree over the ranks. FSDP: the ranks of a replica own neighbours; every micro-step is
     reduced by a tree over them, the counter adds the micro-steps, and a tree adds the replicas at the end.
     """
 
@@ -133,7 +133,7 @@ class DeterministicGradReduction(NativeGradReduction):
             unit.set_custom_reduce_scatter(self.scatter)
 
     def before_micro_step(self, micro_step: int) -> None:
-        """Say whether this backward is the last; DDP's buckets then need the sums of the leaves before it."""
+        """Say whether this backward is the last; DDP's buckets then need the sums of the micro-batches before it."""
         super().before_micro_step(micro_step)
         if isinstance(self.model, FSDPModule):
             # the counter reads .grad after each backward; only on its "last" one does FSDP wait for its own streams
@@ -143,7 +143,7 @@ class DeterministicGradReduction(NativeGradReduction):
             self.carry = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
 
     def after_micro_step(self, micro_step: int) -> None:
-        """Move the leaf's gradients into the counter, or after the last one the counter into the gradients."""
+        """Move the micro-batch's gradients into the counter, or after the last one the counter into the gradients."""
         self.scatter.settle()
         if not self._is_last(micro_step):
             self.counter.add(micro_step, self._local_grads())
@@ -154,7 +154,7 @@ class DeterministicGradReduction(NativeGradReduction):
                 torch._foreach_add_(self._local_grads(), level)
 
     def finish(self) -> None:
-        """Wait for the buckets under way and sum them (DDP), or sum the replicas (HSDP)."""
+        """Wait for the buckets in flight and sum them (DDP), or sum the replicas (HSDP)."""
         group, gathers = self.context.group(REPLICATE), []
         self.carry = []  # it is in the buckets, and the gathers below need room (measured: 10 % of a small step's peak)
         for work, parts, buffer in self.exchanges:

@@ -26,8 +26,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     """Build a TransformerLM with its initial weights, wrapped for the context's mesh.
 
     No rank ever holds more than its shards and one unit (a block, or the embedding): the model is described on the
-    meta device, and each unit gets its weights, the same on any layout, just before it is sharded. draw=False leaves
-    their values open, for a rehearsal.
+    meta device, and each unit gets its weights, the same on any mesh, just before it is sharded. draw=False leaves
+    their values undefined, for a simulation.
     """
     assert context.parallel_dims is not None, "with_mesh comes first"
     with torch.device("meta"):
@@ -50,7 +50,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     units: list[list[nn.Module]] = [*outer, *([block] for block in blocks), [model]]
     mesh = context.mesh
     assert mesh is not None
-    # canonical sums treat replicas themselves (see reduction.py), so there FSDP sees one replica only
+    # deterministic sums add the replicas themselves (see grad_reduction.py), so there FSDP sees one replica only
     mesh = mesh[SHARD] if context.parallel_dims.mode == "fsdp" or config.reproducible else mesh
     for unit in units:
         for module in unit:
@@ -95,6 +95,6 @@ def _wrap_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataP
         model,
         process_group=context.group(REPLICATE),
         device_ids=[context.device] if context.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # no second copy of the gradients; CanonicalReduction counts on it
+        gradient_as_bucket_view=True,  # no second copy of the gradients; DeterministicGradReduction relies on it
         init_sync=False,  # weights are equal by construction, and replicas.check_replicas proves it
     )

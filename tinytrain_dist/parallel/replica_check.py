@@ -45,7 +45,7 @@ class ReplicaComparison:
     """
 
     def __init__(self, shards: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
-        """beside: training goes on, and changes what is not copied; on a GPU all fingerprints are taken at once."""
+        """beside: training continues, and changes what is not copied; on a GPU all fingerprints are taken at once."""
         self.context = context
         self.needed = context.parallel_dims is not None and context.parallel_dims.replicate > 1
         live = (

@@ -26,7 +26,7 @@ def tree_sum(parts: Tensor) -> Tensor:
 
 
 def tree_reduce_scatter(output: Tensor, input: Tensor, group: Group | None) -> None:
-    """Part (my index) of the tree sum of everybody's `input`; moves the bytes of a ring reduce-scatter."""
+    """Write part (own index) of the tree sum over the group of `input`; moves the bytes of a ring reduce-scatter."""
     parts = torch.empty_like(input)
     collectives.all_to_all(parts, input, group)
     output.copy_(tree_sum(parts.view(collectives.group_size(group), -1)))
@@ -43,7 +43,7 @@ def tree_all_reduce(flat: Tensor, group: Group | None) -> None:
 
 
 class BinaryCounter:
-    """Adds lists of tensors one after the other in the order of the tree: level j holds the sum of 2^j leaves."""
+    """Adds lists of tensors one by one in the order of the tree: level j holds the sum of 2^j leaves."""
 
     def __init__(self) -> None:
         self._levels: dict[int, list[Tensor]] = {}
@@ -84,13 +84,13 @@ class TreeReduceScatter(_NewBuffers, ReduceScatter):
     """
 
     def __init__(self) -> None:
-        """`late`: a sum is taken when the next unit's is begun, or by `settle`, and backward goes on meanwhile."""
+        """`late`: a sum is taken when the next unit's begins, or by `settle`; backward continues meanwhile."""
         self.late, self._under_way = False, list[tuple[Any, Tensor, Tensor, Tensor]]()
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False
     ) -> None:
-        """Part (my index) of the tree sum of everybody's input_tensor into output_tensor."""
+        """Write part (own index) of the tree sum over the group of input_tensor into output_tensor."""
         if not self.late:
             return tree_reduce_scatter(output_tensor, input_tensor, group)
         self.settle()
@@ -100,7 +100,7 @@ class TreeReduceScatter(_NewBuffers, ReduceScatter):
         return None
 
     def settle(self) -> None:
-        """Take the sum that is under way."""
+        """Take the sum that is in progress."""
         for work, parts, output, _ in self._under_way:
             work.wait()
             output.copy_(tree_sum(parts.view(-1, len(output))))

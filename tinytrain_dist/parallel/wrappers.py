@@ -52,7 +52,7 @@ def apply_fsdp(
     collectives.broadcast_tensors([tensor.data for tensor in (*model.parameters(), *model.buffers())])
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     if param_dtype is not None:
-        # FSDP casts parameters, but not buffers: one float32 mask or rotary table would meet bf16 weights in a product
+        # FSDP casts parameters, but not buffers: a float32 mask or table times bf16 weights is an error
         plain = model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
-    """Modules in whose forward a rank meets no other: sharded blocks, which are whole by then, or all of the model."""
+    """Return modules whose forward runs no collective: sharded blocks, gathered by then, or all of the model."""
     inner = unwrap(model)
     return outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
 

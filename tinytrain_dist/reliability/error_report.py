@@ -18,7 +18,7 @@ from tinytrain_dist.reliability.run_state import write_state
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
 ErrorRecord = dict[str, Any]  # message, rank, host, step, traceback, time (seconds since 1970), secondary
-NO_ERROR_MESSAGE = "the run before ended without a word: it was killed, or its node was lost"
+NO_ERROR_MESSAGE = "the previous run ended without an error message: it was killed or its node was lost"
 
 
 def write_error(folder: Path, cause: ErrorRecord) -> None:

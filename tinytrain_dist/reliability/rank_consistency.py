@@ -103,7 +103,7 @@ def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[
 def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time.time) -> list[tuple[float, float]]:
     """By how many seconds each rank's clock is ahead of this one's, and by how many that can be wrong. A collective.
 
-    Every rank reads its clock after all have entered a barrier and before any has heard of all readings: by this clock
+    Every rank reads its clock after all have entered a barrier and before any has received all readings: by this clock
     that is between `before` and `after`, whatever the network does.
     """
     context.barrier()
@@ -129,7 +129,7 @@ def skewed_clocks(offsets: list[tuple[float, float]], hosts: list[str]) -> list[
 def check_rank_consistency(config: TrainingConfig, context: DistributedContext) -> list[str]:
     """Hold all ranks against each other; returns what only slows or confuses. A collective of some milliseconds.
 
-    Errors: ConfigError with everything on which ranks differ, and who the odd ones are.
+    Errors: ConfigError with everything on which ranks differ, and which ranks deviate.
     """
     threads = config.cpu_threads or (1 if config.reproducible else torch.get_num_threads())
     people = context.all_gather_object((context.host, rank_facts(config, context), threads, usable_cores()))

@@ -67,7 +67,7 @@ class RunLock:
             if holder is not None and holder["host"] != mine["host"] and self._touched() == seen:
                 time.sleep(1.0)  # on a node that was lost it stays as it is; where somebody lives it is touched
                 continue
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "somebody"
+            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
             raise CheckpointError(
                 f"{self.path.parent}: {who} trains into this folder; stop it, or set another target_dir"
             )

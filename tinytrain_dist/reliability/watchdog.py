@@ -40,7 +40,7 @@ class Watchdog(threading.Thread):
         say: Callable[[str], None],
         flight_record: Callable[[], bytes],
     ) -> None:
-        """`who`: rank, number of ranks, host; `say` has the last word; `flight_record`: the last collectives, as JSON.
+        """`who`: rank, number of ranks, host; `say` prints the final error; `flight_record`: last collectives.
 
         For the main thread only: signals wake the watchdog from here on, also while that thread sits in a collective.
         """
@@ -59,12 +59,12 @@ class Watchdog(threading.Thread):
 
     @property
     def longest_limit(self) -> float:
-        """Seconds; after a month nobody waits any more."""
+        """The longest limit in seconds; 30 days if a limit is off."""
         limits = (*self._limits.values(), self._step_limit)
         return max(limits) if all(limits) else 30 * 86_400.0
 
     def joined(self, world: str) -> None:
-        """`world`: a word that all ranks of this start share, and no others."""
+        """Note the launch ID, which all ranks of this launch share."""
         self.world = world
         self.beat()
 
@@ -87,7 +87,7 @@ class Watchdog(threading.Thread):
                 numbers = set(os.read(self._woken, 64)) & set(map(int, stop_requests.STOP_SIGNALS))
                 self._signal = self._signal or next((signal.Signals(number).name for number in numbers), "")
             now, since = time.monotonic(), self.phase_timer.since
-            # time in which this thread did not run, as in a stopped process or a sleeping laptop, is nobody's fault
+            # time in which this thread did not run, as in a stopped process or a sleeping laptop, does not count
             age = age + min(now - before, 2 * TICK_SECONDS) if since == entered else 0.0
             entered, before = since, now
             self._look(age)
@@ -96,7 +96,7 @@ class Watchdog(threading.Thread):
         phase = self.phase_timer.phase
         limit = self._limits.get(phase, self._step_limit)
         if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._parent:
-            os._exit(1)  # nobody would take note of how this rank ends, or end it with the others
+            os._exit(1)  # without an agent no process would end this rank together with the others
         if notice := error_report.read_abort_request(self.folder, self.world):
             self._end(notice)
         elif self._signal and phase in START_PHASES:
@@ -190,7 +190,7 @@ def describe_waiting(beats: list[Heartbeat], world_size: int, since: float) -> s
     if missing:
         return f"rank(s) {', '.join(map(str, missing[:16]))} of {world_size} never gave a sign of life"
     if silent:
-        return f"all wait for the last word of {_format_ranks(silent)}: no sign of life since then"
+        return f"all wait for a heartbeat of {_format_ranks(silent)}: no sign of life since then"
     places = [(beat["step"], PHASES.index(beat["phase"]) if beat["phase"] in PHASES else 0) for beat in beats]
     behind = [beat for beat, place in zip(beats, places, strict=True) if place == min(places)]
     if len(behind) == len(beats):

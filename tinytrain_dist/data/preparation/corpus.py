@@ -223,7 +223,7 @@ def _cut_point(buffer: bytes, start: int, limit: int) -> int:
     if line_end > start:
         return line_end
     starts = (place for place in range(end, end - 4, -1) if buffer[place] & 0xC0 != 0x80)
-    return next(starts, end)  # 0b10xxxxxx goes on with a character, at most three times
+    return next(starts, end)  # 0b10xxxxxx continues a character, at most three times
 
 
 def _utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:

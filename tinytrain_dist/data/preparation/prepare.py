@@ -285,7 +285,7 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     if vocabulary.size < vocab_size:
         say(
             f"the tokenizer has {vocabulary.size:,} ids and not the {vocab_size:,} of --vocab-size: no further pair of "
-            "tokens occurs twice in the text; going on with these"
+            "tokens occurs twice in the text; continuing with these"
         )
     return vocabulary
 

@@ -163,7 +163,7 @@ class TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of an unfinished file: what went wrong is under way already
+        with suppress(OSError):  # of an unfinished file: another exception is already on its way
             self.file.close()
 
 
