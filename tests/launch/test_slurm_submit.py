@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.training import settings_for
+from tinytrain_dist.launch.slurm_submit import seconds_of
 
 SUBMIT = REPOSITORY / "launch" / "submit.py"
 USUAL = ("--nodes", "2", "--processes-per-node", "2", "--time", "30")
@@ -175,11 +176,6 @@ def test_a_check_needs_no_torch(config: Path) -> None:
     [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:05", 95405)],
 )
 def test_time_limits_in_slurms_spelling(limit: str, seconds: int) -> None:
-    sys.path.insert(0, str(SUBMIT.parent))
-    try:
-        from submit import seconds_of  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(SUBMIT.parent))
     assert seconds_of(limit) == seconds
 
 

@@ -226,7 +226,7 @@ class CheckpointManager:
             refused.append(f"train_data: {state.get('data')} in the checkpoint, {self.data} now")
         if refused:
             raise CheckpointError(
-                f"{path}: belongs to another run; start a new one (another target_dir), restore the settings, or name in "
+                f"{path}: belongs to another run; start a new one (another target_dir), restore them, or name in "
                 "`allow` what may change:\n  " + "\n  ".join(refused)
             )
         bits = state["bits"]

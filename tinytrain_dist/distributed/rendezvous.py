@@ -51,8 +51,8 @@ class Rendezvous:
             self.store.wait([name], timedelta(seconds=2 * seconds + 1))
         except (dist.DistStoreError, dist.DistNetworkError):
             raise RendezvousError(
-                f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting for "
-                "rank 0; "
+                f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting "
+                "for rank 0; "
                 "look at its log"
             ) from None
         answer: list[Any] = json.loads(self.store.get(name))

@@ -23,7 +23,6 @@ from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
-from tinytrain_dist.reliability.stop_requests import PROCESS_START
 
 PHASES = ("data", "forward_backward", "reduction", "optimizer", "reading", "evaluation", "checkpoint")
 LAYER_NORMS_EVERY = 10  # logged steps from one look at the norms by layer to the next
@@ -65,14 +64,16 @@ class StepMetrics:
         flops_per_token: float,
         clock: ForwardTimer,
         layers: list[str],
+        process_start: float,
     ) -> None:
         """step: where the run starts; data: what the steps draw from; flops_per_token: forward and backward.
 
-        clock: times this rank's own work; layers: what `layer_norms` are of.
+        clock: times this rank's own work; layers: what `layer_norms` are of; process_start: by time.monotonic().
         """
         self.config, self.context, self.plan, self.log = config, context, plan, log
         self.data, self.flops_per_token = data, flops_per_token
         self.clock, self.layers = clock, layers
+        self.process_start = process_start
         self.hosts = context.all_gather_object(context.host)
         self.watch, self.logged_step = StepTimer(), step
         self.useful_seconds, self.useful_steps = 0.0, 0
@@ -163,7 +164,7 @@ class StepMetrics:
             "data_wait_seconds": max(waits),
             "memory_gib": max(gib),
             "skipped_steps": float(self.skipped),
-            "goodput": self.useful_seconds / (time.monotonic() - PROCESS_START),
+            "goodput": self.useful_seconds / (time.monotonic() - self.process_start),
             **self._slowest(report.step, waits, works),
         }
         peak = peak_flops(self.context.device)
