@@ -81,7 +81,7 @@ def test_a_rank_that_hangs_is_named_and_every_rank_leaves_its_stacks(tmp_path: P
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"
     stacks = tmp_path / "run" / "logs" / "stacks"
     assert "in read_or_hang" in (stacks / "rank-00001.txt").read_text()
-    assert "in train_step" in (stacks / "rank-00000.txt").read_text()
+    assert "in forward_backward" in (stacks / "rank-00000.txt").read_text()
 
 
 @pytest.mark.multiprocess

@@ -110,7 +110,7 @@ def same_slots(trainer: Any) -> None:
     trainer.train_step.slots = [0, 1, 2, 3]
     from tinytrain_dist.training import build
 
-    build._check_ranks(trainer.run_step, trainer.data, trainer.step)
+    build._check_ranks(trainer.train_step, trainer.data, trainer.step)
 
 
 def test_ranks_that_draw_the_same_slots_are_refused(tmp_path: Path) -> None:
