@@ -1,7 +1,8 @@
-"""Exceptions for mistakes that a user can make or fix.
+"""Define the exceptions that a user can cause.
 
-Every message is a sentence with four parts: what is wrong, the expected and the found value, which setting, what to do.
-Our own invariants use `assert`. These classes are for configurations, data, checkpoints and training runs.
+Must not know anything else of the package. Every message is a sentence with four parts: what is wrong, both values,
+which setting, what to do. Violations of our own invariants use `assert`; these classes are for configuration, data,
+checkpoints and training runs.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class CheckpointError(TinytrainError):
 
 
 class TrainingError(TinytrainError):
-    """The run cannot go on: non-finite steps in a row, replicas that differ, a world that does not fit."""
+    """The run cannot continue: non-finite steps in a row, replicas that differ, too little memory."""
 
 
 class ReplicaMismatchError(TrainingError):
-    """Ranks that should hold the same bits do not: the state is wrong on some of them, and is not saved."""
+    """Ranks that must hold the same bits do not: the state is wrong on some of them, and is not saved."""

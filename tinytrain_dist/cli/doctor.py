@@ -25,7 +25,6 @@ from tinytrain_dist.distributed.context import DistributedContext, init_distribu
 from tinytrain_dist.distributed.network import is_loopback, resolve, why_unreachable
 from tinytrain_dist.distributed.rendezvous import Rendezvous, rendezvous, set_launcher_variables
 from tinytrain_dist.errors import ConfigError, RendezvousError, TinytrainError
-from tinytrain_dist.model.transformer import approximate_parameter_count
 from tinytrain_dist.reliability import error_report, rank_consistency
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_shared_storage
 from tinytrain_dist.utils.text import format_list
@@ -226,7 +225,7 @@ def _check_run(report: Report, config: TrainingConfig, context: DistributedConte
             return
         config = found or config
     run = RunFolder.at(Path(config.target_dir)) if context.is_main else None
-    size, keep = CHECKPOINT_BYTES * approximate_parameter_count(config), config.keep_last + 1
+    size, keep = CHECKPOINT_BYTES * config.model.approximate_parameter_count, config.keep_last + 1
     try:
         check_disk_space(folder, size, keep, len(run.committed()) if run else 0, context)
         report.add("disk", [], f"room for {keep} checkpoints of {size / 1e9:.2f} GB")

@@ -18,7 +18,7 @@ from torch import nn
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.cli.tables import PathArgument
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
 from tinytrain_dist.training.generation import TextStream, generate
 
@@ -79,7 +79,7 @@ def main(args: list[str]) -> int:
     ids = _prompt_ids(options, checkpoint, tokenizer, end)
     cuda = options.device != "cpu" and torch.cuda.is_available()
     model = load_model(checkpoint, torch.device("cuda" if cuda else "cpu"))
-    _check_prompt(ids, model.config)
+    _check_prompt(ids, model.model_config)
     for number in range(options.num_samples):
         if options.num_samples > 1:
             print(f"{chr(10) if number else ''}--- {number + 1} of {options.num_samples} ---")
@@ -157,7 +157,7 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | N
     return [end]
 
 
-def _check_prompt(ids: list[int], config: TrainingConfig) -> None:
+def _check_prompt(ids: list[int], config: ModelConfig) -> None:
     """Errors: ConfigError for ids outside the vocabulary. A prompt that is cut gets a word on stderr."""
     vocab_size = config.vocab_size or 0
     bad = [i for i in ids if not 0 <= i < vocab_size]

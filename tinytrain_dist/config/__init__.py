@@ -1,4 +1,5 @@
-"""What a run is: settings, their checks, how they are read, and where a run keeps its files.
+"""What a run is and where it is kept on disk; imports no torch.
 
-Imports no torch, so that a login node checks a run in a tenth of a second. Read `schema.py` first.
+Reading order: model_config (the architecture), schema (all settings), conversion and validation (what it accepts),
+loading (TOML and command line), run_folder (names and layout of a run on disk), environment_variables.
 """

@@ -1,6 +1,6 @@
-"""Read a configuration: TOML files, the command line, and the vocabulary size beside the data.
+"""Read a configuration from a TOML file and the command line, and complete it with the vocabulary of the data.
 
-Must not know torch, ranks or devices, nor what a setting means: a login node reads and checks a run in a moment.
+Must not know torch, ranks or devices, nor what a setting means: a login node reads and checks a run at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from typing import Annotated, Any, TypedDict
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
+FORMER_SECTIONS = {"compute": "parallel"}  # settings of [compute] stood under [parallel] until it was introduced
+BOOLEAN_TYPES = (bool, bool | None)
+
 
 def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Flat settings of a TOML file and the problems of its layout (unknown headings, keys under the wrong one)."""
+    """Return the settings of a TOML file without their headings, and the problems of its layout.
+
+    A problem is a sentence: an unknown heading, a setting under the wrong heading, or one that is set twice. Errors:
+    ConfigError if the file cannot be read or is not TOML.
+    """
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -27,29 +34,29 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems: list[str] = []
 
-    def take(key: str, value: Any) -> None:
+    def add(key: str, value: Any) -> None:
         if key in values:
             problems.append(f"{key}: set twice, to {values[key]!r} and {value!r}; keep one")
         values[key] = value
 
     for key, value in tree.items():
         if not isinstance(value, dict):
-            take(key, value)
+            add(key, value)
         elif key not in SECTIONS:
-            close = difflib.get_close_matches(key, SECTIONS, n=1)
-            problems.append(f"[{key}]: unknown heading; use one of {', '.join(close or SECTIONS)}")
+            nearest = difflib.get_close_matches(key, SECTIONS, n=1)
+            problems.append(f"[{key}]: unknown heading; use one of {', '.join(nearest or SECTIONS)}")
         else:
             for name, inner in value.items():
-                home = FIELDS[name].metadata["section"] if name in FIELDS else key
-                if home != key:
-                    problems.append(f"{name}: stands under [{key}]; move it to [{home}]")
+                section = FIELDS[name].metadata["section"] if name in FIELDS else key
+                if key in (section, FORMER_SECTIONS.get(section)):
+                    add(name, inner)
                 else:
-                    take(name, inner)
+                    problems.append(f"{name}: stands under [{key}]; move it to [{section}]")
     return values, problems
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainingConfig:
-    """Read a TOML file (None: defaults), put `overrides` over it, and check everything at once.
+    """Read a TOML file (None: defaults), replace settings by `overrides`, and check everything at once.
 
     Errors: ConfigError with every problem of the file and of the overrides.
     """
@@ -69,86 +76,106 @@ def parse_command_line(
     prog: str = "launch/train.py",
     description: str = "Train a language model. First argument: a configuration (.toml); settings override it.",
 ) -> TrainingConfig:
-    """`[CONFIG.toml] --any-setting value ...` as a checked configuration; dashes and underscores are the same.
+    """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are the same.
 
-    Errors: ConfigError listing unknown settings (with the nearest right name) together with all other problems;
-    values that cannot be parsed, and --help, end the process as command lines do.
+    Errors: ConfigError listing unknown settings (with the nearest known name) together with all other problems. Values
+    that cannot be parsed, and --help, end the process, as usual for command lines.
     """
-    import tyro  # here, because it costs more than reading a configuration does
+    import tyro  # here, because importing it takes longer than reading a configuration
 
     path = args[0] if args and not args[0].startswith("-") else None
-    known, without = _normalize(args[1:] if path else args)
+    known, without_value = _normalize_arguments(args[1:] if path else args)
     hints: dict[str, Any] = {}
     for name, f in FIELDS.items():
         help = f"{f.metadata['help']} (default: {f.default})"
         hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
-    return load_config(path, {**overrides, **dict.fromkeys(without)})
+    return load_config(path, {**overrides, **dict.fromkeys(without_value)})
 
 
 def _is_flag(name: str) -> bool:
-    return HINTS.get(name) in (bool, bool | None)
+    """Return whether a setting is true or false (or None), so that --NAME and --no-NAME need no value."""
+    return HINTS.get(name) in BOOLEAN_TYPES
 
 
-def _normalize(args: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments as tyro wants them (`--compile true` becomes `--compile`), and names without a value that it takes."""
+def _normalize_arguments(args: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments in the form that tyro expects, and the names of settings that it must not see.
+
+    `--compile true` becomes `--compile`, `--compile=false` becomes `--no-compile`. Names that tyro must not see become
+    None: unknown settings (`load_config` reports them with all other problems) and flags with the value None.
+    """
     known: list[str] = []
-    without: list[str] = []
+    without_value: list[str] = []
     position = 0
     while position < len(args):
         flag, equals, value = args[position].partition("=")
         name = flag.lstrip("-").replace("-", "_")
         position += 1
+        # the values of this flag are all words up to the next flag
         end = position
         while end < len(args) and not args[end].startswith("--"):
             end += 1
         values = [*([value] if equals else []), *args[position:end]]  # "--seed=1 stray" must not lose a word
         position = end
+        unknown = name not in FIELDS and not _is_flag(name.removeprefix("no_"))
         if not flag.startswith("-") or name in ("h", "help"):
             known += [flag, *values]
-        elif (name not in FIELDS and not _is_flag(name.removeprefix("no_"))) or (_is_flag(name) and values == ["None"]):
-            without.append(name)
+        elif unknown or (_is_flag(name) and values == ["None"]):
+            without_value.append(name)
         elif _is_flag(name) and values in (["true"], ["True"], ["false"], ["False"]):
             known.append(("--" if values[0].lower() == "true" else "--no-") + name)
         else:
             known += [f"--{name}", *values]
-    return known, without
+    return known, without_value
 
 
 def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
-    """Fill vocab_size from meta.json beside the token files where it was left out.
+    """Return the configuration with vocab_size from meta.json beside the token files where it was left out.
 
-    Errors: ConfigError where neither says it, where vocab_size is smaller than the data's, or where two files were
-    made with different tokenizers.
+    Errors: ConfigError where vocab_size is in neither, where it is smaller than the data's, where a meta.json cannot
+    be used, or where two files were made with different tokenizers.
     """
     if not config.train_files:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
-    sizes: dict[int, Path] = {}
-    tokenizers: dict[str, Path] = {}
+    meta_of_size: dict[int, Path] = {}
+    folder_of_tokenizer: dict[str, Path] = {}
     for file in (*config.train_files, *config.val_files):
         meta = Path(file).parent / "meta.json"
-        try:
-            found = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
-            size, tokenizer = found.get("vocab_size"), found.get("digests", {}).get("tokenizer.json")
-            if size is not None and not (type(size) is int and size >= 1):
-                raise ValueError(f"vocab_size {size!r}")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
-        sizes |= {size: meta} if size and file in config.train_files else {}
-        tokenizers |= {tokenizer: meta.parent} if tokenizer else {}
-    if len(tokenizers) > 1:
-        one, two, *_ = sorted(map(str, tokenizers.values()))
+        size, tokenizer = _read_data_meta(meta)
+        if size and file in config.train_files:
+            meta_of_size[size] = meta
+        if tokenizer:
+            folder_of_tokenizer[tokenizer] = meta.parent
+    if len(folder_of_tokenizer) > 1:
+        first, second, *_ = sorted(map(str, folder_of_tokenizer.values()))
         raise ConfigError(
-            f"train_data, val_data: {one} and {two} were made with different tokenizers, so an id means one thing here "
-            f"and another there; make one of them again with `tinytrain prepare --tokenizer {one}`"
+            f"train_data, val_data: {first} and {second} were made with different tokenizers, so the same id means "
+            f"different tokens in them; make one of them again with `tinytrain prepare --tokenizer {first}`"
         )
     if config.vocab_size is None:
-        if not sizes:
+        if not meta_of_size:
             meta = Path(config.train_files[0]).parent / "meta.json"
-            raise ConfigError(f"vocab_size: not set, and there is no {meta} that says it; set vocab_size")
-        return dataclasses.replace(config, vocab_size=max(sizes))
-    if sizes and config.vocab_size < max(sizes):
-        meta = sizes[max(sizes)]
-        raise ConfigError(f"vocab_size: {config.vocab_size} is less than the {max(sizes)} of {meta}; leave it out")
+            raise ConfigError(f"vocab_size: not set, and there is no {meta} with it; set vocab_size")
+        return dataclasses.replace(config, vocab_size=max(meta_of_size))
+    if meta_of_size and config.vocab_size < max(meta_of_size):
+        largest = max(meta_of_size)
+        raise ConfigError(
+            f"vocab_size: {config.vocab_size} is less than the {largest} of {meta_of_size[largest]}; leave it out"
+        )
     return config
+
+
+def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
+    """Return vocab_size and the tokenizer's digest from a meta.json, None where it or the entry does not exist.
+
+    Errors: ConfigError if the file cannot be read or holds no valid size.
+    """
+    try:
+        content = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+        size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
+        if size is not None and not (type(size) is int and size >= 1):
+            raise ValueError(f"vocab_size {size!r}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
+    return size, tokenizer

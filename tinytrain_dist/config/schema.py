@@ -1,32 +1,31 @@
-"""The settings of a run: `TrainingConfig`, one flat frozen value that is checked when it is made.
+"""Define what a run is: `TrainingConfig`, one flat frozen value that is checked when it is made.
 
-Must not know torch, files, ranks or devices: a login node checks a run in a tenth of a second.
+Must not know torch, files, ranks or devices, so that a login node checks a run in a tenth of a second. What a model
+is built from is in model_config.py, the rules for single settings and pairs of them in validation.py, the types of
+values in conversion.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from tinytrain_dist.config.conversion import convert_value, describe_type, to_toml_value
+from tinytrain_dist.config.model_config import MODEL_SETTINGS, ModelConfig
+from tinytrain_dist.config.run_folder import CHECKPOINTS_FOLDER, LOGS_FOLDER
+from tinytrain_dist.config.validation import IDENTITY_SETTINGS as IDENTITY_SETTINGS
+from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
-IDENTITY_SETTINGS = tuple(  # what makes a run this run: a resume with another value is refused
-    "vocab_size num_layers num_heads num_kv_heads head_dim d_model d_ff rope_theta rope_scaling_factor "
-    "rope_original_context_len rope_low_freq_factor rope_high_freq_factor tie_embeddings qk_norm norm_eps "
-    "context_len batch_size seed train_weights".split()
-)
-SECTIONS = ("run", "data", "model", "optimizer", "parallel", "checkpoint")
+SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # TOML headings, in this order
 
 
 def _setting(section: str, default: Any, help: str) -> Any:
-    """Declare a field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
+    """Return a field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
     return field(default=default, metadata={"section": section, "help": help})
 
 
@@ -34,155 +33,168 @@ def _setting(section: str, default: Any, help: str) -> Any:
 class TrainingConfig:
     """Everything that decides what is trained, and how; a frozen value, checked when it is made.
 
-    Construction raises ConfigError with every problem at once. Derived facts (`ffn_dim`, `checkpoints_dir`, ...)
-    are properties, so that `dataclasses.replace(config, d_model=512)` never leaves a stale value behind.
+    Construction raises ConfigError with every problem at once. Derived values (`ffn_dim`, `checkpoints_dir`, ...) are
+    properties, so that `dataclasses.replace(config, d_model=512)` never leaves a stale value behind.
     """
 
     target_dir: str = _setting("run", "runs/default", "folder of this run: settings, logs and checkpoints")
-    seed: int = _setting(
-        "run", 0, "random seed of the initial weights and of every drawn window, on any number of ranks"
-    )
-    device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda where there is one, else cpu")
+    seed: int = _setting("run", 0, "seed of initial weights and training windows, for any number of ranks")
+    device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda if available, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
-    stop_at_step: int | None = _setting("run", None, "stop early after this step; the schedule still spans total_steps")
-    time_limit: float | None = _setting("run", None, "seconds after which the run saves and stops")
+    stop_at_step: int | None = _setting(
+        "run", None, "stop after this step (None: total_steps); the schedule still spans total_steps"
+    )
+    time_limit: float | None = _setting("run", None, "save and stop after this many seconds (None: no limit)")
     start_limit: float = _setting(
-        "run",
-        1800.0,
-        "abort if joining, opening data, building or loading takes more seconds than this, each (0: no limit)",
+        "run", 1800.0, "abort when joining, reading data, building or loading takes longer, in seconds (0: no limit)"
     )
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
     eval_every: int = _setting("run", 1000, "steps between evaluations")
-    eval_steps: int = _setting("run", 10, "batches of batch_size windows in one evaluation; the same windows all run")
+    eval_steps: int = _setting("run", 10, "batches of batch_size windows in one evaluation (the same in each)")
     early_stop_patience: int | None = _setting(
-        "run", None, "evaluations in a row without a better loss after which the run stops; each best is saved"
+        "run", None, "stop after this many evaluations in a row without a better loss (None: never); each best is saved"
     )
     sample_tokens: int = _setting(
-        "run", 32, "tokens of each sample text written at an evaluation (0: no samples); needs tokenizer.json"
+        "run", 32, "tokens of each text generated at an evaluation (0: disabled); needs a tokenizer.json"
     )
-    profile: str | None = _setting("run", None, "START:STOP, steps whose trace rank 0 writes to log_dir/profile")
-    log_dir: str | None = _setting("run", None, "None: target_dir/logs")
-    log_save_prefix: str = _setting("run", "metrics", "name of the plain record: metrics.jsonl")
-    resume: str = _setting("run", "auto", "auto (newest valid checkpoint of this run, if any) | never | a checkpoint")
-    ckpt_path_to_resume: str | None = _setting("run", None, "a checkpoint folder; the same as resume = PATH")
-    allow: str | None = _setting("run", None, "comma-separated settings that may differ from the checkpoint on resume")
-    init_from: str | None = _setting("run", None, "start from the weights in this Hugging Face folder (Llama or Qwen3)")
+    profile: str | None = _setting("run", None, "START:STOP: rank 0 writes a trace of these steps to log_dir/profile")
+    log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
+    log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without its ending .jsonl")
+    resume: str = _setting(
+        "run", "auto", "auto: from the newest valid checkpoint of this run, if any; never; or the path of a checkpoint"
+    )
+    ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
+    allow: str | None = _setting(
+        "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
+    )
+    init_from: str | None = _setting(
+        "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: initial weights from seed)"
+    )
 
     train_data: str | tuple[str, ...] | None = _setting("data", None, "token file (.npy) to train on, or several")
     train_weights: tuple[float, ...] | None = _setting(
-        "data", None, "sampling weight of each file of train_data; None: every window is equally likely"
+        "data", None, "relative sampling weight of each file of train_data (None: every window is equally likely)"
     )
     val_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file (.npy) to evaluate on, or several, each by itself; None: no evaluation"
+        "data", None, "token file (.npy) to evaluate on, or several, evaluated one by one (None: no evaluation)"
     )
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
-        "data", None, "sequences in one forward pass on one rank; None: all of them; auto: what fits in memory"
+        "data", None, "sequences in one forward pass on one rank (None: the rank's share; auto: what fits in memory)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
 
-    vocab_size: int | None = _setting("model", None, "None: taken from meta.json beside train_data")
+    vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
     num_layers: int = _setting("model", 4, "transformer blocks")
     num_heads: int = _setting("model", 16, "query heads")
-    num_kv_heads: int | None = _setting("model", None, "key/value heads (grouped-query attention); None: num_heads")
-    head_dim: int | None = _setting("model", None, "width of one head; None: d_model / num_heads")
+    num_kv_heads: int | None = _setting("model", None, "key/value heads (grouped-query attention; None: num_heads)")
+    head_dim: int | None = _setting("model", None, "width of one head (None: d_model / num_heads)")
     d_model: int = _setting("model", 512, "width of the residual stream")
-    d_ff: int | None = _setting("model", None, "width of the feed-forward; None: 8/3 d_model, up to a multiple of 64")
+    d_ff: int | None = _setting(
+        "model", None, "width of the feed-forward layer (None: 8/3 d_model, rounded up to a multiple of 64)"
+    )
     rope_theta: float = _setting("model", 10_000.0, "base of the rotary frequencies")
-    rope_scaling_factor: float | None = _setting("model", None, "Llama-3 rotary scaling; None: no scaling")
-    rope_original_context_len: int | None = _setting("model", None, "context length before scaling")
-    rope_low_freq_factor: float = _setting("model", 1.0, "Llama-3 rotary scaling: where the low band ends")
-    rope_high_freq_factor: float = _setting("model", 4.0, "Llama-3 rotary scaling: where the high band starts")
-    tie_embeddings: bool = _setting("model", False, "output head shares the embedding's weight")
+    rope_scaling_factor: float | None = _setting("model", None, "Llama 3 rotary scaling: factor (None: no scaling)")
+    rope_original_context_len: int | None = _setting("model", None, "Llama 3 rotary scaling: context length before it")
+    rope_low_freq_factor: float = _setting("model", 1.0, "Llama 3 rotary scaling: end of the low-frequency band")
+    rope_high_freq_factor: float = _setting("model", 4.0, "Llama 3 rotary scaling: start of the high-frequency band")
+    tie_embeddings: bool = _setting("model", False, "use the embedding's weight in the output head as well")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")
 
     lr_max: float = _setting("optimizer", 1e-3, "learning rate after warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "shape after warm-up")
-    warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up; None: 1 % of total_steps")
-    cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends; None: total_steps")
-    decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay; None: 10 % of total_steps")
-    betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the moments")
+    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning rate after warm-up")
+    warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up (None: 1 % of total_steps)")
+    cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends (None: total_steps)")
+    decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay (None: 10 % of total_steps)")
+    betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
-    grad_clip_norm: float | None = _setting("optimizer", 1.0, "largest global gradient norm; None: no clipping")
-    max_skipped_steps: int = _setting("optimizer", 10, "non-finite steps in a row after which the run stops")
+    grad_clip_norm: float | None = _setting("optimizer", 1.0, "largest global gradient norm (None: no clipping)")
+    max_skipped_steps: int = _setting("optimizer", 10, "stop after this many non-finite steps in a row")
 
-    parallel: Mode = _setting("parallel", "auto", "auto | none | ddp | fsdp | hsdp")
+    parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
-    precision: Literal["fp32", "bf16"] = _setting("parallel", "fp32", "compute type; weights and sums stay float32")
+    precision: Literal["fp32", "bf16"] = _setting("compute", "fp32", "compute type; weights and sums stay float32")
     compile: bool | None = _setting(
-        "parallel", None, "torch.compile every block and the loss; None: if the run is long enough to pay for it"
+        "compute", None, "torch.compile each block and the loss (None: if the run is long enough to pay for it)"
     )
     activation_checkpointing: Literal["none", "block", "selective"] = _setting(
-        "parallel", "none", "recompute in backward: nothing, whole blocks, all but matrix products"
+        "parallel", "none", "recompute in backward: nothing; whole blocks; all but matrix products"
     )
     loss_chunk_tokens: int | None = _setting(
-        "parallel", None, "tokens per chunk of output head and loss; None: as many as give 2**24 logits"
+        "compute", None, "tokens per chunk of output head and loss (None: as many as give 2**24 logits)"
     )
-    reproducible: bool = _setting("parallel", False, "give the same bits on any number of ranks and in any mode")
+    reproducible: bool = _setting(
+        "compute", False, "the same bits on any number of ranks and in any data-parallel mode"
+    )
     allow_drift: bool = _setting(
-        "parallel", False, "with reproducible: resume although something that decides bits has changed"
+        "compute", False, "with reproducible: resume even if a setting or version that affects bits has changed"
     )
     cpu_threads: int | None = _setting(
-        "parallel", None, "threads per process; None: OMP_NUM_THREADS, or 1 if reproducible"
+        "compute", None, "CPU threads per process (None: OMP_NUM_THREADS, or 1 if reproducible)"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between bitwise comparisons of replicas; None: only with each save"
+        "parallel", None, "steps between comparisons of the replicas' bits (None: only with each save)"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")
-    ckpt_dir: str | None = _setting("checkpoint", None, "None: target_dir/checkpoints")
-    ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "folders are named PREFIX-00001000")
+    ckpt_dir: str | None = _setting("checkpoint", None, "folder of the checkpoints (None: target_dir/checkpoints)")
+    ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "checkpoint folders are named PREFIX-00001000")
     keep_last: int = _setting("checkpoint", 2, "number of newest checkpoints to keep")
-    keep_every: int | None = _setting("checkpoint", None, "keep checkpoints at multiples of this step for ever")
+    keep_every: int | None = _setting(
+        "checkpoint", None, "never delete checkpoints at multiples of this step (None: delete)"
+    )
     ckpt_async: bool = _setting(
-        "checkpoint", True, "save in the background; a crash then loses up to one interval and the duration of a save"
+        "checkpoint", True, "save in the background; a crash then loses the time of a save in addition to an interval"
     )
     ckpt_writers: int = _setting("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
     save_limit: float = _setting(
-        "checkpoint", 3600.0, "abort as hung when a step waits this many seconds for a save (0: no limit)"
+        "checkpoint", 3600.0, "abort as hung when a step waits longer for a save, in seconds (0: no limit)"
     )
-    max_shard_bytes: int = _setting("checkpoint", 2 * 1024**3, "largest file of a checkpoint")
+    max_shard_bytes: int = _setting("checkpoint", 2 * 1024**3, "largest file of a checkpoint, in bytes")
 
     def __post_init__(self) -> None:
-        """Raise ConfigError with everything that is wrong; whole numbers become floats where floats are meant."""
+        """Raise ConfigError with everything that is wrong; whole numbers become floats where floats are declared."""
         problems = []
         for name in FIELDS:
-            value, problem = _coerce(name, getattr(self, name))
+            value, problem = _convert_setting(name, getattr(self, name))
             if problem:
                 problems.append(problem)
             else:
                 object.__setattr__(self, name, value)
-        from tinytrain_dist.config.validation import find_problems  # not at the top: it imports this module
-
         problems = problems or find_problems(self)
         if problems:
             raise ConfigError(problems)
 
     @property
+    def model(self) -> ModelConfig:
+        """The architecture alone: the value that a model is built from."""
+        return ModelConfig(**{name: getattr(self, name) for name in MODEL_SETTINGS})
+
+    @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward: d_ff, or 8/3 d_model rounded up to a multiple of 64."""
-        return self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64))
+        """Width of the feed-forward layer; see ModelConfig."""
+        return self.model.ffn_dim
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.num_kv_heads or self.num_heads
+        """Number of key/value heads; see ModelConfig."""
+        return self.model.kv_heads
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head."""
-        return self.head_dim or self.d_model // self.num_heads
+        """Width of one attention head; see ModelConfig."""
+        return self.model.head_width
 
     @property
     def fixed_micro_batch_size(self) -> int | None:
-        """micro_batch_size where it is a number."""
+        """The value of micro_batch_size where it is a number, else None."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
@@ -208,26 +220,26 @@ class TrainingConfig:
     @property
     def checkpoints_dir(self) -> Path:
         """Folder that holds the checkpoints."""
-        return Path(self.ckpt_dir) if self.ckpt_dir else Path(self.target_dir) / "checkpoints"
+        return Path(self.ckpt_dir) if self.ckpt_dir else Path(self.target_dir) / CHECKPOINTS_FOLDER
 
     @property
     def logs_dir(self) -> Path:
-        """Folder that holds TensorBoard events and the plain record."""
-        return Path(self.log_dir) if self.log_dir else Path(self.target_dir) / "logs"
+        """Folder that holds TensorBoard events and the metrics file."""
+        return Path(self.log_dir) if self.log_dir else Path(self.target_dir) / LOGS_FOLDER
 
     @property
     def train_files(self) -> tuple[str, ...]:
-        """The files of train_data."""
+        """The files of train_data; () where it is not set."""
         return (self.train_data,) if isinstance(self.train_data, str) else self.train_data or ()
 
     @property
     def val_files(self) -> tuple[str, ...]:
-        """The files of val_data."""
+        """The files of val_data; () where it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
 
     @property
     def resume_from(self) -> str:
-        """`auto`, `never` or the path of a checkpoint."""
+        """Where to resume from: `auto`, `never` or the path of a checkpoint."""
         return self.ckpt_path_to_resume or self.resume
 
     @property
@@ -242,16 +254,16 @@ class TrainingConfig:
         return {name.strip() for name in (self.allow or "").split(",") if name.strip()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, tuples as lists; `from_dict` is the inverse."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return plain JSON values by name, tuples as lists; `from_dict` is the inverse."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
         """Build from plain values. Errors: ConfigError naming unknown keys, wrong types and bad values at once."""
-        wrong = {key: problem for key, value in values.items() if (problem := _coerce(key, value)[1])}
-        good, problems = {key: value for key, value in values.items() if key not in wrong}, list(wrong.values())
+        wrong = {key: problem for key, value in values.items() if (problem := _convert_setting(key, value)[1])}
+        problems = list(wrong.values())
         try:
-            config = cls(**good)
+            config = cls(**{key: value for key, value in values.items() if key not in wrong})
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems], source) from None
         if problems:
@@ -259,81 +271,40 @@ class TrainingConfig:
         return config
 
     def resolved(self) -> dict[str, Any]:
-        """`to_dict` with the sizes that follow from others written out, so that two ways to say the same are equal."""
+        """Return `to_dict` with derived sizes filled in, so that two spellings of one configuration are equal."""
         sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
         return {**self.to_dict(), **sizes}
 
     def to_toml(self) -> str:
-        """Return the resolved configuration as TOML, with derived sizes written out; None is left out."""
-        resolved = self.resolved()
-        lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
-        for section in SECTIONS:
-            lines.append(f"\n[{section}]")
-            names = [f.name for f in dataclasses.fields(self) if f.metadata["section"] == section]
-            lines += [f"{n} = {_to_toml_value(resolved[n])}" for n in names if resolved[n] is not None]
-        return "\n".join(lines) + "\n"
+        """Return the resolved configuration as TOML, with derived sizes filled in; None is left out."""
+        return _format_toml(self.resolved())
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainingConfig)}
 HINTS = get_type_hints(TrainingConfig)
 
 
-def _coerce(key: str, value: Any) -> tuple[Any, str]:
-    """Return the value with its declared type, or a sentence that says why it cannot have that type."""
+def _convert_setting(key: str, value: Any) -> tuple[Any, str]:
+    """Return the value with its declared type and "", or None and a sentence that says why it cannot have it."""
     if key not in FIELDS:
-        return None, f"{key}: unknown setting{_nearest(key)}"
-    for option in get_args(HINTS[key]) if _is_union(HINTS[key]) else (HINTS[key],):
-        with contextlib.suppress(TypeError):
-            return _convert(option, value), ""
-    return None, f"{key}: {value!r} is not {_describe(HINTS[key])}"
+        return None, f"{key}: unknown setting{_suggest_name(key)}"
+    try:
+        return convert_value(HINTS[key], value), ""
+    except TypeError:
+        return None, f"{key}: {value!r} is not {describe_type(HINTS[key])}"
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    """Convert a value to the declared type of a field. Errors: TypeError if it cannot be converted."""
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        inner = get_args(kind)
-        if len(value) == len(inner) or (value and inner[-1] is Ellipsis):
-            return tuple(_convert(inner[0], item) for item in value)
-    elif value is None and kind is type(None):
-        return None
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind in (int, str, bool) and type(value) is kind:
-        return value
-    elif kind is str and isinstance(value, Path):
-        return str(value)
-    raise TypeError
+def _format_toml(values: dict[str, Any]) -> str:
+    """Return settings as TOML under their headings, in the order of SECTIONS and of the fields; None is left out."""
+    lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
+    for section in SECTIONS:
+        lines.append(f"\n[{section}]")
+        names = [f.name for f in FIELDS.values() if f.metadata["section"] == section]
+        lines += [f"{name} = {to_toml_value(values[name])}" for name in names if values[name] is not None]
+    return "\n".join(lines) + "\n"
 
 
-def _to_toml_value(value: Any) -> str:
-    # JSON, but for two differences: TOML knows no pairs of escapes for rarer characters, and no bare DEL
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _is_union(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _describe(hint: Any) -> str:
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        type(None): "None",
-    }
-    if _is_union(hint):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        return f"a list of {names[inner[0]][2:]}s" if inner[-1] is Ellipsis else "two numbers"
-    return names[hint]
-
-
-def _nearest(key: str) -> str:
+def _suggest_name(key: str) -> str:
+    """Return the end of the sentence about an unknown setting: the nearest known name, or where all are listed."""
     close = difflib.get_close_matches(key.replace("-", "_"), FIELDS, n=1)
     return f"; did you mean {close[0]}?" if close else "; launch/train.py --help lists all of them"

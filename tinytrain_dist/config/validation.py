@@ -1,12 +1,23 @@
-"""Check a configuration: every problem that shows without looking at ranks or files, as one sentence each."""
+"""Check the values of a configuration: ranges, pairs of settings that contradict each other, settings without effect.
+
+Must not know types (conversion.py), ranks or files. A problem is one sentence: the setting, what is expected, the
+value, what to do.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
-from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.utils.text import format_list
+
+if TYPE_CHECKING:  # at run time the schema imports this module
+    from tinytrain_dist.config.schema import TrainingConfig
+
+# What makes a run this run: a resume with another value is refused, as it is with other data.
+IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
@@ -17,132 +28,192 @@ NONE_OR_AT_LEAST_ONE = tuple(
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
     "fingerprint_every".split()
 )
+POSITIVE_AND_FINITE = ("lr_max", "eps", "norm_eps", "rope_theta", "grad_clip_norm", "time_limit", "rope_scaling_factor")
+NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())
 
 
-def find_problems(c: TrainingConfig) -> list[str]:
-    """Every sentence that says why this configuration cannot be run, without looking at ranks or files."""
-    found: list[str] = []
+def find_problems(config: TrainingConfig) -> list[str]:
+    """Return every sentence that says why this configuration cannot be run, without looking at ranks or files."""
+    problems = _range_problems(config)
+    if problems:  # the checks below divide by these numbers
+        return problems
+    checks = (
+        _shape_problems,
+        _schedule_problems,
+        _data_problems,
+        _schedule_effect_problems,
+        _parallel_problems,
+        _resume_problems,
+        lambda config: config.model.rope_problems(),
+        _stop_and_profile_problems,
+        _allow_problems,
+        _evaluation_and_retention_problems,
+        _reproducible_problems,
+        _name_problems,
+    )
+    return [problem for check in checks for problem in check(config)]
 
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            found.append(sentence)
 
+def _range_problems(config: TrainingConfig) -> list[str]:
+    """Return the problems of single numbers: too small, negative, or not finite."""
+    problems: list[str] = []
     for name in AT_LEAST_ONE:
-        need(getattr(c, name) >= 1, f"{name}: {getattr(c, name)} must be at least 1")
+        value = getattr(config, name)
+        if value < 1:
+            problems.append(f"{name}: {value} must be at least 1")
     for name in NONE_OR_AT_LEAST_ONE:
-        value = c.fixed_micro_batch_size if name == "micro_batch_size" else getattr(c, name)
-        need(value is None or value >= 1, f"{name}: {value} must be at least 1 (leave it out for the default)")
-    for name in (
-        "lr_max",
-        "eps",
-        "norm_eps",
-        "rope_theta",
-        "grad_clip_norm",
-        "time_limit",
-        "rope_scaling_factor",
-    ):
-        value = getattr(c, name)
-        need(value is None or 0 < value < math.inf, f"{name}: {value} must be greater than 0 and finite")
-    not_negative = "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens"
-    for name in not_negative.split():
-        value = getattr(c, name)
-        need(value is None or 0 <= value < math.inf, f"{name}: {value} must not be negative")
-    need(c.seed < 1 << 64, f"seed: {c.seed} must be less than 2**64; the generator's key has one word for it")
-    if found:  # the sentences below divide by these numbers
-        return found
-    return _shape_problems(c) + _schedule_problems(c) + _data_problems(c) + _effect_problems(c)
+        value = config.fixed_micro_batch_size if name == "micro_batch_size" else getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"{name}: {value} must be at least 1 (leave it out for the default)")
+    for name in POSITIVE_AND_FINITE:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:  # true for NaN as well
+            problems.append(f"{name}: {value} must be greater than 0 and finite")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            problems.append(f"{name}: {value} must not be negative")
+    if config.seed >= 1 << 64:
+        problems.append(
+            f"seed: {config.seed} must be less than 2**64 (one word of the generator's key); use a smaller one"
+        )
+    return problems
 
 
-def _shape_problems(c: TrainingConfig) -> list[str]:
-    found = []
-    if c.head_dim is None and c.d_model % c.num_heads:
-        found.append(f"d_model: {c.d_model} is not a multiple of num_heads {c.num_heads}; change one, or set head_dim")
-    elif c.head_width % 2:
-        found.append(f"d_model: head width {c.head_width} is odd; rotary embeddings need d_model/num_heads even")
-    if c.num_heads % c.kv_heads:
-        found.append(f"num_kv_heads: {c.kv_heads} does not divide num_heads {c.num_heads}")
-    if c.fixed_micro_batch_size and c.batch_size % c.fixed_micro_batch_size:
-        choices = [m for m in range(1, c.batch_size + 1) if c.batch_size % m == 0]
-        found.append(
-            f"batch_size: {c.batch_size} is not a multiple of micro_batch_size {c.micro_batch_size}; "
+def _shape_problems(config: TrainingConfig) -> list[str]:
+    """Return the sizes of the model or of a batch that do not divide each other."""
+    problems = config.model.shape_problems()
+    micro_batch_size = config.fixed_micro_batch_size
+    if micro_batch_size and config.batch_size % micro_batch_size:
+        choices = [size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0]
+        problems.append(
+            f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size}; "
             f"micro_batch_size can be {format_list(choices)}"
         )
-    return found
+    return problems
 
 
-def _schedule_problems(c: TrainingConfig) -> list[str]:
-    found = []
-    if c.lr_min > c.lr_max:
-        found.append(f"lr_min: {c.lr_min} is greater than lr_max {c.lr_max}; swap them")
-    if not all(0 <= beta < 1 for beta in c.betas):
-        found.append(f"betas: {c.betas} must both lie in [0, 1)")
-    if c.schedule == "cosine" and c.cosine_end < c.warmup_steps:
-        found.append(f"cosine_iters: {c.cosine_end} ends before warmup_iters {c.warmup_steps}; raise it")
-    if c.schedule == "wsd" and c.warmup_steps + c.decay_steps > c.total_steps:
-        found.append(
-            f"decay_iters: {c.decay_steps} + warmup_iters {c.warmup_steps} is more than total_steps {c.total_steps}"
+def _schedule_problems(config: TrainingConfig) -> list[str]:
+    """Return what is wrong with the learning rate's schedule and with the optimizer's settings."""
+    problems = []
+    if config.lr_min > config.lr_max:
+        problems.append(f"lr_min: {config.lr_min} is greater than lr_max {config.lr_max}; swap them")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        problems.append(f"betas: {config.betas} must both lie in [0, 1)")
+    if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
+        problems.append(f"cosine_iters: {config.cosine_end} ends before warmup_iters {config.warmup_steps}; raise it")
+    if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
+        problems.append(
+            f"decay_iters: {config.decay_steps} + warmup_iters {config.warmup_steps} is more than "
+            f"total_steps {config.total_steps}; lower one of them"
         )
-    return found
+    return problems
 
 
-def _data_problems(c: TrainingConfig) -> list[str]:
-    found = []
-    for name, files in (("train_data", c.train_files), ("val_data", c.val_files)):
-        if twice := [file for file in files if files.count(file) > 1]:
-            found.append(f"{name}: names {twice[0]} twice; name it once, and set train_weights to draw more from it")
-    if c.train_weights is not None:
-        count, weights = len(c.train_files), list(c.train_weights)
+def _data_problems(config: TrainingConfig) -> list[str]:
+    """Return what is wrong with the lists of token files and their weights."""
+    problems = []
+    for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
+        repeated = [file for file in files if files.count(file) > 1]
+        if repeated:
+            problems.append(
+                f"{name}: names {repeated[0]} twice; name it once, and set train_weights to draw more from it"
+            )
+    if config.train_weights is not None:
+        count, weights = len(config.train_files), list(config.train_weights)
         if count < 2:
-            found.append("train_weights: has no effect without several files in train_data; leave it out")
+            problems.append("train_weights: has no effect without several files in train_data; leave it out")
         elif len(weights) != count:
-            found.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one for each")
+            problems.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one for each")
         if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            found.append(f"train_weights: {weights} must be finite and not negative, and one of them more than 0")
-    return found
+            problems.append(f"train_weights: {weights} must be finite and not negative, and one of them more than 0")
+    return problems
 
 
-def _effect_problems(c: TrainingConfig) -> list[str]:
-    """Find settings that are set but would change nothing, or that contradict each other."""
-    found = []
-    if c.schedule != "cosine" and c.cosine_iters is not None:
-        found.append(f"cosine_iters: has no effect with schedule = {c.schedule}; leave it out")
-    if c.schedule != "wsd" and c.decay_iters is not None:
-        found.append(f"decay_iters: has no effect with schedule = {c.schedule}; leave it out")
-    if c.parallel != "hsdp":
-        found += [
-            f"{name}: has no effect with parallel = {c.parallel}; leave it out, or set parallel = hsdp"
+def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
+    """Return settings of a schedule that is not the chosen one."""
+    problems = []
+    if config.schedule != "cosine" and config.cosine_iters is not None:
+        problems.append(f"cosine_iters: has no effect with schedule = {config.schedule}; leave it out")
+    if config.schedule != "wsd" and config.decay_iters is not None:
+        problems.append(f"decay_iters: has no effect with schedule = {config.schedule}; leave it out")
+    return problems
+
+
+def _parallel_problems(config: TrainingConfig) -> list[str]:
+    """Return settings that have no effect in the chosen data-parallel mode."""
+    problems = []
+    if config.parallel != "hsdp":
+        problems += [
+            f"{name}: has no effect with parallel = {config.parallel}; leave it out, or set parallel = hsdp"
             for name in ("dp_replicate", "dp_shard")
-            if getattr(c, name) is not None
+            if getattr(config, name) is not None
         ]
-    if c.parallel in ("none", "fsdp") and c.fingerprint_every is not None:
-        found.append(f"fingerprint_every: parallel = {c.parallel} has no replicas to compare; leave it out")
-    if c.ckpt_path_to_resume and c.resume not in ("auto", c.ckpt_path_to_resume):
-        found.append(f"resume: {c.resume!r} contradicts ckpt_path_to_resume {c.ckpt_path_to_resume!r}; set one")
-    if (c.rope_scaling_factor is None) != (c.rope_original_context_len is None):
-        found.append("rope_scaling_factor: needs rope_original_context_len, and the other way round; set both")
-    if c.rope_scaling_factor is None and (c.rope_low_freq_factor, c.rope_high_freq_factor) != (1.0, 4.0):
-        found.append("rope_low_freq_factor: has no effect without rope_scaling_factor; leave it out")
-    if c.rope_low_freq_factor >= c.rope_high_freq_factor:
-        found.append(f"rope_low_freq_factor: {c.rope_low_freq_factor} must be below {c.rope_high_freq_factor}")
-    if c.stop_at_step is not None and c.stop_at_step > c.total_steps:
-        found.append(f"stop_at_step: {c.stop_at_step} is beyond total_steps {c.total_steps}; leave it out")
-    if c.profile is not None and not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", c.profile):
-        found.append(f"profile: {c.profile!r} must be START:STOP, two step numbers, for example 20:25")
-    elif c.profile is not None and not (c.profiled_steps and 1 <= c.profiled_steps[0] <= c.last_step):
-        found.append(f"profile: {c.profile} must be START:STOP with 1 <= START <= STOP, START at most {c.last_step}")
-    for name in sorted(c.allowed_changes - {*IDENTITY_SETTINGS, "train_data"}):
-        found.append(f"allow: {name} is not checked on resume; checked are {', '.join(IDENTITY_SETTINGS)}, train_data")
-    if c.early_stop_patience is not None and not c.val_files:
-        found.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
-    if c.keep_every is not None and c.keep_every % c.ckpt_every:
-        found.append(
-            f"keep_every: {c.keep_every} is not a multiple of ckpt_every {c.ckpt_every}, so there is no checkpoint at "
-            "most of these steps; change one"
+    if config.parallel in ("none", "fsdp") and config.fingerprint_every is not None:
+        problems.append(f"fingerprint_every: parallel = {config.parallel} has no replicas to compare; leave it out")
+    return problems
+
+
+def _resume_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem where two settings name different checkpoints to resume from."""
+    path = config.ckpt_path_to_resume
+    if path and config.resume not in ("auto", path):
+        return [f"resume: {config.resume!r} contradicts ckpt_path_to_resume {path!r}; set one"]
+    return []
+
+
+def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
+    """Return what is wrong with the steps at which to stop and to profile."""
+    problems = []
+    if config.stop_at_step is not None and config.stop_at_step > config.total_steps:
+        problems.append(f"stop_at_step: {config.stop_at_step} is beyond total_steps {config.total_steps}; leave it out")
+    if config.profile is not None:
+        last = config.last_step
+        if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", config.profile):
+            problems.append(f"profile: {config.profile!r} must be START:STOP, two step numbers, for example 20:25")
+        elif not (config.profiled_steps and 1 <= config.profiled_steps[0] <= last):
+            problems.append(
+                f"profile: {config.profile} must be START:STOP with 1 <= START <= STOP, START at most {last}"
+            )
+    return problems
+
+
+def _allow_problems(config: TrainingConfig) -> list[str]:
+    """Return the names in `allow` of settings that may differ on resume anyway."""
+    return [
+        f"allow: {name} is not checked on resume; leave it out (checked are {', '.join(IDENTITY_SETTINGS)}, train_data)"
+        for name in sorted(config.allowed_changes - {*IDENTITY_SETTINGS, "train_data"})
+    ]
+
+
+def _evaluation_and_retention_problems(config: TrainingConfig) -> list[str]:
+    """Return settings of evaluations and of kept checkpoints that would never take effect."""
+    problems = []
+    if config.early_stop_patience is not None and not config.val_files:
+        problems.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
+    if config.keep_every is not None and config.keep_every % config.ckpt_every:
+        problems.append(
+            f"keep_every: {config.keep_every} is not a multiple of ckpt_every {config.ckpt_every}, so there is no "
+            "checkpoint at most of these steps; change one"
         )
-    if c.allow_drift and not c.reproducible:
-        found.append("allow_drift: has no effect with reproducible = false; leave it out")
-    if c.reproducible and c.fixed_micro_batch_size is None:
-        found.append("micro_batch_size: must be set with reproducible = true to a number, since it decides bits")
-    if "/" in c.ckpt_save_prefix + c.log_save_prefix or not (c.ckpt_save_prefix and c.log_save_prefix):
-        found.append("ckpt_save_prefix, log_save_prefix: must be plain names, without /")
-    return found
+    return problems
+
+
+def _reproducible_problems(config: TrainingConfig) -> list[str]:
+    """Return what contradicts, or has no effect without, `reproducible`."""
+    problems = []
+    if config.allow_drift and not config.reproducible:
+        problems.append("allow_drift: has no effect with reproducible = false; leave it out")
+    if config.reproducible and config.fixed_micro_batch_size is None:
+        problems.append(
+            "micro_batch_size: must be set with reproducible = true, to a number: the last bit depends on it"
+        )
+    return problems
+
+
+def _name_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem where a prefix of file names is empty or would name another folder."""
+    prefixes = (config.ckpt_save_prefix, config.log_save_prefix)
+    if not all(prefixes) or any("/" in prefix for prefix in prefixes):
+        return ["ckpt_save_prefix, log_save_prefix: must be plain names, without /"]
+    return []

@@ -1,5 +1,5 @@
-"""The Llama / Qwen3 network, its loss, and its description for Hugging Face.
+"""The language model as one process sees it; no file here knows ranks or optimizers.
 
-The model runs no collective and knows no rank: parallelism is applied to a finished model (`parallel/`). Read
-`transformer.py` first.
+Reading order: transformer (the whole model), attention, layers, loss, matmul (the types that products are computed
+in), hf_config (Hugging Face's config.json).
 """

@@ -1,6 +1,6 @@
-"""Translate between TrainingConfig and the config.json of Hugging Face, for Llama and Qwen3.
+"""Translate between our configuration and Hugging Face's config.json, for Llama and Qwen3.
 
-Must not know tensors or ranks. Parameter names need no translation: ours are those of Hugging Face.
+Must not know tensors or ranks. Parameter names need no translation: ours are the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
@@ -26,9 +27,12 @@ SETTING_OF_HF_KEY = {
 REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def to_hf_config(config: TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
-    """Return the config.json for transformers: a LlamaForCausalLM, or with qk_norm a Qwen3ForCausalLM."""
-    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
+    """Return the config.json with which transformers loads our weights: a LlamaForCausalLM, with qk_norm a Qwen3.
+
+    eos_id: id of the end-of-text token, if the data has one.
+    """
+    model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling_factor is not None:
         rope |= {
@@ -40,7 +44,7 @@ def to_hf_config(config: TrainingConfig, eos_id: int | None = None) -> dict[str,
         }
     return {
         "architectures": [architecture],
-        "model_type": kind,
+        "model_type": model_type,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -66,9 +70,9 @@ def to_hf_config(config: TrainingConfig, eos_id: int | None = None) -> dict[str,
 
 
 def check_hf_config(config: TrainingConfig, folder: Path) -> None:
-    """Hold a Hugging Face folder's config.json against the configuration.
+    """Compare a Hugging Face folder's config.json with the configuration.
 
-    Errors: ConfigError that names everything our model cannot represent, and every setting that must be another.
+    Errors: ConfigError that names everything our model cannot represent, and every setting that has to change.
     """
     path = folder / "config.json"
     try:
@@ -93,9 +97,9 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
 
 
 def _required_settings(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our settings with which the weights of their config.json mean what they meant there."""
+    """Return the settings with which our model computes what the model of their config.json computes."""
     qwen3 = theirs.get("model_type") == "qwen3"
-    # what transformers takes where config.json is silent
+    # what transformers assumes for keys that config.json does not have
     wanted = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": theirs["num_attention_heads"]}
     wanted["head_dim"] = 128 if qwen3 else theirs["hidden_size"] // theirs["num_attention_heads"]
     wanted |= {setting: theirs[key] for key, setting in SETTING_OF_HF_KEY.items() if theirs.get(key) is not None}
@@ -112,7 +116,8 @@ def _required_settings(theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unsupported_keys(theirs: dict[str, Any]) -> list[str]:
-    plain = {
+    """Return a sentence for each key of their config.json with a value that our model has no code for."""
+    allowed_values = {
         "model_type": ("llama", "qwen3"),
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -123,11 +128,11 @@ def _unsupported_keys(theirs: dict[str, Any]) -> list[str]:
     }
     rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     problems = [
-        f"{key}: {theirs[key]!r} is not something this model has; it needs {' or '.join(map(str, allowed))}"
-        for key, allowed in plain.items()
+        f"{key}: {theirs[key]!r} is not supported; this model needs {' or '.join(map(str, allowed))}"
+        for key, allowed in allowed_values.items()
         if key in theirs and theirs[key] not in allowed
     ]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3", None):
-        problems.append(f"rope_type: {kind!r} is not something this model has; it needs default or llama3")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3", None):
+        problems.append(f"rope_type: {rope_type!r} is not supported; this model needs default or llama3")
     return problems

@@ -1,4 +1,7 @@
-"""The layers around attention: RMSNorm, linear maps, SwiGLU, the token embedding and the output head."""
+"""Define the layers that a block and the whole model are made of: norm, matrices, feed-forward, embedding, head.
+
+Must not know configurations or ranks. Each layer computes in the type of its input.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from tinytrain_dist.model.matmul import linear
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the mean is taken in float32. Source: Zhang & Sennrich 2019."""
+    """x / rms(x) * weight over the last axis, with the mean taken in float32.
+
+    dim: size of that axis; eps: added to the mean square. Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
+    """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -25,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, used in the type of its input."""
+    """A matrix without bias, cast to the type of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -51,23 +57,24 @@ class SwiGLU(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Token ids to vectors of the compute type."""
+    """A look-up of token ids; the vectors are cast to `dtype`, the type that the model computes in."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(vocab_size, dim)
         self.compute_dtype = dtype
 
     def forward(self, ids_bt: Tensor) -> Tensor:
-        """ids: [b, t]; returns [b, t, d]. The gradient is summed in the weight's own type, float32."""
+        """ids: [b, t]; returns [b, t, d]. The gradient over tokens is summed in the weight's own type, float32."""
         return F.embedding(ids_bt, self.weight).to(self.compute_dtype)
 
 
 class LMHead(Linear):
-    """The output matrix; with targets it returns the summed loss, so that the logits may stay in pieces."""
+    """The output matrix. Given targets it returns the summed loss, so that all logits need not exist at once."""
 
     def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None) -> None:
         super().__init__(d_model, vocab_size)
-        self.chunk_tokens, self.loss_piece = chunk_tokens, chunk_loss_and_grad
+        self.chunk_tokens = chunk_tokens
+        self.loss_piece = chunk_loss_and_grad  # torch.compile's version of it replaces it in compiled runs
 
     def forward(self, x_btd: Tensor, targets_bt: Tensor | None = None) -> Tensor:
         """x: [b, t, d]; returns logits [b, t, v], or the float32 sum of the losses of targets [b, t]."""

@@ -1,52 +1,56 @@
-"""A Llama-style decoder with the parameter names of Hugging Face, and its initial weights.
+"""Define the network: a Llama-style decoder with Hugging Face's parameter names, and its initial weights.
 
-Must not know ranks, meshes or optimizers: parallelism is applied to the finished model elsewhere.
+Must not know ranks, meshes or optimizers; parallelism is applied to the finished model elsewhere.
 
 Shapes in names: b batch, t position, d model width, h head, k key/value head, e head width, v vocabulary.
 
-Every layer computes in the type of its input and casts its float32 weight to it. So precision is decided in one place,
-the embedding's output. The same numbers come out whether a wrapper has cast the weights before or not.
+Every layer computes in the type of its input and casts its float32 weight to it. So precision is decided in one place
+(the embedding's output), and the result is the same whether a wrapper has cast the weights before or not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import Attention, RotaryEmbedding
 from tinytrain_dist.model.layers import Embedding, LMHead, RMSNorm, SwiGLU
 
 INIT_STD = 0.02
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward; each normed before and added to the residual stream."""
+    """Attention, then feed-forward; each is normed before and added to the residual stream."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: ModelConfig | TrainingConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = SwiGLU(config.d_model, config.ffn_dim)
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        model_config = _model_config_of(config)
+        self.self_attn = Attention(model_config)
+        self.mlp = SwiGLU(model_config.d_model, model_config.ffn_dim)
+        self.input_layernorm = RMSNorm(model_config.d_model, model_config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(model_config.d_model, model_config.norm_eps)
 
     def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
-        """x: [b, t, d]; returns [b, t, d]."""
+        """x: [b, t, d]; cos, sin: [t, e] of the positions; returns [b, t, d]."""
         x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_te, sin_te)
         y_btd: Tensor = x_btd + self.mlp(self.post_attention_layernorm(x_btd))
         return y_btd
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: everything below the head."""
+    """Embedding, blocks and the last norm: everything below the head. dtype: the type that blocks compute in."""
 
-    def __init__(self, config: TrainingConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.embed_tokens = Embedding(vocab_size, config.d_model, dtype)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -70,25 +74,47 @@ class Decoder(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """A Llama (with qk_norm: Qwen3) language model of the configuration's sizes; weights set by `init_weights`.
+    """A Llama (with qk_norm: Qwen3) language model, with its initial weights unless it is made on the meta device.
 
-    Errors: ValueError if the configuration has no vocab_size.
+    config: the architecture, or a whole TrainingConfig, which then also gives the defaults of the other arguments.
+    seed: decides the initial weights (default 0).
+    precision: "fp32" (default), "bf16" or a torch type, in which the blocks compute; weights are float32.
+    loss_chunk_tokens: tokens per chunk of output head and loss (None: see `head_loss_sum`).
+    Errors: ConfigError for sizes that do not fit each other; ValueError if the configuration has no vocab_size.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        config: ModelConfig | TrainingConfig,
+        *,
+        seed: int | None = None,
+        precision: Literal["fp32", "bf16"] | torch.dtype | None = None,
+        loss_chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__()
-        if config.vocab_size is None:
+        if isinstance(config, TrainingConfig):
+            seed = config.seed if seed is None else seed
+            precision = precision or config.precision
+            loss_chunk_tokens = loss_chunk_tokens or config.loss_chunk_tokens
+        model_config = _model_config_of(config)
+        if model_config.vocab_size is None:
             raise ValueError("TransformerLM: vocab_size is not set; set it, or take it from the data's meta.json")
-        self.config = config
-        self.model = Decoder(config, config.vocab_size)
-        self.lm_head = LMHead(config.d_model, config.vocab_size, config.loss_chunk_tokens)
+        problems = model_config.shape_problems() + model_config.rope_problems()
+        if problems:  # never those of a TrainingConfig, which was checked when it was made
+            raise ConfigError(problems, "the model's configuration")
+        dtype = precision if isinstance(precision, torch.dtype) else COMPUTE_DTYPES[precision or "fp32"]
+        self.config = config  # what was given: a TrainingConfig in a training run
+        self.model_config = model_config
+        self.seed = seed or 0
+        self.model = Decoder(model_config, model_config.vocab_size, dtype)
+        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens)
         self.tie_weights()
         if self.lm_head.weight.device.type != "meta":
             self.init_weights()
 
     def tie_weights(self) -> None:
-        """Let the head share the embedding's weight where the configuration says so."""
-        if self.config.tie_embeddings:
+        """Make the head share the embedding's weight if tie_embeddings is set."""
+        if self.model_config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
@@ -100,15 +126,16 @@ class TransformerLM(nn.Module):
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
         """Return the initial value of one parameter: a function of (seed, name) alone, the same on every machine.
 
-        Drawn with numpy's Philox, whose normal numbers do not depend on vector width or device as torch's do. Matrices
-        have standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 num_layers) (GPT-2).
+        Matrices have standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 num_layers)
+        (as in GPT-2). Vectors are ones. The numbers come from numpy's Philox generator. Unlike torch's, its normal
+        numbers do not depend on the vector width or the device.
         """
         if len(shape) < 2:
             return torch.ones(shape)
-        digest = hashlib.blake2b(f"{self.config.seed}/{name}".encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = INIT_STD / math.sqrt(2 * self.config.num_layers) if residual else INIT_STD
+        writes_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = INIT_STD / math.sqrt(2 * self.model_config.num_layers) if writes_to_residual else INIT_STD
         values = generator.standard_normal(tuple(shape), dtype=np.float32)
         return torch.from_numpy(values * np.float32(std))
 
@@ -118,20 +145,20 @@ class TransformerLM(nn.Module):
         return y
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward for one token at context_len.
+        """Return the floating-point operations of forward and backward for one token at context_len.
 
-        6 per matrix weight (the embedding's look-up is none) plus 12 x layers x heads x head width x context_len / 2
-        for causal attention. Source: Chowdhery et al. 2022, PaLM appendix B, with the causal half.
+        Counted are 6 per weight of a matrix (the embedding is a look-up and costs none), and for causal attention
+        12 x layers x heads x head width x context_len / 2. Source: Chowdhery et al. 2022, PaLM appendix B, with the
+        causal half.
         """
-        c = self.config
+        config = self.model_config
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim >= 2 and "embed_tokens" not in n)
-        if c.tie_embeddings:
+        if config.tie_embeddings:  # then the head is no parameter of its own
             matrices += self.lm_head.weight.numel()
-        return 6.0 * matrices + 6.0 * c.num_layers * c.num_heads * c.head_width * c.context_len
+        attention = 6.0 * config.num_layers * config.num_heads * config.head_width * config.context_len
+        return 6.0 * matrices + attention
 
 
-def approximate_parameter_count(config: TrainingConfig) -> int:
-    """Weights of the embedding (unless shared), the head and the matrices of the blocks: all but some thousands."""
-    embedding = (config.vocab_size or 0) * config.d_model * (1 if config.tie_embeddings else 2)
-    attention = 2 * config.d_model * config.head_width * (config.num_heads + config.kv_heads)
-    return embedding + config.num_layers * (attention + 3 * config.d_model * config.ffn_dim)
+def _model_config_of(config: ModelConfig | TrainingConfig) -> ModelConfig:
+    """Return the architecture alone."""
+    return config.model if isinstance(config, TrainingConfig) else config

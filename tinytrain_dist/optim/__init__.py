@@ -1,1 +1,1 @@
-"""The update of the weights: AdamW, gradient clipping, and the learning-rate schedule."""
+"""The update of the weights: adamw, clipping (gradient norm) and lr_schedule, in this reading order."""

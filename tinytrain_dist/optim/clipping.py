@@ -1,6 +1,7 @@
-"""Clip gradients by their global norm, for own training loops.
+"""Clip gradients by their global norm.
 
-The trainer clips with the norm of its gradient reduction, which is exact over layouts.
+Must not know the optimizer or the loop. The training step has its own clipping, on the device; this one is for users'
+own loops.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ def clip_gradients(
 ) -> Tensor:
     """Scale all gradients by max_norm / (norm + eps) if their global L2 norm is larger than `max_norm`.
 
-    Takes any iterable of parameters, generators too; sharded gradients count over all their ranks (then this is a
-    collective: every rank must call it). Returns the norm before clipping, a scalar tensor, the same on every rank.
-    Errors: ValueError if max_norm <= 0, or if the norm is not finite (one read of the device; with
-    error_if_nonfinite=False gradients are left as they are and the caller looks at the norm).
+    params: any iterable of parameters, also a generator, or one tensor. Sharded gradients count over all their ranks;
+    then this is a collective, and every rank must call it.
+    error_if_nonfinite: read the norm from the device and raise if it is not finite. If False, gradients are then left
+    as they are, and the caller checks the norm.
+    Returns the norm before clipping, a scalar tensor, the same on every rank.
+    Errors: ValueError if max_norm <= 0, or if the norm is not finite (see error_if_nonfinite).
     """
     if not max_norm > 0:
         raise ValueError(f"clip_gradients: max_norm must be greater than 0, got {max_norm}")
@@ -42,7 +45,7 @@ def clip_gradients(
 
 
 def _by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Gradients that torch may treat as one list: plain ones, and those of one mesh."""
+    """Return the gradients in groups that torch can treat as one list: plain ones, and those of each mesh."""
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
@@ -50,6 +53,7 @@ def _by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
+    """Return the L2 norm of all `grads` over all ranks of their mesh."""
     norm: Tensor = torch.nn.utils.get_total_norm(grads)
     whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return whole

@@ -1,4 +1,4 @@
-"""The learning rate as pure functions of the step: nothing to save, nothing to restore.
+"""Compute the learning rate as a pure function of the step, so that there is nothing to save or restore.
 
 Must not know optimizers, torch or ranks.
 """
@@ -11,10 +11,12 @@ from tinytrain_dist.config.schema import TrainingConfig
 
 
 def cosine_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, cosine_iters: int) -> float:
-    """Linear warm-up to `lr_max` at step `warmup_iters`, cosine to `lr_min` at `cosine_iters`, then `lr_min`.
+    """Return the rate of step t: warm-up to `lr_max`, then a cosine to `lr_min`.
 
-    t counts from 0, where the rate is 0 if there is a warm-up. Errors: ValueError if cosine_iters < warmup_iters,
-    which would make the curve jump, or if a step is negative. Source: Loshchilov & Hutter 2016 (arXiv 1608.03983).
+    The warm-up is linear and ends at step `warmup_iters`; the cosine ends at `cosine_iters`, after which the rate is
+    `lr_min`. t counts from 0, where the rate is 0 if there is a warm-up. Errors: ValueError if cosine_iters <
+    warmup_iters, which would make the curve jump, or if a step is negative. Source: Loshchilov & Hutter 2016 (arXiv
+    1608.03983).
     """
     if min(t, warmup_iters) < 0 or cosine_iters < warmup_iters:
         raise ValueError(
@@ -30,8 +32,9 @@ def cosine_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, 
 
 
 def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, decay_iters: int, end: int) -> float:
-    """Warm-up, stable at `lr_max`, then linear to `lr_min` over the last `decay_iters` steps before step `end`.
+    """Return the rate of step t: warm-up, stable at `lr_max`, then a linear decay to `lr_min`.
 
+    The decay takes the last `decay_iters` steps before step `end`, after which the rate is `lr_min`.
     Errors: ValueError if warm-up and decay overlap. Source: Hu et al. 2024, MiniCPM (arXiv 2404.06395).
     """
     if min(t, warmup_iters) < 0 or decay_iters < 1 or warmup_iters + decay_iters > end:
@@ -46,8 +49,9 @@ def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, dec
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Return the rate of the update that completes step `step` + 1; the first update never has rate 0."""
-    t, warmup = step + 1, config.warmup_steps
+    """Return the rate of the update that completes step `step` + 1; the first update (step 0) never has rate 0."""
+    t = step + 1
+    warmup = config.warmup_steps
     if config.schedule == "wsd":
         return wsd_lr_schedule(t, config.lr_max, config.lr_min, warmup, config.decay_steps, config.total_steps)
     if config.schedule == "constant":

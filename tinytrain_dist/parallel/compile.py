@@ -11,7 +11,6 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
-from tinytrain_dist.model.transformer import approximate_parameter_count
 
 
 def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
@@ -20,7 +19,7 @@ def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
     So two machines never differ. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step; the
     bounds are runs of about five minutes on two CPU cores, or on one large GPU.
     """
-    weights = approximate_parameter_count(config)
+    weights = config.model.approximate_parameter_count
     flops = 6.0 * weights * config.total_steps * config.batch_size * config.context_len
     return flops >= (1e17 if device.type == "cuda" else 3e13)
 

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of training: atomic file writes and text formatting."""
+"""Helpers without a subject of their own: atomic_files writes small files, text formats numbers for people."""

@@ -1,4 +1,4 @@
-"""Write small files so that no reader ever sees half of one.
+"""Write small files so that a reader sees the old or the new content, never a part.
 
 Must not know what is in a file.
 """
@@ -13,15 +13,16 @@ from typing import Any
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """Write text (or a value, as JSON) aside and rename it. Errors: OSError from the disk."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(value if isinstance(value, str) else json.dumps(value) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Write a text, or another value as JSON, to a temporary file beside `path` and rename it. Errors: OSError."""
+    text = value if isinstance(value, str) else json.dumps(value) + "\n"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a small file; an empty dictionary where there is none, or something else."""
+    """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     return {}

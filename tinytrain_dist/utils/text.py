@@ -1,23 +1,23 @@
-"""Format lists, sizes and durations for people."""
+"""Format lists, durations, sizes and ages for messages and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def format_list(numbers: Sequence[object], most: int = 12) -> str:
-    """Format the first items of a list for a sentence."""
-    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+def format_list(values: Sequence[object], limit: int = 12) -> str:
+    """Return the first `limit` values with commas, and ", ..." if there are more."""
+    return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Return a duration as h:mm:ss; negative ones count as 0."""
     whole = max(0, int(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in the unit that a person would choose."""
+    """Return a size in a unit with which the number is short (decimal units), for example "1.5 GB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -26,8 +26,8 @@ def format_bytes(count: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Seconds in the unit that a person would choose."""
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{max(0, seconds) / size:.0f} {unit}"
+    """Return an age in seconds, minutes, hours or days; the unit changes after two of the next one."""
+    for limit_seconds, unit_seconds, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit_seconds:
+            return f"{max(0, seconds) / unit_seconds:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"

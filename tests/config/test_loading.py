@@ -1,0 +1,222 @@
+"""Check how a configuration is read: TOML files, the command line, the vocabulary of the data; without torch."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.configs import write
+from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
+from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
+from tinytrain_dist.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_settings_are_read_under_their_headings_or_without_any(tmp_path):
+    path = write(tmp_path / "a.toml", 'seed = 7\n[data]\nbatch_size = 8\n[parallel]\nparallel = "ddp"\n')
+    assert load_config(path) == TrainingConfig(seed=7, batch_size=8, parallel="ddp")
+    assert load_config(path, {"seed": 9}).seed == 9
+    assert load_config(None) == TrainingConfig()
+
+
+def test_a_file_with_several_problems_says_them_all(tmp_path):
+    text = (
+        "seed = 1\n[run]\nseed = 2\nbatch_size = 4\n[optimiser]\nlr_max = 1.0\n[optimizer]\nweigth_decay = 1\neps = 0\n"
+    )
+    path = write(tmp_path / "a.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {"log_every": 0})
+    assert caught.value.problems == [
+        "seed: set twice, to 1 and 2; keep one",
+        "batch_size: stands under [run]; move it to [data]",
+        "[optimiser]: unknown heading; use one of optimizer",
+        "weigth_decay: unknown setting; did you mean weight_decay?",
+        "log_every: 0 must be at least 1",
+        "eps: 0.0 must be greater than 0 and finite",
+    ]
+    assert str(caught.value).startswith(f"6 problems in {path}")
+
+
+def test_a_layout_problem_alone_is_an_error_too(tmp_path):
+    path = write(tmp_path / "a.toml", "[run]\nbatch_size = 4\n")
+    with pytest.raises(ConfigError, match="1 problem"):
+        load_config(path)
+
+
+def test_an_unknown_heading_like_no_other_lists_all_of_them(tmp_path):
+    _, problems = read_toml(write(tmp_path / "a.toml", "[zzz]\n"))
+    assert problems == [f"[zzz]: unknown heading; use one of {', '.join(SECTIONS)}"]
+
+
+@pytest.mark.parametrize("text", ["seed = \n", "seed = 1\nseed = 2\n"])
+def test_a_file_that_is_not_toml(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"is not TOML: .*line"):
+        load_config(write(tmp_path / "a.toml", text))
+
+
+def test_a_file_of_other_bytes_or_a_missing_file_is_a_sentence(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_config(tmp_path / "b.toml")
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_is_a_page_of_documentation(path):
+    config = load_config(path)
+    assert config.train_data is not None
+    head = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.removeprefix("#").strip())
+    assert head[0].endswith(".")  # the purpose, one sentence
+    words = " ".join(head)
+    assert "hardware " in words
+    assert re.search(r"\btime\b", words)
+    assert re.search(r"\bloss\b", words)
+    assert "command " in words
+    command = words[words.index("command ") :]
+    assert f"configs/{path.name}" in command or "launch/" in command
+
+
+def test_there_are_configs():
+    assert {"quickstart", "tinystories"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("flag", [["--batch-size", "8"], ["--batch_size", "8"], ["--batch-size=8"], ["--batch_size=8"]])
+def test_dashes_underscores_and_equals_are_the_same(flag):
+    assert parse_command_line(flag) == TrainingConfig(batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--compile"], True), (["--compile", "true"], True), (["--compile=True"], True), (["--compile=true"], True),
+        (["--no-compile"], False), (["--no_compile"], False), (["--compile", "false"], False),
+        (["--compile=False"], False),
+    ],
+)  # fmt: skip
+def test_booleans_can_be_written_in_every_way(tmp_path, flags, value):
+    path = write(tmp_path / "a.toml", f"[parallel]\ncompile = {'false' if value else 'true'}\n")
+    assert parse_command_line([str(path), *flags, "--seed", "3"]) == TrainingConfig(compile=value, seed=3)
+
+
+def test_betas_take_two_values():
+    assert parse_command_line(["--betas", "0.5", "0.75", "--seed", "1"]).betas == (0.5, 0.75)
+
+
+def test_none_and_text_with_equals_sign():
+    config = parse_command_line(["--grad-clip-norm", "None", "--target-dir=a=b"])
+    assert (config.grad_clip_norm, config.target_dir) == (None, "a=b")
+
+
+def test_every_setting_is_a_flag():
+    flags = []
+    for name in FIELDS:
+        value = getattr(TrainingConfig(), name)
+        flags += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    assert parse_command_line(flags) == TrainingConfig()
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = write(tmp_path / "a.toml", "[run]\nseed = 1\ntotal_steps = 5\n")
+    config = parse_command_line([str(path), "--seed", "2"])
+    assert (config.seed, config.total_steps) == (2, 5)
+    assert parse_command_line([str(path)]).seed == 1
+    assert parse_command_line([]) == TrainingConfig()
+
+
+def test_unknown_flags_come_together_with_all_other_problems(tmp_path):
+    path = write(tmp_path / "a.toml", "[run]\nlog_every = 0\n[modle]\n")
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line(
+            [str(path), "--weigth-decay", "0.1", "--batch-size", "0", "--no-seed", "--dmodel=3", "--no-such"]
+        )
+    assert caught.value.problems == [
+        "[modle]: unknown heading; use one of model",
+        "weigth_decay: unknown setting; did you mean weight_decay?",
+        "no_seed: unknown setting; did you mean seed?",
+        "dmodel: unknown setting; did you mean d_model?",
+        "no_such: unknown setting; launch/train.py --help lists all of them",
+        "log_every: 0 must be at least 1",
+        "batch_size: 0 must be at least 1",
+    ]
+
+
+def test_a_negative_value_is_a_value():
+    with pytest.raises(ConfigError, match="seed: -1 must not be negative"):
+        parse_command_line(["--seed", "-1"])
+
+
+@pytest.mark.parametrize(
+    "args", [["--seed", "x"], ["--compile", "maybe"], ["--betas", "0.9"], ["--seed=1", "stray"], ["--seed=1", "a.toml"]]
+)
+def test_a_value_that_cannot_be_parsed_ends_the_process(args, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(args)
+    assert caught.value.code == 2
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_command_line(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in FIELDS if f"--{name.replace('_', '-')}" not in text] == []
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys, tinytrain_dist.config.loading as c, tinytrain_dist.distributed.batch_plan\n"
+        "import tinytrain_dist.reliability.stop_requests\n"
+        "c.parse_command_line(['configs/quickstart.toml', '--seed', '1'])\n"
+        "import tinytrain_dist; tinytrain_dist.TrainingConfig, tinytrain_dist.BatchPlan\n"
+        "print([m for m in ('torch', 'numpy', 'tensorboard', 'safetensors') if m in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_vocab_size_is_taken_from_the_data(tmp_path):
+    write(tmp_path / "meta.json", '{"vocab_size": 321}')
+    config = TrainingConfig(train_data=str(tmp_path / "train.npy"))
+    assert resolve_vocab_size(config) == dataclasses.replace(config, vocab_size=321)
+    padded = dataclasses.replace(config, vocab_size=384)
+    assert resolve_vocab_size(padded) is padded
+
+
+def test_a_vocab_size_below_that_of_the_data_is_an_error(tmp_path):
+    write(tmp_path / "meta.json", '{"vocab_size": 321}')
+    with pytest.raises(ConfigError, match=r"vocab_size: 320 is less than the 321 of .*meta\.json"):
+        resolve_vocab_size(TrainingConfig(train_data=str(tmp_path / "train.npy"), vocab_size=320))
+
+
+def test_raw_token_files_need_a_vocab_size(tmp_path):
+    config = TrainingConfig(train_data=str(tmp_path / "train.npy"))
+    with pytest.raises(ConfigError, match=r"vocab_size: not set, and there is no .*meta\.json"):
+        resolve_vocab_size(config)
+    write(tmp_path / "meta.json", "{}")
+    with pytest.raises(ConfigError, match="vocab_size: not set"):
+        resolve_vocab_size(config)
+    assert resolve_vocab_size(dataclasses.replace(config, vocab_size=5)).vocab_size == 5
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"vocab_size": "many"}', '{"vocab_size": 0}'])
+def test_a_broken_meta_json_is_a_sentence(tmp_path, text):
+    write(tmp_path / "meta.json", text)
+    with pytest.raises(ConfigError, match=r"meta\.json"):
+        resolve_vocab_size(TrainingConfig(train_data=str(tmp_path / "train.npy")))
+
+
+def test_no_training_data_is_a_sentence():
+    with pytest.raises(ConfigError, match="train_data: not set"):
+        resolve_vocab_size(TrainingConfig())

@@ -1,0 +1,94 @@
+"""Check which values of settings are refused, and with which sentence."""
+
+import pytest
+
+from tests.helpers.configs import only_problem, problems_of
+
+
+@pytest.mark.parametrize(
+    "name",
+    "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model ckpt_every "
+    "keep_last max_shard_bytes max_skipped_steps micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step "
+    "keep_every dp_replicate dp_shard loss_chunk_tokens cosine_iters decay_iters rope_original_context_len".split(),
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_are_at_least_one(name, value):
+    assert only_problem(**{name: value}).startswith(f"{name}: {value} must be at least 1")
+
+
+@pytest.mark.parametrize("name", "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor".split())
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_are_positive_and_finite(name, value):
+    assert only_problem(**{name: value}) == f"{name}: {value} must be greater than 0 and finite"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr_min", -0.1), ("weight_decay", float("nan")), ("seed", -1), ("warmup_iters", -1)]
+)
+def test_some_numbers_are_not_negative(name, value):
+    assert only_problem(**{name: value}) == f"{name}: {value} must not be negative"
+
+
+def test_a_seed_is_one_word():
+    # the draws of evaluation have 1 in the second word of the generator's key
+    assert problems_of(seed=2**64 - 1) == []
+    assert only_problem(seed=2**64).startswith("seed: 18446744073709551616 must be less than 2**64")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"d_model": 100, "num_heads": 3}, "d_model: 100 is not a multiple of num_heads 3"),
+        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd"),
+        ({"head_dim": 5}, "d_model: head width 5 is odd"),
+        ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 8"),
+        (
+            {"batch_size": 12, "micro_batch_size": 5},
+            "batch_size: 12 is not a multiple of micro_batch_size 5; micro_batch_size can be 1, 2, 3, 4, 6, 12",
+        ),
+        ({"lr_min": 0.2, "lr_max": 0.1}, "lr_min: 0.2 is greater than lr_max 0.1"),
+        ({"betas": [0.9, 1.0]}, "betas: (0.9, 1.0) must both lie in [0, 1)"),
+        ({"betas": [float("nan"), 0.9]}, "betas: (nan, 0.9) must both lie in [0, 1)"),
+        ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 ends before warmup_iters 50"),
+        (
+            {"schedule": "wsd", "total_steps": 100, "warmup_iters": 50, "decay_iters": 51},
+            "decay_iters: 51 + warmup_iters 50 is more than total_steps 100",
+        ),
+        ({"resume": "never", "ckpt_path_to_resume": "x"}, "resume: 'never' contradicts ckpt_path_to_resume 'x'"),
+        ({"rope_scaling_factor": 8.0}, "rope_scaling_factor: needs rope_original_context_len"),
+        ({"rope_original_context_len": 8}, "rope_scaling_factor: needs rope_original_context_len"),
+        (
+            {"rope_scaling_factor": 8.0, "rope_original_context_len": 64, "rope_low_freq_factor": 4.0},
+            "rope_low_freq_factor: 4.0 must be below rope_high_freq_factor 4.0",
+        ),
+        ({"total_steps": 10, "stop_at_step": 11}, "stop_at_step: 11 is beyond total_steps 10"),
+        ({"reproducible": True}, "micro_batch_size: must be set with reproducible = true"),
+        ({"log_save_prefix": "a/b"}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
+        ({"ckpt_save_prefix": ""}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(values, sentence):
+    assert only_problem(**values).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("values", "with_effect"),
+    [
+        ({"schedule": "constant", "cosine_iters": 10}, {"schedule": "cosine"}),
+        ({"schedule": "cosine", "decay_iters": 10}, {"schedule": "wsd"}),
+        ({"parallel": "ddp", "dp_replicate": 2}, {"parallel": "hsdp"}),
+        ({"parallel": "auto", "dp_shard": 2}, {"parallel": "hsdp"}),
+        (
+            {"rope_low_freq_factor": 2.0},
+            {"rope_scaling_factor": 8.0, "rope_original_context_len": 64},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(values, with_effect):
+    assert "has no effect with" in only_problem(**{"warmup_iters": 1, **values})
+    assert problems_of(**{"warmup_iters": 1, **values, **with_effect}) == []
+
+
+@pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
+def test_steps_to_profile_are_two_numbers_within_the_run(profile):
+    assert only_problem(profile=profile, total_steps=10).startswith(f"profile: {profile!r}"[:9])

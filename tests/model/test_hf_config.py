@@ -1,0 +1,135 @@
+"""Check the translation to and from Hugging Face's config.json, against transformers itself."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.models import KINDS, SMALL
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.model.hf_config import check_hf_config, to_hf_config
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test uses the network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_own_config_is_taken_back(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = KINDS[kind]
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(to_hf_config(config)))
+    check_hf_config(config, tmp_path / "ours")
+    transformers.AutoConfig.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    check_hf_config(config, tmp_path / "theirs")
+
+
+def test_the_end_token_is_told():
+    assert to_hf_config(SMALL)["eos_token_id"] is None
+    assert to_hf_config(SMALL, eos_id=5)["eos_token_id"] == 5
+
+
+def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]:
+    """The problems that check_hf_config names when config.json of `config` has these changes; None takes a key away."""
+    theirs = {**to_hf_config(config), **changes}
+    theirs = {key: value for key, value in theirs.items() if value is not None or key not in changes}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    try:
+        check_hf_config(config, tmp_path)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needs"),
+    [
+        ("model_type", "mistral", "llama or qwen3"),
+        ("hidden_act", "gelu", "silu"),
+        ("attention_bias", True, "False"),
+        ("mlp_bias", True, "False"),
+        ("use_sliding_window", True, "False"),
+        ("quantization_config", {"bits": 4}, "None"),
+        ("partial_rotary_factor", 0.5, "1 or 1.0"),
+    ],
+)
+def test_what_the_model_cannot_represent_is_refused_by_name(tmp_path, key, value, needs):
+    assert fits(tmp_path, SMALL, **{key: value}) == [f"{key}: {value!r} is not supported; this model needs {needs}"]
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_other_rotary_scalings_are_refused(tmp_path, where):
+    scaling = {"rope_parameters": None, "rope_scaling": None, where: {"rope_type": "yarn", "factor": 2.0}}
+    (problem,) = fits(tmp_path, SMALL, **scaling)
+    assert problem == "rope_type: 'yarn' is not supported; this model needs default or llama3"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "setting", "here"),
+    [
+        ("vocab_size", 68, "vocab_size", 67),
+        ("hidden_size", 64, "d_model", 32),
+        ("intermediate_size", 64, "d_ff", 48),
+        ("num_hidden_layers", 3, "num_layers", 2),
+        ("num_attention_heads", 8, "num_heads", 4),
+        ("num_key_value_heads", 2, "num_kv_heads", 4),
+        ("head_dim", 16, "head_dim", 8),
+        ("rms_norm_eps", 1e-6, "norm_eps", 1e-5),
+        ("tie_word_embeddings", True, "tie_embeddings", False),
+    ],
+)
+def test_a_size_that_differs_says_both_and_what_to_set(tmp_path, key, value, setting, here):
+    path = tmp_path / "config.json"
+    assert fits(tmp_path, SMALL, **{key: value}) == [
+        f"{setting}: {here} here, but {path} has {value}; set {setting} = {value}"
+    ]
+
+
+def test_the_folder_is_named(tmp_path):
+    fits(tmp_path, SMALL, vocab_size=1)
+    with pytest.raises(ConfigError) as caught:
+        check_hf_config(SMALL, tmp_path)
+    assert caught.value.source == f"init_from = {tmp_path}"
+
+
+def test_everything_that_differs_is_said_at_once(tmp_path):
+    problems = fits(tmp_path, SMALL, vocab_size=1, hidden_act="relu", rope_parameters={"rope_theta": 5.0})
+    assert [problem.split(":")[0] for problem in problems] == ["hidden_act", "vocab_size", "rope_theta"]
+
+
+def test_query_norms_and_scaling_must_agree(tmp_path):
+    assert [p.split(":")[0] for p in fits(tmp_path, SMALL, model_type="qwen3")] == ["qk_norm"]
+    assert [p.split(":")[0] for p in fits(tmp_path, KINDS["qwen3"], model_type="llama")] == ["qk_norm"]
+    scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
+    problems = fits(tmp_path, SMALL, rope_parameters=scaled)
+    assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
+    # and the other way round: a scaling here that the weights were not trained with
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    problems = fits(tmp_path, KINDS["llama3"], rope_parameters=plain, rope_scaling=None)
+    assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
+
+
+def test_keys_left_out_have_transformers_defaults(tmp_path):
+    """Llama's config.json before 2024 has neither head_dim nor rope settings, and defaults differ from ours."""
+    older = {"head_dim": None, "rope_parameters": None, "rope_scaling": None, "rope_theta": None}
+    assert fits(tmp_path, SMALL, **older, num_key_value_heads=None, tie_word_embeddings=None) == []
+    (problem,) = fits(tmp_path, SMALL, rms_norm_eps=None)
+    assert problem == f"norm_eps: 1e-05 here, but {tmp_path / 'config.json'} has 1e-06; set norm_eps = 1e-06"
+    assert [p.split(":")[0] for p in fits(tmp_path, KINDS["tied"], tie_word_embeddings=None)] == ["tie_embeddings"]
+    assert [p.split(":")[0] for p in fits(tmp_path, KINDS["gqa"], num_key_value_heads=None)] == ["num_kv_heads"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"model_type": "gpt2", "n_embd": 768, "n_head": 12}', "{}", "[]", "{", '{"model_type": "llama"}'],
+)
+def test_a_folder_of_something_else_is_a_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read|hidden_size: is missing in"):
+        check_hf_config(SMALL, tmp_path)
+
+
+def test_no_folder_is_a_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"init_from: .*config\.json cannot be read"):
+        check_hf_config(SMALL, tmp_path / "none")
