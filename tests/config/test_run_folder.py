@@ -107,7 +107,10 @@ def test_no_run_is_a_sentence(tmp_path):
 
 
 def test_records_are_read_but_for_torn_and_foreign_lines(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", '{"kind": "train", "step": 1}\n{"step": 2}\n[3]\n{"kind": "eval", "st')
+    path = write(
+        tmp_path / "metrics.jsonl",
+        '{"kind": "train", "step": 1}\n{"step": 2}\n{"kind": "eval"}\n[3]\n{"kind": "eval", "st',
+    )
     assert run_folder.read_records(path) == [{"kind": "train", "step": 1}]
     with pytest.raises(TinytrainError, match=r"no record of a run \(No such file"):
         run_folder.read_records(tmp_path / "none.jsonl")
