@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.ranks import AGENT
 from tinytrain_dist import __version__
 from tinytrain_dist.cli.main import VERBS
+from tinytrain_dist.config.environment_variables import VARIABLES
 from tinytrain_dist.config.schema import FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,13 +140,14 @@ def test_every_package_is_on_the_architecture_page() -> None:
 
 
 def test_every_variable_of_ours_is_in_the_table() -> None:
-    """Tests may make up variables; what the package, the scripts and CI use must be documented."""
+    """Tests may make up variables; the list in the code and what package, scripts and CI use must be documented."""
     files = [path for folder in ("tinytrain_dist", "launch", "slurm", ".ci") for path in (ROOT / folder).rglob("*")]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file() and path.suffix != ".pyc"]
     used = {name for text in texts for name in re.findall(r"\bTINYTRAIN_[A-Z_]+[A-Z]\b", text)}
     page = (ROOT / "docs" / "environment_variables.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(TINYTRAIN_\w+)` \|", page, re.MULTILINE))
     assert used == documented
+    assert not {variable.name for variable in VARIABLES} - set(re.findall(r"`([A-Z_]+)`", page))
 
 
 def test_the_citation_has_the_version_of_the_package() -> None:
