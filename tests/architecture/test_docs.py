@@ -92,6 +92,7 @@ def test_links_and_names_in_the_text_exist(page: Path) -> None:
     for verb in re.findall(r"`tinytrain ([a-z]+)", prose):
         assert verb in VERBS, f"{page.name} names tinytrain {verb}"
     for name in re.findall(r"`((?:[a-z_]+/)+[a-z_.]+\.(?:py|sh|sbatch|toml|md))`", prose):
+        # pages on the code name files of the package, such as config/schema.py
         known = (ROOT / name).exists() or (ROOT / "tinytrain_dist" / name).exists() or name in FORMER_OR_OPTIONAL
         assert known, f"{page.name} names {name}"
 

@@ -24,6 +24,7 @@ from tinytrain_dist.config.loading import (
     parse_command_line,
     resolve_vocab_size,
 )
+from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
@@ -295,7 +296,7 @@ def main(args: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    submitted = Path(base.target_dir).absolute() / "submitted"
+    submitted = Path(base.target_dir).absolute() / SUBMITTED_FOLDER
     number = 1 + max((int(path.name) for path in submitted.glob("*") if path.name.isdigit()), default=0)
     job = Job(options, configs, base, options.template, submitted / str(number))
     command = ["sbatch", "--parsable", str(job.folder / "job.sbatch")]
@@ -316,7 +317,7 @@ def main(args: list[str]) -> int:
     log = job.folder / (f"job-{slurm_id}_0.out" if options.array else f"job-{slurm_id}.out")
     print(f"job {slurm_id}: {len(configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
     print(f"  watch   tail -F {log}")
-    stop_file = "TARGET_DIR/stop of a task" if options.array else Path(base.target_dir) / "stop"
+    stop_file = "TARGET_DIR/stop of a task" if options.array else Path(base.target_dir) / STOP_FILE
     print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
     print("  resume  the same command again: it resumes from the newest checkpoint", flush=True)
     if not options.follow:
