@@ -1,7 +1,29 @@
 """Check the messages of the package's exceptions."""
 
-from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RendezvousError,
+    ReplicaMismatchError,
+    TinytrainError,
+    TrainingError,
+)
 
 
 def test_one_problem_is_written_in_the_singular():
     assert str(ConfigError("a: b", "c")) == "1 problem in c\n  a: b"
+
+
+def test_several_problems_are_counted_and_listed_one_per_line():
+    error = ConfigError(["a: b", "c: d"], "my.toml")
+    assert str(error) == "2 problems in my.toml\n  a: b\n  c: d"
+    assert (error.problems, error.source) == (["a: b", "c: d"], "my.toml")
+
+
+def test_every_error_is_one_that_programs_report_as_a_user_mistake():
+    classes = [ConfigError, RendezvousError, DataError, CheckpointError, TrainingError, ReplicaMismatchError]
+    assert all(issubclass(kind, TinytrainError) for kind in classes)
+    assert issubclass(TinytrainError, ValueError)
+    assert issubclass(RendezvousError, ConfigError)
+    assert issubclass(ReplicaMismatchError, TrainingError)

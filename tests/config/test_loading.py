@@ -220,3 +220,36 @@ def test_a_broken_meta_json_is_a_sentence(tmp_path, text):
 def test_no_training_data_is_a_sentence():
     with pytest.raises(ConfigError, match="train_data: not set"):
         resolve_vocab_size(TrainingConfig())
+
+
+COMPUTE_SETTINGS = {
+    "precision": '"bf16"', "compile": "true", "reproducible": "true", "allow_drift": "true", "cpu_threads": "3",
+    "loss_chunk_tokens": "128",
+}  # fmt: skip
+
+
+def test_the_heading_compute_holds_what_is_not_parallelism():
+    under = {name for name, field in FIELDS.items() if field.metadata["section"] == "compute"}
+    assert under == set(COMPUTE_SETTINGS)
+
+
+@pytest.mark.parametrize("heading", ["compute", "parallel"])
+def test_settings_of_compute_load_under_their_heading_and_under_the_former_one(tmp_path, heading):
+    lines = "".join(f"{name} = {value}\n" for name, value in COMPUTE_SETTINGS.items())
+    path = write(tmp_path / "a.toml", f"[{heading}]\n{lines}[data]\nmicro_batch_size = 8\n[run]\nseed = 1\n")
+    expected = TrainingConfig(
+        precision="bf16", compile=True, reproducible=True, allow_drift=True, cpu_threads=3, loss_chunk_tokens=128,
+        micro_batch_size=8, seed=1,
+    )  # fmt: skip
+    assert read_toml(path)[1] == []
+    assert load_config(path) == expected
+
+
+def test_a_setting_of_compute_under_a_third_heading_or_under_both_is_an_error(tmp_path):
+    path = write(tmp_path / "a.toml", "[run]\ncompile = true\n[compute]\ncpu_threads = 2\ndp_shard = 2\n")
+    assert read_toml(path)[1] == [
+        "compile: stands under [run]; move it to [compute]",
+        "dp_shard: stands under [compute]; move it to [parallel]",
+    ]
+    path = write(tmp_path / "a.toml", "[parallel]\ncpu_threads = 1\n[compute]\ncpu_threads = 2\n")
+    assert read_toml(path)[1] == ["cpu_threads: set twice, to 1 and 2; keep one"]

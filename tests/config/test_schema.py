@@ -166,3 +166,12 @@ def test_any_text_and_number_survives_toml(name, lr, seed):
 def test_steps_to_profile_include_both_ends():
     assert list(TrainingConfig(profile="3:5").profiled_steps) == [3, 4, 5]
     assert list(TrainingConfig().profiled_steps) == []
+
+
+def test_toml_has_the_headings_in_their_order():
+    headings = ["run", "data", "model", "optimizer", "parallel", "compute", "checkpoint"]
+    assert list(SECTIONS) == headings
+    text = TrainingConfig(cpu_threads=2, parallel="ddp").to_toml()
+    assert list(tomllib.loads(text)) == headings
+    assert tomllib.loads(text)["compute"]["cpu_threads"] == 2
+    assert tomllib.loads(text)["parallel"]["parallel"] == "ddp"

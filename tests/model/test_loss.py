@@ -1,4 +1,4 @@
-"""Owns the checks of the loss: the public function against log-sum-exp, and the chunked head against the plain one.
+"""Check the loss: the public function against log-sum-exp, and the chunked head against the plain one.
 
 Must not know models. References are taken in float64, so that a bound says how much float32 lost, not which is right.
 """

@@ -1,4 +1,4 @@
-"""Owns in which type products are computed: bf16 where the CPU has it, float32 with the same roundings where not."""
+"""Check in which type products are computed: bf16 where the CPU has it, else float32 with the same roundings."""
 
 from __future__ import annotations
 

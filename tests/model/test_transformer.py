@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tests.helpers.models import KINDS, SMALL, random_model, some_ids, write_folder
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import RotaryEmbedding
 from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.model.layers import SwiGLU
@@ -255,3 +256,34 @@ def test_flops_by_hand(tied):
     # scores and their use: 2 products x 2 operations x 3 (forward, twice in backward) over half the positions
     scores = 3 * 2 * 2 * 3 * 4 * 10 * 16 / 2
     assert TransformerLM(config).flops_per_token() == 6 * matrices + scores
+
+
+def test_a_model_is_built_from_its_architecture_alone():
+    config = dataclasses.replace(SMALL, seed=3, precision="bf16", loss_chunk_tokens=7)
+    expected = TransformerLM(config)
+    model = TransformerLM(config.model, seed=3, precision="bf16", loss_chunk_tokens=7)
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.state_dict().items())
+    assert torch.equal(model(some_ids(SMALL)), expected(some_ids(SMALL)))
+    assert (model.lm_head.chunk_tokens, expected.lm_head.chunk_tokens) == (7, 7)
+    assert model.flops_per_token() == expected.flops_per_token()
+    assert (model.config, expected.config) == (config.model, config)
+
+
+def test_arguments_come_before_a_training_configuration_and_have_defaults():
+    given = TransformerLM(SMALL, seed=1, precision=torch.bfloat16, loss_chunk_tokens=5)
+    assert torch.equal(given.lm_head.weight, TransformerLM(dataclasses.replace(SMALL, seed=1)).lm_head.weight)
+    assert (given(some_ids(SMALL)).dtype, given.lm_head.chunk_tokens) == (torch.bfloat16, 5)
+    plain = TransformerLM(SMALL.model)
+    assert torch.equal(plain.lm_head.weight, TransformerLM(SMALL).lm_head.weight)
+    assert (plain(some_ids(SMALL)).dtype, plain.lm_head.chunk_tokens) == (torch.float32, None)
+
+
+def test_sizes_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(ConfigError, match=r"num_kv_heads: 3 does not divide num_heads 4"):
+        TransformerLM(dataclasses.replace(SMALL.model, num_kv_heads=3))
+
+
+def test_a_block_takes_the_architecture_or_a_training_configuration():
+    names = [{name: p.shape for name, p in TransformerBlock(c).named_parameters()} for c in (SMALL, SMALL.model)]
+    assert names[0] == names[1]

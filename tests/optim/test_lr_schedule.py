@@ -1,4 +1,4 @@
-"""Owns the checks of the learning rate, each schedule at five points: first, end of warm-up, middle, last, beyond."""
+"""Check the learning rate, each schedule at five points: first, end of warm-up, middle, last, beyond."""
 
 import inspect
 import itertools

@@ -11,37 +11,37 @@ from importlib import import_module
 from tinytrain_dist.errors import TinytrainError
 
 VERBS = {
-    "prepare": ("tinytrain_dist.cli.prepare:main", "text -> tokenizer and token files"),
-    "schedule": ("tinytrain_dist.cli.schedule:main", "the learning-rate curve of a configuration"),
-    "plot": ("tinytrain_dist.cli.plot:main", "loss curves of runs as a picture"),
-    "status": ("tinytrain_dist.cli.status:main", "what a run is doing, or why it is not"),
-    "ls": ("tinytrain_dist.cli.ls:main", "the checkpoints of a run, or the runs in a folder"),
-    "doctor": ("tinytrain_dist.cli.doctor:main", "what is wrong with this machine, or with all nodes together"),
-    "sample": ("tinytrain_dist.cli.sample:main", "text from a checkpoint"),
-    "export": ("tinytrain_dist.cli.export:main", "weights as a Hugging Face folder"),
-    "verify": ("tinytrain_dist.cli.verify:main", "read every byte of checkpoints"),
-    "hash": ("tinytrain_dist.cli.hash:main", "one digest of weights and optimizer state"),
-    "plan": ("tinytrain_dist.cli.plan:main", "whether a run fits, what it holds, how fast it can be"),
+    "prepare": ("tinytrain_dist.cli.prepare:main", "turn text into a tokenizer and token files"),
+    "schedule": ("tinytrain_dist.cli.schedule:main", "show the learning rate of a configuration"),
+    "plan": ("tinytrain_dist.cli.plan:main", "say whether a run fits, what it holds, and how fast it can be"),
+    "doctor": ("tinytrain_dist.cli.doctor:main", "find problems of this machine, or of all nodes together"),
+    "status": ("tinytrain_dist.cli.status:main", "show what a run is doing, or why it stopped"),
+    "ls": ("tinytrain_dist.cli.ls:main", "list the checkpoints of a run, or the runs in a folder"),
+    "plot": ("tinytrain_dist.cli.plot:main", "draw the loss curves of runs"),
+    "sample": ("tinytrain_dist.cli.sample:main", "write text with a checkpoint"),
+    "export": ("tinytrain_dist.cli.export:main", "write weights as a Hugging Face folder"),
+    "verify": ("tinytrain_dist.cli.verify:main", "read every byte of checkpoints and report damage"),
+    "hash": ("tinytrain_dist.cli.hash:main", "print one digest of weights and one of optimizer state"),
     "replay": (
         "tinytrain_dist.cli.replay:main",
-        "train the steps after a checkpoint again and compare them with the record",
+        "train the steps after a checkpoint again and compare with the record",
     ),
-    "compare": ("tinytrain_dist.cli.compare:main", "where two runs or checkpoints part"),
+    "compare": ("tinytrain_dist.cli.compare:main", "find where two runs or checkpoints differ"),
 }
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one tool: its exit code, or 2 for a user's mistake."""
+    """Run one verb; return its exit code, or 2 for a user's mistake."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, VERBS))
-        print("usage: tinytrain TOOL [--help] ...\n")
+        print("usage: tinytrain VERB [--help] ...\n")
         print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in VERBS.items()))
         return 0 if args else 2
     if args[0] not in VERBS:
         close = difflib.get_close_matches(args[0], VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}"
-        print(f"error: no tool {args[0]!r}; {hint}", file=sys.stderr)
+        print(f"error: no verb {args[0]!r}; {hint}", file=sys.stderr)
         return 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -31,7 +31,7 @@ OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
   --nodes N              machines (default 1)
   --devices-per-node D   devices, and processes, on each (default 1)
   --device NAME          h100 (default), h200, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, cpu (this machine)
-  --network GBIT         what a node can send to others, in Gbit/s (default: see tools/hardware.py)
+  --network GBIT         what a node can send to others, in Gbit/s (default: see metrics/device_specs.py)
 
 Exit code: 0 if the run fits, 1 if not, 2 if it cannot be run. Settings:
 """

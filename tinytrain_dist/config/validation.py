@@ -206,7 +206,7 @@ def _reproducible_problems(config: TrainingConfig) -> list[str]:
         problems.append("allow_drift: has no effect with reproducible = false; leave it out")
     if config.reproducible and config.fixed_micro_batch_size is None:
         problems.append(
-            "micro_batch_size: must be set with reproducible = true, to a number: the last bit depends on it"
+            "micro_batch_size: must be set with reproducible = true to a number, since the last bit depends on it"
         )
     return problems
 
