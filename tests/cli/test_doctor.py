@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.ranks import AGENT, launch_training, run_ranks
 from tests.helpers.training import settings_for
-from tinytrain_dist.cli import doctor, speed_checks
+from tinytrain_dist.cli import doctor, network_checks, speed_checks
 from tinytrain_dist.reliability import rank_consistency
 
 
@@ -27,7 +27,7 @@ def examine(args: list[str], slow_rank: int | None = None, broken: str = "") -> 
     speed_checks.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
     speed_checks.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
     if broken == "port" and rank == 0:
-        doctor._try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
+        network_checks.try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = doctor.main(args)
@@ -92,7 +92,7 @@ def test_under_the_agent(tmp_path: Path) -> None:
         (["--nodes", "2"], "go together"),
         (["--nodes", "2", "--node", "2", "--head", "a:1"], "not among 0 .. 1"),
         (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
-        (["--timeout", "0"], "no time to wait"),
+        (["--timeout", "0"], "must be greater than 0 seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),
         (["no-such-file.toml"], "cannot be read"),
     ],

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tinytrain_dist.cli import speed_checks
-from tinytrain_dist.distributed.context import DistributedContext
 
 
 def test_outlier_is_below_eight_tenths_of_the_median() -> None:
@@ -24,17 +22,3 @@ def test_each_node_swaps_with_both_neighbours_and_with_one_at_a_time(nodes: int)
         assert len(busy) == len(set(busy))
     everyone = sorted(node for pairs in rounds for pair in pairs for node in pair)
     assert everyone == sorted(list(range(nodes)) * (2 if nodes > 2 else 1))
-
-
-@pytest.mark.parametrize(
-    ("hosts", "says"),
-    [
-        (["a", "a", "b", "b"], ""),
-        (["a", "a", "b"], "different numbers of processes (2 on a, 1 on b)"),
-        (["a", "b", "a", "b"], "--distribution=block"),
-    ],
-)
-def test_shape_of_the_world(hosts: list[str], says: str) -> None:
-    context = DistributedContext(0, 0, len(hosts), 2, "a", torch.device("cpu"))
-    assert says in " ".join(speed_checks.rank_placement_problems(hosts, context))
-    assert bool(says) == bool(speed_checks.rank_placement_problems(hosts, context))
