@@ -1,8 +1,37 @@
-"""The table of devices."""
+"""The one table of devices: found by a short name for plans, and by the driver's name for MFU."""
 
 from __future__ import annotations
 
-from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_spec
+import pytest
+
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_spec, spec_of_gpu
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_a_gpu_is_found_by_the_name_of_its_driver(driver_name: str, name: str) -> None:
+    assert spec_of_gpu(driver_name) is DEVICE_SPECS[name]
+
+
+@pytest.mark.parametrize("driver_name", ["NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA H20", "AMD Instinct MI300X"])
+def test_a_gpu_that_is_not_in_the_table_has_no_peak(driver_name: str) -> None:
+    assert spec_of_gpu(driver_name) is None
+
+
+def test_a_name_that_is_not_in_the_table_gets_the_nearest() -> None:
+    assert find_device_spec("H100", 8, "bf16").bf16_flops == 989e12
+    with pytest.raises(ConfigError, match=r"'h10' is not in the table; nearest: .*h100"):
+        find_device_spec("h10", 8, "bf16")
 
 
 def test_the_table_of_devices() -> None:

@@ -17,6 +17,7 @@ from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
+    ENVIRONMENT_FILE,
     Record,
     RunFolder,
     checkpoint_step,
@@ -121,7 +122,7 @@ def _tensor_difference(a: Path, b: Path, kind: str, name: str, one: Any, two: An
 def _environment(folder: Path) -> dict[str, Any]:
     """environment.json with nested names joined, and the ranks as one line."""
     try:
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     ranks = found.pop("ranks", [])

@@ -17,7 +17,9 @@ from rich.text import Text
 from tinytrain_dist.checkpoint.discovery import quick_problems, read_trainer_state
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
+    ERROR_FILE,
     MANIFEST_FILE,
+    STATE_FILE,
     RunFolder,
     checkpoint_step,
     is_checkpoint,
@@ -110,7 +112,7 @@ def _list_runs(runs: list[RunFolder]) -> None:
 def _run_state(run: RunFolder, last_step: int | None) -> Text:
     """state.json's word, unless the record or error.json is newer than it."""
     state: dict[str, Any] = {}
-    path, failure = run.folder / "state.json", run.folder / "error.json"
+    path, failure = run.folder / STATE_FILE, run.folder / ERROR_FILE
     with contextlib.suppress(OSError, ValueError):  # none yet: the run has just started, or died
         state = json.loads(path.read_text(encoding="utf-8"))
     written = path.stat().st_mtime if state else 0.0

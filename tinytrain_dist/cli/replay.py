@@ -17,7 +17,7 @@ import tyro
 from tinytrain_dist.checkpoint.digests import tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.cli.tables import PathArgument
-from tinytrain_dist.config.run_folder import open_run, read_records
+from tinytrain_dist.config.run_folder import CHECKPOINTS_FOLDER, LOGS_FOLDER, open_run, read_records, records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
     with tempfile.TemporaryDirectory(prefix="tinytrain-replay-") as folder:
         target = Path(folder) / "run"
         _train(_config(state["config"], path, target, start + steps, settings), Path(folder), nproc)
-        again = {r["step"]: r for r in read_records(target / "logs" / "metrics.jsonl") if r["kind"] == "train"}
+        again = {r["step"]: r for r in read_records(records_file(target / LOGS_FOLDER)) if r["kind"] == "train"}
         exact = bool(state["config"]["reproducible"])
         common = sorted(recorded.keys() & again.keys())
         if not common:
@@ -56,7 +56,7 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
             )
         differ = [step for step in common if not _same(recorded[step], again[step], exact)]
         end = path.with_name(path.name.rpartition("-")[0] + f"-{start + steps:08d}")
-        replayed = next(iter((target / "checkpoints").iterdir()))
+        replayed = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
         if exact and end.is_dir() and tensor_entries(end) != tensor_entries(replayed):
             print(f"step {start + steps}: the tensors are not those of {end}")
             differ.append(start + steps)

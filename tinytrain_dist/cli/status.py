@@ -18,7 +18,16 @@ import tyro
 from rich.console import Console
 
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
-from tinytrain_dist.config.run_folder import Record, RunFolder, checkpoint_step, open_run, read_records, read_settings
+from tinytrain_dist.config.run_folder import (
+    ERROR_FILE,
+    STATE_FILE,
+    Record,
+    RunFolder,
+    checkpoint_step,
+    open_run,
+    read_records,
+    read_settings,
+)
 from tinytrain_dist.reliability.watchdog import HEARTBEAT_SECONDS, PHASES, Heartbeat, describe_waiting, read_heartbeats
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.text import format_age
@@ -66,10 +75,10 @@ class Status:
 def read_status(run: RunFolder, now: float | None = None) -> Status:
     """Look at a run. Missing and torn files are what a crash leaves, and no error."""
     now = time.time() if now is None else now
-    settings, said = read_settings(run.folder), read_json_object(run.folder / "state.json")
+    settings, said = read_settings(run.folder), read_json_object(run.folder / STATE_FILE)
     records = read_records(run.records) if run.records.is_file() else []
     beats = read_heartbeats(run.folder)
-    failed = read_json_object(run.folder / "error.json")
+    failed = read_json_object(run.folder / ERROR_FILE)
     seen = max([beat["seen"] for beat in beats] + [r["time"] for r in records if "time" in r], default=0.0)
     word = str(said.get("state", ""))
     here = [beat for beat in beats if beat["host"] == socket.gethostname()]

@@ -61,7 +61,7 @@ VARIABLES = (
         "TINYTRAIN_CODE",
         "Folder with the code that a job runs: the copy that was made when it was submitted (default: the folder in "
         "which sbatch was called).",
-        ("launch/submit.py",),
+        ("tinytrain_dist/launch/slurm_submit.py",),
         ("slurm/train.sbatch", "slurm/srun.sbatch", "slurm/array.sbatch"),
     ),
     EnvironmentVariable(
@@ -87,8 +87,8 @@ VARIABLES = (
     EnvironmentVariable(
         "PYTHON",
         "The Python to use (default: .venv of the checkout; for launch/setup.sh the first one from 3.11 on).",
-        ("user", "launch/submit.py", "slurm/train.sbatch"),
-        ("launch/setup.sh", "launch/node.sh", "launch/submit.py", "slurm/train.sbatch"),
+        ("user", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
+        ("launch/setup.sh", "launch/node.sh", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
     ),
     EnvironmentVariable(
         "TORCH_BUILD",
@@ -99,13 +99,13 @@ VARIABLES = (
     EnvironmentVariable(
         "PROCESSES_PER_NODE",
         "Without GPUs: processes on each node (default: 1).",
-        ("user", "launch/submit.py"),
+        ("user", "tinytrain_dist/launch/slurm_submit.py"),
         ("launch/node.sh", "slurm/doctor.sbatch"),
     ),
     EnvironmentVariable(
         "MAX_REQUEUES",
         "How often the script may requeue a job (default: 20); Slurm's own requeues do not count.",
-        ("user", "launch/submit.py"),
+        ("user", "tinytrain_dist/launch/slurm_submit.py"),
         ("slurm/train.sbatch",),
     ),
     EnvironmentVariable(

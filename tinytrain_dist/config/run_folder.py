@@ -17,6 +17,7 @@ This module owns the names and the layout; everything that reads or writes a fil
         profile/                         traces of profiled steps
         heartbeat/rank-00000.json        what each rank does, for the others and for `tinytrain status`
         stacks/rank-00000.txt            the stacks of all threads of a rank when the run hung
+        nccl_trace_rank_0                what NCCL was doing when a collective timed out
         ending.json                      the request that all ranks end; it names the launch that it is meant for
       checkpoints/                       ckpt_dir
         checkpoint-00001000/             PREFIX-STEP, prefix from ckpt_save_prefix; appears by one rename

@@ -30,6 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tinytrain_dist.config.run_folder import ERROR_FILE
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, Heartbeat, read_heartbeats
 from tinytrain_dist.utils.atomic_files import read_json_object
@@ -253,7 +254,7 @@ def _first_cause(note: Path) -> str:
     """Wait for the first cause in error.json, which the agent of another node may have to write; "" if none."""
     end = time.monotonic() + CLOSING_SECONDS
     while note.is_file() and time.monotonic() < end:
-        cause = read_json_object(Path(note.read_text()) / "error.json")
+        cause = read_json_object(Path(note.read_text()) / ERROR_FILE)
         if cause and not cause.get("secondary"):
             return str(cause["message"])
         time.sleep(0.1)

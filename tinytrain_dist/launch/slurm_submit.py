@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
+from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
@@ -331,7 +332,7 @@ def submit(job: Job) -> str:
 def _print_next_steps(job: Job, slurm_id: str) -> None:
     base = job.base
     log = job.folder / (f"job-{slurm_id}_0.out" if job.options.array else f"job-{slurm_id}.out")
-    stop_file = "TARGET_DIR/stop of a task" if job.options.array else Path(base.target_dir) / "stop"
+    stop_file = "TARGET_DIR/stop of a task" if job.options.array else Path(base.target_dir) / STOP_FILE
     print(f"job {slurm_id}: {len(job.configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
     print(f"  watch   tail -F {log}")
     print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
@@ -349,7 +350,7 @@ def main(args: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    submissions = Path(base.target_dir).absolute() / "submitted"
+    submissions = Path(base.target_dir).absolute() / SUBMITTED_FOLDER
     number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
     job = Job(options, configs, base, options.template, submissions / str(number))
     if options.dry_run:

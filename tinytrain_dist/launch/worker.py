@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
+from tinytrain_dist.config.run_folder import LOGS_FOLDER
 from tinytrain_dist.errors import DataError, RendezvousError, TinytrainError
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
@@ -49,7 +50,7 @@ def main(args: list[str]) -> NoReturn:
 
         faulthandler.enable()  # a crash in native code leaves a stack too
         watchdog = Watchdog(config, launcher_rank(), _report, flight_record)
-        context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / "logs")
+        context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
         watchdog.joined(context.launch_id)
         Trainer.build(config, context, watchdog.phase_timer).fit()
     except BaseException as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -51,6 +52,15 @@ DEVICE_SPECS = {
         DeviceSpec("rtx3090", 23.6 * GIB, 71e12, 35.6e12, 32e9, 12.5e9),
     )
 }
+
+
+def spec_of_gpu(marketing_name: str) -> DeviceSpec | None:
+    """Return the device that the driver calls `marketing_name`, such as "NVIDIA H100 80GB HBM3"; None if unknown.
+
+    Devices that differ in memory only share a name, and the first of them is returned: their peaks are equal.
+    """
+    words = marketing_name.lower().replace("rtx ", "rtx")
+    return next((spec for name, spec in DEVICE_SPECS.items() if re.search(rf"\b{name}\b", words)), None)
 
 
 def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from tinytrain_dist.metrics.device_specs import spec_of_gpu
+
 
 def free_memory_bytes(device: torch.device, local_world_size: int) -> float:
-    """Bytes that a process may still take: what is free on its GPU, or its share of the host's; infinite if unknown."""
+    """Return what a process may still take: bytes free on its GPU, or its share of the host's; infinite if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -21,24 +23,20 @@ def free_memory_bytes(device: torch.device, local_world_size: int) -> float:
         return math.inf
 
 
-# Dense bf16 peak in FLOP/s by device name; data sheets, without sparsity. No entry, no MFU.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on the GPU, resident on the CPU."""
+    """Return the peak memory of this process: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device, None where it is not known: then there is no MFU.
+    """Return the dense bf16 peak of the device, None where it is not known: then there is no MFU.
 
     MFU = tokens per second x flops per token (TransformerLM.flops_per_token) / (peak x ranks), in seconds of steps:
     without evaluation and saving. Work that is done twice (activation checkpointing) does not count.
     """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    spec = spec_of_gpu(torch.cuda.get_device_name(device))
+    return None if spec is None else spec.bf16_flops

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE, abort_file
 from tinytrain_dist.reliability.run_state import write_state
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
@@ -23,13 +24,13 @@ NO_ERROR_MESSAGE = "the previous run ended without an error message: it was kill
 
 def write_error(folder: Path, cause: ErrorRecord) -> None:
     """Write error.json and state.json, unless what is there is nearer to the beginning. A full disk is no matter."""
-    path = folder / "error.json"
+    path = folder / ERROR_FILE
     with contextlib.suppress(OSError):
         before = read_json_object(path)
         if before and (before["secondary"], before["time"]) <= (cause["secondary"], cause["time"]):
             return
         step = cause["step"]  # None in a start: then what the start before it had reached still holds
-        write_state(folder, "failed", read_json_object(folder / "state.json").get("step") if step is None else step)
+        write_state(folder, "failed", read_json_object(folder / STATE_FILE).get("step") if step is None else step)
         if not cause["secondary"]:
             write_atomically(path, cause)
             return
@@ -39,10 +40,10 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
 
 def read_and_clear_error(folder: Path) -> str:
     """Why the run before this start failed, "" if it did not; error.json is gone then."""
-    path = folder / "error.json"
+    path = folder / ERROR_FILE
     told = str(read_json_object(path).get("message", ""))
     path.unlink(missing_ok=True)
-    return told or (NO_ERROR_MESSAGE if read_json_object(folder / "state.json").get("state") == "running" else "")
+    return told or (NO_ERROR_MESSAGE if read_json_object(folder / STATE_FILE).get("state") == "running" else "")
 
 
 def request_abort(folder: Path, world: str, message: str, hang: bool = False, state: str = "failed") -> None:
@@ -53,12 +54,12 @@ def request_abort(folder: Path, world: str, message: str, hang: bool = False, st
     notice = {"world": world, "message": message, "hang": hang, "state": state}
     with contextlib.suppress(OSError):
         if not read_abort_request(folder, world):
-            write_atomically(folder / "logs" / "ending.json", notice)
+            write_atomically(abort_file(folder), notice)
 
 
 def read_abort_request(folder: Path, world: str) -> ErrorRecord:
     """Return the abort request of this launch; an empty dictionary if there is none."""
-    notice = read_json_object(folder / "logs" / "ending.json")
+    notice = read_json_object(abort_file(folder))
     return notice if world and notice.get("world") == world else {}
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
@@ -27,7 +28,7 @@ class RunLock:
         A lock is stale, and taken over, if its process is gone (same host), if it is of an earlier attempt of the same
         Slurm job, or if it was not touched for two minutes (another host).
         """
-        self.path, self._end, error = folder / "lock.json", threading.Event(), None
+        self.path, self._end, error = folder / LOCK_FILE, threading.Event(), None
         self._held = False
         mine = {
             "host": context.host,

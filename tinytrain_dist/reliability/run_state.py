@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from tinytrain_dist.config.run_folder import STATE_FILE
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
 _owned: dict[Path, Callable[[], bool]] = {}
@@ -41,7 +42,7 @@ def write_state(folder: Path, state: str, step: int | None, reason: str = "") ->
     if reason:
         values["reason"] = reason
     if attempt := os.environ.get("TINYTRAIN_ATTEMPT"):
-        before = read_json_object(folder / "state.json")
+        before = read_json_object(folder / STATE_FILE)
         first = before.get("first_step") if before.get("attempt") == attempt else step
         values |= {"attempt": attempt, "first_step": first}
-    write_atomically(folder / "state.json", values)
+    write_atomically(folder / STATE_FILE, values)

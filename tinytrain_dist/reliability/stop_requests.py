@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from tinytrain_dist.config.run_folder import STOP_FILE
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _received: list[str] = []
 PROCESS_START = time.monotonic()  # about when the process began: this is imported first
@@ -39,7 +41,7 @@ class StopRequests:
 
         A batch script says in TINYTRAIN_DEADLINE (seconds since 1970) when its allocation ends; the earlier one counts.
         """
-        self._file, self._look = folder / "stop", look_at_file
+        self._file, self._look = folder / STOP_FILE, look_at_file
         limits = [(time.monotonic() if since is None else since) + time_limit] if time_limit else []
         if ends := os.environ.get("TINYTRAIN_DEADLINE"):
             limits.append(time.monotonic() + float(ends) - time.time())

@@ -18,6 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.run_folder import (
+    ERROR_FILE,
+    LOGS_FOLDER,
+    STATE_FILE,
+    abort_file,
+    heartbeat_file,
+    heartbeat_folder,
+    stacks_file,
+)
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.reliability import error_report, run_state, stop_requests
@@ -76,7 +85,7 @@ class Watchdog(threading.Thread):
         self.join()
         with contextlib.suppress(OSError):
             self._path().unlink()
-            for folder in (self._path().parent, self.folder / "logs", self.folder):
+            for folder in (self._path().parent, self.folder / LOGS_FOLDER, self.folder):
                 folder.rmdir()  # fails, and ends this, where there is something else
 
     def run(self) -> None:
@@ -123,13 +132,13 @@ class Watchdog(threading.Thread):
             if not preempted:
                 self._say(message)
             elif self.rank == 0 and (run_state.owns_run(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ):
-                before = read_json_object(self.folder / "state.json").get("step")  # this start has not come further
+                before = read_json_object(self.folder / STATE_FILE).get("step")  # this start has not come further
                 run_state.write_state(self.folder, "preempted", before)
         finally:  # on a full disk too
             os._exit(0 if preempted else 1)
 
     def _leave_stacks(self) -> None:
-        path = self.folder / "logs" / "stacks" / f"rank-{self.rank:05d}.txt"
+        path = stacks_file(self.folder, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             print(
@@ -146,11 +155,11 @@ class Watchdog(threading.Thread):
         started, end = time.time(), time.monotonic() + GRACE_SECONDS * (1 if first else 2)
         while time.monotonic() < end:
             time.sleep(0.1)
-            if not first and (told := read_json_object(self.folder / "error.json").get("message")):
+            if not first and (told := read_json_object(self.folder / ERROR_FILE).get("message")):
                 return str(told)
         if first:
             beats = read_heartbeats(self.folder)
-            asked = self.folder / "logs" / "ending.json"  # all that could have answered have
+            asked = abort_file(self.folder)  # all that could have answered have
             since = asked.stat().st_mtime if self.world else max(b["seen"] for b in beats) - 3 * HEARTBEAT_SECONDS
             message += f"; {describe_waiting(beats, self.world_size, since)}"
             message += f"; stacks are in {self.folder / 'logs' / 'stacks'}"
@@ -160,7 +169,7 @@ class Watchdog(threading.Thread):
         return message
 
     def _path(self) -> Path:
-        return self.folder / "logs" / "heartbeat" / f"rank-{self.rank:05d}.json"
+        return heartbeat_file(self.folder, self.rank)
 
     def beat(self, age: float = 0.0) -> None:
         """Write down what this rank is doing, and how many seconds it has made no progress."""
@@ -176,7 +185,7 @@ class Watchdog(threading.Thread):
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
     """Return the last heartbeat of each rank, with `seen`: when it was written by the file system's clock."""
     beats = []
-    for path in sorted((folder / "logs" / "heartbeat").glob("rank-*.json")):
+    for path in sorted(heartbeat_folder(folder).glob("rank-*.json")):
         if (beat := read_json_object(path)) and "phase" in beat:
             with contextlib.suppress(OSError):
                 beats.append({**beat, "seen": path.stat().st_mtime})

@@ -19,6 +19,7 @@ from tinytrain_dist.checkpoint.hf_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.state import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
+from tinytrain_dist.config.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, PROFILE_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.collectives import run_on_all_ranks
 from tinytrain_dist.distributed.context import DistributedContext
@@ -176,9 +177,9 @@ def _write_run_folder(config: TrainingConfig, context: DistributedContext, step:
     environment = environment_record(ranks)
     folder = Path(config.target_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.toml", config.to_toml())
+    write_atomically(folder / CONFIG_FILE, config.to_toml())
     write_state(folder, "running", step)
-    write_atomically(folder / "environment.json", environment)
+    write_atomically(folder / ENVIRONMENT_FILE, environment)
     return environment
 
 
@@ -238,6 +239,6 @@ def _profiler(
     """Return a profiler that follows the phases, on rank 0 of a run with `profile`."""
     if not (config.profile and context.is_main):
         return None
-    profiler = StepProfiler(config.profiled_steps, config.logs_dir / "profile", context.device, log.say)
+    profiler = StepProfiler(config.profiled_steps, config.logs_dir / PROFILE_FOLDER, context.device, log.say)
     phase_timer.follower = profiler.enter
     return profiler
