@@ -1,4 +1,4 @@
-"""Owns how a run of several agents ends and goes on when ranks and nodes die, and where a stop finds it."""
+"""The elastic agent: how a run of one or several agents ends and continues when ranks and nodes die or are stopped."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.launching import free_port
 from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_process
 from tests.helpers.training import Run, config_file, train
+from tinytrain_dist.launch import elastic_agent
 
 pytestmark = pytest.mark.multiprocess
 ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
@@ -43,9 +44,7 @@ def nodes(
     folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str
 ) -> list[TrainingProcess]:
     """Two agents on this machine, as if on two nodes; the first one holds the rendezvous."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     rendezvous = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     conf = "--rdzv-conf=is_host={},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
     return [
@@ -60,6 +59,40 @@ def nodes(
         )
         for node in range(2)
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_agent_saves_and_ends_well(tmp_path: Path, number: signal.Signals) -> None:
+    config = config_file(tmp_path, total_steps=100_000, ckpt_every=100_000, log_every=5)
+    with training_process([config], 2, tmp_path, launcher=AGENT) as running:
+        running.wait_for_output("step 5/")
+        os.kill(running.process.pid, number)
+        assert running.wait(60) == 0, running.output()
+        assert "Traceback" not in running.output()
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["state"] == "preempted"
+    assert Run(tmp_path / "run").checkpoint.name == f"checkpoint-{state['step']:08d}"
+
+
+def test_killed_rank_ends_the_others_and_is_the_last_word(tmp_path: Path) -> None:
+    config = config_file(tmp_path, total_steps=100_000, ckpt_every=100_000, log_every=5)
+    with training_process([config], 2, tmp_path, launcher=AGENT) as running:
+        running.wait_for_output("step 5/")
+        os.kill(running.worker_pids()[1], signal.SIGKILL)
+        assert running.wait(60) == 128 + signal.SIGKILL
+        last = running.output().rstrip().splitlines()[-1]
+    assert last.startswith("error: rank ")
+    assert "was killed by SIGKILL, after step " in last
+
+
+def test_restart_in_place_resumes_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    config = config_file(tmp_path, total_steps=60, ckpt_every=5, eval_every=1000, log_every=5)
+    with training_process([config], 2, tmp_path, launcher=AGENT, torchrun_args=["--max-restarts=2"]) as running:
+        running.wait_for_output("checkpoint-00000005")
+        os.kill(running.worker_pids()[0], signal.SIGKILL)
+        assert running.wait(120) == 0, running.output()
+    assert Run(tmp_path / "run").values("resumed", "text")
+    assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "done", "step": 60}
 
 
 def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -> None:
@@ -192,3 +225,26 @@ def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: 
         assert running.wait(60) == 128 + signal.SIGKILL, running.output()
         assert "was killed by SIGKILL" in running.output().rstrip().splitlines()[-1]
     assert state_of(tmp_path).get("state") != "preempted"
+
+
+def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = elastic_agent.AgentState()
+    now = 100.0
+    monkeypatch.setattr(elastic_agent, "_state", state)
+    monkeypatch.setattr(elastic_agent.time, "monotonic", lambda: now)
+    assert elastic_agent._count_interrupt() == signal.SIGINT
+    now += elastic_agent.SECOND_INTERRUPT_SECONDS / 2
+    assert elastic_agent._count_interrupt() == signal.SIGINT
+    assert not state.killed_by_user
+    now += elastic_agent.SECOND_INTERRUPT_SECONDS
+    assert elastic_agent._count_interrupt() == signal.SIGKILL
+    assert state.killed_by_user
+
+
+def test_a_death_is_described_with_a_remedy_for_lack_of_memory() -> None:
+    describe = elastic_agent._describe_death
+    assert describe("rank 1", 3, 7, 0) == "rank 1 ended with exit code 3, without an error message, after step 7"
+    assert describe("rank 1", -11, None, 0) == "rank 1 was killed by SIGSEGV"
+    killed = describe("rank 1", -9, None, elastic_agent._out_of_memory_kills() - 2)
+    assert "smaller micro_batch_size needs less" in killed
+    assert "it has killed " in killed

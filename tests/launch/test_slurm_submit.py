@@ -145,7 +145,7 @@ def test_all_mistakes_are_told_at_once(config: Path, tmp_path: Path) -> None:
     [
         (["--time", "30"], "--gpus-per-node: not set"),
         ([*USUAL, "--gpus-per-node", "2"], "there is one process for each GPU"),
-        ([*USUAL[:-1], "soon"], "--time: 'soon' is no time limit"),
+        ([*USUAL[:-1], "soon"], "--time: 'soon' is not a time limit"),
         ([*USUAL, "--total-step", "5"], "did you mean total_steps?"),
         ([*USUAL, "--train-data", "/nope/train.npy", "--vocab-size", "9"], "/nope/train.npy: no such token file"),
         ([*USUAL, "--train-data", "/nope/train.npy"], "vocab_size: not set, and there is no /nope/meta.json"),

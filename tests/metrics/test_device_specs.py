@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec, spec_of_gpu
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_spec, spec_of_gpu
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,12 @@ def test_a_name_that_is_not_in_the_table_gets_the_nearest() -> None:
     assert find_device_spec("H100", 8, "bf16").bf16_flops == 989e12
     with pytest.raises(ConfigError, match=r"'h10' is not in the table; nearest: .*h100"):
         find_device_spec("h10", 8, "bf16")
+
+
+def test_the_table_of_devices() -> None:
+    for device in DEVICE_SPECS.values():
+        assert 20 * GIB < device.memory < 200 * GIB
+        assert device.bf16_flops > device.fp32_flops > 1e13
+    cpu = find_device_spec("cpu", 2, "fp32")
+    assert cpu.memory > GIB / 4
+    assert cpu.fp32_flops > 1e9

@@ -1,1 +1,8 @@
-"""What starts and watches processes: the program of each rank, and the torchrun wrapper around all of them."""
+"""Start processes: the torchrun wrapper, the program of one rank, and the submission to Slurm.
+
+Read in this order:
+
+- `worker.py`: what every rank runs
+- `elastic_agent.py`: what starts and watches the ranks of one node
+- `slurm_submit.py`: what puts a run into the queue of a cluster
+"""

@@ -24,28 +24,49 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tinytrain_dist.config.run_folder import ERROR_FILE
 from tinytrain_dist.reliability import error_report
-from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, read_heartbeats
+from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, Heartbeat, read_heartbeats
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TASKS = Path("/proc/self/task")
-SECOND_THOUGHT_SECONDS = 1.0
-HANDLERS_SECONDS = 10.0  # for a rank's Python to start and to take over the signals
+SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice; a later one is a wish to end at once
+HANDLERS_SECONDS = 10.0  # for a rank's Python to start and to install its signal handlers
 CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one has died
-_first_interrupt = [0.0]
-_died: list[tuple[str, int]] = []  # what is said of the rank that died first, and its exit code
-_given_up: list[bool] = []
+
+
+@dataclass(frozen=True)
+class RankDeath:
+    """How the first rank of a start died: a sentence for the user, and its exit code (negative: the signal)."""
+
+    text: str
+    exit_code: int
+
+
+@dataclass
+class AgentState:
+    """What the signal handler and the report of a dead rank tell each other. There is one agent in a process."""
+
+    first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
+    killed_by_user: bool = False  # a second Ctrl-C has ended the ranks without saving
+    first_death: RankDeath | None = None  # of the present start; a restart clears it
+
+
+_state = AgentState()
+
+
+# ---------------------------------------------------------------- signals
 
 
 def rank_pids() -> Iterator[int]:
-    """Process ids of the ranks: our children that lead a session."""
+    """Yield the process ids of the ranks: our children that lead a session."""
     for task in TASKS.iterdir():
         for pid in map(int, (task / "children").read_text().split()):
             with contextlib.suppress(ProcessLookupError):
@@ -54,134 +75,176 @@ def rank_pids() -> Iterator[int]:
 
 
 def forward_signal(number: int, _: FrameType | None) -> None:
-    """Pass a signal on; a second Ctrl-C, a second thought later, ends everything without saving."""
+    """Forward a signal to the ranks; a second Ctrl-C, at least a second later, ends all without saving."""
     pids = list(rank_pids())
-    now = time.monotonic()
     if number == signal.SIGINT and pids:
-        impatient = _first_interrupt[0] and now - _first_interrupt[0] > SECOND_THOUGHT_SECONDS
-        _first_interrupt[0] = _first_interrupt[0] or now
-        if impatient:
-            _given_up.append(True)
-            number = signal.SIGKILL
-        text = "ending at once" if impatient else "saving and stopping; Ctrl-C again ends at once, without saving"
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        number = _count_interrupt()
     for pid in pids:
         _wait_for_handler(pid, number)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     if number == signal.SIGUSR1:
-        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later find it there, and end well
+        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later find it there, and stop in order
     elif not pids:
-        os._exit(128 + number)  # nothing runs yet, so nothing is to be saved
+        os._exit(128 + number)  # no rank runs yet, so there is nothing to save
+
+
+def _count_interrupt() -> int:
+    """Tell the user what this Ctrl-C does; return the signal that the ranks get."""
+    now = time.monotonic()
+    if _state.first_interrupt is not None and now - _state.first_interrupt > SECOND_INTERRUPT_SECONDS:
+        _state.killed_by_user = True
+        print("\nending at once", file=sys.stderr, flush=True)
+        return signal.SIGKILL
+    if _state.first_interrupt is None:
+        _state.first_interrupt = now
+    print("\nsaving and stopping; Ctrl-C again ends at once, without saving", file=sys.stderr, flush=True)
+    return signal.SIGINT
 
 
 def _wait_for_handler(pid: int, number: int) -> None:
-    """Wait until the rank has installed its signal handlers: before that, a signal would kill it."""
+    """Wait until a rank has installed its signal handlers: before that, the signal would kill it."""
+    if number == signal.SIGKILL:
+        return
     end = time.monotonic() + HANDLERS_SECONDS
-    while number != signal.SIGKILL and time.monotonic() < end:
+    while time.monotonic() < end:
         try:
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return
-        caught = re.search(r"SigCgt:\s*(\w+)", status)
+        caught = re.search(r"SigCgt:\s*(\w+)", status)  # a bit mask in hexadecimal; bit 0 is signal 1
         if caught is None or int(caught[1], 16) >> (number - 1) & 1:
             return
         time.sleep(0.02)
 
 
+# ---------------------------------------------------------------- the program
+
+
 def main(args: list[str]) -> int:
-    """Run torchrun's command line; its exit code, or the first failing rank's."""
-    if TASKS.is_dir():  # Linux; elsewhere torchrun's own ways with signals must do
+    """Run torchrun's command line; return its exit code, or that of the first failing rank."""
+    if TASKS.is_dir():  # Linux; on other systems torchrun handles the signals as it always does
         for number in FORWARDED_SIGNALS:
             signal.signal(number, forward_signal)  # before torch is imported, which takes seconds
         args = ["--signals-to-handle=SIGHUP,SIGQUIT", *args]
-    # torch 2.13 keeps one store over restarts and ranks then read the addresses of dead ones
+    # torch 2.13 keeps one store over restarts, and ranks would then read the addresses of dead ranks
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for name in ("api", "errors.error_handler"):  # they say what we say, less clearly
+    for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
         tempfile.tempdir = scratch  # torchrun leaves folders behind; ranks do not look for their caches there
-        # a rank's sentence is printed here, once; and here a rank leaves the run folder
+        # A rank that finds this variable leaves the printing of its error to this process. It writes the path of the
+        # run folder into the file.
         note = Path(scratch) / "run"
         os.environ["TINYTRAIN_AGENT"] = str(note)
-        _report_deaths_before_closing(SubprocessContext, note, _memory_kills())
+        kills_before = _out_of_memory_kills()
+        _call_before_close(lambda context: _attend_deaths(context, note, kills_before))
         try:
             torchrun(args)
         except ChildFailedError as failed:
-            failures = list(failed.failures.values())
-            # some were ended because another one had failed
-            first = min(failures, key=lambda one: (one.exitcode in (-signal.SIGTERM, -signal.SIGKILL), one.timestamp))
-            text, code = _died[-1] if _died else (_reason(first), first.exitcode)
-            print(f"error: {_first_cause(note) or text}", file=sys.stderr)
-            return code if code > 0 else 128 - code
+            death = _state.first_death or _reported_failure(list(failed.failures.values()))
+            print(f"error: {_first_cause(note) or death.text}", file=sys.stderr)
+            return death.exit_code if death.exit_code > 0 else 128 - death.exit_code
     return 0
 
 
-def _report_deaths_before_closing(context: Any, note: Path, kills_before: int) -> None:
-    """Report a dead rank when torchrun has found it, before it ends the others."""
-    close = context._close
+def _call_before_close(attend: Callable[[Any], bool]) -> None:
+    """Let torchrun call `attend` when it is about to end the ranks, also because one of them died.
 
-    def attend_and_close(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
-        codes = {local: handler.proc.poll() for local, handler in self.subprocess_handlers.items()}
-        dead = [] if hasattr(self, "attended") else [local for local, code in codes.items() if code]
-        if not hasattr(self, "attended"):
-            _died.clear()  # of the ranks before this restart
-        self.attended = True  # torchrun closes twice, and what was killed by the first time did not die by itself
-        for local in dead:
-            error_file = Path(self.error_files[local])
-            if not (error_file.is_file() and error_file.stat().st_size):  # it left no word
-                _report_death(note, local, self.subprocess_handlers[local].proc.pid, codes[local], kills_before)
-                break
-        if dead:  # a SIGTERM would be taken for a wish to stop, and a start that fails is no preemption
-            _wait_for_end(self, CLOSING_SECONDS)
-            death_sig = signal.SIGKILL
-        close(self, death_sig, timeout)
+    `attend` gets the context of the ranks and returns whether a rank died. Then the others are ended by SIGKILL: they
+    would take a SIGTERM for a request to stop, and a failed start must not look like a preemption.
 
-    context._close = attend_and_close
+    torchrun has no hook between finding a dead rank and ending the others. This replaces the private method
+    `SubprocessContext._close(death_sig, timeout)`, which torch 2.11 to 2.13 call in that place, and reads its public
+    attributes `subprocess_handlers` and `error_files`.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    close = SubprocessContext._close
+
+    def attend_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        attended = hasattr(context, "attended")
+        context.attended = True  # torchrun closes twice; ranks that the first time killed did not die by themselves
+        died = False if attended else attend(context)
+        close(context, signal.SIGKILL if died else death_sig, timeout)
+
+    SubprocessContext._close = attend_and_close  # type: ignore[assignment, method-assign]
+
+
+# ---------------------------------------------------------------- ranks that died
+
+
+def _attend_deaths(context: Any, note: Path, kills_before: int) -> bool:
+    """Report the first rank that died without an error message; return whether any rank died."""
+    _state.first_death = None  # forget the ranks before this restart
+    exit_codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
+    dead = [local for local, exit_code in exit_codes.items() if exit_code]
+    for local in dead:
+        error_file = Path(context.error_files[local])
+        if not (error_file.is_file() and error_file.stat().st_size):
+            pid = context.subprocess_handlers[local].proc.pid
+            _report_death(note, local, pid, exit_codes[local], kills_before)
+            break
+    if dead:
+        _wait_for_end(context, CLOSING_SECONDS)
+    return bool(dead)
 
 
 def _wait_for_end(context: Any, seconds: float) -> None:
-    """Let the other ranks end by themselves: they have been told, or wait in a collective that is broken."""
+    """Let the other ranks end by themselves: they were told to abort, or wait in a collective that is broken."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and any(h.proc.poll() is None for h in context.subprocess_handlers.values()):
+    while time.monotonic() < end:
+        if all(handler.proc.poll() is not None for handler in context.subprocess_handlers.values()):
+            return
         time.sleep(0.05)
 
 
-def _report_death(note: Path, local: int, pid: int, code: int, kills_before: int) -> None:
-    """Say what the dead rank cannot say any more, in error.json and to all ranks."""
-    now, host = time.time(), socket.gethostname()
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code}, without an error message"
-    )
+def _report_death(note: Path, local: int, pid: int, exit_code: int, kills_before: int) -> None:
+    """Report a rank that can no longer do it: in error.json, to all ranks, and as the last line of this agent."""
+    now = time.time()
+    host = socket.gethostname()
     folder = Path(note.read_text()) if note.is_file() else None
+    heartbeats: list[Heartbeat] = []
     if folder is not None:
-        time.sleep(TICK_SECONDS / 2)  # its peers notice soon, and each writes a last heartbeat
-    beats = read_heartbeats(folder) if folder is not None else []
-    mine = next((beat for beat in beats if (beat["pid"], beat["host"]) == (pid, host)), None)
-    step = max((beat["step"] for beat in beats if beat["phase"] not in START_PHASES), default=None)
-    name = f"rank {mine['rank']}" if mine else f"local rank {local}"
-    text = f"{name} on {host} (process {pid}) {how}" + (f", after step {step}" if mine and step is not None else "")
-    if _given_up:
+        time.sleep(TICK_SECONDS / 2)  # the other ranks notice soon, and each writes a last heartbeat
+        heartbeats = read_heartbeats(folder)
+    own = next((beat for beat in heartbeats if (beat["pid"], beat["host"]) == (pid, host)), None)
+    step = max((beat["step"] for beat in heartbeats if beat["phase"] not in START_PHASES), default=None)
+    name = f"rank {own['rank']}" if own else f"local rank {local}"
+    text = _describe_death(f"{name} on {host} (process {pid})", exit_code, step if own else None, kills_before)
+    if _state.killed_by_user:
         text = f"ended by a second Ctrl-C, without saving, after step {step}"
-    elif code == -signal.SIGKILL:
-        text += "; the system does so when memory runs out, and a smaller micro_batch_size needs less"
-        if (count := _memory_kills() - kills_before) > 0:
-            text += f" (it killed {count} process(es) for lack of memory meanwhile)"
-    _died.append((text, code))
-    if folder is not None and mine:
-        cause = {"message": text, "rank": mine["rank"], "host": host, "step": step, "traceback": "", "time": now}
+    _state.first_death = RankDeath(text, exit_code)
+    if folder is not None and own:
+        cause = {"message": text, "rank": own["rank"], "host": host, "step": step, "traceback": "", "time": now}
         error_report.write_error(folder, {**cause, "secondary": False})
-        error_report.request_abort(folder, mine["world"], text)
+        error_report.request_abort(folder, own["world"], text)
 
 
-def _memory_kills() -> int:
-    """How many processes the kernel has ended for lack of memory; 0 where it does not say."""
+def _describe_death(process: str, exit_code: int, step: int | None, kills_before: int) -> str:
+    """Return a sentence on how a process ended, with a remedy if memory may have run out."""
+    text = f"{process} {_describe_exit(exit_code)}"
+    if exit_code > 0:
+        text += ", without an error message"
+    if step is not None:
+        text += f", after step {step}"
+    if exit_code == -signal.SIGKILL:
+        text += "; the system does so when memory runs out, and a smaller micro_batch_size needs less"
+        kills = _out_of_memory_kills() - kills_before
+        if kills > 0:
+            text += f" (it has killed {kills} process(es) for lack of memory since this run started)"
+    return text
+
+
+def _describe_exit(exit_code: int) -> str:
+    return f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+
+
+def _out_of_memory_kills() -> int:
+    """Return how many processes the kernel has killed for lack of memory; 0 where it does not count them."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path("/proc/vmstat").read_text().split("oom_kill ")[1].split()[0])
     return 0
@@ -198,11 +261,13 @@ def _first_cause(note: Path) -> str:
     return ""
 
 
-def _reason(failure: Any) -> str:
-    """Return what the rank left in its error file, or how its process ended."""
-    told = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
-    if isinstance(told, dict) and told.get("message"):
-        return str(told["message"])
-    code = failure.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"local rank {failure.local_rank} (process {failure.pid}) {how}"
+def _reported_failure(failures: list[Any]) -> RankDeath:
+    """Return the first failure that torchrun reports: what the rank left in its error file, or how it ended."""
+    ended_by_agent = (-signal.SIGTERM, -signal.SIGKILL)  # because another rank had failed
+    first = min(failures, key=lambda failure: (failure.exitcode in ended_by_agent, failure.timestamp))
+    content = first.error_file_data
+    message = content.get("message", {}) if isinstance(content, dict) else {}
+    if isinstance(message, dict) and message.get("message"):
+        return RankDeath(str(message["message"]), first.exitcode)
+    process = f"local rank {first.local_rank} (process {first.pid})"
+    return RankDeath(f"{process} {_describe_exit(first.exitcode)}", first.exitcode)

@@ -20,10 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tinytrain_dist.config.loading import (
-    parse_command_line,
-    resolve_vocab_size,
-)
+from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
@@ -32,45 +29,54 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
-CODE = ("launch", "tinytrain_dist", "slurm", "configs", "pyproject.toml", "constraints.txt")
-SITE = "slurm/env.sh"  # git ignores it, the job needs it
-WARNING_SECONDS = 180  # before the time limit, in which the last save must fit
-FOLLOW_SECONDS = 0.5
+PROGRAM = "launch/submit.py"
+CODE = ("launch", "tinytrain_dist", "slurm", "configs", "pyproject.toml", "constraints.txt")  # what a job runs
+SITE_FILE = "slurm/env.sh"  # git ignores it, the job needs it
+WARNING_SECONDS = 180  # from Slurm's signal to the time limit; the last save must fit into them
+MIN_TIME_SECONDS = 120  # a run needs about that long to start and save
+FOLLOW_SECONDS = 0.5  # between two looks at the log
+
+
+class SubmitError(Exception):
+    """Slurm did not accept the job."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be submitted: the checked runs, one or one for each task of an array, and how they are started."""
+    """A checked job: one run, or one for each task of an array, and how they are started."""
 
     options: argparse.Namespace
-    configs: list[TrainingConfig]
+    configs: list[TrainingConfig]  # one for each task of an array; otherwise a single one
     base: TrainingConfig  # without the lines of a sweep
     template: Path
     folder: Path  # RUN/submitted/N
 
     def flags(self) -> list[str]:
         """Return the options of sbatch, each once."""
-        o = self.options
-        tasks = o.gpus_per_node or o.processes_per_node if self.template.name == "srun.sbatch" else 1
-        output = "job-%A_%a.out" if o.array else "job-%j.out"
+        options = self.options
+        processes = options.gpus_per_node or options.processes_per_node
+        # train.sbatch starts one torchrun on each node, srun.sbatch every process
+        tasks = processes if self.template.name == "srun.sbatch" else 1
+        warning_seconds = min(WARNING_SECONDS, seconds_of(options.time) // 4)
+        output = "job-%A_%a.out" if options.array else "job-%j.out"
         named = {
-            "job-name": o.job_name or Path(self.base.target_dir).name,
-            "nodes": o.nodes,
+            "job-name": options.job_name or Path(self.base.target_dir).name,
+            "nodes": options.nodes,
             "ntasks-per-node": tasks,
-            "gpus-per-node": o.gpus_per_node,
-            "cpus-per-task": o.cpus_per_task,
-            "time": o.time,
-            "signal": f"B:USR1@{min(WARNING_SECONDS, seconds_of(o.time) // 4)}",
-            "partition": o.partition,
-            "account": o.account,
-            "qos": o.qos,
-            "array": f"0-{len(self.configs) - 1}" if o.array else None,
+            "gpus-per-node": options.gpus_per_node,
+            "cpus-per-task": options.cpus_per_task,
+            "time": options.time,
+            "signal": f"B:USR1@{warning_seconds}",
+            "partition": options.partition,
+            "account": options.account,
+            "qos": options.qos,
+            "array": f"0-{len(self.configs) - 1}" if options.array else None,
             "output": str(self.folder / output),
         }
-        return [*(f"--{name}={value}" for name, value in named.items() if value is not None), *o.sbatch]
+        return [*(f"--{name}={value}" for name, value in named.items() if value is not None), *options.sbatch]
 
     def script(self) -> str:
-        """Return the template with the options, and what it runs, below its own options."""
+        """Return the template; below its own options stand those of this job, its variables and its arguments."""
         code = self.folder / "code"
         variables = {"TINYTRAIN_CODE": code, "PYTHON": os.environ.get("PYTHON", sys.executable)}
         if self.options.processes_per_node:
@@ -80,11 +86,15 @@ class Job:
         task = "-$SLURM_ARRAY_TASK_ID" if self.options.array else ""
         lines = self.template.read_text(encoding="utf-8").splitlines()
         last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-        added = ["# ---- filled in by launch/submit.py"]
+        added = [f"# ---- filled in by {PROGRAM}"]
         added += [f"#SBATCH {shlex.quote(flag)}" for flag in self.flags()]
         added += [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         added += [f"set -- {shlex.quote(str(self.folder))}/config{task}.toml", "# ----"]
         return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :]]) + "\n"
+
+    def command(self) -> list[str]:
+        """Return the command that submits the job."""
+        return ["sbatch", "--parsable", str(self.folder / "job.sbatch")]
 
     def write(self) -> None:
         """Make RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
@@ -100,29 +110,29 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the arguments into options of this command and settings of the run."""
     end = args.index("--sbatch") if "--sbatch" in args else len(args)
     parser = argparse.ArgumentParser(
-        prog="launch/submit.py",
-        description="Check a run for that many processes, keep a copy of code and settings, and submit it to Slurm.",
+        prog=PROGRAM,
+        description="Check a run for the given processes, copy code and settings, and submit the run to Slurm.",
         epilog="All other --name value are settings of the run; launch/train.py --help lists them. "
-        "What stands after --sbatch goes to sbatch as it is.",
+        "Everything after --sbatch is passed to sbatch unchanged.",
         allow_abbrev=False,
     )
-    parser.add_argument("config", help="the configuration (.toml)")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (1)")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs on each node; a process for each")
-    parser.add_argument("--processes-per-node", type=int, help="without GPUs: processes on each node")
-    parser.add_argument("--cpus-per-task", type=int, help="cores for all processes of a node (srun.sbatch: of each)")
-    parser.add_argument("--time", required=True, help="time limit of one slot, as Slurm writes it: 30, 8:00:00, 2-0")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--qos")
-    parser.add_argument("--job-name", help="default: the name of the run folder")
-    parser.add_argument("--array", type=Path, metavar="FILE", help="a sweep: one line of settings for each task")
-    parser.add_argument(
-        "--template", type=Path, default=ROOT / "slurm" / "train.sbatch", help="default: slurm/train.sbatch"
-    )
-    parser.add_argument("--max-requeues", type=int, help="how often the run may come back by itself (20)")
-    parser.add_argument("--dry-run", action="store_true", help="print script and command, change nothing")
-    parser.add_argument("--follow", action="store_true", help="show the log until the job has ended; Ctrl-C leaves it")
+    add = parser.add_argument
+    add("config", help="configuration file (.toml)")
+    add("--nodes", type=int, default=1, help="number of nodes (1)")
+    add("--gpus-per-node", type=int, help="GPUs on each node; one process for each")
+    add("--processes-per-node", type=int, help="processes on each node, without GPUs")
+    add("--cpus-per-task", type=int, help="cores for all processes of a node (srun.sbatch: for each process)")
+    add("--time", required=True, help="time limit of one job, as Slurm writes it: 30, 8:00:00, 2-0")
+    add("--partition", help="Slurm partition")
+    add("--account", help="Slurm account")
+    add("--qos", help="Slurm quality of service")
+    add("--job-name", help="name of the job (default: name of the run folder)")
+    add("--array", type=Path, metavar="FILE", help="file of a sweep: one line of settings for each task")
+    default_template = ROOT / "slurm" / "train.sbatch"
+    add("--template", type=Path, default=default_template, help="batch script (default: slurm/train.sbatch)")
+    add("--max-requeues", type=int, help="how often the job may requeue itself (20)")
+    add("--dry-run", action="store_true", help="print the script and the command, and change nothing")
+    add("--follow", action="store_true", help="show the log until the job has ended; Ctrl-C only stops showing it")
     options, settings = parser.parse_known_args(args[:end])
     options.sbatch = args[end + 1 :]
     return options, settings
@@ -130,16 +140,20 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def seconds_of(limit: str) -> int:
     """Return the seconds of a limit in Slurm's spelling (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S). Errors: ConfigError."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not found:
-        raise ConfigError(f"--time: {limit!r} is no time limit; write minutes, H:MM:SS or D-HH:MM:SS")
-    days, *parts = found.groups()
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not match:
+        raise ConfigError(f"--time: {limit!r} is not a time limit; write minutes, H:MM:SS or D-HH:MM:SS")
+    days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
-    if days is not None or len(numbers) == 3:
+    if days is not None or len(numbers) == 3:  # begins with hours
         hours, minutes, seconds = [*numbers, 0, 0][:3]
     else:
-        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+        hours = 0
+        minutes, seconds = [*numbers, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+# ---------------------------------------------------------------- checks on the login node
 
 
 def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
@@ -194,101 +208,141 @@ def check_options(options: argparse.Namespace) -> list[str]:
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
     if not options.template.is_file():
-        problems.append(f"--template: there is no file {options.template}; the ones that come along are in slurm/")
+        problems.append(f"--template: there is no file {options.template}; the templates are in slurm/")
     try:
-        if seconds_of(options.time) < 120:
-            problems.append(f"--time: {options.time} is less than two minutes, in which no run starts and saves")
+        if seconds_of(options.time) < MIN_TIME_SECONDS:
+            problems.append(f"--time: {options.time} is less than two minutes, too short to start and save; raise it")
     except ConfigError as error:
         problems += error.problems
     return problems
 
 
 def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingConfig, list[TrainingConfig]]:
-    """Return the run of a call, and those of a sweep. Errors: ConfigError with all problems at once."""
+    """Return the run without the lines of a sweep, and the run of each task (without --array: one).
+
+    Errors: ConfigError with all problems at once.
+    """
     problems = check_options(options)
     per_node = max(1, options.gpus_per_node or options.processes_per_node or 1)
-    lines: list[str | None] = [None]
+    lines: list[str | None] = [None]  # of a sweep; None: a single run
     if options.array:
-        lines = [line for line in read_lines(options.array) if line.strip() and not line.lstrip().startswith("#")]
+        lines = list(read_sweep(options.array))
         if not lines:
             problems.append(f"--array: {options.array} has no line with settings; write one for each task")
     configs: list[TrainingConfig] = []
-    for number, line in enumerate(lines):
-        more, where = ([], "") if line is None else (shlex.split(line), f"task {number}: ")
+    for task, line in enumerate(lines):
+        task_settings = [] if line is None else shlex.split(line)
+        prefix = "" if line is None else f"task {task}: "
         try:
-            config = parse_command_line([options.config, *settings, *more], prog="launch/submit.py")
+            config = parse_command_line([options.config, *settings, *task_settings], prog=PROGRAM)
             if line is not None and not re.search(r"--target[-_]dir\b", line):
-                config = replace(config, target_dir=f"{config.target_dir}/{number}")
+                config = replace(config, target_dir=f"{config.target_dir}/{task}")
             configs.append(config)
-            problems += [where + problem for problem in check_run(config, max(1, options.nodes), per_node)]
+            problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
         except ConfigError as error:
-            problems += [where + problem for problem in error.problems]
+            problems += [prefix + problem for problem in error.problems]
     folders = [config.target_dir for config in configs]
-    if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
-        problems.append(f"--array: several tasks have the target_dir {', '.join(twice)}; give each its own")
+    if shared := sorted({folder for folder in folders if folders.count(folder) > 1}):
+        problems.append(f"--array: several tasks have the target_dir {', '.join(shared)}; give each its own")
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)), options.config)
+        raise ConfigError(list(dict.fromkeys(problems)), options.config)  # tasks share most problems
     return parse_command_line([options.config, *settings]), configs
 
 
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file. Errors: ConfigError."""
+def read_sweep(path: Path) -> list[str]:
+    """Read the lines with settings, without empty lines and comments. Errors: ConfigError."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+# ---------------------------------------------------------------- submission
 
 
 def copy_code(target: Path) -> None:
-    """Copy what a job runs, as it is in the checkout now, changes that are not committed included."""
+    """Copy what a job runs, as it is in the checkout now, with changes that are not committed."""
     git = ["git", "-C", str(ROOT)]
-    listed = subprocess.run(
-        [*git, "ls-files", "-co", "--exclude-standard", "-z", "--", *CODE], capture_output=True, text=True, check=False
-    )
+    ls_files = [*git, "ls-files", "-co", "--exclude-standard", "-z", "--", *CODE]  # tracked, and new but not ignored
+    listed = subprocess.run(ls_files, capture_output=True, text=True, check=False)
     names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-    if not names:  # no git, or no checkout of it
-        found = [path for part in CODE for path in (ROOT / part, *(ROOT / part).rglob("*"))]
-        names = [str(path.relative_to(ROOT)) for path in found if path.is_file() and path.suffix != ".pyc"]
-    for name in [*names, *([SITE] if (ROOT / SITE).is_file() else [])]:
+    if not names:  # git is not installed, or this is not a git checkout
+        paths = [path for part in CODE for path in (ROOT / part, *(ROOT / part).rglob("*"))]
+        names = [str(path.relative_to(ROOT)) for path in paths if path.is_file() and path.suffix != ".pyc"]
+    if (ROOT / SITE_FILE).is_file():
+        names.append(SITE_FILE)
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
     if listed.returncode == 0:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", *CODE], capture_output=True, check=False).stdout
-        write_atomically(target / "COMMIT", commit.stdout.strip() + (" with changes" if changed else "") + "\n")
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+        status = subprocess.run([*git, "status", "--porcelain", "--", *CODE], capture_output=True, check=False).stdout
+        write_atomically(target / "COMMIT", commit.strip() + (" with changes" if status else "") + "\n")
 
 
-def follow(job: str, folder: Path) -> int:
-    """Print what the job's output files get until it has left the queue; 0 if Slurm says it completed."""
-    positions: dict[str, int] = {}
-    state, ended = "", False
+def follow(slurm_id: str, folder: Path) -> int:
+    """Print what the job writes to its logs until it has left the queue; return 0 if it completed, else 1."""
+    positions: dict[str, int] = {}  # of each log file: how far it was printed
+    state = ""
+    ended = False
     while not ended:
-        queue = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T %r"], capture_output=True, text=True, check=False)
-        now = queue.stdout.strip().splitlines()
-        # a controller that does not answer is no end
-        ended = not now and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
-        if now and now[0] != state and not now[0].startswith("RUNNING"):
-            print(f"submit.py: job {job}: {now[0]}")
-        state = now[0] if now else state
-        for name in sorted(glob.glob(glob.escape(str(folder)) + "/job-*.out")):
-            task = re.search(r"_\d+(?=\.out$)", name)  # of an array
-            with open(name, encoding="utf-8", errors="replace") as file:
-                file.seek(positions.get(name, 0))
-                for line in iter(file.readline, ""):
-                    print((f"[{task.group()[1:]}] " if task else "") + line, end="")
-                positions[name] = file.tell()
-        sys.stdout.flush()
+        command = ["squeue", "-h", "-j", slurm_id, "-o", "%T %r"]
+        queue = subprocess.run(command, capture_output=True, text=True, check=False)
+        states = queue.stdout.strip().splitlines()
+        # an empty answer means the end only where the controller has answered
+        ended = not states and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
+        if states and states[0] != state and not states[0].startswith("RUNNING"):
+            print(f"submit.py: job {slurm_id}: {states[0]}")
+        state = states[0] if states else state
+        _print_logs(folder, positions)
         time.sleep(FOLLOW_SECONDS)
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
-    states = sorted(set(re.findall(r"JobState=(\w+)", shown)))
-    print(f"submit.py: job {job} has ended: {', '.join(states) or 'Slurm has forgotten it, see the log'}")
-    return 0 if states == ["COMPLETED"] else 1
+    command = ["scontrol", "show", "job", slurm_id]
+    job_record = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    final_states = sorted(set(re.findall(r"JobState=(\w+)", job_record)))
+    print(f"submit.py: job {slurm_id} has ended: {', '.join(final_states) or 'unknown to Slurm by now, see the log'}")
+    return 0 if final_states == ["COMPLETED"] else 1
+
+
+def _print_logs(folder: Path, positions: dict[str, int]) -> None:
+    """Print what was added to the logs since `positions`, with the number of the task in an array."""
+    for name in sorted(glob.glob(glob.escape(str(folder)) + "/job-*.out")):
+        task = re.search(r"_(\d+)\.out$", name)
+        prefix = f"[{task[1]}] " if task else ""
+        with open(name, encoding="utf-8", errors="replace") as file:
+            file.seek(positions.get(name, 0))
+            for line in iter(file.readline, ""):
+                print(prefix + line, end="")
+            positions[name] = file.tell()
+    sys.stdout.flush()
+
+
+def submit(job: Job) -> str:
+    """Write the job's folder and submit it; return the id that Slurm gives it. Errors: SubmitError if Slurm refuses."""
+    job.write()
+    done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(job.folder)
+        raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
+    slurm_id = done.stdout.strip().partition(";")[0]  # "ID", or "ID;CLUSTER"
+    write_atomically(job.folder / "job_id", slurm_id + "\n")
+    return slurm_id
+
+
+def _print_next_steps(job: Job, slurm_id: str) -> None:
+    base = job.base
+    log = job.folder / (f"job-{slurm_id}_0.out" if job.options.array else f"job-{slurm_id}.out")
+    stop_file = "TARGET_DIR/stop of a task" if job.options.array else Path(base.target_dir) / STOP_FILE
+    print(f"job {slurm_id}: {len(job.configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
+    print(f"  watch   tail -F {log}")
+    print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
+    print("  resume  the same command again: it resumes from the newest checkpoint", flush=True)
 
 
 def main(args: list[str]) -> int:
     """Run the command; return 0 when submitted (with --follow: completed), 2 for a mistake, 1 when Slurm refuses."""
     try:
-        if args[:1] == ["--print-run"]:  # a batch script that was not filled in here asks where its state.json will be
+        if args[:1] == ["--print-run"]:  # a batch script that was submitted by hand asks for its run folder
             print(parse_command_line(args[1:]).target_dir)
             return 0
         options, settings = parse(args)
@@ -296,30 +350,21 @@ def main(args: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    submitted = Path(base.target_dir).absolute() / SUBMITTED_FOLDER
-    number = 1 + max((int(path.name) for path in submitted.glob("*") if path.name.isdigit()), default=0)
-    job = Job(options, configs, base, options.template, submitted / str(number))
-    command = ["sbatch", "--parsable", str(job.folder / "job.sbatch")]
+    submissions = Path(base.target_dir).absolute() / SUBMITTED_FOLDER
+    number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
+    job = Job(options, configs, base, options.template, submissions / str(number))
     if options.dry_run:
-        print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(command)}")
+        print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(job.command())}")
         return 0
     if shutil.which("sbatch") is None:
         print("error: there is no sbatch here; run this on a login node of the cluster", file=sys.stderr)
         return 1
-    job.write()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(job.folder)
-        print(f"error: sbatch refused: {done.stderr.strip()}", file=sys.stderr)
+    try:
+        slurm_id = submit(job)
+    except SubmitError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    slurm_id = done.stdout.strip().partition(";")[0]
-    write_atomically(job.folder / "job_id", slurm_id + "\n")
-    log = job.folder / (f"job-{slurm_id}_0.out" if options.array else f"job-{slurm_id}.out")
-    print(f"job {slurm_id}: {len(configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
-    print(f"  watch   tail -F {log}")
-    stop_file = "TARGET_DIR/stop of a task" if options.array else Path(base.target_dir) / STOP_FILE
-    print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
-    print("  resume  the same command again: it resumes from the newest checkpoint", flush=True)
+    _print_next_steps(job, slurm_id)
     if not options.follow:
         return 0
     try:

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from typing import NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
@@ -20,8 +21,22 @@ from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
 from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, Watchdog
 
-# what the death of another rank looks like
+# messages of errors that the death of another rank causes on this one
 PEER_FAILURE = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended this rank, and what it means for the run."""
+
+    message: str  # the final line of the log
+    trace: str  # "" for a user's mistake
+    rank: int
+    host: str
+    step: int | None  # completed steps; None during the start
+    user_mistake: bool  # raised on all ranks alike, so rank 0 reports it
+    caused_by_peer: bool  # probably another rank died first, and reports the cause itself
+    time: float  # seconds since 1970
 
 
 def main(args: list[str]) -> NoReturn:
@@ -29,60 +44,92 @@ def main(args: list[str]) -> NoReturn:
     watchdog: Watchdog | None = None
     try:
         config = parse_command_line(args)
-        # torch takes seconds; a wrong setting need not wait for it
+        # torch takes seconds to import; a wrong setting is reported before that
         from tinytrain_dist.distributed.context import flight_record, init_distributed, launcher_rank, shutdown
         from tinytrain_dist.training.trainer import Trainer
 
         faulthandler.enable()  # a crash in native code leaves a stack too
-        watchdog = Watchdog(config, launcher_rank(), _say, flight_record)
+        watchdog = Watchdog(config, launcher_rank(), _report, flight_record)
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
         watchdog.joined(context.launch_id)
         Trainer.build(config, context, watchdog.phase_timer).fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise
-        _fail(watchdog, error)
+        _end_failed(watchdog, error)
     watchdog.close()
     shutdown()
-    # native threads of stores and groups can outlive the interpreter, whose end then aborts a run that is done (seen:
-    # "terminate called", its agent began a new round, and the other node's waited for it)
+    # End without the interpreter's own clean-up: native threads of stores and groups can outlive it, and then abort a
+    # run that is done. Seen: "terminate called"; the agent of that node started a new round, and the agent of the other
+    # node waited for it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _say(message: str, aloud: bool = True) -> None:
+def _report(message: str, aloud: bool = True) -> None:
     """Report the final error: the agent prints it, or else, with `aloud`, this rank."""
     if not error_report.report_to_launcher(message) and aloud:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _fail(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
-    """Tell what happened and end at once: leaving the process group in order would wait for ranks that hang."""
-    from tinytrain_dist.distributed.context import launcher_rank
-
-    now, trace = time.time(), traceback.format_exc()
-    # a token file that goes away while it is read, by one rank alone, is nothing that all have raised together
-    alone = isinstance(error, DataError) and watchdog is not None and watchdog.phase_timer.phase not in START_PHASES
-    expected = isinstance(error, TinytrainError) and not alone  # raised on all ranks, so one of them says it
-    of_peers = isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None
-    rank, _, host = launcher_rank()
-    step = watchdog.phase_timer.step if watchdog and watchdog.phase_timer.phase not in START_PHASES else None
-    where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
-    message = str(error) if expected else f"{where}: {type(error).__name__}: {error}"
-    if (
-        watchdog and of_peers
-    ):  # the rank that caused it reports it in a moment, and then the watchdog ends this rank as well
+def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
+    """Report what happened and end at once: leaving the process group in order would wait for ranks that hang."""
+    failure = _describe(watchdog, error)
+    if watchdog and failure.caused_by_peer:
+        # the rank that caused it reports it in a moment, and then the watchdog ends this rank as well
         watchdog.beat()
         time.sleep(2 * TICK_SECONDS)
-    if watchdog and owns_run(watchdog.folder) and (rank == 0 or not expected):  # never into another process's run
-        cause = {"message": message, "rank": rank, "host": host, "step": step, "time": now, "secondary": of_peers}
-        error_report.write_error(watchdog.folder, {**cause, "traceback": "" if expected else trace})
-    elif watchdog and expected:
-        watchdog.close()  # a mistake leaves no new folder behind
-    print("" if expected else trace, end="", file=sys.stderr, flush=True)
-    _say(message, aloud=rank == 0 or not expected or isinstance(error, RendezvousError))
+    _record(watchdog, failure)
+    is_reporter = failure.rank == 0 or not failure.user_mistake
+    print(failure.trace, end="", file=sys.stderr, flush=True)
+    _report(failure.message, aloud=is_reporter or isinstance(error, RendezvousError))
     sys.stdout.flush()
-    if watchdog and not expected:
-        error_report.request_abort(watchdog.folder, watchdog.world, message)
-    os._exit(2 if expected else 1)
+    if watchdog and not failure.user_mistake:
+        error_report.request_abort(watchdog.folder, watchdog.world, failure.message)
+    os._exit(2 if failure.user_mistake else 1)
+
+
+def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
+    """Tell a user's mistake from a failure of this rank; called while the error is handled."""
+    from tinytrain_dist.distributed.context import launcher_rank
+
+    now = time.time()
+    trace = traceback.format_exc()
+    rank, _, host = launcher_rank()
+    started = watchdog is not None and watchdog.phase_timer.phase not in START_PHASES
+    step = watchdog.phase_timer.step if watchdog is not None and started else None
+    # Our own errors are raised on all ranks together. The exception is a token file that disappears while one rank
+    # reads it: only that rank fails.
+    on_this_rank_only = isinstance(error, DataError) and started
+    user_mistake = isinstance(error, TinytrainError) and not on_this_rank_only
+    where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
+    return Failure(
+        message=str(error) if user_mistake else f"{where}: {type(error).__name__}: {error}",
+        trace="" if user_mistake else trace,
+        rank=rank,
+        host=host,
+        step=step,
+        user_mistake=user_mistake,
+        caused_by_peer=isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None,
+        time=now,
+    )
+
+
+def _record(watchdog: Watchdog | None, failure: Failure) -> None:
+    """Write error.json if this process owns the run folder: never into the run of another process."""
+    if watchdog is None:
+        return
+    if owns_run(watchdog.folder) and (failure.rank == 0 or not failure.user_mistake):
+        cause = {
+            "message": failure.message,
+            "rank": failure.rank,
+            "host": failure.host,
+            "step": failure.step,
+            "time": failure.time,
+            "secondary": failure.caused_by_peer,
+            "traceback": failure.trace,
+        }
+        error_report.write_error(watchdog.folder, cause)
+    elif failure.user_mistake:
+        watchdog.close()  # a mistake leaves no new folder behind

@@ -1,0 +1,41 @@
+"""Loading a model from a checkpoint, without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.tools import make_text_runs, newest
+from tinytrain_dist import CheckpointError, TransformerLM
+from tinytrain_dist.checkpoint import load_model
+from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
+from tinytrain_dist.checkpoint.state import collect_shards
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The newest checkpoint of a tiny run over text."""
+    return newest(make_text_runs(tmp_path_factory.mktemp("runs"), ("one",)) / "one")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> TransformerLM:
+    return load_model.load_model(checkpoint, torch.device("cpu"))
+
+
+def test_the_model_has_the_weights_of_the_checkpoint(checkpoint: Path, model: TransformerLM) -> None:
+    from tinytrain_dist.checkpoint.safetensors_io import TensorReader
+
+    reader = TensorReader(checkpoint, "model")
+    assert not torch.equal(model.lm_head.weight, TransformerLM(model.config).lm_head.weight)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, reader.read(name)), name
+
+
+def test_a_checkpoint_without_a_configuration_is_an_error(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    write_checkpoint(tmp_path / "any", collect_shards(model, None)[0], {"step": 1})
+    with pytest.raises(CheckpointError, match="says no configuration"):
+        load_model.load_model(tmp_path / "any", torch.device("cpu"))

@@ -1,0 +1,70 @@
+"""`tinytrain plan`: the verdict, the remedy, and the errors of a run that cannot start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tinytrain_dist.cli.main import main as tinytrain
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
+    code = tinytrain(["plan", *args])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_fits_the_hardware_it_names(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes, per_node, device = {
+        "gpt2_124m_ddp": (1, 8, "a100-40gb"),
+        "llama_350m_fsdp": (1, 8, "rtx4090"),
+        "llama_1b_hsdp": (4, 8, "a100-40gb"),
+        "quickstart": (1, 2, "cpu"),
+        "tinystories": (1, 1, "h100"),
+    }[config.stem]
+    where = ("--nodes", str(nodes), "--devices-per-node", str(per_node), "--device", device)
+    code, text = run_plan(capsys, str(config), *where, "--vocab-size", "32000")
+    assert code == 0, text
+    assert "\nFITS" in text
+    assert "tokens a day" in text
+
+
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (str(ROOT / "configs/llama_1b_hsdp.toml"), "--nodes", "1", "--devices-per-node", "8", "--device", "rtx4090")
+    big = ("--vocab-size", "32000", "--micro-batch-size", "16", "--activation-checkpointing", "none")
+    code, text = run_plan(capsys, *args, *big)
+    assert code == 1, text
+    assert "DOES NOT FIT: fits with " in text
+    name, value = text.split("DOES NOT FIT: fits with ")[1].split(":")[0].split(" = ")
+    again, text = run_plan(capsys, *args, *big, f"--{name}", value)
+    assert again == 0, text
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("--device", "h10"), "device: 'h10' is not in the table; nearest: h100"),
+        (("--nodes", "0"), "--nodes: '0' must be a whole number, at least 1"),
+        (("--devices-per-node", "three"), "--devices-per-node: 'three' must be a whole number"),
+        (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),
+        (("--devices-per-node", "4", "--parallel", "none"), "parallel: none runs on 1 process, but there are 4"),
+        (("--micro-batch-siz", "4"), "micro_batch_siz: unknown setting; did you mean micro_batch_size?"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_the_words_of_a_run(
+    args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), "--vocab-size", "4096", *args)
+    assert code == 2
+    assert sentence in text
+
+
+def test_the_vocabulary_must_be_known(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = ("--train-data", str(tmp_path / "train.npy"))
+    code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), *data)
+    assert code == 2
+    assert "vocab_size: not set, and there is no" in text

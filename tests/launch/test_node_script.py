@@ -1,0 +1,132 @@
+"""launch/node.sh: start one of several nodes without Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launching import free_port
+from tests.helpers.ranks import REPOSITORY, TrainingProcess
+from tests.helpers.training import Run, config_file, train
+
+pytestmark = pytest.mark.multiprocess
+NODE = REPOSITORY / "launch" / "node.sh"
+
+
+def node(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        [NODE, *map(str, args)],
+        env={**clean, "PYTHON": sys.executable, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def start_node(stack: ExitStack, folder: Path, rank: int, *args: object) -> TrainingProcess:
+    command = [str(NODE), *map(str, args), "--nnodes", "2", "--node-rank", str(rank)]
+    log = folder / f"node{rank}.log"
+    env = {**os.environ, "PYTHON": sys.executable, "TMPDIR": str(folder / "tmp")}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+    running = TrainingProcess(process, log, command)
+    stack.callback(running.kill)
+    return running
+
+
+def test_two_nodes_on_one_machine_train_together_and_a_signal_to_one_stops_both(tmp_path: Path) -> None:
+    length = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "reproducible": True}
+    config = config_file(tmp_path, **length)
+    (tmp_path / "tmp").mkdir()
+    # this machine's own name may mean 127.0.1.1, as on Debian
+    options = ["--head", f"{socket.gethostname()}:{free_port()}"]
+    with ExitStack() as stack:
+        nodes = [start_node(stack, tmp_path, rank, config, *options) for rank in (0, 1)]
+        nodes[0].wait_for_output("step 5/")
+        os.kill(nodes[1].process.pid, signal.SIGTERM)
+        assert [each.wait(60) for each in nodes] == [0, 0], nodes[0].output()
+    assert "Traceback" not in nodes[0].output() + nodes[1].output()
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["state"] == "preempted"
+    left = [path.name for path in (tmp_path / "tmp").iterdir()]
+    assert not [name for name in left if not name.startswith("torchinductor_")], "torchrun's folders must be gone"
+    ranks = json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]
+    assert len({rank["pid"] for rank in ranks}) == 2
+    alone = train(tmp_path, "alone", 1, **{**length, "stop_at_step": state["step"]})
+    assert alone.digests() == Run(tmp_path / "run").digests()
+
+
+def test_node_says_what_is_missing(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    for args, sentence in [
+        ((), "no configuration given"),
+        (("nope.toml",), "there is no file nope.toml"),
+        ((config,), "--nnodes is ''"),
+        ((config, "--nnodes", "2"), "--node-rank is ''"),
+        ((config, "--nnodes", "2", "--node-rank", "1"), "no --head given"),
+        ((config, "--nnodes", "2", "--node-rank", "0", "--head", "localhost:x"), "--head names the port 'x'"),
+        ((config, "--nnodes", "2", "--node-rank", "1", "--head", "no.such.host.invalid"), "cannot be reached from"),
+    ]:
+        done = node(*args)
+        assert done.returncode == 2, done.stdout
+        assert sentence in done.stderr
+
+
+def test_port_that_is_taken_is_passed_over_or_told(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    slurm = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1"}
+    first = node("--print-head", **slurm).stdout.strip()
+    host, port = first.split(":")
+    assert host == "127.0.0.1"
+    assert port == "20005" or (int(port) - 20005) % 997 == 0, "20005, or the first free one in steps"
+    with socket.socket() as squatter:
+        squatter.bind(("", int(port)))
+        squatter.listen()
+        second = node("--print-head", **slurm).stdout.strip()
+        assert second not in (first, node("--print-head", **{**slurm, "SLURM_JOB_ID": "6"}).stdout.strip())
+        assert 20000 <= int(second.split(":")[1]) < 32000, "below the ports of outgoing connections"
+        done = node(config, "--nnodes", "2", "--node-rank", "0", "--head", f"localhost:{port}", "--dry-run")
+    assert done.returncode == 2
+    assert f"port {port} of this node is taken" in done.stderr
+
+
+def test_node_command(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ $2 = hostnames ] && printf 'a\\nb\\n' || echo '   NodeAddr=127.0.0.1 Port=1'\n")
+    scontrol.chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "",
+        "SLURM_JOB_ID": "12000",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "[ab]",
+        "SLURM_NODEID": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "TINYTRAIN_ATTEMPT": "12000.3",
+    }
+    done = node(config, "--dry-run", "--seed", "5", **slurm)
+    assert done.returncode == 0, done.stderr
+    *environment, command = done.stdout.splitlines()
+    assert environment == ["GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"]
+    assert command.split()[1:] == [
+        *"-P -m tinytrain_dist.agent --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d".split(),
+        *"--rdzv-endpoint 127.0.0.1:20000 --local-addr 127.0.0.1 --max-restarts 3".split(),
+        *r"--rdzv-conf is_host=0\,join_timeout=600\,read_timeout=300 --rdzv-id 12000.3".split(),
+        *f"{REPOSITORY}/launch/train.py {config} --seed 5".split(),
+    ]
+    direct = node(config, "--direct", "--dry-run", **slurm).stdout.splitlines()
+    assert "MASTER_ADDR=127.0.0.1" in direct
+    assert "MASTER_PORT=20000" in direct
+    assert "tinytrain_dist.agent" not in direct[-1]

@@ -1,0 +1,99 @@
+"""The check before step 1 that all ranks agree; the rank that differs is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.ranks import AGENT, launch_training, run_ranks
+from tests.helpers.training import settings_for
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.context import init_distributed
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.reliability import rank_consistency
+
+
+def check_consistency(settings: dict[str, Any], odd: str) -> str:
+    """On a rank: the check at the start of a run, with something else on rank 2."""
+    context = replace(init_distributed("cpu"), host=f"node{int(os.environ['RANK']) // 2 + 1}")
+    if context.rank == 2:
+        if odd == "settings":
+            settings = {**settings, "lr_max": 0.5, "target_dir": "elsewhere"}
+        elif odd == "code":
+            rank_consistency.code_digest = lambda: "another"
+        elif odd == "versions":
+            torch.__version__ = "2.11.0"  # type: ignore[assignment]
+        elif odd == "shape":
+            context = replace(context, local_world_size=7)
+        elif odd == "clock":
+            real = rank_consistency.time.time
+            rank_consistency.clock_offsets.__defaults__ = (lambda: real() - 100,)
+    if odd == "threads":
+        settings = {**settings, "cpu_threads": 4}
+        rank_consistency.usable_cores = lambda: {0, 1} if context.rank < 2 else {0, 1, 2, 3, 4, 5, 6, 7}
+    else:
+        rank_consistency.usable_cores = lambda: {0, 1}
+    try:
+        return "\n".join(rank_consistency.check_rank_consistency(TrainingConfig(**settings), context))
+    except ConfigError as error:
+        return "\n".join([error.source, *error.problems])
+
+
+REST = "rank 0 (node1), rank 1 (node1), rank 3 (node2)"
+CODE = rank_consistency.code_digest()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("odd", "problems"),
+    [
+        ("nothing", ""),
+        (
+            "settings",
+            "the world of 4 ranks\n"
+            f"target_dir: 'elsewhere' on rank 2 (node2), but 'runs/default' on {REST}; "
+            "give every node the same file and the same settings\n"
+            f"lr_max: 0.5 on rank 2 (node2), but 0.001 on {REST}; give every node the same file and the same settings",
+        ),
+        ("code", f"code: 'another' on rank 2 (node2), but '{CODE}' on {REST}; start every node from"),
+        ("versions", f"torch: '2.11.0' on rank 2 (node2), but {torch.__version__!r} on {REST}; use one environment"),
+        ("shape", f"processes per node: 7 on rank 2 (node2), but 4 on {REST}; start the same number"),
+        ("clock", "clock: node2 is 100.0 s behind node1; set it (chrony)"),
+        ("threads", "threads: 2 process(es) on node1 run 8 threads on 2 core(s) and slow each other down; "
+                    "set OMP_NUM_THREADS=1, or give the job more cores (--cpus-per-task)"),
+    ],
+)  # fmt: skip
+def test_odd_rank_is_named_on_all_ranks(odd: str, problems: str) -> None:
+    for said in run_ranks(4, check_consistency, {"batch_size": 4}, odd):
+        assert (problems in said) if problems else said == ""
+        assert said.count("clock") == (odd == "clock")
+        assert said.count("threads") == (2 if odd == "threads" else 0)
+
+
+def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
+    assert rank_consistency.find_differences([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
+        "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use one environment on all nodes"
+    ]
+
+
+@pytest.mark.multiprocess
+def test_run_with_different_settings_on_its_ranks_does_not_start(tmp_path: Path) -> None:
+    script = tmp_path / "odd.py"
+    script.write_text(
+        "import os, sys\nfrom tinytrain_dist.launch.worker import main\n"
+        "main([*sys.argv[1:], '--seed', os.environ['RANK']])\n"
+    )
+    settings = settings_for(tmp_path, "run")
+    config = tmp_path / "run.toml"
+    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    done = launch_training([str(config)], 2, tmp_path, script=script, launcher=AGENT)
+    assert done.returncode == 2
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.startswith("  seed: 1 on rank 1 (")
+    assert not (tmp_path / "run" / "checkpoints").exists()

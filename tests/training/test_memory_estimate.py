@@ -1,0 +1,45 @@
+"""The memory estimate is what a real step takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.forecasts import estimated, meta_model, two_nodes
+from tests.helpers.memory import CASES, MODEL, measure
+from tests.helpers.ranks import run_ranks
+from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.training import forecast, memory_estimate
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_what_a_step_takes(name: str) -> None:
+    ranks, settings = CASES[name]
+    measured, predicted, moment = run_ranks(ranks, measure, {**MODEL, **settings})[0]
+    print(f"{name}: measured {measured / 2**20:.2f} MiB, predicted {predicted / 2**20:.2f} MiB at {moment}")
+    assert 0.90 < predicted / measured < 1.10, f"predicted {predicted:,} bytes, measured {measured:,}"
+
+
+def test_deep_models_are_drawn_out_exactly(world: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings in (
+        {"parallel": "fsdp", "activation_checkpointing": "block", "micro_batch_size": 2},
+        {"parallel": "hsdp", "precision": "bf16", "activation_checkpointing": "selective"},
+    ):
+        drawn = estimated(world, num_layers=9, **settings)
+        monkeypatch.setattr(memory_estimate, "SIMULATED_DEPTHS", (9, 9))
+        whole = estimated(world, num_layers=9, **settings)
+        monkeypatch.undo()
+        assert abs(drawn.nbytes - whole.nbytes) <= whole.nbytes // 1000
+        assert forecast.sent_bytes(drawn, two_nodes()) == pytest.approx(
+            forecast.sent_bytes(whole, two_nodes()), rel=1e-3
+        )
+
+
+def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> None:
+    with_ddp, with_fsdp = estimated(world, parallel="ddp"), estimated(world, parallel="fsdp")
+    weights = 4 * sum(p.numel() for p in meta_model().parameters())
+    for found, share in ((with_ddp, 1), (with_fsdp, 4)):
+        held = found.stages["update"]
+        assert held["weights"] == pytest.approx(weights / share, rel=0.01)
+        assert held["optimizer"] == pytest.approx(2 * weights / share, rel=0.01)
+        assert held["gradients"] == pytest.approx(weights / share, rel=0.01)
