@@ -227,7 +227,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, step: int) 
         step=step,
         data=data.train,
         flops_per_token=model.flops_per_token(),
-        clock=train_step.forward_timer,
+        forward_timer=train_step.forward_timer,
         layers=train_step.reduction.layers,
         process_start=PROCESS_START,
     )
