@@ -24,7 +24,7 @@ TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name 
 # Each kind of event is a row of dots in one chart, which shows when each happened.
 EVENTS = ("resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled")
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}
-# The settings by which the HPARAMS tab compares runs. It shows the first five of the alphabet until told otherwise.
+# The settings by which the HPARAMS tab compares runs. It shows the first five of the alphabet by default.
 COMPARED_SETTINGS = tuple(
     "batch_size context_len d_model d_ff lr_max lr_min num_heads num_layers parallel precision schedule seed "
     "total_steps warmup_iters weight_decay".split()

@@ -164,7 +164,7 @@ class Watchdog(threading.Thread):
             self.heartbeat(seconds_in_phase)
 
     def _left_start_phase(self, phase: str) -> bool:
-        """Return whether the last heartbeat tells of an earlier phase of the start; these changes are told at once."""
+        """Return whether the last heartbeat shows an earlier phase of the start; such a change is written at once."""
         return self._written_phase in START_PHASES and phase != self._written_phase
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
