@@ -13,6 +13,7 @@ from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, GIB, find_device_s
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "h200"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA L4", "l4"),
@@ -23,7 +24,10 @@ def test_a_gpu_is_found_by_the_name_of_its_driver(driver_name: str, name: str) -
     assert spec_of_gpu(driver_name) is DEVICE_SPECS[name]
 
 
-@pytest.mark.parametrize("driver_name", ["NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA H20", "AMD Instinct MI300X"])
+@pytest.mark.parametrize(
+    "driver_name",
+    ["NVIDIA GeForce GTX 1080", "NVIDIA L40", "NVIDIA H20", "NVIDIA GeForce RTX 3090 Ti", "AMD Instinct MI300X"],
+)
 def test_a_gpu_that_is_not_in_the_table_has_no_peak(driver_name: str) -> None:
     assert spec_of_gpu(driver_name) is None
 

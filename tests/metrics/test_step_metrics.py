@@ -1,18 +1,15 @@
-"""Owns what is seen of a run while it trains: who is slow, whose memory is bad, where time goes, and that nobody waits.
+"""Check what is recorded of a run while it trains: slow ranks, phases, norms, and that no step waits for the device.
 
-Must not know how it is drawn; test_metrics reads the event files.
+Must not know how it is drawn; test_tensorboard.py reads the event files.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +17,9 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import Run, fit, settings_for, train
-from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, PHASES, StepMetrics
-from tinytrain_dist.parallel.replica_check import fingerprints, weighted_bit_sum
+from tinytrain_dist.metrics.phase_timer import STEP_PHASES
+from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, Interval, RankTimes, StepResult, due
 from tinytrain_dist.parallel.wrappers import unwrap
-
-# ---------------------------------------------------------------- who is slow
 
 
 def slow_down(trainer: Any, where: str) -> None:
@@ -55,162 +49,6 @@ def test_a_slow_rank_is_named_once_although_all_steps_take_as_long(tmp_path: Pat
     seconds = run.values("train", "step_seconds")
     assert all(0 < fast < slow <= step * 1.01 for (fast, slow), step in zip(work[1:-1], seconds[1:-1], strict=True))
 
-
-def named(works: list[list[float]]) -> list[tuple[int, str]]:
-    """(step, start of the sentence) for the work of all ranks at logged steps 1, 2, ..."""
-    events: list[tuple[int, str]] = []
-    log = SimpleNamespace(event=lambda step, kind, text: events.append((step, text[:6])))
-    observer: Any = SimpleNamespace(log=log, suspect=None, named=None, hosts=["a", "b", "c", "d"])
-    for step, seconds in enumerate(works, 1):
-        StepMetrics._slowest(observer, step, [0.0] * len(seconds), seconds)
-    return events
-
-
-def test_a_slow_rank_is_named_at_the_second_time_and_again_only_after_it_recovered() -> None:
-    fine, slow_1, slow_3 = [1.0, 1.1, 1.0, 1.0], [1.0, 1.3, 1.0, 1.0], [1.0, 1.0, 1.0, 1.5]
-    assert named([slow_1, fine, slow_1, fine]) == []
-    assert named([slow_1, slow_1, slow_1, slow_1]) == [(2, "rank 1")]
-    assert named([slow_1, slow_1, fine, slow_1, slow_1]) == [(2, "rank 1"), (5, "rank 1")]
-    assert named([slow_1, slow_3, slow_3]) == [(3, "rank 3")]
-    assert named([[1.0, 1.25], [1.0, 1.25]]) == [(2, "rank 1")], "of two ranks the faster one is the measure"
-    assert named([[1.0], [1.0]]) == []
-    assert named([[0.0, 0.0], [0.0, 0.0]]) == []
-
-
-# ---------------------------------------------------------------- whose memory is bad
-
-
-def flip_a_bit(trainer: Any, rank: int) -> None:
-    """During step 5 a bit of one weight of `rank` turns over; not the last one, which an update may round away."""
-
-    def hook(*_: Any) -> None:
-        if trainer.context.rank == rank and trainer.step == 4 and not done:
-            done.append(True)
-            weight = unwrap(trainer.train_step.model).model.layers[1].mlp.up_proj.weight
-            getattr(weight, "_local_tensor", weight).data.view(torch.int32)[0, 3] ^= 1 << 12
-
-    done: list[bool] = []
-    trainer.train_step.model.register_forward_pre_hook(hook)
-
-
-def flipped(settings: dict[str, Any], rank: int) -> str:
-    try:
-        fit(settings, functools.partial(flip_a_bit, rank=rank))
-    except TinytrainError as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("mode", "ranks", "bad", "right"), [("ddp", 2, 1, 0), ("ddp", 3, 0, 1), ("hsdp", 4, 3, 1)], ids=str
-)
-def test_a_flipped_bit_stops_the_run_before_it_is_saved(
-    tmp_path: Path, mode: str, ranks: int, bad: int, right: int
-) -> None:
-    grid = {"dp_replicate": 2, "dp_shard": 2} if mode == "hsdp" else {}
-    settings = settings_for(tmp_path, "run", parallel=mode, batch_size=12, total_steps=9, **grid)
-    messages = run_ranks(ranks, flipped, settings, bad)
-    assert len(set(messages)) == 1
-    assert messages[0].startswith("ReplicaMismatchError: replicas differ: model.layers.1.mlp.up_proj.weight")
-    assert f"on rank {bad} (" in messages[0]
-    assert f"than on rank {right} (" in messages[0]
-    assert ("which of them is wrong is not known" in messages[0]) == (ranks != 3), "three can outvote one"
-    run = Run(tmp_path / "run")
-    assert [record["step"] for record in run.records if record["kind"] == "replicas_differ"] == [6]
-    assert run.checkpoint.name == "checkpoint-00000003"
-    assert json.loads((run.checkpoint / "trainer_state.json").read_text())["step"] == 3
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("how", "step"),
-    [({"ckpt_async": False}, 6), ({"ckpt_every": 99}, 9), ({"ckpt_writers": 2, "max_shard_bytes": 4096}, 6)],
-    ids=["in the foreground", "the last save", "two writers"],
-)
-@pytest.mark.parametrize("bad", [0, 1])
-def test_every_way_to_save_compares_replicas(tmp_path: Path, how: dict[str, Any], step: int, bad: int) -> None:
-    settings = settings_for(tmp_path, "run", **{"parallel": "ddp", "total_steps": 9, **how})
-    assert "replicas differ: model.layers.1.mlp.up_proj.weight" in run_ranks(2, flipped, settings, bad)[0]
-    run = Run(tmp_path / "run")
-    assert [record["step"] for record in run.records if record["kind"] == "replicas_differ"] == [step]
-    assert [path.name[-1] for path in (run.folder / "checkpoints").iterdir()] == ["3"] * (step == 6)
-    if "ckpt_async" in how:
-        assert max(record["step"] for record in run.records) == 6, "it trained on although it knew"
-
-
-def flipped_and_watched(settings: dict[str, Any]) -> tuple[str, int]:
-    """What ends the run, and after which step; each step waits until the save before it has ended."""
-
-    def prepare(trainer: Any) -> None:
-        def wait_for_the_save(*_: Any) -> None:
-            trainers.append(trainer)
-            if trainer.checkpoints.pending is not None:
-                trainer.checkpoints.pending.join()
-
-        flip_a_bit(trainer, rank=1)
-        trainer.train_step.model.register_forward_pre_hook(wait_for_the_save)
-
-    trainers: list[Any] = []
-    try:
-        fit(settings, prepare)
-    except TinytrainError as error:
-        return str(error), trainers[-1].step
-    return "", trainers[-1].step
-
-
-@pytest.mark.multiprocess
-def test_a_run_whose_replicas_differ_does_not_train_on_to_the_next_save(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, "run", parallel="ddp", ckpt_every=6, total_steps=60)
-    for message, step in run_ranks(2, flipped_and_watched, settings):
-        assert "replicas differ" in message
-        assert step < 12
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-@pytest.mark.multiprocess
-def test_fingerprints_between_saves_are_compared_with_the_next_log_line(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, "run", parallel="ddp", ckpt_every=99, total_steps=9, fingerprint_every=1)
-    messages = run_ranks(2, flipped, settings, 1)
-    assert "replicas differ" in messages[0]
-    run = Run(tmp_path / "run")
-    assert [record["step"] for record in run.records if record["kind"] == "replicas_differ"] == [5]
-    assert not list((run.folder / "checkpoints").iterdir())
-
-
-@pytest.mark.parametrize(
-    "of",
-    [lambda tensor: fingerprints([tensor]).item(), lambda tensor: weighted_bit_sum(tensor, 1 << 16).item()],
-    ids=["CPU", "GPU"],
-)
-def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Tensor], int]) -> None:
-    """Those of a CPU, and those of a GPU, whose sum can be taken anywhere."""
-    generator = torch.Generator().manual_seed(0)
-    tensor = torch.randn(3, 100_000, generator=generator)  # more than one block of the sum
-    expected = of(tensor)
-    for place in (0, 1, 65_535, 65_536, 299_999):
-        for bit in (0, 15, 31):
-            tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
-            assert of(tensor) != expected
-            tensor.view(-1).view(torch.int32)[place] ^= torch.tensor(1 << bit).to(torch.int32)
-    assert of(tensor) == expected
-    assert of(tensor.flip(1)) != expected
-    assert of(-tensor) != expected
-    for size in (1, 4_096, 65_536, 131_072):
-        blocks = tensor.view(-1)[: 2 * size].view(2, -1)
-        assert of(blocks) != of(blocks.flip(0).contiguous()), f"blocks of {size} exchanged"
-
-
-def test_fingerprints_are_of_what_is_in_a_tensor_not_of_how_it_lies() -> None:
-    wide = torch.arange(12.0).view(3, 4)
-    kinds = [wide[:, 1], torch.tensor(1.0), torch.zeros(5, dtype=torch.bool), torch.empty(0), wide.bfloat16()[1:, 1:]]
-    alike = [kind.clone(memory_format=torch.contiguous_format) for kind in kinds]
-    assert fingerprints(kinds).tolist() == fingerprints(alike).tolist()
-    assert len(set(fingerprints(kinds).tolist())) == len(kinds)
-    assert torch.stack([weighted_bit_sum(kind) for kind in alike]).shape == (len(kinds),)
-
-
-# ---------------------------------------------------------------- nobody waits
 
 READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
 
@@ -279,9 +117,6 @@ def fit_without_synchronising(settings: dict[str, Any]) -> None:
     assert trainer.fit() == "done"
 
 
-# ---------------------------------------------------------------- where time goes, and what the layers do
-
-
 def with_tokenizer(folder: Path) -> Path:
     """A folder whose token files have a tokenizer: 53 words, w0 w1 ..."""
     from tokenizers import Tokenizer, models
@@ -343,10 +178,28 @@ def test_norms_by_layer_add_up_to_the_norm_and_are_those_of_the_weights(runs: di
 def test_phases_and_goodput_say_where_time_goes(runs: dict[str, Run]) -> None:
     for run in runs.values():
         phases = run.values("train", "step_time")
-        assert all(list(phase) == list(PHASES) for phase in phases)
+        assert all(list(phase) == list(STEP_PHASES) for phase in phases)
         assert all(phase["forward_backward"] > 0 and phase["optimizer"] > 0 for phase in phases)
         # the evaluation after step 5 ends before step 6 is logged, and no other lies between two log lines
         assert [step for step, phase in enumerate(phases, 1) if phase["evaluation"] > 0] == [6]
         goodput = run.values("train", "goodput")
         assert all(0 < share < 1 for share in goodput)
         assert goodput[-1] * (1 + 1e-9) >= sum(run.values("train", "step_seconds")) / 600
+
+
+def test_the_times_of_a_rank_survive_the_exchange() -> None:
+    times = RankTimes(1.0, 0.25, 0.5, 2.0, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    assert RankTimes.from_row(times.to_row()) == times
+    assert times.work_seconds == 0.75
+
+
+def test_an_interval_sums_its_steps_and_counts_those_that_were_not_skipped() -> None:
+    interval = Interval()
+    for skipped in (False, True):
+        result: Any = StepResult(1, 0.1, None, None, None, 0.5, [], {"data": 1.0, "optimizer": 2.0}, None)  # type: ignore[arg-type]
+        interval.add(result, forward_seconds=0.25, skipped=skipped)
+    assert interval == Interval(1.0, 0.5, 1, {"data": 2.0, "optimizer": 4.0})
+
+
+def test_something_is_due_after_every_so_many_steps() -> None:
+    assert [step for step in range(1, 10) if due(step, 3)] == [3, 6, 9]

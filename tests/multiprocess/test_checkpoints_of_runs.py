@@ -405,7 +405,7 @@ def records_fail(trainer: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if trainer.context.is_main:
-        trainer.log._board.add_scalar = full
+        trainer.log._tensorboard._writer.add_scalar = full
 
 
 def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, undisturbed: Run) -> None:

@@ -1,4 +1,4 @@
-"""Owns that error.json holds the first cause, in whatever order the ranks and agents of several nodes tell theirs."""
+"""Check that error.json holds the first cause, in whatever order ranks and agents of several nodes report theirs."""
 
 from __future__ import annotations
 
@@ -58,3 +58,14 @@ def test_a_notice_is_for_one_world_and_the_first_one_stays(tmp_path: Path) -> No
 def test_a_full_disk_is_no_matter(tmp_path: Path) -> None:
     error_report.write_error(tmp_path / "gone", CAUSES["killed"])
     error_report.request_abort(tmp_path / "gone", "a", "x")
+
+
+def test_the_launcher_gets_the_message_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.delenv("TINYTRAIN_AGENT", raising=False)
+    assert not error_report.report_to_launcher("lost"), "there is no launcher"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    assert not error_report.report_to_launcher("for torchrun"), "plain torchrun does not print it"
+    monkeypatch.setenv("TINYTRAIN_AGENT", str(tmp_path / "note"))
+    assert error_report.report_to_launcher("for the agent")
+    assert json.loads((tmp_path / "error").read_text())["message"]["message"] == "for the agent"

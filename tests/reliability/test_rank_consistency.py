@@ -97,3 +97,16 @@ def test_run_with_different_settings_on_its_ranks_does_not_start(tmp_path: Path)
     last = done.stdout.rstrip().splitlines()[-1]
     assert last.startswith("  seed: 1 on rank 1 (")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_many_ranks_are_counted_and_not_named() -> None:
+    assert rank_consistency.format_ranks([0, 1, 2], list("abcde")) == "rank 0 (a), rank 1 (b), rank 2 (c)"
+    assert rank_consistency.format_ranks([0, 1, 2, 4], list("abcde")).endswith("rank 2 (c) and 1 more")
+
+
+def test_a_clock_is_wrong_only_beyond_the_error_of_the_measurement() -> None:
+    offsets = [(0.0, 0.1), (3.0, 0.5), (3.0, 1.5), (-50.0, 0.5)]
+    assert rank_consistency.skewed_clocks(offsets, ["a", "b", "c", "d"]) == [
+        "clock: b is 3.0 s ahead of a; set it (chrony)",
+        "clock: d is 50.0 s behind a; set it (chrony)",
+    ]

@@ -1,5 +1,7 @@
 """Check the formats of lists, durations, sizes and ages."""
 
+import pytest
+
 from tinytrain_dist.utils.text import format_age, format_bytes, format_duration, format_list
 
 
@@ -24,3 +26,11 @@ def test_ages():
     assert [format_age(s) for s in (-3, 119, 120, 7199, 7200, 172_799, 172_800)] == [
         "0 s", "119 s", "2 min", "120 min", "2 h", "48 h", "2 days",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.9, "0:00:59"), (60, "0:01:00"), (3661, "1:01:01"), (360_000, "100:00:00"), (-5, "0:00:00")],
+)
+def test_duration(seconds, text):
+    assert format_duration(seconds) == text

@@ -28,7 +28,13 @@ from tinytrain_dist.config.run_folder import (
     read_records,
     read_settings,
 )
-from tinytrain_dist.reliability.watchdog import HEARTBEAT_SECONDS, PHASES, Heartbeat, describe_waiting, read_heartbeats
+from tinytrain_dist.reliability.heartbeats import (
+    HEARTBEAT_SECONDS,
+    Heartbeat,
+    describe_waiting,
+    phase_index,
+    read_heartbeats,
+)
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.text import format_age
 
@@ -133,8 +139,7 @@ def show(status: Status, console: Console) -> None:
 
 
 def _place(beat: Heartbeat) -> tuple[float, int, int]:
-    phase = PHASES.index(beat["phase"]) if beat["phase"] in PHASES else 0
-    return beat["step"], phase, beat["rank"]
+    return beat["step"], phase_index(beat), beat["rank"]
 
 
 def lines_of(s: Status) -> dict[str, str]:

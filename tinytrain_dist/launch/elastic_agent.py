@@ -31,8 +31,10 @@ from types import FrameType
 from typing import Any
 
 from tinytrain_dist.config.run_folder import ERROR_FILE
+from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
-from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, Heartbeat, read_heartbeats
+from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
+from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

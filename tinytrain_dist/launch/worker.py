@@ -17,9 +17,10 @@ from typing import NoReturn
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
 from tinytrain_dist.errors import DataError, RendezvousError, TinytrainError
+from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
-from tinytrain_dist.reliability.watchdog import START_PHASES, TICK_SECONDS, Watchdog
+from tinytrain_dist.reliability.watchdog import TICK_SECONDS, Watchdog
 
 # messages of errors that the death of another rank causes on this one
 PEER_FAILURE = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
@@ -50,8 +51,9 @@ def main(args: list[str]) -> NoReturn:
 
         faulthandler.enable()  # a crash in native code leaves a stack too
         watchdog = Watchdog(config, launcher_rank(), _report, flight_record)
+        watchdog.start()
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
-        watchdog.joined(context.launch_id)
+        watchdog.set_launch_id(context.launch_id)
         Trainer.build(config, context, watchdog.phase_timer).fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
@@ -78,7 +80,7 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     failure = _describe(watchdog, error)
     if watchdog and failure.caused_by_peer:
         # the rank that caused it reports it in a moment, and then the watchdog ends this rank as well
-        watchdog.beat()
+        watchdog.heartbeat()
         time.sleep(2 * TICK_SECONDS)
     _record(watchdog, failure)
     is_reporter = failure.rank == 0 or not failure.user_mistake
@@ -86,7 +88,7 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     _report(failure.message, aloud=is_reporter or isinstance(error, RendezvousError))
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
-        error_report.request_abort(watchdog.folder, watchdog.world, failure.message)
+        error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
     os._exit(2 if failure.user_mistake else 1)
 
 

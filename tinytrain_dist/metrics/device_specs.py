@@ -27,16 +27,16 @@ CONTEXT_BYTES = 1.2 * GIB  # CUDA context, NCCL's buffers and libraries' work sp
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One device: bytes of memory, FLOP/s, and bytes/s to its neighbours and from its whole node to the others."""
+    """Peak numbers of one device, in bytes, FLOP/s and bytes/s."""
 
-    name: str
-    memory: float
-    bf16_flops: float
+    name: str  # as the user gives it to `--device`
+    memory: float  # bytes
+    bf16_flops: float  # FLOP/s
     fp32_flops: float
-    neighbours: float
-    network: float
-    context: float = CONTEXT_BYTES
-    reached: float = REACHABLE_SHARE
+    neighbours: float  # bytes/s from one device to the others of its node
+    network: float  # bytes/s from a whole node to the other nodes
+    context: float = CONTEXT_BYTES  # bytes that a process needs beside its tensors
+    reached: float = REACHABLE_SHARE  # of the peak, by a well-tuned trainer
 
 
 DEVICE_SPECS = {
@@ -57,15 +57,21 @@ DEVICE_SPECS = {
 def spec_of_gpu(marketing_name: str) -> DeviceSpec | None:
     """Return the device that the driver calls `marketing_name`, such as "NVIDIA H100 80GB HBM3"; None if unknown.
 
-    Devices that differ in memory only share a name, and the first of them is returned: their peaks are equal.
+    Devices that differ in memory only share a name, and the first of them is returned: their peaks are equal. A GH200
+    counts as its H200.
     """
-    words = marketing_name.lower().replace("rtx ", "rtx")
-    return next((spec for name, spec in DEVICE_SPECS.items() if re.search(rf"\b{name}\b", words)), None)
+    normalized_name = marketing_name.lower().replace("rtx ", "rtx")
+    for name, spec in DEVICE_SPECS.items():
+        # not the L4 of an L40, nor the RTX 3090 of an RTX 3090 Ti, which is faster
+        if re.search(rf"{name}(?!\d| ti\b)", normalized_name):
+            return spec
+    return None
 
 
 def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
-    """Return a device of the table; `cpu` is this machine, its memory and measured speed shared by per_node processes.
+    """Return the device with this short name; `cpu` is this machine, shared by `per_node` processes.
 
+    The numbers of a CPU are its memory and the speed of matrix products in `precision`, measured now.
     Errors: ConfigError with the nearest names.
     """
     key = name.lower().replace("_", "-")
@@ -80,13 +86,15 @@ def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
 def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
     import torch
 
-    size, dtype = 512, torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix, best = torch.ones(size, size, dtype=dtype), 1e9
+    size = 512
+    matrix = torch.ones(size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    best_seconds = 1e9
     for _ in range(5):
         start = time.perf_counter()
         matrix @ matrix
-        best = min(best, time.perf_counter() - start)
-    flops = 2 * size**3 / best * min(1.0, (os.cpu_count() or 1) / (per_node * torch.get_num_threads()))
+        best_seconds = min(best_seconds, time.perf_counter() - start)
+    cores_per_thread = min(1.0, (os.cpu_count() or 1) / (per_node * torch.get_num_threads()))
+    flops = 2 * size**3 / best_seconds * cores_per_thread
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
     # importing torch takes about 0.4 GiB; neighbours talk through memory, other hosts over 1 Gbit/s
     return DeviceSpec("cpu", memory, flops, flops, 5e9, 0.125e9, context=0.4 * GIB, reached=REACHABLE_SHARE_ON_CPU)

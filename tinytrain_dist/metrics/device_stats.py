@@ -13,7 +13,10 @@ from tinytrain_dist.metrics.device_specs import spec_of_gpu
 
 
 def free_memory_bytes(device: torch.device, local_world_size: int) -> float:
-    """Return what a process may still take: bytes free on its GPU, or its share of the host's; infinite if unknown."""
+    """Return the bytes that a process may still allocate: free on its GPU, or its share of the host's memory.
+
+    Infinite where the system does not report it.
+    """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -27,14 +30,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of the device, None where it is not known: then there is no MFU.
+    """Return the dense bf16 peak of the device in FLOP/s; None where it is not known, and then there is no MFU.
 
-    MFU = tokens per second x flops per token (TransformerLM.flops_per_token) / (peak x ranks), in seconds of steps:
-    without evaluation and saving. Work that is done twice (activation checkpointing) does not count.
+    MFU = tokens per second x FLOP per token (TransformerLM.flops_per_token) / (peak x ranks). Seconds are those of
+    steps, without evaluation and saving. Work that is done twice (activation checkpointing) does not count.
     """
     if device.type != "cuda":
         return None

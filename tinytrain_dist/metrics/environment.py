@@ -21,22 +21,32 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def library_versions() -> dict[str, Any]:
-    """Of what computes: the same on all ranks, or their results are not. The NVIDIA ones only where there is a GPU."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """Return the versions that decide results, so they must be equal on all ranks.
+
+    Those of CUDA, NCCL and the driver are there only on a machine with a GPU.
+    """
+    versions: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     if not torch.cuda.is_available():
-        return found
-    driver = Path("/proc/driver/nvidia/version")  # nvidia-smi would take a second
-    version = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", driver.read_text()) if driver.exists() else None
+        return versions
+    driver_file = Path("/proc/driver/nvidia/version")  # nvidia-smi would take a second
+    driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", driver_file.read_text()) if driver_file.exists() else None
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return {**found, "CUDA": torch.version.cuda, "NCCL": nccl, "driver": version[1] if version else None}
+    return {**versions, "CUDA": torch.version.cuda, "NCCL": nccl, "driver": driver[1] if driver else None}
 
 
 def environment_record(ranks: list[Any]) -> dict[str, Any]:
-    """Return what the run ran on. Variables are an allow-list: an environment holds people's keys."""
+    """Return what the run ran on, for environment.json. ranks: (host, device, process ID) of each.
+
+    Environment variables are an allow-list, because an environment holds passwords and keys.
+    """
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
     submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
-    wanted = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
-    wanted += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
+    allowed = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
+    allowed += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
     return {
         "tinytrain_dist": __version__,
         **library_versions(),
@@ -44,5 +54,5 @@ def environment_record(ranks: list[Any]) -> dict[str, Any]:
         "git_commit": submitted.read_text().strip() if submitted.exists() else git.stdout.strip() or None,
         "threads": torch.get_num_threads(),
         "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
-        "variables": {name: os.environ[name] for name in wanted if name in os.environ},
+        "variables": {name: os.environ[name] for name in allowed if name in os.environ},
     }

@@ -1,6 +1,6 @@
 """Time the phases of a process: which phase it is in, since when, at which step.
 
-Must not know torch, ranks or what a phase means: the trainer names the phases, others read or record them.
+Must not know torch, ranks or what happens in a phase: the trainer enters the phases, others read or record them.
 """
 
 from __future__ import annotations
@@ -8,22 +8,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+# The names of all phases, in the order in which a process goes through them.
+START_PHASES = ("join", "open_data", "build", "load")  # a process that ends in these loses nothing
+UPDATE_PHASES = ("data", "forward_backward", "reduction", "optimizer")  # of one optimizer step
+BETWEEN_PHASES = ("reading", "evaluation", "checkpoint")  # after a step has been counted, before the next one begins
+STEP_PHASES = (*UPDATE_PHASES, *BETWEEN_PHASES)  # what the records of a run show
+# While its number of completed steps stays the same, a rank goes through the phases in this order.
+PHASE_ORDER = (*START_PHASES, *BETWEEN_PHASES, *UPDATE_PHASES)
+
 
 class PhaseTimer:
     """The phase in progress. On a GPU a phase is the time to queue its work, on a CPU the time to do it."""
 
     def __init__(self, phase: str = "start", step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds, monotonic."""
+        """Begin in `phase` after `step` completed steps. clock: seconds, monotonic."""
         self._clock = clock
-        self.phase, self.step, self.since = phase, step, clock()
+        self.phase = phase
+        self.step = step  # completed optimizer steps
+        self.since = clock()  # when the phase in progress began
         self.follower: Callable[[str, int], None] | None = None  # called with each phase and the steps completed
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}  # by phase, since the last `take`
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """End the present phase and begin another one."""
+        """End the present phase and begin another one. step: completed steps, where their number has changed."""
         now = self._clock()
         self._seconds[self.phase] = self._seconds.get(self.phase, 0.0) + now - self.since
-        self.phase, self.since = phase, now
+        self.phase = phase
+        self.since = now
         if step is not None:
             self.step = step
         if self.follower is not None:
@@ -32,5 +43,6 @@ class PhaseTimer:
     def take(self) -> dict[str, float]:
         """Return the seconds in each phase since the last call, including the phase in progress."""
         self.enter(self.phase)
-        seconds, self._seconds = self._seconds, {}
+        seconds = self._seconds
+        self._seconds = {}
         return seconds

@@ -14,31 +14,36 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 
 class StepProfiler:
-    """Follows a Pulse and writes a trace of some steps; each step and each phase is a range with its name."""
+    """Follows a PhaseTimer and writes a trace of some steps; each step and each phase is a range with its name."""
 
     def __init__(self, steps: range, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
         """Prepare to trace `steps` (numbers as logged, from 1) into `folder`; `say` prints one line about it."""
-        self._steps, self._folder, self._device, self._say = steps, folder, device, say
-        self._profiler: profile | None = None
-        self._traced: list[int] = []
-        self._step_range, self._phase_range = ExitStack(), ExitStack()
+        self._steps = steps
+        self._folder = folder  # made when there is something to write
+        self._device = device
+        self._say = say
+        self._profiler: profile | None = None  # while steps are traced
+        self._traced: list[int] = []  # steps so far
+        self._step_range = ExitStack()  # the named range of the step in progress
+        self._phase_range = ExitStack()  # and of its phase
 
     def enter(self, phase: str, step: int) -> None:
         """Begin a phase after so many completed steps; the phase `data` begins the next step."""
         self._phase_range.close()
         if phase == "data":
-            self._begin(step + 1)
+            self._begin_step(step + 1)
         if self._profiler is not None:
             self._phase_range.enter_context(record_function(phase))
 
     def close(self) -> None:
         """End the trace: what was traced is written even if the last steps are missing."""
         self._phase_range.close()
-        self._begin(0)
+        self._begin_step(0)  # a step that is never traced
         if not self._traced:
             self._say(f"profile: no step of {self._steps[0]}:{self._steps[-1]} was made here, so there is no trace")
 
-    def _begin(self, step: int) -> None:
+    def _begin_step(self, step: int) -> None:
+        """End the range of the step before; trace this step, or write the trace if it is past the last one."""
         self._step_range.close()
         if step not in self._steps:
             self._write()
@@ -54,7 +59,9 @@ class StepProfiler:
         self._step_range.enter_context(record_function(f"ProfilerStep#{step}"))  # TensorBoard's plugin looks for it
 
     def _write(self) -> None:
-        profiler, self._profiler = self._profiler, None
+        """Stop tracing and write the files, if steps were traced. A full disk costs the trace, not the run."""
+        profiler = self._profiler
+        self._profiler = None
         if profiler is None:
             return
         profiler.__exit__(None, None, None)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.run_folder import records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
@@ -21,44 +22,59 @@ from tinytrain_dist.utils.text import format_duration
 
 
 class RunLog:
-    """Writes records to every sink. Without `main` it writes nothing, so that callers need not ask."""
+    """Writes records to metrics.jsonl and TensorBoard, and lines to the console; nothing on other ranks than rank 0."""
 
     def __init__(self, config: TrainingConfig, main: bool, resumed_step: int) -> None:
-        """Cut the record back to `resumed_step` and hide TensorBoard's points after it, so that no curve folds."""
-        self.config, self.main = config, main
-        self._progress: Any = None
-        self._warned = False
+        """Open the files. main: whether this is rank 0; all other ranks may call every method, without effect.
+
+        Records after `resumed_step` are removed and TensorBoard's points after it are hidden, so that no step shows
+        twice.
+        """
+        self.config = config
+        self.main = main
+        self._progress: Any = None  # a progress bar, on a terminal
+        self._warned = False  # that records cannot be written
         if not main:
             return
         folder = config.logs_dir
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{config.log_save_prefix}.jsonl"
+        self.path = records_file(folder, config.log_save_prefix)
         truncate_records(self.path, resumed_step)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        self._board = TensorBoardWriter(config, resumed_step)
+        self._tensorboard = TensorBoardWriter(config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
 
     def say(self, text: str) -> None:
-        """Print a line for people."""
-        if self.main and self._progress:
+        """Print a line for people. Everything that a run prints goes through here, above the progress bar if any."""
+        if not self.main:
+            return
+        if self._progress:
             self._progress.console.print(text, highlight=False, markup=False)
-        elif self.main:
+        else:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning: something is wrong, and the run continues."""
+        self.say(f"WARNING: {text}")
 
     def train(
         self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]], work_by_rank: list[float]
     ) -> None:
-        """Record a logged step. groups: numbers that belong together, by name; work_by_rank: seconds per step."""
+        """Record a logged step.
+
+        values: by name, see TAG_GROUPS of tensorboard.py. groups: numbers that belong together, by name. work_by_rank:
+        seconds per step.
+        """
         if not self.main:
             return
         tokens = step * self.config.batch_size * self.config.context_len
-        with self._sinks():
+        with self._surviving_disk_errors():
             self._record("train", step, {"tokens": tokens, **values, **groups, "work_seconds_by_rank": work_by_rank})
-            self._board.numbers(step, values, groups)
-            self._board.loss("train", step, values["loss"])
-            self._board.histogram("by_rank/work_seconds", work_by_rank, step)
-        left = (self.config.last_step - step) * values["step_seconds"]
+            self._tensorboard.add_numbers(step, values, groups)
+            self._tensorboard.add_loss("train", step, values["loss"])
+            self._tensorboard.add_histogram("by_rank/work_seconds", work_by_rank, step)
+        seconds_left = (self.config.last_step - step) * values["step_seconds"]
         text = (
             f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
             f"{values['tokens_per_second']:,.0f} tok/s"
@@ -66,70 +82,74 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=step, numbers=text)
         else:
-            print(f"step {step}/{self.config.total_steps} | {text} | {format_duration(left)} left", flush=True)
+            self.say(f"step {step}/{self.config.total_steps} | {text} | {format_duration(seconds_left)} left")
 
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
-        """Record an evaluation; loss in nats per token, `others`: what else was measured, by name."""
-        numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **(others or {})}
-        more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in (others or {}).items())
-        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {numbers['perplexity']:.2f}{more} ({seconds:.1f} s)")
+        """Record an evaluation. loss: nats per token; seconds: how long it took; others: more numbers, by name."""
+        others = others or {}
+        perplexity = math.exp(min(loss, 700.0))  # exp(710) overflows
+        numbers = {"loss": loss, "perplexity": perplexity, **others}
+        more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others.items())
+        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f}{more} ({seconds:.1f} s)")
         if not self.main:
             return
-        with self._sinks():
+        with self._surviving_disk_errors():
             self._record("eval", step, {**numbers, "seconds": seconds})
-            self._board.numbers(step, {}, {"eval": numbers})
-            self._board.loss("eval", step, loss)
+            self._tensorboard.add_numbers(step, {}, {"eval": numbers})
+            self._tensorboard.add_loss("eval", step, loss)
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Record what the model wrote at an evaluation: (prompt, continuation)."""
         if not texts or not self.main:
             return
-        with self._sinks():
+        with self._surviving_disk_errors():
             self._record("samples", step, {"texts": texts})
             parts = [
-                f"**given**\n\n{indented_code(a)}\n\n**the model goes on**\n\n{indented_code(b)}" for a, b in texts
+                f"**given**\n\n{indented_code(prompt)}\n\n**the model continues**\n\n{indented_code(continuation)}"
+                for prompt, continuation in texts
             ]
-            self._board.text("samples", "\n\n---\n\n".join(parts), step)
+            self._tensorboard.add_text("samples", "\n\n---\n\n".join(parts), step)
 
     def about(self, step: int, topic: str, text: str) -> None:
         """Show a text about the run on the dashboards, as it is: environment, arithmetic, plan."""
         if self.main:
-            with self._sinks():
-                self._board.text(f"about/{topic}", indented_code(text), step)
+            with self._surviving_disk_errors():
+                self._tensorboard.add_text(f"about/{topic}", indented_code(text), step)
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """Something that happened once; `kind`: one of board.EVENT_ROWS."""
+        """Record something that happened once. kind: one of EVENTS of tensorboard.py."""
         self.say(f"step {step}: {text}")
         if not self.main:
             return
-        with self._sinks():
+        with self._surviving_disk_errors():
             self._record(kind, step, {"text": text})
-            self._board.event(kind, text, step)
+            self._tensorboard.add_event(kind, text, step)
 
     def flush(self) -> None:
-        """Bring everything to the files."""
+        """Write everything that is still in memory to the files."""
         if not self.main:
             return
-        with self._sinks():
-            self._board.flush()
+        with self._surviving_disk_errors():
+            self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and end."""
-        if self.main:
-            if self._progress:
-                self._progress.stop()
-            for sink in (self._board, self._file):
-                with self._sinks():
-                    sink.close()
+        """Flush and close all files."""
+        if not self.main:
+            return
+        if self._progress:
+            self._progress.stop()
+        for output in (self._tensorboard, self._file):
+            with self._surviving_disk_errors():
+                output.close()
 
     @contextlib.contextmanager
-    def _sinks(self) -> Iterator[None]:
+    def _surviving_disk_errors(self) -> Iterator[None]:
         """Drop a record that cannot be written, with one warning: a full disk must not end the training."""
         try:
             yield
         except OSError as error:
             if not self._warned:
-                print(f"WARNING: records cannot be written ({error}); training continues without them", flush=True)
+                self.warn(f"records cannot be written ({error}); training continues without them")
             self._warned = True
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -151,7 +171,7 @@ class RunLog:
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a torn last line, by writing the rest aside and renaming."""
+    """Remove the records after `step`, and lines that a crash cut short. The rest is written aside and renamed."""
     if not path.exists():
         return
     kept = []
@@ -160,5 +180,5 @@ def truncate_records(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError):
-            continue  # the line a crash cut short
+            continue  # a line that was cut short
     write_atomically(path, "".join(line + "\n" for line in kept))

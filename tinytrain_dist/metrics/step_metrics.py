@@ -1,6 +1,12 @@
 """Read the numbers of a step while the next one runs: skipped steps, logged values, votes to stop.
 
-Must not know how a step is made. Every rank has one and calls it at the same steps, since logging gathers from all.
+Must not know how a step is made. Every rank has one `StepMetrics` and calls it at the same steps, since logging gathers
+from all ranks. In order of reading:
+
+- `StepResult`: what one step hands over; its numbers may still be on the device
+- `Interval`: sums over the steps since the last logged one
+- `RankTimes`: what one rank sends to all others when a step is logged
+- `StepMetrics`: puts them together
 """
 
 from __future__ import annotations
@@ -8,8 +14,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,28 +26,14 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext, Vote
 from tinytrain_dist.errors import ReplicaMismatchError, TrainingError
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
+from tinytrain_dist.metrics.phase_timer import STEP_PHASES
 from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
-PHASES = ("data", "forward_backward", "reduction", "optimizer", "reading", "evaluation", "checkpoint")
-LAYER_NORMS_EVERY = 10  # logged steps from one look at the norms by layer to the next
-SLOW_RANK_RATIO = 1.2  # a rank whose own work takes so many times the median's
-
-
-@dataclass
-class StepResult:
-    """What one step leaves behind; its numbers are read while the next step runs."""
-
-    step: int
-    lr: float
-    numbers: HostCopy  # loss, gradient norm, skipped (0 or 1)
-    micro_batch_losses: Tensor
-    vote: Vote
-    data_wait: float
-    forward: list[Any]  # marks of the WorkClock
-    phases: dict[str, float]  # seconds in each since the step before
-    layer_norms: HostCopy | None  # of gradients and of weights, by layer
+LAYER_NORMS_EVERY = 10  # logged steps from one record of the norms by layer to the next
+MAX_WINDOWS_NAMED = 16  # in the message about a skipped step
 
 
 def due(step: int, every: int) -> bool:
@@ -49,8 +41,88 @@ def due(step: int, every: int) -> bool:
     return step % every == 0
 
 
+@dataclass
+class StepResult:
+    """What one step leaves behind; its numbers are read while the next step runs."""
+
+    step: int  # completed steps, this one included
+    lr: float
+    numbers: HostCopy  # loss in nats per token, gradient norm before clipping, skipped (0 or 1)
+    micro_batch_losses: Tensor  # summed losses of all micro-batches of the global batch: [num_micro_batches]
+    vote: Vote  # on whether the run stops after this step
+    data_wait: float  # seconds that this rank waited for data
+    forward: list[Any]  # marks of the ForwardTimer
+    phases: dict[str, float]  # seconds in each since the step before
+    layer_norms: HostCopy | None  # of gradients and then of weights, by layer
+
+
+@dataclass
+class Interval:
+    """Sums of this rank over the steps since the last logged one; each interval begins with a new object."""
+
+    data_wait_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    useful_steps: int = 0  # steps whose update was not skipped
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, result: StepResult, forward_seconds: float, skipped: bool) -> None:
+        """Count one more step."""
+        self.data_wait_seconds += result.data_wait
+        self.forward_seconds += forward_seconds
+        self.useful_steps += 0 if skipped else 1
+        for phase, seconds in result.phases.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """What one rank measured since the last logged step: seconds per step, and its peak memory."""
+
+    step_seconds: float
+    data_wait_seconds: float
+    forward_seconds: float
+    memory_gib: float
+    phase_seconds: tuple[float, ...]  # in the order of STEP_PHASES
+
+    @property
+    def work_seconds(self) -> float:
+        """What the rank does before it waits for the others."""
+        return self.data_wait_seconds + self.forward_seconds
+
+    def to_row(self) -> list[float]:
+        """Return the numbers as ranks exchange them; `from_row` reads them."""
+        return [
+            self.step_seconds,
+            self.data_wait_seconds,
+            self.forward_seconds,
+            self.memory_gib,
+            *self.phase_seconds,
+        ]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> RankTimes:
+        """Return the times that `to_row` has written."""
+        step_seconds, data_wait_seconds, forward_seconds, memory_gib, *phase_seconds = row
+        return cls(
+            step_seconds,
+            data_wait_seconds,
+            forward_seconds,
+            memory_gib,
+            tuple(phase_seconds),
+        )
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The fingerprints of a state, to be compared between replicas at the next logged step."""
+
+    step: int
+    names: list[str]  # of the tensors
+    values: HostCopy
+
+
 class StepMetrics:
-    """Takes the report of each step and reads the one before it, whose numbers are there by then."""
+    """Takes the result of each step and reads the one before it, whose numbers are on the host by then."""
 
     def __init__(
         self,
@@ -62,139 +134,159 @@ class StepMetrics:
         step: int,
         data: TokenDataset,
         flops_per_token: float,
-        clock: ForwardTimer,
+        forward_timer: ForwardTimer,
         layers: list[str],
         process_start: float,
     ) -> None:
-        """step: where the run starts; data: what the steps draw from; flops_per_token: forward and backward.
+        """Begin after `step` steps. A collective: ranks exchange the names of their hosts.
 
-        clock: times this rank's own work; layers: what `layer_norms` are of; process_start: by time.monotonic().
+        data: what the steps draw from. flops_per_token: forward and backward. forward_timer: times this rank's own
+        work. layers: what `layer_norms` are of. process_start: by time.monotonic().
         """
-        self.config, self.context, self.plan, self.log = config, context, plan, log
-        self.data, self.flops_per_token = data, flops_per_token
-        self.clock, self.layers = clock, layers
+        self.config = config
+        self.context = context
+        self.plan = plan
+        self.log = log
+        self.data = data
+        self.flops_per_token = flops_per_token
+        self.forward_timer = forward_timer
+        self.layers = layers
         self.process_start = process_start
-        self.hosts = context.all_gather_object(context.host)
-        self.watch, self.logged_step = StepTimer(), step
-        self.useful_seconds, self.useful_steps = 0.0, 0
-        self.waited, self.worked, self.phases = 0.0, 0.0, Counter[str]()
-        self.suspect: int | None = None
-        self.named: int | None = None
-        self._prints: tuple[int, list[str], HostCopy] | None = None
-        self.skipped, self.skipped_in_row = 0, 0
-        self.step_seconds, self.stopping = 0.0, False
+        self.watch = StepTimer()  # pauses during evaluation and saving
+        self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
+        self.stopping = False  # all ranks have agreed to stop
+        self.skipped = 0  # updates skipped by this process
+        self.skipped_in_row = 0
+        self.logged_step = step  # the last logged step
+        self.step_seconds = 0.0  # per step, in the last logged interval
+        self.useful_seconds = 0.0  # in steps that were not skipped, since the start of this process
+        self._interval = Interval()
         self._unread: StepResult | None = None
+        self._fingerprints: Fingerprints | None = None
 
-    def take(self, report: StepResult) -> None:
-        """Read the report before this one and keep this one."""
+    def take(self, result: StepResult) -> None:
+        """Read the result before this one and keep this one. A collective, see `settle`."""
         self.settle()
-        self._unread = report
+        self._unread = result
 
     def settle(self) -> None:
-        """Read the unread step. A collective. Errors: TrainingError after max_skipped_steps bad steps in a row."""
-        report, self._unread = self._unread, None
-        if report is None:
+        """Read the unread result, if there is one. A collective.
+
+        Errors: TrainingError after max_skipped_steps skipped steps in a row; ReplicaMismatchError if kept fingerprints
+        differ.
+        """
+        result = self._unread
+        self._unread = None
+        if result is None:
             return
-        loss, norm, skipped = report.numbers.read()
-        self.waited += report.data_wait
-        self.worked += self.clock.seconds(report.forward)
-        self.phases.update(report.phases)  # adds
+        loss, norm, skipped = result.numbers.read()
+        self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
         self.skipped += int(skipped)
-        self.useful_steps += 1 - int(skipped)
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         if skipped:
-            self._report_skip(report, loss, norm)
-        if due(report.step, self.config.log_every):
-            self._log(report, loss, norm)
-        self.stopping = self.stopping or report.vote.result()
-
-    def _report_skip(self, report: StepResult, loss: float, norm: float) -> None:
-        bad = [index for index, value in enumerate(report.micro_batch_losses.tolist()) if not math.isfinite(value)]
-        slots = [slot for index in bad for slot in self.plan.slots(index)]
-        places = self.data.places(self.config.seed, report.step - 1, slots[:16])
-        owners = sorted(rank for rank, indices in enumerate(self._micro_batches_by_rank()) if set(indices) & set(bad))
-        where = f"rank(s) {owners}, windows starting at {', '.join(places)}" if bad else "in the gradient only"
-        text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
-        self.log.event(report.step, "skipped", text)
-        if self.skipped_in_row >= self.config.max_skipped_steps:
-            raise TrainingError(
-                f"step {report.step}: {text}; it was the {self.skipped_in_row}th in a row (max_skipped_steps), so the "
-                "run stops. The last checkpoint is good; lower lr_max or look at those windows"
-            )
-
-    def _micro_batches_by_rank(self) -> list[list[int]]:
-        plan = self.plan
-        return [
-            [plan.micro_batch_index(rank // plan.shard, rank % plan.shard, k) for k in range(plan.accumulation_steps)]
-            for rank in range(plan.ranks)
-        ]
+            self._report_skip(result, loss, norm)
+        if due(result.step, self.config.log_every):
+            self._compare_replicas()
+            self._log(result, loss, norm)
+        self.stopping = self.stopping or result.vote.result()
 
     def fingerprint(self, step: int, names: list[str], prints: HostCopy) -> None:
-        """Keep what the bits of this step's state add up to; replicas compare it with the next logged step."""
-        self._prints = (step, names, prints)
+        """Keep the fingerprints of this step's state; replicas compare them at the next logged step."""
+        self._fingerprints = Fingerprints(step, names, prints)
 
     def _compare_replicas(self) -> None:
-        """Compare what `fingerprint` has kept. A collective. Errors: ReplicasDiffer naming the rank that is odd."""
-        kept, self._prints = self._prints, None
-        if kept is not None:
-            step, names, prints = kept
-            try:
-                compare_fingerprints(names, prints.read(), self.context)
-            except ReplicaMismatchError as error:
-                self.log.event(step, "replicas_differ", str(error))
-                raise
+        """Compare the fingerprints that were kept. A collective.
 
-    def _log(self, report: StepResult, loss: float, norm: float) -> None:
-        self._compare_replicas()
-        steps = report.step - self.logged_step
-        seconds = self.watch.lap(report.numbers.ready_at) / steps
-        self.logged_step, self.step_seconds = report.step, seconds
-        self.useful_seconds += seconds * self.useful_steps
-        own = [seconds, self.waited / steps, self.worked / steps, peak_memory_bytes(self.context.device) / 2**30]
-        everyone = self.context.all_gather_numbers(own + [self.phases[name] / steps for name in PHASES])
-        self.waited, self.worked, self.useful_steps, self.phases = 0.0, 0.0, 0, Counter()
-        slowest, waits, works, gib, *by_phase = (list(column) for column in zip(*everyone, strict=True))
-        works = [wait + work for wait, work in zip(waits, works, strict=True)]
+        Errors: ReplicaMismatchError naming the rank that deviates.
+        """
+        kept = self._fingerprints
+        self._fingerprints = None
+        if kept is None:
+            return
+        try:
+            compare_fingerprints(kept.names, kept.values.read(), self.context)
+        except ReplicaMismatchError as error:
+            self.log.event(kept.step, "replicas_differ", str(error))
+            raise
+
+    def _report_skip(self, result: StepResult, loss: float, norm: float) -> None:
+        """Log which ranks and windows made a step not finite. Errors: TrainingError after too many in a row."""
+        losses = result.micro_batch_losses.tolist()
+        bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
+        where = "in the gradient only"
+        if bad_micro_batches:
+            ranks = [rank for rank in range(self.plan.ranks) if bad_micro_batches & self._micro_batches_of(rank)]
+            slots = [slot for index in sorted(bad_micro_batches) for slot in self.plan.slots(index)]
+            # windows are drawn for the number of steps completed before
+            places = self.data.places(self.config.seed, result.step - 1, slots[:MAX_WINDOWS_NAMED])
+            where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
+        text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
+        self.log.event(result.step, "skipped", text)
+        if self.skipped_in_row >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"step {result.step}: {text}; skipped steps in a row: {self.skipped_in_row}, max_skipped_steps: "
+                f"{self.config.max_skipped_steps}, so the run stops. The last checkpoint is good; lower lr_max or look "
+                "at those windows"
+            )
+
+    def _micro_batches_of(self, rank: int) -> set[int]:
+        plan = self.plan
+        replica, shard = divmod(rank, plan.shard)
+        return {plan.micro_batch_index(replica, shard, micro_step) for micro_step in range(plan.accumulation_steps)}
+
+    def _log(self, result: StepResult, loss: float, norm: float) -> None:
+        """Write the record of a logged step, and begin the next interval. A collective."""
+        ranks = self._gather_times(result)
+        wait_seconds = [times.data_wait_seconds for times in ranks]
+        work_seconds = [times.work_seconds for times in ranks]
+        slowest = self.slow_ranks.update(wait_seconds, work_seconds)
+        if slowest.warning:
+            self.log.event(result.step, "slow", slowest.warning)
+        step_seconds = max(times.step_seconds for times in ranks)
         values = {
             "loss": loss,
-            "lr": report.lr,
+            "lr": result.lr,
             "grad_norm": norm,
-            "tokens_per_second": self.plan.tokens_per_step / max(slowest),
-            "step_seconds": max(slowest),
-            "data_wait_seconds": max(waits),
-            "memory_gib": max(gib),
+            "tokens_per_second": self.plan.tokens_per_step / step_seconds,
+            "step_seconds": step_seconds,
+            "data_wait_seconds": max(wait_seconds),
+            "memory_gib": max(times.memory_gib for times in ranks),
             "skipped_steps": float(self.skipped),
             "goodput": self.useful_seconds / (time.monotonic() - self.process_start),
-            **self._slowest(report.step, waits, works),
+            "slowest_rank": float(slowest.rank),
+            "slowest_to_median": slowest.ratio,
         }
         peak = peak_flops(self.context.device)
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
-        groups = {"step_time": {name: statistics.mean(times) for name, times in zip(PHASES, by_phase, strict=True)}}
-        if report.layer_norms is not None:
-            norms, count = report.layer_norms.read(), len(self.layers)
+        self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
+
+    def _gather_times(self, result: StepResult) -> list[RankTimes]:
+        """Close the interval that ends with `result`, and return its times on every rank. A collective."""
+        steps = result.step - self.logged_step
+        interval = self._interval
+        self._interval = Interval()
+        self.logged_step = result.step
+        self.step_seconds = self.watch.lap(result.numbers.ready_at) / steps
+        self.useful_seconds += self.step_seconds * interval.useful_steps
+        own = RankTimes(
+            step_seconds=self.step_seconds,
+            data_wait_seconds=interval.data_wait_seconds / steps,
+            forward_seconds=interval.forward_seconds / steps,
+            memory_gib=peak_memory_bytes(self.context.device) / 2**30,
+            phase_seconds=tuple(interval.phase_seconds.get(phase, 0.0) / steps for phase in STEP_PHASES),
+        )
+        return [RankTimes.from_row(row) for row in self.context.all_gather_numbers(own.to_row())]
+
+    def _groups(self, result: StepResult, ranks: list[RankTimes]) -> dict[str, dict[str, float]]:
+        """Return the numbers that belong together: seconds by phase, and norms by layer where they were taken."""
+        by_phase = zip(*(times.phase_seconds for times in ranks), strict=True)
+        groups = {
+            "step_time": {phase: statistics.mean(times) for phase, times in zip(STEP_PHASES, by_phase, strict=True)}
+        }
+        if result.layer_norms is not None:
+            norms = result.layer_norms.read()
+            count = len(self.layers)
             groups["grad_norm_by_layer"] = dict(zip(self.layers, norms[:count], strict=True))
             groups["weight_norm_by_layer"] = dict(zip(self.layers, norms[count:], strict=True))
-        self.log.train(report.step, values, groups, works)
-
-    def _slowest(self, step: int, waits: list[float], works: list[float]) -> dict[str, float]:
-        """Find the rank whose own work takes longest; warn after two slow intervals in a row, until it has recovered.
-
-        Steps take equally long on all ranks, since all wait for the slowest: only what a rank does before it waits for
-        the others tells them apart, which is waiting for data and the forward pass.
-        """
-        rank, median = max(range(len(works)), key=works.__getitem__), statistics.median_low(works)
-        ratio = works[rank] / median if median > 0 else 1.0
-        suspect = rank if ratio > SLOW_RANK_RATIO else None
-        if suspect is not None and suspect == self.suspect and suspect != self.named:
-            self.log.event(
-                step,
-                "slow",
-                f"rank {rank} ({self.hosts[rank]}) is slow: {works[rank]:.3f} s of its own work a step, {ratio:.1f} "
-                f"times the median {median:.3f} s; {waits[rank]:.3f} s of it waiting for data, the rest in forward. "
-                "All ranks wait for it",
-            )
-            self.named = suspect
-        self.named = self.named if suspect is not None else None
-        self.suspect = suspect
-        return {"slowest_rank": float(rank), "slowest_to_median": ratio}
+        return groups

@@ -14,26 +14,32 @@ from torch.utils.tensorboard.summary import hparams
 
 from tinytrain_dist.config.schema import TrainingConfig
 
+# Where each number of a logged step is shown: the part of its tag before the name.
 TAG_GROUPS = {
     "train": ("loss", "lr", "grad_norm"),
     "speed": ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_gib", "mfu", "goodput"),
     "health": ("skipped_steps", "slowest_to_median", "slowest_rank"),
 }
-TAGS = {name: f"{place}/{name}" for place, names in TAG_GROUPS.items() for name in names}
-# Each kind of event is a row of dots, so that a chart shows which came when.
+TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
+# Each kind of event is a row of dots in one chart, which shows when each happened.
 EVENTS = ("resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled")
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}
-# The table of runs has a column for each; it shows the first five unasked, by the alphabet.
-COMPARED = tuple(
+# The settings by which the HPARAMS tab compares runs. It shows the first five of the alphabet by default.
+COMPARED_SETTINGS = tuple(
     "batch_size context_len d_model d_ff lr_max lr_min num_heads num_layers parallel precision schedule seed "
     "total_steps warmup_iters weight_decay".split()
 )
 
 
+FLUSH_SECONDS = 10  # a crash loses at most the points of this time
+
+
 def _chart(*tags: str) -> list[Any]:
+    """Return a chart with all curves whose tag begins like one of `tags`, which are regular expressions."""
     return ["Multiline", list(tags)]
 
 
+# The CUSTOM SCALARS tab: charts by category and title.
 CUSTOM_SCALARS = {
     "loss": {
         "train against eval": _chart("train/loss$", "eval/loss$"),
@@ -57,63 +63,72 @@ CUSTOM_SCALARS = {
 
 
 class TensorBoardWriter:
-    """The event files of a run. Points after the step it starts at are hidden, so that no curve folds."""
+    """The event files of a run. Points after the step at which it starts are hidden, so that no step shows twice."""
 
     def __init__(self, config: TrainingConfig, step: int) -> None:
-        """Open the files, and write the layout, the configuration and the settings to compare runs by."""
-        folder, self._per_step = config.logs_dir, config.batch_size * config.context_len
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
-        self._events: Any = self._writer._get_file_writer()
-        # in a folder of its own, since purge_step is compared with the axis of every point in the folder
+        """Open the files, and write the charts, the configuration and the settings by which to compare runs."""
+        folder = config.logs_dir
+        self._tokens_per_step = config.batch_size * config.context_len
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_SECONDS)
+        self._file_writer: Any = self._writer._get_file_writer()
+        # Curves against tokens need a folder of their own: purge_step is compared with the axis of every point in the
+        # folder.
         self._by_tokens: Any = SummaryWriter(
-            str(folder / "by_tokens"), purge_step=step * self._per_step + 1, flush_secs=10
+            str(folder / "by_tokens"), purge_step=step * self._tokens_per_step + 1, flush_secs=FLUSH_SECONDS
         )
         self._writer.add_custom_scalars(CUSTOM_SCALARS)
-        self.text("about/configuration", indented_code(config.to_toml()), step)
+        self.add_text("about/configuration", indented_code(config.to_toml()), step)
+        self._session_end = self._begin_session(config)
+
+    def _begin_session(self, config: TrainingConfig) -> Any:
+        """Write the settings for the HPARAMS tab, and return the summary that marks the run as ended."""
         resolved = config.resolved()
-        settings = {name: value for name in COMPARED if (value := resolved[name]) is not None}
-        # a metric is the latest point of that curve: it is there during the run and after a crash, too
+        settings = {name: resolved[name] for name in COMPARED_SETTINGS if resolved[name] is not None}
+        # the tab shows the latest point of this curve, so it has a value during the run and after a crash, too
         metrics = {"eval/loss" if config.val_data else "train/loss": 0.0}
-        experiment, start, self._end = hparams(settings, metrics)
-        for summary in (experiment, start):
-            self._events.add_summary(summary)
+        experiment, session_start, session_end = hparams(settings, metrics)
+        self._file_writer.add_summary(experiment)
+        self._file_writer.add_summary(session_start)
+        return session_end
 
-    def numbers(self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]]) -> None:
-        """Curves: `values` with a place in TAGS, and every number of every group as GROUP/NAME."""
-        tagged = {TAGS[name]: value for name, value in values.items() if name in TAGS}
-        tagged |= {f"{group}/{name}": value for group, inner in groups.items() for name, value in inner.items()}
-        for tag, value in tagged.items():
-            self._writer.add_scalar(tag, value, step)
+    def add_numbers(self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]]) -> None:
+        """Add a point to the curve of each number: of `values` those in TAGS, and all of `groups` as GROUP/NAME."""
+        for name, value in values.items():
+            if name in TAGS:
+                self._writer.add_scalar(TAGS[name], value, step)
+        for group, numbers in groups.items():
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
-    def loss(self, kind: str, step: int, loss: float) -> None:
+    def add_loss(self, kind: str, step: int, loss: float) -> None:
         """Add a loss to the chart against tokens; `kind`: train or eval."""
-        self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", loss, step * self._per_step)
+        self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", loss, step * self._tokens_per_step)
 
-    def histogram(self, tag: str, values: list[float], step: int) -> None:
-        """How `values` spread."""
+    def add_histogram(self, tag: str, values: list[float], step: int) -> None:
+        """Add the distribution of `values`."""
         self._writer.add_histogram(tag, np.asarray(values), step)
 
-    def event(self, kind: str, text: str, step: int) -> None:
-        """Add a text, and a dot in the row of its kind."""
-        self.text(f"events/{kind}", text, step)
+    def add_event(self, kind: str, text: str, step: int) -> None:
+        """Add a text, and a dot in the row of its kind; row 0 for a kind that is not in EVENTS."""
+        self.add_text(f"events/{kind}", text, step)
         self._writer.add_scalar(f"events/{kind}", EVENT_ROWS.get(kind, 0), step)
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """`text` is Markdown."""
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Add a text in Markdown."""
         self._writer.add_text(tag, text, step)
 
     def flush(self) -> None:
-        """Bring everything to the files."""
+        """Write everything that is still in memory to the files."""
         self._writer.flush()
         self._by_tokens.flush()
 
     def close(self) -> None:
-        """Mark the run as ended, flush and end."""
-        self._events.add_summary(self._end)
+        """Mark the run as ended, flush and close the files."""
+        self._file_writer.add_summary(self._session_end)
         self._writer.close()
         self._by_tokens.close()
 
 
 def indented_code(text: str) -> str:
-    """Text as it is, in Markdown; indented, since a fence could stand in the text itself."""
+    """Return `text` as a code block in Markdown: indented, because the text itself may contain a fence."""
     return "\n".join("    " + line for line in text.splitlines())

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 
 class HostCopy:
-    """Device values on their way to the host; `read` waits for these values only, not for what was queued after."""
+    """Device values being copied to the host; `read` waits for these values only, not for what was queued after."""
 
     def __init__(self, values: Tensor, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`values`: any tensor; the copy starts now and does not block."""
-        self._values, self._clock = values.detach(), clock
-        self.ready_at = clock()  # on the CPU they are there already
+        """Start to copy `values` (a tensor of any shape) without waiting. clock: seconds, monotonic."""
+        self._values = values.detach()
+        self._clock = clock
+        self.ready_at = clock()  # by the clock; CPU values are ready at once, others when `read` has waited
         self._ready: torch.cuda.Event | None = None
         if values.is_cuda:
+            # only a copy to pinned memory leaves the host free meanwhile
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values.detach(), non_blocking=True)
             self._ready = torch.cuda.Event()
@@ -38,13 +40,16 @@ class StepTimer:
     """Time spent in steps, without what happened inside `paused`: evaluation and saving are not training."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`clock`: seconds, monotonic."""
+        """Begin the first lap now. clock: seconds, monotonic."""
         self._clock = clock
-        self._start, self._off = clock(), 0.0
+        self._lap_start = clock()
+        self._paused_seconds = 0.0  # in this lap
 
     def lap(self, now: float) -> float:
-        """Return the seconds from the last lap to the time `now`, without pauses."""
-        seconds, self._start, self._off = now - self._start - self._off, now, 0.0
+        """Return the seconds from the last lap to the time `now`, without pauses; `now` may be in the past."""
+        seconds = now - self._lap_start - self._paused_seconds
+        self._lap_start = now
+        self._paused_seconds = 0.0
         return seconds
 
     @contextlib.contextmanager
@@ -54,16 +59,23 @@ class StepTimer:
         try:
             yield
         finally:
-            self._off += self._clock() - start
+            self._paused_seconds += self._clock() - start
 
 
 class ForwardTimer:
-    """Time inside some modules' forward, by the host's clock, or on a GPU by events on its stream, read when past."""
+    """Time inside the forward passes of some modules.
+
+    It is measured by the host's clock, or on a GPU by events on its stream, which are read once they have passed.
+    """
 
     def __init__(self, modules: list[nn.Module], cuda: bool, compiled: bool = False) -> None:
-        """`modules`: must not contain each other; compiled: their calls are, hooks included, which a clock must not."""
+        """Time `modules`, which must not contain each other.
+
+        compiled: their calls are compiled, hooks included; the hooks are then kept out, because reading a clock must
+        not be compiled.
+        """
         self._cuda = cuda
-        self._marks: list[Any] = []
+        self._marks: list[Any] = []  # begin, end, begin, end, ...: seconds, or CUDA events
         mark = torch.compiler.disable(self._mark) if compiled else self._mark
         for module in modules:
             module.register_forward_pre_hook(mark)
@@ -78,10 +90,16 @@ class ForwardTimer:
 
     def take(self) -> list[Any]:
         """Return the marks since the last call, for `seconds`."""
-        marks, self._marks = self._marks, []
+        marks = self._marks
+        self._marks = []
         return marks
 
     def seconds(self, marks: list[Any]) -> float:
-        """Seconds between each odd mark and the next. On a GPU the work must be done, or this is an error."""
-        pairs = zip(marks[0::2], marks[1::2], strict=True)
-        return float(sum(a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairs))
+        """Return the seconds between the begin and the end of each pass.
+
+        Errors: RuntimeError on a GPU whose work has not come to the last mark.
+        """
+        passes = zip(marks[0::2], marks[1::2], strict=True)
+        if self._cuda:
+            return float(sum(begin.elapsed_time(end) / 1000 for begin, end in passes))  # events count milliseconds
+        return float(sum(end - begin for begin, end in passes))

@@ -22,19 +22,21 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.environment import library_versions
 from tinytrain_dist.model.matmul import widens_bf16
 
-MAX_CLOCK_SKEW_SECONDS = (
-    2.0  # what is decided by a clock is decided by one rank; more than this confuses people who read logs
-)
-SETTING_PREFIX = "setting "
+# Decisions that depend on a clock are taken by one rank, so a skew harms no run. A larger one than this confuses people
+# who compare logs.
+MAX_CLOCK_SKEW_SECONDS = 2.0
+SETTING_PREFIX = "setting "  # of a fact that is a setting
+RANKS_NAMED = 3  # in a message; the others are counted
 RankFacts = dict[str, Any]
 
 
 def code_digest() -> str:
-    """Of every source file of this package, by name."""
-    total, home = hashlib.sha256(), Path(__file__).resolve().parents[1]
-    for path in sorted(home.rglob("*.py")):
-        total.update(str(path.relative_to(home)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()[:12]
+    """Return a digest of every source file of this package, names included."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> RankFacts:
@@ -48,35 +50,45 @@ def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> Ra
     }
 
 
-def find_differences(everyone: list[RankFacts], hosts: list[str]) -> list[str]:
-    """Return a sentence for each fact on which ranks differ, naming the minority with both values."""
-    found = []
-    for name in dict.fromkeys(key for one in everyone for key in one):
-        values = [repr(one.get(name)) for one in everyone]
+def find_differences(facts_by_rank: list[RankFacts], hosts: list[str]) -> list[str]:
+    """Return a sentence for each fact on which ranks differ, naming the minority with both values.
+
+    Of two equally frequent values that of the lower rank counts as the usual one.
+    """
+    differences = []
+    for name in dict.fromkeys(name for facts in facts_by_rank for name in facts):
+        values = [repr(facts.get(name)) for facts in facts_by_rank]
         counts = Counter(values)
         if len(counts) == 1:
             continue
-        usual = max(values, key=lambda value: counts[value])  # rank 0's, where as many say one as the other
-        remedy = "use one environment on all nodes"
-        if name == "code":
-            remedy = "start every node from the same checkout"
-        elif name == "processes per node":
-            remedy = "start the same number of processes on each"
-        elif name.startswith(SETTING_PREFIX):
-            remedy = "give every node the same file and the same settings"
-        for value in (value for value in counts if value != usual):
-            ranks = [rank for rank, one in enumerate(values) if one == value]
-            found.append(
-                f"{name.removeprefix(SETTING_PREFIX)}: {value} on {format_ranks(ranks, hosts)}, but {usual} on "
-                f"{format_ranks([rank for rank, one in enumerate(values) if one == usual], hosts)}; {remedy}"
+        usual_value = max(values, key=lambda value: counts[value])
+        usual_ranks = [rank for rank, value in enumerate(values) if value == usual_value]
+        for deviating_value in counts:
+            if deviating_value == usual_value:
+                continue
+            ranks = [rank for rank, value in enumerate(values) if value == deviating_value]
+            differences.append(
+                f"{name.removeprefix(SETTING_PREFIX)}: {deviating_value} on {format_ranks(ranks, hosts)}, "
+                f"but {usual_value} on {format_ranks(usual_ranks, hosts)}; {_remedy(name)}"
             )
-    return found
+    return differences
+
+
+def _remedy(fact: str) -> str:
+    """Return what to do where ranks differ in this fact."""
+    if fact == "code":
+        return "start every node from the same checkout"
+    if fact == "processes per node":
+        return "start the same number of processes on each"
+    if fact.startswith(SETTING_PREFIX):
+        return "give every node the same file and the same settings"
+    return "use one environment on all nodes"
 
 
 def format_ranks(ranks: list[int], hosts: list[str]) -> str:
-    """Ranks with their hosts, the first few of many."""
-    shown = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in ranks[:3])
-    return shown + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
+    """Return the ranks with their hosts; of many only the first few. hosts: by rank."""
+    named = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in ranks[:RANKS_NAMED])
+    return named + (f" and {len(ranks) - RANKS_NAMED} more" if len(ranks) > RANKS_NAMED else "")
 
 
 def usable_cores() -> set[int]:
@@ -85,26 +97,27 @@ def usable_cores() -> set[int]:
 
 
 def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[str]) -> list[str]:
-    """Return a sentence for each host whose ranks run more threads than they have cores."""
-    found = []
+    """Return a sentence for each host whose ranks run more threads than they have cores. All arguments are by rank."""
+    warnings = []
     for host in dict.fromkeys(hosts):
-        ranks = [rank for rank, where in enumerate(hosts) if where == host]
-        have, want = len(set().union(*(cores[rank] for rank in ranks))), sum(threads[rank] for rank in ranks)
-        if want > have:
-            each = have // len(ranks)
-            cure = f"set OMP_NUM_THREADS={each}" if each else "start fewer processes"
-            found.append(
-                f"threads: {len(ranks)} process(es) on {host} run {want} threads on {have} core(s) and slow each other "
-                f"down; {cure}, or give the job more cores (--cpus-per-task)"
+        ranks = [rank for rank, its_host in enumerate(hosts) if its_host == host]
+        num_cores = len(set().union(*(cores[rank] for rank in ranks)))
+        num_threads = sum(threads[rank] for rank in ranks)
+        if num_threads > num_cores:
+            cores_per_rank = num_cores // len(ranks)
+            remedy = f"set OMP_NUM_THREADS={cores_per_rank}" if cores_per_rank else "start fewer processes"
+            warnings.append(
+                f"threads: {len(ranks)} process(es) on {host} run {num_threads} threads on {num_cores} core(s) and "
+                f"slow each other down; {remedy}, or give the job more cores (--cpus-per-task)"
             )
-    return found
+    return warnings
 
 
 def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time.time) -> list[tuple[float, float]]:
-    """By how many seconds each rank's clock is ahead of this one's, and by how many that can be wrong. A collective.
+    """Return by how many seconds each rank's clock is ahead of this one's, and the error bound of that. A collective.
 
-    Every rank reads its clock after all have entered a barrier and before any has received all readings: by this clock
-    that is between `before` and `after`, whatever the network does.
+    Every rank reads its clock after all have entered a barrier and before any has received all readings. By this rank's
+    clock that is between `before` and `after`, whatever the network does.
     """
     context.barrier()
     before = clock()
@@ -115,29 +128,35 @@ def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time
 
 
 def skewed_clocks(offsets: list[tuple[float, float]], hosts: list[str]) -> list[str]:
-    """Return a sentence for each host whose clock is certainly wrong compared with rank 0's."""
-    worst: dict[str, float] = {}
-    for host, (offset, bound) in zip(hosts, offsets, strict=True):
-        if abs(offset) - bound > max(MAX_CLOCK_SKEW_SECONDS, abs(worst.get(host, 0.0))):
-            worst[host] = offset
+    """Return a sentence for each host whose clock is certainly wrong compared with rank 0's.
+
+    offsets: of `clock_offsets` on rank 0.
+    """
+    largest_offset: dict[str, float] = {}  # by host
+    for host, (offset, error_bound) in zip(hosts, offsets, strict=True):
+        if abs(offset) - error_bound > max(MAX_CLOCK_SKEW_SECONDS, abs(largest_offset.get(host, 0.0))):
+            largest_offset[host] = offset
     return [
         f"clock: {host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {hosts[0]}; set it (chrony)"
-        for host, offset in worst.items()
+        for host, offset in largest_offset.items()
     ]
 
 
 def check_rank_consistency(config: TrainingConfig, context: DistributedContext) -> list[str]:
-    """Hold all ranks against each other; returns what only slows or confuses. A collective of some milliseconds.
+    """Compare all ranks. Returns warnings; raises on real mismatches. A collective of some milliseconds.
 
+    Warnings are about what slows a run down or confuses people.
     Errors: ConfigError with everything on which ranks differ, and which ranks deviate.
     """
-    threads = config.cpu_threads or (1 if config.reproducible else torch.get_num_threads())
-    people = context.all_gather_object((context.host, rank_facts(config, context), threads, usable_cores()))
-    hosts = [host for host, *_ in people]
-    if odd := find_differences([one for _, one, *_ in people], hosts):
-        raise ConfigError(odd, f"the world of {context.world_size} ranks")
-    hints = oversubscribed_hosts([one for *_, one, _ in people], [one for *_, one in people], hosts)
+    own_threads = config.cpu_threads or (1 if config.reproducible else torch.get_num_threads())
+    by_rank = context.all_gather_object((context.host, rank_facts(config, context), own_threads, usable_cores()))
+    hosts, facts, threads, cores = (list(column) for column in zip(*by_rank, strict=True))
+    if differences := find_differences(facts, hosts):
+        raise ConfigError(differences, f"the world of {context.world_size} ranks")
+    warnings = oversubscribed_hosts(threads, cores, hosts)
     if widens_bf16(config.precision, context.device):
-        hints.append("precision: this CPU has no bf16 instructions, so products are in float32; fp32 is about as fast")
-    late: list[str] = context.broadcast_object(skewed_clocks(clock_offsets(context), hosts))
-    return hints + late
+        warnings.append(
+            "precision: this CPU has no bf16 instructions, so products are in float32; fp32 is about as fast"
+        )
+    warnings += context.broadcast_object(skewed_clocks(clock_offsets(context), hosts))
+    return warnings

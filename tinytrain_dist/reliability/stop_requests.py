@@ -14,39 +14,52 @@ from types import FrameType
 from tinytrain_dist.config.run_folder import STOP_FILE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_received: list[str] = []
-PROCESS_START = time.monotonic()  # about when the process began: this is imported first
+FILE_CHECK_SECONDS = 1.0  # between two looks at the stop file
+PROCESS_START = time.monotonic()  # about when the process began: this module is imported first
+
+# The stop signals that this process received, by name. A signal handler belongs to the process and can be given no
+# object, so this is state of the module. Only the first one counts: the run already stops because of it.
+_received_signals: list[str] = []
 
 
-def _remember(number: int, _: FrameType | None) -> None:
-    _received.append(signal.Signals(number).name)  # a second signal changes nothing: the first is being obeyed
+def _note_signal(number: int, _: FrameType | None) -> None:
+    _received_signals.append(signal.Signals(number).name)
 
 
 def install_signal_handlers() -> None:
-    """Let SIGTERM, SIGINT and SIGUSR1 only raise the flag. Call it at the very top of a program."""
+    """Let SIGTERM, SIGINT and SIGUSR1 only set the flag. Call it at the very top of a program."""
     for number in STOP_SIGNALS:
-        signal.signal(number, _remember)
+        signal.signal(number, _note_signal)
 
 
 def received_signal() -> str:
     """Return the first stop signal by name, also one that the agent received before this process; "" if none."""
-    return _received[0] if _received else os.environ.get("TINYTRAIN_STOP", "")
+    return _received_signals[0] if _received_signals else os.environ.get("TINYTRAIN_STOP", "")
 
 
 class StopRequests:
-    """Says why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
+    """Why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
 
-    def __init__(self, folder: Path, time_limit: float | None, look_at_file: bool, since: float | None = None) -> None:
-        """time_limit: seconds after `since` (None: now). The file is looked at once a second, by one rank only.
+    def __init__(self, folder: Path, time_limit: float | None, check_file: bool, since: float | None = None) -> None:
+        """Begin to check the run in `folder`.
 
-        A batch script says in TINYTRAIN_DEADLINE (seconds since 1970) when its allocation ends; the earlier one counts.
+        time_limit: seconds after `since` (by time.monotonic(); None: now). check_file: whether this rank checks for the
+        stop file, once a second; one rank is enough.
+
+        A batch script sets TINYTRAIN_DEADLINE (seconds since 1970) to the end of its allocation. The earlier of the two
+        limits counts.
         """
-        self._file, self._look = folder / STOP_FILE, look_at_file
-        limits = [(time.monotonic() if since is None else since) + time_limit] if time_limit else []
-        if ends := os.environ.get("TINYTRAIN_DEADLINE"):
-            limits.append(time.monotonic() + float(ends) - time.time())
-        self._deadline = min(limits, default=None)
-        self._next_look = 0.0
+        self._file = folder / STOP_FILE
+        self._check_file = check_file
+        self._next_file_check = 0.0
+        deadlines = []  # by time.monotonic()
+        if time_limit:
+            start = time.monotonic() if since is None else since
+            deadlines.append(start + time_limit)
+        if allocation_end := os.environ.get("TINYTRAIN_DEADLINE"):
+            seconds_left = float(allocation_end) - time.time()
+            deadlines.append(time.monotonic() + seconds_left)
+        self._deadline = min(deadlines, default=None)
 
     def reason(self, reserve_seconds: float = 0.0) -> str:
         """Return why to stop, or ""; `reserve_seconds` (the time of a save) are kept before the deadline."""
@@ -55,13 +68,13 @@ class StopRequests:
             return name
         if self._deadline is not None and now + reserve_seconds > self._deadline:
             return "time_limit"
-        if self._look and now > self._next_look:
-            self._next_look = now + 1.0
+        if self._check_file and now > self._next_file_check:
+            self._next_file_check = now + FILE_CHECK_SECONDS
             if self._file.exists():
                 return f"stop file {self._file}"
         return ""
 
-    def obeyed(self) -> None:
-        """Remove the stop file, so that the next start trains on; called by the rank that looks at it."""
-        if self._look:
+    def clear(self) -> None:
+        """Remove the stop file, so that the next start trains again; only the rank that checks it does."""
+        if self._check_file:
             self._file.unlink(missing_ok=True)

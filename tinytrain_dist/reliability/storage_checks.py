@@ -17,20 +17,16 @@ from tinytrain_dist.errors import CheckpointError
 
 
 def check_shared_storage(folder: Path, context: DistributedContext) -> None:
-    """Prove that `folder` can be written, synced and renamed in by rank 0, and that every rank sees what it wrote.
+    """Check that rank 0 can write, sync and rename in `folder`, and that every rank sees what it wrote. A collective.
 
-    A collective. Errors: CheckpointError naming the folder, and the hosts that do not see it.
+    Errors: CheckpointError naming the folder, and the hosts that do not see it.
     """
-    error, probe, nonce = None, folder / f".probe-{secrets.token_hex(6)}", secrets.token_hex(16)
+    probe = folder / f".probe-{secrets.token_hex(6)}"
+    nonce = secrets.token_hex(16)
+    error = None
     if context.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = probe.with_name(probe.name + ".tmp")
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(nonce)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(probe)
+            _write_probe(probe, nonce)
         except OSError as caught:
             error = CheckpointError(
                 f"{folder}: cannot be written on {context.host} ({caught.strerror}); set another target_dir or ckpt_dir"
@@ -38,56 +34,72 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
     collectives.raise_on_all_ranks(error)
     probe, nonce = context.broadcast_object((probe, nonce))
     try:
-        seen = probe.read_text(encoding="utf-8") == nonce
+        sees_probe = probe.read_text(encoding="utf-8") == nonce
     except OSError:
-        seen = False
-    blind = sorted({host for host, sees in context.all_gather_object((context.host, seen)) if not sees})
+        sees_probe = False
+    by_rank = context.all_gather_object((context.host, sees_probe))
+    blind_hosts = sorted({host for host, sees in by_rank if not sees})
     if context.is_main:
         probe.unlink(missing_ok=True)
-    if blind:
+    if blind_hosts:
         raise CheckpointError(
-            f"{folder}: what rank 0 writes there is not seen on {', '.join(blind)}; put target_dir on a file system "
-            "that all nodes share"
+            f"{folder}: what rank 0 writes there is not seen on {', '.join(blind_hosts)}; put target_dir on a file "
+            "system that all nodes share"
         )
+
+
+def _write_probe(path: Path, text: str) -> None:
+    """Write a file as checkpoints are written: aside, synced and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
 
 
 def check_disk_space(
     folder: Path, checkpoint_bytes: int, wanted: int, existing: int, context: DistributedContext
 ) -> None:
-    """Hold `wanted` checkpoints of checkpoint_bytes each, `existing` of them there already, against free disk.
+    """Check that the disk has room for `wanted` checkpoints of this size, `existing` of which are there already.
 
-    A collective. Errors: CheckpointError with both numbers.
+    At least one more is counted. A collective. Errors: CheckpointError with both numbers.
     """
     error = None
     if context.is_main:
-        need, free = max(1, wanted - existing) * checkpoint_bytes, shutil.disk_usage(folder).free
-        if need > free:
+        needed_bytes = max(1, wanted - existing) * checkpoint_bytes
+        free_bytes = shutil.disk_usage(folder).free
+        if needed_bytes > free_bytes:
             error = CheckpointError(
-                f"{folder}: {_size(free)} are free, but {_size(need)} more are needed for keep_last + 1 = {wanted} "
-                f"checkpoints of {_size(checkpoint_bytes)}; make room, or lower keep_last"
+                f"{folder}: {_format_size(free_bytes)} are free, but {_format_size(needed_bytes)} more are needed for "
+                f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room, or lower "
+                "keep_last"
             )
     collectives.raise_on_all_ranks(error)
 
 
 def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
-    """Hold what all ranks of a host need for background saves against its free memory, where the system tells it.
+    """Check that the free memory of each host holds the buffers for background saves of all its ranks.
 
-    A collective. Errors: CheckpointError naming the host and both numbers.
+    buffer_bytes: of this rank. A host whose system does not report its free memory is not checked. A collective.
+    Errors: CheckpointError naming the host and both numbers.
     """
-    free = 0
+    free_bytes = 0  # not known
     with contextlib.suppress(OSError, ValueError, IndexError):
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    needs: dict[str, int] = {}
-    frees: dict[str, int] = {}
-    for host, need, there in context.all_gather_object((context.host, buffer_bytes, free)):
-        needs[host], frees[host] = needs.get(host, 0) + need, there
-    for host, need in needs.items():
-        if 0 < frees[host] < need:
+        free_bytes = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    needed_by_host: dict[str, int] = {}
+    free_by_host: dict[str, int] = {}
+    for host, needed, free in context.all_gather_object((context.host, buffer_bytes, free_bytes)):
+        needed_by_host[host] = needed_by_host.get(host, 0) + needed
+        free_by_host[host] = free
+    for host, needed in needed_by_host.items():
+        if 0 < free_by_host[host] < needed:
             raise CheckpointError(
-                f"ckpt_async: saving in the background needs {_size(need)} of buffers on {host}, where "
-                f"{_size(frees[host])} are free; set ckpt_async = false, or use more hosts"
+                f"ckpt_async: saving in the background needs {_format_size(needed)} of buffers on {host}, where "
+                f"{_format_size(free_by_host[host])} are free; set ckpt_async = false, or use more hosts"
             )
 
 
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
+def _format_size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3f} MB"

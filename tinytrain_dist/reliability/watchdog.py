@@ -1,8 +1,8 @@
 """Watch one rank from a thread: write its heartbeat, enforce time limits on phases, end it together with all others.
 
-Must not know torch, or what a phase does. The thread reads and writes small files, so it works while the main thread
-sits in a collective. RUN/logs/heartbeat has a file per rank. RUN/logs/stacks has the stacks of each rank of a run that
-hung.
+Must not know torch, or what happens in a phase. The thread reads and writes small files, so it works while the main
+thread waits in a collective. RUN/logs/heartbeat has a file per rank. RUN/logs/stacks has the stacks of each rank of a
+run that hung.
 """
 
 from __future__ import annotations
@@ -16,197 +16,225 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
     LOGS_FOLDER,
+    STACKS_FOLDER,
     STATE_FILE,
     abort_file,
     heartbeat_file,
-    heartbeat_folder,
     stacks_file,
 )
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.metrics.phase_timer import PhaseTimer
+from tinytrain_dist.metrics.phase_timer import START_PHASES, PhaseTimer
 from tinytrain_dist.reliability import error_report, run_state, stop_requests
-from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
+from tinytrain_dist.reliability.heartbeats import (
+    HEARTBEAT_SECONDS,
+    describe_waiting,
+    read_heartbeats,
+    write_heartbeat,
+)
+from tinytrain_dist.utils.atomic_files import read_json_object
 
-TICK_SECONDS, HEARTBEAT_SECONDS, GRACE_SECONDS = 1.0, 10.0, 4.0
-START_PHASES = ("join", "open_data", "build", "load")  # a process that ends in these loses nothing
-# in the order in which a rank goes through them while its number of completed steps stays the same
-PHASES = (*START_PHASES, "reading", "evaluation", "checkpoint", "data", "forward_backward", "reduction", "optimizer")
-Heartbeat = dict[str, Any]
+TICK_SECONDS = 1.0  # between two checks
+GRACE_SECONDS = 4.0  # for all ranks to write their stacks and heartbeats after one has noticed a hang
+NO_LIMIT_SECONDS = 30 * 86_400.0
 
 
 class Watchdog(threading.Thread):
-    """Watches one rank until `close`."""
+    """Watches one rank from `start` to `close`."""
 
     def __init__(
         self,
         config: TrainingConfig,
-        who: tuple[int, int, str],
-        say: Callable[[str], None],
+        identity: tuple[int, int, str],
+        report: Callable[[str], None],
         flight_record: Callable[[], bytes],
     ) -> None:
-        """`who`: rank, number of ranks, host; `say` prints the final error; `flight_record`: last collectives.
+        """Prepare to watch this process. For the main thread only: from here on signals wake the watchdog.
 
-        For the main thread only: signals wake the watchdog from here on, also while that thread sits in a collective.
+        identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
+        collectives as JSON.
         """
         super().__init__(name="watchdog", daemon=True)
-        self.folder, self.phase_timer, self.world = Path(config.target_dir), PhaseTimer("join"), ""
-        self.rank, self.world_size, self.host = who
-        self._say, self._flight_record = say, flight_record
-        self._limits = dict.fromkeys(START_PHASES, config.start_limit) | {"checkpoint": config.save_limit}
-        self._step_limit = config.step_limit
-        self._parent, self._next_beat, self._told, self._closed = os.getppid(), 0.0, "", threading.Event()
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self.folder = Path(config.target_dir)
+        self.phase_timer = PhaseTimer("join")
+        self.rank, self.world_size, self.host = identity
+        self.launch_id = ""  # known when all ranks have joined
+        self._report = report
+        self._flight_record = flight_record
+        # The name and the value of the setting that limits a phase; step_limit for all others, 0: no limit.
+        self._limits = dict.fromkeys(START_PHASES, ("start_limit", config.start_limit))
+        self._limits["checkpoint"] = ("save_limit", config.save_limit)
+        self._default_limit = ("step_limit", config.step_limit)
+        self._agent_pid = os.getppid()
+        self._next_heartbeat = 0.0  # by time.monotonic()
+        self._written_phase = ""  # of the last heartbeat
+        self._closed = threading.Event()
+        # A signal, or `close`, writes a byte into this pipe and so wakes the thread, also while the main thread waits
+        # in a collective and Python cannot run a signal handler.
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         self._signal = stop_requests.received_signal()
-        self.start()
 
     @property
     def longest_limit(self) -> float:
         """The longest limit in seconds; 30 days if a limit is off."""
-        limits = (*self._limits.values(), self._step_limit)
-        return max(limits) if all(limits) else 30 * 86_400.0
+        seconds = [limit for _, limit in (*self._limits.values(), self._default_limit)]
+        return max(seconds) if all(seconds) else NO_LIMIT_SECONDS
 
-    def joined(self, world: str) -> None:
-        """Note the launch ID, which all ranks of this launch share."""
-        self.world = world
-        self.beat()
+    def set_launch_id(self, launch_id: str) -> None:
+        """Note the launch ID, which all ranks of this launch share; from now on abort requests reach this rank."""
+        self.launch_id = launch_id
+        self.heartbeat()
 
     def close(self) -> None:
-        """Stop watching; what tells of a live process is removed, and folders that hold nothing."""
+        """Stop watching; remove the heartbeat file and any folder left empty."""
         self._closed.set()
         signal.set_wakeup_fd(-1)
-        os.write(self._wake, b"\0")
+        os.write(self._wake_writer, b"\0")
         self.join()
+        path = heartbeat_file(self.folder, self.rank)
         with contextlib.suppress(OSError):
-            self._path().unlink()
-            for folder in (self._path().parent, self.folder / LOGS_FOLDER, self.folder):
-                folder.rmdir()  # fails, and ends this, where there is something else
+            path.unlink()
+            for folder in (path.parent, self.folder / LOGS_FOLDER, self.folder):
+                folder.rmdir()  # fails at the first folder that is not empty
+
+    def heartbeat(self, seconds_in_phase: float = 0.0) -> None:
+        """Write what this rank is doing, and for how many seconds it has made no progress."""
+        self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+        self._written_phase = self.phase_timer.phase
+        write_heartbeat(
+            self.folder,
+            {
+                "rank": self.rank,
+                "world_size": self.world_size,
+                "host": self.host,
+                "pid": os.getpid(),
+                "step": self.phase_timer.step,
+                "phase": self.phase_timer.phase,
+                "seconds": round(seconds_in_phase, 1),
+                "time": time.time(),
+                "world": self.launch_id,
+                "attempt": os.environ.get("TINYTRAIN_ATTEMPT", ""),
+            },
+        )
 
     def run(self) -> None:
-        """Look around once a second, and at once when a signal comes."""
-        entered, age, before = None, 0.0, time.monotonic()
+        """Check once a second, and at once when a signal comes; the body of the thread."""
+        phase_start: float | None = None
+        seconds_in_phase = 0.0
+        last_check = time.monotonic()
         while not self._closed.is_set():
-            if select.select([self._woken], [], [], TICK_SECONDS)[0]:
-                numbers = set(os.read(self._woken, 64)) & set(map(int, stop_requests.STOP_SIGNALS))
-                self._signal = self._signal or next((signal.Signals(number).name for number in numbers), "")
-            now, since = time.monotonic(), self.phase_timer.since
-            # time in which this thread did not run, as in a stopped process or a sleeping laptop, does not count
-            age = age + min(now - before, 2 * TICK_SECONDS) if since == entered else 0.0
-            entered, before = since, now
-            self._look(age)
+            if select.select([self._wake_reader], [], [], TICK_SECONDS)[0]:
+                self._note_signals(os.read(self._wake_reader, 64))
+            now = time.monotonic()
+            since = self.phase_timer.since
+            if since == phase_start:
+                # time in which this thread did not run, as in a stopped process or a sleeping laptop, does not count
+                seconds_in_phase += min(now - last_check, 2 * TICK_SECONDS)
+            else:
+                seconds_in_phase = 0.0
+            phase_start = since
+            last_check = now
+            self._check(seconds_in_phase)
 
-    def _look(self, age: float) -> None:
+    def _note_signals(self, numbers: bytes) -> None:
+        """Keep the first stop signal. numbers: a byte for each signal that came."""
+        stop_signals = [number for number in set(numbers) if number in stop_requests.STOP_SIGNALS]
+        if stop_signals and not self._signal:
+            self._signal = signal.Signals(stop_signals[0]).name
+
+    def _check(self, seconds_in_phase: float) -> None:
+        """End this process if it must end, or else write the heartbeat when it is due."""
         phase = self.phase_timer.phase
-        limit = self._limits.get(phase, self._step_limit)
-        if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._parent:
-            os._exit(1)  # without an agent no process would end this rank together with the others
-        if notice := error_report.read_abort_request(self.folder, self.world):
-            self._end(notice)
+        setting, limit = self._limits.get(phase, self._default_limit)
+        if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._agent_pid:
+            os._exit(1)  # the agent is gone, and no other process would end this rank together with the others
+        if request := error_report.read_abort_request(self.folder, self.launch_id):
+            self._end(request)
         elif self._signal and phase in START_PHASES:
             self._end_all(f"{self._signal} during the start", state="preempted")
-        elif limit and age > limit:
-            self._end_all(f"rank {self.rank} on {self.host} was in {phase} for {limit:g} s", hang=True)
-        elif time.monotonic() > self._next_beat or (self._told in START_PHASES and phase != self._told):
-            self.beat(age)
+        elif limit and seconds_in_phase > limit:
+            message = f"rank {self.rank} on {self.host} was in {phase} for {limit:g} s ({setting})"
+            self._end_all(message, hang=True)
+        elif time.monotonic() > self._next_heartbeat or self._left_start_phase(phase):
+            self.heartbeat(seconds_in_phase)
+
+    def _left_start_phase(self, phase: str) -> bool:
+        """Return whether the last heartbeat shows an earlier phase of the start; such a change is written at once."""
+        return self._written_phase in START_PHASES and phase != self._written_phase
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
-        if self.world:
-            error_report.request_abort(self.folder, self.world, message, hang, state)
-        self._end({"message": message, "hang": hang, "state": state}, first=True)
+        """Ask all ranks to end, and end this process."""
+        if self.launch_id:
+            error_report.request_abort(self.folder, self.launch_id, message, hang, state)
+        self._end({"message": message, "hang": hang, "state": state}, noticed_here=True)
 
-    def _end(self, notice: dict[str, Any], first: bool = False) -> None:
-        """Leave what the notice asks for, and end the process: the main thread may never come back."""
-        message, preempted = str(notice["message"]), notice["state"] == "preempted"
-        self.beat()
+    def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:
+        """Do what the abort request asks for, and end the process: the main thread may wait for ever."""
+        message = str(request["message"])
+        preempted = request["state"] == "preempted"
+        self.heartbeat()
         try:
-            if notice["hang"]:
-                with contextlib.suppress(OSError, ValueError):  # a full disk must not keep the sentence from being said
-                    self._leave_stacks()
-                    message = self._wait_for_cause(message, first)
+            if request["hang"]:
+                with contextlib.suppress(OSError, ValueError):  # a full disk must not keep the error from being printed
+                    self._write_stacks()
+                    message = self._describe_hang(message) if noticed_here else self._wait_for_cause(message)
             if not preempted:
-                self._say(message)
+                self._report(message)
             elif self.rank == 0 and (run_state.owns_run(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ):
-                before = read_json_object(self.folder / STATE_FILE).get("step")  # this start has not come further
-                run_state.write_state(self.folder, "preempted", before)
-        finally:  # on a full disk too
+                step = read_json_object(self.folder / STATE_FILE).get("step")  # this start has made no step
+                run_state.write_state(self.folder, "preempted", step)
+        finally:  # also if the disk is full
             os._exit(0 if preempted else 1)
 
-    def _leave_stacks(self) -> None:
+    def _write_stacks(self) -> None:
+        """Write the stacks of all threads, and the last collectives."""
         path = stacks_file(self.folder, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            print(
-                f"rank {self.rank}, process {os.getpid()} on {self.host}, {self.phase_timer.phase}",
-                file=file,
-                flush=True,
-            )
+            phase = self.phase_timer.phase
+            print(f"rank {self.rank}, process {os.getpid()} on {self.host}, {phase}", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        record = path.with_suffix(".collectives.json")  # in a thread, because native code might not come back
-        threading.Thread(target=lambda: record.write_bytes(self._flight_record()), daemon=True).start()
+        collectives_file = path.with_suffix(".collectives.json")
+        # in a thread, because native code may not return
+        threading.Thread(target=lambda: collectives_file.write_bytes(self._flight_record()), daemon=True).start()
 
-    def _wait_for_cause(self, message: str, first: bool) -> str:
-        """Find who the others wait for, on the rank that noticed the hang; other ranks wait for its answer."""
-        started, end = time.time(), time.monotonic() + GRACE_SECONDS * (1 if first else 2)
-        while time.monotonic() < end:
-            time.sleep(0.1)
-            if not first and (told := read_json_object(self.folder / ERROR_FILE).get("message")):
-                return str(told)
-        if first:
-            beats = read_heartbeats(self.folder)
-            asked = abort_file(self.folder)  # all that could have answered have
-            since = asked.stat().st_mtime if self.world else max(b["seen"] for b in beats) - 3 * HEARTBEAT_SECONDS
-            message += f"; {describe_waiting(beats, self.world_size, since)}"
-            message += f"; stacks are in {self.folder / 'logs' / 'stacks'}"
-            cause = {"message": message, "rank": self.rank, "host": self.host, "step": self.phase_timer.step}
-            if run_state.owns_run(self.folder):
-                error_report.write_error(self.folder, {**cause, "traceback": "", "time": started, "secondary": False})
+    def _describe_hang(self, message: str) -> str:
+        """Wait until all ranks have reacted, then find which ones the others wait for, and write that as the cause.
+
+        For the rank that noticed the hang. Returns `message` with what was found.
+        """
+        noticed_at = time.time()
+        time.sleep(GRACE_SECONDS)
+        heartbeats = read_heartbeats(self.folder)
+        if self.launch_id:
+            since = abort_file(self.folder).stat().st_mtime  # every rank that still reacts has written a heartbeat
+        else:  # ranks that have not joined yet do not read the request
+            since = max(heartbeat["seen"] for heartbeat in heartbeats) - 3 * HEARTBEAT_SECONDS
+        message += f"; {describe_waiting(heartbeats, self.world_size, since)}"
+        message += f"; stacks are in {self.folder / LOGS_FOLDER / STACKS_FOLDER}"
+        if run_state.owns_run(self.folder):
+            cause = {
+                "message": message,
+                "rank": self.rank,
+                "host": self.host,
+                "step": self.phase_timer.step,
+                "traceback": "",
+                "time": noticed_at,
+                "secondary": False,
+            }
+            error_report.write_error(self.folder, cause)
         return message
 
-    def _path(self) -> Path:
-        return heartbeat_file(self.folder, self.rank)
-
-    def beat(self, age: float = 0.0) -> None:
-        """Write down what this rank is doing, and how many seconds it has made no progress."""
-        self._next_beat, self._told = time.monotonic() + HEARTBEAT_SECONDS, self.phase_timer.phase
-        beat: Heartbeat = {"rank": self.rank, "world_size": self.world_size, "host": self.host, "pid": os.getpid()}
-        beat |= {"step": self.phase_timer.step, "phase": self.phase_timer.phase, "seconds": round(age, 1)}
-        beat |= {"time": time.time(), "world": self.world, "attempt": os.environ.get("TINYTRAIN_ATTEMPT", "")}
-        with contextlib.suppress(OSError):  # a full disk must not matter
-            self._path().parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path(), beat)
-
-
-def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """Return the last heartbeat of each rank, with `seen`: when it was written by the file system's clock."""
-    beats = []
-    for path in sorted(heartbeat_folder(folder).glob("rank-*.json")):
-        if (beat := read_json_object(path)) and "phase" in beat:
-            with contextlib.suppress(OSError):
-                beats.append({**beat, "seen": path.stat().st_mtime})
-    return [beat for beat in beats if beat["rank"] < beats[0]["world_size"]]  # others are of a larger run before
-
-
-def describe_waiting(beats: list[Heartbeat], world_size: int, since: float) -> str:
-    """Say which ranks the others wait for: those that are silent since then, missing, or behind."""
-    missing = sorted(set(range(world_size)) - {beat["rank"] for beat in beats})
-    silent = [beat for beat in beats if beat["seen"] < since]
-    if missing:
-        return f"rank(s) {', '.join(map(str, missing[:16]))} of {world_size} never gave a sign of life"
-    if silent:
-        return f"all wait for a heartbeat of {_format_ranks(silent)}: no sign of life since then"
-    places = [(beat["step"], PHASES.index(beat["phase"]) if beat["phase"] in PHASES else 0) for beat in beats]
-    behind = [beat for beat, place in zip(beats, places, strict=True) if place == min(places)]
-    if len(behind) == len(beats):
-        return f"all {len(beats)} rank(s) are in {behind[0]['phase']} after step {behind[0]['step']}"
-    return f"all wait for {_format_ranks(behind)}"
-
-
-def _format_ranks(beats: list[Heartbeat]) -> str:
-    more = f" and {len(beats) - 4} more" if len(beats) > 4 else ""
-    return ", ".join(f"rank {b['rank']} on {b['host']} ({b['phase']} after step {b['step']})" for b in beats[:4]) + more
+    def _wait_for_cause(self, message: str) -> str:
+        """Wait for the cause from the rank that noticed the hang, and return it; `message` if it does not come."""
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            if cause := read_json_object(self.folder / ERROR_FILE).get("message"):
+                return str(cause)
+        return message

@@ -151,8 +151,8 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     check_shared_storage(config.checkpoints_dir, context)
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(folder, context)
-    claim_run(folder, lock.taken)
+    lock = RunLock.acquire(folder, context)
+    claim_run(folder, lock.taken_over)
     previous_failure = read_and_clear_error(folder) if context.is_main else ""
 
     shards = checkpoints.all_shards
@@ -227,7 +227,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, step: int) 
         step=step,
         data=data.train,
         flops_per_token=model.flops_per_token(),
-        clock=train_step.forward_timer,
+        forward_timer=train_step.forward_timer,
         layers=train_step.reduction.layers,
         process_start=PROCESS_START,
     )

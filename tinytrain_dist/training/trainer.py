@@ -223,7 +223,7 @@ class Trainer:
         reason = reasons[0] if state == "preempted" and reasons else ""
         why = f" ({self._early_stop_summary()})" if early else f" ({reason})" if reason else ""
         self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
-        self.stop_requests.obeyed()
+        self.stop_requests.clear()
         self.log.close()
         folder = Path(self.config.target_dir)
         if self.context.is_main and owns_run(folder):

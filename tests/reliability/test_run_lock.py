@@ -1,0 +1,67 @@
+"""Check which lock is taken over and which is respected, on one rank without process groups."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability import run_lock
+from tinytrain_dist.reliability.run_lock import RunLock, process_start_time
+
+ALONE: Any = SimpleNamespace(host="here", is_main=True, broadcast_object=lambda value: value)
+
+
+def write_lock(folder: Path, **record: Any) -> Path:
+    path = folder / "lock.json"
+    path.write_text(json.dumps({"host": "here", "pid": os.getppid(), "job": None, **record}))
+    return path
+
+
+def test_a_lock_is_there_until_it_is_released(tmp_path: Path) -> None:
+    lock = RunLock.acquire(tmp_path, ALONE)
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    assert not lock.taken_over()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_live_process_is_respected(tmp_path: Path) -> None:
+    write_lock(tmp_path, started=process_start_time(os.getppid()))
+    with pytest.raises(CheckpointError, match=rf"process {os.getppid()} on here trains into this folder; stop it, or"):
+        RunLock.acquire(tmp_path, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    write_lock(tmp_path, pid=dead.pid, started="1")
+    RunLock.acquire(tmp_path, ALONE).release()
+
+
+def test_a_lock_that_was_taken_over_is_not_removed(tmp_path: Path) -> None:
+    lock = RunLock.acquire(tmp_path, ALONE)
+    write_lock(tmp_path, host="elsewhere", started="1")
+    assert lock.taken_over()
+    lock.release()
+    assert (tmp_path / "lock.json").exists()
+
+
+def test_a_lock_of_another_host_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.5)
+    write_lock(tmp_path, host="elsewhere", started="1")
+    RunLock.acquire(tmp_path, ALONE).release()
+
+
+def test_a_process_is_told_from_an_earlier_one_with_its_id() -> None:
+    assert process_start_time(os.getpid()) == process_start_time(os.getpid())
+    assert process_start_time(os.getpid()) is not None
+    assert process_start_time(2**22 + 5) is None

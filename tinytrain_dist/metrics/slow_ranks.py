@@ -1,0 +1,54 @@
+"""Find the rank that the others wait for, by the time of its own work.
+
+Steps take equally long on all ranks, since all wait for the slowest. Only what a rank does before it waits for the
+others tells ranks apart: waiting for data, and the forward pass. Must not know how these times are measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SLOW_RANK_RATIO = 1.2  # a rank is slow if its own work takes this many times the median
+
+
+@dataclass(frozen=True)
+class SlowestRank:
+    """The rank whose own work took longest in one interval."""
+
+    rank: int
+    ratio: float  # of its work to the median; 1.0 where the median is zero
+    warning: str  # "" unless the rank has just been found to be slow
+
+
+class SlowRankDetector:
+    """Warn once about a rank that is slow in two intervals in a row, and again only after all ranks were fast."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """`hosts`: by rank, for the warning."""
+        self._hosts = hosts
+        self._suspect: int | None = None  # the rank that was slow in the last interval
+        self._warned_of: int | None = None  # the rank of the last warning, until no rank is slow
+
+    def update(self, wait_seconds: Sequence[float], work_seconds: Sequence[float]) -> SlowestRank:
+        """Compare the ranks over one interval.
+
+        wait_seconds, work_seconds: by rank, per step; the work includes the wait for data.
+        """
+        rank = max(range(len(work_seconds)), key=work_seconds.__getitem__)
+        median = statistics.median_low(work_seconds)  # of two ranks the faster one, or no rank could exceed it
+        ratio = work_seconds[rank] / median if median > 0 else 1.0
+        suspect = rank if ratio > SLOW_RANK_RATIO else None
+        warning = ""
+        if suspect is None:
+            self._warned_of = None
+        elif suspect == self._suspect and suspect != self._warned_of:
+            warning = (
+                f"rank {rank} ({self._hosts[rank]}) is slow: {work_seconds[rank]:.3f} s of its own work per step, "
+                f"{ratio:.1f} times the median {median:.3f} s; {wait_seconds[rank]:.3f} s of it waiting for data, the "
+                "rest in forward. All ranks wait for it"
+            )
+            self._warned_of = suspect
+        self._suspect = suspect
+        return SlowestRank(rank, ratio, warning)

@@ -1,0 +1,79 @@
+"""Write and read heartbeats: a small file for each rank that tells in which phase and step it is.
+
+Must not know torch, or what happens in a phase. Heartbeats are files, so that they can be read while every rank waits
+in a collective, and after all of them are dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinytrain_dist.config.run_folder import heartbeat_file, heartbeat_folder
+from tinytrain_dist.metrics.phase_timer import PHASE_ORDER
+from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
+
+HEARTBEAT_SECONDS = 10.0  # between two heartbeats of a rank
+MISSING_RANKS_NAMED = 16  # in a message
+WAITED_FOR_RANKS_NAMED = 4
+
+# rank, world_size, host, pid, step, phase, seconds (without progress), time (seconds since 1970), world (the launch
+# ID), attempt (of a batch script)
+Heartbeat = dict[str, Any]
+
+
+def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
+    """Write the heartbeat of a rank of the run in `folder`. Ignores a full disk."""
+    path = heartbeat_file(folder, heartbeat["rank"])
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, heartbeat)
+
+
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """Return the last heartbeat of each rank, with `seen`: when it was written by the file system's clock.
+
+    Torn files are skipped, and so are those that an earlier run on more ranks has left.
+    """
+    heartbeats = []
+    for path in sorted(heartbeat_folder(folder).glob("rank-*.json")):
+        heartbeat = read_json_object(path)
+        if "phase" in heartbeat:
+            with contextlib.suppress(OSError):
+                heartbeats.append({**heartbeat, "seen": path.stat().st_mtime})
+    return [heartbeat for heartbeat in heartbeats if heartbeat["rank"] < heartbeats[0]["world_size"]]
+
+
+def phase_index(heartbeat: Heartbeat) -> int:
+    """Return how far a rank has come within a step; 0 in a phase that is not known."""
+    return PHASE_ORDER.index(heartbeat["phase"]) if heartbeat["phase"] in PHASE_ORDER else 0
+
+
+def describe_waiting(heartbeats: Sequence[Heartbeat], world_size: int, since: float) -> str:
+    """Return for which ranks the others wait, as part of a sentence.
+
+    The first of these that there are: ranks without any heartbeat, ranks without one since the time `since`, and ranks
+    that are behind the others.
+    """
+    missing = sorted(set(range(world_size)) - {heartbeat["rank"] for heartbeat in heartbeats})
+    if missing:
+        return f"rank(s) {', '.join(map(str, missing[:MISSING_RANKS_NAMED]))} of {world_size} never wrote a heartbeat"
+    silent = [heartbeat for heartbeat in heartbeats if heartbeat["seen"] < since]
+    if silent:
+        return f"all wait for {_format_ranks(silent)}: no heartbeat since then"
+    progress = [(heartbeat["step"], phase_index(heartbeat)) for heartbeat in heartbeats]
+    behind = [heartbeat for heartbeat, place in zip(heartbeats, progress, strict=True) if place == min(progress)]
+    if len(behind) == len(heartbeats):
+        return f"all {len(behind)} rank(s) are in {behind[0]['phase']} after step {behind[0]['step']}"
+    return f"all wait for {_format_ranks(behind)}"
+
+
+def _format_ranks(heartbeats: Sequence[Heartbeat]) -> str:
+    named = [
+        f"rank {heartbeat['rank']} on {heartbeat['host']} ({heartbeat['phase']} after step {heartbeat['step']})"
+        for heartbeat in heartbeats[:WAITED_FOR_RANKS_NAMED]
+    ]
+    hidden = len(heartbeats) - len(named)
+    return ", ".join(named) + (f" and {hidden} more" if hidden else "")
