@@ -184,7 +184,7 @@ def test_compile_is_decided_for_all_ranks_and_said() -> None:
     first, second = run_ranks(2, settle_each, cases)
     assert first == second, "all ranks decide the same"
     assert [compiled for compiled, _ in first] == [False, True, False, False, None, None, True, False]
-    assert "no g++); going on without it" in first[2][1]
+    assert "no g++); continuing without it" in first[2][1]
     assert "compile: torch.compile does not work on" in first[4][1]
     assert "set compile = false" in first[5][1]
     assert first[0][1] == first[3][1] == first[7][1] == ""
