@@ -1,11 +1,11 @@
-"""Owns what all tests share: one thread per process, repeatable examples, and proof that the tests that matter did run.
+"""What all tests share: one thread per process, repeatable examples, text runs, and proof that required tests ran.
 
-Must not know what any test checks. With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session
-fails when no test of that marker ran, or one was skipped: a green result without them would say nothing about training
-on many processes.
+With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session fails when no test of that marker ran,
+or one was skipped: a green result without them would say nothing about training on many processes.
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: it reads it once
 
@@ -19,6 +19,22 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 REQUIRED = {"multiprocess": "TINYTRAIN_REQUIRE_MULTIPROCESS", "slurm": "TINYTRAIN_REQUIRE_SLURM"}
 ran: dict[str, list[str]] = {marker: [] for marker in REQUIRED}
 skipped: dict[str, list[str]] = {marker: [] for marker in REQUIRED}
+
+
+@pytest.fixture(scope="session")
+def text_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three runs over the same byte-level text: `one`, `split` (many small files) and `other` (another lr)."""
+    from tests.helpers.tools import make_text_runs  # here: most tests need no run
+
+    return make_text_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(text_runs: Path) -> Path:
+    """The newest checkpoint of the run `one`; not to be changed."""
+    from tests.helpers.tools import newest
+
+    return newest(text_runs / "one")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

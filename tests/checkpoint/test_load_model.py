@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.tools import make_text_runs, newest
 from tinytrain_dist import CheckpointError, TransformerLM
 from tinytrain_dist.checkpoint import load_model
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
@@ -15,20 +14,14 @@ from tinytrain_dist.checkpoint.state import collect_shards
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newest checkpoint of a tiny run over text."""
-    return newest(make_text_runs(tmp_path_factory.mktemp("runs"), ("one",)) / "one")
+def model(text_checkpoint: Path) -> TransformerLM:
+    return load_model.load_model(text_checkpoint, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> TransformerLM:
-    return load_model.load_model(checkpoint, torch.device("cpu"))
-
-
-def test_the_model_has_the_weights_of_the_checkpoint(checkpoint: Path, model: TransformerLM) -> None:
+def test_the_model_has_the_weights_of_the_checkpoint(text_checkpoint: Path, model: TransformerLM) -> None:
     from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
-    reader = TensorReader(checkpoint, "model")
+    reader = TensorReader(text_checkpoint, "model")
     assert not torch.equal(model.lm_head.weight, TransformerLM(model.config).lm_head.weight)
     for name, value in model.state_dict().items():
         assert torch.equal(value, reader.read(name)), name

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tools import Cli, make_text_runs
+from tests.helpers.tools import Cli
 from tinytrain_dist.cli import main
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs over the same byte-level text: `one`, `split` (many small files) and `other` (another lr)."""
-    return make_text_runs(tmp_path_factory.mktemp("runs"))
+def folder(text_runs: Path) -> Path:
+    """The folder with the three runs; tests that break one copy it (see `run`)."""
+    return text_runs
 
 
 @pytest.fixture

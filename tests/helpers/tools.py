@@ -6,7 +6,7 @@ Must not know what is asserted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {"one": {}, "split": {"max_shard_bytes": 8000}
 Cli = Callable[..., tuple[int, str, str]]
 
 
-def make_text_runs(folder: Path, names: Sequence[str] = tuple(RUNS)) -> Path:
+def make_text_runs(folder: Path) -> Path:
     """Train runs over the same byte-level text, each on one rank, and return their folder."""
     pytest.importorskip("tokenizers")
     from tinytrain_dist.data.preparation.tokenizer import Encoder, train_bpe
@@ -34,8 +34,8 @@ def make_text_runs(folder: Path, names: Sequence[str] = tuple(RUNS)) -> Path:
     (folder / "meta.json").write_text(json.dumps({"vocab_size": vocabulary.size, "eos_id": vocabulary.eos_id}))
     (folder / "tokenizer.json").write_text(vocabulary.text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    for name in names:
-        train(folder, name, 1, **RUNS[name])
+    for name, settings in RUNS.items():
+        train(folder, name, 1, **settings)
     return folder
 
 

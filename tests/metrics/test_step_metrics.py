@@ -54,7 +54,7 @@ READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index
 
 
 def reads_of(settings: dict[str, Any]) -> list[tuple[int, str]]:
-    """On a rank: (step under way, function) for each read of a tensor's value by our code in the loop."""
+    """On a rank: (step in progress, function) for each read of a tensor's value by our code in the loop."""
     found: list[tuple[int, str]] = []
     trainers: list[Any] = []
 

@@ -20,7 +20,7 @@ def test_a_lap_is_a_duration_and_not_a_clock_reading():
 def test_a_lap_ends_when_the_step_ended_and_not_when_it_is_asked_for():
     clock = Clock()
     watch = StepTimer(clock)
-    clock.now += 50.0  # the numbers of a step are read when the next one is under way
+    clock.now += 50.0  # the numbers of a step are read while the next one runs
     assert watch.lap(103.0) == 3.0
     assert watch.lap(150.0) == 47.0
 

@@ -55,7 +55,7 @@ def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
         "gather": (torch.distributed, "isend" if trainer.context.rank else "irecv"),
         "between files": (sharded_io, "write_index"),
         "before the manifest": (sharded_io, "commit_folder"),
-        "before the rename": (manifest, "_fsync_folder"),
+        "before the rename": (manifest, "fsync_folder"),
         "retention": (shutil, "rmtree"),
     }[stage]
     plain, calls = getattr(owner, name), [0]

@@ -1,4 +1,4 @@
-"""Evaluation: the loss is that of all windows, whoever computes them, and early stopping follows the best of them."""
+"""The evaluation loss is the mean over all windows on any number of ranks; early stopping follows the best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""micro_batch_size = auto: the largest size that fits on all ranks, and what is said when none does."""
+"""micro_batch_size = auto: the largest size that fits on all ranks, or an error that lists the memory."""
 
 from __future__ import annotations
 

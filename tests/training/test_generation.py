@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.tools import TEXT, make_text_runs, newest
+from tests.helpers.tools import TEXT
 from tinytrain_dist import TransformerLM
 from tinytrain_dist.checkpoint import load_model
 from tinytrain_dist.cli import sample
@@ -17,14 +17,8 @@ from tinytrain_dist.training import generation
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newest checkpoint of a tiny run over text."""
-    return newest(make_text_runs(tmp_path_factory.mktemp("runs"), ("one",)) / "one")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> TransformerLM:
-    return load_model.load_model(checkpoint, torch.device("cpu"))
+def model(text_checkpoint: Path) -> TransformerLM:
+    return load_model.load_model(text_checkpoint, torch.device("cpu"))
 
 
 def test_greedy_text_slides_its_window(model: TransformerLM) -> None:
@@ -60,8 +54,8 @@ def test_draws_follow_the_probabilities() -> None:
     assert shares(temperature=1e6, top_k=2) == [0.0, 0.5, 0.0, 0.5]
 
 
-def test_text_comes_in_whole_characters(checkpoint: Path) -> None:
-    tokenizer = sample.load_tokenizer(checkpoint)
+def test_text_comes_in_whole_characters(text_checkpoint: Path) -> None:
+    tokenizer = sample.load_tokenizer(text_checkpoint)
     ids = tokenizer.encode(TEXT).ids
     stream = generation.TextStream(tokenizer, ids[:3])
     pieces = [stream.add(new) for new in ids[3:]]

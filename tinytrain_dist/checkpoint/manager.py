@@ -25,7 +25,13 @@ from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
+from tinytrain_dist.config.run_folder import (
+    DAMAGED_SUFFIX,
+    TEMPORARY_SUFFIX,
+    TRAINER_STATE_FILE,
+    checkpoint_name,
+    checkpoint_step,
+)
 from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
@@ -65,7 +71,7 @@ class CheckpointManager:
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
-        return self.config.checkpoints_dir / f"{self.config.ckpt_save_prefix}-{step:08d}"
+        return self.config.checkpoints_dir / checkpoint_name(self.config.ckpt_save_prefix, step)
 
     def save(self, step: int, report: dict[str, Any], last: bool = False) -> SaveThread:
         """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
@@ -241,7 +247,7 @@ class CheckpointManager:
 
     def remove_leftovers(self) -> None:
         """Delete the half-written folders of processes that died; called by the one that holds the run."""
-        for path in self.config.checkpoints_dir.glob(f"{self.config.ckpt_save_prefix}-*.tmp"):
+        for path in self.config.checkpoints_dir.glob(f"{self.config.ckpt_save_prefix}-*{TEMPORARY_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
     def committed(self) -> list[Path]:
@@ -249,19 +255,19 @@ class CheckpointManager:
         pattern = re.compile(re.escape(self.config.ckpt_save_prefix) + r"-\d{8,}")
         folder = self.config.checkpoints_dir
         names = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted(names, key=_step_of)
+        return sorted(names, key=checkpoint_step)
 
     def _retain(self) -> None:
         """Delete what is neither among the last, nor at a multiple of keep_every, nor the best by eval loss."""
         every, paths = self.config.keep_every, self.committed()
         best = min(paths, key=_eval_loss, default=None)
         for path in paths[: -self.config.keep_last]:
-            if (every and _step_of(path) % every == 0) or (path == best and _eval_loss(path) < math.inf):
+            if (every and checkpoint_step(path) % every == 0) or (path == best and _eval_loss(path) < math.inf):
                 continue
-            if _step_of(path) == self.best_step:  # evaluated after a resume, so that it does not know it itself
+            if checkpoint_step(path) == self.best_step:  # evaluated after a resume, so that it does not know it itself
                 continue
             try:
-                aside = path.with_name(path.name + ".tmp")  # never half a checkpoint under its own name
+                aside = path.with_name(path.name + TEMPORARY_SUFFIX)  # never half a checkpoint under its own name
                 path.rename(aside)
                 shutil.rmtree(aside)
             except OSError as error:
@@ -279,10 +285,6 @@ class CheckpointManager:
         return files
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
 def _eval_loss(path: Path) -> float:
     """Return the eval loss measured at the checkpoint's own step; infinite where there is none."""
     try:
@@ -296,8 +298,8 @@ def _eval_loss(path: Path) -> float:
 
 def _rename_damaged(path: Path, problems: list[str]) -> None:
     """Say loudly what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
-    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + ".damaged"))
-    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken + 1}" if taken else ""))
+    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + DAMAGED_SUFFIX))
+    aside = path.with_name(path.name + DAMAGED_SUFFIX + (f"-{taken + 1}" if taken else ""))
     print(f"DAMAGED CHECKPOINT, set aside as {aside.name}: " + "; ".join(problems), flush=True)
     try:
         path.rename(aside)

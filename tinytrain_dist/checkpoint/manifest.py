@@ -24,6 +24,7 @@ from blake3 import blake3
 
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.atomic_files import fsync_folder
 
 
 @dataclass
@@ -59,19 +60,11 @@ def commit_folder(aside: Path, final: Path, manifest: Manifest) -> None:
     """
     body = {"format": 3, "files": dict(manifest.files), "tensors": manifest.tensors}
     write_json_file(aside, MANIFEST_FILE, {**body, "sha256": _manifest_digest(body)}, manifest)
-    _fsync_folder(aside)
+    fsync_folder(aside)
     if final.exists():
         raise CheckpointError(f"{final}: exists already and is not replaced; give another path or delete it")
     aside.rename(final)
-    _fsync_folder(final.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_folder(final.parent)
 
 
 def _manifest_digest(body: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from tinytrain_dist.checkpoint.safetensors_io import (
     write_tensors,
 )
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES, ShardsByKind, model_tensors, optimizer_tensors
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
+from tinytrain_dist.config.run_folder import TEMPORARY_SUFFIX, TRAINER_STATE_FILE
 from tinytrain_dist.distributed import collectives, shard_transfer
 from tinytrain_dist.distributed.collectives import Group
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_range
@@ -53,7 +53,7 @@ def write_checkpoint(
     finite, or a writer's OSError; then nothing is left behind. `manifest`: an empty one, to see from outside which
     file this rank is at.
     """
-    aside, main = path.with_name(path.name + ".tmp"), collectives.is_main_rank()
+    aside, main = path.with_name(path.name + TEMPORARY_SUFFIX), collectives.is_main_rank()
     manifest = Manifest() if manifest is None else manifest
     specs = {k: [TensorSpec(p.name, p.shape, p.dtype, p.must_be_finite) for p in parts] for k, parts in shards.items()}
     try:

@@ -20,6 +20,7 @@ from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
     MANIFEST_FILE,
     STATE_FILE,
+    TEMPORARY_SUFFIX,
     RunFolder,
     checkpoint_step,
     is_checkpoint,
@@ -84,7 +85,7 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 def _validity(path: Path, full: bool) -> Text:
     from tinytrain_dist.checkpoint.verify import find_damage
 
-    if name_suffix(path) == ".tmp":
+    if name_suffix(path) == TEMPORARY_SUFFIX:
         return Text("unfinished: being written, or left by a crash", "yellow")
     if name_suffix(path):
         return Text(f"set aside as {name_suffix(path)}", "yellow")

@@ -17,7 +17,14 @@ import tyro
 from tinytrain_dist.checkpoint.digests import tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.cli.tables import PathArgument
-from tinytrain_dist.config.run_folder import CHECKPOINTS_FOLDER, LOGS_FOLDER, open_run, read_records, records_file
+from tinytrain_dist.config.run_folder import (
+    CHECKPOINTS_FOLDER,
+    LOGS_FOLDER,
+    checkpoint_name,
+    open_run,
+    read_records,
+    records_file,
+)
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 
@@ -55,7 +62,7 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
                 f"{run.records}: none of the steps {start + 1} to {start + steps} was logged; raise --steps"
             )
         differ = [step for step in common if not _same(recorded[step], again[step], exact)]
-        end = path.with_name(path.name.rpartition("-")[0] + f"-{start + steps:08d}")
+        end = path.with_name(checkpoint_name(path.name.rpartition("-")[0], start + steps))
         replayed = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
         if exact and end.is_dir() and tensor_entries(end) != tensor_entries(replayed):
             print(f"step {start + steps}: the tensors are not those of {end}")

@@ -20,6 +20,15 @@ def write_atomically(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def fsync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, so that a rename in it survives a power loss. Errors: OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
     with contextlib.suppress(OSError, ValueError):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from tinytrain_dist.data.preparation.tokenizer import Encoder, Vocabulary
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.atomic_files import fsync_folder
 
 _BATCH_BYTES = 1 << 20  # text per task of a worker
 _FILES = {"train.npy", "val.npy", "tokenizer.json", "tokenizer_config.json", "meta.json"}
@@ -181,14 +182,6 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _check_target(target: Path, old: Path, overwrite: bool) -> None:
     if old.exists() and not target.exists():
         old.rename(target)  # an earlier run died between the two renames of a swap
@@ -222,12 +215,12 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         new.mkdir(parents=True)
         try:
             yield new
-            _sync_folder(new)
+            fsync_folder(new)
             if overwrite and target.exists() and any(target.iterdir()):
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
             new.rename(target)
-            _sync_folder(target.parent)
+            fsync_folder(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         finally:
             if old.exists() and not target.exists():
