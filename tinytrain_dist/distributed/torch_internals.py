@@ -144,8 +144,16 @@ def unshard_asynchronously(unit: Any) -> None:
 # ---------------------------------------------------------------- compiler
 
 
+def load_compiler() -> None:
+    """Import torch.compile's front end, which takes seconds. Otherwise torch's optimizers import it on first use."""
+    import torch._dynamo.utils  # noqa: F401
+
+
 def compiled_graph_count() -> int:
-    """Return how many graphs torch.compile has made in this process. Versions: dynamo's counters in 2.11 to 2.15."""
+    """Return how many graphs torch.compile has made in this process; a step that makes one has waited for it.
+
+    Versions: dynamo's counters in 2.11 to 2.15.
+    """
     import torch._dynamo.utils
 
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
