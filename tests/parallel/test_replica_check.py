@@ -19,6 +19,7 @@ from tinytrain_dist.parallel.replica_check import _deviating_ranks
         ([(0, "x"), (0, "a"), (0, "a")], ([0], 1, True)),
         ([(0, "a"), (1, "b"), (0, "a"), (1, "x")], ([3], 1, False)),
         ([(0, "a"), (0, "b"), (0, "c"), (0, "d")], ([1, 2, 3], 0, False)),
+        ([(0, "a"), (0, "b"), (0, "b"), (0, "c"), (0, "c")], ([1, 2, 3, 4], 0, False)),
     ],
 )
 def test_the_minority_is_named_and_without_one_the_lowest_rank_counts_as_right(
