@@ -1,13 +1,148 @@
-"""Sizes of micro-batches that divide the batch."""
+"""Which rank computes which sample slots, and sizes of micro-batches that divide the batch, without processes."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.batch_plan import possible_micro_batch_sizes
+from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.errors import ConfigError
+
+
+def make(config: TrainingConfig, replicate: int = 1, shard: int = 1) -> BatchPlan:
+    return BatchPlan.make(config, ParallelDims("any", replicate, shard, ""))
+
+
+def test_accumulation_is_derived():
+    plan = make(TrainingConfig(batch_size=48, micro_batch_size=4, context_len=10), 2, 3)
+    assert (plan.ranks, plan.num_micro_batches, plan.accumulation_steps, plan.tokens_per_step) == (6, 12, 2, 480)
+    assert str(plan) == (
+        "batch_size 48 = micro_batch_size 4 x 6 ranks x 2 accumulation steps; 480 tokens per step"
+    )  # fmt: skip
+    assert plan.slots(3) == range(12, 16)
+
+
+def test_without_micro_batch_size_a_rank_takes_its_part_at_once():
+    plan = make(TrainingConfig(batch_size=12), 3)
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "sentence"),
+    [
+        (
+            48, 4, 5,
+            "batch_size: 48 is not a multiple of micro_batch_size 4 x 5 ranks = 20; possible: ranks 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            48, 4, 8,
+            "batch_size: 48 is not a multiple of micro_batch_size 4 x 8 ranks = 32; possible: ranks 1, 2, 3, 4, 6, 12; "
+            "or micro_batch_size 1, 2, 3, 6",
+        ),
+        (
+            2, None, 4,
+            "batch_size: 2 is not a multiple of micro_batch_size 1 x 4 ranks = 4; possible: ranks 1, 2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_batch_that_cannot_be_cut_lists_what_divides(batch, micro, ranks, sentence):
+    with pytest.raises(ConfigError) as caught:
+        make(TrainingConfig(batch_size=batch, micro_batch_size=micro), ranks)
+    assert caught.value.problems == [sentence]
+
+
+def divisors_in(text: str) -> list[int]:
+    return [int(number) for number in text.replace(", ...", "").split(", ")]
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 9))
+def test_every_size_that_an_error_offers_works(indices, micro, ranks):
+    config = TrainingConfig(batch_size=indices * micro, micro_batch_size=micro)
+    try:
+        make(config, ranks)
+    except ConfigError as error:
+        offered, _, micros = error.problems[0].partition("possible: ranks ")[2].partition("; or micro_batch_size ")
+        for number in divisors_in(offered):
+            make(config, number)
+        for number in divisors_in(micros) if micros else []:
+            make(dataclasses.replace(config, micro_batch_size=number), ranks)
+    else:
+        assert indices % ranks == 0
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(24, 2, 1), (24, 2, 3), (24, 2, 4)])
+def test_reproducible_needs_powers_of_two(batch, micro, ranks):
+    config = TrainingConfig(batch_size=batch, micro_batch_size=micro)
+    make(config, ranks)
+    with pytest.raises(ConfigError, match=r"reproducible: batch_size 24 / micro_batch_size 2 = 12 .*power") as caught:
+        make(dataclasses.replace(config, reproducible=True), ranks)
+    for micro in divisors_in(caught.value.problems[0].partition("possible: micro_batch_size ")[2]):
+        make(dataclasses.replace(config, reproducible=True, micro_batch_size=micro))
+
+
+def test_reproducible_takes_powers_of_two():
+    config = TrainingConfig(batch_size=24, micro_batch_size=3, reproducible=True)
+    assert [make(config, ranks).accumulation_steps for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+plans = st.builds(
+    lambda micro, replicate, shard, accumulation: BatchPlan(
+        micro * replicate * shard * accumulation, micro, 8, replicate, shard
+    ),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 6),
+)
+
+
+@given(plans)
+def test_every_slot_is_owned_exactly_once(plan):
+    owned = [
+        slot
+        for replica in range(plan.replicate)
+        for shard in range(plan.shard)
+        for micro_step in range(plan.accumulation_steps)
+        for slot in plan.slots(plan.micro_batch_index(replica, shard, micro_step))
+    ]
+    assert len(owned) == plan.batch_size
+    assert sorted(owned) == list(range(plan.batch_size))
+
+
+@given(plans)
+def test_a_replicas_ranks_hold_neighbouring_micro_batches_in_each_micro_step(plan):
+    for replica in range(plan.replicate):
+        for micro_step in range(plan.accumulation_steps):
+            indices = [plan.micro_batch_index(replica, shard, micro_step) for shard in range(plan.shard)]
+            assert indices == list(range(indices[0], indices[0] + plan.shard))
+            assert indices[0] % plan.shard == 0
+
+
+@given(plans)
+def test_a_replica_holds_a_contiguous_run_of_micro_batches(plan):
+    run = plan.accumulation_steps * plan.shard
+    for replica in range(plan.replicate):
+        indices = [
+            plan.micro_batch_index(replica, s, k) for k in range(plan.accumulation_steps) for s in range(plan.shard)
+        ]
+        assert indices == list(range(replica * run, (replica + 1) * run))
+
+
+@given(plans)
+def test_the_formula_is_that_of_each_mode(plan):
+    """DDP: r * K + k; FSDP: k * W + r."""
+    k_count = plan.accumulation_steps
+    for rank in range(plan.ranks):
+        for k in range(k_count):
+            if plan.shard == 1:
+                assert plan.micro_batch_index(rank, 0, k) == rank * k_count + k
+            if plan.replicate == 1:
+                assert plan.micro_batch_index(0, rank, k) == k * plan.ranks + rank
 
 
 def test_sizes_that_divide() -> None:

@@ -29,7 +29,7 @@ def test_rank_that_cannot_reach_the_head_says_where_and_why() -> None:
     lost, waiting = run_ranks(2, join, {"0": {"MASTER_ADDR": "127.0.1.1", "MASTER_PORT": str(port)}}, 0.2)
     host = socket.gethostname()
     assert lost.startswith(f"RendezvousError: MASTER_ADDR: rank 0 on {host} cannot reach 127.0.1.1:{port} (refused")
-    assert f"on {host} that is {host} itself" in lost
+    assert f"on {host} this is {host} itself" in lost
     assert waiting.startswith(
         f"RendezvousError: MASTER_ADDR: rank 1 on {host} timed out after 0.4 s waiting for rank 0"
     )
@@ -43,10 +43,10 @@ def missing(seconds: float) -> str:
 
 
 @pytest.mark.multiprocess
-def test_ranks_that_do_not_come_are_named_in_time() -> None:
+def test_missing_ranks_are_named_in_time() -> None:
     said = run_ranks(3, missing, 0.2)[0]
     assert re.search(
-        r"^ConfigError: 2 of 3 ranks did not come to 127.0.0.1:\d+ within 0.2 s: rank 1, 2; there were", said
+        r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; joined: ", said
     )
 
 
@@ -63,7 +63,7 @@ def occupied() -> str:
 def test_port_of_another_job_is_named() -> None:
     said = run_ranks(1, occupied)[0]
     assert said.startswith("RendezvousError: MASTER_PORT: rank 0 on ")
-    assert "take another port" in said
+    assert "choose another port" in said
 
 
 def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
@@ -75,10 +75,10 @@ def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
 
 
 @pytest.mark.multiprocess
-def test_host_that_would_tell_others_a_loopback_address_is_named() -> None:
+def test_host_that_announces_a_loopback_address_is_named() -> None:
     two_nodes = {"0": "node1", "1": "node2"}
     for said in run_ranks(2, arrive_as, two_nodes, "127.0.1.1"):
-        assert said.startswith("ConfigError: GLOO_SOCKET_IFNAME: not set, and the name of node2 (127.0.1.1)")
+        assert said.startswith("ConfigError: GLOO_SOCKET_IFNAME: not set, and the host name of node2 (127.0.1.1)")
     assert run_ranks(2, arrive_as, two_nodes, "") == ["node1 node2"] * 2
     assert run_ranks(2, arrive_as, {"0": "node2", "1": "node2"}, "127.0.1.1") == ["node2 node2"] * 2  # one machine
 

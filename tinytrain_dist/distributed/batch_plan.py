@@ -13,15 +13,14 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.text import format_list
 
 
-def _is_power_of_two(number: float) -> bool:
-    return number == int(number) and int(number) & (int(number) - 1) == 0
-
-
 @dataclass(frozen=True)
 class BatchPlan:
     """How the global batch is cut: batch_size = micro_batch_size x ranks x accumulation_steps.
 
-    Sample slot s (0 .. batch_size - 1) belongs to micro-batch s // micro_batch_size, which is one forward pass.
+    * `batch_size`: sequences in one step over all ranks. Each has a sample slot, 0 .. batch_size - 1.
+    * `micro_batch_size`: sequences in one forward pass. Slot s belongs to micro-batch s // micro_batch_size.
+    * `context_len`: tokens in one sequence.
+    * `replicate`, `shard`: the sizes of the mesh axes, as in ParallelDims.
     """
 
     batch_size: int
@@ -34,55 +33,45 @@ class BatchPlan:
     def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlan:
         """Return the plan of a configuration on a mesh. Errors: ConfigError listing the sizes that divide."""
         ranks = dims.replicate * dims.shard
-        micro = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
-        leaves = config.batch_size // micro
-        if config.batch_size % (micro * ranks):
-            sizes = [n for n in range(1, leaves + 1) if leaves % n == 0]
-            micros = [m for m in range(1, config.batch_size // ranks + 1) if config.batch_size % (m * ranks) == 0]
-            raise ConfigError(
-                f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro} x {ranks} ranks = "
-                f"{micro * ranks}; possible: ranks {format_list(sizes)}"
-                + (f"; or micro_batch_size {format_list(micros)}" if micros else "")
-            )
-        if config.reproducible and leaves & (leaves - 1):  # then the ranks, a divisor, are a power of two as well
-            possible = [m for m in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / m)]
-            raise ConfigError(
-                f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro} = {leaves} is not a power of "
-                "two, so no tree of sums fits every number of ranks; possible: micro_batch_size "
-                f"{format_list(possible)}"
-            )
-        return cls(config.batch_size, micro, config.context_len, dims.replicate, dims.shard)
+        micro_batch_size = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
+        _check_divides(config, micro_batch_size, ranks)
+        if config.reproducible:
+            _check_power_of_two(config, micro_batch_size)
+        return cls(config.batch_size, micro_batch_size, config.context_len, dims.replicate, dims.shard)
 
     @property
     def ranks(self) -> int:
-        """Data-parallel ranks."""
+        """Return the number of data-parallel ranks."""
         return self.replicate * self.shard
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward passes that make up one step, over all ranks."""
+        """Return the number of forward passes that make up one step, over all ranks."""
         return self.batch_size // self.micro_batch_size
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward passes of one rank in one step."""
+        """Return the number of forward passes of one rank in one step."""
         return self.num_micro_batches // self.ranks
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens of one step over all ranks."""
+        """Return the number of target tokens in one step, over all ranks."""
         return self.batch_size * self.context_len
 
     def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
-        """Return the micro-batch of the global batch that a rank computes in its micro_step.
+        """Return which micro-batch of the global batch a rank computes, 0 .. num_micro_batches - 1.
 
-        One formula serves every mode: with it the ranks of a replica hold neighbouring micro-batches in each micro-step
-        (FSDP reduces there), and a replica holds a contiguous run of them (DDP reduces once at the end).
+        `replica`, `shard`: the rank's place on the mesh. `micro_step`: 0 .. accumulation_steps - 1. One formula serves
+        every mode:
+
+        * In each micro-step the ranks of a replica have neighbouring micro-batches; FSDP reduces over them.
+        * Over a step, a replica has a contiguous run of micro-batches; DDP reduces once at the end.
         """
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard
 
     def slots(self, micro_batch: int) -> range:
-        """Return the sample slots of one micro-batch."""
+        """Return the sample slots of the micro-batch with this index in the global batch."""
         return range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
 
     def __str__(self) -> str:
@@ -93,6 +82,43 @@ class BatchPlan:
 
 
 def possible_micro_batch_sizes(config: TrainingConfig, dims: ParallelDims) -> list[int]:
-    """Every micro_batch_size that divides on this mesh, smallest first. Errors: ConfigError if there is none."""
-    whole = BatchPlan.make(replace(config, micro_batch_size=None), dims).micro_batch_size
-    return [size for size in range(1, whole + 1) if whole % size == 0]
+    """Return every micro_batch_size that divides on this mesh, smallest first. Errors: ConfigError if there is none."""
+    # without a micro_batch_size, a rank computes its whole part of the batch in one pass
+    largest = BatchPlan.make(replace(config, micro_batch_size=None), dims).micro_batch_size
+    return [size for size in range(1, largest + 1) if largest % size == 0]
+
+
+def _check_divides(config: TrainingConfig, micro_batch_size: int, ranks: int) -> None:
+    """Check that the batch is a whole number of micro-batches on each rank. Errors: ConfigError."""
+    sequences_per_pass = micro_batch_size * ranks  # over all ranks
+    if config.batch_size % sequences_per_pass == 0:
+        return
+    num_micro_batches = config.batch_size // micro_batch_size
+    rank_counts = [count for count in range(1, num_micro_batches + 1) if num_micro_batches % count == 0]
+    most_per_rank = config.batch_size // ranks
+    sizes = [size for size in range(1, most_per_rank + 1) if config.batch_size % (size * ranks) == 0]
+    raise ConfigError(
+        f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {ranks} ranks = "
+        f"{sequences_per_pass}; possible: ranks {format_list(rank_counts)}"
+        + (f"; or micro_batch_size {format_list(sizes)}" if sizes else "")
+    )
+
+
+def _check_power_of_two(config: TrainingConfig, micro_batch_size: int) -> None:
+    """Check the number of micro-batches. Errors: ConfigError if it is not a power of two.
+
+    The number of ranks divides it, and is then a power of two as well.
+    """
+    num_micro_batches = config.batch_size // micro_batch_size
+    if _is_power_of_two(num_micro_batches):
+        return
+    sizes = [size for size in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / size)]
+    raise ConfigError(
+        f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro_batch_size} = {num_micro_batches} is "
+        "not a power of two, so no tree of sums fits every number of ranks; possible: micro_batch_size "
+        f"{format_list(sizes)}"
+    )
+
+
+def _is_power_of_two(number: float) -> bool:
+    return number == int(number) and int(number) & (int(number) - 1) == 0

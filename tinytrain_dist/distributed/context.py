@@ -1,6 +1,7 @@
-"""This process among all ranks: joining and leaving the process group, the device mesh, and collectives on it.
+"""Join the ranks of a launch, and describe this process's place among them.
 
-Must not know models, optimizers or files. Other packages receive a frozen DistributedContext and call its methods.
+`init_distributed` is called once and returns a frozen `DistributedContext`, which other packages receive and whose
+methods they call. Must not know models, optimizers or files. `parallel_dims` says what replica, shard and axis mean.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tinytrain_dist.distributed.collectives import Group, all_gather, all_gather_object
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.distributed.rendezvous import Rendezvous, adopt_slurm_variables, rendezvous
+from tinytrain_dist.distributed.torch_internals import enable_flight_recorder, set_group_timeout
+from tinytrain_dist.distributed.torch_internals import flight_record as flight_record
 from tinytrain_dist.errors import ConfigError
 
-REPLICATE, SHARD = "dp_replicate", "dp_shard"
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # Linux has them
+REPLICATE, SHARD = "dp_replicate", "dp_shard"  # the names of the mesh axes
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # exists where Linux supports them
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among all ranks. `with_mesh` sets `mesh` and `parallel_dims`; a lone process is a world of one.
+    """This process's place among all ranks; a lone process is rank 0 of 1.
 
-    `launch_id` is a random ID shared by all ranks of one launch; it changes on every restart.
+    * `rank`, `world_size`: index of this process and number of processes, over all nodes.
+    * `local_rank`, `local_world_size`: the same on this node.
+    * `host`: name of this node.
+    * `device`: where this rank computes: cpu, or cuda with the index `local_rank`.
+    * `launch_id`: random ID shared by all ranks of one launch; it changes on every restart.
+    * `mesh`: the ranks as a (dp_replicate, dp_shard) grid; None before `with_mesh`.
+    * `parallel_dims`: the sizes of that grid, the mode's name and why it was chosen; None before `with_mesh`.
+    * `timeout`: after how long a collective fails; None for torch's defaults.
     """
 
     rank: int
@@ -48,95 +58,118 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that prints, lists and writes."""
+        """Return whether this is rank 0, which prints, and writes what is written once."""
         return self.rank == 0
 
     @property
     def replica(self) -> int:
-        """Index of this rank's replica."""
+        """Return the index of this rank's replica, 0 .. dp_replicate - 1."""
         return self.rank // self.parallel_dims.shard if self.parallel_dims else 0
 
     @property
     def shard(self) -> int:
-        """Index of this rank's shard within its replica."""
+        """Return the index of this rank's shard within its replica, 0 .. dp_shard - 1."""
         return self.rank % self.parallel_dims.shard if self.parallel_dims else 0
 
     def with_mesh(self, dims: ParallelDims) -> DistributedContext:
-        """Return this context on a (replicate, shard) mesh. A collective: every rank passes the same dimensions."""
+        """Return this context on a (dp_replicate, dp_shard) mesh. A collective: every rank passes equal dimensions."""
         mesh = init_device_mesh(self.device.type, (dims.replicate, dims.shard), mesh_dim_names=(REPLICATE, SHARD))
-        if self.timeout is not None:  # torch gives a mesh ten minutes on NCCL, whatever is set elsewhere
+        if self.timeout is not None:
+            # torch gives the groups of a mesh ten minutes on NCCL, whatever init_process_group was told
             for axis in (REPLICATE, SHARD):
-                dist.distributed_c10d._set_pg_timeout(self.timeout, mesh.get_group(axis))
+                set_group_timeout(mesh.get_group(axis), self.timeout)
         return replace(self, mesh=mesh, parallel_dims=dims)
 
     def on_cpu(self) -> DistributedContext:
         """Return the same ranks and groups with tensors on the CPU. Needs no communication."""
         if self.mesh is None or self.device.type == "cpu":
             return replace(self, device=torch.device("cpu"))
-        names = (REPLICATE, SHARD)
-        groups = [self.mesh.get_group(name) for name in names]
-        mesh = DeviceMesh.from_group(groups, "cpu", self.mesh.mesh, mesh_dim_names=names)
+        axes = (REPLICATE, SHARD)
+        groups = [self.mesh.get_group(axis) for axis in axes]
+        mesh = DeviceMesh.from_group(groups, "cpu", self.mesh.mesh, mesh_dim_names=axes)
         return replace(self, device=torch.device("cpu"), mesh=mesh)
 
     def group(self, axis: str | None = None) -> Group | None:
-        """Return the group of ranks along one axis of the mesh, or of all ranks (None)."""
-        assert axis is None or self.mesh is not None, "with_mesh comes first"
+        """Return the process group of this rank along one axis of the mesh; None stands for all ranks."""
+        assert axis is None or self.mesh is not None, "call with_mesh first"
         return None if axis is None or self.mesh is None else self.mesh.get_group(axis)
 
     def all_reduce_sum(self, tensor: Tensor, axis: str | None = None) -> Tensor:
-        """Sum `tensor` over the ranks of an axis, in place; returns it."""
+        """Sum `tensor`, of any one shape, over the ranks of an axis (None: all ranks) in place; return it.
+
+        A collective. Blocks for a tensor on the CPU; on a GPU the sum is only enqueued.
+        """
         dist.all_reduce(tensor, group=self.group(axis))
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank, on every rank."""
+        """Return the values of all ranks, by rank. A collective; blocks until every rank has called it."""
         return all_gather_object(value)
 
     def all_gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
-        """Everybody's numbers, as many from each, by rank, on every rank; over the CPU, and without pickling."""
-        everyone = torch.empty(self.world_size * len(values), dtype=torch.float64)
-        all_gather(everyone, torch.tensor(values, dtype=torch.float64), None)
-        rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
+        """Return the numbers of all ranks, in float64: one row for each rank.
+
+        A collective, with equally many numbers on every rank; blocks until every rank has called it. Goes over the CPU
+        and pickles nothing.
+        """
+        gathered = torch.empty(self.world_size * len(values), dtype=torch.float64)
+        all_gather(gathered, torch.tensor(values, dtype=torch.float64), None)
+        rows: list[list[float]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
     def broadcast_object(self, value: Any, group: Group | None = None) -> Any:
-        """Rank 0's value on every rank."""
+        """Return rank 0's value on every rank; the values of other ranks are ignored.
+
+        A collective of `group` (None: all ranks); blocks until rank 0's value has arrived. The value is pickled.
+        """
         values = [value]
         dist.broadcast_object_list(values, src=0, group=group, device=torch.device("cpu"))
         return values[0]
 
     def exchange(self, tensor: Tensor, peer: int) -> Tensor:
-        """Exchange a tensor with a peer, which calls this at the same time; return the peer's tensor."""
-        theirs = torch.empty_like(tensor)
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, theirs, peer)]
-        ):
+        """Send `tensor` to the rank `peer`, and return the tensor of the same shape and dtype that `peer` sends.
+
+        Both ranks call it at the same time; blocks until both messages have arrived.
+        """
+        received = torch.empty_like(tensor)
+        messages = [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, received, peer)]
+        for work in dist.batch_isend_irecv(messages):
             work.wait()
-        return theirs
+        return received
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Block until every rank has called this."""
         self.all_gather_object(None)
 
     def start_vote(self, flag: bool) -> Vote:
-        """Ask all ranks whether any has raised `flag`, on the CPU and in the background; see `Vote`."""
+        """Start a vote on whether any rank has raised `flag`. A collective; does not block, see `Vote`.
+
+        It goes over the CPU in the background, so that no rank waits for its device.
+        """
         ballot = torch.tensor([int(flag)], dtype=torch.int32)
         return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
 
     def any_rank(self, flag: bool) -> bool:
-        """Return True on every rank if any rank passes True; the only way to decide something that binds all."""
+        """Return True on every rank if any rank passes True. A collective; blocks until every rank has called it.
+
+        This and `start_vote` are the only ways to decide something that binds all ranks.
+        """
         return self.start_vote(flag).result()
 
 
 @dataclass
 class Vote:
-    """A vote of all ranks in progress; `result` blocks, but by the next step the answer has usually arrived."""
+    """A vote of all ranks in progress.
+
+    `ballot`: int32 [1], first this rank's flag, in the end the maximum over all ranks. `work`: the handle of the
+    all-reduce.
+    """
 
     ballot: Tensor
     work: Any
 
     def result(self) -> bool:
-        """Wait for the vote, and return True if any rank raised its flag."""
+        """Return whether any rank raised its flag. Blocks; by the next step the answer has usually arrived."""
         self.work.wait()
         return bool(self.ballot.item())
 
@@ -144,66 +177,85 @@ class Vote:
 def init_distributed(
     device: str = "auto",
     timeout_seconds: float = 1800.0,
-    meeting: Rendezvous | None = None,
+    existing_rendezvous: Rendezvous | None = None,
     traces: Path | None = None,
 ) -> DistributedContext:
-    """Join the world torchrun (or Slurm's own tasks) describes; alone, make a world of one.
+    """Join the ranks that torchrun or Slurm's own tasks describe; without a launcher, be rank 0 of 1. A collective.
 
-    device: auto takes cuda where there is one. meeting: a rendezvous made before; None: make one. traces: where NCCL's
-    flight recorder goes when a collective times out.
-    Errors: ConfigError if cuda is asked for and there is none, and those of `rendezvous`.
+    * `device`: cpu or cuda; auto takes cuda where there is a GPU.
+    * `timeout_seconds`: after how long a collective fails.
+    * `existing_rendezvous`: what `rendezvous` returned, if it has been called already.
+    * `traces`: folder for the records of NCCL's flight recorder when a collective times out.
+
+    Errors: ConfigError if cuda is asked for and this host has too few GPUs, and the errors of `rendezvous`.
     """
     if traces is not None:
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / "nccl_trace_rank_"))
-    if HUGE_PAGES.exists():  # torch reads this at its first tensor; a step on two CPU cores takes 5 % less
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    meeting = meeting or rendezvous()
-    rank, world_size = meeting.rank, len(meeting.hosts)
+        enable_flight_recorder(traces)
+    _use_huge_pages()
+    joined = existing_rendezvous or rendezvous()
+    world_size = len(joined.hosts)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: this host has {torch.cuda.device_count()} GPU(s), but process {local_rank + 1} of "
-            f"{local_world_size} needs one; start fewer processes, or set device = cpu"
-        )
-    place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(place)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=place if cuda else None,
-        store=meeting.store,
-        rank=rank,
+    place = _select_device(device, local_rank, local_world_size)
+    timeout = timedelta(seconds=timeout_seconds)
+    _init_process_group(joined, place, timeout)
+    context = DistributedContext(
+        rank=joined.rank,
+        local_rank=local_rank,
         world_size=world_size,
+        local_world_size=local_world_size,
+        host=socket.gethostname(),
+        device=place,
+        timeout=timeout,
     )
-    context = DistributedContext(rank, local_rank, world_size, local_world_size, socket.gethostname(), place)
-    context = replace(context, timeout=timedelta(seconds=timeout_seconds))
     # synchronize: if one rank failed while others still initialize, their errors would bury its own
-    return replace(context, launch_id=context.all_gather_object(secrets.token_hex(8))[0])
+    launch_id = context.all_gather_object(secrets.token_hex(8))[0]
+    return replace(context, launch_id=launch_id)
 
 
-def flight_record() -> bytes:
-    """Return the last collectives of this rank as JSON, for a run that hangs; b"" where torch does not keep them."""
-    from torch._C import _distributed_c10d as c10d
+def _use_huge_pages() -> None:
+    """Let torch allocate memory on the CPU in huge pages. It reads the variable when it makes its first tensor."""
+    # measured (2-core x86 VM, 2026-11-25): a step on two CPU cores takes 5 % less time
+    if HUGE_PAGES.exists():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the second one knows gloo too, since torch 2.13
-        if hasattr(c10d, name):
-            return bytes(getattr(c10d, name)(True, False))
-    return b""
+
+def _select_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    """Return this rank's device, and make it torch's current one. Errors: ConfigError if there are too few GPUs."""
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if not use_cuda:
+        return torch.device("cpu")
+    gpu_count = torch.cuda.device_count()
+    if local_rank >= gpu_count:
+        raise ConfigError(
+            f"device: this host has {gpu_count} GPU(s), but process {local_rank + 1} of {local_world_size} needs one; "
+            "start fewer processes, or set device = cpu"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
+
+
+def _init_process_group(joined: Rendezvous, place: torch.device, timeout: timedelta) -> None:
+    """Make the group of all ranks: gloo for tensors on the CPU, NCCL for tensors on a GPU."""
+    on_gpu = place.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        device_id=place if on_gpu else None,
+        store=joined.store,
+        rank=joined.rank,
+        world_size=len(joined.hosts),
+    )
 
 
 def shutdown() -> None:
-    """Leave the world."""
+    """Destroy all process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def launcher_rank() -> tuple[int, int, str]:
-    """Rank and number of ranks by the launcher's word, and host; also before and without a process group."""
+    """Return rank and number of ranks as the launcher set them, and the host. Needs no process group."""
     adopt_slurm_variables()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()

@@ -1,4 +1,8 @@
-"""Plain facts about sharded tensors: the local part, its rows, its bytes."""
+"""Relate a tensor to the part of it that lies on this rank.
+
+FSDP's DTensors are sharded over tensor dim 0 along the last axis of their mesh. Functions that take a plain tensor
+treat it as one that every rank has whole.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +16,35 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies on this rank, sharing memory with it."""
+    """Return the part of a tensor that lies on this rank, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
-    """First and last + 1 row of shard `index`: chunks of ceil(rows / shards), the last ones short or empty."""
+    """Return the first row of shard `index` and the row after its last one.
+
+    Shards have ceil(rows / shards) rows each; the last ones may be shorter or empty. This is how DTensor's Shard(0)
+    splits dim 0.
+    """
     chunk = -(-rows // shards)
     return min(rows, index * chunk), min(rows, (index + 1) * chunk)
 
 
 def shard_range(tensor: Tensor) -> tuple[int, int]:
-    """First and last + 1 row of a parameter that lie on this rank."""
+    """Return the first row of a parameter that lies on this rank and the row after the last one. A scalar has one."""
     if not isinstance(tensor, DTensor) or not tensor.ndim:
         return 0, tensor.shape[0] if tensor.ndim else 1
     return shard_rows(tensor.shape[0], *_shard_count_and_index(tensor.device_mesh))
 
 
-@functools.cache  # a mesh takes 0.1 ms to say it, which counts for hundreds of tensors
+@functools.cache  # a DeviceMesh lookup costs 0.1 ms, and there are hundreds of tensors
 def _shard_count_and_index(mesh: DeviceMesh) -> tuple[int, int]:
-    """How many shards there are, and which this rank has: FSDP shards over the last axis."""
-    return mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    """Return how many shards there are and which one this rank has: FSDP shards over the last mesh axis."""
+    last_axis = mesh.ndim - 1
+    return mesh.size(last_axis), mesh.get_local_rank(last_axis)
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU as bytes, without a copy."""
     array: Any = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
     return memoryview(array)

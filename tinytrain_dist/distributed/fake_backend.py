@@ -1,4 +1,7 @@
-"""Run collectives that send nothing: for simulations and memory trials of a single process."""
+"""Run distributed code without other ranks: collectives that move nothing, and a context of ranks that do not exist.
+
+For simulations of memory and traffic, and for trial steps. Must not know models.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,43 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.torch_internals import (
+    TorchDispatchMode,
+    finished_work,
+    init_fake_process_group,
+    tree_leaves,
+)
 
 
 class NoCommunication(TorchDispatchMode):
-    """While it is on, collectives move nothing and end at once, so that no rank waits for another."""
+    """Disable collectives while this mode is on: they move nothing and end at once, so no rank waits for another."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run anything but a collective; of one, hand back its buffers as they are."""
+        """Run any other operation; for a collective, return its buffers as they are and a finished handle."""
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
-        place = next(i for i, argument in enumerate(func._schema.arguments) if argument.name == "process_group")
-        group = dist.ProcessGroup.unbox(args[place])
-        tensors = [leaf for leaf in tree_leaves(args[:place]) if isinstance(leaf, Tensor)]
+        argument_names = [argument.name for argument in func._schema.arguments]
+        group_position = argument_names.index("process_group")
+        group = dist.ProcessGroup.unbox(args[group_position])
+        # the buffers come before the group, for some operations in nested lists
+        tensors = [item for item in tree_leaves(args[:group_position]) if isinstance(item, Tensor)]
         self.message(func.__name__, tensors, tuple(dist.get_process_group_ranks(group)))
-        from torch._C._distributed_c10d import FakeWork
-
-        work = FakeWork().boxed()
-        return work if len(func._schema.returns) == 1 else (args[0], work)
+        returns_only_work = len(func._schema.returns) == 1
+        return finished_work() if returns_only_work else (args[0], finished_work())
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Receive the operation and its buffers instead of sending them; subclasses record them."""
+        """Receive a collective instead of sending it; subclasses record it.
+
+        `name`: the c10d operator. `tensors`: its buffers. `ranks`: the global ranks of its group.
+        """
 
 
 def fake_context(world_size: int, local_world_size: int) -> DistributedContext:
-    """Rank 0 of a world that is not there: groups and meshes can be made, nothing is sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    """Return the context of rank 0 among `world_size` ranks that do not exist. Its groups and meshes send nothing."""
+    init_fake_process_group(world_size)
     return DistributedContext(0, 0, world_size, local_world_size, socket.gethostname(), torch.device("cpu"))

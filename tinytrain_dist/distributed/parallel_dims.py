@@ -1,5 +1,13 @@
 """Choose the device mesh of a run: how many replicas, and how many shards in each.
 
+Words, used in the same way in the whole package:
+
+* A replica is a group of ranks that together hold one whole copy of weights, gradients and optimizer state.
+* A shard is the part of that copy that one rank holds. DDP has one shard in each replica, FSDP has one replica.
+* An axis belongs to the mesh of ranks: `dp_replicate` counts replicas, `dp_shard` the shards in each. Rank r is shard
+  r % dp_shard of replica r // dp_shard.
+* A dim belongs to a tensor. Parameters are sharded over tensor dim 0, their rows, along the axis `dp_shard`.
+
 Must not know torch: a login node makes the same choice as the ranks.
 """
 
@@ -13,7 +21,12 @@ from tinytrain_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How ranks share the work: `replicate` groups of `shard` ranks, the mode's name, and why it was chosen."""
+    """The sizes of the mesh axes.
+
+    * `mode`: none, ddp, fsdp or hsdp.
+    * `replicate`: number of replicas, dp_replicate. `shard`: shards in each replica, dp_shard.
+    * `reason`: why this mode was chosen, for the log.
+    """
 
     mode: str
     replicate: int
@@ -27,30 +40,42 @@ class ParallelDims:
 def choose_parallel_dims(
     config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True
 ) -> ParallelDims:
-    """Choose the mesh of a run. `fits`: one device holds weights, gradients and optimizer state.
+    """Choose the mesh of a run with `world_size` ranks, `local_world_size` of them on each node.
 
-    Errors: ConfigError where the mode and the number of ranks do not go together, listing what would.
+    `fits`: one device holds weights, gradients and optimizer state; decides between the modes if `parallel` is auto.
+    Errors: ConfigError if the mode and the number of ranks do not go together, listing what would.
     """
     if config.parallel == "auto":
-        if world_size == 1:
-            return ParallelDims("none", 1, 1, "chosen because there is one process")
-        if fits:
-            return ParallelDims("ddp", world_size, 1, "chosen because the model and its optimizer fit on one device")
-        if 1 < local_world_size < world_size:
-            nodes = world_size // local_world_size
-            return ParallelDims(
-                "hsdp", nodes, local_world_size, "chosen because the model needs the devices of one node"
-            )
-        return ParallelDims("fsdp", 1, world_size, "chosen because the model does not fit on one device")
+        return _choose_mode(world_size, local_world_size, fits)
     if config.parallel == "none" and world_size > 1:
         raise ConfigError(f"parallel: none runs on 1 process, but there are {world_size}; use ddp, fsdp or auto")
-    if config.parallel != "hsdp":
-        replicate = world_size if config.parallel == "ddp" else 1
-        return ParallelDims(config.parallel, replicate, world_size // replicate, "as configured")
+    if config.parallel == "hsdp":
+        return _hsdp_dims(config, world_size, local_world_size)
+    replicate = world_size if config.parallel == "ddp" else 1
+    return ParallelDims(config.parallel, replicate, world_size // replicate, "as configured")
+
+
+def _choose_mode(world_size: int, local_world_size: int, fits: bool) -> ParallelDims:
+    """Choose for `parallel = auto`: DDP if the state fits on one device, else FSDP, within each node if possible."""
+    if world_size == 1:
+        return ParallelDims("none", 1, 1, "chosen because there is one process")
+    if fits:
+        return ParallelDims("ddp", world_size, 1, "chosen because the model and its optimizer fit on one device")
+    if 1 < local_world_size < world_size:
+        nodes = world_size // local_world_size
+        return ParallelDims("hsdp", nodes, local_world_size, "chosen because the model needs the devices of one node")
+    return ParallelDims("fsdp", 1, world_size, "chosen because the model does not fit on one device")
+
+
+def _hsdp_dims(config: TrainingConfig, world_size: int, local_world_size: int) -> ParallelDims:
+    """Derive the missing one of dp_replicate and dp_shard; if both are missing, a replica is a node.
+
+    A mesh with one shard is DDP, and one with one replica is FSDP. Errors: ConfigError if the product does not fit.
+    """
     shard = config.dp_shard or (world_size // config.dp_replicate if config.dp_replicate else local_world_size)
     replicate = config.dp_replicate or world_size // max(1, shard)
     if replicate * shard != world_size:
-        pairs = [f"{world_size // s} x {s}" for s in range(2, world_size) if world_size % s == 0]
+        pairs = [f"{world_size // size} x {size}" for size in range(2, world_size) if world_size % size == 0]
         raise ConfigError(
             f"dp_replicate x dp_shard: {replicate} x {shard} is not the {world_size} processes there are; "
             f"possible: {', '.join(pairs) or 'none, use ddp or fsdp'}"

@@ -1,6 +1,8 @@
-"""Let ranks find each other over a key-value store, before there are process groups.
+"""Let the ranks of a launch find each other before there is a process group, and name those that are missing.
 
-A store answers where a collective would hang, so a rank that is missing can be named. Must not know collectives.
+Ranks read the launcher's variables (torchrun's or Slurm's) and connect to a key-value store that rank 0 or torchrun
+serves at MASTER_ADDR:MASTER_PORT. A store can time out and report, where a collective would hang. `context` then makes
+the process groups over the same store. Must not know collectives.
 """
 
 from __future__ import annotations
@@ -19,146 +21,212 @@ from typing import Any
 import torch.distributed as dist
 
 from tinytrain_dist.distributed.network import is_loopback, resolve, why_unreachable
+from tinytrain_dist.distributed.torch_internals import (
+    in_process_store,
+    prefix_store,
+    tcp_store,
+)
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.text import format_list
 
-RENDEZVOUS_SECONDS = 600.0  # ranks import torch from slow disks before they come
-_rendezvous_count = itertools.count()
+RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which takes minutes from a slow disk
+_rendezvous_count = itertools.count()  # of this process; all ranks call `rendezvous` equally often
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The store over which ranks find each other, before there are groups: it answers where a collective would hang."""
+    """The ranks that have found each other, and the store over which they did.
+
+    `store`: a torch.distributed store that all ranks share. `rank`: this process's. `hosts`: host names by rank.
+    """
 
     store: Any
     rank: int
     hosts: list[str]
 
     def exchange(self, name: str, value: Any, seconds: float) -> list[Any]:
-        """Everybody's (JSON) value, by rank; None for who has not given one within `seconds`. The same on all ranks."""
+        """Return the values of all ranks by rank, the same on every rank; None for a rank without one after `seconds`.
+
+        Every rank calls it with the same `name`, which is used once. `value` must be representable as JSON.
+        Blocks for `seconds` at most on rank 0, and for twice as long on the others.
+        Errors: RendezvousError if rank 0 has not answered by then.
+        """
         deadline = time.monotonic() + seconds
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            found = []
-            for key in (f"{name}/{rank}" for rank in range(len(self.hosts))):
-                try:
-                    self.store.wait([key], timedelta(seconds=max(0.001, deadline - time.monotonic())))
-                    found.append(json.loads(self.store.get(key)))
-                except dist.DistStoreError:
-                    found.append(None)
-            self.store.set(name, json.dumps(found))
-        try:  # rank 0 may come as late as anybody, and then waits as long
+            values = [self._read_until(f"{name}/{rank}", deadline) for rank in range(len(self.hosts))]
+            self.store.set(name, json.dumps(values))
+        try:
+            # rank 0 may start as late as any other rank, and then waits `seconds` itself
             self.store.wait([name], timedelta(seconds=2 * seconds + 1))
         except (dist.DistStoreError, dist.DistNetworkError):
             raise RendezvousError(
                 f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting "
-                "for rank 0; "
-                "look at its log"
+                "for rank 0; look at the log of rank 0"
             ) from None
         answer: list[Any] = json.loads(self.store.get(name))
         return answer
 
+    def _read_until(self, key: str, deadline: float) -> Any:
+        """Return the value of a key, or None if it is not set by then. Looks once if the deadline has passed."""
+        seconds_left = max(0.001, deadline - time.monotonic())
+        try:
+            self.store.wait([key], timedelta(seconds=seconds_left))
+            return json.loads(self.store.get(key))
+        except dist.DistStoreError:
+            return None
+
 
 def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
-    """Find all ranks that the launcher has announced; alone, a meeting of one.
+    """Find all ranks that the launcher has announced; without a launcher, return a rendezvous of one rank.
 
-    Errors: ConfigError within `seconds`: the head cannot be reached, ranks did not come, an address is of no use.
+    Every rank calls it; blocks for about `seconds` at most.
+    Errors: RendezvousError if this rank cannot reach or serve the store, or rank 0 does not answer. ConfigError on
+    every rank if ranks are missing, if a host would give the others a loopback address, or if variables are missing.
     """
     adopt_slurm_variables()
-    rank, world_size, host = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ:
-        return Rendezvous(dist.HashStore(), 0, [host])  # type: ignore[attr-defined]
+        return Rendezvous(in_process_store(), 0, [socket.gethostname()])
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise RendezvousError(
             f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun"
         )
     head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves and (problem := why_unreachable(head, port, seconds)):
-        here = resolve(head)
-        advice = "see that rank 0 runs there and that no firewall is between"
-        if any(map(is_loopback, here)):
-            advice = (
-                f"on {host} that is {host} itself: take the head's address in the nodes' network, or fix /etc/hosts"
-            )
-        raise RendezvousError(
-            f"MASTER_ADDR: rank {rank} on {host} cannot reach {head}:{port} ({problem}; the name resolves to "
-            f"{', '.join(here) or 'no address'}); {advice}"
-        )
-    try:
-        wait = timedelta(seconds=seconds)
-        store: Any = dist.TCPStore(head, port, world_size, serves, wait, False, multi_tenant=True)  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        raise RendezvousError(
-            f"MASTER_PORT: rank {rank} on {host} cannot use {head}:{port} ({str(error).splitlines()[0]}); "
-            "take another port, and as MASTER_ADDR the host of rank 0"
-        ) from None
-    # torchrun's own store may survive a restart with the addresses of the dead in it. Its count of restarts is the same
-    # on one node only; several nodes need our agent, or TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    ours = dist.PrefixStore(f"meeting{attempt}.{next(_rendezvous_count)}", store)  # type: ignore[attr-defined]
-    arrivals = Rendezvous(ours, rank, [""] * world_size).exchange("hosts", _own_arrival(), seconds)
+    store = prefix_store(_attempt_prefix(), _connect(rank, world_size, head, port, seconds))
+    arrivals = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _own_arrival(), seconds)
     _check_arrivals(arrivals, seconds, f"{head}:{port}")
-    return Rendezvous(ours, rank, [one["host"] for one in arrivals])
+    return Rendezvous(store, rank, [arrival["host"] for arrival in arrivals])
 
 
 def set_launcher_variables(rank: int, world_size: int, head: str, port: int) -> None:
-    """Do what a launcher does, for one process on each of `world_size` nodes."""
-    given = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    """Set the environment variables that a launcher sets, for one process on each of `world_size` nodes."""
+    given = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in given.items()}, MASTER_ADDR=head)
 
 
-def _own_arrival() -> dict[str, Any]:
-    """Return this rank's host, and the address gloo would announce if other hosts cannot use that address."""
-    own = resolve(socket.gethostname())
-    named = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
-    return {"host": socket.gethostname(), "loopback": own[0] if own and is_loopback(own[0]) and not named else ""}
-
-
-def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
-    missing = [rank for rank, one in enumerate(arrivals) if one is None]
-    hosts = {one["host"]: one["loopback"] for one in arrivals if one}
-    if missing:
-        absent = [name for name in _slurm_hosts() if name not in hosts]
-        raise ConfigError(
-            f"{len(missing)} of {len(arrivals)} ranks did not come to {head} within {seconds:g} s: rank "
-            f"{format_list(missing)}; there were {format_list(list(hosts))}"
-            + (f", and none from {format_list(absent)}" if absent else "")
-            + "; look at the logs of the others, and whether every node was started with the same numbers"
-        )
-    if len(hosts) > 1 and (wrong := [f"{host} ({address})" for host, address in hosts.items() if address]):
-        raise ConfigError(
-            f"GLOO_SOCKET_IFNAME: not set, and the name of {format_list(wrong)} resolves to the machine itself, "
-            "which it would tell the others; set it to the interface of the nodes' network (ip addr), or fix /etc/hosts"
-        )
-
-
-def _slurm_hosts() -> list[str]:
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    try:
-        command = ["scontrol", "show", "hostnames", nodes or ""]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() if nodes else []
-    except (OSError, subprocess.CalledProcessError):
-        return []
-
-
 def adopt_slurm_variables() -> None:
-    """Take Slurm's names for rank and world where its tasks are the processes (`srun --ntasks-per-node=N`)."""
+    """Set torchrun's variables from Slurm's where Slurm's tasks are the ranks (`srun --ntasks-per-node=N`).
+
+    Does nothing under torchrun or outside of Slurm. Errors: ConfigError if MASTER_ADDR is not set.
+    """
     env = os.environ
-    alone = int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1  # sbatch sets SLURM_NTASKS for its own shell, too
-    if "RANK" in env or "SLURM_PROCID" not in env or ("MASTER_ADDR" not in env and alone):
+    # sbatch sets SLURM_NTASKS for its own shell, too; only in a step of several tasks is each task a rank
+    single_task = int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1
+    if "RANK" in env or "SLURM_PROCID" not in env or ("MASTER_ADDR" not in env and single_task):
         return
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3 tasks
-    per_node = [tasks for tasks, nodes in runs for _ in range(int(nodes or 1))]
+    tasks_per_node = [tasks for tasks, nodes in runs for _ in range(int(nodes or 1))]
     env.update(
         RANK=env["SLURM_PROCID"],
         WORLD_SIZE=env["SLURM_NTASKS"],
         LOCAL_RANK=env["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=per_node[int(env["SLURM_NODEID"])],
+        LOCAL_WORLD_SIZE=tasks_per_node[int(env["SLURM_NODEID"])],
     )
-    if "MASTER_ADDR" not in env:  # each would be a world of one, and all would train the same
+    if "MASTER_ADDR" not in env:  # without this error each task would train the same model alone
         raise ConfigError(
             f"MASTER_ADDR: not set, but srun started {env['WORLD_SIZE']} tasks; export MASTER_ADDR (the first node's "
             "name) and MASTER_PORT, or start one tinytrain_dist.agent per node"
         )
+
+
+def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -> Any:
+    """Return the store at head:port, which rank 0 serves unless torchrun does. Errors: RendezvousError."""
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not is_server:
+        _check_reachable(rank, head, port, seconds)
+    try:
+        return tcp_store(head, port, world_size, is_server, timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"MASTER_PORT: rank {rank} on {socket.gethostname()} cannot use {head}:{port} "
+            f"({str(error).splitlines()[0]}); choose another port, and set MASTER_ADDR to the host of rank 0"
+        ) from None
+
+
+def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
+    """Try to connect to head:port for `seconds`. Errors: RendezvousError with the address that was tried, and why."""
+    problem = why_unreachable(head, port, seconds)
+    if not problem:
+        return
+    host = socket.gethostname()
+    addresses = resolve(head)
+    advice = "check that rank 0 runs there and that no firewall blocks the port"
+    if any(map(is_loopback, addresses)):
+        advice = (
+            f"on {host} this is {host} itself: set MASTER_ADDR to the head node's address in the nodes' network, or "
+            "fix /etc/hosts"
+        )
+    raise RendezvousError(
+        f"MASTER_ADDR: rank {rank} on {host} cannot reach {head}:{port} ({problem}; the name resolves to "
+        f"{', '.join(addresses) or 'no address'}); {advice}"
+    )
+
+
+def _attempt_prefix() -> str:
+    """Return a prefix for the store's keys that differs between restarts and between calls of `rendezvous`.
+
+    torchrun's own store may survive a restart and then holds the addresses of dead ranks. Its count of restarts is the
+    same on all ranks of one node only. Several nodes need tinytrain_dist.agent, or the variable
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    return f"rendezvous{attempt}.{next(_rendezvous_count)}"
+
+
+def _own_arrival() -> dict[str, Any]:
+    """Return what this rank tells the others: its host, and its address if that is one they cannot use.
+
+    gloo gives the other ranks the address that the host's own name resolves to. A loopback address is of no use to
+    them, unless an interface is configured. "loopback" is empty where there is no problem.
+    """
+    host = socket.gethostname()
+    addresses = resolve(host)
+    interface_set = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
+    unusable = bool(addresses) and is_loopback(addresses[0]) and not interface_set
+    return {"host": host, "loopback": addresses[0] if unusable else ""}
+
+
+def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
+    """Check what `_own_arrival` returned on every rank, None for missing ranks.
+
+    Errors: ConfigError naming the missing ranks, or the hosts whose address the others cannot use.
+    """
+    missing = [rank for rank, arrival in enumerate(arrivals) if arrival is None]
+    loopback_of_host = {arrival["host"]: arrival["loopback"] for arrival in arrivals if arrival}
+    if missing:
+        absent = [name for name in _slurm_hosts() if name not in loopback_of_host]
+        raise ConfigError(
+            f"{len(missing)} of {len(arrivals)} ranks did not join at {head} within {seconds:g} s: rank "
+            f"{format_list(missing)}; joined: {format_list(list(loopback_of_host))}"
+            + (f"; no rank from: {format_list(absent)}" if absent else "")
+            + "; look at the logs of the missing ranks, and check that every node was started with the same number of "
+            "nodes, address and port"
+        )
+    unusable = [f"{host} ({address})" for host, address in loopback_of_host.items() if address]
+    if len(loopback_of_host) > 1 and unusable:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME: not set, and the host name of {format_list(unusable)} resolves to a loopback "
+            "address, which the other nodes cannot reach; set it to the interface of the nodes' network (ip addr), or "
+            "fix /etc/hosts"
+        )
+
+
+def _slurm_hosts() -> list[str]:
+    """Return the hosts of the Slurm job; none outside of Slurm or if scontrol fails."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return []
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []

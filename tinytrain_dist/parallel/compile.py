@@ -1,63 +1,86 @@
-"""Decide whether torch.compile is used: whether the run is long enough to pay for it, and whether it works here."""
+"""Apply torch.compile, and decide whether a run uses it.
+
+It does if it is long enough to pay for the time of compiling, and if the compiler works on every rank.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch._dynamo.utils
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
+from tinytrain_dist.distributed.torch_internals import (
+    compiler_keeps_bf16_rounding,
+    keep_graphs_whole_under_ddp,
+    load_compiler,
+)
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
 
+load_compiler()  # here, so that it is not first imported inside a step or a simulation
+
+# Floating-point operations of a run from which compiling pays: about five minutes on two CPU cores, or one large GPU.
+# Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
+MIN_CPU_FLOPS = 3e13
+MIN_GPU_FLOPS = 1e17
+
+
+def apply_compile(model: Any) -> None:
+    """Compile each Transformer block, and the loss of a chunk of tokens, of a TransformerLM in place.
+
+    Blocks are compiled one by one: they are equal, so the compiler works once. Whole blocks, also under DDP: cut in
+    two at DDP's buckets they cost 4 % of a step.
+    """
+    keep_graphs_whole_under_ddp()
+    model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
+    for block in model.model.layers:
+        block.compile()
+
 
 def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
-    """Whether the run is long enough for torch.compile; from the configuration and the kind of device alone.
+    """Return whether the run is long enough for torch.compile.
 
-    So two machines never differ. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step; the
-    bounds are runs of about five minutes on two CPU cores, or on one large GPU.
+    Depends on the configuration and the kind of device alone, so that two machines never differ.
     """
     weights = config.model.approximate_parameter_count
     flops = 6.0 * weights * config.total_steps * config.batch_size * config.context_len
-    return flops >= (1e17 if device.type == "cuda" else 3e13)
+    return flops >= (MIN_GPU_FLOPS if device.type == "cuda" else MIN_CPU_FLOPS)
 
 
 def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
-    """Empty if torch.compile works on this device here, else what it says: it needs a C++ compiler or Triton.
+    """Return "" if torch.compile works on this device here, else why not: it needs a C++ compiler, or Triton on a GPU.
 
-    exact_bf16: a layout must not decide bits. Where bf16 products are computed in float32, only torch 2.13 can be kept
-    from leaving out the rounding of weights before them (joint_graph.py, pointless_convert).
+    `exact_bf16`: bf16 results must have the same bits on any mesh. A CPU without bf16 units computes bf16 products in
+    float32, and then every rounding of weights to bf16 before them must be kept.
     """
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and version < (2, 13):
+    if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and not compiler_keeps_bf16_rounding():
         return f"torch {torch.__version__} leaves out roundings to bf16 that decide bits; 2.13 does not"
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first_line[:200]}"
     return ""
 
 
 def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
     """Decide `compile` for all ranks; return the configuration, and a line for the log. A collective.
 
-    Errors: ConfigError where compile = true, or bits are promised that need it, and it does not work on some rank.
+    Errors: ConfigError if torch.compile does not work on some rank, and compile = true or reproducible = true.
     """
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
     if not wanted:
         return replace(config, compile=False), ""
-    reason = why_not_compile(context.device, config.reproducible and config.precision == "bf16")
-    found = [(host, reason) for host, reason in context.all_gather_object((context.host, reason)) if reason]
-    if not found:
+    own_reason = why_not_compile(context.device, config.reproducible and config.precision == "bf16")
+    failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
+    if not failures:
         return replace(config, compile=True), "torch.compile is on; the first step takes longer"
-    text = f"torch.compile does not work on {found[0][0]} ({found[0][1]})"
+    host, reason = failures[0]
+    text = f"torch.compile does not work on {host} ({reason})"
     if config.compile or config.reproducible:
         raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
     return replace(config, compile=False), f"{text}; continuing without it, slower"
-
-
-def compiled_graph_count() -> int:
-    """How many graphs torch.compile has made in this process; a step that makes one has waited for it."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,7 +1,7 @@
-"""Spread a model over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP, in that order.
+"""Build the model and spread it over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP.
 
-Must not know the optimizer or the loop. Recomputation wraps what is compiled. Sharding comes last, so that its hooks
-see whole blocks.
+The order matters: compiled code contains the recomputation, and sharding comes last, so that its hooks see whole
+blocks. Must not know the optimizer or the loop.
 """
 
 from __future__ import annotations
@@ -10,77 +10,109 @@ import itertools
 from typing import Any
 
 import torch
-import torch._dynamo.utils
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
+from tinytrain_dist.distributed.torch_internals import unshard_asynchronously
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
+from tinytrain_dist.parallel.compile import apply_compile
 
 
 def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
-    """Build a TransformerLM with its initial weights, wrapped for the context's mesh.
+    """Return a TransformerLM with its initial weights, wrapped for the context's mesh. A collective.
 
-    No rank ever holds more than its shards and one unit (a block, or the embedding): the model is described on the
-    meta device, and each unit gets its weights, the same on any mesh, just before it is sharded. draw=False leaves
-    their values undefined, for a simulation.
+    It is described on the meta device first, and gets its weights late, the same on any mesh: with FSDP, no rank ever
+    holds more than its shards and one unit (a block, or the embedding). draw=False leaves the weights undefined, for a
+    simulation.
     """
-    assert context.parallel_dims is not None, "with_mesh comes first"
+    assert context.parallel_dims is not None, "call with_mesh first"
     with torch.device("meta"):
         model = TransformerLM(config)
-    blocks: list[nn.Module] = list(model.model.layers)
-    if config.compile:
-        torch._dynamo.config.optimize_ddp = False  # would cut blocks in two, which costs 4 % of a step
-        model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
-    for block in blocks:
+    for block in model.model.layers:
         apply_activation_checkpointing(block, config.activation_checkpointing)
-        if config.compile:
-            block.compile()
-    if context.parallel_dims.mode in ("none", "ddp"):
-        _materialize(model, model, context.device, draw)
-        # alone, the wrapper would only cost: nothing is to be summed
-        return _wrap_ddp(model, context) if context.parallel_dims.replicate > 1 else model
+    if config.compile:
+        apply_compile(model)
+    if context.parallel_dims.mode not in ("none", "ddp"):
+        return shard_with_fsdp(model, config, context, draw=draw)
+    _materialize(model, model, context.device, draw=draw)
+    # without replicas there is nothing to sum, and the wrapper would only cost time
+    return replicate_with_ddp(model, context) if context.parallel_dims.replicate > 1 else model
+
+
+def replicate_with_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataParallel:
+    """Wrap a model that has its weights for DDP over the axis dp_replicate."""
+    return DistributedDataParallel(
+        model,
+        process_group=context.group(REPLICATE),
+        device_ids=[context.device] if context.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # no second copy of the gradients; DeterministicGradReduction relies on it
+        init_sync=False,  # weights are equal by construction, and replica_check.check_replicas proves it
+    )
+
+
+def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedContext, *, draw: bool) -> nn.Module:
+    """Give a TransformerLM on the meta device its weights, unit by unit, and shard each unit with FSDP2 at once.
+
+    FSDP uses the axis dp_shard; HSDP uses both axes of the mesh. Units are each block, the embedding and the head (one
+    unit if their weights are tied), and the rest of the model.
+    """
+    blocks: list[nn.Module] = list(model.model.layers)
     embed: Any = model.model.embed_tokens
-    head = model.lm_head
+    head: nn.Module = model.lm_head
     outer: list[list[nn.Module]] = [[embed, head]] if config.tie_embeddings else [[embed], [head]]
     units: list[list[nn.Module]] = [*outer, *([block] for block in blocks), [model]]
-    mesh = context.mesh
-    assert mesh is not None
-    # deterministic sums add the replicas themselves (see grad_reduction.py), so there FSDP sees one replica only
-    mesh = mesh[SHARD] if context.parallel_dims.mode == "fsdp" or config.reproducible else mesh
+    mesh = _fsdp_mesh(config, context)
     for unit in units:
         for module in unit:
-            _materialize(model, module, context.device, draw)
+            _materialize(model, module, context.device, draw=draw)
         model.tie_weights()
         # embedding and head are gathered in float32: the sum of their gradients over tokens needs it
-        narrow = config.precision == "bf16" and unit[0] not in (embed, head)
+        in_bf16 = config.precision == "bf16" and unit[0] not in (embed, head)
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        # their backward comes at once, so these weights stay gathered until then
-        keep = False if unit in ([head], [blocks[-1]]) else None
-        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=keep)
+        # the backward of these two follows their forward at once, so their weights stay gathered until then
+        reshard_after_forward = False if unit in ([head], [blocks[-1]]) else None
+        fully_shard(
+            unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
     if not config.tie_embeddings:
-        embed.set_unshard_in_backward(False)  # a look-up's gradient needs no weights
+        embed.set_unshard_in_backward(False)  # the gradient of a look-up needs no weights
     if collectives.uses_gloo():
         _prefetch_weights([model, embed, *blocks, head])
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def _fsdp_mesh(config: TrainingConfig, context: DistributedContext) -> DeviceMesh:
+    """Return the mesh that FSDP sums over: one axis for FSDP, two for HSDP.
+
+    Deterministic sums add the replicas themselves (see grad_reduction.py), so there FSDP sees one replica only.
+    """
+    assert context.mesh is not None, "call with_mesh first"
+    assert context.parallel_dims is not None, "call with_mesh first"
+    one_axis = context.parallel_dims.mode == "fsdp" or config.reproducible
+    return context.mesh[SHARD] if one_axis else context.mesh
 
 
 def _prefetch_weights(units: list[Any]) -> None:
-    """Let each unit's weights be gathered while the unit before it computes; on a GPU, FSDP's streams do it."""
+    """Let each unit's weights be gathered while the unit before it computes. On a GPU, FSDP's streams do that."""
     for unit, following in itertools.pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
     for unit in units:
-        unit._set_unshard_async_op(True)
+        unshard_asynchronously(unit)
 
 
-def _materialize(model: TransformerLM, module: nn.Module, device: torch.device, draw: bool) -> None:
-    """Give the parameters of `module` that are still on the meta device their place and their initial value."""
+def _materialize(model: TransformerLM, module: nn.Module, device: torch.device, *, draw: bool) -> None:
+    """Move the parameters of `module` that are still on the meta device to `device`, with their initial values.
+
+    `module` is a part of `model`, which knows the value of each parameter by its name. draw=False: undefined values.
+    """
     names = {param: name for name, param in model.named_parameters()}
     for owner in module.modules():
         for key, param in list(owner.named_parameters(recurse=False)):
@@ -88,13 +120,3 @@ def _materialize(model: TransformerLM, module: nn.Module, device: torch.device, 
                 value = model.initial_weight(names[param], param.shape) if draw else torch.empty(param.shape)
                 setattr(owner, key, nn.Parameter(value.to(device)))
     model.tie_weights()
-
-
-def _wrap_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        model,
-        process_group=context.group(REPLICATE),
-        device_ids=[context.device] if context.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # no second copy of the gradients; DeterministicGradReduction relies on it
-        init_sync=False,  # weights are equal by construction, and replicas.check_replicas proves it
-    )

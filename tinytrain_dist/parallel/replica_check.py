@@ -21,90 +21,110 @@ from tinytrain_dist.errors import ReplicaMismatchError
 
 
 def check_replicas(tensors: Iterable[tuple[str, Tensor]], context: DistributedContext) -> None:
-    """Prove that all replicas of each shard hold the same bits. A collective.
+    """Check that all replicas of each shard hold the same bits. A collective; blocks until every rank has called it.
 
-    Errors: ReplicasDiffer naming the first tensor that differs and the ranks and hosts on both sides.
+    Errors: ReplicaMismatchError naming the first tensor that differs, and the ranks and hosts on both sides.
     """
     named = dict(tensors)
     compare_fingerprints(list(named), fingerprints(named.values()).tolist(), context)
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """One number for the bits of each tensor's local part, int64 [n], on their device; nothing waits for it.
+    """Return one number for the bits of each tensor's local part: int64 [n], on their device. Waits for no device.
 
-    On a CPU and on a GPU it is another number: ranks compare what lies on the same kind of device.
+    A CPU and a GPU give different numbers, so ranks compare only what lies on the same kind of device.
     """
-    found = [_fingerprint(local_tensor(tensor)) for tensor in tensors]
-    return torch.stack(found) if found else torch.empty(0, dtype=torch.int64)
+    prints = [_fingerprint(local_tensor(tensor)) for tensor in tensors]
+    return torch.stack(prints) if prints else torch.empty(0, dtype=torch.int64)
 
 
 class ReplicaComparison:
-    """One comparison of what replicas hold, begun when a save begins and finished in its thread.
+    """One comparison of what replicas hold: it begins when a save begins, and is finished in the save's thread.
 
-    Those who copy compare their copies, so that they stall no longer; the others take their fingerprints meanwhile.
+    Ranks that copy their rows take fingerprints of the copies later, so that they stall no longer. The other ranks
+    take theirs at once, while those copy.
     """
 
     def __init__(self, shards: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
-        """beside: training continues, and changes what is not copied; on a GPU all fingerprints are taken at once."""
+        """Take the fingerprints that cannot wait.
+
+        `beside`: training continues meanwhile, and changes what is not copied. On a GPU all fingerprints are taken now.
+        """
         self.context = context
         self.needed = context.parallel_dims is not None and context.parallel_dims.replicate > 1
-        live = (
-            [p for p in shards if p.local_rows.is_cuda or (beside and not p.rows_to_save.numel())]
-            if self.needed
-            else []
-        )
-        self._names, self._prints = [p.name for p in live], fingerprints(p.local_rows for p in live)
+        taken_now = []
+        if self.needed:
+            taken_now = [
+                shard for shard in shards if shard.local_rows.is_cuda or (beside and not shard.rows_to_save.numel())
+            ]
+        self._names = [shard.name for shard in taken_now]
+        self._prints = fingerprints(shard.local_rows for shard in taken_now)
 
     def finish(self, shards: Iterable[TensorShard], group: Group | None) -> None:
-        """`shards`: all, as they will be written. A collective. Errors: ReplicasDiffer."""
+        """Take the other fingerprints, and compare all. `shards`: all of them, as they will be written.
+
+        A collective; blocks until every rank of `group` has called it. Errors: ReplicaMismatchError.
+        """
         if not self.needed:
             return
-        found = dict(zip(self._names, self._prints.tolist(), strict=True))
-        saved = {p.name: p.rows_to_save if p.rows_to_save.numel() else p.local_rows for p in shards}
-        rest = [name for name in saved if name not in found]
-        found |= dict(zip(rest, fingerprints(saved[name] for name in rest).tolist(), strict=True))
-        compare_fingerprints(list(saved), [found[name] for name in saved], self.context, group)
+        print_of_name = dict(zip(self._names, self._prints.tolist(), strict=True))
+        rows_of_name = {
+            shard.name: shard.rows_to_save if shard.rows_to_save.numel() else shard.local_rows for shard in shards
+        }
+        rest = [name for name in rows_of_name if name not in print_of_name]
+        rest_prints = fingerprints(rows_of_name[name] for name in rest).tolist()
+        print_of_name |= dict(zip(rest, rest_prints, strict=True))
+        names = list(rows_of_name)
+        compare_fingerprints(names, [print_of_name[name] for name in names], self.context, group)
 
 
 def compare_fingerprints(
     names: Sequence[str], prints: Sequence[float], context: DistributedContext, group: Group | None = None
 ) -> None:
-    """Errors: ReplicasDiffer on all ranks if fingerprints of replicas of one shard are not the same. A collective.
+    """Compare the fingerprints of the tensors `names` between the replicas of each shard.
 
-    Where one side has the majority, the others are named as wrong. Ranks exchange a digest, and the rest only in need.
+    Ranks exchange one digest of all fingerprints, and the fingerprints only if digests differ. A collective; blocks
+    until every rank of `group` has called it.
+    Errors: ReplicaMismatchError on all ranks. Where one side has the majority, the other ranks are named as wrong.
     """
-    digest = hashlib.blake2b(repr(list(prints)).encode(), digest_size=8).hexdigest()
-    everyone = all_gather_object((context.shard, context.host, digest), group)
-    odd, right, majority = _deviating_ranks([(shard, found) for shard, _, found in everyone])
-    if not odd:
+    own_digest = hashlib.blake2b(repr(list(prints)).encode(), digest_size=8).hexdigest()
+    by_rank = all_gather_object((context.shard, context.host, own_digest), group)
+    wrong_ranks, right_rank, has_majority = _deviating_ranks([(shard, digest) for shard, _, digest in by_rank])
+    if not wrong_ranks:
         return
-    details = all_gather_object(list(prints), group)
-    differ = [name for name, a, b in zip(names, details[odd[0]], details[right], strict=True) if a != b]
-    wrong = " and ".join(f"rank {rank} ({everyone[rank][1]})" for rank in odd)
+    prints_by_rank = all_gather_object(list(prints), group)
+    pairs = zip(names, prints_by_rank[wrong_ranks[0]], prints_by_rank[right_rank], strict=True)
+    differing = [name for name, wrong, right in pairs if wrong != right]
+    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    wrong_text = " and ".join(f"rank {rank} ({by_rank[rank][1]})" for rank in wrong_ranks)
+    doubt = "" if has_majority else "; which of them is wrong is not known"
     raise ReplicaMismatchError(
-        f"replicas differ: {differ[0]}{f' and {len(differ) - 1} more' if differ[1:] else ''} on {wrong} has other bits "
-        f"than on rank {right} ({everyone[right][1]}){'' if majority else '; which of them is wrong is not known'}. "
-        "This state is not saved; resume from the last checkpoint, and if it comes back look at that host's memory"
+        f"replicas differ: {differing[0]}{more} on {wrong_text} has other bits than on rank {right_rank} "
+        f"({by_rank[right_rank][1]}){doubt}. This state is not saved; resume from the last checkpoint, and if the "
+        "error returns check that host's memory"
     )
 
 
-def _deviating_ranks(found: Sequence[tuple[int, str]]) -> tuple[list[int], int, bool]:
-    """By rank (shard, digest) -> ranks unlike the majority of the first shard that differs, one of it, if there is one.
+def _deviating_ranks(digests: Sequence[tuple[int, str]]) -> tuple[list[int], int, bool]:
+    """Return the ranks that deviate, a rank that is right, and whether the right ones are the majority.
 
-    Without a majority the lowest rank counts as right.
+    `digests`: (shard, digest) by rank. Looks at the first shard with a difference. Without a majority its lowest rank
+    counts as right. Returns ([], 0, True) if there is no difference.
     """
-    for shard in sorted({shard for shard, _ in found}):
-        ranks = [rank for rank, (theirs, _) in enumerate(found) if theirs == shard]
-        votes = Counter(found[rank][1] for rank in ranks)
+    for shard in sorted({shard for shard, _ in digests}):
+        ranks = [rank for rank, (shard_of_rank, _) in enumerate(digests) if shard_of_rank == shard]
+        votes = Counter(digests[rank][1] for rank in ranks)
         if len(votes) > 1:
-            digest, count = votes.most_common(1)[0]
-            majority = 2 * count > len(ranks)
-            right = next(rank for rank in ranks if not majority or found[rank][1] == digest)
-            return [rank for rank in ranks if found[rank][1] != found[right][1]], right, majority
+            winner, count = votes.most_common(1)[0]
+            has_majority = 2 * count > len(ranks)
+            right_rank = next(rank for rank in ranks if not has_majority or digests[rank][1] == winner)
+            wrong_ranks = [rank for rank in ranks if digests[rank][1] != digests[right_rank][1]]
+            return wrong_ranks, right_rank, has_majority
     return [], 0, True
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
+    """Return the fingerprint of a plain tensor, int64 scalar on its device: BLAKE3 on a CPU, else a weighted sum."""
     if tensor.device.type != "cpu":
         return weighted_bit_sum(tensor)
     digest = blake3(tensor_bytes(tensor.detach().contiguous())).digest(length=8)
@@ -114,7 +134,7 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 def weighted_bit_sum(tensor: Tensor, block_size: int = 1 << 24) -> Tensor:
     """Return the sum of the bits, weighted by position with odd numbers: no single flip or swap is lost.
 
-    For a GPU: a CPU computes a BLAKE3 in a fifth of the time. In blocks, since the products are twice as wide.
+    For a GPU; a CPU computes a BLAKE3 in a fifth of the time. In blocks, because the products are twice as wide.
     """
     bits = tensor.detach().reshape(-1)
     bits = bits.view(torch.int32 if tensor.element_size() == 4 else torch.int8)

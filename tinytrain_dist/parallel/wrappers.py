@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,9 +17,10 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def apply_ddp(model: nn.Module, mesh: DeviceMesh | None = None) -> DistributedDataParallel:
-    """Wrap any module for DDP over `mesh` (1-D; None: all ranks). Gradients are averaged, as DDP does it.
+    """Wrap any module for DDP over `mesh`, which has one axis (None: all ranks). A collective.
 
-    Rank 0's weights are given to all. Errors: ValueError for a mesh with several axes.
+    All ranks get rank 0's weights. Gradients are averaged, as DDP does it. Errors: ValueError for a mesh with several
+    axes.
     """
     if mesh is not None and mesh.ndim != 1:
         raise ValueError(f"apply_ddp: needs a mesh with one axis, got {mesh.ndim} axes; pass mesh['dp_replicate']")
@@ -36,28 +36,34 @@ def apply_fsdp(
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Shard any module with FSDP2 over `mesh`: 1-D shards, 2-D replicates over axis 0 and shards over axis 1 (HSDP).
+    """Shard any module with FSDP2 over `mesh`, in place, and return it. A collective.
 
-    Every element of the outermost ModuleLists becomes a unit, the rest is one more; without a ModuleList the model is a
-    single unit. Weights are first made equal to rank 0's, which FSDP2 by itself does not do; they and their gradients
-    stay float32, `param_dtype` is what forward and backward compute in. Gradients are averaged, as FSDP does it.
-    Errors: ValueError for a mesh of more than two axes or parameters that are not float32.
+    * `mesh`: with one axis, its ranks are the shards; with two, axis 0 counts replicas and axis 1 shards (HSDP).
+    * `param_dtype`: what forward and backward compute in (None: float32). Weights and their gradients stay float32.
+    * `reduce_dtype`: what gradients are summed in.
+
+    Every element of the outermost ModuleLists becomes a unit, and the rest is one more; without a ModuleList the model
+    is a single unit. All ranks first get rank 0's weights, which FSDP2 by itself does not do. Gradients are averaged,
+    as FSDP does it.
+    Errors: ValueError for a mesh of more than two axes, or for parameters that are not float32.
     """
     if mesh.ndim > 2:
         raise ValueError(f"apply_fsdp: needs a mesh with one or two axes, got {mesh.ndim}")
-    odd = [name for name, param in model.named_parameters() if param.dtype != torch.float32]
-    if odd:
-        raise ValueError(f"apply_fsdp: master weights must be float32, but {odd[0]} is not; call model.float() first")
+    not_float32 = [name for name, param in model.named_parameters() if param.dtype != torch.float32]
+    if not_float32:
+        raise ValueError(
+            f"apply_fsdp: master weights must be float32, but {not_float32[0]} is not; call model.float() first"
+        )
     model.to(mesh.device_type)
     collectives.broadcast_tensors([tensor.data for tensor in (*model.parameters(), *model.buffers())])
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     if param_dtype is not None:
         # FSDP casts parameters, but not buffers: a float32 mask or table times bf16 weights is an error
-        plain = model.forward
+        original_forward = model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with torch.autocast(mesh.device_type, dtype=param_dtype):
-                return plain(*args, **kwargs)
+                return original_forward(*args, **kwargs)
 
         model.forward = forward
     for unit in [*outermost_blocks(model), model]:
@@ -94,12 +100,12 @@ def original_name(name: str) -> str:
 
 
 def gather_full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer whole, on the CPU, under its original name. A collective: every rank calls it.
+    """Return every parameter and buffer whole, on the CPU, under its original name. A collective.
 
-    Every rank receives the whole model; to save a model that does not fit in one memory use save_checkpoint.
+    Every rank receives the whole model. To save a model that does not fit in the memory of one, use save_checkpoint.
     """
     state = unwrap(model).state_dict()
     return {
-        original_name(name): (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().clone()
-        for name, t in state.items()
+        original_name(name): (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+        for name, value in state.items()
     }

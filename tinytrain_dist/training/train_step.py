@@ -23,7 +23,7 @@ from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, StepResult, d
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy
 from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
 from tinytrain_dist.optim.lr_schedule import learning_rate
-from tinytrain_dist.parallel.grad_reduction import DeterministicGradReduction, NativeGradReduction
+from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives
 
@@ -46,7 +46,7 @@ class TrainStep:
         context: DistributedContext,
         plan: BatchPlan,
         model: nn.Module,
-        reduction: NativeGradReduction,
+        reduction: GradReduction,
         optimizer: AdamW,
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
@@ -150,8 +150,7 @@ def build_train_step(
     assert context.parallel_dims is not None, "with_mesh comes first"
     plan = BatchPlan.make(config, context.parallel_dims)
     model = build_model(config, context, draw=draw)
-    reduction_class = DeterministicGradReduction if config.reproducible else NativeGradReduction
-    reduction = reduction_class(model, plan, context)
+    reduction = build_grad_reduction(model, plan, context, deterministic=config.reproducible)
     groups = weight_decay_groups(model, config.weight_decay)
     optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
     optimizer.materialize()

@@ -1,0 +1,76 @@
+"""The mesh of every mode, without processes: it is arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
+from tinytrain_dist.errors import ConfigError
+
+
+def mesh(config: TrainingConfig, world: int, local: int, fits: bool = True) -> tuple[str, int, int]:
+    dims = choose_parallel_dims(config, world, local, fits)
+    return dims.mode, dims.replicate, dims.shard
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "fits", "expected"),
+    [
+        (1, 1, True, ("none", 1, 1)),
+        (1, 1, False, ("none", 1, 1)),
+        (8, 8, True, ("ddp", 8, 1)),
+        (8, 4, True, ("ddp", 8, 1)),
+        (8, 8, False, ("fsdp", 1, 8)),
+        (8, 4, False, ("hsdp", 2, 4)),
+        (8, 1, False, ("fsdp", 1, 8)),
+    ],
+)
+def test_auto_chooses_by_what_fits(world, local, fits, expected):
+    assert mesh(TrainingConfig(), world, local, fits) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "local", "expected"),
+    [
+        ({"parallel": "none"}, 1, 1, ("none", 1, 1)),
+        ({"parallel": "ddp"}, 4, 4, ("ddp", 4, 1)),
+        ({"parallel": "ddp"}, 1, 1, ("ddp", 1, 1)),
+        ({"parallel": "fsdp"}, 6, 3, ("fsdp", 1, 6)),
+        ({"parallel": "fsdp"}, 1, 1, ("fsdp", 1, 1)),
+        ({"parallel": "hsdp"}, 8, 4, ("hsdp", 2, 4)),
+        ({"parallel": "hsdp", "dp_shard": 2}, 8, 4, ("hsdp", 4, 2)),
+        ({"parallel": "hsdp", "dp_replicate": 4}, 8, 8, ("hsdp", 4, 2)),
+        ({"parallel": "hsdp", "dp_replicate": 2, "dp_shard": 4}, 8, 8, ("hsdp", 2, 4)),
+        ({"parallel": "hsdp"}, 4, 4, ("fsdp", 1, 4)),
+        ({"parallel": "hsdp", "dp_shard": 1}, 4, 4, ("ddp", 4, 1)),
+        ({"parallel": "hsdp"}, 1, 1, ("ddp", 1, 1)),
+    ],
+)
+def test_configured_modes(settings, world, local, expected):
+    assert mesh(TrainingConfig(**settings), world, local) == expected
+
+
+def test_none_on_several_processes_is_an_error():
+    with pytest.raises(ConfigError, match="parallel: none runs on 1 process, but there are 2"):
+        choose_parallel_dims(TrainingConfig(parallel="none"), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "local", "product"),
+    [
+        ({"dp_replicate": 3, "dp_shard": 4}, 8, 8, "3 x 4 is not the 8 processes there are; possible: 4 x 2, 2 x 4"),
+        ({"dp_shard": 3}, 8, 8, "2 x 3 is not the 8 processes there are; possible: 4 x 2, 2 x 4"),
+        ({}, 6, 4, "1 x 4 is not the 6 processes there are; possible: 3 x 2, 2 x 3"),
+        ({"dp_replicate": 5}, 3, 3, "5 x 0 is not the 3 processes there are; possible: none, use ddp or fsdp"),
+    ],
+)
+def test_a_mesh_that_does_not_cover_the_world_lists_those_that_do(settings, world, local, product):
+    with pytest.raises(ConfigError) as caught:
+        choose_parallel_dims(TrainingConfig(parallel="hsdp", **settings), world, local)
+    assert caught.value.problems == [f"dp_replicate x dp_shard: {product}"]
+
+
+def test_the_mesh_and_its_reason_are_printed():
+    text = str(choose_parallel_dims(TrainingConfig(), 4, 4))
+    assert text.startswith("parallel = ddp: 4 replica(s) x 1 shard(s); chosen because")

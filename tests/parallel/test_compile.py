@@ -1,0 +1,77 @@
+"""Whether torch.compile is used: the same decision on every rank, and a reason where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.multiprocess
+
+
+def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | None, str]]:
+    """On a rank: what `compile` becomes in each case. Only the last rank's compiler reports a problem."""
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.errors import ConfigError
+    from tinytrain_dist.parallel import compile
+
+    context, results = init_distributed("cpu"), []
+    for compiler, settings in cases:
+        compile.why_not_compile = lambda *_, reason=compiler: reason if context.rank else ""  # type: ignore[misc]
+        config = TrainingConfig(vocab_size=1000, micro_batch_size=1, **settings)
+        try:
+            config, text = compile.resolve_compile(config, context)
+            results.append((config.compile, text))
+        except ConfigError as error:
+            results.append((None, str(error)))
+    return results
+
+
+def test_compile_is_decided_for_all_ranks_and_reported() -> None:
+    long, short = {"total_steps": 10**6}, {"total_steps": 10}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("", short),
+        ("", long),
+        ("no g++", long),
+        ("no g++", short),
+        ("no g++", {**long, "reproducible": True}),
+        ("no g++", {**short, "compile": True}),
+        ("", {**short, "compile": True}),
+        ("no g++", {**long, "compile": False}),
+    ]
+    first, second = run_ranks(2, settle_each, cases)
+    assert first == second, "all ranks decide the same"
+    assert [compiled for compiled, _ in first] == [False, True, False, False, None, None, True, False]
+    assert "no g++); continuing without it" in first[2][1]
+    assert "compile: torch.compile does not work on" in first[4][1]
+    assert "set compile = false" in first[5][1]
+    assert first[0][1] == first[3][1] == first[7][1] == ""
+
+
+def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytrain_dist.parallel.compile import why_not_compile
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert why_not_compile(torch.device("cpu")) == "RuntimeError: no compiler"
+
+
+def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinytrain_dist.parallel import compile
+
+    cpu = torch.device("cpu")
+    for without, version, exact, refused in (
+        (True, "2.12.1", True, True),
+        (True, "2.13.0+cpu", True, False),
+        (True, "2.12.1", False, False),
+        (False, "2.12.1", True, False),
+    ):
+        monkeypatch.setattr(compile, "CPU_LACKS_BF16", without)
+        monkeypatch.setattr(torch, "__version__", version)
+        assert ("leaves out roundings" in compile.why_not_compile(cpu, exact)) == refused

@@ -1,0 +1,44 @@
+"""The model of each mode: the same weights, and the units and wrappers that the mode needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+
+
+def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: the wrapper, the number of FSDP units, and all weights."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tests.helpers.training import TINY
+    from tinytrain_dist import gather_full_state_dict
+    from tinytrain_dist.config.schema import TrainingConfig
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
+    from tinytrain_dist.parallel.parallelize import build_model
+
+    context = init_distributed("cpu").with_mesh(ParallelDims(mode, replicate, shard, ""))
+    model = build_model(TrainingConfig(**{**TINY, "vocab_size": 53, **settings}), context)
+    return {
+        "ddp": isinstance(model, DistributedDataParallel),
+        "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
+        "weights": gather_full_state_dict(model),
+    }
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("settings", "units"), [({}, 5), ({"tie_embeddings": True}, 5)], ids=["untied", "tied"])
+def test_every_mode_has_the_same_weights_and_its_own_wrapper(settings: dict[str, Any], units: int) -> None:
+    alone = run_ranks(1, build, "none", 1, 1, settings)[0]
+    assert (alone["ddp"], alone["units"]) == (False, 0)
+    for mode, replicate, shard in (("ddp", 2, 1), ("fsdp", 1, 2), ("hsdp", 2, 2)):
+        for result in run_ranks(replicate * shard, build, mode, replicate, shard, settings):
+            assert result["ddp"] == (mode == "ddp")
+            assert result["units"] == (0 if mode == "ddp" else units)  # embedding, head, two blocks, the rest
+            assert result["weights"].keys() == alone["weights"].keys()
+            assert all(torch.equal(result["weights"][name], value) for name, value in alone["weights"].items()), mode

@@ -1,0 +1,257 @@
+"""Call the private and version-dependent parts of torch, which no other module names.
+
+Each docstring says which torch versions have what. "2.11 to 2.15" means that the test suite passed on 2.11 and 2.15,
+and on 2.13, which `constraints.txt` pins. When a new torch breaks something, the fix belongs here.
+
+Importing this module imports torch and nothing slower: FSDP, the compiler and torchrun are imported where they are
+needed. The operations `torch._foreach_*` are used directly elsewhere: torch's own optimizers are built on them.
+
+Order: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
+from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
+
+if TYPE_CHECKING:  # at run time __getattr__ imports them on first use: importing FSDP takes seconds
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
+
+
+def __getattr__(name: str) -> Any:
+    """Return FSDP's base classes for custom communication, AllGather and ReduceScatter. Versions: 2.11 to 2.15."""
+    if name not in ("AllGather", "ReduceScatter"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch.distributed.fsdp._fully_shard import _fsdp_api
+
+    return getattr(_fsdp_api, name)
+
+
+# ---------------------------------------------------------------- process groups and stores
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Change after how long a collective of an existing group fails.
+
+    Versions: the public torch.distributed.set_timeout (pytorch/pytorch#187387) is not in 2.13; in 2.15 the private
+    _set_pg_timeout warns that it is deprecated.
+    """
+    public = getattr(dist, "set_timeout", None)
+    if public is not None:
+        public(timeout, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def all_gather_into(output: Tensor, input: Tensor | None, group: dist.ProcessGroup | None, async_op: bool) -> Any:
+    """Gather equal inputs into one contiguous output; return a Work handle if `async_op`, else None.
+
+    Versions: all_gather_single since 2.13, all_gather_into_tensor before.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, input, group=group, async_op=async_op)
+
+
+def in_process_store() -> Any:
+    """Return a key-value store for a single process. Versions: HashStore in 2.11 to 2.15, without types."""
+    return dist.HashStore()  # type: ignore[attr-defined]
+
+
+def tcp_store(host: str, port: int, world_size: int, is_server: bool, timeout: timedelta) -> Any:
+    """Connect to the key-value store at host:port, or serve it there. Does not wait for other ranks to connect.
+
+    `multi_tenant`: a second store of this process on the same port shares the first one's server.
+    Versions: TCPStore with multi_tenant in 2.11 to 2.15, without types.
+    Errors: RuntimeError if the port cannot be used or reached.
+    """
+    wait_for_workers = False
+    return dist.TCPStore(host, port, world_size, is_server, timeout, wait_for_workers, multi_tenant=True)  # type: ignore[attr-defined]
+
+
+def prefix_store(prefix: str, store: Any) -> Any:
+    """Return a view of `store` whose keys start with `prefix`. Versions: PrefixStore in 2.11 to 2.15, without types."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def finished_work() -> Any:
+    """Return a boxed Work handle that is done, as c10d operators return it. Versions: FakeWork in 2.11 to 2.15."""
+    from torch._C._distributed_c10d import FakeWork
+
+    return FakeWork().boxed()
+
+
+def init_fake_process_group(world_size: int) -> None:
+    """Initialize torch.distributed as rank 0 of ranks that do not exist; its collectives move nothing.
+
+    Versions: the backend "fake" and FakeStore in 2.11 to 2.15.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
+# ---------------------------------------------------------------- flight recorder
+
+
+def enable_flight_recorder(folder: Path) -> None:
+    """Let torch record the last 2000 collectives, and write them to `folder` when one times out on NCCL.
+
+    Sets environment variables that are not set yet; takes effect on process groups made afterwards.
+    Versions: these variables in 2.11 to 2.15.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "nccl_trace_rank_"))
+
+
+def flight_record() -> bytes:
+    """Return the last collectives of this rank as JSON, for a run that hangs; b"" where torch does not keep them.
+
+    Versions: _dump_nccl_trace_json in builds with NCCL. _dump_fr_trace_json, which records gloo as well, since 2.13.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    include_collectives, only_active = True, False
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        if hasattr(c10d, name):
+            return bytes(getattr(c10d, name)(include_collectives, only_active))
+    return b""
+
+
+# ---------------------------------------------------------------- FSDP
+
+
+def unshard_asynchronously(unit: Any) -> None:
+    """Let an FSDP unit start the gathering of its weights and wait for it only where they are used.
+
+    For units with explicit prefetching; without it the gathering does not overlap with computation.
+    Versions: FSDPModule._set_unshard_async_op in 2.11 to 2.15.
+    """
+    unit._set_unshard_async_op(True)
+
+
+# ---------------------------------------------------------------- compiler
+
+
+def load_compiler() -> None:
+    """Import torch.compile's front end, which takes seconds. Otherwise torch's optimizers import it on first use."""
+    import torch._dynamo.utils  # noqa: F401
+
+
+def compiled_graph_count() -> int:
+    """Return how many graphs torch.compile has made in this process; a step that makes one has waited for it.
+
+    Versions: dynamo's counters in 2.11 to 2.15.
+    """
+    import torch._dynamo.utils
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def keep_graphs_whole_under_ddp() -> None:
+    """Stop torch.compile from cutting graphs at DDP's buckets. Versions: dynamo's optimize_ddp in 2.11 to 2.15."""
+    import torch._dynamo
+
+    torch._dynamo.config.optimize_ddp = False
+
+
+def emulate_eager_rounding() -> None:
+    """Let compiled kernels round to bf16 where eager mode does, also inside a fused kernel.
+
+    Versions: inductor's emulate_precision_casts in 2.11 to 2.15; see `compiler_keeps_bf16_rounding`.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.emulate_precision_casts = True
+
+
+def compiler_keeps_bf16_rounding() -> bool:
+    """Return whether `emulate_eager_rounding` also keeps casts of weights to bf16 and back.
+
+    Versions: since 2.13. Before it, inductor removes such pairs of casts (joint_graph.py, pointless_convert).
+    """
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 13)
+
+
+def fused_attention_ops() -> set[Any]:
+    """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+    }
+
+
+# ---------------------------------------------------------------- simulation and memory
+
+
+def fake_tensor_mode() -> Any:
+    """Return a context whose tensors have shapes but no memory. Versions: FakeTensorMode in 2.11 to 2.15.
+
+    The first call takes a second for the import.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextmanager
+def after_storage_resize(callback: Callable[[Any, int], None]) -> Iterator[None]:
+    """Call `callback(storage, nbytes)` after each UntypedStorage.resize_, by which FSDP frees and allocates weights.
+
+    No dispatch mode sees this method, so it is replaced while the context is open. Versions: 2.11 to 2.15.
+    """
+    original = torch.UntypedStorage.resize_
+
+    def resize_and_report(storage: Any, nbytes: int) -> Any:
+        result = original(storage, nbytes)
+        callback(storage, nbytes)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_and_report  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def start_memory_history(max_entries: int = 100_000) -> None:
+    """Record every allocation on the GPU with its stack. Versions: _record_memory_history in 2.11 to 2.15."""
+    torch.cuda.memory._record_memory_history(max_entries=max_entries)
+
+
+def write_memory_history(path: str) -> None:
+    """Write what `start_memory_history` recorded, for https://pytorch.org/memory_viz, and stop recording.
+
+    Versions: _dump_snapshot in 2.11 to 2.15. Errors: OSError if the file cannot be written; then recording continues.
+    """
+    torch.cuda.memory._dump_snapshot(path)
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Replace the method with which torchrun ends its workers by `make_close(original method)`.
+
+    Both have the signature (context, death_sig, timeout=30); `context.subprocess_handlers` has the workers by local
+    rank. Versions: SubprocessContext._close in 2.11 to 2.15.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]

@@ -1,0 +1,82 @@
+"""What every kind of gradient reduction reads from a model: parameters, local gradients, layers, losses.
+
+Must not know in which order gradients are summed; see `grad_reduction` for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.context import SHARD, DistributedContext
+from tinytrain_dist.distributed.dtensor import local_tensor
+
+
+class GradientView:
+    """The parameters of a wrapped model, and what can be said of their gradients on this rank and on all.
+
+    * `params`: those with a gradient, in the order of the model.
+    * `layers`: the names of their layers, in the same order, each once.
+    * `units`: the modules that FSDP shards, outermost first; none without FSDP.
+    """
+
+    def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
+        self.plan = plan
+        self.context = context
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.units: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        names = [name for name, param in model.named_parameters() if param.requires_grad]
+        layer_of_param = [layer_of(name) for name in names]
+        self.layers = list(dict.fromkeys(layer_of_param))
+        # float64 [layers x params]: 1 where the parameter belongs to the layer, else 0
+        rows = [[float(layer == of_param) for of_param in layer_of_param] for layer in self.layers]
+        self._is_param_in_layer = torch.tensor(rows, dtype=torch.float64, device=context.device)
+        self._device_indices: dict[tuple[int, ...], Tensor] = {}  # see `losses`
+
+    def is_last(self, micro_step: int) -> bool:
+        """Return whether this is the last micro-step of an optimizer step."""
+        return micro_step == self.plan.accumulation_steps - 1
+
+    def local_grads(self) -> list[Tensor]:
+        """Return this rank's part of every gradient, sharing its memory; parameters without one are left out."""
+        return [local_tensor(param.grad) for param in self.params if param.grad is not None]
+
+    def layer_norms(self) -> Tensor:
+        """Return the norms of the whole gradient, then of the weights, by layer: float64 [2 x layers], on every rank.
+
+        A collective of the shards of each replica. Waits for no device.
+        """
+        pairs = (self.local_grads(), [local_tensor(param) for param in self.params])
+        # [2 x params]: squared norms of this rank's parts
+        squares = torch.stack([torch.stack(list(torch._foreach_norm(tensors))).double().square() for tensors in pairs])
+        # [2 x layers]: a parameter's square is added to its layer's
+        sums = squares.detach() @ self._is_param_in_layer.T
+        if self.plan.shard > 1:
+            self.context.all_reduce_sum(sums, SHARD)
+        return sums.sqrt().flatten()
+
+    def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
+        """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
+
+        `indices`: the micro-batches of this rank. `sums`: their losses, scalars on the device. A collective of all
+        ranks; waits for no device. Each value is added to zeros only, which is exact: the same vector comes out on any
+        number of ranks.
+        """
+        key = tuple(indices)
+        if key not in self._device_indices:
+            # kept: copying an index from the host would make every step wait for the device
+            self._device_indices[key] = torch.tensor(key, device=self.context.device)
+        vector = torch.zeros(num_micro_batches, dtype=torch.float64, device=self.context.device)
+        vector.index_copy_(0, self._device_indices[key], torch.stack(list(sums)).double())
+        return self.context.all_reduce_sum(vector) if self.plan.ranks > 1 else vector
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a parameter: layers.0, layers.1, ..., and outside of them the name of its module."""
+    block = re.search(r"layers\.\d+", name)
+    return block[0] if block else name.split(".")[-2]
