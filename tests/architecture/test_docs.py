@@ -1,4 +1,4 @@
-"""Owns that the guides and the README are true: commands, settings, tools and links exist, and the program runs."""
+"""The pages are true: their commands, settings, tools, files and links exist, and the program for own loops runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import AGENT
+from tinytrain_dist import __version__
 from tinytrain_dist.cli.main import VERBS
+from tinytrain_dist.config.environment_variables import VARIABLES
 from tinytrain_dist.config.schema import FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *GUIDES, *DECISIONS]
 OF_OTHERS: dict[str, set[str]] = {  # flags of programs that are not ours
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
@@ -25,6 +29,11 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs that are not ours
 }
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "node-rank"}
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs that are asked what flags they know
+FORMER_OR_OPTIONAL = {"slurm/env.sh", "launch/agent.py", "checkpoint/run_folder.py"}  # named, and not in a checkout
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -33,7 +42,7 @@ def commands_of(text: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-COMMANDS = [(page.name, words) for page in PAGES for words in commands_of(page.read_text(encoding="utf-8"))]
+COMMANDS = [(page_id(page), words) for page in PAGES for words in commands_of(page.read_text(encoding="utf-8"))]
 
 
 def flags_by_help(program: list[str]) -> set[str]:
@@ -60,31 +69,93 @@ def test_commands_name_files_settings_and_tools_that_exist(page: str, words: lis
     elif program in HELP:
         known |= flags_by_help([program])
     for word in words:
-        if re.match(r"(launch|configs|slurm)/", word):
+        if re.match(r"(launch|configs|slurm|benchmarks)/", word):
             assert (ROOT / word).is_file(), f"{page} uses {word}"
+        if word.startswith("tests/"):
+            assert (ROOT / word).exists(), f"{page} uses {word}"
     names = {flag.replace("-", "_") for word in words for flag in re.findall(r"^--([a-z][\w-]*)", word)}
     assert not names - known, f"{page} uses {names - known} with {program}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_and_names_in_the_text_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text):
+        if "://" in target:
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors_of(linked), f"{page.name} links to {target}{anchor}"
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     for name in re.findall(r"`--([a-z-]+)`", prose):
         assert name in OF_LAUNCHERS or name.replace("-", "_") in FIELDS, f"{page.name} names --{name}"
     for verb in re.findall(r"`tinytrain ([a-z]+)", prose):
         assert verb in VERBS, f"{page.name} names tinytrain {verb}"
-    for name in re.findall(r"`([a-z]+/[a-z_.]+\.(?:py|sh|sbatch|toml|md))`", prose):
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_.]+\.(?:py|sh|sbatch|toml|md))`", prose):
         # pages on the code name files of the package, such as config/schema.py
-        found = any((folder / name).exists() for folder in (ROOT, ROOT / "tinytrain_dist"))
-        assert found or name == "slurm/env.sh", f"{page.name} names {name}"
+        known = (ROOT / name).exists() or (ROOT / "tinytrain_dist" / name).exists() or name in FORMER_OR_OPTIONAL
+        assert known, f"{page.name} names {name}"
 
 
-def test_every_guide_is_in_the_list() -> None:
-    listed = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
-    assert listed == {page.name for page in PAGES} - {"README.md"}
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("pages", [GUIDES, DECISIONS], ids=["docs", "docs/decisions"])
+def test_every_page_is_in_the_list_of_its_folder(pages: list[Path]) -> None:
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", (pages[0].parent / "README.md").read_text(encoding="utf-8")))
+    assert listed == {page.name for page in pages} - {"README.md"}
+
+
+@pytest.mark.parametrize("page", [*GUIDES, ROOT / "benchmarks" / "README.md"], ids=page_id)
+def test_a_page_begins_with_what_its_reader_can_do(page: Path) -> None:
+    first = page.read_text(encoding="utf-8").split("\n\n")[1]
+    assert re.match(r"(After this page )?[Yy]ou (can|will find)", first), f"{page.name} begins: {first[:80]}"
+
+
+def test_every_decision_has_its_sections() -> None:
+    for page in DECISIONS:
+        text = page.read_text(encoding="utf-8")
+        if page.name != "README.md":
+            assert text.startswith(f"# {page.name[:3]}: "), page.name
+            assert "\n*Status: " in text, page.name
+            for heading in ("Context", "Choice", "Rejected alternatives"):
+                assert f"\n## {heading}\n" in text, f"{page.name} has no section {heading}"
+
+
+def test_the_glossary_is_short() -> None:
+    rows = re.findall(
+        r"^\| (.+?) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    terms = [term for term, _ in rows[1:]]
+    assert len(terms) == len(set(terms))
+    assert 10 <= len(terms) <= 15, "a reader should not have to learn more terms of our own"
+
+
+def test_every_package_is_on_the_architecture_page() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for package in sorted(path.parent.name for path in (ROOT / "tinytrain_dist").glob("*/__init__.py")):
+        assert f"`{package}/`" in text, f"add {package}/ to the table of packages"
+
+
+def test_every_variable_of_ours_is_in_the_table() -> None:
+    """Tests may make up variables; the list in the code and what package, scripts and CI use must be documented."""
+    files = [path for folder in ("tinytrain_dist", "launch", "slurm", ".ci") for path in (ROOT / folder).rglob("*")]
+    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file() and path.suffix != ".pyc"]
+    used = {name for text in texts for name in re.findall(r"\bTINYTRAIN_[A-Z_]+[A-Z]\b", text)}
+    page = (ROOT / "docs" / "environment_variables.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(TINYTRAIN_\w+)` \|", page, re.MULTILINE))
+    assert used == documented
+    assert not {variable.name for variable in VARIABLES} - set(re.findall(r"`([A-Z_]+)`", page))
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in citation
+    assert f'\nversion = "{__version__}"\n' in project
 
 
 @pytest.mark.multiprocess
