@@ -4,7 +4,7 @@
 
 Each case runs three real steps on 1, 2 or 4 processes (on GPUs: as many as there are) and is measured from outside
 torch: on the CPU all bytes that the process holds from malloc, on a GPU max_memory_allocated. Ranks of fewer GPUs than
-a case needs leave it out. The cases and the way to measure are those of tests/test_plan.py.
+a case needs leave it out. The cases and the way to measure are those of tests/training/test_memory_estimate.py.
 """
 
 from __future__ import annotations
