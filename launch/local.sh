@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this machine: one process per GPU, or several processes on the CPU.
+# Train on this machine: one process per GPU, or several processes on the CPU.
 #
 # Usage: launch/local.sh CONFIG.toml [--nproc N] [--dry-run] [--] [SETTINGS]
 #   for example: launch/local.sh configs/quickstart.toml --nproc 2 --total-steps 100
@@ -8,7 +8,7 @@
 #   --dry-run   print the command and its environment, start nothing
 #   SETTINGS    --name value, as in the configuration; launch/train.py --help lists them
 #
-# Ctrl-C stops the run after the step under way and saves; the same command continues it.
+# Ctrl-C stops the run after the present step and saves; the same command resumes it.
 # Several machines: launch/node.sh. Slurm: launch/submit.py.
 set -euo pipefail
 
@@ -18,14 +18,14 @@ fail() {
     exit 2
 }
 
-[ $# -gt 0 ] || fail "no configuration given; try launch/local.sh configs/quickstart.toml (--help tells more)."
+[ $# -gt 0 ] || fail "no configuration given; try launch/local.sh configs/quickstart.toml (or --help)."
 case $1 in -h | --help) usage && exit 0 ;; esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 config=$1
 shift
 case $config in -*) fail "the first argument must be a configuration file, not $config." ;; esac
-[ -f "$config" ] || fail "there is no file $config; the ones that come along are in configs/."
+[ -f "$config" ] || fail "there is no file $config; examples are in configs/."
 
 nproc='' dry_run='' settings=()
 while [ $# -gt 0 ]; do
@@ -55,9 +55,9 @@ python=$root/.venv/bin/python
 
 gpus=0
 if nvidia-smi -L >/dev/null 2>&1; then
-    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') # knows CUDA_VISIBLE_DEVICES
+    gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())') # respects CUDA_VISIBLE_DEVICES
 fi
-# Not the command nproc: it answers with OMP_NUM_THREADS where that is set.
+# Not the command nproc: it returns OMP_NUM_THREADS where that is set.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')
 
 if [ -z "$nproc" ]; then
@@ -67,7 +67,7 @@ if [ -z "$nproc" ]; then
         while [ $((nproc * 2)) -le "$cores" ] && [ "$nproc" -lt 8 ]; do nproc=$((nproc * 2)); done
     fi
 fi
-case $nproc in '' | 0* | *[!0-9]*) fail "--nproc is '$nproc'; give a whole number from 1 on." ;; esac
+case $nproc in '' | 0* | *[!0-9]*) fail "--nproc is '$nproc'; expected a whole number, at least 1." ;; esac
 
 threads=$((cores / nproc))
 [ "$threads" -ge 1 ] || threads=1

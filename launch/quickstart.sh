@@ -4,7 +4,7 @@
 # Usage: launch/quickstart.sh [SETTINGS]      for example: launch/quickstart.sh --total-steps 100
 #   SETTINGS   passed on to the run, --name value
 #
-# Needs Python 3.11 or newer. Stop it at any time with Ctrl-C: started again, it continues where it was.
+# Needs Python 3.11 or newer. Stop it at any time with Ctrl-C: the same command continues where it stopped.
 set -euo pipefail
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 run=runs/quickstart
 tinytrain=.venv/bin/tinytrain
 step() { printf '\n== [%s/5] %s\n' "$1" "$2"; }
-trap 'printf "\nStopped. Start the same command again: it continues where it was.\n"; exit 130' INT
+trap 'printf "\nStopped. The same command continues where it stopped.\n"; exit 130' INT
 
 step 1 "Environment in .venv: 1 to 3 minutes the first time, then nothing to do"
 launch/setup.sh prep,plot

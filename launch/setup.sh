@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment .venv of this checkout: Python, torch, the package and its extras, in the tested versions.
+# Make the environment .venv of this checkout: Python, torch, the package and its extras, in the tested versions.
 #
 # Usage: launch/setup.sh [EXTRAS]      for example: launch/setup.sh prep,plot
 #   EXTRAS       parts of pyproject.toml's optional dependencies, with commas (default: prep,plot)
@@ -29,11 +29,12 @@ build=${TORCH_BUILD:-auto}
 case $build in
     auto) if nvidia-smi -L >/dev/null 2>&1; then build=gpu; else build=cpu; fi ;;
     cpu | gpu) ;;
-    *) fail "TORCH_BUILD is '$build'; set it to cpu, gpu or auto." ;;
+    *) fail "TORCH_BUILD is '$build'; expected cpu, gpu or auto." ;;
 esac
 
 # ---- nothing to do?
-# One stamp per set of extras. It holds what the environment was made from, the place too: scripts in it name the place.
+# One stamp per set of extras. It is a checksum of everything the environment was made from, also of the path of the
+# checkout, which the scripts in the environment contain.
 stamp=$venv/.tinytrain-$extras
 wanted=$(printf '%s\n' "$root" "$build" "$extras" && cat pyproject.toml constraints.txt)
 if [ -x "$python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(printf '%s' "$wanted" | cksum)" ]; then
@@ -54,7 +55,7 @@ find_python() {
     if [ -n "$without_venv" ]; then
         fail "$without_venv cannot make environments; install its venv module (on Debian: apt-get install python3-venv)."
     fi
-    fail "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python3 launch/setup.sh"
+    fail "no Python 3.11 or newer found; install one, or give its path: PYTHON=/path/to/python3 launch/setup.sh"
 }
 
 moved=
@@ -85,7 +86,7 @@ if [ $right = no ]; then
         say "installing torch $torch_version (about 0.1 GB, a minute)"
         pip_install --no-deps "torch==$torch_version"
     else
-        say "no GPU here: installing the CPU build of torch $torch_version (about 0.2 GB, a minute); TORCH_BUILD=gpu asks for the other"
+        say "no GPU here: installing the CPU build of torch $torch_version (about 0.2 GB, a minute); TORCH_BUILD=gpu installs the GPU build"
         cpu_only="torch==$torch_version+cpu"
         pip_install --no-deps "$cpu_only" 2>/dev/null ||
             pip_install --no-deps "$cpu_only" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
@@ -97,7 +98,7 @@ if [ $right = no ]; then
 fi
 
 # ---- the package
-say "installing tinytrain_dist[$extras] and what it needs (up to 0.2 GB, about a minute)"
+say "installing tinytrain_dist[$extras] and its dependencies (up to 0.2 GB, about a minute)"
 pip_install -c constraints.txt -e ".[$extras]"
 printf '%s' "$wanted" | cksum >"$stamp"
 say "ready: $venv"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs every check of the project, from a fresh clone on: environment, lint, format, types, shell scripts, tests.
+# Run every check of the project, also in a fresh clone: environment, lint, format, types, shell scripts, tests.
 #
 # Usage: launch/test.sh [--fast] [PYTEST ARGUMENTS]      for example: launch/test.sh --fast -k checkpoint
-#   --fast   leaves out the tests marked slow
+#   --fast   skip the tests marked slow
 #
-# All stages run, also after one has failed; the last line says which did, and the exit code is then 1.
+# All stages run, also after one has failed. Then the exit code is 1, and the last line names the failed stages.
 set -euo pipefail
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What a site needs beyond Slurm's own variables. Copy it to slurm/env.sh and keep the lines that your site needs: every
-# job reads that file before anything else, and launch/submit.py takes it along with the code.
+# Settings that a site needs beyond Slurm's own variables. Copy it to slurm/env.sh and keep the lines that your site needs: every
+# job reads that file before anything else, and launch/submit.py copies it with the code.
 
 # Modules: a batch shell starts without what your login shell has loaded.
 # module load cuda/12.8
@@ -17,13 +17,13 @@
 # AWS with EFA: without it NCCL falls back to TCP.
 # export FI_PROVIDER=efa
 
-# One line per communicator: which network NCCL has chosen. The first thing to look at when several nodes are slow.
+# One line per communicator: which network NCCL has chosen. Look at it first when several nodes are slow.
 # export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET
 
-# How often the run may come back by its script (20): a month in slots of a day needs more.
+# How often the job may requeue itself (20): a month in jobs of one day needs more.
 # export MAX_REQUEUES=40
 
-# How often torchrun starts a node's processes anew, in place, after one has died (3); 0 leaves that to requeues.
+# How often torchrun restarts the processes in place after one has died (3; 0: only requeues restart the run).
 # export MAX_RESTARTS=0
 
 # Everything inside a container: apptainer, or pyxis. The checkout and the working folder are mounted; name the others.

@@ -20,7 +20,7 @@ def test_plot_draws_a_run(tinytrain: Cli, run: Path, x: str) -> None:
     assert tinytrain("plot", run, "--x", x) == (0, f"{run / 'loss.png'}\n", "")
     read_picture(run / "loss.png")
     per_step = TINY["batch_size"] * TINY["context_len"] if x == "tokens" else 1
-    curve = plot.Curve(run, "run", x)
+    curve = plot.read_curve(run, "run", x)
     assert curve.x.tolist() == [step * per_step for step in range(1, 7)]
     assert curve.eval_x.tolist() == [3 * per_step, 6 * per_step]
     records = run_folder.read_records(run / "logs" / "metrics.jsonl")
@@ -52,7 +52,7 @@ def test_losses_that_are_not_finite_are_left_out(tinytrain: Cli, run: Path) -> N
     pytest.importorskip("matplotlib")
     path = run / "logs" / "metrics.jsonl"
     path.write_text(re.sub(r'("step": [24],.*?"loss": )[\d.]+', r"\1NaN", path.read_text()) + '{"kind": "tr')
-    assert np.isnan(plot.Curve(run, "run", "steps").loss).sum() >= 2
+    assert np.isnan(plot.read_curve(run, "run", "steps").loss).sum() >= 2
     assert tinytrain("plot", run)[0] == 0
 
 

@@ -17,6 +17,7 @@ from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
+    CONFIG_FILE,
     ENVIRONMENT_FILE,
     Record,
     RunFolder,
@@ -27,13 +28,16 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.utils.text import format_list
 
 SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
-SHOWN = 5  # tensors by name, where many differ
+MAX_SHOWN_TENSORS = 5  # differing tensors that are described
+MAX_SHOWN_RANKS = 4
+Entry = list[Any]  # shape, type ("value" for a plain number), digest
 
 
 def compare(a: PathArgument, b: PathArgument) -> int:
-    """Say where two runs part: the first logged step at which loss or gradient norm differ in any bit.
+    """Find where two runs differ: the first logged step at which loss or gradient norm differ in any bit.
 
     Also compared: the newest checkpoint of a step that both have, config.toml and environment.json. With a checkpoint
     on either side only tensors are compared. Exit code 0: the same; 1: different.
@@ -44,47 +48,74 @@ def compare(a: PathArgument, b: PathArgument) -> int:
     """
     if is_checkpoint(a) or is_checkpoint(b):
         return 1 if _compare_tensors(find_checkpoint(a), find_checkpoint(b)) else 0
-    runs = open_run(a), open_run(b)
-    differ = _compare_records(*runs)
-    common = {checkpoint_step(path): path for path in runs[0].committed()}
-    pairs = [(common[checkpoint_step(path)], path) for path in runs[1].committed() if checkpoint_step(path) in common]
-    if pairs:
-        print(f"checkpoints at step {checkpoint_step(pairs[-1][0])}")
-        differ |= _compare_tensors(*pairs[-1])
-    for name, values in (("config.toml", read_settings), ("environment.json", _environment)):
-        _print_differences(name, values(runs[0].folder), values(runs[1].folder))
+    run_a = open_run(a)
+    run_b = open_run(b)
+    differ = _compare_records(run_a, run_b)
+    checkpoints_a = {checkpoint_step(path): path for path in run_a.committed()}
+    checkpoints_b = {checkpoint_step(path): path for path in run_b.committed()}
+    common_steps = checkpoints_a.keys() & checkpoints_b.keys()
+    if common_steps:
+        step = max(common_steps)
+        print(f"checkpoints at step {step}")
+        differ |= _compare_tensors(checkpoints_a[step], checkpoints_b[step])
+    _print_differences(CONFIG_FILE, read_settings(run_a.folder), read_settings(run_b.folder))
+    _print_differences(ENVIRONMENT_FILE, _read_environment(run_a.folder), _read_environment(run_b.folder))
     print("different" if differ else "the same")
     return 1 if differ else 0
 
 
-def _compare_records(a: RunFolder, b: RunFolder) -> bool:
-    records = read_records(a.records), read_records(b.records)
-    differ, compared = False, 0
+# ---------------------------------------------------------------- records
+
+
+def _compare_records(run_a: RunFolder, run_b: RunFolder) -> bool:
+    """Print the first step at which each series differs; return whether any does."""
+    records_a = read_records(run_a.records)
+    records_b = read_records(run_b.records)
+    differ = False
+    num_compared = 0
     for title, (kind, key) in SERIES.items():
-        one, two = ({r["step"]: float(r[key]) for r in run if r["kind"] == kind and key in r} for run in records)
-        common = sorted(one.keys() & two.keys())
-        compared += len(common)
-        if not common:
-            continue
-        parting = next((step for step in common if repr(one[step]) != repr(two[step])), None)
-        if parting is None:
-            print(f"{title:<14} the same to the bit at {len(common)} steps, {common[0]} to {common[-1]}")
-            continue
-        differ = True
-        print(
-            f"{title:<14} first differs at step {parting}: {one[parting]!r} and {two[parting]!r}, "
-            f"by {abs(one[parting] - two[parting]):.3g}; at the last common step {common[-1]} by "
-            f"{abs(one[common[-1]] - two[common[-1]]):.3g}"
-        )
-    if not compared:
+        values_a = _series(records_a, kind, key)
+        values_b = _series(records_b, kind, key)
+        common_steps = sorted(values_a.keys() & values_b.keys())
+        if common_steps:
+            num_compared += len(common_steps)
+            differ |= _compare_series(title, common_steps, values_a, values_b)
+    if not num_compared:
+        spans = f"{_span(records_a)} and {_span(records_b)}"
         raise TinytrainError(
-            f"{a.records} and {b.records}: no step was logged in both ({_span(records[0])} and {_span(records[1])}); "
+            f"{run_a.records} and {run_b.records}: no step was logged in both ({spans}); "
             "train both with the same log_every"
         )
-    ends = [max(record["step"] for record in run) for run in records]
-    if ends[0] != ends[1]:
-        print(f"{'':<14} the first ends at step {ends[0]}, the second at step {ends[1]}")
+    end_a = max(record["step"] for record in records_a)
+    end_b = max(record["step"] for record in records_b)
+    if end_a != end_b:
+        print(f"{'':<14} the first ends at step {end_a}, the second at step {end_b}")
     return differ
+
+
+def _series(records: list[Record], kind: str, key: str) -> dict[int, float]:
+    """Return the values of a key by step."""
+    return {record["step"]: float(record[key]) for record in records if record["kind"] == kind and key in record}
+
+
+def _compare_series(
+    title: str, common_steps: list[int], values_a: dict[int, float], values_b: dict[int, float]
+) -> bool:
+    """Print the first step at which two series differ in any bit; return whether they do."""
+    first_step, last_step = common_steps[0], common_steps[-1]
+    # repr tells every bit of a float apart, and finds NaN equal to NaN
+    differing = [step for step in common_steps if repr(values_a[step]) != repr(values_b[step])]
+    if not differing:
+        print(f"{title:<14} the same to the bit at {len(common_steps)} steps, {first_step} to {last_step}")
+        return False
+    step = differing[0]
+    a, b = values_a[step], values_b[step]
+    last_difference = abs(values_a[last_step] - values_b[last_step])
+    print(
+        f"{title:<14} first differs at step {step}: {a!r} and {b!r}, by {abs(a - b):.3g}; "
+        f"at the last common step {last_step} by {last_difference:.3g}"
+    )
+    return True
 
 
 def _span(records: list[Record]) -> str:
@@ -92,61 +123,87 @@ def _span(records: list[Record]) -> str:
     return f"steps {min(steps)} to {max(steps)}" if steps else "nothing logged"
 
 
-def _compare_tensors(a: Path, b: Path) -> bool:
-    """Print which tensors of two checkpoints are not the same, with the largest difference; whether there are any."""
-    entries, differ = (tensor_entries(a), tensor_entries(b)), False
-    for kind in (kind for kind in TITLE_OF_KIND if kind in entries[0] or kind in entries[1]):
-        one, two = (found.get(kind, {}) for found in entries)
-        names = [name for name in {**one, **two} if one.get(name) != two.get(name)]
-        if not names:
-            print(f"{TITLE_OF_KIND[kind]:<14} the same to the bit, {len(one)} tensors, {state_digest(one)[:16]}")
+# ---------------------------------------------------------------- tensors
+
+
+def _compare_tensors(checkpoint_a: Path, checkpoint_b: Path) -> bool:
+    """Print which tensors of two checkpoints differ, with the largest difference; return whether any do."""
+    entries_a = tensor_entries(checkpoint_a)
+    entries_b = tensor_entries(checkpoint_b)
+    differ = False
+    for kind, title in TITLE_OF_KIND.items():
+        if kind not in entries_a and kind not in entries_b:
+            continue
+        of_a = entries_a.get(kind, {})
+        of_b = entries_b.get(kind, {})
+        names = list(of_a | of_b)
+        differing = [name for name in names if of_a.get(name) != of_b.get(name)]
+        if not differing:
+            print(f"{title:<14} the same to the bit, {len(names)} tensors, {state_digest(of_a)[:16]}")
             continue
         differ = True
-        print(f"{TITLE_OF_KIND[kind]:<14} {len(names)} of {len({**one, **two})} tensors differ")
-        for name in names[:SHOWN]:
-            print(f"  {name}: {_tensor_difference(a, b, kind, name, one.get(name), two.get(name))}")
-        if len(names) > SHOWN:
-            print(f"  and {len(names) - SHOWN} more")
+        print(f"{title:<14} {len(differing)} of {len(names)} tensors differ")
+        for name in differing[:MAX_SHOWN_TENSORS]:
+            pair = of_a.get(name), of_b.get(name)
+            print(f"  {name}: {_describe_difference(checkpoint_a, checkpoint_b, kind, name, *pair)}")
+        if len(differing) > MAX_SHOWN_TENSORS:
+            print(f"  and {len(differing) - MAX_SHOWN_TENSORS} more")
     return differ
 
 
-def _tensor_difference(a: Path, b: Path, kind: str, name: str, one: Any, two: Any) -> str:
-    if one is None or two is None:
-        return f"only in {b if one is None else a}"
-    if one[:2] != two[:2] or one[1] == "value":
-        return " and ".join(f"{entry[2]}" if entry[1] == "value" else f"{entry[1]} {entry[0]}" for entry in (one, two))
-    x, y = (TensorReader(path, kind).read(name).double() for path in (a, b))
-    return f"largest difference {(x - y).abs().max().item():.3g}, largest value {x.abs().max().item():.3g}"
+def _describe_difference(
+    checkpoint_a: Path, checkpoint_b: Path, kind: str, name: str, entry_a: Entry | None, entry_b: Entry | None
+) -> str:
+    if entry_a is None or entry_b is None:
+        return f"only in {checkpoint_b if entry_a is None else checkpoint_a}"
+    shape_a, type_a, _ = entry_a
+    shape_b, type_b, _ = entry_b
+    if (shape_a, type_a) != (shape_b, type_b) or type_a == "value":
+        return f"{_describe_entry(entry_a)} and {_describe_entry(entry_b)}"
+    tensor_a = TensorReader(checkpoint_a, kind).read(name).double()
+    tensor_b = TensorReader(checkpoint_b, kind).read(name).double()
+    largest_difference = (tensor_a - tensor_b).abs().max().item()
+    return f"largest difference {largest_difference:.3g}, largest value {tensor_a.abs().max().item():.3g}"
 
 
-def _environment(folder: Path) -> dict[str, Any]:
-    """environment.json with nested names joined, and the ranks as one line."""
+def _describe_entry(entry: Entry) -> str:
+    shape, type_name, content = entry
+    return str(content) if type_name == "value" else f"{type_name} {shape}"
+
+
+# ---------------------------------------------------------------- settings and machines
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """Return environment.json with nested names joined by dots, and all ranks as one text; {} if it is missing."""
     try:
-        found = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        environment = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    ranks = found.pop("ranks", [])
-    places = [f"{rank.get('device')} of {rank.get('host')}" for rank in ranks]
-    return {"ranks": f"{len(ranks)}: {', '.join(places[:4])}{', ...' if places[4:] else ''}", **dict(_flat(found))}
+    ranks = environment.pop("ranks", [])
+    devices = [f"{rank.get('device')} of {rank.get('host')}" for rank in ranks]
+    return {"ranks": f"{len(ranks)}: {format_list(devices, MAX_SHOWN_RANKS)}", **dict(_flatten(environment))}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _print_differences(name: str, a: dict[str, Any], b: dict[str, Any]) -> None:
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key) and key != "target_dir"]
-    print(
-        f"{name:<14} " + ("the same" if not keys else f"{len(keys)} differ") + ("" if a and b else ", one is missing")
-    )
-    for key in keys if a and b else []:
-        print(f"  {key}: {a.get(key, 'not set')} and {b.get(key, 'not set')}")
+def _print_differences(name: str, values_a: dict[str, Any], values_b: dict[str, Any]) -> None:
+    """Print the keys of two dictionaries that differ; the runs' folders always do."""
+    keys = [key for key in values_a | values_b if values_a.get(key) != values_b.get(key) and key != "target_dir"]
+    result = f"{len(keys)} differ" if keys else "the same"
+    one_is_missing = not values_a or not values_b
+    print(f"{name:<14} {result}" + (", one is missing" if one_is_missing else ""))
+    if not one_is_missing:
+        for key in keys:
+            print(f"  {key}: {values_a.get(key, 'not set')} and {values_b.get(key, 'not set')}")
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain compare`."""
+    """Run `tinytrain compare`."""
     return tyro.cli(compare, prog="tinytrain compare", args=args)

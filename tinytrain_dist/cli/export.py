@@ -25,13 +25,8 @@ from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-# float32 sums in another order; measured 1e-6 on logits of size 1
-TOLERANCE = 1e-3
-
-
-def main(args: list[str]) -> int:
-    """`tinytrain export`."""
-    return tyro.cli(export, prog="tinytrain export", args=args)
+TOLERANCE = 1e-3  # relative to the largest logit; sums in another order differ by 1e-6 (measured on logits of size 1)
+CHECK_TOKENS = 32  # of the prompt on which logits are compared
 
 
 def export(
@@ -59,26 +54,27 @@ def export(
             f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained"
         )
     target: torch.dtype = getattr(torch, dtype)
-    said = write_folder(source, out, target, check)
-    count = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: the weights of {source} (step {step}) as {dtype}, {count / 1e6:,.1f} MB")
-    print(said)
+    check_result = write_folder(source, out, target, check)
+    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: the weights of {source} (step {step}) as {dtype}, {num_bytes / 1e6:,.1f} MB")
+    print(check_result)
     return 0
 
 
 def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
-    """Write `out` beside its final name, check it, and rename it; a sentence that says how it was checked.
+    """Write `out` beside its final name, check it, and rename it; return a sentence on how it was checked.
 
     Each tensor is compared with the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
     saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
     """
-    saved, reader = read_manifest(source), TensorReader(source, "model")
-    noted = saved.tensors["model"]
+    manifest = read_manifest(source)
+    saved_tensors = manifest.tensors["model"]
+    reader = TensorReader(source, "model")
     description = _description(source, dtype)
 
     def fetch(spec: TensorSpec) -> Tensor:
         value = reader.read(spec.name)
-        if tensor_digest(value, saved.hashed) != noted[spec.name][saved.hashed]:
+        if tensor_digest(value, manifest.hashed) != saved_tensors[spec.name][manifest.hashed]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
         cast = value.to(dtype)
         if not bool(cast.isfinite().all()):
@@ -88,19 +84,20 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             )
         return cast.contiguous()
 
-    aside, manifest = out.with_name(f"{out.name}.{os.getpid()}.tmp"), Manifest()
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    new_manifest = Manifest()
     try:
         aside.mkdir(parents=True)
-        specs = [TensorSpec(name, tuple(entry["shape"]), dtype) for name, entry in noted.items()]
-        write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, manifest)
-        write_index(aside, "model", specs, MAX_FILE_BYTES, manifest)
-        write_json_file(aside, "config.json", description, manifest)
+        specs = [TensorSpec(name, tuple(entry["shape"]), dtype) for name, entry in saved_tensors.items()]
+        write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, new_manifest)
+        write_index(aside, "model", specs, MAX_FILE_BYTES, new_manifest)
+        write_json_file(aside, "config.json", description, new_manifest)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                write_file(aside, name, (source / name).read_bytes(), manifest)
-        said = check_with_transformers(source, aside, dtype) if check else "not checked, as asked"
-        commit_folder(aside, out, manifest)
-        return said
+                write_file(aside, name, (source / name).read_bytes(), new_manifest)
+        check_result = check_with_transformers(source, aside, dtype) if check else "not checked, as asked"
+        commit_folder(aside, out, new_manifest)
+        return check_result
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error}); give another place") from None
     finally:
@@ -108,18 +105,18 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
 
 
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the type of the weights; both spellings, as transformers before 4.56 knows only the second."""
+    """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        found: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
         ) from None
-    return {**found, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
+    return {**config, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
 
 
 def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> str:
-    """Hold the logits of `folder` in transformers against ours, both in float32; a sentence with the difference.
+    """Compare the logits of `folder` in transformers with ours, both in float32; return a sentence with the difference.
 
     Errors: CheckpointError if transformers cannot load it, or if they differ by more than rounding explains.
     """
@@ -127,36 +124,44 @@ def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> s
         import transformers
     except ModuleNotFoundError:
         return "not checked against transformers, which is not installed: pip install 'tinytrain_dist[hf]'"
-    quiet: Any = transformers.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    ours = load_model(source, torch.device("cpu"))
-    vocab_size = ours.config.vocab_size or 1
-    prompt = torch.arange(min(32, ours.config.context_len))[None] * 997 % vocab_size
-    exact = ours(prompt)
-    for parameter in ours.parameters():
+    transformers_logging: Any = transformers.logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model = load_model(source, torch.device("cpu"))
+    vocab_size = model.config.vocab_size or 1
+    prompt = torch.arange(min(CHECK_TOKENS, model.config.context_len))[None] * 997 % vocab_size
+    exact_logits = model(prompt)
+    for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
-    rounded = ours(prompt)
-    del ours  # one model in memory at a time
+    rounded_logits = model(prompt)
+    del model  # one model in memory at a time
     name = f"transformers {transformers.__version__}"
     try:
         with torch.no_grad():
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(prompt).logits
+            other_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            other_logits = other_model(prompt).logits
     except Exception as error:  # whatever it raises, the folder is of no use
         raise CheckpointError(
             f"{source}: {name} cannot load its export ({error}); --no-check exports anyway"
         ) from error
-    difference = (theirs - rounded).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, rounded.abs().max().item()):
+    difference = (other_logits - rounded_logits).abs().max().item()
+    largest = max(1.0, rounded_logits.abs().max().item())
+    if not difference <= TOLERANCE * largest:  # also for NaN
         raise CheckpointError(
             f"{source}: {name} computes other logits than we do, by up to {difference:.3g}, so nothing is exported; "
             "compare its config.json with the settings of the run, or add --no-check"
         )
-    said = f"checked: {name} gives our logits, largest difference {difference:.2g}"
+    result = f"checked: {name} gives our logits, largest difference {difference:.2g}"
     if dtype != torch.float32:
-        said += f"; rounding to {_name(dtype)} moved them by {(exact - rounded).abs().max().item():.2g}"
-    return said
+        moved = (exact_logits - rounded_logits).abs().max().item()
+        result += f"; rounding to {_name(dtype)} moved them by {moved:.2g}"
+    return result
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def main(args: list[str]) -> int:
+    """Run `tinytrain export`."""
+    return tyro.cli(export, prog="tinytrain export", args=args)

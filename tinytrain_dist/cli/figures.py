@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 Numbers = NDArray[np.float64]
-# Okabe & Ito: told apart with any colour vision, and in print
+# Okabe and Ito, "Color Universal Design": different with any colour vision, and in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-INK, FAINT = "#333333", "#DDDDDD"
+INK = "#333333"
+FAINT = "#DDDDDD"
 
 
 def new_figure(**options: Any) -> tuple[Any, Any]:
@@ -25,7 +26,7 @@ def new_figure(**options: Any) -> tuple[Any, Any]:
     except ModuleNotFoundError:
         raise TinytrainError(
             "matplotlib: is not installed, and a picture needs it; pip install 'tinytrain_dist[plot]' "
-            "(`tinytrain schedule` without --out draws with letters)"
+            "(`tinytrain schedule` without --out draws with characters)"
         ) from None
     figure = Figure(figsize=(8, 5), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -41,7 +42,10 @@ def new_figure(**options: Any) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, out: Path) -> None:
-    """Write the picture and print its path. Errors: ConfigError for another ending; TinytrainError from the disk."""
+    """Write the picture and print its path.
+
+    Errors: ConfigError for a name with another ending; TinytrainError if it cannot be written.
+    """
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: {out} is not a picture's name; it must end in .png, .svg or .pdf", "the settings")
     try:

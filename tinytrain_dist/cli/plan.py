@@ -23,7 +23,15 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
-from tinytrain_dist.training.forecast import Cluster, Forecast, forecast, format_gib, other_modes, suggest_change
+from tinytrain_dist.training.forecast import (
+    Cluster,
+    Forecast,
+    forecast,
+    format_gib,
+    other_modes,
+    peak_flops,
+    suggest_change,
+)
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
 
 OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
@@ -33,141 +41,174 @@ OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
   --device NAME          h100 (default), h200, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, cpu (this machine)
   --network GBIT         what a node can send to others, in Gbit/s (default: see metrics/device_specs.py)
 
-Exit code: 0 if the run fits, 1 if not, 2 if it cannot be run. Settings:
+Exit code: 0 if the run fits, 1 if it does not, 2 if it cannot be run. Settings:
 """
+SECONDS_PER_DAY = 86_400
+MIN_SHOWN_BYTES = 2**20  # kinds of memory that take less have no line of their own
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain plan`: print the plan; 0 if it fits, else 1. Errors: ConfigError as a run would raise it."""
-    options, rest = _take_own_options(args)
-    if {"-h", "--help"} & set(rest):
+    """Print the plan; return 0 if it fits, else 1. Errors: ConfigError as a run would raise it."""
+    options, settings = _split_options(args)
+    if {"-h", "--help"} & set(settings):
         print(OPTIONS)
-    config = parse_command_line(rest, prog="tinytrain plan")
+    config = parse_command_line(settings, prog="tinytrain plan")
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
-    nodes, per_node = _whole(options, "--nodes"), _whole(options, "--devices-per-node")
+    nodes = _positive_integer(options, "--nodes")
+    per_node = _positive_integer(options, "--devices-per-node")
     device = find_device_spec(options.get("--device", "h100"), per_node, config.precision)
     if "--network" in options:
-        device = replace(device, network=_whole(options, "--network") * 1e9 / 8)
-    world = Cluster(nodes, per_node, device)
-    choose_parallel_dims(config, nodes * per_node, per_node)  # say what is wrong before anything is printed
-    context = fake_backend.fake_context(nodes * per_node, per_node)
+        device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
+    cluster = Cluster(nodes, per_node, device)
+    choose_parallel_dims(config, cluster.num_devices, per_node)  # raises what is wrong before anything is printed
+    context = fake_backend.fake_context(cluster.num_devices, per_node)
     try:
-        return _report(config, context, world, rest[0] if rest else "the settings")
+        return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
     finally:
         shutdown()
 
 
-def _take_own_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
+def _split_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
     """Split the arguments into the options of `plan` and those of the configuration."""
-    own = {"--nodes", "--devices-per-node", "--device", "--network"}
+    names = {"--nodes", "--devices-per-node", "--device", "--network"}
     options: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = iter(args)
-    for word in waiting:
+    settings: list[str] = []
+    remaining = iter(args)
+    for word in remaining:
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
-        if flag in own:
-            options[flag] = value if equals else next(waiting, "")
+        if flag in names:
+            options[flag] = value if equals else next(remaining, "")
         else:
-            rest.append(word)
-    return options, rest
+            settings.append(word)
+    return options, settings
 
 
-def _whole(options: dict[str, str], name: str) -> int:
+def _positive_integer(options: dict[str, str], name: str) -> int:
     text = options.get(name, "1")
     if not (text.isdecimal() and int(text) >= 1):
         raise ConfigError(f"{name}: {text!r} must be a whole number, at least 1", "the settings of plan")
     return int(text)
 
 
-def _report(config: TrainingConfig, context: DistributedContext, world: Cluster, source: str) -> int:
+def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cluster, source: str) -> int:
     with torch.device("meta"):
         model = TransformerLM(config)
-    flops = model.flops_per_token()
-    now = forecast(config, context, world, flops)
-    device = world.device
-    print(f"{source} on {world.nodes} node(s) x {world.per_node} {device.name} ({format_gib(device.memory)} each)\n")
+    flops_per_token = model.flops_per_token()
+    now = forecast(config, context, cluster, flops_per_token)
+    device = cluster.device
+    print(
+        f"{source} on {cluster.nodes} node(s) x {cluster.per_node} {device.name} ({format_gib(device.memory)} each)\n"
+    )
     print(f"{now.parallel_dims}\n{now.plan}\n{_parameters(model)}\n")
-    print(_memory(now, world))
-    known = {now.parallel_dims.mode: now}
-    others = []
-    for changed in other_modes(config, world):
-        if changed.parallel not in known:
-            others.append(forecast(changed, context, world, flops))
-    verdict = "it fits" if now.fits else suggest_change(now, others, context, world, flops)
-    print(f"\n{'FITS' if now.fits else 'DOES NOT FIT'}: {verdict}\n")
-    print(_speed(now, world, flops))
+    print(_memory(now, cluster))
+    others = [
+        forecast(changed, context, cluster, flops_per_token)
+        for changed in other_modes(config, cluster)
+        if changed.parallel != now.parallel_dims.mode
+    ]
+    if now.fits:
+        print("\nFITS: it fits\n")
+    else:
+        print(f"\nDOES NOT FIT: {suggest_change(now, others, context, cluster, flops_per_token)}\n")
+    print(_speed(now, cluster, flops_per_token))
     print(_disk(config, model))
-    print(_side_by_side([now, *others], world))
+    print(_mode_table([now, *others], cluster))
     return 0 if now.fits else 1
 
 
 def _parameters(model: nn.Module) -> str:
-    inner: Any = model
-    count = sum(param.numel() for param in model.parameters())
-    block = sum(param.numel() for param in inner.model.layers[0].parameters())
-    table = inner.model.embed_tokens.weight.numel()
-    head = "tied with the embedding" if inner.config.tie_embeddings else f"{inner.lm_head.weight.numel():,}"
-    return f"parameters {count:,} = {len(inner.model.layers)} blocks x {block:,} + embedding {table:,} + head ({head})"
+    transformer: Any = model
+    total = sum(param.numel() for param in model.parameters())
+    blocks = transformer.model.layers
+    per_block = sum(param.numel() for param in blocks[0].parameters())
+    embedding = transformer.model.embed_tokens.weight.numel()
+    head = f"{transformer.lm_head.weight.numel():,}"
+    if transformer.config.tie_embeddings:
+        head = "tied with the embedding"
+    return f"parameters {total:,} = {len(blocks)} blocks x {per_block:,} + embedding {embedding:,} + head ({head})"
 
 
-def _memory(now: Forecast, world: Cluster) -> str:
-    device, found = world.device, now.estimate
-    kept = (1 - USABLE_MEMORY) * device.memory
-    total = found.nbytes + device.context + kept
-    held = found.stages[found.peak]
-    rows = [
-        memory_row(MEMORY_KINDS[kind], held[kind]) for kind in MEMORY_KINDS if held[kind] >= 2**20 or kind == "weights"
-    ]
-    rows += [memory_row("all tensors", found.nbytes), memory_row("CUDA context, NCCL, libraries", device.context)]
-    rows += [memory_row("kept free (fragments)", kept), memory_row("needed", total)]
-    rows += [memory_row("there is", device.memory)]
+def _memory(now: Forecast, cluster: Cluster) -> str:
+    """Format what one rank holds at its peak, one kind per line, and what the device has."""
+    device = cluster.device
+    estimate = now.estimate
+    unusable = (1 - USABLE_MEMORY) * device.memory
+    held = estimate.stages[estimate.peak]
+    shown = [kind for kind in MEMORY_KINDS if held[kind] >= MIN_SHOWN_BYTES or kind == "weights"]
     note = "; compiled blocks hold less, this is the bound" if now.config.compile else ""
-    return "\n".join([f"memory of one rank at its peak ({found.peak}){note}:", *rows])
-
-
-def _speed(now: Forecast, world: Cluster, flops: float) -> str:
-    device, plan, total = world.device, now.plan, now.config.total_steps
-    peak = device.bf16_flops if now.config.precision == "bf16" else device.fp32_flops
-    per_day = 86_400 / now.seconds * plan.tokens_per_step
-    share = f"{device.reached:.0%} of {peak / 1e12:.3g} TFLOP/s"
     return "\n".join(
         [
-            f"a step sends {_gb(now.inside)} from each rank to its node and {_gb(now.across)} from each node to others",
-            f"a step takes at least {_seconds(now.compute_seconds)} of computing ({share}, {flops:.3g} per token), "
-            f"{_seconds(now.inside_seconds)} and {_seconds(now.across_seconds)} of sending",
-            f"at best {_seconds(now.seconds)} a step = {plan.tokens_per_step / now.seconds:,.0f} tokens/s, "
-            f"{per_day:.3g} tokens a day; {total:,} steps = {total * plan.tokens_per_step:.3g} tokens in "
-            f"{total * now.seconds / 86_400:.3g} days",
+            f"memory of one rank at its peak ({estimate.peak}){note}:",
+            *(memory_row(MEMORY_KINDS[kind], held[kind]) for kind in shown),
+            memory_row("all tensors", estimate.nbytes),
+            memory_row("CUDA context, NCCL, libraries", device.context),
+            memory_row("kept free (fragments)", unusable),
+            memory_row("needed", estimate.nbytes + device.context + unusable),
+            memory_row("available", device.memory),
+        ]
+    )
+
+
+def _speed(now: Forecast, cluster: Cluster, flops_per_token: float) -> str:
+    """Format what a step sends, how long it takes at best, and how long the run takes then."""
+    device = cluster.device
+    num_steps = now.config.total_steps
+    tokens_per_step = now.plan.tokens_per_step
+    peak = peak_flops(now.config, device)
+    reached = f"{device.reached:.0%} of {peak / 1e12:.3g} TFLOP/s"
+    tokens_per_day = SECONDS_PER_DAY / now.seconds * tokens_per_step
+    days = num_steps * now.seconds / SECONDS_PER_DAY
+    return "\n".join(
+        [
+            f"a step sends {_gb(now.inside_bytes)} from each rank to its node and {_gb(now.across_bytes)} from each "
+            "node to others",
+            f"a step takes at least {_seconds(now.compute_seconds)} of computing ({reached}, {flops_per_token:.3g} per "
+            f"token), {_seconds(now.inside_seconds)} and {_seconds(now.across_seconds)} of sending",
+            f"at best {_seconds(now.seconds)} a step = {tokens_per_step / now.seconds:,.0f} tokens/s, "
+            f"{tokens_per_day:.3g} tokens a day; {num_steps:,} steps = {num_steps * tokens_per_step:.3g} tokens in "
+            f"{days:.3g} days",
         ]
     )
 
 
 def _disk(config: TrainingConfig, model: nn.Module) -> str:
+    """Format the size of a checkpoint, and of all checkpoints that are kept at the same time."""
     optimizer = AdamW(weight_decay_groups(model, config.weight_decay))
     optimizer.materialize()
     shards, _ = collect_shards(model, optimizer, config.max_shard_bytes)
-    specs = [[TensorSpec(p.name, p.shape, p.dtype) for p in parts] for parts in shards.values()]
-    size = sum(spec.nbytes for kind in specs for spec in kind)
-    files = sum(len(split_into_files(kind, config.max_shard_bytes)) for kind in specs)
-    saves = math.ceil(config.total_steps / config.ckpt_every)
-    for_ever = config.total_steps // config.keep_every if config.keep_every else 0
-    kept = min(saves, config.keep_last + 1 + for_ever)
-    kinds = f"keep_last {config.keep_last} + 1 being written" + (f" + {for_ever} for ever" if for_ever else "")
-    one = f"a checkpoint is {_gb(size)} in {files} tensor file(s)"
-    return f"{one}; at most {kept} ({kinds}) = {_gb(kept * size)} of disk\n"
+    specs_by_kind = [
+        [TensorSpec(shard.name, shard.shape, shard.dtype) for shard in shards_of_kind]
+        for shards_of_kind in shards.values()
+    ]
+    checkpoint_bytes = sum(spec.nbytes for specs in specs_by_kind for spec in specs)
+    num_files = sum(len(split_into_files(specs, config.max_shard_bytes)) for specs in specs_by_kind)
+    num_saves = math.ceil(config.total_steps / config.ckpt_every)
+    num_permanent = config.total_steps // config.keep_every if config.keep_every else 0
+    num_kept = min(num_saves, config.keep_last + 1 + num_permanent)
+    kept = f"keep_last {config.keep_last} + 1 being written"
+    if num_permanent:
+        kept += f" + {num_permanent} permanent (keep_every)"
+    return (
+        f"a checkpoint is {_gb(checkpoint_bytes)} in {num_files} tensor file(s); "
+        f"at most {num_kept} ({kept}) = {_gb(num_kept * checkpoint_bytes)} of disk\n"
+    )
 
 
-def _side_by_side(found: list[Forecast], world: Cluster) -> str:
-    rows = [f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"]
-    for each in found:
-        name = f"{each.parallel_dims.mode} {each.parallel_dims.replicate} x {each.parallel_dims.shard}"
-        rows.append(
-            f"  {name + (' (this run)' if each is found[0] else ''):<22}{format_gib(each.estimate.nbytes):>12}"
-            f"{'yes' if each.fits else 'no':>6}{_gb(each.inside):>14}{_gb(each.across):>14}{_seconds(each.seconds):>15}"
-        )
-    return "\n".join([f"modes on {world.nodes * world.per_node} device(s), per rank and step:", *rows])
+def _mode_table(forecasts: list[Forecast], cluster: Cluster) -> str:
+    """Format a row for each mode; the first forecast is this run."""
+    lines = [
+        f"modes on {cluster.num_devices} device(s), per rank and step:",
+        f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}",
+    ]
+    for each in forecasts:
+        dims = each.parallel_dims
+        name = f"{dims.mode} {dims.replicate} x {dims.shard}" + (" (this run)" if each is forecasts[0] else "")
+        fits = "yes" if each.fits else "no"
+        sent = f"{_gb(each.inside_bytes):>14}{_gb(each.across_bytes):>14}"
+        lines.append(f"  {name:<22}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}")
+    return "\n".join(lines)
 
 
 def _gb(nbytes: float) -> str:

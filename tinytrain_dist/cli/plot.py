@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import numpy as np
 import tyro
 
 from tinytrain_dist.cli.figures import COLOURS, INK, Numbers, new_figure, save_figure
+from tinytrain_dist.config.run_folder import open_run, read_records
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 
@@ -32,8 +35,14 @@ def plot(
     if not runs:
         raise ConfigError("runs: none is given; name at least one (its target_dir)", "the settings of plot")
     if out is None and (len(runs) > 1 or runs[0].is_file()):
-        raise ConfigError(f"out: not set for {len(runs)} record(s); say --out FILE.png", "the settings of plot")
-    curves = [Curve(run, name, x) for run, name in zip(runs, _names(runs), strict=True)]
+        raise ConfigError(f"out: not set for {len(runs)} record(s); add --out FILE.png", "the settings of plot")
+    curves = [read_curve(run, name, x) for run, name in zip(runs, _names(runs), strict=True)]
+    draw_curves(curves, x, out or runs[0] / "loss.png")
+    return 0
+
+
+def draw_curves(curves: list[Curve], x: str, out: Path) -> None:
+    """Draw losses above learning rates. Errors: TinytrainError without matplotlib, or if `out` cannot be written."""
     figure, (top, bottom) = new_figure(nrows=2, sharex=True, height_ratios=(4, 1))
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
@@ -49,12 +58,11 @@ def plot(
     bottom.set_xlabel(x, color=INK)
     top.legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.align_ylabels()
-    save_figure(figure, out or runs[0] / "loss.png")
-    return 0
+    save_figure(figure, out)
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Folder names, with as much of their parents as tells them apart."""
+    """Return folder names, with as much of their parents as makes them different."""
     paths = [path.resolve().parts for path in runs]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -63,28 +71,21 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
 class Curve:
-    """What one run recorded, as arrays over steps or tokens."""
+    """What one run recorded, as arrays of equal length over steps or tokens; evaluations have arrays of their own."""
 
-    def __init__(self, place: Path, name: str, x: str) -> None:
-        """Errors: TinytrainError if there is no record, or no logged step in it."""
-        from tinytrain_dist.config.run_folder import (
-            open_run,
-            read_records,  # imports torch, which `schedule` spares
-        )
+    name: str
+    x: Numbers
+    loss: Numbers
+    lr: Numbers
+    eval_x: Numbers
+    eval_loss: Numbers
 
-        path = place if place.is_file() else open_run(place).records
-        records = read_records(path)
-        train = [record for record in records if record["kind"] == "train"]
-        evals = [record for record in records if record["kind"] == "eval"]
-        if not train:
-            raise TinytrainError(f"{path}: has no logged step yet; wait for the first (log_every)")
-        scale = train[-1]["tokens"] / train[-1]["step"] if x == "tokens" else 1.0
-        self.name = name
-        self.x, self.loss, self.lr = (_column(train, key) for key in ("step", "loss", "lr"))
-        self.eval_x, self.eval_loss = (_column(evals, key) for key in ("step", "loss"))
-        self.x, self.eval_x = self.x * scale, self.eval_x * scale
-        self.smooth = smoothed(self.loss)
+    @cached_property
+    def smooth(self) -> Numbers:
+        """The smoothed loss."""
+        return smoothed(self.loss)
 
     def label(self) -> str:
         """Return the legend: the name, and where the curves end."""
@@ -92,40 +93,67 @@ class Curve:
         return text + (f", eval {self.eval_loss[-1]:.3f} (dots)" if len(self.eval_loss) else "")
 
 
+def read_curve(place: Path, name: str, x: str) -> Curve:
+    """Read the records of a run, or of a file of records. x: "steps" or "tokens".
+
+    Errors: TinytrainError if there is no record, or no logged step in it.
+    """
+    path = place if place.is_file() else open_run(place).records
+    records = read_records(path)
+    train = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if not train:
+        raise TinytrainError(f"{path}: has no logged step yet; wait for the first (log_every)")
+    x_per_step = train[-1]["tokens"] / train[-1]["step"] if x == "tokens" else 1.0
+    return Curve(
+        name=name,
+        x=_column(train, "step") * x_per_step,
+        loss=_column(train, "loss"),
+        lr=_column(train, "lr"),
+        eval_x=_column(evaluations, "step") * x_per_step,
+        eval_loss=_column(evaluations, "loss"),
+    )
+
+
 def _column(records: list[dict[str, Any]], key: str) -> Numbers:
     return np.array([float(record.get(key, math.nan)) for record in records])
 
 
 def smoothed(values: Numbers) -> Numbers:
-    """Mean over a window of 8 % of the points around each; values that are not finite do not count.
+    """Return the mean over a window of 8 % of the points around each; values that are not finite do not count.
 
-    Centred, so that it does not lag. At the start, where the loss falls steeply, the window shrinks on both sides; at
-    the end only the side that is missing, so that the last mean is not one noisy value.
+    The window is centred, so that the curve does not lag. At the start, where the loss falls steeply, it shrinks on
+    both sides. At the end only the missing side is cut, so that the last mean is not one noisy value.
     """
-    half, index = len(values) // 25, np.arange(len(values))
-    low = index - np.minimum(index, half)
-    high = np.minimum(index + np.minimum(index, half), len(values) - 1) + 1
-    good = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    counts = np.concatenate([[0.0], np.cumsum(good)])
-    seen = counts[high] - counts[low]
-    means: Numbers = (sums[high] - sums[low]) / np.where(seen > 0, seen, np.nan)
+    half_width = len(values) // 25
+    index = np.arange(len(values))
+    left = np.minimum(index, half_width)  # also the width to the right
+    low = index - left
+    high = np.minimum(index + left, len(values) - 1) + 1
+    # means by differences of cumulative sums
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0.0], np.cumsum(finite)])
+    count = counts[high] - counts[low]
+    means: Numbers = (sums[high] - sums[low]) / np.where(count > 0, count, np.nan)
     return means
 
 
 def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
     """Return limits in which all but the first 3 % fills the height, so that no outlier flattens the rest."""
-    late = [curve.loss[len(curve.loss) * 3 // 100 :] for curve in curves]
-    smooth = [curve.smooth[len(curve.smooth) * 3 // 100 :] for curve in curves]
+    starts = [len(curve.loss) * 3 // 100 for curve in curves]
+    losses = np.concatenate([curve.loss[start:] for curve, start in zip(curves, starts, strict=True)])
+    smooth = [curve.smooth[start:] for curve, start in zip(curves, starts, strict=True)]
     shown = np.concatenate([*smooth, *(curve.eval_loss for curve in curves)])
-    shown, raw = shown[np.isfinite(shown)], np.concatenate(late)
+    shown = shown[np.isfinite(shown)]
     if not len(shown):
         return 0.0, 1.0
-    low = min(float(shown.min()), float(np.quantile(raw[np.isfinite(raw)], 0.01)))
-    margin = 0.06 * (float(shown.max()) - low) or 0.5
-    return low - margin, float(shown.max()) + margin
+    high = float(shown.max())
+    low = min(float(shown.min()), float(np.quantile(losses[np.isfinite(losses)], 0.01)))
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain plot`."""
+    """Run `tinytrain plot`."""
     return tyro.cli(plot, prog="tinytrain plot", args=args)

@@ -20,6 +20,7 @@ from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
     CHECKPOINTS_FOLDER,
     LOGS_FOLDER,
+    Record,
     checkpoint_name,
     open_run,
     read_records,
@@ -28,13 +29,14 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 
+COMPARED_KEYS = ("loss", "grad_norm")
 NATIVE_TOLERANCE = 1e-3  # relative; sums in another order move a loss by less over a few hundred steps
 
 
 def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: tuple[str, ...] = ()) -> int:
-    """Train the steps after a checkpoint again and compare losses and gradient norms with the recorded ones.
+    """Train the steps after a checkpoint again, and compare losses and gradient norms with the recorded ones.
 
-    To the last bit where the run is reproducible, within 0.1 % where not. Exit code 1 if they differ.
+    To the last bit if the run is reproducible, within 0.1 % if it is not. Exit code 1 if they differ.
 
     Args:
         checkpoint: A checkpoint of a run, in its folder; or a run: its newest valid checkpoint.
@@ -44,74 +46,95 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
             train_data='["PATH", "PATH"]'.
     """
     path = find_checkpoint(checkpoint)
-    state, run = read_trainer_state(path), open_run(path.parent)
+    state = read_trainer_state(path)
+    run = open_run(path.parent)
     start = int(state["step"])
-    recorded = {r["step"]: r for r in read_records(run.records) if r["kind"] == "train" and r["step"] > start}
+    stop = start + steps
+    exact = bool(state["config"]["reproducible"])
+    recorded = {step: record for step, record in _train_records(run.records).items() if step > start}
     if not recorded:
         raise CheckpointError(
             f"{path}: no step after {start} is recorded in {run.records}; give an earlier checkpoint of the run"
         )
-    with tempfile.TemporaryDirectory(prefix="tinytrain-replay-") as folder:
-        target = Path(folder) / "run"
-        _train(_config(state["config"], path, target, start + steps, settings), Path(folder), nproc)
-        again = {r["step"]: r for r in read_records(records_file(target / LOGS_FOLDER)) if r["kind"] == "train"}
-        exact = bool(state["config"]["reproducible"])
-        common = sorted(recorded.keys() & again.keys())
-        if not common:
-            raise CheckpointError(
-                f"{run.records}: none of the steps {start + 1} to {start + steps} was logged; raise --steps"
-            )
-        differ = [step for step in common if not _same(recorded[step], again[step], exact)]
-        end = path.with_name(checkpoint_name(path.name.rpartition("-")[0], start + steps))
-        replayed = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
-        if exact and end.is_dir() and tensor_entries(end) != tensor_entries(replayed):
-            print(f"step {start + steps}: the tensors are not those of {end}")
-            differ.append(start + steps)
+    with tempfile.TemporaryDirectory(prefix="tinytrain-replay-") as scratch:
+        target = Path(scratch) / "run"
+        _train(_replay_config(state["config"], path, target, stop, settings), Path(scratch), nproc)
+        replayed = _train_records(records_file(target / LOGS_FOLDER))
+        common_steps = sorted(recorded.keys() & replayed.keys())
+        if not common_steps:
+            raise CheckpointError(f"{run.records}: none of the steps {start + 1} to {stop} was logged; raise --steps")
+        saved_end = path.with_name(checkpoint_name(path.name.rpartition("-")[0], stop))
+        replayed_end = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
+        tensors_differ = exact and saved_end.is_dir() and tensor_entries(saved_end) != tensor_entries(replayed_end)
+    if tensors_differ:
+        print(f"step {stop}: the tensors are not those of {saved_end}")
+    differing = [step for step in common_steps if not _agree(recorded[step], replayed[step], exact)]
+    for step in differing[:1]:
+        for key in COMPARED_KEYS:
+            print(f"step {step}: {key} {recorded[step][key]!r} was recorded, the replay has {replayed[step][key]!r}")
     how = "to the last bit" if exact else f"within {NATIVE_TOLERANCE:.1%}, as the run is not reproducible"
-    for step in differ[:1]:
-        for key in ("loss", "grad_norm") if step in common else ():
-            print(f"step {step}: {key} {recorded[step][key]!r} was recorded, {again[step][key]!r} came out")
-    print(f"{len(common) - len(set(differ) & set(common))} of {len(common)} recorded steps are the same {how}")
-    return 1 if differ else 0
+    num_same = len(common_steps) - len(differing)
+    if tensors_differ and stop in common_steps and stop not in differing:
+        num_same -= 1
+    print(f"{num_same} of {len(common_steps)} recorded steps are the same {how}")
+    return 1 if differing or tensors_differ else 0
 
 
-def _same(one: dict[str, Any], two: dict[str, Any], exact: bool) -> bool:
-    pairs = [(one[key], two[key]) for key in ("loss", "grad_norm")]
-    return all(a == b if exact else abs(a - b) <= NATIVE_TOLERANCE * abs(a) for a, b in pairs)
+def _train_records(path: Path) -> dict[int, Record]:
+    """Return the records of training steps by step."""
+    return {record["step"]: record for record in read_records(path) if record["kind"] == "train"}
 
 
-def _config(saved: dict[str, Any], path: Path, target: Path, stop: int, settings: tuple[str, ...]) -> TrainingConfig:
+def _agree(recorded: Record, replayed: Record, exact: bool) -> bool:
+    """Return whether a replayed step is the recorded one, to the last bit or within the tolerance."""
+    for key in COMPARED_KEYS:
+        a, b = recorded[key], replayed[key]
+        if exact and a != b:
+            return False
+        if not exact and not abs(a - b) <= NATIVE_TOLERANCE * abs(a):  # also for NaN
+            return False
+    return True
+
+
+def _replay_config(
+    saved: dict[str, Any], checkpoint: Path, target: Path, stop: int, settings: tuple[str, ...]
+) -> TrainingConfig:
     """Return the saved configuration in another folder, from the checkpoint to `stop`, on any number of ranks."""
-    moved = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None, "init_from": None, "time_limit": None}
-    resumed = {"resume": str(path.resolve()), "ckpt_path_to_resume": None, "ckpt_save_prefix": "checkpoint"}
-    quiet: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None, "ckpt_every": 10**9}
-    quiet |= {"early_stop_patience": None, "keep_every": None, "profile": None, "sample_tokens": 0}
-    quiet |= {"fingerprint_every": None}
-    layout = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "stop_at_step": stop}
-    given: dict[str, Any] = {}
-    for setting in settings:
-        name, _, text = setting.removeprefix("--").partition("=")
-        try:
-            given[name.replace("-", "_")] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            given[name.replace("-", "_")] = text
-    if stop >= saved["total_steps"]:
-        layout["stop_at_step"] = None
-    values = {**saved, **moved, **resumed, **quiet, **layout, **given}
+    folders = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None}
+    start = {"resume": str(checkpoint.resolve()), "ckpt_path_to_resume": None, "init_from": None}
+    end = {"stop_at_step": stop if stop < saved["total_steps"] else None, "time_limit": None}
+    end |= {"early_stop_patience": None}
+    # log every step under the usual name, save only at the end, and leave out what does not change training
+    logging: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None}
+    logging |= {"profile": None, "sample_tokens": 0, "fingerprint_every": None}
+    checkpoints: dict[str, Any] = {"ckpt_save_prefix": "checkpoint", "ckpt_every": 10**9, "keep_every": None}
+    mesh = {"parallel": "auto", "dp_replicate": None, "dp_shard": None}
+    given = dict(map(_parse_setting, settings))
+    values = {**saved, **folders, **start, **end, **logging, **checkpoints, **mesh, **given}
     return TrainingConfig.from_dict(values, "the replayed run")
 
 
+def _parse_setting(setting: str) -> tuple[str, Any]:
+    """Split NAME=VALUE; the value is TOML, or a text without quotes."""
+    name, _, text = setting.removeprefix("--").partition("=")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    return name.replace("-", "_"), value
+
+
 def _train(config: TrainingConfig, folder: Path, nproc: int) -> None:
-    """Run it as a user would; its output goes to stderr. Errors: CheckpointError if it fails."""
-    (folder / "replay.toml").write_text(config.to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
-    done = subprocess.run(
-        [*command, "-m", "tinytrain_dist.train", str(folder / "replay.toml")], stdout=sys.stderr, check=False
-    )
+    """Train as a user would; the output goes to stderr. Errors: CheckpointError if training fails."""
+    config_file = folder / "replay.toml"
+    config_file.write_text(config.to_toml(), encoding="utf-8")
+    agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
+    command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
+    done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode:
-        raise CheckpointError(f"the replayed run ended with exit code {done.returncode}; its own sentence is above")
+        raise CheckpointError(f"the replayed run ended with exit code {done.returncode}; its own error is above")
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain replay`."""
+    """Run `tinytrain replay`."""
     return tyro.cli(replay, prog="tinytrain replay", args=args)

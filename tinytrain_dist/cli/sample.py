@@ -30,29 +30,29 @@ class Options:
     checkpoint: PathArgument
     """A checkpoint, or a run: its newest valid checkpoint."""
     prompt: str = ""
-    """Text to go on from; empty: a new document."""
+    """Text to continue (empty: start a new document)."""
     prompt_ids: str | None = None
-    """Token ids to go on from, as 1,2,3, in place of a prompt; needs no tokenizer."""
+    """Token IDs to continue, as 1,2,3, instead of a prompt; needs no tokenizer."""
     max_new_tokens: int = 100
-    """Tokens to write at most; the end of the document ends the text as well."""
+    """Largest number of tokens to write; the text also ends with the document."""
     temperature: float = 0.8
-    """0: always the likeliest token; 1: as the model has it; above: wilder."""
+    """Spread of the draws (0: always the likeliest token; 1: the model's own probabilities; more: more random)."""
     top_k: int | None = 50
-    """Draw from the k likeliest tokens only; None: from all."""
+    """Draw from the k likeliest tokens only (None: from all)."""
     top_p: float | None = None
-    """Draw from the fewest tokens that together have this probability."""
+    """Draw from the fewest tokens that together have this probability (None: from all)."""
     seed: int = 0
     """The same seed gives the same text; sample number i has seed + i - 1."""
     num_samples: int = 1
-    """How many texts."""
+    """Number of texts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: cuda where there is one."""
+    """Where to compute (auto: cuda if there is one)."""
 
     def check(self) -> None:
         """Raise ConfigError with everything that is wrong; not in __post_init__, which tyro reports in its own way."""
-        found = [
-            f"{name}: {getattr(self, name)} must be {what}"
-            for name, ok, what in (
+        problems = [
+            f"{name}: {getattr(self, name)} must be {expected}"
+            for name, ok, expected in (
                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
                 ("num_samples", self.num_samples >= 1, "at least 1"),
                 ("temperature", 0 <= self.temperature < float("inf"), "0 (the likeliest token) or greater"),
@@ -63,44 +63,57 @@ class Options:
             if not ok
         ]
         if self.prompt and self.prompt_ids is not None:
-            found.append(f"prompt: {self.prompt!r} and prompt_ids {self.prompt_ids} are both set; give one of them")
+            problems.append(f"prompt: {self.prompt!r} and prompt_ids {self.prompt_ids} are both set; give one of them")
         if self.device == "cuda" and not torch.cuda.is_available():
-            found.append("device: cuda, but this machine has no CUDA device that torch can use; leave it out")
-        if found:
-            raise ConfigError(found, "the settings of sample")
+            problems.append("device: cuda, but this machine has no CUDA device that torch can use; leave it out")
+        if problems:
+            raise ConfigError(problems, "the settings of sample")
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain sample`: the prompt and what the model makes of it, on stdout as it comes."""
+    """Print the prompt and what the model writes after it, token by token."""
     options = tyro.cli(Options, prog="tinytrain sample", args=args)
     options.check()
     checkpoint = find_checkpoint(options.checkpoint, "model")
-    tokenizer, end = load_tokenizer(checkpoint), end_id(checkpoint)
-    ids = _prompt_ids(options, checkpoint, tokenizer, end)
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    model = load_model(checkpoint, torch.device("cuda" if cuda else "cpu"))
-    _check_prompt(ids, model.model_config)
+    tokenizer = load_tokenizer(checkpoint)
+    stop_id = end_id(checkpoint)
+    prompt_ids = _prompt_ids(options, checkpoint, tokenizer, stop_id)
+    use_cuda = options.device != "cpu" and torch.cuda.is_available()
+    model = load_model(checkpoint, torch.device("cuda" if use_cuda else "cpu"))
+    _check_prompt(prompt_ids, model.model_config)
     for number in range(options.num_samples):
         if options.num_samples > 1:
-            print(f"{chr(10) if number else ''}--- {number + 1} of {options.num_samples} ---")
-        _write(options, model, tokenizer, ids, end, options.seed + number)
+            separator = "\n" if number else ""
+            print(f"{separator}--- {number + 1} of {options.num_samples} ---")
+        _print_sample(options, model, tokenizer, prompt_ids, stop_id, options.seed + number)
     return 0
 
 
-def _write(options: Options, model: nn.Module, tokenizer: Any, ids: list[int], end: int | None, seed: int) -> None:
-    """One sample on stdout: text piece by piece, or without a tokenizer the ids."""
-    text = TextStream(tokenizer, ids) if tokenizer else None
+def _print_sample(
+    options: Options, model: nn.Module, tokenizer: Any, prompt_ids: list[int], stop_id: int | None, seed: int
+) -> None:
+    """Print one sample on stdout: text as it is drawn, or without a tokenizer the IDs at the end."""
+    stream = TextStream(tokenizer, prompt_ids) if tokenizer else None
 
-    def show(drawn: int) -> None:
-        if text:
-            print(text.add(drawn), end="", flush=sys.stdout.isatty())
+    def show(new_id: int) -> None:
+        if stream:
+            print(stream.add(new_id), end="", flush=sys.stdout.isatty())
 
     if tokenizer:
-        print(tokenizer.decode([i for i in ids if i != end], skip_special_tokens=False), end="", flush=True)
-    new = generate(
-        model, ids, options.max_new_tokens, options.temperature, options.top_k, options.top_p, seed, end, on_token=show
+        shown_ids = [token_id for token_id in prompt_ids if token_id != stop_id]
+        print(tokenizer.decode(shown_ids, skip_special_tokens=False), end="", flush=True)
+    new_ids = generate(
+        model,
+        prompt_ids,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        seed,
+        stop_id,
+        on_token=show,
     )
-    print(text.rest() if text else ",".join(map(str, [*ids, *new])))
+    print(stream.rest() if stream else ",".join(map(str, [*prompt_ids, *new_ids])))
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
@@ -128,27 +141,29 @@ def load_tokenizer(checkpoint: Path) -> Any:
 def end_id(checkpoint: Path) -> int | None:
     """Return the end-of-text ID that config.json names, if any."""
     path = checkpoint / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return found[0] if isinstance(found, list) else found
+    if not path.is_file():
+        return None
+    eos_token_id = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    stop_id: int | None = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id  # there may be several
+    return stop_id
 
 
 def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | None) -> list[int]:
     if options.prompt_ids is not None:
         try:
-            ids = [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
+            return [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
         except ValueError:
             raise ConfigError(f"prompt_ids: {options.prompt_ids!r} is not a list of ids such as 1,2,3") from None
-        return ids
     if options.prompt and tokenizer is None:
         raise ConfigError(
             f"prompt: {options.prompt!r} cannot become ids, because {checkpoint} has no tokenizer.json; give "
             "--prompt-ids 1,2,3, or train with data that `tinytrain prepare` made"
         )
     if options.prompt:
-        # a terminal that is not UTF-8 gives bytes as lone surrogates, which no tokenizer takes
+        # a terminal that is not UTF-8 gives bytes as lone surrogates, which no tokenizer accepts
         prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        found: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
-        return found
+        ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
+        return ids
     if end is None:
         raise ConfigError(
             f"prompt: is empty, and {checkpoint}/config.json names no end-of-text id to start a new document from; "
@@ -158,11 +173,11 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | N
 
 
 def _check_prompt(ids: list[int], config: ModelConfig) -> None:
-    """Errors: ConfigError for ids outside the vocabulary. A prompt that is cut gets a word on stderr."""
+    """Check that the IDs are in the vocabulary, and note on stderr if the prompt is cut. Errors: ConfigError."""
     vocab_size = config.vocab_size or 0
-    bad = [i for i in ids if not 0 <= i < vocab_size]
-    if bad:
-        raise ConfigError(f"prompt_ids: {bad[0]} is not an id of this model; they go from 0 to {vocab_size - 1}")
+    invalid = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+    if invalid:
+        raise ConfigError(f"prompt_ids: {invalid[0]} is not an id of this model; they go from 0 to {vocab_size - 1}")
     if len(ids) > config.context_len:
         print(
             f"note: the prompt has {len(ids)} tokens; the model sees the last {config.context_len} (context_len)",

@@ -5,6 +5,7 @@ Must not know training: it calls the schedule of a configuration.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,65 +19,74 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.optim.lr_schedule import learning_rate
 
-CHART_WIDTH, CHART_HEIGHT = 80, 16
-SCHEDULE_OPTIONS = """\
-usage: tinytrain schedule [CONFIG.toml] [--out FILE.png] [--text] [any setting of training]
+CHART_WIDTH = 80
+CHART_HEIGHT = 16
+LABEL_WIDTH = 9  # of the numbers left of the chart
+SAMPLES_PER_COLUMN = 16
+NUM_POINTS = 2000  # of a picture
+BLOCKS = " ▁▂▃▄▅▆▇█"  # from an empty cell to a full one
+ASCII_BLOCKS = " #"  # for terminals without UTF-8
+OPTIONS = """\
+usage: tinytrain schedule [CONFIG.toml] [--out FILE.png] [--text] [SETTINGS]
 
   --out FILE.png   draw a picture (needs matplotlib)
-  --text           a chart on the terminal, also with --out; without --out there is no other
+  --text           draw a chart on the terminal; the default without --out
 
-The settings:
+Settings:
 """
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain schedule`: the learning rate of every step, as text or as a picture."""
-    rest, out, text = _take_own_options(args)
-    if {"-h", "--help"} & set(rest):
-        print(SCHEDULE_OPTIONS)
-    config = parse_command_line(rest, prog="tinytrain schedule")
+    """Show the learning rate of every step, as text or as a picture."""
+    settings, out, text = _split_options(args)
+    if {"-h", "--help"} & set(settings):
+        print(OPTIONS)
+    config = parse_command_line(settings, prog="tinytrain schedule")
     if out is not None:
         draw_schedule(config, out)
     if text or out is None:
         encoding = (sys.stdout.encoding or "").lower().replace("-", "")
-        print(chart(config, blocks=" ▁▂▃▄▅▆▇█" if encoding.startswith("utf") else " #"))
+        print(chart(config, BLOCKS if encoding.startswith("utf") else ASCII_BLOCKS))
     return 0
 
 
-def _take_own_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
-    """--out and --text, and the arguments that belong to the configuration."""
-    rest: list[str] = []
-    out, text = None, False
-    waiting = iter(args)
-    for word in waiting:
+def _split_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
+    """Return the arguments that belong to the configuration, then the values of --out and --text."""
+    settings: list[str] = []
+    out: Path | None = None
+    text = False
+    remaining = iter(args)
+    for word in remaining:
         flag, equals, value = word.partition("=")
         if flag == "--out":
-            value = value if equals else next(waiting, "")
+            value = value if equals else next(remaining, "")
             if not value or value.startswith("--"):
-                raise ConfigError("out: names no file; say --out FILE.png", "the settings of schedule")
+                raise ConfigError("out: names no file; add --out FILE.png", "the settings of schedule")
             out = Path(value)
         elif word == "--text":
             text = True
         else:
-            rest.append(word)
-    return rest, out, text
+            settings.append(word)
+    return settings, out, text
 
 
 def landmarks(config: TrainingConfig) -> list[tuple[str, int]]:
     """Return the steps whose rates characterize a schedule; step n is the n-th update."""
-    last, warmup = config.total_steps, config.warmup_steps
-    found = [("first", 1)]
+    last = config.total_steps
+    warmup = config.warmup_steps
+    marks = [("first", 1)]
     if 1 < warmup < last:
-        found.append(("warm-up ends", warmup))
+        marks.append(("warm-up ends", warmup))
     if config.schedule == "wsd":
-        found.append(("decay starts", last - config.decay_steps))
+        marks.append(("decay starts", last - config.decay_steps))
     else:
-        found.append(("middle", (last + 1) // 2))
-    found.append(("last", last))
-    return [(name, step) for name, step in found if 1 <= step <= last]
+        marks.append(("middle", (last + 1) // 2))
+    marks.append(("last", last))
+    return [(name, step) for name, step in marks if 1 <= step <= last]
 
 
 def _rate(config: TrainingConfig) -> Callable[[int], float]:
+    """Return the rate of the n-th update as a function of n; the schedule counts completed steps."""
     return lambda step: learning_rate(config, step - 1)
 
 
@@ -85,44 +95,58 @@ def _title(config: TrainingConfig) -> str:
     return f"learning rate: {config.schedule}, {config.total_steps:,} steps, {warmup}"
 
 
-def chart(config: TrainingConfig, blocks: str = " ▁▂▃▄▅▆▇█") -> str:
+def chart(config: TrainingConfig, blocks: str = BLOCKS) -> str:
     """Draw the schedule in characters, at most 80 x 16; `blocks`: from an empty cell to a full one."""
-    rate, last = _rate(config), config.total_steps
+    rate = _rate(config)
+    last_step = config.total_steps
     marks = landmarks(config)
-    margin, rows = 10, CHART_HEIGHT - 4 - len(marks)
-    columns = min(CHART_WIDTH - margin - 1, last)
-    edges = np.linspace(0, last, columns + 1)
-    # the largest rate within each column, so that a short warm-up or a peak is never between two columns
-    samples = [np.unique(np.linspace(int(a) + 1, max(int(b), int(a) + 1), 16).astype(int)) for a, b in _pairs(edges)]
-    heights = np.array([max(rate(int(step)) for step in steps) for steps in samples])
-    top, levels = float(heights.max()), len(blocks) - 1
-    filled = np.rint(heights / top * rows * levels).astype(int)
+    num_rows = CHART_HEIGHT - 4 - len(marks)
+    num_columns = min(CHART_WIDTH - LABEL_WIDTH - 2, last_step)
+    column_rates = _column_rates(config, num_columns)
+    top_rate = float(column_rates.max())
+    levels = len(blocks) - 1  # of one cell
+    heights = np.rint(column_rates / top_rate * num_rows * levels).astype(int)
+
     lines = [_title(config)[:CHART_WIDTH], ""]
-    for row in reversed(range(rows)):
-        label = f"{top:.2e}" if row == rows - 1 else f"{top * (row + 0.5) / rows:.2e}" if row == rows // 2 else ""
-        cells = "".join(blocks[int(np.clip(height - row * levels, 0, levels))] for height in filled)
-        lines.append(f"{label:>{margin - 1}} |{cells.rstrip()}")
-    lines.append(f"{'0':>{margin - 1}} +{'-' * columns}")
-    lines.append(
-        f"{'step':>{margin - 1}}  1{last:>{max(columns - 1, 0)},}" if columns > 8 else f"{'step':>9}  1 to {last}"
-    )
-    width = len(f"{last:,}")
-    lines += [f"{'step':>{margin - 1}} {step:>{width},}  {rate(step):.3e}  {name}" for name, step in marks]
+    for row in reversed(range(num_rows)):
+        label = ""
+        if row == num_rows - 1:
+            label = f"{top_rate:.2e}"
+        elif row == num_rows // 2:
+            label = f"{top_rate * (row + 0.5) / num_rows:.2e}"
+        cells = "".join(blocks[int(np.clip(height - row * levels, 0, levels))] for height in heights)
+        lines.append(f"{label:>{LABEL_WIDTH}} |{cells.rstrip()}")
+    lines.append(f"{'0':>{LABEL_WIDTH}} +{'-' * num_columns}")
+    axis = f"1{last_step:>{num_columns - 1},}" if num_columns > 8 else f"1 to {last_step}"
+    lines.append(f"{'step':>{LABEL_WIDTH}}  {axis}")
+    step_width = len(f"{last_step:,}")
+    for name, step in marks:
+        lines.append(f"{'step':>{LABEL_WIDTH}} {step:>{step_width},}  {rate(step):.3e}  {name}")
     return "\n".join(lines)
 
 
-def _pairs(edges: Numbers) -> list[tuple[float, float]]:
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+def _column_rates(config: TrainingConfig, num_columns: int) -> Numbers:
+    """Return the largest rate within each column, so that a short warm-up or a peak never falls between columns."""
+    rate = _rate(config)
+    edges = np.linspace(0, config.total_steps, num_columns + 1).tolist()
+    column_rates = []
+    for start, end in itertools.pairwise(edges):
+        first = int(start) + 1
+        last = max(int(end), first)
+        steps = np.unique(np.linspace(first, last, SAMPLES_PER_COLUMN).astype(int))
+        column_rates.append(max(rate(int(step)) for step in steps))
+    return np.array(column_rates)
 
 
 def draw_schedule(config: TrainingConfig, out: Path) -> None:
     """Draw the schedule as a picture. Errors: TinytrainError without matplotlib, or if `out` cannot be written."""
     figure, ax = new_figure()
-    rate, marks = _rate(config), landmarks(config)
-    points = {*np.linspace(1, config.total_steps, 2000).astype(int).tolist(), *(step for _, step in marks)}
-    steps = sorted(points)
+    rate = _rate(config)
+    marks = landmarks(config)
+    mark_steps = [step for _, step in marks]
+    steps = sorted({*np.linspace(1, config.total_steps, NUM_POINTS).astype(int).tolist(), *mark_steps})
     ax.plot(steps, [rate(step) for step in steps], color=COLOURS[0], linewidth=1.8)
-    ax.plot([step for _, step in marks], [rate(step) for _, step in marks], "o", color=COLOURS[0], clip_on=False)
+    ax.plot(mark_steps, [rate(step) for step in mark_steps], "o", color=COLOURS[0], clip_on=False)
     values = "   ".join(f"{name} (step {step:,}) {rate(step):.3g}" for name, step in marks)
     ax.set_title(f"{_title(config)}\n", loc="left", fontsize=11, color=INK)
     place: dict[str, Any] = {"xytext": (0, 8), "xycoords": "axes fraction", "textcoords": "offset points"}

@@ -1,8 +1,10 @@
 """`tinytrain status`: show what a run is doing, from its files alone, so that it works on a dead run, too.
 
-Must not know torch, and changes nothing. Goodput is the share of the time since the first record that went into steps
-that count: step_seconds of every step in the record, over the time from the first record to the last sign of life (now,
-for a run that is alive). The rest went into starts, evaluations, saves, waiting for nodes, and repeated steps.
+Must not know torch, and changes nothing.
+
+Goodput is the share of the time that went into steps that count: step_seconds of every step in the record, over the
+time from the first record to the last sign of life (now, for a run that is alive). The rest went into starts,
+evaluations, saves, waiting for nodes, and repeated steps.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
+from tinytrain_dist.cli.tables import PathArgument, new_console, new_table, print_table
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
     STATE_FILE,
@@ -38,161 +41,213 @@ from tinytrain_dist.reliability.heartbeats import (
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.text import format_age
 
-SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # as long as a file system of many nodes may hide a change
-MANY_RANKS = 16  # a table of more shows those at its ends
+SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a file system of many nodes may hide a change for so long
+MAX_SHOWN_RANKS = 16  # of more ranks, the table shows those that the others wait for
+WATCH_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What the files of a run say at one moment; times in seconds since 1970, None where nothing is known."""
+    """What the files of a run say at one moment; times are seconds since 1970."""
 
-    state: str
-    why: str
+    state: str  # as in state.json, or "dead"
+    reason: str
     step: int
-    last_step: int
-    beats: list[Heartbeat]
+    last_step: int  # at which the run will stop; 0: unknown
+    heartbeats: list[Heartbeat]
     records: list[Record]
-    checkpoint: Path | None
+    checkpoint: Path | None  # the newest
     now: float
     alive: bool
-    seen: float
+    last_sign: float  # of life; 0: there is none
 
     def last(self, name: str) -> float | None:
-        """Return a value of the newest record that has it."""
+        """Return a value of the newest record that has it, None if no record has it."""
         return next((record[name] for record in reversed(self.records) if record.get(name) is not None), None)
 
     @property
     def goodput(self) -> float | None:
-        """Time in steps that count over all time; the first record's own steps lie before the time that is counted."""
+        """The share of the time that went into steps that count; None with fewer than two records.
+
+        The steps of the first record were made before the time that is counted.
+        """
         trained = [record for record in self.records if record["kind"] == "train" and "step_seconds" in record]
-        if len(trained) < 2 or self.seen <= trained[0]["time"]:
+        if len(trained) < 2 or self.last_sign <= trained[0]["time"]:
             return None
-        pairs = itertools.pairwise(trained)
-        useful = sum((after["step"] - before["step"]) * after["step_seconds"] for before, after in pairs)
-        return float(min(1.0, useful / (self.seen - trained[0]["time"])))
+        useful_seconds = 0.0
+        for before, after in itertools.pairwise(trained):
+            # the difference is negative where a restart went back: those steps were made twice
+            useful_seconds += (after["step"] - before["step"]) * after["step_seconds"]
+        return float(min(1.0, useful_seconds / (self.last_sign - trained[0]["time"])))
 
     @property
     def seconds_left(self) -> float | None:
-        """By the speed of the last record; None for a run that does not go on."""
-        seconds = self.last("step_seconds")
-        return (self.last_step - self.step) * seconds if self.alive and seconds is not None else None
+        """The remaining time at the speed of the last record; None for a run that has ended."""
+        step_seconds = self.last("step_seconds")
+        return (self.last_step - self.step) * step_seconds if self.alive and step_seconds is not None else None
 
 
 def read_status(run: RunFolder, now: float | None = None) -> Status:
-    """Look at a run. Missing and torn files are what a crash leaves, and no error."""
+    """Read the status of a run; missing and torn files are what a crash leaves, and no error."""
     now = time.time() if now is None else now
-    settings, said = read_settings(run.folder), read_json_object(run.folder / STATE_FILE)
+    settings = read_settings(run.folder)
     records = read_records(run.records) if run.records.is_file() else []
-    beats = read_heartbeats(run.folder)
-    failed = read_json_object(run.folder / ERROR_FILE)
-    seen = max([beat["seen"] for beat in beats] + [r["time"] for r in records if "time" in r], default=0.0)
-    word = str(said.get("state", ""))
-    here = [beat for beat in beats if beat["host"] == socket.gethostname()]
-    gone = [beat for beat in here if not Path(f"/proc/{beat['pid']}").exists() and Path("/proc").is_dir()]
-    why = str(said.get("reason", ""))
-    if failed and word in ("failed", "running"):
-        word, why = "failed", str(failed.get("message", ""))
-    elif word in ("", "running") and (not beats or gone or now - seen > SILENT_SECONDS):
-        word, why = "dead", _why_dead(gone, seen, now)
-    elif beats and not gone and now - seen <= SILENT_SECONDS:
-        word = "running"  # a new start that has not come to write its own state
-    total = int(settings.get("total_steps", 0))
-    step = max([beat["step"] for beat in beats] + [r["step"] for r in records] + [int(said.get("step") or 0)])
-    saved = run.committed()
+    heartbeats = read_heartbeats(run.folder)
+    signs = [heartbeat["seen"] for heartbeat in heartbeats] + [record["time"] for record in records if "time" in record]
+    last_sign = max(signs, default=0.0)
+    state_record = read_json_object(run.folder / STATE_FILE)
+    state, reason = _state(run, state_record, heartbeats, last_sign, now)
+    steps = [heartbeat["step"] for heartbeat in heartbeats] + [record["step"] for record in records]
+    total_steps = int(settings.get("total_steps", 0))
+    checkpoints = run.committed()
     return Status(
-        state=word,
-        why=why,
-        step=step,
-        last_step=min(total, int(settings.get("stop_at_step", total))),
-        beats=beats,
+        state=state,
+        reason=reason,
+        step=max([*steps, int(state_record.get("step") or 0)]),
+        last_step=min(total_steps, int(settings.get("stop_at_step", total_steps))),
+        heartbeats=heartbeats,
         records=records,
-        checkpoint=saved[-1] if saved else None,
+        checkpoint=checkpoints[-1] if checkpoints else None,
         now=now,
-        alive=word == "running",
-        seen=now if word == "running" else seen,
+        alive=state == "running",
+        last_sign=now if state == "running" else last_sign,
     )
 
 
-def _why_dead(gone: list[Heartbeat], seen: float, now: float) -> str:
-    if gone:
-        return f"rank {gone[0]['rank']} (process {gone[0]['pid']}) is gone without an error message"
-    return f"no sign of life for {format_age(now - seen)}" if seen else "no sign of life"
+def _state(
+    run: RunFolder, state_record: dict[str, Any], heartbeats: list[Heartbeat], last_sign: float, now: float
+) -> tuple[str, str]:
+    """Return the state of a run and the reason for it; state.json is not enough for a run that died or restarted."""
+    state = str(state_record.get("state", ""))
+    reason = str(state_record.get("reason", ""))
+    error_record = read_json_object(run.folder / ERROR_FILE)
+    lost = [heartbeat for heartbeat in heartbeats if _process_is_gone(heartbeat)]
+    silent = now - last_sign > SILENT_SECONDS
+    if error_record and state in ("failed", "running"):
+        return "failed", str(error_record.get("message", ""))
+    if state in ("", "running") and (not heartbeats or lost or silent):
+        return "dead", _reason_of_death(lost, last_sign, now)
+    if heartbeats and not lost and not silent:
+        return "running", reason  # a new start that has not written its own state yet
+    return state, reason
+
+
+def _process_is_gone(heartbeat: Heartbeat) -> bool:
+    """Return whether a process of this machine has ended; False for processes of other machines."""
+    if heartbeat["host"] != socket.gethostname() or not Path("/proc").is_dir():
+        return False
+    return not Path(f"/proc/{heartbeat['pid']}").exists()
+
+
+def _reason_of_death(lost: list[Heartbeat], last_sign: float, now: float) -> str:
+    if lost:
+        return f"rank {lost[0]['rank']} (process {lost[0]['pid']}) is gone without an error message"
+    return f"no sign of life for {format_age(now - last_sign)}" if last_sign else "no sign of life"
 
 
 def show(status: Status, console: Console) -> None:
-    """One line for each thing that a person would ask first, then the ranks."""
-    for name, text in lines_of(status).items():
+    """Print a line for each thing that a person would ask first, then a table of the ranks."""
+    state_colours = {"failed": "red", "dead": "red", "done": "green"}
+    for label, text in lines_of(status).items():
         if text:
-            console.print(f"{name:<11}", end="", style="bold", highlight=False)
-            colour = {"failed": "red", "dead": "red", "done": "green"}.get(status.state) if name == "state" else None
+            console.print(f"{label:<11}", end="", style="bold", highlight=False)
+            colour = state_colours.get(status.state) if label == "state" else None
             console.print(text, style=colour, highlight=False, markup=False, soft_wrap=True)
-    if status.beats:
-        table = new_table("rank", "host<", "pid", "phase<", "step", "for", "seen")
-        hidden = max(0, len(status.beats) - MANY_RANKS)
-        for beat in sorted(status.beats, key=_place)[: MANY_RANKS if hidden else None]:  # those waited for first
-            since, seen = format_age(beat["seconds"]), format_age(status.now - beat["seen"]) + " ago"
-            row = (beat["rank"], beat["host"], beat["pid"], beat["phase"], beat["step"], since, seen)
-            table.add_row(*map(str, row))
-        print_table(table)
-        if hidden:
-            console.print(f"and {hidden} ranks that are as far or further", highlight=False)
+    if status.heartbeats:
+        _show_ranks(status, console)
 
 
-def _place(beat: Heartbeat) -> tuple[float, int, int]:
-    return beat["step"], phase_index(beat), beat["rank"]
+def _show_ranks(status: Status, console: Console) -> None:
+    table = new_table("rank", "host<", "pid", "phase<", "step", "for", "seen")
+    by_progress = sorted(status.heartbeats, key=_progress)  # those that the others wait for first
+    for heartbeat in by_progress[:MAX_SHOWN_RANKS]:
+        duration = format_age(heartbeat["seconds"])
+        seen = format_age(status.now - heartbeat["seen"]) + " ago"
+        identity = (heartbeat["rank"], heartbeat["host"], heartbeat["pid"])
+        table.add_row(*map(str, (*identity, heartbeat["phase"], heartbeat["step"], duration, seen)))
+    print_table(table)
+    num_hidden = len(by_progress) - MAX_SHOWN_RANKS
+    if num_hidden > 0:
+        console.print(f"and {num_hidden} ranks that are as far or further", highlight=False)
 
 
-def lines_of(s: Status) -> dict[str, str]:
+def _progress(heartbeat: Heartbeat) -> tuple[float, int, int]:
+    return heartbeat["step"], phase_index(heartbeat), heartbeat["rank"]
+
+
+def lines_of(status: Status) -> dict[str, str]:
     """Return what is shown, by its label; an empty text where nothing is known."""
-    share = f" ({100 * s.step / s.last_step:.0f} %)" if s.last_step else ""
-    left = "" if s.seconds_left is None else f", about {format_age(s.seconds_left)} left"
-    losses = {r["kind"]: r for r in s.records if r["kind"] in ("train", "eval") and "loss" in r}
-    loss = [f"{'' if kind == 'train' else 'eval '}{r['loss']:.4f} at step {r['step']}" for kind, r in losses.items()]
-    speed, seconds, goodput = s.last("tokens_per_second"), s.last("step_seconds"), s.goodput
-    restarts = [r for r in s.records if r["kind"] in ("restarted", "resumed")]
-    said_twice = [b["kind"] == "restarted" and a["kind"] == "resumed" for a, b in itertools.pairwise(restarts)]
-    saved = ""
-    if s.checkpoint is not None:
-        saved = f"{s.checkpoint.name}, {format_age(s.now - s.checkpoint.stat().st_mtime)} old"
-        saved += (
-            f", {s.step - checkpoint_step(s.checkpoint)} step(s) ago" if s.step > checkpoint_step(s.checkpoint) else ""
-        )
-    waits = ""
-    if s.alive and s.beats:
-        waits = describe_waiting(s.beats, s.beats[0]["world_size"], s.now - SILENT_SECONDS)
+    share = f" ({100 * status.step / status.last_step:.0f} %)" if status.last_step else ""
+    left = "" if status.seconds_left is None else f", about {format_age(status.seconds_left)} left"
+    goodput = status.goodput
+    restarts = [record for record in status.records if record["kind"] in ("restarted", "resumed")]
+    waiting = ""
+    if status.alive and status.heartbeats:
+        world_size = status.heartbeats[0]["world_size"]
+        waiting = describe_waiting(status.heartbeats, world_size, status.now - SILENT_SECONDS)
     return {
-        "state": s.state + (f": {s.why}" if s.why else ""),
-        "progress": f"step {s.step} of {s.last_step or '?'}{share}{left}",
-        "checkpoint": saved or "none yet",
-        "loss": ", ".join(loss),
-        "speed": "" if speed is None else f"{speed:,.0f} tokens/s, {seconds:.3g} s per step",
+        "state": status.state + (f": {status.reason}" if status.reason else ""),
+        "progress": f"step {status.step} of {status.last_step or '?'}{share}{left}",
+        "checkpoint": _describe_checkpoint(status),
+        "loss": _describe_losses(status),
+        "speed": _describe_speed(status),
         "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time went into steps that count",
-        "restarts": f"{len(restarts) - sum(said_twice)}" if restarts else "",
-        **{f"  step {r['step']}": str(r.get("text", "")) for r in restarts[-5:]},
-        "last sign": f"{format_age(s.now - s.seen)} ago" if s.seen and not s.alive else "",
-        "waiting": waits,
+        "restarts": str(_count_restarts(restarts)) if restarts else "",
+        **{f"  step {record['step']}": str(record.get("text", "")) for record in restarts[-5:]},
+        "last sign": (
+            f"{format_age(status.now - status.last_sign)} ago" if status.last_sign and not status.alive else ""
+        ),
+        "waiting": waiting,
     }
+
+
+def _describe_checkpoint(status: Status) -> str:
+    if status.checkpoint is None:
+        return "none yet"
+    age = format_age(status.now - status.checkpoint.stat().st_mtime)
+    steps_ago = status.step - checkpoint_step(status.checkpoint)
+    return f"{status.checkpoint.name}, {age} old" + (f", {steps_ago} step(s) ago" if steps_ago > 0 else "")
+
+
+def _describe_losses(status: Status) -> str:
+    """Return the newest training loss and the newest evaluation."""
+    newest = {r["kind"]: r for r in status.records if r["kind"] in ("train", "eval") and "loss" in r}
+    labels = {"train": "", "eval": "eval "}
+    return ", ".join(f"{labels[kind]}{r['loss']:.4f} at step {r['step']}" for kind, r in newest.items())
+
+
+def _describe_speed(status: Status) -> str:
+    speed = status.last("tokens_per_second")
+    return "" if speed is None else f"{speed:,.0f} tokens/s, {status.last('step_seconds'):.3g} s per step"
+
+
+def _count_restarts(restarts: list[Record]) -> int:
+    """Count starts after the first; a start in place writes two records, "restarted" and "resumed"."""
+    kinds = [record["kind"] for record in restarts]
+    return len(kinds) - sum(pair == ("restarted", "resumed") for pair in itertools.pairwise(kinds))
 
 
 def status(run: PathArgument, watch: bool = False) -> int:
     """Show what a run is doing: state, progress, checkpoints, speed, restarts, and where each rank is.
 
+    Exit code 1 for a run that failed or died.
+
     Args:
         run: A run (its target_dir).
-        watch: Look again every two seconds until it has ended.
+        watch: Look again every two seconds until the run has ended.
     """
-    found = open_run(run)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    run_folder = open_run(run)
+    console = new_console()
     while True:
-        now = read_status(found)
+        now = read_status(run_folder)
         if watch and sys.stdout.isatty():
             console.clear()
         show(now, console)
         if not watch or not now.alive:
             return 1 if now.state in ("failed", "dead") else 0
-        time.sleep(2.0)
+        time.sleep(WATCH_SECONDS)
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain status`."""
+    """Run `tinytrain status`."""
     return tyro.cli(status, prog="tinytrain status", args=args)

@@ -11,18 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 PathArgument = tyro.conf.Positional[Path]
+PIPE_WIDTH = 200  # a pipe has no width: rich would take 80 and fold what another program wants to read
+
+
+def new_console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for any line where the output is a pipe."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def new_table(*columns: str) -> Table:
     """Return an empty table; `<` behind a name aligns its column to the left."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        left = column.endswith("<")
-        table.add_column(column.rstrip("<"), justify="left" if left else "right", overflow="fold")
+        is_left = column.endswith("<")
+        table.add_column(column.rstrip("<"), justify="left" if is_left else "right", overflow="fold")
     return table
 
 
 def print_table(table: Table) -> None:
-    """Print it, in a width that fits."""
-    # a pipe has no width; rich would take 80 and fold what another program wants to read
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    """Print a table in a width that fits."""
+    new_console().print(table)

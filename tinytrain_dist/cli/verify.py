@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import tyro
 
@@ -13,36 +14,40 @@ from tinytrain_dist.utils.text import format_bytes
 
 
 def verify(place: PathArgument) -> int:
-    """Read every byte of a checkpoint, or of all of a run; exit code 1 if anything is damaged.
+    """Read every byte of a checkpoint, or of all checkpoints of a run; exit code 1 if anything is damaged.
 
     Args:
         place: A run (its target_dir) or a checkpoint.
     """
+    if is_checkpoint(place):
+        return 0 if _verify_checkpoint(place) else 1
+    run = open_run(place)
+    checkpoints = run.committed()
+    if not checkpoints:
+        raise CheckpointError(f"{run.checkpoints}: has no checkpoint to verify; wait for the first (ckpt_every)")
+    intact = [_verify_checkpoint(path) for path in checkpoints]
+    for path in run.step_folders():
+        if name_suffix(path):
+            print(f"skipped  {path}  not a finished checkpoint; a resume ignores it")
+    return 0 if all(intact) else 1
+
+
+def _verify_checkpoint(path: Path) -> bool:
+    """Read a checkpoint and print what is damaged; return whether nothing is."""
     from tinytrain_dist.checkpoint.manifest import read_manifest
     from tinytrain_dist.checkpoint.verify import find_damage
 
-    run = None if is_checkpoint(place) else open_run(place)
-    folders = run.committed() if run else [place]
-    if not folders:
-        assert run is not None
-        raise CheckpointError(f"{run.checkpoints}: has no checkpoint to verify; wait for the first (ckpt_every)")
-    damaged = 0
-    for path in folders:
-        started = time.perf_counter()
-        found = find_damage(path)
-        seconds = max(time.perf_counter() - started, 1e-9)
-        if found:
-            damaged += 1
-            print(f"DAMAGED  {path}\n  " + "\n  ".join(found))
-            continue
-        count = sum(file["bytes"] for file in read_manifest(path).files.values())
-        print(f"ok       {path}  {format_bytes(count)}, {count / seconds / 1e9:.2f} GB/s", flush=True)
-    for path in run.step_folders() if run else []:
-        if name_suffix(path):
-            print(f"skipped  {path}  not a finished checkpoint; a resume does not look at it")
-    return 1 if damaged else 0
+    started = time.perf_counter()
+    damage = find_damage(path)
+    seconds = max(time.perf_counter() - started, 1e-9)
+    if damage:
+        print(f"DAMAGED  {path}\n  " + "\n  ".join(damage))
+        return False
+    num_bytes = sum(file["bytes"] for file in read_manifest(path).files.values())
+    print(f"ok       {path}  {format_bytes(num_bytes)}, {num_bytes / seconds / 1e9:.2f} GB/s", flush=True)
+    return True
 
 
 def main(args: list[str]) -> int:
-    """`tinytrain verify`."""
+    """Run `tinytrain verify`."""
     return tyro.cli(verify, prog="tinytrain verify", args=args)

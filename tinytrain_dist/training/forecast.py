@@ -1,6 +1,7 @@
 """Forecast a run on machines that are not there: whether it fits, what it sends, how long a step takes at best.
 
-Sizes come from simulating the trainer's own step in a fake process group, speeds from the table of devices.
+Sizes come from simulating the trainer's own step in a fake process group, speeds from the table of devices. A forecast
+is a lower bound of the time: computing and sending are assumed to overlap fully.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, D
 from tinytrain_dist.training.fitting import smaller_settings
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 
-RECOMPUTED = {"none": 1.0, "selective": 1.0, "block": 4 / 3}  # a third of the products is forward's, done twice
+# FLOPs of a step with activation_checkpointing, relative to one without: a third of the products is forward's, and
+# "block" computes forward twice
+RECOMPUTATION_FACTORS = {"none": 1.0, "selective": 1.0, "block": 4 / 3}
+SMALL_CHUNK_TOKENS = 2048  # a loss_chunk_tokens with which head and loss take little memory
+MIN_GIB = 0.095  # smaller sizes are shown in MiB
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines: what `--nodes`, `--devices-per-node`, `--device` and `--network` say."""
+    """The machines of a forecast, as `--nodes`, `--devices-per-node`, `--device` and `--network` describe them."""
 
     nodes: int
     per_node: int
     device: DeviceSpec
+
+    @property
+    def num_devices(self) -> int:
+        """Devices, and processes, on all nodes."""
+        return self.nodes * self.per_node
 
     @property
     def room(self) -> float:
@@ -38,86 +48,122 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One way to spread the run: its estimate, and lower bounds of the time of a step, in seconds."""
+    """One way to distribute the run: its memory estimate, and lower bounds of the time of a step."""
 
     config: TrainingConfig
     parallel_dims: ParallelDims
     plan: BatchPlan
     estimate: MemoryEstimate
     fits: bool
-    inside: float  # bytes that a rank sends to ranks of its node in a step
-    across: float  # bytes that a node sends to other nodes in a step
+    inside_bytes: float  # that a rank sends to ranks of its node in a step
+    across_bytes: float  # that a node sends to other nodes in a step
     compute_seconds: float
     inside_seconds: float
     across_seconds: float
 
     @property
     def seconds(self) -> float:
-        """A step at best: computing and sending at the same time."""
+        """Seconds of a step at best: computing and sending at the same time."""
         return max(self.compute_seconds, self.inside_seconds, self.across_seconds)
 
 
-def forecast(config: TrainingConfig, context: DistributedContext, world: Cluster, flops: float) -> Forecast:
-    """Forecast what the run would hold, send and take on this cluster; `flops` per token. Errors: ConfigError."""
-    shape = (context.world_size, context.local_world_size)
-    dims = choose_parallel_dims(config, *shape)
-    found = _on(config, context, dims, world, flops)
-    if config.parallel == "auto" and dims.mode == "ddp" and not found.fits:
-        found = _on(config, context, choose_parallel_dims(config, *shape, fits=False), world, flops)
-    return found
+def peak_flops(config: TrainingConfig, device: DeviceSpec) -> float:
+    """Return the device's peak in FLOP/s with the precision of the configuration."""
+    return device.bf16_flops if config.precision == "bf16" else device.fp32_flops
 
 
-def _on(
-    config: TrainingConfig, context: DistributedContext, dims: ParallelDims, world: Cluster, flops: float
-) -> Forecast:
-    spread = context.with_mesh(dims)
-    if config.micro_batch_size == "auto":
-        sizes, unset = possible_micro_batch_sizes(config, dims), config
+def forecast(config: TrainingConfig, context: DistributedContext, cluster: Cluster, flops_per_token: float) -> Forecast:
+    """Forecast what the run would hold, send and take on this cluster.
 
-        def need(size: int) -> int:
-            return estimate_memory(replace(unset, micro_batch_size=size), spread).nbytes
-
-        config = replace(config, micro_batch_size=sizes[max(1, bisect_right(sizes, world.room, key=need)) - 1])
-    plan = BatchPlan.make(config, dims)
-    found = estimate_memory(config, spread)
-    inside, across = sent_bytes(found, world)
-    device = world.device
-    peak = device.bf16_flops if config.precision == "bf16" else device.fp32_flops
-    work = flops * RECOMPUTED[config.activation_checkpointing] * plan.tokens_per_step / plan.ranks
-    seconds = [work / (peak * device.reached), inside / device.neighbours, across / device.network]
-    seconds[1:] = [each / REACHABLE_SHARE_OF_LINKS for each in seconds[1:]]
-    return Forecast(config, dims, plan, found, found.nbytes <= world.room, inside, across, *seconds)
-
-
-def sent_bytes(found: MemoryEstimate, world: Cluster) -> tuple[float, float]:
-    """Bytes of a step: from a rank to ranks of its node, and from its node to others, with the volumes of rings.
-
-    A ring over n ranks moves (n - 1) / n of the buffer past each rank, twice for an all-reduce, and leaves each node
-    once; an all-to-all sends each rank its own part.
+    context: of a fake process group with as many ranks as the cluster has devices. Errors: ConfigError.
     """
-    inside = across = 0.0
-    for ranks, operations in found.sent.items():
-        size = len(ranks)
-        here = sum(rank // world.per_node == ranks[0] // world.per_node for rank in ranks)
-        for name, nbytes in operations.items():
-            ring = nbytes * (size - 1) / size * (2 if "allreduce" in name else 1)
-            if "alltoall" in name:
-                inside += nbytes * (here - 1) / size
-                across += world.per_node * nbytes * (size - here) / size
+    ranks = (context.world_size, context.local_world_size)
+    dims = choose_parallel_dims(config, *ranks)
+    result = _forecast_on(dims, config, context, cluster, flops_per_token)
+    if config.parallel == "auto" and dims.mode == "ddp" and not result.fits:
+        dims = choose_parallel_dims(config, *ranks, fits=False)
+        result = _forecast_on(dims, config, context, cluster, flops_per_token)
+    return result
+
+
+def _forecast_on(
+    dims: ParallelDims,
+    config: TrainingConfig,
+    context: DistributedContext,
+    cluster: Cluster,
+    flops_per_token: float,
+) -> Forecast:
+    """Forecast the run on one mesh; micro_batch_size = auto becomes the largest size that fits."""
+    meshed = context.with_mesh(dims)
+    if config.micro_batch_size == "auto":
+        config = replace(config, micro_batch_size=_largest_fitting_size(config, meshed, cluster.room))
+    plan = BatchPlan.make(config, dims)
+    estimate = estimate_memory(config, meshed)
+    inside_bytes, across_bytes = sent_bytes(estimate, cluster)
+    device = cluster.device
+    recomputation = RECOMPUTATION_FACTORS[config.activation_checkpointing]
+    flops_per_rank = flops_per_token * recomputation * plan.tokens_per_step / plan.ranks
+    return Forecast(
+        config=config,
+        parallel_dims=dims,
+        plan=plan,
+        estimate=estimate,
+        fits=estimate.nbytes <= cluster.room,
+        inside_bytes=inside_bytes,
+        across_bytes=across_bytes,
+        compute_seconds=flops_per_rank / (peak_flops(config, device) * device.reached),
+        inside_seconds=inside_bytes / device.neighbours / REACHABLE_SHARE_OF_LINKS,
+        across_seconds=across_bytes / device.network / REACHABLE_SHARE_OF_LINKS,
+    )
+
+
+def _largest_fitting_size(config: TrainingConfig, meshed: DistributedContext, room_bytes: float) -> int:
+    """Return the largest micro-batch size whose estimate is within `room_bytes`, at least the smallest size."""
+    assert meshed.parallel_dims is not None
+    sizes = possible_micro_batch_sizes(config, meshed.parallel_dims)
+
+    def needed_bytes(size: int) -> int:
+        return estimate_memory(replace(config, micro_batch_size=size), meshed).nbytes
+
+    num_fitting = bisect_right(sizes, room_bytes, key=needed_bytes)
+    return sizes[max(1, num_fitting) - 1]
+
+
+def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float]:
+    """Return the bytes of a step from a rank to ranks of its node, and from its node to other nodes.
+
+    Volumes are those of rings. A ring over n ranks moves (n - 1) / n of the buffer past each rank, twice for an
+    all-reduce, and leaves each node once. An all-to-all sends each rank its own part.
+    """
+    inside = 0.0
+    across = 0.0
+    for ranks, operations in estimate.sent.items():
+        group_size = len(ranks)
+        node = ranks[0] // cluster.per_node
+        ranks_here = sum(rank // cluster.per_node == node for rank in ranks)
+        for operation, nbytes in operations.items():
+            if "alltoall" in operation:
+                inside += nbytes * (ranks_here - 1) / group_size
+                across += cluster.per_node * nbytes * (group_size - ranks_here) / group_size
                 continue
-            inside += ring if here > 1 else 0.0
-            across += ring * world.per_node / here if here < size else 0.0
+            rounds = 2 if "allreduce" in operation else 1
+            ring_bytes = rounds * nbytes * (group_size - 1) / group_size
+            if ranks_here > 1:
+                inside += ring_bytes
+            if ranks_here < group_size:
+                rings_per_node = cluster.per_node / ranks_here  # each rank of a node belongs to such a group
+                across += ring_bytes * rings_per_node
     return inside, across
 
 
-def other_modes(config: TrainingConfig, world: Cluster) -> Iterator[TrainingConfig]:
+def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingConfig]:
     """Yield the same run in every mode that this cluster allows."""
-    ranks = world.nodes * world.per_node
     for mode in get_args(Mode):
-        sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
-        changed = replace(config, **sizes, parallel=mode)
+        # the sizes of the mesh belong to the configured mode
+        unset_sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
+        changed = replace(config, **unset_sizes, parallel=mode)
         try:
-            dims = choose_parallel_dims(changed, ranks, world.per_node)
+            dims = choose_parallel_dims(changed, cluster.num_devices, cluster.per_node)
             BatchPlan.make(changed, dims)
         except ConfigError:
             continue
@@ -126,37 +172,45 @@ def other_modes(config: TrainingConfig, world: Cluster) -> Iterator[TrainingConf
 
 
 def suggest_change(
-    now: Forecast, others: list[Forecast], context: DistributedContext, world: Cluster, flops: float
+    now: Forecast, others: list[Forecast], context: DistributedContext, cluster: Cluster, flops_per_token: float
 ) -> str:
-    """Name the setting to change so that the run fits, or several settings, or what is missing."""
-    micro = now.plan.micro_batch_size
-    fixed = replace(now.config, micro_batch_size=micro)
-    spread = replace(context, parallel_dims=now.parallel_dims)
-    for change in smaller_settings(fixed, spread):
-        if "micro_batch_size" in change:
-            found = forecast(replace(fixed, micro_batch_size="auto"), context, world, flops)
-            change = {"micro_batch_size": found.plan.micro_batch_size}
+    """Name the setting to change so that the run fits, or several settings, or what is missing.
+
+    others: the run in other modes.
+    """
+    fixed = replace(now.config, micro_batch_size=now.plan.micro_batch_size)
+    meshed = replace(context, parallel_dims=now.parallel_dims)
+    for change in smaller_settings(fixed, meshed):
+        if "micro_batch_size" in change:  # not only the next smaller size, but the largest that fits
+            changed = forecast(replace(fixed, micro_batch_size="auto"), context, cluster, flops_per_token)
+            change = {"micro_batch_size": changed.plan.micro_batch_size}
         else:
-            found = forecast(replace(fixed, **change), context, world, flops)
-        if found.fits:
-            return f"fits with {format_settings(change)}: {format_gib(found.estimate.nbytes)} of tensors"
+            changed = forecast(replace(fixed, **change), context, cluster, flops_per_token)
+        if changed.fits:
+            return f"fits with {format_settings(change)}: {format_gib(changed.estimate.nbytes)} of tensors"
     for other in others:
         if other.fits:
             return f"fits with parallel = {other.parallel_dims.mode}: {format_gib(other.estimate.nbytes)} of tensors"
-    everything: dict[str, Any] = {"activation_checkpointing": "block"}
-    if not fixed.reproducible:
-        everything |= {"micro_batch_size": 1}
-    everything["loss_chunk_tokens"] = min(2048, fixed.loss_chunk_tokens or 2048)
-    sharded = min([now, *others], key=lambda each: each.estimate.nbytes).config
-    if sharded.parallel != now.config.parallel:
-        everything["parallel"] = sharded.parallel
-    if everything.get("parallel", "hsdp") != "hsdp":
+    all_changes = _all_changes(fixed, [now, *others])
+    if all_changes.get("parallel", "hsdp") != "hsdp":
         fixed = replace(fixed, parallel="auto", dp_replicate=None, dp_shard=None)
-    found = forecast(replace(fixed, **everything), context, world, flops)
-    if found.fits:
-        return f"fits with {format_settings(everything)}: {format_gib(found.estimate.nbytes)} of tensors"
-    needed = format_gib(found.estimate.nbytes)
-    return f"does not fit even with {format_settings(everything)}: {needed}; use more or larger devices"
+    smallest = forecast(replace(fixed, **all_changes), context, cluster, flops_per_token)
+    needed = format_gib(smallest.estimate.nbytes)
+    if smallest.fits:
+        return f"fits with {format_settings(all_changes)}: {needed} of tensors"
+    return f"does not fit even with {format_settings(all_changes)}: {needed}; use more or larger devices"
+
+
+def _all_changes(config: TrainingConfig, forecasts: list[Forecast]) -> dict[str, Any]:
+    """Return the settings with which the run holds least. forecasts: of all modes, the configured one first."""
+    changes: dict[str, Any] = {"activation_checkpointing": "block"}
+    if not config.reproducible:  # in reproducible mode the micro-batch size decides bits
+        changes["micro_batch_size"] = 1
+    changes["loss_chunk_tokens"] = min(SMALL_CHUNK_TOKENS, config.loss_chunk_tokens or SMALL_CHUNK_TOKENS)
+    smallest_mode = min(forecasts, key=lambda each: each.estimate.nbytes).config.parallel
+    if smallest_mode != forecasts[0].config.parallel:
+        changes["parallel"] = smallest_mode
+    return changes
 
 
 def format_settings(change: dict[str, Any]) -> str:
@@ -166,4 +220,4 @@ def format_settings(change: dict[str, Any]) -> str:
 
 def format_gib(nbytes: float) -> str:
     """Format a size in GiB, or a small one in MiB."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= 0.095 * GIB else f"{nbytes / 2**20:.1f} MiB"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= MIN_GIB * GIB else f"{nbytes / 2**20:.1f} MiB"
