@@ -133,7 +133,7 @@ def test_folders_of_older_formats_are_still_read(folder, number):
     assert "has sha256" in problem
 
 
-def test_a_newer_format_is_said_and_not_read(folder):
+def test_a_newer_format_is_named_and_not_read(folder):
     body = json.loads((folder / MANIFEST_FILE).read_text()) | {"format": 4}
     del body["sha256"]
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

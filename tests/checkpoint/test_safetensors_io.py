@@ -238,8 +238,8 @@ def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
         write_tensors(tmp_path, "m", [TensorSpec("x", (5000,), dtype)], iter(values.split(1000)), 9, Manifest())
 
 
-def test_a_chunk_is_not_read_any_more_when_ring_others_were_given(tmp_path, monkeypatch):
-    """The buffers are used again: a slow disk must hold the gathering up, not lose bytes."""
+def test_a_chunk_is_no_longer_read_when_chunks_in_flight_others_were_fetched(tmp_path, monkeypatch):
+    """The buffers are reused: a slow disk must delay the gathering, not lose bytes."""
     plain, buffers = safetensors_io._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(CHUNKS_IN_FLIGHT)]
 
     def slow(file, data):

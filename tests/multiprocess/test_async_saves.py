@@ -50,7 +50,7 @@ def test_the_last_save_copies_nothing(
     assert manifest["tensors"]["model"]
 
 
-def test_buffers_are_taken_at_the_start_only_if_training_will_go_on_beside_a_save(folder: Path) -> None:
+def test_buffers_are_allocated_at_the_start_only_if_a_save_will_run_beside_training(folder: Path) -> None:
     for ckpt_every, taken in ((2, True), (100, False)):
         settings = settings_for(folder, f"b{ckpt_every}", **{**RUN, "ckpt_every": ckpt_every})
         assert run_ranks(1, buffers_at_start, settings) == [taken]

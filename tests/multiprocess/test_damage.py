@@ -21,7 +21,7 @@ from tests.training.test_trainer import fit_error
 pytestmark = pytest.mark.multiprocess
 
 
-def test_damage_is_shared_out_and_found_by_whoever_reads_it(tmp_path: Path) -> None:
+def test_damage_found_by_one_rank_reaches_all(tmp_path: Path) -> None:
     """Each file is read by one rank: damage in any one of them must reach all."""
     run = train(tmp_path, "run", 2, parallel="fsdp", max_shard_bytes=2000, stop_at_step=3)
     for file in sorted(run.checkpoint.iterdir()):
@@ -79,7 +79,7 @@ def any_end(settings: dict[str, Any]) -> str:
 
 
 def poison(checkpoint: Path, name: str) -> None:
-    """Put a NaN into a tensor, and make every digest fit, as a program that did not look would have written it."""
+    """Put a NaN into a tensor, and make every digest fit, as a program that does not check would have written it."""
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text())
     del body["sha256"]

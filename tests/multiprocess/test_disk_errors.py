@@ -61,7 +61,7 @@ def last_save_error(settings: dict[str, Any]) -> str:
 
 
 def fail_beside_the_tensors(trainer: Any, where: str) -> None:
-    """On rank 0 only, as a stale file handle would: what surrounds the collectives must not part ranks."""
+    """On rank 0 only, as a stale file handle would: an error between two collectives must not separate the ranks."""
     from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
     from tinytrain_dist.checkpoint.manager import CheckpointManager
 
@@ -77,7 +77,7 @@ def fail_beside_the_tensors(trainer: Any, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["_extra_files", "delete_old"])
-def test_error_of_rank_0_beside_the_tensors_parts_no_ranks(folder: Path, undisturbed: Run, where: str) -> None:
+def test_error_of_rank_0_beside_the_tensors_does_not_separate_ranks(folder: Path, undisturbed: Run, where: str) -> None:
     settings = settings_for(folder, f"beside{where}", **RUN)
     ends = run_ranks(2, fit, settings, functools.partial(fail_beside_the_tensors, where=where))
     assert [end["state"] for end in ends] == ["done", "done"]
@@ -179,7 +179,7 @@ def small_disk(tmp_path: Path) -> Any:
 
 
 def fill_the_disk(trainer: Any) -> None:
-    """What is free is taken before the save of step 4, but for 20 kB; before that of step 6 it is given back."""
+    """Fill the disk up to 20 kB before the save of step 4; free it before the save of step 6."""
     ballast = trainer.config.checkpoints_dir.parent / "ballast"
 
     def hook(*_: Any) -> None:

@@ -69,7 +69,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("stage", "ranks"), STAGES, ids=[f"{stage} {ranks}" for stage, ranks in STAGES])
-def test_killed_in_a_save_the_next_start_goes_on_to_the_same_bits(
+def test_after_a_kill_in_a_save_the_next_start_continues_to_the_same_bits(
     folder: Path, undisturbed: Run, stage: str, ranks: tuple[int, ...]
 ) -> None:
     name = f"killed-{stage}-{len(ranks)}-{ranks[0]}".replace(" ", "-")

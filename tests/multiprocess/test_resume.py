@@ -23,7 +23,7 @@ def test_allow_names_what_may_change(tmp_path: Path) -> None:
     assert run_ranks(1, fit_error, {**refused, "allow": "seed, context_len"})[0] == "no error"
 
 
-def test_branch_inside_the_folder_is_refused_and_a_requeued_start_goes_on(tmp_path: Path) -> None:
+def test_branch_inside_the_folder_is_refused_and_a_requeued_start_continues(tmp_path: Path) -> None:
     first = train(tmp_path, "first", 1, keep_last=9)
     earlier = first.folder / "checkpoints" / "checkpoint-00000003"
     message = run_ranks(1, fit_error, settings_for(tmp_path, "first", resume=str(earlier)))[0]

@@ -40,8 +40,8 @@ def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lives(lock: Path) -> Iterator[None]:
-    """Somebody touches the lock, as who holds it does."""
+def touched_by_its_holder(lock: Path) -> Iterator[None]:
+    """Touch the lock again and again, as the process that holds it does."""
     end = threading.Event()
 
     def touch() -> None:
@@ -77,7 +77,7 @@ def test_stale_locks_are_recognised(tmp_path: Path, lock: Any, accepted: bool) -
     (tmp_path / "run" / "lock.json").write_text(text)
     if text == "not json":
         os.utime(tmp_path / "run" / "lock.json", (1, 1))
-    with lives(tmp_path / "run" / "lock.json") if "78" in text else contextlib.nullcontext():
+    with touched_by_its_holder(tmp_path / "run" / "lock.json") if "78" in text else contextlib.nullcontext():
         message = run_ranks(1, fit_error, settings, env={"SLURM_JOB_ID": "77"})[0]
     assert (message == "no error") == accepted, message
     assert (tmp_path / "run" / "lock.json").exists() != accepted

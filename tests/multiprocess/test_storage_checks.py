@@ -25,7 +25,7 @@ def no_room(settings: dict[str, Any]) -> str:
     return fit_error(settings)
 
 
-def test_too_little_disk_is_said_before_step_one(folder: Path) -> None:
+def test_too_little_disk_is_an_error_before_step_one(folder: Path) -> None:
     messages = run_ranks(2, no_room, settings_for(folder, "small", **RUN))
     assert messages[0] == messages[1]
     assert "0.010 MB are free" in messages[0]
@@ -56,7 +56,7 @@ def start_context() -> Any:
     return init_distributed("cpu")
 
 
-def test_too_little_host_memory_is_said(folder: Path) -> None:
+def test_too_little_host_memory_is_an_error(folder: Path) -> None:
     message = run_ranks(2, no_memory, settings_for(folder, "memory", **RUN))[0]
     assert "ckpt_async: saving in the background needs 2.097 MB" in message
     assert "ckpt_async = false" in message
