@@ -91,7 +91,10 @@ def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypa
     everything = sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes)
     assert sum(nbytes for _, _, nbytes in everything) > 1000
     seen.clear()
+    ranges_read = []
     for part in range(5):
+        before = len(seen)
         assert find_damage(folder, part=part, parts=5) == []
-        assert seen, "each has a share"
+        ranges_read.append(len(seen) - before)
+    assert sum(count > 0 for count in ranges_read) >= 3, "a share is empty only where one tensor is larger than a share"
     assert sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes) == everything
