@@ -98,7 +98,7 @@ class Measurement:
         )  # fmt: skip
         self.trainer = trainer = Trainer.build(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
-        about = trainer.checkpoints.data, trainer.checkpoints.bits
+        about = trainer.checkpoints.data, trainer.checkpoints.numerics
         step = trainer.train_step
         self.foreground = CheckpointManager(elsewhere, trainer.context, step.model, step.optimizer, *about)
         self.own = sum(shard.rows_to_save.nbytes for shard in trainer.checkpoints.all_shards)

@@ -30,5 +30,5 @@ def test_the_model_has_the_weights_of_the_checkpoint(text_checkpoint: Path, mode
 def test_a_checkpoint_without_a_configuration_is_an_error(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     write_checkpoint(tmp_path / "any", collect_shards(model, None)[0], {"step": 1})
-    with pytest.raises(CheckpointError, match="says no configuration"):
+    with pytest.raises(CheckpointError, match="holds no configuration"):
         load_model.load_model(tmp_path / "any", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Owns save_checkpoint and load_checkpoint for anybody's module and optimizer, without a process group."""
+"""save_checkpoint and load_checkpoint for any module and optimizer, without a process group."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
+def test_training_continues_to_the_same_bits(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     model = Net()
     optimizer = OPTIMIZERS[name](model.parameters())

@@ -280,8 +280,15 @@ def _collect(ranks: list[_Rank], deadline: float, late: str) -> bool:
 def _await_stacks(late: list[_Rank]) -> None:
     """Each rank writes its stacks itself when its time is up; on a loaded machine that may be a moment later."""
     deadline = time.monotonic() + STACK_DUMP_SECONDS
-    while any("Timeout (" not in each.log_tail() for each in late) and time.monotonic() < deadline:
+    while not all(_has_all_stacks(each) for each in late) and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def _has_all_stacks(rank: _Rank) -> bool:
+    """Return whether the stacks are there to the end: the main thread's comes last, its outermost frame is a module."""
+    _, timeout, stacks = rank.log_tail().partition("Timeout (")
+    _, _, outermost_frames = stacks.partition(f"in {_rank_main.__name__}\n")
+    return bool(timeout) and "in <module>\n" in outermost_frames
 
 
 def _receive(each: _Rank) -> None:

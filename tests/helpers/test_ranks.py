@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers import ranks
 from tests.helpers.ranks import descendants, launch_training, living_processes, run_ranks, training_process
 
 pytestmark = pytest.mark.multiprocess
@@ -80,6 +81,22 @@ def test_failing_rank_is_reported_while_the_others_hang() -> None:
     assert "in fail_on_rank_one" in message.split("Traceback")[1]
     assert "the last words of rank 1" in message
     assert "rank 0 was killed while it ran" in message
+
+
+def test_stacks_are_complete_with_the_outermost_frame_of_the_main_thread(tmp_path: Path) -> None:
+    log = tmp_path / "rank0.log"
+    late = ranks._Rank(0, None, None, log)  # type: ignore[arg-type]  # only its log is read
+    dump = (
+        "Timeout (0:00:00.500000)!\nThread 0x00007ff469dd56c0 (most recent call first):\n"
+        '  File "threading.py", line 1002 in _bootstrap\n\nThread 0x00007ff48cfbab80 (most recent call first):\n'
+        '  File "test_ranks.py", line 97 in <module>\n  File "ranks.py", line 212 in _rank_main\n'
+        '  File "forkserver.py", line 313 in main\n  File "<string>", line 1 in <module>\n'
+    )
+    for length in range(len(dump)):
+        log.write_text(dump[:length])
+        assert not ranks._has_all_stacks(late), dump[:length]
+    log.write_text(dump)
+    assert ranks._has_all_stacks(late)
 
 
 def kill_rank_one() -> None:

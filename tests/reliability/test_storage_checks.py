@@ -1,4 +1,4 @@
-"""Check the storage checks on one rank without process groups; several ranks: multiprocess/test_checkpoints_of_runs."""
+"""Check the storage checks on one rank without process groups; several ranks: multiprocess/test_storage_checks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Checkpoints: complete and verified, or absent.
+"""Save, verify, find and load checkpoints.
 
-- `state.py`: what of a model and optimizer is saved
-- `sharded_io.py`: how all ranks write and read one checkpoint
-- `safetensors_io.py`, `manifest.py`, `hashing.py`, `verify.py`: folders of tensors on disk
-- `manager.py`, `async_save.py`: the checkpoints of one run
-- `save_load.py`: checkpoints of own loops
+Reading order:
+
+* What is on disk: `manifest` (the format), `hashing`, `safetensors_io` (one file of tensors), `verify`.
+* What is saved, and how all ranks write and read it: `state`, `sharded_io`, `async_save`.
+* The checkpoints of one run: `compatibility`, `retention`, `checkpoint_folder`, `manager`.
+* For users of the library and for commands: `save_load`, `discovery`, `load_model`, `hf_import`, `digests`.
 """

@@ -1,4 +1,7 @@
-"""Copy a rank's shards to host memory, and run a save in a thread beside training."""
+"""Copy a rank's shards to host memory, and run a save in a thread beside training.
+
+Must not know what a save does: `manager.py` gives the thread its work.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,73 @@ from torch import Tensor
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.state import ShardsByKind
 
-SLOW_SAVE_SECONDS = 120.0  # when a save is worth a word
+SLOW_SAVE_SECONDS = 120.0  # a save that takes longer is worth a warning
 
 
 class HostBuffers:
-    """Copies of this rank's shards in host memory, kept from save to save; pinned where they come from a GPU."""
+    """Copies of this rank's shards in host memory, reused by every save; pinned where they come from a GPU."""
 
     def __init__(self, shards: ShardsByKind) -> None:
-        """`shards`: what is to be copied each time; the memory is taken at the first one."""
-        self._sources = [shard.rows_to_save for parts in shards.values() for shard in parts]
-        self._cuda = any(source.is_cuda for source in self._sources)
-        self._pieces, self._copied = shards, list[Tensor]()
+        """`shards`: what to copy each time. The first copy allocates the memory."""
+        self._sources = [shard.rows_to_save for shards_of_kind in shards.values() for shard in shards_of_kind]
+        self._on_gpu = any(source.is_cuda for source in self._sources)
+        self._shards = shards  # after the first copy: the same shards, with rows_to_save in the buffers
+        self._copied: list[Tensor] = []
 
     def copy(self) -> tuple[ShardsByKind, torch.cuda.Event | None]:
-        """Copy the shards to host memory; return them, and the event to wait for while a GPU copies."""
+        """Copy the shards to host memory.
+
+        Returns the shards with `rows_to_save` in host memory, and the event to wait for before they are read (None
+        where no GPU copies). The next call overwrites them.
+        """
         if not self._copied:
-            self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
-            buffers = iter(self._copied)
-            self._pieces = {k: [replace(p, rows_to_save=next(buffers)) for p in ps] for k, ps in self._pieces.items()}
-        torch._foreach_copy_(self._copied, self._sources, non_blocking=self._cuda)
-        event = torch.cuda.Event() if self._cuda else None
+            self._allocate()
+        torch._foreach_copy_(self._copied, self._sources, non_blocking=self._on_gpu)
+        event = torch.cuda.Event() if self._on_gpu else None
         if event is not None:
             event.record()
-        return self._pieces, event
+        return self._shards, event
+
+    def _allocate(self) -> None:
+        self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
+        buffers = iter(self._copied)
+        self._shards = {
+            kind: [replace(shard, rows_to_save=next(buffers)) for shard in shards_of_kind]
+            for kind, shards_of_kind in self._shards.items()
+        }
 
 
 class SaveThread(threading.Thread):
-    """A save in progress; `join` waits for it, and its `error` is the same on every rank."""
+    """A save in progress: `start` begins it, `join` waits for it, and its `error` is the same on every rank."""
 
     def __init__(self, step: int, work: Callable[[Manifest], None]) -> None:
-        """`work(manifest)` does it; it runs at once, in the background. The manifest says which file it is at."""
+        """`work(manifest)` performs the save. The manifest tells from outside which file it is writing."""
         super().__init__(name=f"save-{step}", daemon=True)
-        self.step, self.seconds, self._work = step, 0.0, work
-        self.manifest, self.started_at, self._said = Manifest(), time.monotonic(), 0.0
+        self.step = step
+        self.seconds = 0.0  # how long it took, once it has ended
         self.error: BaseException | None = None
-        self.start()
+        self.manifest = Manifest()
+        self._work = work
+        self._created_at = time.monotonic()
+        self._warned_after_seconds = 0.0  # how long it had taken at the last warning
 
-    def too_long(self) -> str:
-        """Every time it has taken twice as long as was said before, a sentence: how long, and at which file."""
-        seconds = time.monotonic() - self.started_at
-        if not self.is_alive() or seconds < max(SLOW_SAVE_SECONDS, 2 * self._said):
+    def slow_save_warning(self) -> str:
+        """Return how long the save has taken and what it waits for; "" if it has ended or no warning is due.
+
+        The first warning is due after SLOW_SAVE_SECONDS, each further one when the time has doubled.
+        """
+        seconds = time.monotonic() - self._created_at
+        if not self.is_alive() or seconds < max(SLOW_SAVE_SECONDS, 2 * self._warned_after_seconds):
             return ""
-        self._said, files = seconds, list(self.manifest.under_way)
-        at = f"{files[0]} is being written" if files else "waiting for other ranks"
-        return f"the save of step {self.step} has taken {seconds:.0f} s and has not ended; {at}"
+        self._warned_after_seconds = seconds
+        files = list(self.manifest.files_in_progress)
+        waiting_for = f"{files[0]} is being written" if files else "waiting for other ranks"
+        return f"the save of step {self.step} has taken {seconds:.0f} s and has not ended; {waiting_for}"
 
     def run(self) -> None:
-        """Work, and remember how it went."""
+        """Perform the save, and keep its error and its duration."""
         try:
             self._work(self.manifest)
         except BaseException as error:
             self.error = error
-        self.seconds = time.monotonic() - self.started_at
+        self.seconds = time.monotonic() - self._created_at

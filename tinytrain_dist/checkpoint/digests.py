@@ -1,4 +1,8 @@
-"""Digests of tensors and of whole states: equal digests mean equal bits."""
+"""Compute digests of tensors and of whole states: equal digests mean equal bits.
+
+Digests do not depend on how tensors are divided into files or were divided over ranks. For commands that compare
+checkpoints; saving and verifying use `hashing.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +15,65 @@ from torch import Tensor
 
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.hashing import HASH_FUNCTIONS
-from tinytrain_dist.checkpoint.manifest import read_manifest
+from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import NAME_OF_DTYPE, TensorReader
 from tinytrain_dist.config.run_folder import MANIFEST_FILE, TRAINER_STATE_FILE
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
 
+Entries = dict[str, list[Any]]  # name -> [shape, type, BLAKE3], or [[], "value", repr] of a plain number
+
 TITLE_OF_KIND = {"model": "weights", "optimizer": "optimizer"}
 
 
 def tensor_digest(value: Tensor, hashed: str = "blake3") -> str:
-    """BLAKE3 (or another of HASHES) of the bytes of a tensor's values, as the manifest has it."""
+    """Return the digest of the bytes of a tensor's values, as the manifest has it.
+
+    `value`: on the CPU; `hashed`: the hash function, a name in HASH_FUNCTIONS.
+    """
     return str(HASH_FUNCTIONS[hashed](tensor_bytes(value.contiguous())).hexdigest())
 
 
-def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, dict[str, list[Any]]]:
-    """Per kind, every tensor (and every plain number of the optimizer's state) as name -> [shape, type, BLAKE3].
+def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, Entries]:
+    """Return by kind the entries of every tensor and of every plain number of the optimizer's state.
 
-    recompute: read the tensors, instead of taking the manifest's word. An older one has no such digests: its tensors
-    are read and compared with those it has. Errors: CheckpointError if they do not fit.
+    recompute: read the tensors, instead of copying their digests from the manifest. A manifest of format 1 or 2 has
+    other digests: its tensors are read in any case, and compared with the digests that it has. Errors: CheckpointError
+    if these differ.
     """
-    manifest, found = read_manifest(checkpoint), {}
-    older = manifest.hashed if manifest.hashed != "blake3" else ""
-    for kind in (kind for kind in TITLE_OF_KIND if kind in manifest.tensors):
-        entries: dict[str, list[Any]] = {}
-        reader = TensorReader(checkpoint, kind) if recompute or older else None
-        for name, noted in manifest.tensors[kind].items():
-            if reader:
-                value = reader.read(name)
-                entries[name] = [list(value.shape), NAME_OF_DTYPE[value.dtype], tensor_digest(value)]
-                if older and tensor_digest(value, older) != noted[older]:
-                    raise CheckpointError(
-                        f"{checkpoint}: {name} is not what {MANIFEST_FILE} says; use another checkpoint"
-                    )
-            else:
-                entries[name] = [noted["shape"], noted["dtype"], noted["blake3"]]
-        found[kind] = entries
-    if "optimizer" in found and (checkpoint / TRAINER_STATE_FILE).is_file():
+    manifest = read_manifest(checkpoint)
+    read_tensors = recompute or manifest.hashed != "blake3"
+    by_kind: dict[str, Entries] = {}
+    for kind in TITLE_OF_KIND:
+        if kind in manifest.tensors:
+            entries = _computed_entries if read_tensors else _recorded_entries
+            by_kind[kind] = entries(checkpoint, kind, manifest)
+    if "optimizer" in by_kind and (checkpoint / TRAINER_STATE_FILE).is_file():
         values = read_trainer_state(checkpoint).get("optimizer", {}).get("state", {})
-        found["optimizer"] |= {name: [[], "value", repr(value)] for name, value in values.items()}
-    return found
+        by_kind["optimizer"] |= {name: [[], "value", repr(value)] for name, value in values.items()}
+    return by_kind
 
 
-def state_digest(entries: dict[str, list[Any]]) -> str:
-    """One sha256 over all entries in the order of their names: no trace of how they are split over files."""
+def _recorded_entries(checkpoint: Path, kind: str, manifest: Manifest) -> Entries:
+    return {
+        name: [recorded["shape"], recorded["dtype"], recorded["blake3"]]
+        for name, recorded in manifest.tensors[kind].items()
+    }
+
+
+def _computed_entries(checkpoint: Path, kind: str, manifest: Manifest) -> Entries:
+    reader = TensorReader(checkpoint, kind)
+    entries: Entries = {}
+    for name, recorded in manifest.tensors[kind].items():
+        value = reader.read(name)
+        entries[name] = [list(value.shape), NAME_OF_DTYPE[value.dtype], tensor_digest(value)]
+        older_format = manifest.hashed != "blake3"
+        if older_format and tensor_digest(value, manifest.hashed) != recorded[manifest.hashed]:
+            raise CheckpointError(f"{checkpoint}: {name} is not what {MANIFEST_FILE} says; use another checkpoint")
+    return entries
+
+
+def state_digest(entries: Entries) -> str:
+    """Return one sha256 over all entries in the order of their names, whatever files they come from."""
     lines = [json.dumps([name, *entry], separators=(",", ":")) for name, entry in sorted(entries.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,4 +1,8 @@
-"""Start from the weights of a Hugging Face folder, each rank reading its own rows."""
+"""Start from the weights of a Hugging Face folder, each rank reading its own rows.
+
+The folder holds config.json and the weights as safetensors: one file, or several with an index. Our parameter names are
+Hugging Face's, so nothing is converted.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,29 @@ from tinytrain_dist.model.hf_config import check_hf_config
 
 
 def init_from_hf_folder(folder: Path, model: nn.Module, config: TrainingConfig) -> None:
-    """Set the weights from a Hugging Face folder of safetensors, each rank its own rows.
+    """Set the weights of the model from a Hugging Face folder of safetensors.
 
     Errors: ConfigError for an architecture or sizes that are not the configuration's; CheckpointError for names or
     shapes that do not fit.
     """
     check_hf_config(config, folder)
-    reader, wanted = TensorReader(folder, "model"), model_tensors(model)
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    surplus = [name for name in reader.files if name not in wanted and name not in ignored and "rotary" not in name]
+    reader = TensorReader(folder, "model")
+    wanted = model_tensors(model)
     problems = [f"{name}: is missing" for name in wanted if name not in reader.files]
-    problems += [f"{name}: is not a weight of this model" for name in surplus]
+    problems += [
+        f"{name}: is not a weight of this model"
+        for name in reader.files
+        if name not in wanted and not _is_redundant(name, config)
+    ]
     for name in wanted.keys() & reader.files.keys():
-        if reader.spec(name)[0] != tuple(wanted[name].shape):
-            problems.append(f"{name}: is {list(reader.spec(name)[0])} there, {list(wanted[name].shape)} here")
+        shape, expected = reader.spec(name)[0], tuple(wanted[name].shape)
+        if shape != expected:
+            problems.append(f"{name}: is {list(shape)} there, {list(expected)} here")
     if problems:
         raise CheckpointError(f"init_from = {folder}: does not fit:\n  " + "\n  ".join(sorted(problems)[:10]))
     load_tensors(reader, wanted)
+
+
+def _is_redundant(name: str, config: TrainingConfig) -> bool:
+    """Return whether a tensor repeats what the model has: a tied output head, or precomputed rotary tables."""
+    return (name == "lm_head.weight" and config.tie_embeddings) or "rotary" in name

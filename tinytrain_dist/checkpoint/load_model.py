@@ -1,4 +1,7 @@
-"""Load the model of a checkpoint into one process, ready to use."""
+"""Load the model of a checkpoint into one process, ready to use.
+
+Must not know runs: `discovery.find_checkpoint` finds the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["se
 def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
     """Return the model of a checkpoint in float32, ready to use; needs no process group.
 
-    Errors: CheckpointError if the folder says no configuration or holds other tensors than that configuration's model.
+    The model is in evaluation mode and needs no gradients. Errors: CheckpointError if the checkpoint holds no
+    configuration, or other tensors than the model of that configuration.
     """
     saved = read_trainer_state(checkpoint).get("config")
     if not saved:
         raise CheckpointError(
-            f"{checkpoint}: says no configuration (save_checkpoint writes none); give a checkpoint of a training run"
+            f"{checkpoint}: holds no configuration (save_checkpoint writes none); give a checkpoint of a training run"
         )
-    # only what the model needs, so that a setting that was renamed since does not stand in the way
+    # Only what the model needs, so that another setting may have been renamed since.
     settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
     config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
     with torch.device("meta"):

@@ -1,19 +1,17 @@
 """Manage the checkpoints of one run: save in the background, choose the one to resume from, keep and delete.
 
-Must not know the loop. Rank 0 alone lists, creates, writes and deletes, and informs the others. A save costs a training
-step the copy into host buffers, and where there are replicas a fingerprint of what a rank does not copy. Gathering,
-comparing, hashing, writing and the commit happen in a thread over a process group of its own.
+Must not know the loop. Rank 0 alone creates, writes, renames and deletes; the other ranks receive what it decides.
+
+A save costs a training step the copy into host buffers and, where there are replicas, a fingerprint of what a rank does
+not copy. Gathering, comparing, hashing, writing and the commit happen in a thread, over a process group of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
-import re
-import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,19 @@ import torch
 from torch import nn
 
 from tinytrain_dist.checkpoint.async_save import HostBuffers, SaveThread
+from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
+from tinytrain_dist.checkpoint.compatibility import (
+    check_same_numerics,
+    check_same_run,
+    checkpoints_to_try,
+    describe_changes,
+)
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
-from tinytrain_dist.config.run_folder import (
-    DAMAGED_SUFFIX,
-    TEMPORARY_SUFFIX,
-    TRAINER_STATE_FILE,
-    checkpoint_name,
-    checkpoint_step,
-)
-from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError, TrainingError
@@ -40,11 +39,18 @@ from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
 
-POLL_SECONDS = 5.0  # how often one waited for is looked at
+POLL_SECONDS = 5.0  # time between two looks at a save that is waited for
+
+LoadedState = tuple[dict[str, Any], list[str]]  # trainer_state.json, settings that differ as "name: saved -> present"
+
+
+def print_line(text: str) -> None:
+    """Print a line at once, also where the output is buffered."""
+    print(text, flush=True)
 
 
 class CheckpointManager:
-    """Saves, finds, loads and keeps the checkpoints of one run."""
+    """Saves, finds, loads and deletes the checkpoints of one run."""
 
     def __init__(
         self,
@@ -53,142 +59,192 @@ class CheckpointManager:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         data: dict[str, Any],
-        bits: dict[str, Any],
+        numerics: dict[str, Any],
+        *,
+        report: Callable[[str], None] = print_line,
     ) -> None:
-        """Prepare to save this model and this optimizer, whose state exists already and stays in place.
+        """Prepare to save this model and this optimizer, whose state exists already and stays in place. A collective.
 
-        `data`: fingerprint of the token files; `bits`: what decides the last bit besides the run's identity.
+        Args:
+            config: the settings of the run
+            context: this rank
+            model: the model, in its wrappers
+            optimizer: its optimizer, with its state made
+            data: fingerprints of the token files
+            numerics: what decides the last bit besides the run's identity
+            report: called with each warning, a line of text, from the training thread or the save's. Warnings about
+                checkpoints come from rank 0, the warning about a slow save from any rank.
         """
-        self.config, self.context, self.data, self.bits = config, context, data, bits
-        self.model, self.optimizer = model, optimizer
-        self.shards, _ = collect_shards(
-            model, optimizer, config.max_shard_bytes, config.ckpt_writers
-        )  # too slow for a save
+        self.config = config
+        self.context = context
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.numerics = numerics
+        self.report = report
+        # collected once: it takes too long to be repeated in each save
+        self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
+        self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
         self.buffers = HostBuffers(self.shards)
-        self.pending: SaveThread | None = None
+        self.pending: SaveThread | None = None  # the save that was started and not yet collected
+        self.best_step: int | None = None  # the step with the best eval loss, as of the last save
         self.group = collectives.new_background_group()
 
-    def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return self.config.checkpoints_dir / checkpoint_name(self.config.ckpt_save_prefix, step)
+    # ---------------------------------------------------------------- saving
 
-    def save(self, step: int, report: dict[str, Any], last: bool = False) -> SaveThread:
-        """Start to save the state after `step`; with ckpt_async = false it is complete on return. A collective.
+    def save(self, step: int, record: dict[str, Any], last: bool = False) -> SaveThread:
+        """Start to save the state after `step` steps; with ckpt_async = false it has ended on return. A collective.
 
-        There must be no other save in progress. last: nothing trains any more, so that a CPU needs no copy. `report`
-        (losses and the like) is kept in trainer_state.json. A checkpoint of this step that is there already is left
-        as it is: `resume` lets no other history into the folder. A state whose replicas differ is not saved.
+        No other save may be pending. A state whose replicas differ is not saved. An existing checkpoint of this step is
+        left as it is: `resume` lets no other history into the folder.
+
+        Args:
+            step: number of completed steps
+            record: losses and the like, kept in trainer_state.json
+            last: nothing is trained after this step, so a CPU writes from the live tensors and needs no copy
         """
         assert self.pending is None, "collect() first"
-        self.best_step = report.get("best_eval_step")
-        beside = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
-        comparison = ReplicaComparison(self.all_shards, beside, self.context)
-        shards, event = self.buffers.copy() if beside else (self.shards, None)
-        state = {
-            "step": step,
-            "tokens": step * self.config.batch_size * self.config.context_len,
-            "config": self.config.resolved(),
-            "data": self.data,
-            "report": dict(report),
-            "bits": self.bits,
-            "optimizer": optimizer_tensors(self.model, self.optimizer)[1],
-        }
+        self.best_step = record.get("best_eval_step")
+        beside_training = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
+        comparison = ReplicaComparison(self.all_shards, beside_training, self.context)
+        shards, copied = self.buffers.copy() if beside_training else (self.shards, None)
+        state = self._trainer_state(step, record)
 
         def work(manifest: Manifest) -> None:
-            if event is not None:
-                event.synchronize()
+            if copied is not None:
+                copied.synchronize()
             comparison.finish(itertools.chain.from_iterable(shards.values()), self.group)
             self._write(self.folder(step), shards, state, manifest)
+            self._delete_old_checkpoints()
 
-        self.pending = save = SaveThread(step, work)
+        save = SaveThread(step, work)
+        save.start()
+        self.pending = save
         if not self.config.ckpt_async:
             save.join()
         return save
 
-    @property
-    def failure(self) -> str:
-        """What went wrong in the save in progress and will end the run, so that ranks can agree to end it now."""
-        error = None if self.pending is None or self.pending.is_alive() else self.pending.error
-        return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
-
-    def collect(self, wait: bool = False) -> SaveThread | None:
-        """Return the save that has ended since the last call; with `wait` also one that is in progress.
-
-        One that takes long does not stop training, and each rank that is at a file, or rank 0, says so.
-        """
-        save = self.pending
-        while save is not None:
-            text = save.too_long()
-            if text and (self.context.is_main or save.manifest.under_way):
-                print(f"WARNING: rank {self.context.rank} on {self.context.host}: {text}", flush=True)
-            if not (wait and save.is_alive()):
-                break
-            save.join(POLL_SECONDS)
-        if save is None or (not wait and save.is_alive()):
-            return None
-        if not wait and save.error is not None and not isinstance(save.error, OSError):
-            return None  # it will end the run, at the same step on all ranks: they vote for it (see `failure`)
-        save.join()
-        self.pending = None
-        return save
+    def _trainer_state(self, step: int, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of trainer_state.json."""
+        return {
+            "step": step,
+            "tokens": step * self.config.batch_size * self.config.context_len,
+            "config": self.config.resolved(),
+            "data": self.data,
+            "report": dict(record),
+            "bits": self.numerics,
+            "optimizer": optimizer_tensors(self.model, self.optimizer)[1],
+        }
 
     def _write(self, path: Path, shards: ShardsByKind, state: dict[str, Any], manifest: Manifest) -> None:
-        exists, files, error = False, dict[str, bytes](), None
+        """Write the checkpoint, unless it exists. A collective over the save's group, like all of a save."""
+        exists = False
+        extra_files: dict[str, bytes] = {}
+        error = None
         if self.context.is_main:
             try:
-                exists, files = path.exists(), self._extra_files()
+                exists = path.exists()
+                extra_files = self._extra_files()
             except (OSError, ValueError) as caught:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         collectives.raise_on_all_ranks(error, self.group)
         if not self.context.broadcast_object(exists, self.group):
-            bounds = self.config.max_shard_bytes, self.group
-            write_checkpoint(path, shards, state, files, *bounds, manifest, self._permit)
-        if self.context.is_main:
-            try:
-                self._retain()
-            except OSError as caught:
-                print(f"warning: older checkpoints could not be looked at ({caught})", flush=True)
+            write_checkpoint(
+                path,
+                shards,
+                state,
+                extra_files,
+                max_shard_bytes=self.config.max_shard_bytes,
+                group=self.group,
+                manifest=manifest,
+                permit=self._check_ownership,
+            )
 
-    def _permit(self) -> None:
-        """Errors: TrainingError if the run is another process's by now: then nothing in its folder may be touched."""
+    def _extra_files(self) -> dict[str, bytes]:
+        """Return config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
+        data_folder = Path(next(iter(self.config.train_files), "")).parent
+        meta_file = data_folder / "meta.json"
+        meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+        hf_config = to_hf_config(self.config, meta.get("eos_id"))
+        files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (data_folder / name).is_file():
+                files[name] = (data_folder / name).read_bytes()
+        return files
+
+    def _check_ownership(self) -> None:
+        """Check that no other process has taken the run over: then nothing in its folder may be touched.
+
+        Errors: TrainingError.
+        """
         if lost_run(Path(self.config.target_dir)):
             raise TrainingError(
                 f"{self.config.target_dir}: another process has taken this run over (lock.json says which), so this "
                 "one ends without saving; nothing needs to be done"
             )
 
-    def resume(self, begin: Callable[[], None] = lambda: None) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """Load the checkpoint that the `resume` setting means, every byte of it checked; None for a fresh start.
+    @property
+    def failure(self) -> str:
+        """What went wrong in the pending save and will end the run, so that ranks can agree to end it now; else "".
 
-        Returns its path and what `load` does. A collective: rank 0 looks, all ranks check a share of the files, all are
-        told. A damaged one is renamed to NAME.damaged and named, and what was read of it is overwritten by the one
-        before it. `begin` is called before each is read. Errors: CheckpointError if one that was asked for is missing
-        or damaged, if all are, or if `load` refuses it.
+        An OSError, such as a full disk, does not end the run.
         """
-        auto = self.config.resume_from == "auto"
-        candidates: list[Path] = self.context.broadcast_object(self.committed())
-        if self.config.resume_from == "never":
-            if candidates:
-                raise CheckpointError(
-                    f"{self.config.checkpoints_dir}: holds {len(candidates)} checkpoint(s), but resume = never starts "
-                    "a new run; set resume = auto, or another target_dir"
-                )
+        error = None if self.pending is None or self.pending.is_alive() else self.pending.error
+        return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
+
+    def collect(self, wait: bool = False) -> SaveThread | None:
+        """Return the save that has ended since the last call; with `wait` also one that is in progress.
+
+        A save that takes long does not stop training, but is reported by each rank that is writing a file, and by
+        rank 0. Without `wait`, a save whose error will end the run stays pending: ranks may see its end at different
+        steps, and must agree on the step to end at (see `failure`).
+        """
+        save = self.pending
+        if save is None:
             return None
-        if not auto:
-            candidates = self._from_path(Path(self.config.resume_from), candidates)
+        self._report_if_slow(save)
+        while wait and save.is_alive():
+            save.join(POLL_SECONDS)
+            self._report_if_slow(save)
+        if not wait and (save.is_alive() or self.failure):
+            return None
+        save.join()
+        self.pending = None
+        return save
+
+    def _report_if_slow(self, save: SaveThread) -> None:
+        text = save.slow_save_warning()
+        if text and (self.context.is_main or save.manifest.files_in_progress):
+            self._warn(f"rank {self.context.rank} on {self.context.host}: {text}")
+
+    def _warn(self, text: str) -> None:
+        self.report(f"WARNING: {text}")
+
+    # ---------------------------------------------------------------- resuming
+
+    def resume(self, begin: Callable[[], None] = lambda: None) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """Load the checkpoint that the `resume` setting means, with every byte checked. A collective.
+
+        With `resume = auto` that is the newest one that is valid. A damaged one is renamed to NAME.damaged and
+        reported, and what was read of it is overwritten by the one before it.
+
+        `begin` is called before each checkpoint is read. Returns its path and what `load` returns; None for a new run.
+        Errors: CheckpointError if one that was asked for is missing or damaged, if all are damaged, if `load` refuses
+        it, or if two histories would be mixed in one folder.
+        """
+        own: list[Path] = self.context.broadcast_object(self.committed())
+        candidates = checkpoints_to_try(self.config, own)
         for path in reversed(candidates):
             begin()
-            with ThreadPoolExecutor(1) as beside:
-                # each finds in the page cache what the other has read
-                loading = beside.submit(self.load, path)
-                problems = self._problems_in(path)
+            problems, loading = self._verify_and_load(path)
             if not problems:
-                return path, *collectives.run_on_all_ranks(loading.result)
-            if not auto:
+                state, changes = collectives.run_on_all_ranks(loading.result)
+                return path, state, changes
+            if self.config.resume_from != "auto":
                 raise CheckpointError(f"resume = {path}: " + "; ".join(problems))
             if self.context.is_main:
-                _rename_damaged(path, problems)
+                self._checkpoint_folder.set_aside(path, problems)
         if candidates:
             raise CheckpointError(
                 f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
@@ -196,112 +252,50 @@ class CheckpointManager:
             )
         return None
 
-    def _from_path(self, path: Path, own: list[Path]) -> list[Path]:
-        """Resolve `resume = PATH` in a folder that has checkpoints: a requeued run continues, a branch is refused."""
-        names = [other.name for other in own]
-        if path.resolve().parent != self.config.checkpoints_dir.resolve():
-            return own[-1:] or [path]  # this run began at PATH and has come further since
-        later = [name for name in names if name > path.name]
-        if path.name in names and later:
-            raise CheckpointError(
-                f"resume = {path}: {len(later)} later checkpoint(s) lie beside it, up to {later[-1]}; two histories in "
-                "one folder would be mixed; set another target_dir, or move the later ones away"
-            )
-        return [path]
+    def _verify_and_load(self, path: Path) -> tuple[list[str], Future[LoadedState]]:
+        """Find damage and load at the same time; return all ranks' problems and the result of `load`. A collective.
 
-    def _problems_in(self, path: Path) -> list[str]:
-        """Return what is damaged in a checkpoint; each byte is read once, by one of the ranks. A collective."""
-        found = self.context.all_gather_object(find_damage(path, part=self.context.rank, parts=self.context.world_size))
-        return list(dict.fromkeys(problem for theirs in found for problem in theirs))
+        Each of the two finds in the page cache what the other one has read. Ranks share the verification, so that
+        each byte is verified once.
+        """
+        with ThreadPoolExecutor(1) as background:
+            loading = background.submit(self.load, path)
+            mine = find_damage(path, part=self.context.rank, parts=self.context.world_size)
+            by_rank = self.context.all_gather_object(mine)
+        problems = list(dict.fromkeys(itertools.chain.from_iterable(by_rank)))  # each once, in order
+        return problems, loading
 
-    def load(self, path: Path) -> tuple[dict[str, Any], list[str]]:
-        """Fill model and optimizer from `path`; the saved state, and the settings that differ, as sentences.
+    def load(self, path: Path) -> LoadedState:
+        """Fill model and optimizer from `path`; return the saved state, and the settings that differ, as sentences.
 
-        Errors: CheckpointError if the settings or the data that make the run what it is are not the saved ones.
+        Errors: CheckpointError if it belongs to another run, if resuming would not be bit-identical although it must
+        be, or if its tensors are others.
         """
         state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        saved, now = state.get("config", {}), self.config.resolved()
-        differing = [key for key in now if key in saved and saved[key] != now[key]]
-        allowed = self.config.allowed_changes
-        refused = [
-            f"{key}: {saved[key]} in the checkpoint, {now[key]} now"
-            for key in differing
-            if key in IDENTITY_SETTINGS and key not in allowed
-        ]
-        if state.get("data") != self.data and "train_data" not in allowed:
-            refused.append(f"train_data: {state.get('data')} in the checkpoint, {self.data} now")
-        if refused:
-            raise CheckpointError(
-                f"{path}: belongs to another run; start a new one (another target_dir), restore them, or name in "
-                "`allow` what may change:\n  " + "\n  ".join(refused)
-            )
-        bits = state["bits"]
-        drift = [f"{k}: {bits.get(k)} in the checkpoint, {v} now" for k, v in self.bits.items() if bits.get(k) != v]
-        if drift and self.config.reproducible and not self.config.allow_drift:
-            raise CheckpointError(
-                f"{path}: resuming here would not be bit-identical; restore these settings or set "
-                "allow_drift = true:\n  " + "\n  ".join(drift)
-            )
+        check_same_run(path, state, self.config, self.data)
+        check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer)
-        return state, [f"{key}: {saved[key]} -> {now[key]}" for key in differing]
+        return state, describe_changes(state, self.config)
 
-    def remove_leftovers(self) -> None:
-        """Delete the half-written folders of processes that died; called by the one that holds the run."""
-        for path in self.config.checkpoints_dir.glob(f"{self.config.ckpt_save_prefix}-*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(path, ignore_errors=True)
+    # ---------------------------------------------------------------- the folder
+
+    def folder(self, step: int) -> Path:
+        """Return the path of the checkpoint of a step."""
+        return self._checkpoint_folder.path(step)
 
     def committed(self) -> list[Path]:
-        """Complete checkpoints by step, as far as their names tell."""
-        pattern = re.compile(re.escape(self.config.ckpt_save_prefix) + r"-\d{8,}")
-        folder = self.config.checkpoints_dir
-        names = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted(names, key=checkpoint_step)
+        """Return the checkpoints under their final name, by step; they are complete, but may be damaged."""
+        return self._checkpoint_folder.committed()
 
-    def _retain(self) -> None:
-        """Delete what is neither among the last, nor at a multiple of keep_every, nor the best by eval loss."""
-        every, paths = self.config.keep_every, self.committed()
-        best = min(paths, key=_eval_loss, default=None)
-        for path in paths[: -self.config.keep_last]:
-            if (every and checkpoint_step(path) % every == 0) or (path == best and _eval_loss(path) < math.inf):
-                continue
-            if checkpoint_step(path) == self.best_step:  # evaluated after a resume, so that it does not know it itself
-                continue
-            try:
-                aside = path.with_name(path.name + TEMPORARY_SUFFIX)  # never half a checkpoint under its own name
-                path.rename(aside)
-                shutil.rmtree(aside)
-            except OSError as error:
-                print(f"warning: {path} could not be deleted ({error}); it takes disk space", flush=True)
+    def remove_leftovers(self) -> None:
+        """Delete the half-written folders of processes that died. Only the process that holds the run may call it."""
+        self._checkpoint_folder.remove_leftovers()
 
-    def _extra_files(self) -> dict[str, bytes]:
-        """config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
-        data = Path("".join(self.config.train_files[:1])).parent
-        meta = json.loads((data / "meta.json").read_text(encoding="utf-8")) if (data / "meta.json").is_file() else {}
-        description = to_hf_config(self.config, meta.get("eos_id"))
-        files = {"config.json": (json.dumps(description, indent=1) + "\n").encode()}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (data / name).is_file():
-                files[name] = (data / name).read_bytes()
-        return files
-
-
-def _eval_loss(path: Path) -> float:
-    """Return the eval loss measured at the checkpoint's own step; infinite where there is none."""
-    try:
-        state = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        report = state["report"]
-        loss = float(report["eval_loss"]) if report.get("eval_step") == state["step"] else math.inf
-        return loss if math.isfinite(loss) else math.inf
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _rename_damaged(path: Path, problems: list[str]) -> None:
-    """Say loudly what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
-    taken = sum(1 for other in path.parent.iterdir() if other.name.startswith(path.name + DAMAGED_SUFFIX))
-    aside = path.with_name(path.name + DAMAGED_SUFFIX + (f"-{taken + 1}" if taken else ""))
-    print(f"DAMAGED CHECKPOINT, set aside as {aside.name}: " + "; ".join(problems), flush=True)
-    try:
-        path.rename(aside)
-    except OSError as error:
-        print(f"warning: {path} could not be renamed ({error.strerror}); it is passed over", flush=True)
+    def _delete_old_checkpoints(self) -> None:
+        """Delete on rank 0 what the settings do not keep. A disk error costs disk space and not the save."""
+        if not self.context.is_main:
+            return
+        try:
+            self._checkpoint_folder.delete_old(self.config.keep_last, self.config.keep_every, self.best_step)
+        except OSError as error:
+            self._warn(f"older checkpoints could not be listed ({error}); they take disk space")

@@ -1,6 +1,10 @@
-"""Write and read safetensors files as a stream, with an index that says which file holds which tensor.
+"""Read and write safetensors files as a stream, with the index of a folder.
 
-Must not know ranks, models or steps. There is no pickle anywhere.
+Must not know ranks, models or steps. `write_tensors` records what it wrote in the folder's manifest, and only
+`manifest.commit_folder` makes the folder a checkpoint. The reader also reads files that other programs wrote.
+
+The file format is safetensors (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, a JSON
+header with type, shape and place of every tensor, then the values. The index is Hugging Face's.
 """
 
 from __future__ import annotations
@@ -11,9 +15,8 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import ThreadPoolExecutor as _Thread
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +32,13 @@ from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
 
-# tensors are hashed and written in chunks that stay in a core's share of the cache.
-# Few threads: each rank has its own, and a disk slows down with the streams it reads (two 1.2 GB/s, eight 0.9)
-CHUNK_BYTES, CHUNKS_IN_FLIGHT, THREADS_PER_RANK = 4 * 1024**2, 4, 2
+CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
+CHUNKS_IN_FLIGHT = 4  # most chunks that are not yet hashed and written
+
+# Threads that read. Few, since each rank has its own, and a disk slows down with the number of streams it reads.
+# measured (2-core x86 VM, 2026-11-25): two streams 1.2 GB/s, eight 0.9 GB/s
+THREADS_PER_RANK = 2
+
 NAME_OF_DTYPE = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -46,16 +53,16 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    finite: bool = True  # NaN or infinity in it is damage
+    finite: bool = True  # whether NaN or infinity in it counts as damage
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Number of bytes of its values."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 def split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors in files of at most max_bytes; a larger tensor gets a file of its own."""
+    """Group consecutive tensors into files of at most max_bytes; a larger tensor gets a file of its own."""
     files: list[list[TensorSpec]] = []
     size = 0
     for spec in specs:
@@ -67,25 +74,7 @@ def split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[T
     return files
 
 
-def _hash_chunk(spec: TensorSpec, chunk: Tensor, digest: Any) -> None:
-    for part in chunk.reshape(-1).split(HASH_BLOCK_BYTES // chunk.itemsize):
-        if spec.finite and not all_finite(part):
-            raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
-        digest.update(tensor_bytes(part))
-
-
-def _write_out(file: BinaryIO, data: memoryview) -> None:
-    start = file.tell()
-    while data:  # without a buffer a write may take less than it is given
-        data = data[file.write(data) :]
-    if hasattr(os, "posix_fadvise"):  # Linux begins to write these pages out now, so that the sync is short
-        os.posix_fadvise(file.fileno(), start, file.tell() - start, os.POSIX_FADV_DONTNEED)
-
-
-def _fsync(file: BinaryIO, written: Future[None], manifest: Manifest) -> None:
-    written.result()
-    os.fsync(file.fileno())
-    manifest.under_way.remove(Path(file.name).name)
+# ---------------------------------------------------------------- writing
 
 
 def write_tensors(
@@ -97,47 +86,130 @@ def write_tensors(
     manifest: Manifest,
     mine: Callable[[TensorSpec], bool] = lambda _: True,
 ) -> None:
-    """Write the tensors as KIND-00001-of-N.safetensors ..., only those files whose first tensor is `mine`; note them.
+    """Write tensors as KIND-00001-of-N.safetensors ... and record files and tensors in the manifest.
 
-    chunks: the values of those tensors on the CPU, in order, each in any number of parts. The next is taken when there
-    is room for it, and one is not read any more when RING others have been given. `write_index` completes the kind.
+    `write_index` completes the kind.
+
+    Args:
+        folder: where the files are created; none of them may exist
+        kind: "model" or "optimizer"
+        specs: all tensors of the kind, also those that other ranks write
+        chunks: values of the tensors that are written, on the CPU, in order, each in any number of flat parts.
+            The next chunk is fetched when there is room for it. A chunk is no longer read once CHUNKS_IN_FLIGHT
+            others were fetched, so its memory can be used again.
+        max_bytes: size at which a new file begins
+        manifest: gets an entry for every file and tensor that was written
+        mine: selects the files to write, by their first tensor
+
     Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
-    digests = {spec.name: blake3() for _, group in files for spec in group}
-    under_way, syncs = deque[tuple[Future[None], Future[None]]](), list[Future[None]]()
-    coming = (chunk for chunk in chunks if chunk.numel())
-    with ExitStack() as opened, _Thread(1) as hashing, _Thread(1) as writing, _Thread(1) as syncing:
+    digests = _stream_to_disk(folder, files, chunks, manifest)
+    _record(kind, files, digests, manifest)
+
+
+NamedFiles = list[tuple[str, list[TensorSpec]]]  # file name, tensors in file order
+
+
+def _named_files(kind: str, specs: Sequence[TensorSpec], max_bytes: int) -> NamedFiles:
+    files = split_into_files(specs, max_bytes)
+    return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
+
+
+def _stream_to_disk(folder: Path, files: NamedFiles, chunks: Iterable[Tensor], manifest: Manifest) -> dict[str, str]:
+    """Write the files, sync them to disk, and return the BLAKE3 of each tensor by name."""
+    hashers = {spec.name: blake3() for _, group in files for spec in group}
+    chunks_with_values = (chunk for chunk in chunks if chunk.numel())
+    # the files are closed last: after an error, threads may still write to them until the pipeline has ended
+    with ExitStack() as open_files, _WritePipeline(manifest) as pipeline:
         for name, group in files:
-            manifest.under_way.append(name)
-            file = opened.enter_context(open(folder / name, "xb", buffering=0))
-            written = writing.submit(_write_out, file, memoryview(_safetensors_header(group)))
+            manifest.files_in_progress.append(name)
+            file = open_files.enter_context(open(folder / name, "xb", buffering=0))
+            pipeline.write_header(file, _safetensors_header(group))
             for spec in group:
-                left = spec.nbytes
-                while left:
-                    chunk = next(coming)
-                    left -= chunk.nbytes
-                    assert left >= 0, spec
-                    assert chunk.dtype == spec.dtype, spec
-                    written = writing.submit(_write_out, file, tensor_bytes(chunk))
-                    under_way.append((hashing.submit(_hash_chunk, spec, chunk, digests[spec.name]), written))
-                    if len(under_way) == CHUNKS_IN_FLIGHT:
-                        _wait_for_all(under_way.popleft())
-            syncs.append(syncing.submit(_fsync, file, written, manifest))  # the next file is written meanwhile
-        _wait_for_all([*itertools.chain(*under_way), *syncs])
-    tensors = manifest.tensors.setdefault(kind, {})
-    for name, group in files:
-        for spec in group:
-            entry = {
-                "shape": list(spec.shape),
-                "dtype": NAME_OF_DTYPE[spec.dtype],
-                "blake3": digests[spec.name].hexdigest(),
-            }
-            tensors[spec.name] = entry if spec.finite else {**entry, "finite": False}
-        head, names = _safetensors_header(group), [spec.name for spec in group]
-        place = {"bytes": len(head) + sum(spec.nbytes for spec in group), "header_bytes": len(head)}
-        whole = file_digest(head, names, tensors, "blake3")
-        manifest.files[name] = {**place, "kind": kind, "tensors": names, "blake3_of_digests": whole}
+                for chunk in _chunks_of_tensor(spec, chunks_with_values):
+                    pipeline.hash_and_write(file, spec, chunk, hashers[spec.name])
+            pipeline.sync(file)
+        pipeline.wait()
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+
+
+def _chunks_of_tensor(spec: TensorSpec, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Fetch the chunks of one tensor, and check that they end where it ends."""
+    bytes_left = spec.nbytes
+    while bytes_left:
+        chunk = next(chunks, None)
+        assert chunk is not None, spec
+        bytes_left -= chunk.nbytes
+        assert bytes_left >= 0, spec
+        assert chunk.dtype == spec.dtype, spec
+        yield chunk
+
+
+class _WritePipeline:
+    """Hash, write and sync in one thread each, so that the three overlap; the caller gathers the next chunk meanwhile.
+
+    One thread for each keeps the order: of chunks in a hash, and of writes in a file.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._hashing = ThreadPoolExecutor(1)
+        self._writing = ThreadPoolExecutor(1)
+        self._syncing = ThreadPoolExecutor(1)
+        self._in_flight = deque[tuple[Future[None], Future[None]]]()  # of each unfinished chunk: its hash, its write
+        self._last_write: Future[None] | None = None
+        self._syncs: list[Future[None]] = []
+
+    def __enter__(self) -> _WritePipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._syncing, self._writing, self._hashing):
+            pool.shutdown()  # waits for what was submitted, also after an error
+
+    def write_header(self, file: BinaryIO, header: bytes) -> None:
+        """Queue the header of a new file for writing."""
+        self._last_write = self._writing.submit(_write_out, file, memoryview(header))
+
+    def hash_and_write(self, file: BinaryIO, spec: TensorSpec, chunk: Tensor, hasher: Any) -> None:
+        """Queue a chunk for both, and wait until there is room for the next one. Errors: those of earlier chunks."""
+        self._last_write = self._writing.submit(_write_out, file, tensor_bytes(chunk))
+        hashed = self._hashing.submit(_hash_chunk, spec, chunk, hasher)
+        self._in_flight.append((hashed, self._last_write))
+        if len(self._in_flight) == CHUNKS_IN_FLIGHT:
+            _wait_for_all(self._in_flight.popleft())
+
+    def sync(self, file: BinaryIO) -> None:
+        """Queue the file for syncing after its last write; the next file is written in the meantime."""
+        assert self._last_write is not None, "a file begins with its header"
+        self._syncs.append(self._syncing.submit(_fsync, file, self._last_write, self._manifest))
+
+    def wait(self) -> None:
+        """Wait until everything is hashed, written and synced. Errors: the first one of these."""
+        _wait_for_all([*itertools.chain(*self._in_flight), *self._syncs])
+
+
+def _hash_chunk(spec: TensorSpec, chunk: Tensor, hasher: Any) -> None:
+    """Check that the values are finite and hash them, in blocks that stay in the core's cache between the two."""
+    for block in chunk.reshape(-1).split(HASH_BLOCK_BYTES // chunk.itemsize):
+        if spec.finite and not all_finite(block):
+            raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
+        hasher.update(tensor_bytes(block))
+
+
+def _write_out(file: BinaryIO, data: memoryview) -> None:
+    start = file.tell()
+    while data:  # an unbuffered write may write less than it is given
+        data = data[file.write(data) :]
+    if hasattr(os, "posix_fadvise"):  # Linux begins to write these pages to the disk now, so that the sync is short
+        os.posix_fadvise(file.fileno(), start, file.tell() - start, os.POSIX_FADV_DONTNEED)
+
+
+def _fsync(file: BinaryIO, last_write: Future[None], manifest: Manifest) -> None:
+    last_write.result()
+    os.fsync(file.fileno())
+    manifest.files_in_progress.remove(Path(file.name).name)
 
 
 def _wait_for_all(futures: Iterable[Future[None]]) -> None:
@@ -145,60 +217,90 @@ def _wait_for_all(futures: Iterable[Future[None]]) -> None:
         future.result()
 
 
+def _record(kind: str, files: NamedFiles, digests: dict[str, str], manifest: Manifest) -> None:
+    """Add the entries of files and tensors to the manifest (see its docstring for the keys)."""
+    tensors = manifest.tensors.setdefault(kind, {})
+    for name, group in files:
+        for spec in group:
+            entry: dict[str, Any] = {
+                "shape": list(spec.shape),
+                "dtype": NAME_OF_DTYPE[spec.dtype],
+                "blake3": digests[spec.name],
+            }
+            if not spec.finite:
+                entry["finite"] = False
+            tensors[spec.name] = entry
+        header = _safetensors_header(group)
+        names = [spec.name for spec in group]
+        manifest.files[name] = {
+            "bytes": len(header) + sum(spec.nbytes for spec in group),
+            "header_bytes": len(header),
+            "kind": kind,
+            "tensors": names,
+            "blake3_of_digests": file_digest(header, names, tensors, "blake3"),
+        }
+
+
 def write_index(folder: Path, kind: str, specs: Sequence[TensorSpec], max_bytes: int, manifest: Manifest) -> None:
-    """Write KIND.safetensors.index.json: which tensor lies in which file."""
+    """Write KIND.safetensors.index.json, which maps each tensor to its file."""
     weight_map = {spec.name: name for name, group in _named_files(kind, specs, max_bytes) for spec in group}
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
     write_json_file(folder, f"{kind}.safetensors.index.json", index, manifest)
 
 
-def _named_files(kind: str, specs: Sequence[TensorSpec], max_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
-    files = split_into_files(specs, max_bytes)
-    return [(f"{kind}-{number:05d}-of-{len(files):05d}.safetensors", group) for number, group in enumerate(files, 1)]
+def _safetensors_header(specs: Iterable[TensorSpec]) -> bytes:
+    """Return the head of a safetensors file: length, then JSON with type, shape and place of every tensor."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        dtype = NAME_OF_DTYPE[spec.dtype]
+        entries[spec.name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_exactly(file: BinaryIO, into: memoryview) -> None:
-    """Fill `into` from the file. Errors: OSError if the file ends before."""
+    """Fill `into` from the file. Errors: OSError if the file ends before that."""
     if into and file.readinto(into) < len(into):  # type: ignore[attr-defined]
         raise OSError(errno.EIO, "it ends too early")
 
 
-def _safetensors_header(specs: Iterable[TensorSpec]) -> bytes:
-    """Return the head of a safetensors file: its length, then JSON with type, shape and offsets of every tensor."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        place = [offset, offset + spec.nbytes]
-        entries[spec.name] = {"dtype": NAME_OF_DTYPE[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
-        offset = place[1]
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 class TensorReader:
-    """Reads rows of tensors from a folder with an index, each file's header once."""
+    """Reads rows of tensors from a folder with an index; the header of each file is read once."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """Errors: CheckpointError if the index is missing or broken. Also reads a lone KIND.safetensors."""
-        self.folder, self.kind, self._places = folder, kind, dict[str, dict[str, Any]]()
-        index, single = folder / f"{kind}.safetensors.index.json", folder / f"{kind}.safetensors"
+        """Read the index KIND.safetensors.index.json, or the header of a single KIND.safetensors.
+
+        Errors: CheckpointError if it is missing or broken.
+        """
+        self.folder = folder
+        self.kind = kind
+        self.files: dict[str, str]  # name of the tensor -> name of its file
+        self._headers: dict[str, dict[str, Any]] = {}  # name of the file -> its header, as _read_header returns it
+        index = folder / f"{kind}.safetensors.index.json"
+        single = folder / f"{kind}.safetensors"
         try:
             if index.is_file():
-                found = dict(json.loads(index.read_bytes())["weight_map"])
-                self.files = {name: str(file) for name, file in found.items()}
+                weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+                self.files = {name: str(file) for name, file in weight_map.items()}
             else:
                 self.files = dict.fromkeys(_read_header(single), single.name)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and type (in safetensors' words) of one tensor."""
-        place = self._place(name)
-        return tuple(place["shape"]), place["dtype"]
+        """Return the shape of one tensor, and its type by safetensors' name, such as "F32"."""
+        entry = self._entry(name)
+        return tuple(entry["shape"]), entry["dtype"]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start .. stop - 1 of one tensor, or all of it."""
+        """Read rows start .. stop - 1 of one tensor, or all of it."""
         shape, dtype = self.spec(name)
         rows = [len(range(*slice(start, stop).indices(shape[0])))] if shape else []
         value = torch.empty((*rows, *shape[1:]), dtype=DTYPE_OF_NAME[dtype])
@@ -206,51 +308,65 @@ class TensorReader:
         return value
 
     def fill(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
-        """Read into each tensor rows of the one of that name, from that row on, as many as it has.
+        """Fill each of the given tensors with rows of a tensor on disk.
 
-        Errors: CheckpointError if a file cannot be read or rows do not fit; others have been read then.
+        `wanted`: (tensor to fill, name of the tensor on disk, first row). As many rows are read as the tensor to fill
+        has. It may have another type, device or memory order. Errors: CheckpointError if a file cannot be read or rows
+        do not fit; other tensors may have been filled then.
         """
-        with _Thread(THREADS_PER_RANK) as pool:
+        with ThreadPoolExecutor(THREADS_PER_RANK) as pool:
             _wait_for_all([pool.submit(self._fill, *rows) for rows in wanted])
 
     def _fill(self, into: Tensor, name: str, start: int) -> None:
-        place, into = self._place(name), into.detach()
-        path, shape, dtype, row = place["path"], place["shape"], DTYPE_OF_NAME[place["dtype"]], list(into.shape[1:])
-        if shape[1:] != row or into.ndim != len(shape) or (shape and start + into.shape[0] > shape[0]):
+        entry = self._entry(name)
+        into = into.detach()
+        path, shape, dtype = entry["path"], entry["shape"], DTYPE_OF_NAME[entry["dtype"]]
+        row_shape = list(into.shape[1:])
+        too_many_rows = bool(shape) and into.ndim == len(shape) and start + into.shape[0] > shape[0]
+        if shape[1:] != row_shape or into.ndim != len(shape) or too_many_rows:
             raise CheckpointError(f"{path}: {name} is {shape}, but {list(into.shape)} from row {start} is wanted here")
         flat = into.reshape(-1)  # a copy only where it is not contiguous
-        direct = flat.dtype == dtype and flat.is_cpu  # without a copy, into the tensor's memory
+        direct = flat.dtype == dtype and flat.is_cpu  # read into the tensor's own memory
         try:
             with open(path, "rb") as file:
-                file.seek(place["at"] + start * math.prod(row) * dtype.itemsize)
+                file.seek(entry["first_byte"] + start * math.prod(row_shape) * dtype.itemsize)
                 for part in flat.split(CHUNK_BYTES // dtype.itemsize):
                     values = part if direct else torch.empty(part.shape, dtype=dtype)
                     read_exactly(file, tensor_bytes(values))
-                    part.copy_(values)  # does nothing to itself
+                    part.copy_(values)  # does nothing if `values` is `part`
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another one") from None
         if not into.is_contiguous():
             into.copy_(flat.view(into.shape))
 
-    def _place(self, name: str) -> dict[str, Any]:
+    def _entry(self, name: str) -> dict[str, Any]:
+        """Return what the header of its file has about a tensor. Errors: CheckpointError, also for an unknown type."""
         file = self.files[name]
-        if file not in self._places:
+        path = self.folder / file
+        if file not in self._headers:
             try:
-                self._places[file] = _read_header(self.folder / file)
+                self._headers[file] = _read_header(path)
             except (OSError, ValueError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file}: cannot be read ({error}); use another one") from None
-        place: dict[str, Any] = self._places[file].get(name, {})
-        if place.get("dtype") not in DTYPE_OF_NAME:
-            has = f"{name} is {place.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
-            raise CheckpointError(f"{self.folder / file}: {has}; use another one")
-        return place
+                raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from None
+        entry: dict[str, Any] = self._headers[file].get(name, {})
+        if entry.get("dtype") not in DTYPE_OF_NAME:
+            problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
+            raise CheckpointError(f"{path}: {problem}; use another one")
+        return entry
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """By name: type, shape, path and first byte of the tensors of a safetensors file, which may come from anywhere."""
+    """Return by name the type, shape, path and first byte of each tensor of a safetensors file.
+
+    The file may come from anywhere, so the safetensors library checks the header first.
+    """
     safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
     header.pop("__metadata__", None)
-    return {name: {**place, "path": path, "at": 8 + size + place["data_offsets"][0]} for name, place in header.items()}
+    values_start = 8 + header_bytes
+    return {
+        name: {**entry, "path": path, "first_byte": values_start + entry["data_offsets"][0]}
+        for name, entry in header.items()
+    }

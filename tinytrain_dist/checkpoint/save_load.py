@@ -1,4 +1,7 @@
-"""Save and load checkpoints of own training loops: any module with any torch optimizer."""
+"""Save and load checkpoints of own training loops: any module with any torch optimizer.
+
+The folders are those of training runs, without a configuration. Must not know runs: one path is one checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME
@@ -29,9 +32,9 @@ def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteratio
 
 
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path: str | Path) -> int:
-    """Load what save_checkpoint (or a training run) wrote and return its iteration.
+    """Load what save_checkpoint (or a training run) wrote, and return its iteration.
 
-    Every byte is checked first. The optimizer's settings (learning rate, betas, ...) come back as well.
+    Every byte is checked first. The optimizer's settings (learning rate, betas, ...) are restored as well.
     Errors: CheckpointError for a damaged folder, or one that does not fit; model and optimizer are unchanged then.
     """
     path = Path(src_path)
@@ -39,36 +42,61 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path
     if problems:
         raise CheckpointError("\n".join(problems))
     state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-    check_same_tensors(path, "model", read_manifest(path).tensors.get("model", {}), model_tensors(model))
-    _materialize_state(model, optimizer, path, state)
+    saved = read_manifest(path).tensors
+    params = model_tensors(model)
+    # everything is compared before anything is changed
+    check_same_tensors(path, "model", saved.get("model", {}), params)
+    _check_same_groups(path, params, optimizer, state)
+    _check_state_has_parameters(path, params, saved.get("optimizer", {}), state)
+    _make_optimizer_state(params, optimizer, saved.get("optimizer", {}), state)
     read_checkpoint(path, model, optimizer)
-    for group, saved in zip(optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
-        for key, value in saved.items():
+    for group, saved_group in zip(optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
+        for key, value in saved_group.items():
             if key != "params":
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value  # JSON has only lists
     return int(state["step"])
 
 
-def _materialize_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, state: dict[str, Any]) -> None:
-    """Give a torch optimizer, which makes its state lazily, the state tensors that the checkpoint has."""
-    saved, params = read_manifest(path).tensors.get("optimizer", {}), model_tensors(model)
+def _check_same_groups(
+    path: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Check that the optimizer has the saved parameters in the same groups and order. Errors: CheckpointError."""
     names = {id(param): name for name, param in params.items()}
-    groups = state.get("optimizer", {}).get("param_groups", [])
+    saved = [group["params"] for group in state.get("optimizer", {}).get("param_groups", [])]
     ours = [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
-    if [group["params"] for group in groups] != ours:
+    if saved != ours:
         raise CheckpointError(
-            f"{path}: its optimizer has {[len(g['params']) for g in groups]} parameters in its groups, this one "
+            f"{path}: its optimizer has {[len(group) for group in saved]} parameters in its groups, this one "
             f"{[len(group) for group in ours]}, or in another order; build it as when the checkpoint was saved"
         )
-    odd = [name for name in (*saved, *state["optimizer"]["state"]) if name.rpartition(".")[0] not in params]
-    if odd:
-        raise CheckpointError(f"{path}: {odd[0]} is state of no parameter here; use the model it was saved with")
+
+
+def _check_state_has_parameters(
+    path: Path, params: dict[str, Tensor], saved_tensors: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """Check that all saved state, named PARAMETER.KEY, is of a parameter of the model. Errors: CheckpointError."""
+    for name in (*saved_tensors, *state["optimizer"]["state"]):
+        if name.rpartition(".")[0] not in params:
+            raise CheckpointError(f"{path}: {name} is state of no parameter here; use the model it was saved with")
+
+
+def _make_optimizer_state(
+    params: dict[str, Tensor], optimizer: torch.optim.Optimizer, saved_tensors: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """Give the optimizer the state that the checkpoint has: zeros for tensors, and the saved plain values.
+
+    Torch's optimizers make their state in the first step, and `read_checkpoint` only fills what exists.
+    """
     optimizer.state.clear()
-    for (of, _, key), noted in ((name.rpartition("."), noted) for name, noted in saved.items()):
-        shape, dtype = noted["shape"], DTYPE_OF_NAME[noted["dtype"]]
-        alike = list(params[of].shape) == shape and len(shape) > 0
-        blank = torch.zeros_like(params[of], dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
-        optimizer.state[params[of]][key] = blank
+    for name, entry in saved_tensors.items():
+        parameter, _, key = name.rpartition(".")
+        param = params[parameter]
+        shape, dtype = entry["shape"], DTYPE_OF_NAME[entry["dtype"]]
+        if shape and list(param.shape) == shape:
+            zeros = torch.zeros_like(param, dtype=dtype)  # on its device, and sharded as it is
+        else:
+            zeros = torch.zeros(shape, dtype=dtype)  # such as a step count
+        optimizer.state[param][key] = zeros
     for name, value in state["optimizer"]["state"].items():
-        of, _, key = name.rpartition(".")
-        optimizer.state[params[of]][key] = value
+        parameter, _, key = name.rpartition(".")
+        optimizer.state[params[parameter]][key] = value

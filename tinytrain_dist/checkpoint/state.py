@@ -1,4 +1,7 @@
-"""Collect what is saved of a model and an optimizer: tensors by name, plain values, and this rank's shards."""
+"""Collect what is saved of a model and an optimizer: tensors by name, plain values, and this rank's shards.
+
+Must not know files or folders beyond their maximum size. Works with any module and any torch optimizer.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +18,41 @@ from tinytrain_dist.parallel.wrappers import original_name, unwrap
 
 MAX_FILE_BYTES = 2 * 1024**3
 
+ShardsByKind = dict[str, list[TensorShard]]  # by kind: "model", "optimizer"
+
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by original name; a tensor with two names (tied weights) comes once.
+    """Return parameters and saved buffers by original name; a tensor with two names (tied weights) appears once.
 
     Errors: CheckpointError for module state that is not a tensor.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in unwrap(model).state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name}: is {type(value).__name__}, but only tensors can be saved; make it a buffer")
         if id(value) not in seen:
             seen.add(id(value))
-            found[original_name(name)] = value
-    return found
+            tensors[original_name(name)] = value
+    return tensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimizer's state as tensors named PARAMETER.KEY, and the rest of it as plain values.
 
-    Errors: CheckpointError for a parameter that is not the model's or a state that is neither tensor nor number.
+    The plain values are {"state": numbers by PARAMETER.KEY, "param_groups": the settings of each group and the names
+    of its parameters}. Errors: CheckpointError for a parameter that is not the model's or a state that is neither
+    tensor nor number.
     """
     names = {id(param): name for name, param in model_tensors(model).items()}
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         unknown = [param for param in group["params"] if id(param) not in names]
         if unknown:
             raise CheckpointError(f"the optimizer holds a parameter {list(unknown[0].shape)} that is not the model's")
-        settings = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        groups.append({**settings, "params": [names[id(param)] for param in group["params"]]})
+        groups.append(_group_settings(group, names))
         for param in group["params"]:
             for key, value in optimizer.state.get(param, {}).items():
                 name = f"{names[id(param)]}.{key}"
@@ -59,7 +65,14 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     return tensors, {"state": values, "param_groups": groups}
 
 
-ShardsByKind = dict[str, list[TensorShard]]  # by kind: "model", "optimizer"
+def _group_settings(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+    """Return a parameter group as JSON can hold it. `names`: the name of each parameter by its id()."""
+    settings: dict[str, Any] = {}
+    for key, value in group.items():
+        if key != "params":
+            settings[key] = value.item() if isinstance(value, Tensor) else value
+    settings["params"] = [names[id(param)] for param in group["params"]]
+    return settings
 
 
 @torch.no_grad()  # otherwise to_local records itself for autograd, which takes longer than all the rest
@@ -68,24 +81,33 @@ def collect_shards(
 ) -> tuple[ShardsByKind, dict[str, Any]]:
     """Return this rank's shards of everything that is saved, without a copy, and the optimizer's plain values.
 
-    Whole files go to `writers` ranks in turn; the sizes must be those given to `write_checkpoint`.
+    Args:
+        model: the model, in its wrappers
+        optimizer: its optimizer; None to save only the model
+        max_shard_bytes: size at which a new file begins; must be the one given to `write_checkpoint`
+        writers: number of ranks that write; whole files are assigned to them in turn
+
+    Errors: CheckpointError for a type that cannot be saved, and as `model_tensors` and `optimizer_tensors`.
     """
-    kinds, values = {"model": model_tensors(model)}, dict[str, Any]()
+    kinds = {"model": model_tensors(model)}
+    values: dict[str, Any] = {}
     if optimizer is not None:
         kinds["optimizer"], values = optimizer_tensors(model, optimizer)
     shards: ShardsByKind = {}
-    turn = 0
+    file_count = 0  # over all kinds
     for kind, tensors in kinds.items():
         shards[kind] = []
         specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         for file in split_into_files(specs, max_shard_bytes):
+            writer = file_count % writers
+            file_count += 1
             for spec in file:
-                tensor = tensors[spec.name]
-                if tensor.dtype not in NAME_OF_DTYPE:
-                    raise CheckpointError(
-                        f"{spec.name}: is {tensor.dtype}, which cannot be saved; make it real numbers"
-                    )
-                weight = kind == "optimizer" or isinstance(tensor, nn.Parameter)  # a buffer may hold -inf masks
-                shards[kind].append(replace(shard_of(spec.name, tensor, turn % writers), must_be_finite=weight))
-            turn += 1
+                shards[kind].append(_shard_to_save(kind, spec.name, tensors[spec.name], writer))
     return shards, values
+
+
+def _shard_to_save(kind: str, name: str, tensor: Tensor, writer: int) -> TensorShard:
+    if tensor.dtype not in NAME_OF_DTYPE:
+        raise CheckpointError(f"{name}: is {tensor.dtype}, which cannot be saved; make it real numbers")
+    must_be_finite = kind == "optimizer" or isinstance(tensor, nn.Parameter)  # a buffer may hold masks of -inf
+    return replace(shard_of(name, tensor, writer), must_be_finite=must_be_finite)

@@ -1,0 +1,91 @@
+"""Which checkpoints a run tries to resume from, and which states it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.training import settings_for
+from tinytrain_dist import CheckpointError, TrainingConfig
+from tinytrain_dist.checkpoint.compatibility import (
+    check_same_numerics,
+    check_same_run,
+    checkpoints_to_try,
+    describe_changes,
+)
+
+DATA = {"train": "abc"}
+
+
+def config_for(folder: Path, **settings: Any) -> TrainingConfig:
+    return TrainingConfig(**settings_for(folder, "run", **settings))
+
+
+def own_checkpoints(config: TrainingConfig) -> list[Path]:
+    return [config.checkpoints_dir / f"checkpoint-{step:08d}" for step in (2, 4, 6)]
+
+
+def test_auto_tries_all_and_the_newest_first(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    assert checkpoints_to_try(config, own_checkpoints(config)) == own_checkpoints(config)
+    assert checkpoints_to_try(config, []) == []
+
+
+def test_never_refuses_to_mix_runs(tmp_path: Path) -> None:
+    config = config_for(tmp_path, resume="never")
+    assert checkpoints_to_try(config, []) == []
+    with pytest.raises(CheckpointError, match=r"holds 3 checkpoint\(s\), but resume = never starts a new run"):
+        checkpoints_to_try(config, own_checkpoints(config))
+
+
+def test_a_path_elsewhere_is_where_the_run_began(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "first" / "checkpoints" / "checkpoint-00000003"
+    config = config_for(tmp_path, resume=str(elsewhere))
+    assert checkpoints_to_try(config, []) == [elsewhere]
+    assert checkpoints_to_try(config, own_checkpoints(config)) == own_checkpoints(config)[-1:]
+
+
+def test_of_the_own_checkpoints_only_the_newest_can_be_named(tmp_path: Path) -> None:
+    own = own_checkpoints(config_for(tmp_path))
+    assert checkpoints_to_try(config_for(tmp_path, resume=str(own[2])), own) == own[2:]
+    with pytest.raises(CheckpointError, match=r"1 later checkpoint\(s\) lie beside it, up to checkpoint-00000006"):
+        checkpoints_to_try(config_for(tmp_path, resume=str(own[1])), own)
+
+
+def saved_state(config: TrainingConfig, **changes: Any) -> dict[str, Any]:
+    return {"config": {**config.resolved(), **changes}, "data": DATA, "bits": {"torch": "1", "threads": 1}}
+
+
+def test_settings_that_make_the_run_are_refused_with_both_values(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    state = saved_state(config, seed=7, context_len=11, lr_max=0.5)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(tmp_path, state, config, {"train": "xyz"})
+    message = str(caught.value)
+    assert f"seed: 7 in the checkpoint, {config.seed} now" in message
+    assert "context_len: 11 in the checkpoint, 12 now" in message
+    assert "train_data: {'train': 'abc'} in the checkpoint, {'train': 'xyz'} now" in message
+    assert "lr_max" not in message, "this one may change"
+    allowing = config_for(tmp_path, allow="seed, context_len, train_data")
+    check_same_run(tmp_path, state, allowing, {"train": "xyz"})
+    check_same_run(tmp_path, saved_state(config), config, DATA)
+
+
+def test_a_reproducible_run_refuses_other_numerics(tmp_path: Path) -> None:
+    state = saved_state(config_for(tmp_path))
+    now = {"torch": "1", "threads": 2}
+    with pytest.raises(CheckpointError, match=r"not be bit-identical(.|\n)*threads: 1 in the checkpoint, 2 now"):
+        check_same_numerics(tmp_path, state, config_for(tmp_path, reproducible=True), now)
+    check_same_numerics(tmp_path, state, config_for(tmp_path, reproducible=True), state["bits"])
+    check_same_numerics(tmp_path, state, config_for(tmp_path, reproducible=True, allow_drift=True), now)
+    check_same_numerics(tmp_path, state, config_for(tmp_path, reproducible=False), now)
+
+
+def test_changes_are_described_with_both_values(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    assert describe_changes(saved_state(config, lr_max=0.5, gone_since=3), config) == [
+        f"lr_max: 0.5 -> {config.lr_max}"
+    ]
+    assert describe_changes({}, config) == []

@@ -1,0 +1,94 @@
+"""The manager of a run's checkpoints, without a training loop around it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import VOCABULARY, settings_for
+
+pytestmark = pytest.mark.multiprocess
+
+
+def new_manager(settings: dict[str, Any], warnings: list[str]) -> Any:
+    """A manager of a model whose weights are all 0, and its optimizer."""
+    from tinytrain_dist import AdamW, TrainingConfig, TransformerLM
+    from tinytrain_dist.checkpoint.manager import CheckpointManager
+    from tinytrain_dist.distributed.context import init_distributed
+
+    config = TrainingConfig(**settings)
+    model = TransformerLM(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    optimizer = AdamW(model.parameters(), 0.1)
+    optimizer.materialize()
+    return CheckpointManager(config, init_distributed("cpu"), model, optimizer, {}, {}, report=warnings.append)
+
+
+def save(manager: Any, step: int) -> None:
+    """Save weights that are all `step`."""
+    with torch.no_grad():
+        for param in manager.model.parameters():
+            param.fill_(step)
+    manager.save(step, {})
+    assert manager.collect(wait=True).error is None
+
+
+def damage_and_resume(settings: dict[str, Any]) -> dict[str, Any]:
+    warnings: list[str] = []
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        manager = new_manager(settings, warnings)
+        for step in (1, 2, 3):
+            save(manager, step)
+        kept = [path.name for path in manager.committed()]
+        newest = manager.folder(3) / "model-00001-of-00001.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-1])
+        path, state, changes = manager.resume()
+    return {
+        "kept": kept,
+        "path": path.name,
+        "step": state["step"],
+        "changes": changes,
+        "weights": {value for param in manager.model.parameters() for value in param.unique().tolist()},
+        "warnings": warnings,
+        "printed": printed.getvalue(),
+    }
+
+
+def test_warnings_go_to_the_report_and_the_checkpoint_before_a_damaged_one_is_loaded(tmp_path: Path) -> None:
+    (end,) = run_ranks(1, damage_and_resume, settings_for(tmp_path, "run", vocab_size=VOCABULARY, keep_last=2))
+    assert end["kept"] == ["checkpoint-00000002", "checkpoint-00000003"]
+    assert (end["path"], end["step"], end["changes"]) == ("checkpoint-00000002", 2, [])
+    assert end["weights"] == {2.0}
+    (warning,) = end["warnings"]
+    assert warning.startswith("WARNING: damaged checkpoint, set aside as checkpoint-00000003.damaged: ")
+    assert "bytes, but" in warning
+    assert end["printed"] == "", "the report is the only way to print"
+
+
+def fail_and_collect(settings: dict[str, Any]) -> list[Any]:
+    """How a save stands, before and after it is collected, whose error will end the run."""
+    manager = new_manager(settings, [])
+    next(manager.model.parameters()).data[0, 0] = float("nan")
+    manager.save(1, {}).join()
+    before = [manager.failure, manager.collect() is None]
+    error = manager.collect(wait=True).error
+    return [*before, str(error), manager.failure, manager.pending is None]
+
+
+def test_an_error_that_will_end_the_run_is_collected_only_when_all_ranks_wait_for_it(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", vocab_size=VOCABULARY)
+    ((failure, stays_pending, error, failure_after, collected),) = run_ranks(1, fail_and_collect, settings)
+    assert "is not finite, so nothing is saved" in failure
+    assert stays_pending
+    assert error == failure
+    assert failure_after == ""
+    assert collected

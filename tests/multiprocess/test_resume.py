@@ -1,0 +1,58 @@
+"""Which checkpoint a run resumes from, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.checkpoint_runs import RUN
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import Run, fit, settings_for, train
+from tests.training.test_trainer import fit_error
+
+pytestmark = pytest.mark.multiprocess
+
+
+def test_allow_names_what_may_change(tmp_path: Path) -> None:
+    train(tmp_path, "run", 1, stop_at_step=3)
+    refused = settings_for(tmp_path, "run", seed=3, context_len=11)
+    assert "context_len: 12 in the checkpoint, 11 now" in run_ranks(1, fit_error, {**refused, "allow": "seed"})[0]
+    assert run_ranks(1, fit_error, {**refused, "allow": "seed, context_len"})[0] == "no error"
+
+
+def test_branch_inside_the_folder_is_refused_and_a_requeued_start_continues(tmp_path: Path) -> None:
+    first = train(tmp_path, "first", 1, keep_last=9)
+    earlier = first.folder / "checkpoints" / "checkpoint-00000003"
+    message = run_ranks(1, fit_error, settings_for(tmp_path, "first", resume=str(earlier)))[0]
+    assert "1 later checkpoint(s) lie beside it" in message
+    branch = settings_for(tmp_path, "branch", resume=str(earlier), ckpt_every=1)
+    run_ranks(1, fit, {**branch, "stop_at_step": 5})
+    run_ranks(1, fit, branch)
+    texts = Run(tmp_path / "branch").values("resumed", "text")
+    assert "first/checkpoints/checkpoint-00000003" in texts[0]
+    assert "branch/checkpoints/checkpoint-00000005" in texts[1]
+
+
+def test_finished_run_started_again_records_nothing_twice(tmp_path: Path) -> None:
+    run = train(tmp_path, "run", 1)
+    before = [(r["kind"], r["step"]) for r in run.records if r["kind"] in ("train", "eval", "saved")]
+    again = train(tmp_path, "run", 1)
+    assert [(r["kind"], r["step"]) for r in again.records if r["kind"] in ("train", "eval", "saved")] == before
+
+
+def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:
+    from tinytrain_dist.data import token_dataset
+
+    if os.environ["RANK"] == "1":  # its node has not mounted the folder
+        plain = token_dataset.load_token_dataset
+        token_dataset.load_token_dataset = lambda path, **rest: plain(f"{path}.gone", **rest)  # type: ignore[assignment]
+    return fit_error(settings)
+
+
+def test_error_of_one_rank_is_raised_on_all(folder: Path) -> None:
+    messages = run_ranks(2, data_of_rank_1_is_gone, settings_for(folder, "gone", **RUN))
+    assert messages[0] == messages[1]
+    assert "train.npy.gone: no such token file" in messages[0]

@@ -1,0 +1,97 @@
+"""Decide which checkpoints a run may resume from: which ones to try, and whether their state belongs to this run.
+
+Must not know tensors: their names and shapes are compared when they are read (`sharded_io.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.errors import CheckpointError
+
+
+def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
+    """Return the checkpoints that the `resume` setting means, the preferred one last; empty for a new run.
+
+    `own`: the committed checkpoints of this run, by step. Errors: CheckpointError if two histories would be mixed in
+    one folder.
+    """
+    if config.resume_from == "auto":
+        return own
+    if config.resume_from == "never":
+        if own:
+            raise CheckpointError(
+                f"{config.checkpoints_dir}: holds {len(own)} checkpoint(s), but resume = never starts a new run; "
+                "set resume = auto, or another target_dir"
+            )
+        return []
+    path = Path(config.resume_from)
+    if path.resolve().parent != config.checkpoints_dir.resolve():
+        # A run that began at this path and was requeued continues with its own newest checkpoint.
+        return own[-1:] or [path]
+    names = [checkpoint.name for checkpoint in own]
+    later = [name for name in names if name > path.name]
+    if path.name in names and later:
+        raise CheckpointError(
+            f"resume = {path}: {len(later)} later checkpoint(s) lie beside it, up to {later[-1]}; two histories in "
+            "one folder would be mixed; set another target_dir, or move the later ones away"
+        )
+    return [path]
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, data: dict[str, Any]) -> None:
+    """Check that settings and data that make a run what it is are the saved ones, or are named in `allow`.
+
+    Args:
+        path: the checkpoint, for the message
+        state: its trainer_state.json
+        config: the settings of this run
+        data: fingerprints of the token files of this run
+
+    Errors: CheckpointError that lists all differences, with both values.
+    """
+    allowed = config.allowed_changes
+    refused = [
+        f"{name}: {saved} in the checkpoint, {now} now"
+        for name, saved, now in _changed_settings(state, config)
+        if name in IDENTITY_SETTINGS and name not in allowed
+    ]
+    if state.get("data") != data and "train_data" not in allowed:
+        refused.append(f"train_data: {state.get('data')} in the checkpoint, {data} now")
+    if refused:
+        raise CheckpointError(
+            f"{path}: belongs to another run; start a new one (another target_dir), restore these settings, or name "
+            "those that may change in `allow`:\n  " + "\n  ".join(refused)
+        )
+
+
+def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfig, numerics: dict[str, Any]) -> None:
+    """Check that a reproducible run will compute the same bits as the run that saved the checkpoint.
+
+    `numerics`: what decides the last bit besides the settings of `check_same_run`, such as versions and threads.
+    Errors: CheckpointError that lists all differences, unless allow_drift is set or the run is not reproducible.
+    """
+    saved = state["bits"]
+    drift = [
+        f"{name}: {saved.get(name)} in the checkpoint, {now} now"
+        for name, now in numerics.items()
+        if saved.get(name) != now
+    ]
+    if drift and config.reproducible and not config.allow_drift:
+        raise CheckpointError(
+            f"{path}: resuming here would not be bit-identical; restore these settings or set allow_drift = true:\n  "
+            + "\n  ".join(drift)
+        )
+
+
+def describe_changes(state: dict[str, Any], config: TrainingConfig) -> list[str]:
+    """Return "setting: saved value -> present value" for each setting that differs from the checkpoint."""
+    return [f"{name}: {saved} -> {now}" for name, saved, now in _changed_settings(state, config)]
+
+
+def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tuple[str, Any, Any]]:
+    """Return (name, saved value, present value) of the settings that both have and that differ."""
+    saved = state.get("config", {})
+    return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]
