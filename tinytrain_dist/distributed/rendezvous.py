@@ -1,8 +1,8 @@
 """Let the ranks of a launch find each other before there is a process group, and name those that are missing.
 
 Ranks read the launcher's variables (torchrun's or Slurm's) and connect to a key-value store that rank 0 or torchrun
-serves at MASTER_ADDR:MASTER_PORT. A store can time out and report, where a collective would hang. `context` then makes
-the process groups over the same store. Must not know collectives.
+serves at MASTER_ADDR:MASTER_PORT. If ranks are missing, a wait on the store times out and can be reported, whereas a
+collective would hang. `context` then makes the process groups over the same store. Must not know collectives.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from tinytrain_dist.distributed.torch_internals import (
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.text import format_list
 
-RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which takes minutes from a slow disk
-_rendezvous_count = itertools.count()  # of this process; all ranks call `rendezvous` equally often
+RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which can take minutes from a slow disk
+_rendezvous_count = itertools.count()  # calls of `rendezvous` in this process; the same number on all ranks
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The ranks that have found each other, and the store over which they did.
+    """The ranks of a launch, after they have found each other.
 
-    `store`: a torch.distributed store that all ranks share. `rank`: this process's. `hosts`: host names by rank.
+    * `store`: a torch.distributed store that all ranks share.
+    * `rank`: the rank of this process.
+    * `hosts`: host names by rank.
     """
 
     store: Any
@@ -45,11 +47,11 @@ class Rendezvous:
     hosts: list[str]
 
     def exchange(self, name: str, value: Any, seconds: float) -> list[Any]:
-        """Return the values of all ranks by rank, the same on every rank; None for a rank without one after `seconds`.
+        """Return the values of all ranks by rank; None for a rank that has not called this within `seconds`.
 
-        Every rank calls it with the same `name`, which is used once. `value` must be representable as JSON.
-        Blocks for `seconds` at most on rank 0, and for twice as long on the others.
-        Errors: RendezvousError if rank 0 has not answered by then.
+        Every rank gets the same list. Every rank passes the same `name`, which must not be used a second time. `value`
+        must be representable as JSON. Blocks for at most `seconds` on rank 0, and for at most twice as long on the
+        others. Errors: RendezvousError if rank 0 has not answered by then.
         """
         deadline = time.monotonic() + seconds
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
@@ -57,7 +59,7 @@ class Rendezvous:
             values = [self._read_until(f"{name}/{rank}", deadline) for rank in range(len(self.hosts))]
             self.store.set(name, json.dumps(values))
         try:
-            # rank 0 may start as late as any other rank, and then waits `seconds` itself
+            # rank 0 may itself be late by up to `seconds`, and then waits up to `seconds` for the others
             self.store.wait([name], timedelta(seconds=2 * seconds + 1))
         except (dist.DistStoreError, dist.DistNetworkError):
             raise RendezvousError(
@@ -68,7 +70,7 @@ class Rendezvous:
         return answer
 
     def _read_until(self, key: str, deadline: float) -> Any:
-        """Return the value of a key, or None if it is not set by then. Looks once if the deadline has passed."""
+        """Return the value of a key, or None if it is not set by the deadline. Looks at least once."""
         seconds_left = max(0.001, deadline - time.monotonic())
         try:
             self.store.wait([key], timedelta(seconds=seconds_left))
@@ -78,11 +80,15 @@ class Rendezvous:
 
 
 def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
-    """Find all ranks that the launcher has announced; without a launcher, return a rendezvous of one rank.
+    """Find all ranks that the launcher has started; without a launcher, return a rendezvous of one rank.
 
     Every rank calls it; blocks for about `seconds` at most.
-    Errors: RendezvousError if this rank cannot reach or serve the store, or rank 0 does not answer. ConfigError on
-    every rank if ranks are missing, if a host would give the others a loopback address, or if variables are missing.
+    Errors:
+
+    * RendezvousError if variables of the launcher are missing, if this rank cannot reach or serve the store, or if rank
+      0 does not answer.
+    * ConfigError on every rank if ranks are missing, or if a host would give the others a loopback address.
+    * ConfigError as in `adopt_slurm_variables`.
     """
     adopt_slurm_variables()
     rank = int(os.environ.get("RANK", 0))
@@ -95,9 +101,9 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         )
     head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = prefix_store(_attempt_prefix(), _connect(rank, world_size, head, port, seconds))
-    arrivals = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _own_arrival(), seconds)
-    _check_arrivals(arrivals, seconds, f"{head}:{port}")
-    return Rendezvous(store, rank, [arrival["host"] for arrival in arrivals])
+    hosts_by_rank = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _describe_own_host(), seconds)
+    _check_hosts(hosts_by_rank, seconds, f"{head}:{port}")
+    return Rendezvous(store, rank, [description["host"] for description in hosts_by_rank])
 
 
 def set_launcher_variables(rank: int, world_size: int, head: str, port: int) -> None:
@@ -113,17 +119,18 @@ def set_launcher_variables(rank: int, world_size: int, head: str, port: int) -> 
 
 
 def adopt_slurm_variables() -> None:
-    """Set torchrun's variables from Slurm's where Slurm's tasks are the ranks (`srun --ntasks-per-node=N`).
+    """Set torchrun's variables from Slurm's if each Slurm task is a rank (`srun --ntasks-per-node=N`).
 
     Does nothing under torchrun or outside of Slurm. Errors: ConfigError if MASTER_ADDR is not set.
     """
     env = os.environ
-    # sbatch sets SLURM_NTASKS for its own shell, too; only in a step of several tasks is each task a rank
+    # sbatch sets SLURM_NTASKS in the batch script, too; only in a step with several tasks is each task a rank
     single_task = int(env.get("SLURM_STEP_NUM_TASKS", 1)) == 1
     if "RANK" in env or "SLURM_PROCID" not in env or ("MASTER_ADDR" not in env and single_task):
         return
-    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_TASKS_PER_NODE"])  # "4(x2),3": nodes with 4, 4 and 3 tasks
-    tasks_per_node = [tasks for tasks, nodes in runs for _ in range(int(nodes or 1))]
+    # "4(x2),3" means two nodes with 4 tasks each and one node with 3 tasks
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_TASKS_PER_NODE"])
+    tasks_per_node = [tasks for tasks, nodes in counts for _ in range(int(nodes or 1))]
     env.update(
         RANK=env["SLURM_PROCID"],
         WORLD_SIZE=env["SLURM_NTASKS"],
@@ -152,17 +159,17 @@ def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -
 
 
 def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
-    """Try to connect to head:port for `seconds`. Errors: RendezvousError with the address that was tried, and why."""
+    """Try for `seconds` to connect to head:port. Errors: RendezvousError with the address, and why it failed."""
     problem = why_unreachable(head, port, seconds)
     if not problem:
         return
     host = socket.gethostname()
     addresses = resolve(head)
     advice = "check that rank 0 runs there and that no firewall blocks the port"
-    if any(map(is_loopback, addresses)):
+    if any(is_loopback(address) for address in addresses):
         advice = (
-            f"on {host} this is {host} itself: set MASTER_ADDR to the head node's address in the nodes' network, or "
-            "fix /etc/hosts"
+            f"on {host}, {head} means {host} itself: set MASTER_ADDR to the head node's address in the nodes' network, "
+            "or fix /etc/hosts"
         )
     raise RendezvousError(
         f"MASTER_ADDR: rank {rank} on {host} cannot reach {head}:{port} ({problem}; the name resolves to "
@@ -173,20 +180,20 @@ def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
 def _attempt_prefix() -> str:
     """Return a prefix for the store's keys that differs between restarts and between calls of `rendezvous`.
 
-    torchrun's own store may survive a restart and then holds the addresses of dead ranks. Its count of restarts is the
-    same on all ranks of one node only. Several nodes need tinytrain_dist.agent, or the variable
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    torchrun's own store may survive a restart and then still holds the addresses of ranks that have ended. torchrun's
+    restart count tells attempts apart, but only ranks on the same node have the same count. So a run on several nodes
+    must be started with tinytrain_dist.agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     return f"rendezvous{attempt}.{next(_rendezvous_count)}"
 
 
-def _own_arrival() -> dict[str, Any]:
-    """Return what this rank tells the others: its host, and its address if that is one they cannot use.
+def _describe_own_host() -> dict[str, Any]:
+    """Return {"host": this host's name, "loopback": its address if other hosts cannot use it, else ""}.
 
-    gloo gives the other ranks the address that the host's own name resolves to. A loopback address is of no use to
-    them, unless an interface is configured. "loopback" is empty where there is no problem.
+    Unless an interface is configured, gloo gives the other ranks the address that the host's own name resolves to. If
+    that is a loopback address, they cannot reach it.
     """
     host = socket.gethostname()
     addresses = resolve(host)
@@ -195,17 +202,18 @@ def _own_arrival() -> dict[str, Any]:
     return {"host": host, "loopback": addresses[0] if unusable else ""}
 
 
-def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
-    """Check what `_own_arrival` returned on every rank, None for missing ranks.
+def _check_hosts(hosts_by_rank: list[Any], seconds: float, head: str) -> None:
+    """Check that no rank is missing and that every host has an address that the others can use.
 
+    `hosts_by_rank`: what `_describe_own_host` returned on each rank; None for a missing rank. `head`: where ranks join.
     Errors: ConfigError naming the missing ranks, or the hosts whose address the others cannot use.
     """
-    missing = [rank for rank, arrival in enumerate(arrivals) if arrival is None]
-    loopback_of_host = {arrival["host"]: arrival["loopback"] for arrival in arrivals if arrival}
+    missing = [rank for rank, description in enumerate(hosts_by_rank) if description is None]
+    loopback_of_host = {entry["host"]: entry["loopback"] for entry in hosts_by_rank if entry}
     if missing:
         absent = [name for name in _slurm_hosts() if name not in loopback_of_host]
         raise ConfigError(
-            f"{len(missing)} of {len(arrivals)} ranks did not join at {head} within {seconds:g} s: rank "
+            f"{len(missing)} of {len(hosts_by_rank)} ranks did not join at {head} within {seconds:g} s: rank "
             f"{format_list(missing)}; joined: {format_list(list(loopback_of_host))}"
             + (f"; no rank from: {format_list(absent)}" if absent else "")
             + "; look at the logs of the missing ranks, and check that every node was started with the same number of "
@@ -221,7 +229,7 @@ def _check_arrivals(arrivals: list[Any], seconds: float, head: str) -> None:
 
 
 def _slurm_hosts() -> list[str]:
-    """Return the hosts of the Slurm job; none outside of Slurm or if scontrol fails."""
+    """Return the hosts of the Slurm job; an empty list outside of Slurm, or if scontrol fails."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return []
