@@ -50,7 +50,7 @@ def test_damaged_checkpoints_get_names_of_their_own(checkpoints: CheckpointFolde
         checkpoints.set_aside(path, ["first", "second"])
         assert (checkpoints.directory / name).is_dir()
         assert not path.exists()
-        assert warnings.pop() == f"damaged checkpoint, set aside as {name}: first; second"
+        assert warnings.pop() == f"damaged checkpoint, renamed to {name}: first; second"
 
 
 def test_a_damaged_checkpoint_that_cannot_be_renamed_is_reported(

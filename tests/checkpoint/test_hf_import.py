@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_named_before_anything_changes(tmp_path: Path) -> N
     message = str(caught.value)
     assert message.startswith(f"init_from = {folder}: does not fit")
     assert f"{missing}: is missing" in message
-    assert "model.norm.weight: is [7] there, [32] here" in message
+    assert "model.norm.weight: is [7] in the folder, but [32] in this model" in message
     assert "bias: is not a weight of this model" in message
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 

@@ -46,7 +46,7 @@ def missing(seconds: float) -> str:
 def test_missing_ranks_are_named_in_time() -> None:
     said = run_ranks(3, missing, 0.2)[0]
     assert re.search(
-        r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; joined: ", said
+        r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; hosts that joined: ", said
     )
 
 

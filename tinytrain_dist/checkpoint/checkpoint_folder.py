@@ -1,6 +1,6 @@
-"""List, set aside and delete the checkpoints in a run's folder of checkpoints.
+"""List the checkpoints of a run, rename damaged ones, and delete old ones.
 
-Must not know ranks: only rank 0 calls what changes the folder. Must not know what is in a checkpoint.
+Must not know ranks: only rank 0 calls the methods that change the folder. Must not know what a checkpoint contains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinytrain_dist.config.run_folder import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, c
 
 
 class CheckpointFolder:
-    """The folder in which the checkpoints of one run lie, as PREFIX-00001000."""
+    """The folder that holds the checkpoints of one run, each in a folder of its own such as PREFIX-00001000."""
 
     def __init__(self, directory: Path, prefix: str, warn: Callable[[str], None]) -> None:
         """`warn` is called with a sentence about each checkpoint that is damaged or cannot be renamed or deleted."""
@@ -28,7 +28,7 @@ class CheckpointFolder:
         return self.directory / checkpoint_name(self.prefix, step)
 
     def committed(self) -> list[Path]:
-        """Return the checkpoints under their final name, by step; they are complete, but may be damaged."""
+        """Return the checkpoints under their final name, in order of steps. They are complete, but may be damaged."""
         pattern = re.compile(re.escape(self.prefix) + r"-\d{8,}")
         if not self.directory.is_dir():
             return []
@@ -36,32 +36,32 @@ class CheckpointFolder:
         return sorted(paths, key=checkpoint_step)
 
     def remove_leftovers(self) -> None:
-        """Delete the half-written folders of processes that died. Only the process that holds the run may call it."""
+        """Delete the incomplete folders of earlier processes. Only the process that holds the run may call it."""
         for path in self.directory.glob(f"{self.prefix}-*{TEMPORARY_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, path: Path, problems: list[str]) -> None:
         """Report what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
-        name = path.name + DAMAGED_SUFFIX
-        existing = sum(1 for other in path.parent.iterdir() if other.name.startswith(name))
-        aside = path.with_name(f"{name}-{existing + 1}" if existing else name)
-        self.warn(f"damaged checkpoint, set aside as {aside.name}: " + "; ".join(problems))
+        damaged_name = path.name + DAMAGED_SUFFIX
+        existing = sum(1 for other in path.parent.iterdir() if other.name.startswith(damaged_name))
+        new_path = path.with_name(f"{damaged_name}-{existing + 1}" if existing else damaged_name)
+        self.warn(f"damaged checkpoint, renamed to {new_path.name}: " + "; ".join(problems))
         try:
-            path.rename(aside)
+            path.rename(new_path)
         except OSError as error:
             self.warn(f"{path} could not be renamed ({error.strerror}); it is skipped")
 
     def delete_old(self, keep_last: int, keep_every: int | None, best_step: int | None) -> None:
         """Delete the checkpoints that no rule keeps (see `retention.checkpoints_to_delete`).
 
-        One that cannot be deleted is reported and stays. Errors: OSError if the folder cannot be listed.
+        A checkpoint that cannot be deleted is reported and kept. Errors: OSError if the folder cannot be listed.
         """
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
         for checkpoint in checkpoints_to_delete(checkpoints, keep_last, keep_every, best_step):
             path = checkpoint.path
-            aside = path.with_name(path.name + TEMPORARY_SUFFIX)
+            temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
             try:
-                path.rename(aside)  # first, so that there is never half a checkpoint under its own name
-                shutil.rmtree(aside)
+                path.rename(temporary)  # so that no partly deleted checkpoint has a final name
+                shutil.rmtree(temporary)
             except OSError as error:
-                self.warn(f"{path} could not be deleted ({error}); it takes disk space")
+                self.warn(f"{path} could not be deleted ({error}); it still takes disk space")

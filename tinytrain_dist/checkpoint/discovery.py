@@ -1,7 +1,7 @@
 """Find the newest valid checkpoint of a run, and read its saved state.
 
-For commands and users who look at a run from outside. Must not import torch at the top: a listing of runs need not wait
-the seconds that this takes.
+For commands and users who look at a run from outside. Must not import torch at the top: that takes seconds, and a
+listing of runs does not need it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinytrain_dist.errors import CheckpointError
 
 
 def quick_problems(folder: Path) -> list[str]:
-    """Return what is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
+    """Return what is wrong with a checkpoint, judging by its manifest and file sizes alone; empty if nothing is."""
     try:
         files = read_manifest(folder).files
     except CheckpointError as error:
@@ -27,17 +27,17 @@ def quick_problems(folder: Path) -> list[str]:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
-            state = "is missing" if size is None else f"has {size:,} bytes"
-            problems.append(f"{path}: {state}, but {entry['bytes']:,} were written")
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            problems.append(f"{path}: {found}, but {entry['bytes']:,} bytes were written")
     return problems
 
 
 def find_checkpoint(place: Path, kind: str | None = None) -> Path:
-    """Return `place` itself if it is a checkpoint, or the newest valid one of the run there.
+    """Return `place` itself if it is a checkpoint, else the newest valid checkpoint of the run at `place`.
 
-    Sizes are checked, and with `kind` ("model" or "optimizer") also every byte of the files of that kind. Damaged
-    checkpoints of a run are skipped and named on stderr. Errors: CheckpointError if the checkpoint that was asked for
-    is damaged, or if the run has no valid one.
+    File sizes are checked. With `kind` ("model" or "optimizer"), every byte of the files of that kind is checked, too.
+    Damaged checkpoints of a run are skipped and named on stderr.
+    Errors: CheckpointError if `place` is a damaged checkpoint, or a run without a valid one.
     """
     if is_checkpoint(place):
         if problems := _problems(place, kind):
@@ -49,16 +49,16 @@ def find_checkpoint(place: Path, kind: str | None = None) -> Path:
         problems = _problems(path, kind)
         if not problems:
             return path
-        print(f"passed over, damaged: {'; '.join(problems)}", file=sys.stderr)
+        print(f"skipped a damaged checkpoint: {'; '.join(problems)}", file=sys.stderr)
     raise CheckpointError(
-        f"{run.checkpoints}: none of {len(candidates)} checkpoint(s) is valid; train on, or give another run"
+        f"{run.checkpoints}: none of {len(candidates)} checkpoint(s) is valid; continue training, or give another run"
         if candidates
         else f"{run.checkpoints}: has no checkpoint yet; wait for the first (ckpt_every), or give another run"
     )
 
 
 def _problems(path: Path, kind: str | None) -> list[str]:
-    """Return what is wrong with sizes; if nothing is and `kind` is given, what is wrong with the files of that kind."""
+    """Return what is wrong with the sizes, or, if nothing is, with the contents of the files of `kind`."""
     problems = quick_problems(path)
     if problems or kind is None:
         return problems

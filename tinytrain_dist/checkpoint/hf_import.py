@@ -1,4 +1,4 @@
-"""Start from the weights of a Hugging Face folder, each rank reading its own rows.
+"""Initialize a model from the weights in a Hugging Face folder; each rank reads its own rows.
 
 The folder holds config.json and the weights as safetensors: one file, or several with an index. Our parameter names are
 Hugging Face's, so nothing is converted.
@@ -21,8 +21,8 @@ from tinytrain_dist.model.hf_config import check_hf_config
 def init_from_hf_folder(folder: Path, model: nn.Module, config: TrainingConfig) -> None:
     """Set the weights of the model from a Hugging Face folder of safetensors.
 
-    Errors: ConfigError for an architecture or sizes that are not the configuration's; CheckpointError for names or
-    shapes that do not fit.
+    Errors: ConfigError if the folder's architecture or sizes are not those of the configuration; CheckpointError if the
+    names or shapes of its tensors do not fit.
     """
     check_hf_config(config, folder)
     reader = TensorReader(folder, "model")
@@ -36,12 +36,15 @@ def init_from_hf_folder(folder: Path, model: nn.Module, config: TrainingConfig) 
     for name in wanted.keys() & reader.files.keys():
         shape, expected = reader.spec(name)[0], tuple(wanted[name].shape)
         if shape != expected:
-            problems.append(f"{name}: is {list(shape)} there, {list(expected)} here")
+            problems.append(f"{name}: is {list(shape)} in the folder, but {list(expected)} in this model")
     if problems:
-        raise CheckpointError(f"init_from = {folder}: does not fit:\n  " + "\n  ".join(sorted(problems)[:10]))
+        raise CheckpointError(
+            f"init_from = {folder}: does not fit this model; give another folder, or change the model settings:\n  "
+            + "\n  ".join(sorted(problems)[:10])
+        )
     load_tensors(reader, wanted)
 
 
 def _is_redundant(name: str, config: TrainingConfig) -> bool:
-    """Return whether a tensor repeats what the model has: a tied output head, or precomputed rotary tables."""
+    """Return whether a tensor in the folder can be ignored: a tied output head, or precomputed rotary tables."""
     return (name == "lm_head.weight" and config.tie_embeddings) or "rotary" in name

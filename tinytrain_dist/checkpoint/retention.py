@@ -29,10 +29,11 @@ def read_committed_checkpoint(path: Path) -> CommittedCheckpoint:
 
 
 def _eval_loss(path: Path) -> float:
+    """Return the eval loss that was measured at the checkpoint's own step; infinite if there is none."""
     try:
         state = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         record = state["report"]
-        if record.get("eval_step") != state["step"]:  # it is the loss of an earlier step
+        if record.get("eval_step") != state["step"]:  # the loss was measured at an earlier step
             return math.inf
         loss = float(record["eval_loss"])
         return loss if math.isfinite(loss) else math.inf
@@ -45,19 +46,18 @@ def checkpoints_to_delete(
 ) -> list[CommittedCheckpoint]:
     """Return the checkpoints that no rule keeps, oldest first.
 
-    Kept are
+    These are kept:
 
     * the last `keep_last`
     * those at a multiple of `keep_every` (None or 0: none)
-    * the one with the lowest eval loss at its own step; of equal ones the oldest
-    * the one at `best_step`, the best step that the run knows of. It can be evaluated after a resume, and then its own
-      state does not contain the loss.
+    * the one whose eval loss, measured at its own step, is the lowest (if several are equal, the oldest of them)
+    * the one at `best_step`. If that step was evaluated only after a resume, its checkpoint does not contain the loss.
 
     Args:
-        checkpoints: all that are committed, by step
+        checkpoints: all committed checkpoints, in order of steps
         keep_last: the setting, at least 1
         keep_every: the setting, in steps
-        best_step: step with the best eval loss so far; None if nothing was evaluated
+        best_step: step with the best eval loss that the run has seen; None if nothing was evaluated
     """
     best = min(checkpoints, key=lambda checkpoint: checkpoint.eval_loss, default=None)
 

@@ -122,7 +122,7 @@ def _check_power_of_two(config: TrainingConfig, micro_batch_size: int) -> None:
     sizes = [size for size in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / size)]
     raise ConfigError(
         f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro_batch_size} = {num_micro_batches} is "
-        "not a power of two, as the binary tree of gradient sums needs; possible: micro_batch_size "
+        "not a power of two, which the binary tree of gradient sums requires; possible: micro_batch_size "
         f"{format_list(sizes)}"
     )
 

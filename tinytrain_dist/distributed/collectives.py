@@ -120,7 +120,7 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
-    """Send part i of `input` to rank i of the group, and receive what rank i sends as part i of `output`.
+    """Send part i of `input` to rank i of the group, and write what rank i sends to this rank into part i of `output`.
 
     Both tensors have the same number of elements. Dim 0 of each is split into equal parts, one for each rank.
     A collective. Blocks if `wait`; else returns a handle with `wait()`, and both tensors must stay alive until then.

@@ -214,8 +214,8 @@ def _check_hosts(hosts_by_rank: list[Any], seconds: float, head: str) -> None:
         absent = [name for name in _slurm_hosts() if name not in loopback_of_host]
         raise ConfigError(
             f"{len(missing)} of {len(hosts_by_rank)} ranks did not join at {head} within {seconds:g} s: rank "
-            f"{format_list(missing)}; joined: {format_list(list(loopback_of_host))}"
-            + (f"; no rank from: {format_list(absent)}" if absent else "")
+            f"{format_list(missing)}; hosts that joined: {format_list(list(loopback_of_host))}"
+            + (f"; hosts without a rank: {format_list(absent)}" if absent else "")
             + "; look at the logs of the missing ranks, and check that every node was started with the same number of "
             "nodes, address and port"
         )

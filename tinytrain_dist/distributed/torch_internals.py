@@ -4,8 +4,8 @@ Each docstring names the torch versions that have these parts. "2.11 to 2.15" me
 and 2.15, and on 2.13, which `constraints.txt` pins. If a new torch version breaks something, fix it here.
 
 Importing this module imports torch and nothing slower: FSDP, the compiler and torchrun are imported where they are
-needed. The operations `torch._foreach_*` are an exception. Other modules use them directly, because torch's own
-optimizers are built on them.
+needed. The only private operations that other modules use are `torch._foreach_*`, on which torch's own optimizers are
+built.
 
 Sections: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
 """

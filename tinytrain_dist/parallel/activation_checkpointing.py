@@ -1,4 +1,4 @@
-"""Recompute activations in backward instead of keeping them: all of a block's, or all but matrix products."""
+"""Recompute activations in backward instead of keeping them, for whole blocks or for all except matrix products."""
 
 from __future__ import annotations
 

@@ -107,10 +107,10 @@ class NativeGradReduction:
         elif isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_requires_all_reduce(last)
-            # FSDP uses a sum at once if it adds the gradient of an earlier micro-step, or sums over replicas. In all
-            # other cases the sum may be completed late.
-            is_used_at_once = micro_step > 0 or self.plan.replicate > 1
-            self.scatter.late = collectives.uses_gloo() and not is_used_at_once
+            # FSDP uses a sum right away if it adds it to the gradient of an earlier micro-step, or sums over replicas.
+            # In all other cases, the sum may be completed late.
+            is_used_right_away = micro_step > 0 or self.plan.replicate > 1
+            self.scatter.late = collectives.uses_gloo() and not is_used_right_away
 
     def after_micro_step(self, micro_step: int) -> None:
         """Complete the last unit's sum, if it is still in progress."""
@@ -176,11 +176,11 @@ class DeterministicGradReduction:
             if last:
                 self.partial_sums = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
         elif isinstance(self.model, FSDPModule):
-            # Every backward is the "last" for FSDP: only then does it wait for its own streams, and the counter reads
-            # .grad after each backward.
+            # FSDP waits for its own streams only in the "last" backward. The counter reads .grad after every backward,
+            # so each one is marked as the last.
             self.model.set_is_last_backward(True)
             self.model.set_requires_all_reduce(last)
-            # FSDP never uses a sum at once: .grad is empty before each backward, and replicas are summed in `finish`.
+            # FSDP never uses a sum right away: .grad is empty before each backward, and `finish` sums over replicas.
             self.scatter.late = collectives.uses_gloo()
 
     def after_micro_step(self, micro_step: int) -> None:

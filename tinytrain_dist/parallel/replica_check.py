@@ -41,12 +41,12 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
 class ReplicaComparison:
     """A comparison of replicas for one save. It begins when the save begins, and is finished in the save's thread.
 
-    Ranks that copy their rows fingerprint the copies in the thread, so that training does not wait for it. Ranks that
-    copy nothing fingerprint their rows at once, while the others copy.
+    The fingerprints of rows that a rank copies are computed in the thread, so that training does not wait for them.
+    Rows that a rank does not copy are fingerprinted at once, while other ranks copy.
     """
 
     def __init__(self, shards: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
-        """Compute the fingerprints that cannot be computed later. On a GPU, these are all.
+        """Compute the fingerprints that cannot be computed later. On a GPU, these are all of them.
 
         `beside`: whether training continues during the save, and so changes rows that are not copied.
         """

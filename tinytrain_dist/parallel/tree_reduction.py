@@ -54,16 +54,19 @@ def tree_all_reduce(flat: Tensor, group: Group | None) -> None:
 
 
 class BinaryCounter:
-    """Adds lists of tensors one by one along the tree, as a binary counter counts: level j holds the sum of 2^j leaves.
+    """Adds lists of tensors one by one along the tree, like a binary counter: level j holds the sum of 2^j leaves.
 
-    After n leaves, there are as many partial sums in memory as the binary number n has ones.
+    After n leaves, as many partial sums are in memory as n has ones in binary.
     """
 
     def __init__(self) -> None:
         self._levels: dict[int, list[Tensor]] = {}
 
     def add(self, leaf: int, tensors: list[Tensor]) -> None:
-        """Add the tensors of the next leaf: 0, 1, 2, ... Later calls sum in place, so the counter owns the tensors."""
+        """Add the tensors of one leaf; leaves must come in the order 0, 1, 2, ...
+
+        Later calls sum in place, so the counter owns the tensors from now on.
+        """
         level = 0
         while leaf >> level & 1:
             torch._foreach_add_(tensors, self._levels.pop(level))
@@ -92,7 +95,7 @@ class DirectAllGather(_NewBuffers, AllGather):
     """FSDP's all-gather by direct messages over gloo; see `collectives.all_gather`."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> Any:
-        """Gather every rank's input_tensor, which is already its part of output_tensor. Blocks unless async_op."""
+        """Gather all ranks' parts of output_tensor, which already holds this rank's. Blocks unless async_op."""
         return collectives.all_gather(output_tensor, None, group, wait=not async_op)
 
 

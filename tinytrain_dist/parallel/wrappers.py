@@ -89,7 +89,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
     """Return the modules whose forward runs no collective.
 
-    With FSDP these are the blocks: FSDP gathers a block's weights before its forward begins. Otherwise it is the model.
+    With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
     """
     inner = unwrap(model)
     return outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
