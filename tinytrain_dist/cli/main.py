@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 VERBS = {
     "prepare": ("tinytrain_dist.cli.prepare:main", "turn text into a tokenizer and token files"),
@@ -43,9 +44,9 @@ def main(args: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}"
         print(f"error: no verb {args[0]!r}; {hint}", file=sys.stderr)
         return 2
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # text of a model, in a terminal that has not all of its characters
+    keep_output_from_failing("stderr")  # progress and warnings; what a verb is asked for goes to stdout
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # text of a model, in a terminal that has not all of its characters
     module, _, entry = VERBS[args[0]][0].partition(":")
     try:
         return int(getattr(import_module(module), entry)(args[1:]))

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from tinytrain_dist.data.preparation.prepare import prepare, say
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 
 @functools.wraps(prepare)
@@ -28,6 +29,7 @@ def _prepare_and_say(sources: tuple[str, ...], out: str, **settings: Any) -> Non
 
 def main(args: list[str]) -> int:
     """Run the verb and say what came out; DataError and ConfigError are the caller's to print."""
+    keep_output_from_failing()  # the files are what counts
     # As an exception, so that SIGTERM (a batch system, a container that stops) leaves nothing half-written either.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

@@ -27,6 +27,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 PROGRAM = "launch/submit.py"
@@ -341,6 +342,7 @@ def _print_next_steps(job: Job, slurm_id: str) -> None:
 
 def main(args: list[str]) -> int:
     """Run the command; return 0 when submitted (with --follow: completed), 2 for a mistake, 1 when Slurm refuses."""
+    keep_output_from_failing()  # a submitted job counts, whoever reads what is printed about it
     try:
         if args[:1] == ["--print-run"]:  # a batch script that was submitted by hand asks for its run folder
             print(parse_command_line(args[1:]).target_dir)

@@ -18,6 +18,7 @@ from tinytrain_dist.config.run_folder import records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.output import call_on_lost_output
 from tinytrain_dist.utils.text import format_duration
 
 
@@ -34,6 +35,7 @@ class RunLog:
         self.main = main
         self._progress: Any = None  # a progress bar, on a terminal
         self._warned = False  # that records cannot be written
+        self._step = resumed_step  # of the last record
         if not main:
             return
         folder = config.logs_dir
@@ -44,6 +46,7 @@ class RunLog:
         self._tensorboard = TensorBoardWriter(config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
+        call_on_lost_output(self._record_lost_output)
 
     def say(self, text: str) -> None:
         """Print a line for people. Everything that a run prints goes through here, above the progress bar if any."""
@@ -153,8 +156,14 @@ class RunLog:
             self._warned = True
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._step = step
         # repr of a float round-trips, so two runs can be compared to the last bit from this file
         self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+
+    def _record_lost_output(self, text: str) -> None:
+        with self._surviving_disk_errors():
+            self._record("output_lost", self._step, {"text": text})
+            self._tensorboard.add_event("output_lost", text, self._step)
 
     def _start_progress(self, step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

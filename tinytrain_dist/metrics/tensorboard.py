@@ -22,7 +22,10 @@ TAG_GROUPS = {
 }
 TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
 # Each kind of event is a row of dots in one chart, which shows when each happened.
-EVENTS = ("resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled")
+EVENTS = (
+    "resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled",
+    "output_lost",
+)  # fmt: skip
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}
 # The settings by which the HPARAMS tab compares runs. It shows the first five of the alphabet by default.
 COMPARED_SETTINGS = tuple(
