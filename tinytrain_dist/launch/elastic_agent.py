@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any
 
 from tinytrain_dist.config.run_folder import ERROR_FILE
+from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
@@ -144,6 +145,7 @@ def main(args: list[str]) -> int:
         os.environ["TINYTRAIN_AGENT"] = str(note)
         kills_before = _out_of_memory_kills()
         _call_before_close(lambda context: _attend_deaths(context, note, kills_before))
+        announce_node_waits(args, lambda: any(rank_pids()))
         try:
             torchrun(args)
         except ChildFailedError as failed:

@@ -22,6 +22,7 @@ from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.waiting import WaitNotice
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
 STALE_SECONDS = 120.0  # without a touch
@@ -40,6 +41,7 @@ class RunLock:
         self._record = record
         self._holds_file = holds_file
         self._released = threading.Event()
+        self.waited_seconds = 0.0  # until it was known whether the previous holder is alive
 
     @classmethod
     def acquire(cls, folder: Path, context: DistributedContext) -> RunLock:
@@ -55,12 +57,14 @@ class RunLock:
         }
         lock = cls(folder / LOCK_FILE, context.broadcast_object(own_record), holds_file=context.is_main)
         error = None
+        started = time.monotonic()
         if context.is_main:
             try:
                 lock._create_file()
             except CheckpointError as caught:
                 error = caught
-        collectives.raise_on_all_ranks(error)
+        collectives.raise_on_all_ranks(error)  # here the other ranks wait for rank 0
+        lock.waited_seconds = time.monotonic() - started
         if context.is_main:
             threading.Thread(target=lock._keep_touching, name="lock", daemon=True).start()
         return lock
@@ -99,15 +103,20 @@ class RunLock:
         """
         holder = self._read_holder()
         first_touched = self._touched_at()
+        holder_name = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        notice = WaitNotice(
+            lambda: f"a sign that {holder_name}, which holds the lock {self.path}, is alive; else it is taken over",
+            STALE_SECONDS,
+        )
         while not self._is_stale(holder):
             if holder is not None and holder["host"] != self._record["host"] and self._touched_at() == first_touched:
                 # The holder is on another host. If it lives, it touches the lock soon; if its node was lost, the lock
                 # becomes stale.
                 time.sleep(1.0)
+                notice.check()
                 continue
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
             raise CheckpointError(
-                f"{self.path.parent}: {who} trains into this folder; stop it, or set another target_dir"
+                f"{self.path.parent}: {holder_name} trains into this folder; stop it, or set another target_dir"
             )
         aside = self.path.with_name(f"lock-stale-{secrets.token_hex(6)}")
         with contextlib.suppress(FileNotFoundError):  # another process was faster

@@ -96,8 +96,9 @@ def build_trainer(
 
     sampler = TextSampler(config, context, data.evaluation_prompts)
     metrics = _step_metrics(train_step, data, log, start.step)
-    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=PROCESS_START)
     assert start.lock is not None, "_load has taken it"
+    training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
+    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
     return Trainer(
         train_step=train_step,
         data=data,
