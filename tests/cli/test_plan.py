@@ -47,7 +47,7 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--device", "h10"), "device: 'h10' is not in the table; nearest: h100"),
+        (("--device", "h10"), "device: 'h10' is unknown; the nearest names are h100"),
         (("--nodes", "0"), "--nodes: '0' must be a whole number, at least 1"),
         (("--devices-per-node", "three"), "--devices-per-node: 'three' must be a whole number"),
         (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),
