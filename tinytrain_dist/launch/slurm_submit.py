@@ -195,7 +195,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
         ]
     if len(tokens) <= context_len:
         return [
-            f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower context_len"
+            f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower "
+            "context_len"
         ]
     return []
 
