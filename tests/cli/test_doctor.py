@@ -68,7 +68,7 @@ def test_run_folder_and_data_of_the_configuration(tmp_path: Path) -> None:
     args = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     code, said = run_ranks(2, examine, args)[0]
     assert code == 0, said
-    assert f"{tmp_path}/run/checkpoints can be written, and all ranks see the files" in said
+    assert f"{tmp_path}/run/checkpoints can be written, and all ranks see its files" in said
     assert "disk: room for 3 checkpoints" in said
     assert not (tmp_path / "run").exists()
     (tmp_path / "train.npy").unlink()

@@ -38,7 +38,7 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
     big = ("--vocab-size", "32000", "--micro-batch-size", "16", "--activation-checkpointing", "none")
     code, text = run_plan(capsys, *args, *big)
     assert code == 1, text
-    assert "DOES NOT FIT into memory; it fits with " in text
+    assert "DOES NOT FIT in memory; it fits with " in text
     name, value = text.split("; it fits with ")[1].split(":")[0].split(" = ")
     again, text = run_plan(capsys, *args, *big, f"--{name}", value)
     assert again == 0, text

@@ -72,7 +72,7 @@ def test_a_full_disk_costs_the_save_and_not_the_run(tmp_path: Path) -> None:
     (_, kind, text), *_ = log.events
     assert kind == "save_failed"
     assert "No space left on device" in text
-    assert "1 so far" in text
+    assert "failed saves so far: 1" in text
     assert "next ckpt_every" in text
 
 

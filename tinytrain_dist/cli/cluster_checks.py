@@ -115,7 +115,7 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
     except TinytrainError as error:
         report.add_problems(_problems_of(error))
         return
-    report.add("folder", [], f"{folder} can be written, and all ranks see the files")
+    report.add("folder", [], f"{folder} can be written, and all ranks see its files")
 
     run = RunFolder.at(Path(config.target_dir)) if context.is_main else None
     num_existing = len(run.committed()) if run else 0

@@ -39,8 +39,8 @@ Entry = list[Any]  # shape, type ("value" for a plain number), digest
 def compare(a: PathArgument, b: PathArgument) -> int:
     """Find where two runs differ: the first logged step at which a loss or gradient norm differs in any bit.
 
-    Also compares the newest checkpoint step that both runs have, config.toml and environment.json. If either argument
-    is a checkpoint, compares only tensors. Exit code 0 if records and tensors are the same, 1 if they differ.
+    Also compares config.toml, environment.json, and the newest checkpoints of the same step. If either argument is a
+    checkpoint, compares only tensors. Exit code 0 if records and tensors are the same, 1 if they differ.
 
     Args:
         a: A run (its target_dir) or a checkpoint.

@@ -42,7 +42,7 @@ On several nodes with torchrun: start this on each node (checks begin when all t
     -m tinytrain_dist.cli.doctor CONFIG.toml
 
 Exit code: 0 if there is no problem, 1 if there are problems, 2 for a mistake on the command line or in CONFIG.toml.
-The bus bandwidth of an all-reduce over n ranks is 2 (n - 1) / n x bytes / seconds, so that any n can be compared."""
+The bus bandwidth of an all-reduce over n ranks is 2 (n - 1) / n x bytes / seconds. It does not depend on n."""
 
 
 def main(args: list[str]) -> int:

@@ -127,7 +127,7 @@ def check_scratch(host: str) -> list[Finding]:
     shared_bytes = free_bytes.get("/dev/shm", 0)
     if shared_bytes < MIN_SHARED_MEMORY_BYTES:
         level = PROBLEM if Path("/proc/driver/nvidia").exists() else NOTE
-        text = f"/dev/shm: {host} has {shared_bytes / 1e9:.2f} GB free; start a container with --shm-size=8g"
+        text = f"/dev/shm: {host} has {shared_bytes / 1e9:.2f} GB free; in a container, start it with --shm-size=8g"
         findings.append((level, text))
     if free_bytes.get("/tmp", MIN_SCRATCH_BYTES) < MIN_SCRATCH_BYTES:
         text = f"/tmp: {host} has {free_bytes['/tmp'] / 1e9:.2f} GB free; make room, or set TMPDIR"

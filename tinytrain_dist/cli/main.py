@@ -1,4 +1,4 @@
-"""Run the `tinytrain` command: find the verb, run it, and print the mistakes of a user as one error."""
+"""Run the `tinytrain` command: find the verb, run it, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERBS = {
     "schedule": ("tinytrain_dist.cli.schedule:main", "show the learning rate of a configuration"),
     "plan": (
         "tinytrain_dist.cli.plan:main",
-        "show whether a run fits into memory, what it needs, and how fast it can be",
+        "show whether a run fits in memory, what it needs, and how fast it can be",
     ),
     "doctor": ("tinytrain_dist.cli.doctor:main", "find problems on this machine, or on all nodes together"),
     "status": ("tinytrain_dist.cli.status:main", "show what a run is doing, or why it stopped"),

@@ -1,4 +1,4 @@
-"""`tinytrain plan`: print whether a run fits into memory, what it sends and saves, and how fast it can be.
+"""`tinytrain plan`: print whether a run fits in memory, what it sends and saves, and how fast it can be.
 
 Must not know the architecture: see training/forecast.py for where the numbers come from.
 """
@@ -41,14 +41,14 @@ OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
   --device NAME          h100 (default), h200, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, cpu (this machine)
   --network GBIT         bandwidth from a node to other nodes, in Gbit/s (default: see metrics/device_specs.py)
 
-Exit code: 0 if the run fits into memory, 1 if it does not, 2 for a mistake in the settings. Settings:
+Exit code: 0 if the run fits in memory, 1 if it does not, 2 for a mistake in the settings. Settings:
 """
 SECONDS_PER_DAY = 86_400
 MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
 
 
 def main(args: list[str]) -> int:
-    """Print the plan; return 0 if the run fits into memory, else 1. Errors: ConfigError as of the run itself."""
+    """Print the plan; return 0 if the run fits in memory, else 1. Errors: ConfigError as in the run itself."""
     options, settings = _split_options(args)
     if {"-h", "--help"} & set(settings):
         print(OPTIONS)
@@ -109,9 +109,9 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
         if changed.parallel != planned.parallel_dims.mode
     ]
     if planned.fits:
-        print("\nFITS into memory\n")
+        print("\nFITS in memory\n")
     else:
-        print(f"\nDOES NOT FIT into memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
+        print(f"\nDOES NOT FIT in memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
     print(_speed(planned, cluster, flops_per_token))
     print(_disk(config, model))
     print(_mode_table([planned, *others], cluster))

@@ -38,9 +38,9 @@ class Options:
     temperature: float = 0.8
     """Randomness of the text (0: always the likeliest token; 1: by the model's probabilities; more: more random)."""
     top_k: int | None = 50
-    """Draw from the k likeliest tokens only (None: from all)."""
+    """Draw only from the k likeliest tokens (None: from all)."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens that together have this probability (None: from all)."""
+    """Draw only from the likeliest tokens that together have this probability (None: from all)."""
     seed: int = 0
     """The same seed gives the same text; sample i, counted from 1, uses seed + i - 1."""
     num_samples: int = 1

@@ -60,9 +60,7 @@ def _matmul_table(teraflops: dict[str, list[float]], hosts: list[str]) -> Table:
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Return the FLOP/s of square matrix products, the best of those that fit into `seconds`."""
     size = 8192 if device.type == "cuda" else 512
-    matrix = torch.rand(size, size, device=device).to(
-        dtype
-    )  # equal values would need less power than those of training
+    matrix = torch.rand(size, size, device=device).to(dtype)  # random, as equal values would need less power
     return 2 * size**3 / best_seconds(lambda: matrix @ matrix, device, seconds)
 
 

@@ -141,7 +141,7 @@ def _process_is_gone(heartbeat: Heartbeat) -> bool:
 
 def _reason_of_death(lost: list[Heartbeat], last_sign: float, now: float) -> str:
     if lost:
-        return f"rank {lost[0]['rank']} (process {lost[0]['pid']}) ended without writing an error"
+        return f"rank {lost[0]['rank']} (process {lost[0]['pid']}) ended without reporting an error"
     return f"no heartbeat or record for {format_age(now - last_sign)}" if last_sign else "no heartbeat or record found"
 
 
@@ -158,7 +158,7 @@ def show(status: Status, console: Console) -> None:
 
 
 def _show_ranks(status: Status, console: Console) -> None:
-    table = new_table("rank", "host<", "pid", "phase<", "step", "for", "seen")
+    table = new_table("rank", "host<", "pid", "phase<", "step", "unchanged", "seen")
     by_progress = sorted(status.heartbeats, key=_progress)  # first those that the others wait for
     for heartbeat in by_progress[:MAX_SHOWN_RANKS]:
         duration = format_age(heartbeat["seconds"])
@@ -168,7 +168,7 @@ def _show_ranks(status: Status, console: Console) -> None:
     print_table(table)
     num_hidden = len(by_progress) - MAX_SHOWN_RANKS
     if num_hidden > 0:
-        console.print(f"and {num_hidden} more ranks, which are as far or further", highlight=False)
+        console.print(f"and {num_hidden} more ranks that are at least as far", highlight=False)
 
 
 def _progress(heartbeat: Heartbeat) -> tuple[float, int, int]:

@@ -9,8 +9,9 @@ torchrun alone loses work or time in four ways:
 - when a rank has died, it waits half a minute for other ranks that hang
 - when a run fails, it prints a page about itself
 
-This wrapper forwards the signals to the ranks, which save and exit 0. It reports how a rank was killed that cannot
-report it itself. When a run fails, it prints one sentence. Must not know what the ranks do.
+This wrapper forwards the signals to the ranks, which save and exit 0. It also reports ranks
+that were killed and cannot report this themselves. When a run fails, it prints one sentence. Must not know what the
+ranks do.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one rank h
 
 @dataclass(frozen=True)
 class RankDeath:
-    """How the first dead rank died: a sentence for the user, and its exit code (negative: the signal)."""
+    """How the first rank died: a sentence for the user, and its exit code (negative: the signal)."""
 
     text: str
     exit_code: int
@@ -86,7 +87,7 @@ def forward_signal(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     if number == signal.SIGUSR1:
-        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later read it, and stop as after the signal
+        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later read it, and stop as if they had received it
     elif not pids:
         os._exit(128 + number)  # no rank runs yet, so there is nothing to save
 
@@ -137,7 +138,7 @@ def main(args: list[str]) -> int:
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
-        tempfile.tempdir = scratch  # torchrun leaves folders behind; ranks do not use this one
+        tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
         # If this variable is set, a rank writes the path of the run folder into the file that it names, and lets this
         # process print its error.
         folder_note = Path(scratch) / "run"
@@ -170,7 +171,7 @@ def _call_before_close(report_death: Callable[[Any], bool]) -> None:
     def report_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
         is_first_call = not hasattr(context, "tinytrain_closed")
         context.tinytrain_closed = True
-        # torchrun closes twice, and before the second time the first one has killed ranks
+        # torchrun closes twice; the second time, ranks are dead because the first call killed them
         died = is_first_call and report_death(context)
         close(context, signal.SIGKILL if died else death_sig, timeout)
 

@@ -175,7 +175,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     for name in ("ckpt_path_to_resume", "init_from"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_dir():
-            problems.append(f"{name}: there is no folder {path}; correct it")
+            problems.append(f"{name}: there is no folder {path}; correct the path")
     return problems
 
 
@@ -190,8 +190,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
         return [f"{path}: {reason}; make one with `tinytrain prepare`"]
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         return [
-            f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integers; make one with "
-            "`tinytrain prepare`"
+            f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integer IDs; make one "
+            "with `tinytrain prepare`"
         ]
     if len(tokens) <= context_len:
         return [

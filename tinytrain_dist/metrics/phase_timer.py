@@ -13,7 +13,7 @@ START_PHASES = ("join", "open_data", "build", "load")  # a process that ends in 
 UPDATE_PHASES = ("data", "forward_backward", "reduction", "optimizer")  # of one optimizer step
 BETWEEN_PHASES = ("reading", "evaluation", "checkpoint")  # after a step is complete, before the next one begins
 STEP_PHASES = (*UPDATE_PHASES, *BETWEEN_PHASES)  # the phases in the records of a run
-# While its number of completed steps is the same, a rank goes through the phases in this order.
+# Between two increases of its number of completed steps, a rank goes through the phases in this order.
 PHASE_ORDER = (*START_PHASES, *BETWEEN_PHASES, *UPDATE_PHASES)
 
 

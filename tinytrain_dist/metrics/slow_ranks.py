@@ -1,8 +1,8 @@
 """Find the rank that the others wait for, by the time of its own work.
 
-A step takes equally long on all ranks, because all wait for the slowest one. Ranks differ only in the time of what they
-do before they wait for each other: they wait for data and run the forward pass. This is a rank's own work. Must not
-know how these times are measured.
+A step takes equally long on all ranks, because all wait for the slowest one. Ranks differ only in their own work: what
+they do before they wait for each other, which is to wait for data and to run the forward pass. Must not know how these
+times are measured.
 """
 
 from __future__ import annotations

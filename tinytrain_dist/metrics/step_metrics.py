@@ -32,7 +32,7 @@ from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
-LAYER_NORMS_EVERY = 10  # norms by layer are recorded at one of so many logged steps
+LAYER_NORMS_EVERY = 10  # norms by layer are recorded once in this many logged steps
 MAX_WINDOWS_NAMED = 16  # in the message about a skipped step
 
 
@@ -101,7 +101,7 @@ class RankTimes:
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> RankTimes:
-        """Return the object from which `to_row` made this list."""
+        """Return the object from which `to_row` has made this list."""
         step_seconds, data_wait_seconds, forward_seconds, memory_gib, *phase_seconds = row
         return cls(
             step_seconds,
@@ -214,14 +214,14 @@ class StepMetrics:
         """Log which ranks and windows made a step non-finite. Errors: TrainingError after too many in a row."""
         losses = result.micro_batch_losses.tolist()
         bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
-        where = "in the gradient only"
+        where = "only in the gradient"
         if bad_micro_batches:
             ranks = [rank for rank in range(self.plan.ranks) if bad_micro_batches & self._micro_batches_of(rank)]
             slots = [slot for index in sorted(bad_micro_batches) for slot in self.plan.slots(index)]
             # the windows of a step are drawn by the number of steps completed before it
             places = self.data.places(self.config.seed, result.step - 1, slots[:MAX_WINDOWS_NAMED])
             where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
-        text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
+        text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
         self.log.event(result.step, "skipped", text)
         if self.skipped_in_row >= self.config.max_skipped_steps:
             raise TrainingError(

@@ -30,7 +30,7 @@ COMPARED_SETTINGS = tuple(
 )
 
 
-FLUSH_SECONDS = 10  # a crash loses at most the points of the last so many seconds
+FLUSH_SECONDS = 10  # a crash loses at most the points of this many seconds
 
 
 def _chart(*tags: str) -> list[Any]:
@@ -64,7 +64,7 @@ CUSTOM_SCALARS = {
 class TensorBoardWriter:
     """Write the TensorBoard files of a run.
 
-    Earlier points after the step at which the run resumes are hidden, so that no step appears twice.
+    Hides old points after the step at which the run resumes, so that no step appears twice.
     """
 
     def __init__(self, config: TrainingConfig, step: int) -> None:

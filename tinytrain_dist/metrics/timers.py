@@ -54,7 +54,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside from the lap."""
+        """Exclude the time inside this context from the lap."""
         start = self._clock()
         try:
             yield
@@ -71,8 +71,8 @@ class ForwardTimer:
     def __init__(self, modules: list[nn.Module], cuda: bool, compiled: bool = False) -> None:
         """Measure `modules`, which must not contain each other.
 
-        compiled: whether their calls are compiled. The hooks are then excluded from that, because reading a clock
-        cannot be compiled.
+        compiled: whether their calls are compiled. If so, the hooks are not, because reading a clock cannot be
+        compiled.
         """
         self._cuda = cuda
         self._marks: list[Any] = []  # start, end, start, end, ...: seconds, or CUDA events

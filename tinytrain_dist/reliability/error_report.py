@@ -35,7 +35,7 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
         if known and (known["secondary"], known["time"]) <= (cause["secondary"], cause["time"]):
             return
         step = cause["step"]
-        if step is None:  # it failed before its first step, so the step in state.json is still right
+        if step is None:  # it failed before its first step, so the step in state.json is still valid
             step = read_json_object(folder / STATE_FILE).get("step")
         write_state(folder, "failed", step)
         if not cause["secondary"]:

@@ -51,7 +51,7 @@ def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> Ra
 
 
 def find_differences(facts_by_rank: list[RankFacts], hosts: list[str]) -> list[str]:
-    """Return a sentence for each fact on which ranks differ, naming the minority with both values.
+    """Return a sentence for each fact on which ranks differ, with the deviating ranks and both values.
 
     If two values are equally frequent, the one on the lower rank counts as the usual one.
     """
@@ -128,7 +128,7 @@ def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time
 
 
 def skewed_clocks(offsets: list[tuple[float, float]], hosts: list[str]) -> list[str]:
-    """Return a sentence for each host whose clock certainly differs from rank 0's by more than is allowed.
+    """Return a sentence for each host whose clock certainly differs from rank 0's by more than is acceptable.
 
     offsets: from `clock_offsets` on rank 0.
     """

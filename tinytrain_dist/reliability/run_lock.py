@@ -25,7 +25,7 @@ from tinytrain_dist.errors import CheckpointError
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
 STALE_SECONDS = 120.0  # without a touch
-CREATE_ATTEMPTS = 3  # after each failure, another process may take the lock first
+CREATE_ATTEMPTS = 3  # another process may take the lock between two attempts
 
 LockRecord = dict[str, Any]  # host, pid, started (see process_start_time), job (of Slurm)
 LOCK_KEYS = {"host", "pid", "started", "job"}

@@ -1,4 +1,4 @@
-"""Write state.json, which tells batch scripts how a run ended, and know whether this process still owns the run.
+"""Write state.json, which tells batch scripts how a run ended, and track whether this process still owns it.
 
 The state is a file, because launchers do not pass exit codes on. Must not know torch or ranks.
 """

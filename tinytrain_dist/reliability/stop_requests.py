@@ -34,7 +34,10 @@ def install_signal_handlers() -> None:
 
 
 def received_signal() -> str:
-    """Return the name of the first stop signal, "" if none. Counts one that the agent received earlier, too."""
+    """Return the name of the first stop signal; "" if there is none.
+
+    This may be a signal that the agent received before this process started.
+    """
     return _received_signals[0] if _received_signals else os.environ.get("TINYTRAIN_STOP", "")
 
 

@@ -123,7 +123,7 @@ def _load(
     """Claim the run folder, and load the checkpoint that `resume` names, or the weights of `init_from`."""
 
     def resume() -> Any:
-        # entering the phase again lets start_limit begin again for each checkpoint that is read
+        # entering the phase again restarts start_limit for each checkpoint that is read
         return checkpoints.resume(lambda: phase_timer.enter("load"))
 
     automatic = config.resume_from == "auto"
@@ -209,7 +209,7 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     by_rank = context.all_gather_object((train_step.slots, places))
     slots = sorted(slot for rank_slots, _ in by_rank for slot in rank_slots)
     if slots != list(range(config.batch_size)):
-        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of 0 .. {config.batch_size - 1}, each once")
+        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {config.batch_size - 1} once")
     drawn = [tuple(rank_places) for _, rank_places in by_rank]
     # in tiny files, two ranks may draw the same windows by chance
     probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)

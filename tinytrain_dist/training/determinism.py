@@ -20,8 +20,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """Let glibc keep large freed blocks, if the run is on a CPU.
 
     Otherwise glibc returns the blocks to the system, and each step pays for page faults when it allocates them again.
-    Measured: 11,400 page faults fewer per step, and 25 ms of 420 ms CPU time less. MALLOC_ variables that the user has
-    set take precedence.
+    Measured: this saves 11,400 page faults per step, and 25 ms of 420 ms of CPU time. MALLOC_ variables that the user
+    has set take precedence.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -47,8 +47,8 @@ def collect_garbage(first: bool = False) -> None:
 def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
     """Choose the kernels that a reproducible run needs, and return what its bits depend on.
 
-    These are settings that do not define the run but affect its bits, versions, and the processor. Checkpoints keep
-    them, to be compared when the run resumes.
+    These are versions, the processor, and settings that affect only the bits. Checkpoints contain them, to be compared
+    when the run resumes.
     """
     keep_freed_memory(device)
     threads = config.cpu_threads or (1 if config.reproducible else None)
@@ -57,7 +57,7 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
     if config.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - it only costs time
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; not needed
         if config.compile:
             import torch._inductor.config as inductor
 

@@ -114,7 +114,7 @@ class EarlyStopping:
     """
 
     def __init__(self, patience: int | None, record: dict[str, Any]) -> None:
-        """Continue `record`. patience: stop after so many evaluations in a row without a better loss (None: never)."""
+        """Continue `record`. patience: stop after this many evaluations without a better loss (None: never)."""
         self.patience = patience
         self.record = record
 
@@ -131,7 +131,7 @@ class EarlyStopping:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether early stopping ends the run. All ranks have the same answer."""
+        """Whether early stopping ends the run. The same on all ranks."""
         return self.patience is not None and self.record.get("evals_since_best", 0) >= self.patience
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""Fit a run into memory: choose the mesh and the micro-batch size, and suggest settings that need less memory."""
+"""Make a run fit in memory: choose the mesh and the micro-batch size, and suggest settings that need less memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
-RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, each needs less memory
+RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
 
 
 def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> DistributedContext:
     """Return the context with the mesh of the configuration. A collective.
 
-    With `parallel = auto` on GPUs, DDP is chosen only if a whole replica fits into the memory of each rank.
+    With `parallel = auto` on GPUs, DDP is chosen only if a whole replica fits in the memory of each rank.
     """
     ranks = (context.world_size, context.local_world_size)
     meshed = context.with_mesh(choose_parallel_dims(config, *ranks))
@@ -48,7 +48,7 @@ def usable_bytes(context: DistributedContext) -> float:
 def build_fitting_train_step(
     config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer
 ) -> tuple[TrainStep, list[str]]:
-    """Build the train step. With micro_batch_size = auto, choose the largest size that fits into memory.
+    """Build the train step. With micro_batch_size = auto, choose the largest size that fits in memory.
 
     A size fits if it passes the memory estimate and a trial. Returns the step, whose `config` has the chosen size, and
     lines for the log. A collective. Errors: TrainingError if not even the smallest size fits.

@@ -1,4 +1,4 @@
-"""Forecast a run on other machines: whether it fits into memory, what it sends, how long a step takes at best.
+"""Forecast a run on other machines: whether it fits in memory, what it sends, how long a step takes at best.
 
 Sizes come from simulating the trainer's own step in a fake process group, speeds from the table of devices. The time is
 a lower bound, because computation and communication are assumed to overlap fully.
@@ -159,7 +159,7 @@ def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float
 def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingConfig]:
     """Yield the same run in every mode that this cluster allows."""
     for mode in get_args(Mode):
-        # these sizes of the mesh are meant for the configured mode
+        # dp_replicate and dp_shard are meant for the configured mode only
         unset_sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
         changed = replace(config, **unset_sizes, parallel=mode)
         try:

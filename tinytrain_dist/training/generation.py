@@ -1,4 +1,4 @@
-"""Generate text with a trained model: draw tokens one by one, and decode each one immediately."""
+"""Generate text with a trained model: draw tokens one by one, and decode them as they are drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw_token(
     weights = np.exp((logits[order] - logits[order[0]]) / temperature)
     cumulative = np.cumsum(weights) / weights.sum()
     if top_p is not None:
-        kept = int(np.searchsorted(cumulative, top_p)) + 1  # the fewest tokens whose probabilities reach top_p
+        kept = int(np.searchsorted(cumulative, top_p)) + 1  # the fewest tokens that together reach top_p
         cumulative = cumulative[:kept] / cumulative[:kept][-1]
     drawn = int(np.searchsorted(cumulative, rng.random(), side="right"))
     return int(order[min(drawn, len(cumulative) - 1)])  # the last sum may be less than 1 by rounding
@@ -75,7 +75,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.ids = list(ids)
         # Tokens are decoded together with a few earlier ones, on which spaces depend.
-        self.start = max(0, len(self.ids) - 8)  # number of the first ID that is decoded
+        self.start = max(0, len(self.ids) - 8)  # index of the first ID to decode
         self.shown = len(self.ids)  # number of IDs whose text was returned
 
     def add(self, new: int) -> str:

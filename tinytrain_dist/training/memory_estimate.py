@@ -32,7 +32,7 @@ from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
 # Blocks are equal, so the memory of each stage is linear in their number. Deep models are simulated at these two depths
-# and extrapolated (measured: exact). With fewer blocks none would have neighbours on both sides, which FSDP gathers
+# and extrapolated (measured: exact). With fewer blocks, none would have neighbours on both sides, which FSDP gathers
 # early and frees late.
 SIMULATED_DEPTHS = (3, 4)
 MEMORY_KINDS = {
@@ -83,7 +83,7 @@ class MemoryTracker(NoCommunication):
         return out
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Record what would be sent. The buffers belong to the reduction, or are gathered weights."""
+        """Record a message that would be sent. Its buffers belong to the reduction, or are gathered weights."""
         for tensor in tensors:
             self.record(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
         self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
@@ -125,7 +125,7 @@ class MemoryTracker(NoCommunication):
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def sent_bytes(self, forward_passes: int) -> dict[tuple[int, ...], Counter[str]]:
-        """Return the bytes that a step with so many forward passes sends, by ranks of the group and operation.
+        """Return the bytes that a step with this many forward passes sends, by ranks of the group and operation.
 
         A simulation has at most two passes. The first of two represents all passes except the last.
         """
@@ -212,7 +212,7 @@ def _extrapolate(
 ) -> dict[Any, Counter[str]]:
     """Extrapolate linearly from the sizes at the first and the last depth to `num_layers`."""
     first, last = simulated[0], simulated[-1]
-    distance = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])  # 1: the last depth
+    distance = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])  # 0: first depth, 1: last depth
     extended: dict[Any, Counter[str]] = {}
     for key, kinds in last.items():
         sizes = {kind: size + (distance - 1) * (size - first[key][kind]) for kind, size in kinds.items()}

@@ -23,7 +23,10 @@ class RunData:
     bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if unknown
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the training data in a checkpoint. One file gives no list, as in older checkpoints."""
+        """Return what identifies the training data in a checkpoint.
+
+        A single file is not put in a list, because older checkpoints have none.
+        """
         fingerprints = self.train.fingerprints
         return {"train": fingerprints if len(fingerprints) > 1 else fingerprints[0]}
 

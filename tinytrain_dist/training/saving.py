@@ -21,7 +21,7 @@ class RunSaver:
     """Save one run. At most one save is in progress at a time."""
 
     def __init__(self, checkpoints: CheckpointManager, log: RunLog, phase_timer: PhaseTimer, saved_step: int) -> None:
-        """Begin without a save. saved_step: the step of the checkpoint that the run resumed from, -1 without one."""
+        """Prepare to save. saved_step: the step of the checkpoint that the run resumed from, -1 without one."""
         self.checkpoints = checkpoints
         self.log = log
         self.phase_timer = phase_timer

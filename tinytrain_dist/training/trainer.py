@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         """Combine the parts of a run that continues after `step` steps.
 
-        record: of the evaluations so far, saved in every checkpoint (see EarlyStopping).
+        record: results of the evaluations so far, saved in every checkpoint (see EarlyStopping).
         """
         self.config = train_step.config
         self.context = train_step.context
@@ -160,7 +160,7 @@ class Trainer:
         return evaluation.loss
 
     def save(self) -> None:
-        """Start to save the present step. A collective."""
+        """Start to save the current step. A collective."""
         self.metrics.settle()
         with self.metrics.watch.paused():
             self.saver.save(self.step, self.record, last=self.finishing or self.step == self.config.last_step)
@@ -171,7 +171,7 @@ class Trainer:
         return self.metrics.stopping or self.early_stopping.out_of_patience
 
     def why_stop(self) -> str:
-        """Return why this rank wants to stop, or "". A reason does not change any more."""
+        """Return why this rank wants to stop, or "". Once there is a reason, it stays the same."""
         reserve_seconds = 2 * self.saver.saving_seconds + 3 * self.metrics.step_seconds
         self.stop_reason = self.stop_reason or self.checkpoints.failure or self.stop_requests.reason(reserve_seconds)
         return self.stop_reason
