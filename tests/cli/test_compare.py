@@ -36,7 +36,7 @@ def test_compare_finds_the_first_bit_that_differs(
     (line,) = lines_with(out, "first differs")
     assert line.startswith(title)
     assert "at step 4:" in line
-    assert line.endswith("at the last common step 6 by 0")
+    assert line.endswith("at the last common step, 6, by 0")
     assert out.splitlines()[-1] == "different"
 
 

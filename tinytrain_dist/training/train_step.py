@@ -89,8 +89,7 @@ class TrainStep:
         losses = self.reduction.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
         loss = losses.sum() / self.plan.tokens_per_step
         norm = self.reduction.squared_norm().sqrt()
-        is_finite = loss.isfinite() & norm.isfinite()
-        skip = (~is_finite).float()
+        skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
         lr = learning_rate(self.config, step)
