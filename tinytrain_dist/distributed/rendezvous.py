@@ -28,7 +28,9 @@ from tinytrain_dist.distributed.torch_internals import (
 )
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.waiting import WaitNotice
 
+LOOK_SECONDS = 1.0  # how often to check whether a rank has joined
 RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which can take minutes from a slow disk
 _rendezvous_count = itertools.count()  # calls of `rendezvous` in this process; the same number on all ranks
 
@@ -53,30 +55,55 @@ class Rendezvous:
         must be representable as JSON. Blocks for at most `seconds` on rank 0, and for at most twice as long on the
         others. Errors: RendezvousError if rank 0 has not answered by then.
         """
-        deadline = time.monotonic() + seconds
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            values = [self._read_until(f"{name}/{rank}", deadline) for rank in range(len(self.hosts))]
+            keys = [f"{name}/{rank}" for rank in range(len(self.hosts))]
+            notice = WaitNotice(lambda: self._describe_missing(keys), seconds)
+            deadline = time.monotonic() + seconds
+            values = [self._read(key) if self._wait_for(key, deadline, notice) else None for key in keys]
             self.store.set(name, json.dumps(values))
-        try:
-            # rank 0 may itself be late by up to `seconds`, and then waits up to `seconds` for the others
-            self.store.wait([name], timedelta(seconds=2 * seconds + 1))
-        except (dist.DistStoreError, dist.DistNetworkError):
+        # rank 0 may itself be late by up to `seconds`, and then waits up to `seconds` for the others
+        limit_seconds = 2 * seconds + 1
+        notice = WaitNotice(lambda: "rank 0, which reports which ranks have joined", limit_seconds)
+        if not self._wait_for(name, time.monotonic() + limit_seconds, notice if _is_local_rank_zero() else None):
             raise RendezvousError(
                 f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting "
                 "for rank 0; look at the log of rank 0"
-            ) from None
-        answer: list[Any] = json.loads(self.store.get(name))
+            )
+        answer: list[Any] = self._read(name)
         return answer
 
-    def _read_until(self, key: str, deadline: float) -> Any:
-        """Return the value of a key, or None if it is not set by the deadline. Looks at least once."""
-        seconds_left = max(0.001, deadline - time.monotonic())
-        try:
-            self.store.wait([key], timedelta(seconds=seconds_left))
-            return json.loads(self.store.get(key))
-        except dist.DistStoreError:
-            return None
+    def _wait_for(self, key: str, deadline: float, notice: WaitNotice | None) -> bool:
+        """Return whether a key is set by the deadline. Looks at least once.
+
+        `notice`: what to log from time to time while this waits; None to log nothing.
+        """
+        while True:
+            seconds_left = deadline - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(0.001, min(LOOK_SECONDS, seconds_left))))
+                return True
+            except dist.DistNetworkError:  # the process that serves the store has ended
+                return False
+            except dist.DistStoreError:
+                pass  # the key is not set yet
+            if seconds_left <= LOOK_SECONDS:
+                return False
+            if notice is not None:
+                notice.check()
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self.store.get(key))
+
+    def _describe_missing(self, keys: list[str]) -> str:
+        """Return a text for a log line: which ranks have not set their key yet. `keys`: one for each rank."""
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return f"{len(missing)} of {len(keys)} ranks to join: rank {format_list(missing)}"
+
+
+def _is_local_rank_zero() -> bool:
+    """Return whether this rank has local rank 0: only one rank of each node logs that it waits."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -160,7 +187,8 @@ def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -
 
 def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     """Try for `seconds` to connect to head:port. Errors: RendezvousError with the address, and why it failed."""
-    problem = why_unreachable(head, port, seconds)
+    notice = WaitNotice(lambda: f"rank 0 at {head}:{port}, which rank {rank} cannot reach yet", seconds)
+    problem = why_unreachable(head, port, seconds, notice.check if _is_local_rank_zero() else None)
     if not problem:
         return
     host = socket.gethostname()
