@@ -235,10 +235,10 @@ def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeyp
     assert elastic_agent._count_interrupt() == signal.SIGINT
     now += elastic_agent.SECOND_INTERRUPT_SECONDS / 2
     assert elastic_agent._count_interrupt() == signal.SIGINT
-    assert not state.killed_by_user
+    assert not state.killed_by
     now += elastic_agent.SECOND_INTERRUPT_SECONDS
     assert elastic_agent._count_interrupt() == signal.SIGKILL
-    assert state.killed_by_user
+    assert state.killed_by == "a second Ctrl-C"
 
 
 def test_a_death_is_described_with_a_remedy_for_lack_of_memory() -> None:

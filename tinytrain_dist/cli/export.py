@@ -23,6 +23,7 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, w
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; sums in another order differ by 1e-6 (measured on logits of size 1)
@@ -164,4 +165,5 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
-    return tyro.cli(export, prog="tinytrain export", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(export, prog="tinytrain export", args=args)

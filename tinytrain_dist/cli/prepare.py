@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import shlex
-import signal
-import sys
 import time
 from typing import Any
 
 import tyro
 
 from tinytrain_dist.data.preparation.prepare import prepare, say
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 
 
 @functools.wraps(prepare)
@@ -28,10 +27,9 @@ def _prepare_and_say(sources: tuple[str, ...], out: str, **settings: Any) -> Non
 
 def main(args: list[str]) -> int:
     """Run the verb and say what came out; DataError and ConfigError are the caller's to print."""
-    # As an exception, so that SIGTERM (a batch system, a container that stops) leaves nothing half-written either.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
+        with exit_on_stop_signals():  # a batch system, or a terminal that is closed
+            tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         return 130

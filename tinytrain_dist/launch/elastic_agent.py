@@ -2,10 +2,11 @@
 
     python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
-torchrun itself has four habits that cost work or time:
+torchrun itself has five habits that cost work or time:
 
 - SIGUSR1 kills it
 - it turns SIGTERM and Ctrl-C into a traceback and exit code 1, although every rank has saved
+- it handles SIGHUP although nohup has made it ignored, and so dies with its terminal
 - it waits half a minute for ranks that hang after one of them died
 - it ends a failed run with a page about itself
 
@@ -19,6 +20,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -28,16 +30,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from tinytrain_dist.config.run_folder import ERROR_FILE
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
+from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
+TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
+UNUSED_SIGNAL = "SIGURG"  # torchrun must be given one to handle; this is sent only to programs that ask for it
 TASKS = Path("/proc/self/task")
 SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice; a later one is a wish to end at once
 HANDLERS_SECONDS = 10.0  # for a rank's Python to start and to install its signal handlers
@@ -57,7 +62,8 @@ class AgentState:
     """What the signal handler and the report of a dead rank tell each other. There is one agent in a process."""
 
     first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
-    killed_by_user: bool = False  # a second Ctrl-C has ended the ranks without saving
+    killed_by: str = ""  # what has ended the ranks without saving: a second Ctrl-C, or SIGQUIT
+    scratch: str = ""  # folder of this agent
     first_death: RankDeath | None = None  # of the present start; a restart clears it
 
 
@@ -79,29 +85,49 @@ def rank_pids() -> Iterator[int]:
 def forward_signal(number: int, _: FrameType | None) -> None:
     """Forward a signal to the ranks; a second Ctrl-C, at least a second later, ends all without saving."""
     pids = list(rank_pids())
-    if number == signal.SIGINT and pids:
+    # Ranks that start later find it there and stop in order: a restart in place must not go on training.
+    os.environ["TINYTRAIN_STOP"] = signal.Signals(number).name
+    if not pids and number != signal.SIGUSR1:
+        _exit_now(0)  # no rank runs yet, so there is nothing to save
+    if number == signal.SIGINT:
         number = _count_interrupt()
+    elif number == signal.SIGQUIT:
+        number = _kill_at_once("SIGQUIT")
     for pid in pids:
         _wait_for_handler(pid, number)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    if number == signal.SIGUSR1:
-        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later find it there, and stop in order
-    elif not pids:
-        os._exit(128 + number)  # no rank runs yet, so there is nothing to save
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End this process wherever it is, and leave no folder behind."""
+    if _state.scratch:
+        shutil.rmtree(_state.scratch, ignore_errors=True)
+    os._exit(code)
 
 
 def _count_interrupt() -> int:
     """Tell the user what this Ctrl-C does; return the signal that the ranks get."""
     now = time.monotonic()
     if _state.first_interrupt is not None and now - _state.first_interrupt > SECOND_INTERRUPT_SECONDS:
-        _state.killed_by_user = True
-        print("\nending at once", file=sys.stderr, flush=True)
-        return signal.SIGKILL
+        return _kill_at_once("a second Ctrl-C")
     if _state.first_interrupt is None:
         _state.first_interrupt = now
-    print("\nsaving and stopping; Ctrl-C again ends at once, without saving", file=sys.stderr, flush=True)
+    _say("\nsaving and stopping; Ctrl-C again ends at once, without saving")
     return signal.SIGINT
+
+
+def _kill_at_once(cause: str) -> int:
+    """Note what ends the ranks without saving; return the signal that they get."""
+    _state.killed_by = cause
+    _say("\nending at once")
+    return signal.SIGKILL
+
+
+def _say(text: str) -> None:
+    """Print a line. The terminal may be gone: then a signal handler, or the report of an error, must still work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _wait_for_handler(pid: int, number: int) -> None:
@@ -125,10 +151,12 @@ def _wait_for_handler(pid: int, number: int) -> None:
 
 def main(args: list[str]) -> int:
     """Run torchrun's command line; return its exit code, or that of the first failing rank."""
-    if TASKS.is_dir():  # Linux; on other systems torchrun handles the signals as it always does
-        for number in FORWARDED_SIGNALS:
-            signal.signal(number, forward_signal)  # before torch is imported, which takes seconds
-        args = ["--signals-to-handle=SIGHUP,SIGQUIT", *args]
+    if TASKS.is_dir():  # Linux
+        handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
+        of_torchrun = []
+    else:  # on other systems torchrun handles the signals as it always does
+        of_torchrun = [name for name in TORCHRUN_SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
+    args = [f"--signals-to-handle={','.join(of_torchrun or [UNUSED_SIGNAL])}", *args]
     # torch 2.13 keeps one store over restarts, and ranks would then read the addresses of dead ranks
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -137,6 +165,7 @@ def main(args: list[str]) -> int:
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
+        _state.scratch = scratch
         tempfile.tempdir = scratch  # torchrun leaves folders behind; ranks do not look for their caches there
         # A rank that finds this variable leaves the printing of its error to this process. It writes the path of the
         # run folder into the file.
@@ -148,7 +177,7 @@ def main(args: list[str]) -> int:
             torchrun(args)
         except ChildFailedError as failed:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
-            print(f"error: {_first_cause(note) or death.text}", file=sys.stderr)
+            _say(f"error: {_first_cause(note) or death.text}")
             return death.exit_code if death.exit_code > 0 else 128 - death.exit_code
     return 0
 
@@ -217,8 +246,8 @@ def _report_death(note: Path, local: int, pid: int, exit_code: int, kills_before
     step = max((beat["step"] for beat in heartbeats if beat["phase"] not in START_PHASES), default=None)
     name = f"rank {own['rank']}" if own else f"local rank {local}"
     text = _describe_death(f"{name} on {host} (process {pid})", exit_code, step if own else None, kills_before)
-    if _state.killed_by_user:
-        text = f"ended by a second Ctrl-C, without saving, after step {step}"
+    if _state.killed_by:
+        text = f"ended by {_state.killed_by}, without saving, after step {step}"
     _state.first_death = RankDeath(text, exit_code)
     if folder is not None and own:
         cause = {"message": text, "rank": own["rank"], "host": host, "step": step, "traceback": "", "time": now}
