@@ -82,7 +82,8 @@ def test_a_closed_terminal_leaves_nothing_half_prepared(tmp_path: Path) -> None:
     with in_terminal(command, tmp_path, tmp_path / "log", env) as terminal:
         deadline = time.monotonic() + 120
         while not any(path.stat().st_size > 1_000 for path in tmp_path.glob(".out.new-*/train.npy")):
-            assert terminal.process.poll() is None and time.monotonic() < deadline, terminal.output()
+            assert terminal.process.poll() is None, terminal.output()
+            assert time.monotonic() < deadline, terminal.output()
             time.sleep(0.02)
         terminal.hang_up()
         assert terminal.wait(60) == 128 + signal.SIGHUP, terminal.output()

@@ -24,6 +24,7 @@ from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.regular_files import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; sums in another order differ by 1e-6 (measured on logits of size 1)
@@ -108,7 +109,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(read_text(source / "config.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"

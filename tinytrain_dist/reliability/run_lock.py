@@ -22,6 +22,7 @@ from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
 STALE_SECONDS = 120.0  # without a touch
@@ -137,7 +138,7 @@ class RunLock:
     def _read_holder(self) -> LockRecord | None:
         """Return what the lock file says; None if there is none, or it is not a lock."""
         try:
-            record: LockRecord = json.loads(self.path.read_text(encoding="utf-8"))
+            record: LockRecord = json.loads(read_text(self.path))
             return record if record.keys() >= LOCK_KEYS else None
         except (OSError, ValueError, AttributeError):
             return None
