@@ -2,16 +2,18 @@
 
     python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
-torchrun itself has five habits that cost work or time:
+torchrun itself has six habits that cost work or time:
 
 - SIGUSR1 kills it
 - it turns SIGTERM and Ctrl-C into a traceback and exit code 1, although every rank has saved
 - it handles SIGHUP although nohup has made it ignored, and so dies with its terminal
 - it waits half a minute for ranks that hang after one of them died
+- it starts ranks again after a user's mistake, which fails in the same way each time
 - it ends a failed run with a page about itself
 
 This wrapper forwards the signals to the ranks, which save and exit 0. It reports how a rank ended that could not report
-it, and prints one sentence. Must not know what the ranks do.
+it, and prints one sentence. Must not know what the ranks do, except that it checks the settings of our training program
+before it starts ranks, and ends ranks of it that hang in their start after a request to stop.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,10 +35,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from tinytrain_dist.config.run_folder import ERROR_FILE
+from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
+from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.launch.training_program import training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
+from tinytrain_dist.reliability.run_state import write_state
+from tinytrain_dist.reliability.start_marks import create_mark
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
@@ -47,6 +54,10 @@ TASKS = Path("/proc/self/task")
 SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice; a later one is a wish to end at once
 HANDLERS_SECONDS = 10.0  # for a rank's Python to start and to install its signal handlers
 CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one has died
+STOP_IN_START_SECONDS = 5.0  # for a rank in its start to end by itself after a request to stop
+WRITING_SECONDS = 5.0  # for the run folder's storage to take the state
+KILLED_SECONDS = 10.0  # for killed ranks to be gone; the kernel keeps those that wait for a device or for storage
+MISTAKE = 2  # exit code of a program that was started in a wrong way, as usual for command lines
 
 
 @dataclass(frozen=True)
@@ -57,14 +68,29 @@ class RankDeath:
     exit_code: int
 
 
+class RunOverError(Exception):
+    """The run ends here: torchrun must not start its ranks again."""
+
+    def __init__(self, death: RankDeath) -> None:
+        """death: what ends it; its exit code is 0 for a run that was asked to stop."""
+        super().__init__(death.text)
+        self.death = death
+
+
 @dataclass
 class AgentState:
     """What the signal handler and the report of a dead rank tell each other. There is one agent in a process."""
+
+    run_folder: Path | None = None  # of our training program; None: the ranks run another program
+    note: Path | None = None  # TINYTRAIN_AGENT
+    stopper: threading.Thread | None = None  # ends ranks that hang in their start
+    stopped_in_start: bool = False  # it has ended some
 
     first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
     killed_by: str = ""  # what has ended the ranks without saving: a second Ctrl-C, or SIGQUIT
     scratch: str = ""  # folder of this agent
     first_death: RankDeath | None = None  # of the present start; a restart clears it
+    over: RankDeath | None = None  # of which there is no restart
 
 
 _state = AgentState()
@@ -89,6 +115,9 @@ def forward_signal(number: int, _: FrameType | None) -> None:
     os.environ["TINYTRAIN_STOP"] = signal.Signals(number).name
     if not pids and number != signal.SIGUSR1:
         _exit_now(0)  # no rank runs yet, so there is nothing to save
+    if _state.stopper is None and _state.run_folder is not None:
+        _state.stopper = threading.Thread(target=_stop_hanging_starts, daemon=True)
+        _state.stopper.start()
     if number == signal.SIGINT:
         number = _count_interrupt()
     elif number == signal.SIGQUIT:
@@ -140,23 +169,84 @@ def _wait_for_handler(pid: int, number: int) -> None:
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return
+        if re.search(r"State:\s*Z", status):
+            return
         caught = re.search(r"SigCgt:\s*(\w+)", status)  # a bit mask in hexadecimal; bit 0 is signal 1
         if caught is None or int(caught[1], 16) >> (number - 1) & 1:
             return
         time.sleep(0.02)
 
 
+# ---------------------------------------------------------------- ranks that hang in their start
+
+
+def _stop_hanging_starts() -> None:
+    """After a request to stop, end each rank that is in its start and does not end by itself; the body of a thread.
+
+    A rank may be blocked in a system call, and then none of its threads runs. It has nothing to save yet.
+    """
+    assert _state.note is not None, "the program is ours"
+    first_seen: dict[int, float] = {}
+    hanging: list[int] = []
+    while not hanging:
+        time.sleep(0.5)
+        pids = list(rank_pids())
+        now = time.monotonic()
+        for pid in pids:
+            if now - first_seen.setdefault(pid, now) > STOP_IN_START_SECONDS:
+                with contextlib.suppress(OSError):
+                    hanging += [pid] if create_mark(_state.note, pid) else []
+    _state.stopped_in_start = True
+    _say("stopped during the start, before the first step, so nothing was saved")
+    writer = threading.Thread(target=_write_preempted, args=(pids, hanging), daemon=True)
+    writer.start()
+    writer.join(WRITING_SECONDS)  # it may be this storage that hangs
+    for pid in hanging:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    time.sleep(KILLED_SECONDS)
+    _exit_now(0)
+
+
+def _write_preempted(pids: list[int], hanging: list[int]) -> None:
+    """Write what ranks that hang in their start cannot: state.json, and the request to the ranks of other nodes.
+
+    pids: the ranks of this node. The state is written as the watchdog of rank 0 would.
+    """
+    assert _state.run_folder is not None
+    assert _state.note is not None
+    folder = _state.run_folder
+    host = socket.gethostname()
+    launch_ids = [beat["world"] for beat in read_heartbeats(folder) if beat["host"] == host and beat["pid"] in hanging]
+    for launch_id in filter(None, launch_ids):
+        error_report.request_abort(folder, launch_id, "stopped during the start", state="preempted")
+    if any(_has_rank_0(pid) for pid in pids) and (_state.note.is_file() or "TINYTRAIN_ATTEMPT" in os.environ):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(folder, "preempted", read_json_object(folder / STATE_FILE).get("step"))
+
+
+def _has_rank_0(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
+
+
 # ---------------------------------------------------------------- the program
 
 
 def main(args: list[str]) -> int:
-    """Run torchrun's command line; return its exit code, or that of the first failing rank."""
+    """Run torchrun's command line; return its exit code, that of the first failing rank, or 2 for a wrong setting."""
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
         of_torchrun = []
     else:  # on other systems torchrun handles the signals as it always does
         of_torchrun = [name for name in TORCHRUN_SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
     args = [f"--signals-to-handle={','.join(of_torchrun or [UNUSED_SIGNAL])}", *args]
+    try:
+        config = training_config(args)
+    except TinytrainError as mistake:
+        _say(f"error: {mistake}")
+        return MISTAKE
     # torch 2.13 keeps one store over restarts, and ranks would then read the addresses of dead ranks
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -170,23 +260,29 @@ def main(args: list[str]) -> int:
         # A rank that finds this variable leaves the printing of its error to this process. It writes the path of the
         # run folder into the file.
         note = Path(scratch) / "run"
+        _state.note = note
+        _state.run_folder = Path(config.target_dir) if config else None
         os.environ["TINYTRAIN_AGENT"] = str(note)
         kills_before = _out_of_memory_kills()
         _call_before_close(lambda context: _attend_deaths(context, note, kills_before))
         try:
             torchrun(args)
+            return 0
+        except RunOverError as over:
+            death = over.death
         except ChildFailedError as failed:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
+        if death.exit_code:
             _say(f"error: {_first_cause(note) or death.text}")
-            return death.exit_code if death.exit_code > 0 else 128 - death.exit_code
-    return 0
+        return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
 
 
 def _call_before_close(attend: Callable[[Any], bool]) -> None:
     """Let torchrun call `attend` when it is about to end the ranks, also because one of them died.
 
     `attend` gets the context of the ranks and returns whether a rank died. Then the others are ended by SIGKILL: they
-    would take a SIGTERM for a request to stop, and a failed start must not look like a preemption.
+    would take a SIGTERM for a request to stop, and a failed start must not look like a preemption. Where a restart in
+    place makes no sense (`AgentState.over`), RunOverError is raised through torchrun.
 
     torchrun has no hook between finding a dead rank and ending the others. This replaces the private method
     `SubprocessContext._close(death_sig, timeout)`, which torch 2.11 to 2.13 call in that place, and reads its public
@@ -201,6 +297,8 @@ def _call_before_close(attend: Callable[[Any], bool]) -> None:
         context.attended = True  # torchrun closes twice; ranks that the first time killed did not die by themselves
         died = False if attended else attend(context)
         close(context, signal.SIGKILL if died else death_sig, timeout)
+        if died and _state.over is not None:
+            raise RunOverError(_state.over)
 
     SubprocessContext._close = attend_and_close  # type: ignore[assignment, method-assign]
 
@@ -213,15 +311,34 @@ def _attend_deaths(context: Any, note: Path, kills_before: int) -> bool:
     _state.first_death = None  # forget the ranks before this restart
     exit_codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
     dead = [local for local, exit_code in exit_codes.items() if exit_code]
+    if dead and _state.stopped_in_start:
+        _state.over = RankDeath("", 0)
+        return True
     for local in dead:
-        error_file = Path(context.error_files[local])
-        if not (error_file.is_file() and error_file.stat().st_size):
+        report = read_json_object(Path(context.error_files[local])).get("message")
+        if not report:
             pid = context.subprocess_handlers[local].proc.pid
             _report_death(note, local, pid, exit_codes[local], kills_before)
             break
+    _state.over = _death_without_restart(dead, exit_codes, context.error_files)
     if dead:
         _wait_for_end(context, CLOSING_SECONDS)
     return bool(dead)
+
+
+def _death_without_restart(
+    dead: list[int], exit_codes: dict[int, int], error_files: dict[int, str]
+) -> RankDeath | None:
+    """Return the death of a rank after which a restart in place makes no sense: a user's mistake, or a user's kill."""
+    if dead and _state.killed_by:
+        return _state.first_death
+    for local in dead:
+        report = read_json_object(Path(error_files[local])).get("message")
+        if isinstance(report, dict) and report.get("extraInfo", {}).get(error_report.MAY_RETRY) is False:
+            return RankDeath(str(report["message"]), exit_codes[local])
+        if not report and exit_codes[local] == MISTAKE:
+            return _state.first_death  # of another program, or of Python itself: a wrong argument, no such file
+    return None
 
 
 def _wait_for_end(context: Any, seconds: float) -> None:
