@@ -17,7 +17,7 @@ from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_pro
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.launch import elastic_agent
 from tinytrain_dist.metrics.phase_timer import START_PHASES
-from tinytrain_dist.reliability.start_marks import create_mark
+from tinytrain_dist.reliability.start_marks import claim
 
 pytestmark = pytest.mark.multiprocess
 ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
@@ -217,7 +217,8 @@ def test_after_the_start_the_agent_ends_no_rank(tmp_path: Path) -> None:
         pids = running.worker_pids()
         environment = Path(f"/proc/{pids[0]}/environ").read_bytes().decode().split("\0")
         (note,) = [Path(line.partition("=")[2]) for line in environment if line.startswith("TINYTRAIN_AGENT=")]
-        assert [create_mark(note, pid) for pid in pids] == [False, False], "the agent could claim and kill them"
+        assert [claim(note, pid) for pid in pids] == [False, False], "the agent could kill them"
+        assert not list(note.parent.glob("starting-*"))
 
 
 def _catches(pid: int, number: int) -> bool:

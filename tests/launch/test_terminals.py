@@ -28,12 +28,15 @@ def last_step(output: str) -> int:
     return int(re.findall(r"step (\d+)/", output)[-1])
 
 
-@pytest.mark.parametrize("launcher", ["local.sh", "torchrun"])
-def test_a_closed_terminal_saves_and_ends_the_run(tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "output_to_terminal"), [("local.sh", True), ("local.sh", False), ("torchrun", False)]
+)
+def test_a_closed_terminal_saves_and_ends_the_run(tmp_path: Path, launcher: str, output_to_terminal: bool) -> None:
     config = config_file(tmp_path, **ENDLESS)
     torchrun = [sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node=2", REPOSITORY / "launch" / "train.py"]
     command = [*LOCAL, config, "--nproc", "2"] if launcher == "local.sh" else [*torchrun, config]
-    with in_terminal(command, tmp_path, tmp_path / "log", PYTHON_FIRST) as terminal:
+    log = tmp_path / "log"
+    with in_terminal(command, tmp_path, log, PYTHON_FIRST, output_to_terminal=output_to_terminal) as terminal:
         terminal.wait_for_output("step 5/")
         terminal.hang_up()
         exit_code = terminal.wait(60)
