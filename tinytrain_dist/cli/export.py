@@ -23,7 +23,9 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, w
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.regular_files import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
@@ -108,7 +110,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(read_text(source / "config.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
@@ -166,4 +168,5 @@ def _name(dtype: torch.dtype) -> str:
 def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
     keep_output_from_failing()  # the folder is what counts
-    return tyro.cli(export, prog="tinytrain export", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(export, prog="tinytrain export", args=args)

@@ -12,6 +12,7 @@ from typing import Any
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.utils.regular_files import read_text
 
 SETTING_OF_HF_KEY = {
     "vocab_size": "vocab_size",
@@ -76,7 +77,7 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     """
     path = folder / "config.json"
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = json.loads(read_text(path))
         if not isinstance(theirs, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
