@@ -137,7 +137,8 @@ def _load(
             start.saved_step = start.step
     elif config.init_from:
         folder = Path(config.init_from)
-        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config))
+        part, parts = context.rank, context.world_size
+        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
     return start
 
 
