@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinytrain_dist import __version__
+from tinytrain_dist.data.preparation.content import Format
 from tinytrain_dist.data.preparation.corpus import (
     SEPARATOR,
     Meter,
@@ -33,6 +34,7 @@ from tinytrain_dist.data.preparation.corpus import (
     find_sources,
     open_source,
     read_documents,
+    recognise,
 )
 from tinytrain_dist.data.preparation.token_writer import (
     TokenWriter,
@@ -128,6 +130,7 @@ class Corpus:
 
     sources: list[Source]
     reading: Reading
+    formats: dict[str, Format]  # of each file
     total_bytes: int
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -137,11 +140,11 @@ class Corpus:
         with _progress(what, self.total_bytes) as report:
             for source in self.sources:
                 listing, size = hashlib.sha256(), 0
-                reading = replace(self.reading, errors="replace") if source.tolerant else self.reading
+                reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
                 for path in source.files:
                     with open_source(path) as file:
                         meter = Meter(file)
-                        for document in read_documents(path, meter, reading):
+                        for document in read_documents(path, meter, reading, self.formats[path]):
                             yield document
                             report(done + meter.bytes)
                     done, size = done + meter.bytes, size + meter.bytes
@@ -214,6 +217,7 @@ def prepare(
     tokenizer: str | None = None,
     eos_token: str | None = None,
     val_fraction: float | None = None,
+    format: Literal["auto", "text", "jsonl"] = "auto",
     text_field: str = "text",
     split_by: Literal["file", "line"] = "file",
     errors: Literal["strict", "replace"] = "strict",
@@ -226,14 +230,17 @@ def prepare(
 
     Args:
         sources: `stdlib` (the source of Python's standard library), or files, folders and globs: .txt .md .py
-            .jsonl, each also as .gz .xz .zst; other plain text when named. `<|endoftext|>` in a file ends a document.
+            .jsonl, each also as .gz .bz2 .xz .zst; other plain text when named. `<|endoftext|>` in a file ends a
+            document.
         out: Folder to write; it appears complete or not at all.
         vocab_size: Ids of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training.
         eos_token: End-of-document token of that tokenizer, where it is not `<|endoftext|>`.
         val_fraction: Share of documents held out, by a hash of their content (default: 0.01, and up to 0.1 in a
             small corpus, to hold out about 500 kB).
-        text_field: Field of a .jsonl line that holds the text.
+        format: What the files are. auto: the content decides between text and JSON lines, and anything else is
+            refused; text: text, whatever it looks like; jsonl: JSON lines.
+        text_field: Field of a JSON line that holds the text.
         split_by: A file without separators is one document, or each of its lines is.
         errors: What to do about bytes that are not UTF-8: stop, or put U+FFFD.
         max_document_bytes: Longer documents become several, cut at line ends (default: a 128th of the corpus,
@@ -249,9 +256,7 @@ def prepare(
     target = Path(os.path.realpath(os.path.expanduser(out)))
     with new_folder(target, overwrite) as folder:
         found = find_sources((sources,) if isinstance(sources, str) else sources, say)
-        total_bytes = sum(os.path.getsize(path) for source in found for path in source.files)
-        limit = max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
-        corpus = Corpus(found, Reading(text_field, split_by, errors, limit), total_bytes)
+        corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
         scan = _scan(corpus, sample_bytes)
         threshold = _threshold(scan, val_fraction or min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1))
         if tokenizer is None:
@@ -259,6 +264,14 @@ def prepare(
         else:
             vocabulary = load_vocabulary(tokenizer, eos_token)
         return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
+
+
+def _corpus(sources: list[Source], reading: Reading) -> Corpus:
+    """Look at every file, and choose the longest document where the settings leave it open (0)."""
+    formats = recognise(sources, reading, say)
+    total_bytes = sum(os.path.getsize(path) for source in sources for path in source.files)
+    limit = reading.max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
+    return Corpus(sources, replace(reading, max_document_bytes=limit), formats, total_bytes)
 
 
 def _default_workers() -> int:
