@@ -55,10 +55,13 @@ LLAMA3_ROPE_KEYS = {
 ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE_KEYS)
 
 
-def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
+def to_hf_config(
+    config: ModelConfig | TrainingConfig, eos_id: int | None = None, bos_id: int | None = None
+) -> dict[str, Any]:
     """Return the config.json with which transformers loads our weights: a LlamaForCausalLM, with qk_norm a Qwen3.
 
-    eos_id: id of the end-of-text token, if the data has one.
+    eos_id: id of the end-of-text token, if the data has one. bos_id: id of the token that begins every document, if
+    the data has one.
     """
     model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
@@ -90,7 +93,7 @@ def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None
         "rope_theta": config.rope_theta,
         "rope_scaling": rope if config.rope_scaling_factor is not None else None,
         "rope_parameters": rope,
-        "bos_token_id": None,
+        "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": "float32",
         "torch_dtype": "float32",

@@ -40,7 +40,7 @@ from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh
-from tinytrain_dist.training.run_data import RunData, open_run_data
+from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.saving import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -74,6 +74,7 @@ def build_trainer(
 
     phase_timer.enter("open_data")
     data = run_on_all_ranks(lambda: open_run_data(config))
+    warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
     if context.any_rank(data.bytes_per_token is None):  # a file that only some ranks see would give wrong sums
         data = replace(data, bytes_per_token=None)
     numerics = configure_determinism(config, context.device)

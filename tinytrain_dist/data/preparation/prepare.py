@@ -36,6 +36,7 @@ from tinytrain_dist.data.preparation.corpus import (
     read_documents,
     recognise,
 )
+from tinytrain_dist.data.preparation.special_tokens import SpelledTokens, count_spelled
 from tinytrain_dist.data.preparation.token_writer import (
     TokenWriter,
     document_hashes,
@@ -192,6 +193,9 @@ def _check_settings(given: dict[str, Any]) -> None:
         f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out": (
             given["eos_token"] is not None and given["tokenizer"] is None
         ),
+        f"special_tokens: {given['special_tokens']} has no effect without tokenizer; leave it out": (
+            given["special_tokens"] != "text" and given["tokenizer"] is None
+        ),
         f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100": (
             fraction is not None and not 0 < fraction < 1
         ),
@@ -216,6 +220,7 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     eos_token: str | None = None,
+    special_tokens: SpelledTokens = "text",
     val_fraction: float | None = None,
     format: Literal["auto", "text", "jsonl"] = "auto",
     text_field: str = "text",
@@ -236,6 +241,7 @@ def prepare(
         vocab_size: Ids of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training.
         eos_token: End-of-document token of that tokenizer, where it is not `<|endoftext|>`.
+        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text, or their ids.
         val_fraction: Share of documents held out, by a hash of their content (default: 0.01, and up to 0.1 in a
             small corpus, to hold out about 500 kB).
         format: What the files are. auto: the content decides between text and JSON lines, and anything else is
@@ -262,7 +268,7 @@ def prepare(
         if tokenizer is None:
             vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
         else:
-            vocabulary = load_vocabulary(tokenizer, eos_token)
+            vocabulary = _load(scan, tokenizer, eos_token, special_tokens)
         return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
 
 
@@ -303,6 +309,21 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     return vocabulary
 
 
+def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTokens) -> Vocabulary:
+    """Load a tokenizer, and report what is done with its special tokens."""
+    vocabulary = load_vocabulary(tokenizer, eos_token, spelled)
+    assert vocabulary.special is not None
+    say("\n".join(vocabulary.special.notes))
+    counts = count_spelled(vocabulary.text, (document.decode() for document in scan.sample.documents()))
+    if counts and spelled == "text":
+        token, documents = counts.most_common(1)[0]
+        say(
+            f"WARNING: at least {documents:,} documents spell special tokens, such as {token!r}, and have them as "
+            "ordinary text; if they are meant as tokens, pass --special-tokens ids"
+        )
+    return vocabulary
+
+
 def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
     """Pieces of the documents until they hold as many different words as training has memory for.
 
@@ -339,20 +360,27 @@ def _write(
     if corpus.records != records:
         raise DataError("a source changed while it was read, which happens twice; run again when nothing writes to it")
     digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.eos_token}
-    write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_file(folder / "tokenizer_config.json", json.dumps(vocabulary.config, indent=2) + "\n")
     files = {"train": train, "val": val}
     meta = {
         "vocab_size": vocabulary.size,
         "dtype": np.dtype(dtype).name,
         "eos_id": vocabulary.eos_id,
+        "bos_id": next(iter(vocabulary.before), None),
         **{f"{name}_tokens": file.tokens for name, file in files.items()},
         **{f"{name}_documents": file.documents for name, file in files.items()},
         **{f"{name}_bytes": file.bytes for name, file in files.items()},
         "max_document_bytes": corpus.reading.max_document_bytes,
         "sources": records,
         "digests": digests,
-        "tokenizer": {"kind": vocabulary.kind, "regex": vocabulary.regex, "eos_token": vocabulary.eos_token},
+        "tokenizer": {
+            "kind": vocabulary.kind,
+            "regex": vocabulary.regex,
+            "eos_token": vocabulary.eos_token,
+            "ids_before_document": list(vocabulary.before),
+            "ids_after_document": list(vocabulary.after),
+            "special_tokens": vocabulary.spelled,
+        },
         "tinytrain_dist": __version__,
     }
     write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
