@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tinytrain_dist.distributed.network import is_loopback, resolve, why_unreachable
+from tinytrain_dist.distributed.network import is_ip_address, is_loopback, resolve, why_unreachable
 from tinytrain_dist.distributed.torch_internals import (
     in_process_store,
     prefix_store,
@@ -126,7 +127,10 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         raise RendezvousError(
             f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun"
         )
-    head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    head, port = _head_address(), int(os.environ["MASTER_PORT"])
+    if _all_on_one_node():
+        # otherwise gloo resolves the machine's own name, which is often unknown in a container
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     store = prefix_store(_attempt_prefix(), _connect(rank, world_size, head, port, seconds))
     hosts_by_rank = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _describe_own_host(), seconds)
     _check_hosts(hosts_by_rank, seconds, f"{head}:{port}")
@@ -205,6 +209,21 @@ def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     )
 
 
+def _all_on_one_node() -> bool:
+    """Return whether the launcher has started all ranks on this node."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
+def _head_address() -> str:
+    """Return the host of the store: MASTER_ADDR, or the loopback address if that is safe.
+
+    It is safe if all ranks are on one node and MASTER_ADDR is a name. torchrun may set MASTER_ADDR to the machine's own
+    name, which need not resolve to any address.
+    """
+    head = os.environ["MASTER_ADDR"]
+    return "127.0.0.1" if _all_on_one_node() and not is_ip_address(head) else head
+
+
 def _attempt_prefix() -> str:
     """Return a prefix for the store's keys that differs between restarts and between calls of `rendezvous`.
 
@@ -212,8 +231,7 @@ def _attempt_prefix() -> str:
     restart count tells attempts apart, but only ranks on the same node have the same count. So a run on several nodes
     must be started with tinytrain_dist.agent, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _all_on_one_node() else "0"
     return f"rendezvous{attempt}.{next(_rendezvous_count)}"
 
 
@@ -224,7 +242,7 @@ def _describe_own_host() -> dict[str, Any]:
     that is a loopback address, they cannot reach it.
     """
     host = socket.gethostname()
-    addresses = resolve(host)
+    addresses = [] if _all_on_one_node() else resolve(host)
     interface_set = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
     unusable = bool(addresses) and is_loopback(addresses[0]) and not interface_set
     return {"host": host, "loopback": addresses[0] if unusable else ""}
