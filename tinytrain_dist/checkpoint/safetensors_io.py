@@ -300,6 +300,15 @@ class TensorReader:
         entry = self._entry(name)
         return tuple(entry["shape"]), entry["dtype"]
 
+    def unlisted(self) -> list[tuple[str, str]]:
+        """Return (tensor, file) for each tensor in a file of the index that the index does not place there.
+
+        Errors: CheckpointError if a file cannot be read.
+        """
+        files = dict.fromkeys(self.files.values())
+        found = [(name, file) for file in files for name in self._header(file)]
+        return [(name, file) for name, file in found if self.files.get(name) != file]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows start .. stop - 1 of one tensor, or all of it."""
         shape, dtype = self.spec(name)
@@ -343,17 +352,21 @@ class TensorReader:
     def _entry(self, name: str) -> dict[str, Any]:
         """Return what the header of its file has about a tensor. Errors: CheckpointError, also for an unknown type."""
         file = self.files[name]
-        path = self.folder / file
+        entry: dict[str, Any] = self._header(file).get(name, {})
+        if entry.get("dtype") not in DTYPE_OF_NAME:
+            problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
+            raise CheckpointError(f"{self.folder / file}: {problem}; use another one")
+        return entry
+
+    def _header(self, file: str) -> dict[str, Any]:
+        """Return the header of a file, which is read once. Errors: CheckpointError."""
         if file not in self._headers:
+            path = self.folder / file
             try:
                 self._headers[file] = _read_header(path)
             except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from None
-        entry: dict[str, Any] = self._headers[file].get(name, {})
-        if entry.get("dtype") not in DTYPE_OF_NAME:
-            problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
-            raise CheckpointError(f"{path}: {problem}; use another one")
-        return entry
+        return self._headers[file]
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
+from tinytrain_dist.launch.torchrun_options import with_loopback_address
 from tinytrain_dist.launch.training_program import training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
@@ -261,6 +262,7 @@ def main(args: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    args = with_loopback_address(args)
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
@@ -296,24 +298,23 @@ def _call_before_close(report_death: Callable[[Any], bool]) -> None:
     SIGKILL. After SIGTERM they would report a preemption, although the run has failed. Where a restart in place makes
     no sense (`AgentState.over`), RunOverError is raised through torchrun.
 
-    torchrun has no hook between finding a dead rank and ending the others. This replaces the private method
-    `SubprocessContext._close(death_sig, timeout)`, which torch 2.11 to 2.13 call at that point, and reads its public
-    attributes `subprocess_handlers` and `error_files`.
+    torchrun has no hook between finding a dead rank and ending the others.
     """
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from tinytrain_dist.distributed.torch_internals import wrap_worker_close
 
-    close = SubprocessContext._close
+    def make_close(close: Callable[..., None]) -> Callable[..., None]:
+        def report_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+            is_first_call = not hasattr(context, "tinytrain_closed")
+            context.tinytrain_closed = True
+            # torchrun closes twice; the second time, ranks are dead because the first call killed them
+            died = is_first_call and report_death(context)
+            close(context, signal.SIGKILL if died else death_sig, timeout)
+            if died and _state.over is not None:
+                raise RunOverError(_state.over)
 
-    def report_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
-        is_first_call = not hasattr(context, "tinytrain_closed")
-        context.tinytrain_closed = True
-        # torchrun closes twice; the second time, ranks are dead because the first call killed them
-        died = is_first_call and report_death(context)
-        close(context, signal.SIGKILL if died else death_sig, timeout)
-        if died and _state.over is not None:
-            raise RunOverError(_state.over)
+        return report_and_close
 
-    SubprocessContext._close = report_and_close  # type: ignore[assignment, method-assign]
+    wrap_worker_close(make_close)
 
 
 # ---------------------------------------------------------------- ranks that died
