@@ -75,6 +75,13 @@ def test_a_file_that_is_not_npy_is_a_sentence(tmp_path, mmap, content):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
+def test_a_named_pipe_is_a_sentence_and_no_wait(tmp_path, mmap):
+    os.mkfifo(tmp_path / "t.npy")
+    with pytest.raises(DataError, match=r"t\.npy is a named pipe, not a regular file; give a token file"):
+        load_token_dataset(tmp_path / "t.npy", mmap)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
 def test_a_torn_file_is_a_sentence(tmp_path, mmap):
     path = save(tmp_path / "t.npy", range(1000))
     path.write_bytes(path.read_bytes()[:-100])
@@ -128,6 +135,7 @@ def test_an_archive_of_arrays_is_named(tmp_path):
 
 
 def test_an_array_that_is_not_in_order_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "t.npy").touch()
     # numpy writes every 1-D array in order, so this can only come from a loader that gives a view
     monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):

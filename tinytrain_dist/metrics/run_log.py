@@ -19,6 +19,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.output import call_on_lost_output
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_duration
 
 
@@ -183,7 +184,7 @@ def truncate_records(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
