@@ -17,10 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.data import token_dataset
 from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
 from tinytrain_dist.data.sampling import EVAL_STREAM, TRAIN_STREAM, window_starts
-from tinytrain_dist.data.token_dataset import dataset_fingerprint, load_token_dataset, num_windows, read_windows
+from tinytrain_dist.data.token_bytes import bytes_per_token
+from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.token_file import dataset_fingerprint, load_token_dataset, num_windows, read_windows
 from tinytrain_dist.errors import DataError
 
 WAIT = 60.0  # seconds until a hanging thread counts as one; nothing waits that long when it works
@@ -596,7 +597,7 @@ def sparse(path: Path, tokens: int) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is Linux's to tell")
 def test_drawing_from_a_large_file_maps_nothing_into_memory(tmp_path):
-    source = token_dataset.TokenDataset([str(sparse(tmp_path / "t.npy", 4_000_000_000))], 64)
+    source = TokenDataset([str(sparse(tmp_path / "t.npy", 4_000_000_000))], 64)
     before = mapped_mib()
     for step in range(25):
         assert not source.read(*source.draw(0, step, range(40))).any()
@@ -621,14 +622,14 @@ def test_bytes_of_a_byte_level_tokenizer_add_up_to_those_of_the_text(tmp_path):
     text = "Grüße, 日本語 👩‍👧 and  plain\twords words words\r\n" * 3
     vocabulary = tokenizer.train_bpe([text], 300)
     (tmp_path / "tokenizer.json").write_text(vocabulary.text)
-    sizes = token_dataset.bytes_per_token(tmp_path, 320)
+    sizes = bytes_per_token(tmp_path, 320)
     ids = tokenizer.Encoder(vocabulary, use_fast=False).encode(text + "🦆")
     assert len(set(ids.tolist())) > 10
     assert sizes[ids].sum() == len((text + "🦆").encode())
     assert sizes[vocabulary.eos_id] == 0
     assert sizes[vocabulary.size :].sum() == 0  # ids that pad the vocabulary stand for nothing
     with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 5 "):
-        token_dataset.bytes_per_token(tmp_path, 5)
+        bytes_per_token(tmp_path, 5)
 
 
 def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
@@ -638,7 +639,7 @@ def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
         "added_tokens": [{"id": 2, "content": "é!", "special": False}, {"id": 0, "content": "a", "special": True}],
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
-    assert token_dataset.bytes_per_token(tmp_path, 4).tolist() == [0, 2, 3, 0]
+    assert bytes_per_token(tmp_path, 4).tolist() == [0, 2, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -650,17 +651,17 @@ def test_an_added_token_that_is_text_counts_its_bytes(tmp_path):
     ],
 )
 def test_bytes_of_other_tokenizers_are_not_known_without_a_table(tmp_path, found):
-    assert token_dataset.bytes_per_token(tmp_path, 3) is None
+    assert bytes_per_token(tmp_path, 3) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
-    assert token_dataset.bytes_per_token(tmp_path, 3) is None
+    assert bytes_per_token(tmp_path, 3) is None
     np.save(tmp_path / "token_bytes.npy", [0, 4, 1])
-    assert token_dataset.bytes_per_token(tmp_path, 3).tolist() == [0, 4, 1]
+    assert bytes_per_token(tmp_path, 3).tolist() == [0, 4, 1]
     with pytest.raises(DataError, match=r"token_bytes\.npy: does not fit vocab_size 4 "):
-        token_dataset.bytes_per_token(tmp_path, 4)
+        bytes_per_token(tmp_path, 4)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}'])
 def test_a_broken_tokenizer_is_a_sentence(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 3 "):
-        token_dataset.bytes_per_token(tmp_path, 3)
+        bytes_per_token(tmp_path, 3)

@@ -21,7 +21,8 @@ from tests.helpers.training import TINY, Run, train
 from tinytrain_dist.config.loading import load_config, parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.sampling import window_starts
-from tinytrain_dist.data.token_dataset import TokenDataset, read_windows, short_names
+from tinytrain_dist.data.token_dataset import TokenDataset, short_names
+from tinytrain_dist.data.token_file import read_windows
 from tinytrain_dist.errors import ConfigError, DataError, TinytrainError
 
 CONTEXT = 7

@@ -212,7 +212,7 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
         raise TrainingError(f"ranks draw slots {slots[:8]}... instead of 0 .. {config.batch_size - 1}, each once")
     drawn = [tuple(rank_places) for _, rank_places in everyone]
     # equal draws by chance are expected in tiny files only
-    probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)
+    probability = len(drawn) ** 2 * data.train.collision_probability ** len(train_step.slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
 
