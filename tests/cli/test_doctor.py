@@ -68,7 +68,7 @@ def test_run_folder_and_data_of_the_configuration(tmp_path: Path) -> None:
     args = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     code, said = run_ranks(2, examine, args)[0]
     assert code == 0, said
-    assert f"{tmp_path}/run/checkpoints is written, synced, renamed and seen by all" in said
+    assert f"{tmp_path}/run/checkpoints can be written, and all ranks see its files" in said
     assert "disk: room for 3 checkpoints" in said
     assert not (tmp_path / "run").exists()
     (tmp_path / "train.npy").unlink()
@@ -89,8 +89,8 @@ def test_under_the_agent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--nodes", "2"], "go together"),
-        (["--nodes", "2", "--node", "2", "--head", "a:1"], "not among 0 .. 1"),
+        (["--nodes", "2"], "must be given together"),
+        (["--nodes", "2", "--node", "2", "--head", "a:1"], "must be in 0 .. 1"),
         (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
         (["--timeout", "0"], "must be greater than 0 seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),

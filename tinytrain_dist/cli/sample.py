@@ -1,4 +1,4 @@
-"""`tinytrain sample`: write text with a trained model.
+"""`tinytrain sample`: generate text with a trained model.
 
 Must not know how the model was trained or on how many ranks.
 """
@@ -25,31 +25,31 @@ from tinytrain_dist.training.generation import TextStream, generate
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write text with a trained model."""
+    """Generate text with a trained model."""
 
     checkpoint: PathArgument
-    """A checkpoint, or a run: its newest valid checkpoint."""
+    """A checkpoint, or a run (its newest valid checkpoint is used)."""
     prompt: str = ""
     """Text to continue (empty: start a new document)."""
     prompt_ids: str | None = None
-    """Token IDs to continue, as 1,2,3, instead of a prompt; needs no tokenizer."""
+    """Token IDs to continue instead of a prompt, such as 1,2,3. Needs no tokenizer."""
     max_new_tokens: int = 100
-    """Largest number of tokens to write; the text also ends with the document."""
+    """Largest number of tokens to generate; the text also ends at the end of a document."""
     temperature: float = 0.8
-    """Spread of the draws (0: always the likeliest token; 1: the model's own probabilities; more: more random)."""
+    """Randomness of the text (0: always the likeliest token; 1: by the model's probabilities; more: more random)."""
     top_k: int | None = 50
-    """Draw from the k likeliest tokens only (None: from all)."""
+    """Draw only from the k likeliest tokens (None: from all)."""
     top_p: float | None = None
-    """Draw from the fewest tokens that together have this probability (None: from all)."""
+    """Draw only from the likeliest tokens that together have this probability (None: from all)."""
     seed: int = 0
-    """The same seed gives the same text; sample number i has seed + i - 1."""
+    """The same seed gives the same text; sample i, counted from 1, uses seed + i - 1."""
     num_samples: int = 1
-    """Number of texts."""
+    """Number of texts to generate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute (auto: cuda if there is one)."""
+    """Device to compute on (auto: cuda if available, else cpu)."""
 
     def check(self) -> None:
-        """Raise ConfigError with everything that is wrong; not in __post_init__, which tyro reports in its own way."""
+        """Raise ConfigError with all problems. Not in __post_init__, whose errors tyro reports in its own way."""
         problems = [
             f"{name}: {getattr(self, name)} must be {expected}"
             for name, ok, expected in (
@@ -65,13 +65,13 @@ class Options:
         if self.prompt and self.prompt_ids is not None:
             problems.append(f"prompt: {self.prompt!r} and prompt_ids {self.prompt_ids} are both set; give one of them")
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("device: cuda, but this machine has no CUDA device that torch can use; leave it out")
+            problems.append("device: is cuda, but this machine has no CUDA device that torch can use; leave it out")
         if problems:
             raise ConfigError(problems, "the settings of sample")
 
 
 def main(args: list[str]) -> int:
-    """Print the prompt and what the model writes after it, token by token."""
+    """Print the prompt and the text that the model generates after it, token by token."""
     options = tyro.cli(Options, prog="tinytrain sample", args=args)
     options.check()
     checkpoint = find_checkpoint(options.checkpoint, "model")
@@ -92,7 +92,7 @@ def main(args: list[str]) -> int:
 def _print_sample(
     options: Options, model: nn.Module, tokenizer: Any, prompt_ids: list[int], stop_id: int | None, seed: int
 ) -> None:
-    """Print one sample on stdout: text as it is drawn, or without a tokenizer the IDs at the end."""
+    """Print one sample on stdout: text token by token, or without a tokenizer all IDs at the end."""
     stream = TextStream(tokenizer, prompt_ids) if tokenizer else None
 
     def show(new_id: int) -> None:
@@ -128,13 +128,13 @@ def load_tokenizer(checkpoint: Path) -> Any:
         from tokenizers import Tokenizer
     except ModuleNotFoundError:
         raise TinytrainError(
-            "tokenizers: is not installed, and text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
+            "tokenizers: not installed, but text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
         raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
-    tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token is text
+    tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token stays text
     return tokenizer
 
 
@@ -148,7 +148,7 @@ def end_id(checkpoint: Path) -> int | None:
     return stop_id
 
 
-def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | None) -> list[int]:
+def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, stop_id: int | None) -> list[int]:
     if options.prompt_ids is not None:
         try:
             return [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
@@ -164,22 +164,22 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | N
         prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
         return ids
-    if end is None:
+    if stop_id is None:
         raise ConfigError(
             f"prompt: is empty, and {checkpoint}/config.json names no end-of-text id to start a new document from; "
             "give --prompt or --prompt-ids"
         )
-    return [end]
+    return [stop_id]
 
 
 def _check_prompt(ids: list[int], config: ModelConfig) -> None:
-    """Check that the IDs are in the vocabulary, and note on stderr if the prompt is cut. Errors: ConfigError."""
+    """Check that the IDs are in the vocabulary; print a note if the prompt is too long. Errors: ConfigError."""
     vocab_size = config.vocab_size or 0
     invalid = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if invalid:
         raise ConfigError(f"prompt_ids: {invalid[0]} is not an id of this model; they go from 0 to {vocab_size - 1}")
     if len(ids) > config.context_len:
         print(
-            f"note: the prompt has {len(ids)} tokens; the model sees the last {config.context_len} (context_len)",
+            f"note: the prompt has {len(ids)} tokens; the model sees only the last {config.context_len} (context_len)",
             file=sys.stderr,
         )

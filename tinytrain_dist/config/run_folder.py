@@ -1,6 +1,7 @@
 """Name every file of a run folder, find runs and checkpoints on disk, and read their records.
 
-This module owns the names and the layout; everything that reads or writes a file of a run takes its name from here:
+This module owns the names and the layout; everything that reads or writes a file of a run takes its name from here.
+Only `requeues` is named in `slurm/train.sbatch`, because no other program reads or writes it.
 
     RUN/                                 target_dir
       config.toml                        the resolved configuration
@@ -9,7 +10,7 @@ This module owns the names and the layout; everything that reads or writes a fil
       error.json                         the first cause of a failure; removed by the next start
       lock.json                          which process writes to this folder; touched while that process lives
       stop                               a file that a user makes to have the run save and stop
-      requeues                           slurm/train.sbatch: a line per requeue of the job
+      requeues                           of slurm/train.sbatch: a line for each requeue of the job
       submitted/1/                       launch/submit.py: code, configuration and script of the first submitted job
       logs/                              log_dir; heartbeat, stacks and ending.json are in RUN/logs in any case
         metrics.jsonl                    the records; named by log_save_prefix
@@ -49,7 +50,6 @@ STATE_FILE = "state.json"
 ERROR_FILE = "error.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
-REQUEUES_FILE = "requeues"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -28,7 +28,9 @@ from tinytrain_dist.distributed.torch_internals import (
 )
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.waiting import WaitNotice
 
+LOOK_SECONDS = 1.0  # between two looks whether a rank has joined
 RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which takes minutes from a slow disk
 _rendezvous_count = itertools.count()  # of this process; all ranks call `rendezvous` equally often
 
@@ -51,30 +53,51 @@ class Rendezvous:
         Blocks for `seconds` at most on rank 0, and for twice as long on the others.
         Errors: RendezvousError if rank 0 has not answered by then.
         """
-        deadline = time.monotonic() + seconds
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            values = [self._read_until(f"{name}/{rank}", deadline) for rank in range(len(self.hosts))]
+            keys = [f"{name}/{rank}" for rank in range(len(self.hosts))]
+            notice = WaitNotice(lambda: self._describe_missing(keys), seconds)
+            deadline = time.monotonic() + seconds
+            values = [self._read(key) if self._wait_for(key, deadline, notice) else None for key in keys]
             self.store.set(name, json.dumps(values))
-        try:
-            # rank 0 may start as late as any other rank, and then waits `seconds` itself
-            self.store.wait([name], timedelta(seconds=2 * seconds + 1))
-        except (dist.DistStoreError, dist.DistNetworkError):
+        # rank 0 may start as late as any other rank, and then waits `seconds` itself
+        patience_seconds = 2 * seconds + 1
+        notice = WaitNotice(lambda: "rank 0, which tells the others who has joined", patience_seconds)
+        if not self._wait_for(name, time.monotonic() + patience_seconds, notice if _is_local_rank_zero() else None):
             raise RendezvousError(
                 f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting "
                 "for rank 0; look at the log of rank 0"
-            ) from None
-        answer: list[Any] = json.loads(self.store.get(name))
+            )
+        answer: list[Any] = self._read(name)
         return answer
 
-    def _read_until(self, key: str, deadline: float) -> Any:
-        """Return the value of a key, or None if it is not set by then. Looks once if the deadline has passed."""
-        seconds_left = max(0.001, deadline - time.monotonic())
-        try:
-            self.store.wait([key], timedelta(seconds=seconds_left))
-            return json.loads(self.store.get(key))
-        except dist.DistStoreError:
-            return None
+    def _wait_for(self, key: str, deadline: float, notice: WaitNotice | None) -> bool:
+        """Return whether a key is set by then. Looks once if the deadline has passed."""
+        while True:
+            seconds_left = deadline - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(0.001, min(LOOK_SECONDS, seconds_left))))
+                return True
+            except dist.DistNetworkError:  # the process that serves the store has ended
+                return False
+            except dist.DistStoreError:
+                pass  # it was not set in this time
+            if seconds_left <= LOOK_SECONDS:
+                return False
+            if notice is not None:
+                notice.check()
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self.store.get(key))
+
+    def _describe_missing(self, keys: list[str]) -> str:
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return f"{len(missing)} of {len(keys)} ranks to join: rank {format_list(missing)}"
+
+
+def _is_local_rank_zero() -> bool:
+    """Return whether this is the rank that speaks for its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -153,7 +176,8 @@ def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -
 
 def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     """Try to connect to head:port for `seconds`. Errors: RendezvousError with the address that was tried, and why."""
-    problem = why_unreachable(head, port, seconds)
+    notice = WaitNotice(lambda: f"rank 0 at {head}:{port}, which rank {rank} cannot reach yet", seconds)
+    problem = why_unreachable(head, port, seconds, notice.check if _is_local_rank_zero() else None)
     if not problem:
         return
     host = socket.gethostname()

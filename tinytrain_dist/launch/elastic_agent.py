@@ -2,15 +2,16 @@
 
     python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
-torchrun itself has four habits that cost work or time:
+torchrun alone loses work or time in four ways:
 
 - SIGUSR1 kills it
-- it turns SIGTERM and Ctrl-C into a traceback and exit code 1, although every rank has saved
-- it waits half a minute for ranks that hang after one of them died
-- it ends a failed run with a page about itself
+- after SIGTERM or Ctrl-C it ends with a traceback and exit code 1, although every rank has saved
+- when a rank has died, it waits half a minute for other ranks that hang
+- when a run fails, it prints a page about itself
 
-This wrapper forwards the signals to the ranks, which save and exit 0. It reports how a rank ended that could not report
-it, and prints one sentence. Must not know what the ranks do.
+This wrapper forwards the signals to the ranks, which save and exit 0. It also reports ranks
+that were killed and cannot report this themselves. When a run fails, it prints one sentence. Must not know what the
+ranks do.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from tinytrain_dist.config.run_folder import ERROR_FILE
+from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
@@ -39,14 +41,14 @@ from tinytrain_dist.utils.atomic_files import read_json_object
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TASKS = Path("/proc/self/task")
-SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice; a later one is a wish to end at once
+SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice, so only a later one counts as the second
 HANDLERS_SECONDS = 10.0  # for a rank's Python to start and to install its signal handlers
-CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one has died
+CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one rank has died
 
 
 @dataclass(frozen=True)
 class RankDeath:
-    """How the first rank of a start died: a sentence for the user, and its exit code (negative: the signal)."""
+    """How the first rank died: a sentence for the user, and its exit code (negative: the signal)."""
 
     text: str
     exit_code: int
@@ -54,11 +56,11 @@ class RankDeath:
 
 @dataclass
 class AgentState:
-    """What the signal handler and the report of a dead rank tell each other. There is one agent in a process."""
+    """State that the signal handler and the report of a dead rank share. A process has only one agent."""
 
     first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
-    killed_by_user: bool = False  # a second Ctrl-C has ended the ranks without saving
-    first_death: RankDeath | None = None  # of the present start; a restart clears it
+    killed_by_user: bool = False  # whether a second Ctrl-C has ended the ranks without saving
+    first_death: RankDeath | None = None  # since the last restart
 
 
 _state = AgentState()
@@ -68,7 +70,7 @@ _state = AgentState()
 
 
 def rank_pids() -> Iterator[int]:
-    """Yield the process ids of the ranks: our children that lead a session."""
+    """Yield the process IDs of the ranks: those children of this process that lead a session."""
     for task in TASKS.iterdir():
         for pid in map(int, (task / "children").read_text().split()):
             with contextlib.suppress(ProcessLookupError):
@@ -77,7 +79,7 @@ def rank_pids() -> Iterator[int]:
 
 
 def forward_signal(number: int, _: FrameType | None) -> None:
-    """Forward a signal to the ranks; a second Ctrl-C, at least a second later, ends all without saving."""
+    """Forward a signal to the ranks. A second Ctrl-C, at least a second later, ends all without saving."""
     pids = list(rank_pids())
     if number == signal.SIGINT and pids:
         number = _count_interrupt()
@@ -86,26 +88,26 @@ def forward_signal(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     if number == signal.SIGUSR1:
-        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later find it there, and stop in order
+        os.environ["TINYTRAIN_STOP"] = "SIGUSR1"  # ranks that start later read it, and stop as if they had received it
     elif not pids:
         os._exit(128 + number)  # no rank runs yet, so there is nothing to save
 
 
 def _count_interrupt() -> int:
-    """Tell the user what this Ctrl-C does; return the signal that the ranks get."""
+    """Tell the user what this Ctrl-C does, and return the signal to send to the ranks."""
     now = time.monotonic()
     if _state.first_interrupt is not None and now - _state.first_interrupt > SECOND_INTERRUPT_SECONDS:
         _state.killed_by_user = True
-        print("\nending at once", file=sys.stderr, flush=True)
+        print("\nending immediately, without saving", file=sys.stderr, flush=True)
         return signal.SIGKILL
     if _state.first_interrupt is None:
         _state.first_interrupt = now
-    print("\nsaving and stopping; Ctrl-C again ends at once, without saving", file=sys.stderr, flush=True)
+    print("\nsaving and stopping; press Ctrl-C again to end immediately, without saving", file=sys.stderr, flush=True)
     return signal.SIGINT
 
 
 def _wait_for_handler(pid: int, number: int) -> None:
-    """Wait until a rank has installed its signal handlers: before that, the signal would kill it."""
+    """Wait until a rank has installed its signal handlers. Before that, the signal would kill it."""
     if number == signal.SIGKILL:
         return
     end = time.monotonic() + HANDLERS_SECONDS
@@ -124,12 +126,12 @@ def _wait_for_handler(pid: int, number: int) -> None:
 
 
 def main(args: list[str]) -> int:
-    """Run torchrun's command line; return its exit code, or that of the first failing rank."""
-    if TASKS.is_dir():  # Linux; on other systems torchrun handles the signals as it always does
+    """Run torchrun with its arguments; return 0, or the exit code of the first failing rank."""
+    if TASKS.is_dir():  # Linux; on other systems torchrun handles the signals itself
         for number in FORWARDED_SIGNALS:
             signal.signal(number, forward_signal)  # before torch is imported, which takes seconds
         args = ["--signals-to-handle=SIGHUP,SIGQUIT", *args]
-    # torch 2.13 keeps one store over restarts, and ranks would then read the addresses of dead ranks
+    # torch 2.13 keeps one store across restarts, in which ranks would read the addresses of dead ranks
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -137,58 +139,60 @@ def main(args: list[str]) -> int:
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
-        tempfile.tempdir = scratch  # torchrun leaves folders behind; ranks do not look for their caches there
-        # A rank that finds this variable leaves the printing of its error to this process. It writes the path of the
-        # run folder into the file.
-        note = Path(scratch) / "run"
-        os.environ["TINYTRAIN_AGENT"] = str(note)
+        tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
+        # If this variable is set, a rank writes the path of the run folder into the file that it names, and lets this
+        # process print its error.
+        folder_note = Path(scratch) / "run"
+        os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = _out_of_memory_kills()
-        _call_before_close(lambda context: _attend_deaths(context, note, kills_before))
+        _call_before_close(lambda context: _report_first_death(context, folder_note, kills_before))
+        announce_node_waits(args, lambda: any(rank_pids()))
         try:
             torchrun(args)
         except ChildFailedError as failed:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
-            print(f"error: {_first_cause(note) or death.text}", file=sys.stderr)
+            print(f"error: {_first_cause(folder_note) or death.text}", file=sys.stderr)
             return death.exit_code if death.exit_code > 0 else 128 - death.exit_code
     return 0
 
 
-def _call_before_close(attend: Callable[[Any], bool]) -> None:
-    """Let torchrun call `attend` when it is about to end the ranks, also because one of them died.
+def _call_before_close(report_death: Callable[[Any], bool]) -> None:
+    """Let torchrun call `report_death` before it ends the ranks, for example because one of them died.
 
-    `attend` gets the context of the ranks and returns whether a rank died. Then the others are ended by SIGKILL: they
-    would take a SIGTERM for a request to stop, and a failed start must not look like a preemption.
+    report_death: gets torchrun's context of the ranks, and returns whether a rank died. If so, the others are ended by
+    SIGKILL. After SIGTERM they would report a preemption, although the run has failed.
 
     torchrun has no hook between finding a dead rank and ending the others. This replaces the private method
-    `SubprocessContext._close(death_sig, timeout)`, which torch 2.11 to 2.13 call in that place, and reads its public
+    `SubprocessContext._close(death_sig, timeout)`, which torch 2.11 to 2.13 call at that point, and reads its public
     attributes `subprocess_handlers` and `error_files`.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     close = SubprocessContext._close
 
-    def attend_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
-        attended = hasattr(context, "attended")
-        context.attended = True  # torchrun closes twice; ranks that the first time killed did not die by themselves
-        died = False if attended else attend(context)
+    def report_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        is_first_call = not hasattr(context, "tinytrain_closed")
+        context.tinytrain_closed = True
+        # torchrun closes twice; the second time, ranks are dead because the first call killed them
+        died = is_first_call and report_death(context)
         close(context, signal.SIGKILL if died else death_sig, timeout)
 
-    SubprocessContext._close = attend_and_close  # type: ignore[assignment, method-assign]
+    SubprocessContext._close = report_and_close  # type: ignore[assignment, method-assign]
 
 
 # ---------------------------------------------------------------- ranks that died
 
 
-def _attend_deaths(context: Any, note: Path, kills_before: int) -> bool:
+def _report_first_death(context: Any, folder_note: Path, kills_before: int) -> bool:
     """Report the first rank that died without an error message; return whether any rank died."""
     _state.first_death = None  # forget the ranks before this restart
-    exit_codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
-    dead = [local for local, exit_code in exit_codes.items() if exit_code]
-    for local in dead:
-        error_file = Path(context.error_files[local])
+    exit_codes = {local_rank: handler.proc.poll() for local_rank, handler in context.subprocess_handlers.items()}
+    dead = [local_rank for local_rank, exit_code in exit_codes.items() if exit_code]
+    for local_rank in dead:
+        error_file = Path(context.error_files[local_rank])
         if not (error_file.is_file() and error_file.stat().st_size):
-            pid = context.subprocess_handlers[local].proc.pid
-            _report_death(note, local, pid, exit_codes[local], kills_before)
+            pid = context.subprocess_handlers[local_rank].proc.pid
+            _report_death(folder_note, local_rank, pid, exit_codes[local_rank], kills_before)
             break
     if dead:
         _wait_for_end(context, CLOSING_SECONDS)
@@ -196,7 +200,7 @@ def _attend_deaths(context: Any, note: Path, kills_before: int) -> bool:
 
 
 def _wait_for_end(context: Any, seconds: float) -> None:
-    """Let the other ranks end by themselves: they were told to abort, or wait in a collective that is broken."""
+    """Let the other ranks end by themselves: they abort on request, or fail in a broken collective."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if all(handler.proc.poll() is not None for handler in context.subprocess_handlers.values()):
@@ -204,18 +208,19 @@ def _wait_for_end(context: Any, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _report_death(note: Path, local: int, pid: int, exit_code: int, kills_before: int) -> None:
-    """Report a rank that can no longer do it: in error.json, to all ranks, and as the last line of this agent."""
+def _report_death(folder_note: Path, local_rank: int, pid: int, exit_code: int, kills_before: int) -> None:
+    """Report the death of a rank: in error.json, to all ranks, and as the last line of this agent."""
     now = time.time()
     host = socket.gethostname()
-    folder = Path(note.read_text()) if note.is_file() else None
+    folder = Path(folder_note.read_text()) if folder_note.is_file() else None
     heartbeats: list[Heartbeat] = []
     if folder is not None:
-        time.sleep(TICK_SECONDS / 2)  # the other ranks notice soon, and each writes a last heartbeat
+        time.sleep(TICK_SECONDS / 2)  # by then the other ranks have written a last heartbeat
         heartbeats = read_heartbeats(folder)
-    own = next((beat for beat in heartbeats if (beat["pid"], beat["host"]) == (pid, host)), None)
-    step = max((beat["step"] for beat in heartbeats if beat["phase"] not in START_PHASES), default=None)
-    name = f"rank {own['rank']}" if own else f"local rank {local}"
+    own = next((beat for beat in heartbeats if beat["pid"] == pid and beat["host"] == host), None)
+    steps = [beat["step"] for beat in heartbeats if beat["phase"] not in START_PHASES]
+    step = max(steps, default=None)
+    name = f"rank {own['rank']}" if own else f"local rank {local_rank}"
     text = _describe_death(f"{name} on {host} (process {pid})", exit_code, step if own else None, kills_before)
     if _state.killed_by_user:
         text = f"ended by a second Ctrl-C, without saving, after step {step}"
@@ -227,14 +232,14 @@ def _report_death(note: Path, local: int, pid: int, exit_code: int, kills_before
 
 
 def _describe_death(process: str, exit_code: int, step: int | None, kills_before: int) -> str:
-    """Return a sentence on how a process ended, with a remedy if memory may have run out."""
+    """Return a sentence about how a process ended, with a remedy if memory may have run out."""
     text = f"{process} {_describe_exit(exit_code)}"
     if exit_code > 0:
         text += ", without an error message"
     if step is not None:
         text += f", after step {step}"
     if exit_code == -signal.SIGKILL:
-        text += "; the system does so when memory runs out, and a smaller micro_batch_size needs less"
+        text += "; the kernel does this when memory runs out; a smaller micro_batch_size needs less memory"
         kills = _out_of_memory_kills() - kills_before
         if kills > 0:
             text += f" (it has killed {kills} process(es) for lack of memory since this run started)"
@@ -252,11 +257,11 @@ def _out_of_memory_kills() -> int:
     return 0
 
 
-def _first_cause(note: Path) -> str:
-    """Wait for the first cause in error.json, which the agent of another node may have to write; "" if none."""
+def _first_cause(folder_note: Path) -> str:
+    """Wait for the first cause in error.json, which another node may still write; "" if there is none."""
     end = time.monotonic() + CLOSING_SECONDS
-    while note.is_file() and time.monotonic() < end:
-        cause = read_json_object(Path(note.read_text()) / ERROR_FILE)
+    while folder_note.is_file() and time.monotonic() < end:
+        cause = read_json_object(Path(folder_note.read_text()) / ERROR_FILE)
         if cause and not cause.get("secondary"):
             return str(cause["message"])
         time.sleep(0.1)
@@ -264,7 +269,7 @@ def _first_cause(note: Path) -> str:
 
 
 def _reported_failure(failures: list[Any]) -> RankDeath:
-    """Return the first failure that torchrun reports: what the rank left in its error file, or how it ended."""
+    """Return the first failure that torchrun reports: the message in the rank's error file, or how it ended."""
     ended_by_agent = (-signal.SIGTERM, -signal.SIGKILL)  # because another rank had failed
     first = min(failures, key=lambda failure: (failure.exitcode in ended_by_agent, failure.timestamp))
     content = first.error_file_data

@@ -1,12 +1,12 @@
-"""Record why a run failed: error.json holds the first cause, whichever rank reports it, in whatever order.
+"""Record why a run failed: error.json holds the first cause, in whatever order the ranks report.
 
-Must not know torch or ranks. Which of two causes is the first:
+Must not know torch or ranks. The first of two causes is:
 
-- a rank's own error, or the death of a rank, comes before what its peers report of it (`secondary`)
-- among equals the earlier one counts
+- the one that is not `secondary`: an error that the failure of another rank has caused is secondary
+- if that does not decide, the earlier one
 
-The abort request, which ends a run on all its ranks, is here as well. It is a file, because a rank that waits in a
-collective for a dead one cannot be reached in another way.
+This module also writes and reads the abort request, which ends a run on all its ranks. It is a file, because a rank
+that waits in a collective for a dead rank cannot be reached in any other way.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
         if known and (known["secondary"], known["time"]) <= (cause["secondary"], cause["time"]):
             return
         step = cause["step"]
-        if step is None:  # it failed during the start, so the step of the start before it still holds
+        if step is None:  # it failed before its first step, so the step in state.json is still valid
             step = read_json_object(folder / STATE_FILE).get("step")
         write_state(folder, "failed", step)
         if not cause["secondary"]:
             write_atomically(path, cause)
             return
-        with open(path, "x", encoding="utf-8") as file:  # never replaces a first cause that was written meanwhile
+        with open(path, "x", encoding="utf-8") as file:  # "x": must not replace a first cause written meanwhile
             json.dump(cause, file)
 
 
 def read_and_clear_error(folder: Path) -> str:
-    """Return why the run before this start failed, and remove error.json; "" if the run did not fail."""
+    """Return why the previous run in this folder failed, "" if it did not, and remove error.json."""
     path = folder / ERROR_FILE
     message = str(read_json_object(path).get("message", ""))
     path.unlink(missing_ok=True)
@@ -57,10 +57,10 @@ def read_and_clear_error(folder: Path) -> str:
 
 
 def request_abort(folder: Path, launch_id: str, message: str, hang: bool = False, state: str = "failed") -> None:
-    """Ask every rank of this launch to end within seconds, unless that was asked before. Ignores a full disk.
+    """Ask every rank of this launch to end within seconds. Keeps an earlier request. Ignores a full disk.
 
-    launch_id: tells this launch from earlier and later ones. hang: write the stacks first. state: "failed", or
-    "preempted" where nothing is lost.
+    launch_id: distinguishes this launch from earlier and later ones. hang: whether ranks write their stacks first.
+    state: "failed", or "preempted" if no work is lost.
     """
     request: AbortRequest = {"world": launch_id, "message": message, "hang": hang, "state": state}
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Open the token files of a run, and read the windows that a rank's sample slots draw."""
+"""Open the token files of a run, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run: one to train on (several files are one dataset), one per evaluation file."""
+    """The datasets of a run: one to train on (possibly from several files), and one for each evaluation file."""
 
     train: TokenDataset
     evaluation: dict[str, TokenDataset]  # by short name
-    bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if not known
+    bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if unknown
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the training data in a checkpoint; one file without a list, as older versions did."""
+        """Return what identifies the training data in a checkpoint.
+
+        A single file is not put in a list, because older checkpoints have none.
+        """
         fingerprints = self.train.fingerprints
         return {"train": fingerprints if len(fingerprints) > 1 else fingerprints[0]}
 

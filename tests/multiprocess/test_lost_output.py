@@ -1,0 +1,56 @@
+"""A run whose output nobody can read trains on, and says so in its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.training import config_file
+
+AGENT = "-m tinytrain_dist.agent --standalone --nproc-per-node 2"
+PROGRAM = f"{REPOSITORY}/launch/train.py"
+
+
+@pytest.mark.multiprocess
+def test_runs_do_not_depend_on_their_output(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Each program, and what the shell does with its streams, which otherwise are the pipe. The runs go side by side.
+    cases = {
+        "a full disk": (f"{AGENT} {PROGRAM}", ">/dev/full 2>/dev/full"),
+        "a reader that has gone": (PROGRAM, ""),
+        "closed streams": (PROGRAM, "<&- >&- 2>&-"),
+    }
+    processes = {}
+    for name, (program, redirections) in cases.items():
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        command = f'exec "$0" {program} "$1" {redirections}'
+        processes[name] = subprocess.Popen(
+            ["sh", "-c", command, sys.executable, config_file(folder)],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"},
+            stdout=writer,
+            stderr=writer,
+        )
+    os.close(writer)
+    exit_codes = {name: process.wait(300) for name, process in processes.items()}
+    assert exit_codes == dict.fromkeys(cases, 0)
+    for name in cases:
+        run = tmp_path / name.replace(" ", "_") / "run"
+        assert json.loads((run / "state.json").read_text())["state"] == "done"
+        assert (run / "checkpoints" / "checkpoint-00000006").is_dir()
+        records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+        assert sum(record["kind"] == "train" for record in records) == 6
+        lost = [record["text"] for record in records if record["kind"] == "output_lost"]
+        if name == "closed streams":  # nothing is lost: nobody wanted it
+            assert lost == []
+        else:
+            assert len(lost) in (1, 2), "once for each stream"
+            assert all("what cannot be written there is dropped" in text for text in lost)
