@@ -1,4 +1,4 @@
-"""Make batches: random windows for users' own loops, reading ahead in a thread, and cutting into micro-batches."""
+"""Make batches: draw random windows for users' own loops, read ahead in a thread, and cut into micro-batches."""
 
 from __future__ import annotations
 

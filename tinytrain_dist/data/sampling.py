@@ -1,9 +1,10 @@
 """Draw the windows of a step: a pure function of (seed, step, sample slot).
 
-Words that the whole project uses:
+Terms that the whole project uses:
 
 * sample slot: index of a sequence in the global batch, 0 .. batch_size - 1. Each rank draws its own slots only.
-* window: context_len tokens with the token after each, so context_len + 1 tokens in a row; named by its first token.
+* window: context_len + 1 successive tokens, that is context_len tokens with the token after each. The position of its
+  first token identifies it.
 * stream: number that separates the draws of training from those of evaluation.
 
 Nothing about sampling is saved: a resumed run draws the same windows, on any number of ranks.
@@ -24,8 +25,8 @@ def slot_random_words(seed: int, step: int, slots: Sequence[int], stream: int = 
     """Return four random 64-bit words for each sample slot: uint64 [len(slots), 4].
 
     They are a pure function of (seed, step, slot, stream). The counter-based generator Philox (Salmon et al. 2011) has
-    (seed, stream) as its key and (slot, step) as its counter. Each slot so has a block of four words of its own, and
-    no slot's draw depends on which rank draws the others.
+    (seed, stream) as its key and (slot, step) as its counter. Each slot therefore has a block of four words of its own,
+    and no slot's draw depends on which rank draws the others.
     """
     words = np.empty((len(slots), WORDS_PER_SLOT), dtype=np.uint64)
     if not len(slots):
@@ -43,8 +44,8 @@ def uniform_integers(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[n
     """Return a number in 0 .. count - 1 from each row of words [n, words per row]: int64 [n].
 
     Each number is the first usable word of its row modulo `count`. A word is not usable if it lies in the last,
-    incomplete multiple of `count` below 2^64: the remainders of those would favour small numbers. With a count of at
-    most 2^32, a row has no usable word among four less than once in 10^38 rows; its first word is then used anyway.
+    incomplete multiple of `count` below 2^64: the remainders of such words would favour small numbers. With a count of
+    at most 2^32, a row has no usable word among four less than once in 10^38 rows; its first word is then used anyway.
     """
     largest_usable = (1 << 64) // count * count - 1
     first_usable = np.argmax(words <= np.uint64(largest_usable), axis=1)

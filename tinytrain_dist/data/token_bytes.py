@@ -1,4 +1,4 @@
-"""Find out how many bytes of text each token ID stands for, from which evaluation computes bits per byte."""
+"""Count the bytes of text that each token ID stands for; evaluation computes bits per byte from them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
     Special tokens, such as the end of a document, are no text and count 0. IDs that only pad the vocabulary count 0.
     Errors: DataError if one of the files exists and cannot be used.
     """
-    table_path = folder / "token_bytes.npy"
-    tokenizer_path = folder / "tokenizer.json"
-    used_path = table_path if table_path.is_file() else tokenizer_path
-    try:
-        if used_path == table_path:
-            sizes = np.zeros(vocab_size, dtype=np.int64)
-            sizes[:] = np.load(table_path, allow_pickle=False)
-            return sizes
-        return _sizes_of_byte_level_bpe(tokenizer_path, vocab_size) if tokenizer_path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DataError(
-            f"{used_path}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it"
-        ) from None
+    for name, read_sizes in (("token_bytes.npy", _sizes_in_table), ("tokenizer.json", _sizes_of_byte_level_bpe)):
+        path = folder / name
+        if path.is_file():
+            try:
+                return read_sizes(path, vocab_size)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise DataError(
+                    f"{path}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it"
+                ) from None
+    return None
+
+
+def _sizes_in_table(table_path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Return the bytes of each token ID, int64 [vocab_size], from a .npy file."""
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    sizes[:] = np.load(table_path, allow_pickle=False)
+    return sizes
 
 
 def _sizes_of_byte_level_bpe(tokenizer_path: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:

@@ -1,4 +1,4 @@
-"""Read token files as one dataset: which file and window each sample slot draws, and the token IDs in it.
+"""Draw windows from several token files as one dataset, and read them.
 
 Must not know ranks, models or devices: a rank asks for sample slots and gets their windows.
 """
@@ -44,7 +44,7 @@ class TokenDataset:
 
     Files are read and not memory-mapped, for three reasons:
 
-    * A page that was mapped once counts as memory of this process until it ends, 64 kB for each window drawn.
+    * A page that was mapped once counts as memory of the process until the process ends: 64 kB for each window drawn.
     * A file that is cut short would kill the process with SIGBUS.
     * Other threads of the process wait while a page is fetched.
     """
@@ -81,7 +81,8 @@ class TokenDataset:
                 for weight, windows in zip(weight_of_file, self.windows, strict=True)
             )
         )
-        # Where a random word below 2^63 leaves one file for the next; the last file needs no bound.
+        # Slots whose file word (below 2^63) is less than the first bound draw from the first file, those below the
+        # second bound from the second file, and so on; the last file needs no bound.
         self._bounds = [
             int(cumulative_weight / total_weight * (1 << _FILE_WORD_BITS))
             for cumulative_weight in itertools.accumulate(weight_of_file[:-1])
@@ -94,7 +95,7 @@ class TokenDataset:
         descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead, as for the memory map
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead, as in load_token_dataset
         self._files.append(_OpenFile(descriptor, tokens.offset, tokens.dtype))  # type: ignore[attr-defined]
 
     def draw(
@@ -107,9 +108,9 @@ class TokenDataset:
         `window_starts`, for which all four words are used.
         """
         words = slot_random_words(seed, step, slots, stream)
-        file_words = words[:, 3] >> np.uint64(64 - _FILE_WORD_BITS)
+        file_words = words[:, -1] >> np.uint64(64 - _FILE_WORD_BITS)
         files = np.searchsorted(np.array(self._bounds, np.uint64), file_words, side="right")
-        window_words = words[:, :3] if self._bounds else words
+        window_words = words[:, :-1] if self._bounds else words
         starts = np.empty(len(words), dtype=np.int64)
         for file, windows in enumerate(self.windows):
             in_file = files == file
@@ -119,7 +120,7 @@ class TokenDataset:
     def read(self, files: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Tensor:
         """Read the windows that `draw` chose, with the token after each: [len(starts), context_len + 1] on the CPU.
 
-        The tensor has a signed type that holds the token IDs of all files.
+        The tensor has a type that holds the token IDs of all files.
         Errors: DataError if a file has become shorter; OSError if it cannot be read.
         """
         rows = np.empty((len(starts), self.context_len + 1), self._dtype)
