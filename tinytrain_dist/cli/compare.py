@@ -28,6 +28,7 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_list
 
 SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
@@ -178,7 +179,7 @@ def _describe_entry(entry: Entry) -> str:
 def _read_environment(folder: Path) -> dict[str, Any]:
     """Return environment.json with nested names joined by dots and one text for all ranks; {} if it is missing."""
     try:
-        environment = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        environment = json.loads(read_text(folder / ENVIRONMENT_FILE))
     except (OSError, ValueError):
         return {}
     ranks = environment.pop("ranks", [])

@@ -31,6 +31,7 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -135,7 +136,7 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
     error_path = run.folder / ERROR_FILE
     state_record: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):  # missing or incomplete: the run has just started, or was killed
-        state_record = json.loads(state_path.read_text(encoding="utf-8"))
+        state_record = json.loads(read_text(state_path))
     written = state_path.stat().st_mtime if state_record else 0.0
     if error_path.exists() and error_path.stat().st_mtime > written:
         return Text("failed", "bold red")

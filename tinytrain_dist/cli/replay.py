@@ -28,6 +28,7 @@ from tinytrain_dist.config.run_folder import (
 )
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 
 COMPARED_KEYS = ("loss", "grad_norm")
 NATIVE_TOLERANCE = 1e-3  # relative; another order of sums changes a loss by less over a few hundred steps
@@ -131,11 +132,17 @@ def _train(config: TrainingConfig, folder: Path, nproc: int) -> None:
     config_file.write_text(config.to_toml(), encoding="utf-8")
     agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
     command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise CheckpointError(f"the replayed run ended with exit code {done.returncode}; its own error is above")
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            exit_code = process.wait()
+        except BaseException:  # a stop request
+            process.terminate()  # not killed: the agent ends its ranks, and then `with` has waited for all of them
+            raise
+    if exit_code:
+        raise CheckpointError(f"the replayed run ended with exit code {exit_code}; its own error is above")
 
 
 def main(args: list[str]) -> int:
     """Run `tinytrain replay`."""
-    return tyro.cli(replay, prog="tinytrain replay", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(replay, prog="tinytrain replay", args=args)

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
+from tinytrain_dist.utils.regular_files import read_text
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -142,7 +143,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Nothing is checked: a run with settings that this version does not have can still be looked at.
     """
     try:
-        tree = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(folder / CONFIG_FILE))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
     settings: dict[str, Any] = {}
@@ -189,7 +190,7 @@ def read_records(path: Path) -> list[Record]:
     Errors: TinytrainError if there is no such file.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path, errors="replace").splitlines()
     except OSError as error:
         raise TinytrainError(
             f"{path}: no record of a run ({error.strerror}); give a folder that a run has written to (its target_dir)"

@@ -25,6 +25,7 @@ from tinytrain_dist.data.token_file import (
     torch_compatible_dtype,
 )
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.regular_files import open_regular
 
 _FILE_WORD_BITS = 63  # of the random word that chooses a file: a cumulative share of 1 still fits a uint64
 
@@ -92,7 +93,8 @@ class TokenDataset:
         tokens = load_token_dataset(path, vocab_size=vocab_size)
         self.windows.append(num_windows(tokens, self.context_len, path))
         self.fingerprints.append(dataset_fingerprint(path, tokens))
-        descriptor = os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, descriptor)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead, as in load_token_dataset

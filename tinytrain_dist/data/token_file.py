@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.regular_files import NotAFileError, check_regular, read_text
 
 Tokens = npt.NDArray[Any]  # 1-D, of any integer type
 
@@ -56,9 +57,12 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
 def _open_array(path: Path, mmap: bool) -> Tokens:
     """Open a .npy file and check that it holds a 1-D array of integers in C order."""
     try:
+        check_regular(path)
         array: Any = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
+    except NotAFileError as error:
+        raise DataError(f"{error}; give a token file made by `tinytrain prepare`") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file ({error}); make it again with `tinytrain prepare`") from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "ui":
@@ -95,7 +99,7 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
     cache_path = path.with_name(path.name + ".range.json")
     key = {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime}
     try:
-        cached = json.loads(cache_path.read_text(encoding="utf-8"))
+        cached = json.loads(read_text(cache_path))
         if cached["key"] == key:
             return cached["range"][0], cached["range"][1]
     except (OSError, ValueError, KeyError, TypeError, IndexError):

@@ -22,6 +22,8 @@ from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.processes import process_start_time
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.waiting import WaitNotice
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
@@ -147,7 +149,7 @@ class RunLock:
     def _read_holder(self) -> LockRecord | None:
         """Return the content of the lock file; None if it is missing or not a lock."""
         try:
-            record: LockRecord = json.loads(self.path.read_text(encoding="utf-8"))
+            record: LockRecord = json.loads(read_text(self.path))
             return record if record.keys() >= LOCK_KEYS else None
         except (OSError, ValueError, AttributeError):
             return None
@@ -159,20 +161,3 @@ class RunLock:
                 os.utime(self.path)
             except OSError:
                 return
-
-
-def process_start_time(pid: int) -> str | None:
-    """Return when a process of this host started, in the kernel's units; None if there is no such process.
-
-    The time distinguishes the process from a later one with the same ID. Without /proc, the result is "running" for
-    every process.
-    """
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-        return "running"
-    except (ProcessLookupError, PermissionError):
-        return None
