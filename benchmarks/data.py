@@ -1,6 +1,6 @@
 """Owns the figures of drawing windows: the same cost, in time and memory, from a file of 10 MB and of 20 GB.
 
-Must not know how it is done. Three ways in one run, in turns: `TokenFiles`, as training reads; `read_windows` on the
+Must not know how it is done. Three ways in one run, in turns: `TokenDataset`, as training reads; `read_windows` on the
 memory map, as get_batch does; the same on a map without advice, as np.load gives it. The files are sparse: they take no
 room on the disk, but each page that is drawn for the first time passes through the file system and its read-ahead.
 
@@ -20,7 +20,8 @@ import numpy as np
 from torch import Tensor
 
 from tinytrain_dist.data.sampling import window_starts
-from tinytrain_dist.data.token_dataset import TokenDataset, load_token_dataset, read_windows
+from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.token_file import load_token_dataset, read_windows
 
 
 def _sparse(path: Path, tokens: int) -> Path:

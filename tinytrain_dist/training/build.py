@@ -215,7 +215,7 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
         raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {config.batch_size - 1} once")
     drawn = [tuple(rank_places) for _, rank_places in by_rank]
     # in tiny files, two ranks may draw the same windows by chance
-    probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)
+    probability = len(drawn) ** 2 * data.train.collision_probability ** len(train_step.slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
 
