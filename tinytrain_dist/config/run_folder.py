@@ -25,8 +25,10 @@ This module owns the names and the layout; everything that reads or writes a fil
           model-*, optimizer-*           tensors, with an index each
           trainer_state.json             step, configuration, data, metrics
           manifest.json                  sizes and digests of all files and tensors; written last
+          kept.json                      why it stays, where that was decided after it was written
         checkpoint-00002000.tmp/         a checkpoint that is being written, or was when its writer died
         checkpoint-00000500.damaged/     a checkpoint that did not verify; a second one is NAME.damaged-2
+        checkpoint-00000700.diverged/    a checkpoint that was saved while the run diverged
 
 Must not know torch, nor the configuration's schema: looking at a run must work when its settings do not.
 """
@@ -64,10 +66,12 @@ DEFAULT_RECORDS_PREFIX = "metrics"
 # In each checkpoint.
 MANIFEST_FILE = "manifest.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+KEPT_FILE = "kept.json"
 
 # After the name of a checkpoint.
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
+DIVERGED_SUFFIX = ".diverged"
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, also with a suffix
 RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)  # any of them: a run
