@@ -45,14 +45,14 @@ class CheckpointFolder:
 
     def remove_leftovers(self) -> None:
         """Delete the half-written folders of processes that died. Only the process that holds the run may call it."""
-        for path in self._named(TEMPORARY_SUFFIX):
+        for path in self._named(re.escape(TEMPORARY_SUFFIX)):
             shutil.rmtree(path, ignore_errors=True)
 
     def _named(self, suffix: str) -> list[Path]:
-        """Return what is named PREFIX-STEP and this suffix; a longer prefix belongs to another run."""
+        """Return what is named PREFIX-STEP and a suffix (a pattern); a longer prefix belongs to another run."""
         if not self.directory.is_dir():
             return []
-        pattern = re.compile(re.escape(self.prefix) + r"-\d{8,}" + re.escape(suffix), re.ASCII)
+        pattern = re.compile(re.escape(self.prefix) + r"-\d{8,}" + suffix, re.ASCII)
         return [path for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
 
     def set_aside(self, path: Path, problems: list[str]) -> None:
@@ -69,6 +69,11 @@ class CheckpointFolder:
                 aside = self._free_name(path, DIVERGED_SUFFIX)
                 moved += [aside] if self._rename(path, aside) else []
         return moved
+
+    def all_set_aside(self) -> list[Path]:
+        """Return what was renamed because it was damaged or because the run diverged, by step."""
+        suffixes = rf"({re.escape(DAMAGED_SUFFIX)}|{re.escape(DIVERGED_SUFFIX)})(-\d+)?"
+        return sorted(self._named(suffixes), key=lambda path: (checkpoint_step(path), path.name))
 
     def _free_name(self, path: Path, suffix: str) -> Path:
         """Return the path with a suffix that no other file has, numbered from the second one on."""
