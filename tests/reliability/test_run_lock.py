@@ -14,8 +14,9 @@ import pytest
 
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability import run_lock
-from tinytrain_dist.reliability.run_lock import RunLock, process_start_time
+from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.utils import waiting
+from tinytrain_dist.utils.processes import process_start_time
 
 ALONE: Any = SimpleNamespace(host="here", is_main=True, broadcast_object=lambda value: value)
 
@@ -36,7 +37,8 @@ def test_a_lock_is_there_until_it_is_released(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_live_process_is_respected(tmp_path: Path) -> None:
     write_lock(tmp_path, started=process_start_time(os.getppid()))
-    with pytest.raises(CheckpointError, match=rf"process {os.getppid()} on here trains into this folder; stop it, or"):
+    message = rf"process {os.getppid()} on here is already training in this folder; stop it, or"
+    with pytest.raises(CheckpointError, match=message):
         RunLock.acquire(tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
 

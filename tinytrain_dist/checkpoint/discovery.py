@@ -24,6 +24,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.regular_files import read_text
 
 DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
 
@@ -106,7 +107,7 @@ def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """Read trainer_state.json of a checkpoint. Errors: CheckpointError if it is missing or broken."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_text(checkpoint / TRAINER_STATE_FILE))
         return state
     except (OSError, ValueError) as error:
         raise CheckpointError(
