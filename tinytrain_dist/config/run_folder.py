@@ -14,6 +14,7 @@ Only `requeues` is named in `slurm/train.sbatch`, because no other program reads
       submitted/1/                       launch/submit.py: code, configuration and script of the first submitted job
       logs/                              log_dir; heartbeat, stacks and ending.json are in RUN/logs in any case
         metrics.jsonl                    the records; named by log_save_prefix
+        metrics.replaced.jsonl           records that a resume from an earlier step has replaced
         events.out.tfevents.*            TensorBoard
         profile/                         traces of profiled steps
         heartbeat/rank-00000.json        what each rank does, for the others and for `tinytrain status`
@@ -63,6 +64,7 @@ HEARTBEAT_FOLDER = "heartbeat"
 STACKS_FOLDER = "stacks"
 ABORT_FILE = "ending.json"
 DEFAULT_RECORDS_PREFIX = "metrics"
+REPLACED_SUFFIX = ".replaced.jsonl"  # in place of .jsonl
 
 # In each checkpoint.
 MANIFEST_FILE = "manifest.json"
