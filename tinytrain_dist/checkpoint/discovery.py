@@ -12,9 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.checkpoint.manifest import read_manifest
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE, is_checkpoint, open_run
+from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
+from tinytrain_dist.config.run_folder import (
+    TRAINER_STATE_FILE,
+    RunFolder,
+    checkpoint_name,
+    checkpoint_step,
+    is_checkpoint,
+    open_run,
+)
+from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.regular_files import read_text
+
+DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -69,6 +81,27 @@ def _problems(path: Path, kind: str | None) -> list[str]:
     from tinytrain_dist.checkpoint.verify import find_damage  # imports torch
 
     return find_damage(path, names)
+
+
+def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
+    """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
+    prefix = str(settings.get("ckpt_save_prefix", "checkpoint"))
+    own = [path for path in run.committed() if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    state = read_json_object(own[-1] / TRAINER_STATE_FILE) if own else {}
+    record = state.get("report")
+    record = record if isinstance(record, dict) else {}
+    sound_step = record.get("sound_step")
+    if isinstance(sound_step, int) and sound_step >= state.get("step", 0) - 1:
+        sound_step = None  # the loss was at its usual level when the newest was saved
+    return RetentionRules(
+        int(settings.get("keep_last", DEFAULT_KEEP_LAST)),
+        settings.get("keep_every"),
+        record.get("best_eval_step"),
+        record.get("best_eval_loss"),
+        evaluation_key(settings),
+        sound_step,
+        run=str(settings.get("target_dir", "")),
+    )
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tinytrain_dist.checkpoint.compatibility import (
     describe_changes,
 )
 from tinytrain_dist.checkpoint.manifest import Manifest
+from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
@@ -91,12 +92,12 @@ class CheckpointManager:
         self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
         self.buffers = HostBuffers(self.shards)
         self.pending: SaveThread | None = None  # the save that was started and not yet collected
-        self.best_step: int | None = None  # the step with the best eval loss, as of the last save
+        self.retention_rules = RetentionRules.of(config, {}, None)  # as of the last save
         self.group = collectives.new_background_group()
 
     # ---------------------------------------------------------------- saving
 
-    def save(self, step: int, record: dict[str, Any], last: bool = False) -> SaveThread:
+    def save(self, step: int, record: dict[str, Any], last: bool = False, sound_step: int | None = None) -> SaveThread:
         """Start to save the state after `step` steps. With ckpt_async = false, wait until it is saved. A collective.
 
         No other save may be pending. A state whose replicas differ is not saved. An existing checkpoint of this step is
@@ -106,9 +107,10 @@ class CheckpointManager:
             step: number of completed steps
             record: losses and other numbers to store in trainer_state.json
             last: whether training ends with this step; if so, tensors on the CPU are saved without a copy
+            sound_step: the newest checkpoint up to this step is not deleted (None: no such rule); see LossLevel
         """
         assert self.pending is None, "collect() first"
-        self.best_step = record.get("best_eval_step")
+        self.retention_rules = RetentionRules.of(self.config, record, sound_step)
         beside_training = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
         comparison = ReplicaComparison(self.all_shards, beside_training, self.context)
         shards, copy_event = self.buffers.copy() if beside_training else (self.shards, None)
@@ -118,6 +120,7 @@ class CheckpointManager:
             if copy_event is not None:
                 copy_event.synchronize()
             comparison.finish(itertools.chain.from_iterable(shards.values()), self.group)
+            self._delete_old_checkpoints()  # before, too: what the last save kept until later steps were known
             self._write(self.folder(step), shards, state, manifest)
             self._delete_old_checkpoints()
 
@@ -148,7 +151,7 @@ class CheckpointManager:
         if self.context.is_main:
             try:
                 exists = path.exists()
-                extra_files = self._extra_files()
+                extra_files = _extra_files(self.config)
             except (OSError, ValueError) as caught:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         collectives.raise_on_all_ranks(error, self.group)
@@ -163,18 +166,6 @@ class CheckpointManager:
                 manifest=manifest,
                 permit=self._check_ownership,
             )
-
-    def _extra_files(self) -> dict[str, bytes]:
-        """Return config.json, and the tokenizer if the data has one: with them the folder is a Hugging Face model."""
-        data_folder = Path(next(iter(self.config.train_files), "")).parent
-        meta_file = data_folder / "meta.json"
-        meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
-        hf_config = to_hf_config(self.config, meta.get("eos_id"), meta.get("bos_id"))
-        files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (data_folder / name).is_file():
-                files[name] = (data_folder / name).read_bytes()
-        return files
 
     def _check_ownership(self) -> None:
         """Check that this process still owns the run. Errors: TrainingError if another process has taken it over."""
@@ -292,11 +283,28 @@ class CheckpointManager:
         """Delete the incomplete folders of earlier processes. Only the process that holds the run may call it."""
         self._checkpoint_folder.remove_leftovers()
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints after `step`, because the run diverged; return their new paths. Only on rank 0."""
+        return [] if lost_run(Path(self.config.target_dir)) else self._checkpoint_folder.set_aside_after(step)
+
     def _delete_old_checkpoints(self) -> None:
         """Delete, on rank 0, the checkpoints that no setting keeps. A disk error is reported; the save stays valid."""
-        if not self.context.is_main:
+        if not self.context.is_main or lost_run(Path(self.config.target_dir)):
             return
         try:
-            self._checkpoint_folder.delete_old(self.config.keep_last, self.config.keep_every, self.best_step)
+            self._checkpoint_folder.delete_old(self.retention_rules)
         except OSError as error:
             self._warn(f"older checkpoints could not be listed ({error}), so none was deleted; they take disk space")
+
+
+def _extra_files(config: TrainingConfig) -> dict[str, bytes]:
+    """Return config.json, and the tokenizer if the data has one: with them the folder is a Hugging Face model."""
+    data_folder = Path(next(iter(config.train_files), "")).parent
+    meta_file = data_folder / "meta.json"
+    meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
+    hf_config = to_hf_config(config, meta.get("eos_id"), meta.get("bos_id"))
+    files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (data_folder / name).is_file():
+            files[name] = (data_folder / name).read_bytes()
+    return files
