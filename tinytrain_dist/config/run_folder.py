@@ -1,6 +1,7 @@
 """Name every file of a run folder, find runs and checkpoints on disk, and read their records.
 
-This module owns the names and the layout; everything that reads or writes a file of a run takes its name from here:
+This module owns the names and the layout; everything that reads or writes a file of a run takes its name from here.
+Only `requeues` is named in `slurm/train.sbatch`, because no other program reads or writes it.
 
     RUN/                                 target_dir
       config.toml                        the resolved configuration
@@ -9,7 +10,7 @@ This module owns the names and the layout; everything that reads or writes a fil
       error.json                         the first cause of a failure; removed by the next start
       lock.json                          which process writes to this folder; touched while that process lives
       stop                               a file that a user makes to have the run save and stop
-      requeues                           slurm/train.sbatch: a line per requeue of the job
+      requeues                           of slurm/train.sbatch: a line for each requeue of the job
       submitted/1/                       launch/submit.py: code, configuration and script of the first submitted job
       logs/                              log_dir; heartbeat, stacks and ending.json are in RUN/logs in any case
         metrics.jsonl                    the records; named by log_save_prefix
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
+from tinytrain_dist.utils.regular_files import read_text
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -49,7 +51,6 @@ STATE_FILE = "state.json"
 ERROR_FILE = "error.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
-REQUEUES_FILE = "requeues"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -142,7 +143,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Nothing is checked: a run with settings that this version does not have can still be looked at.
     """
     try:
-        tree = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(folder / CONFIG_FILE))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
     settings: dict[str, Any] = {}
@@ -189,7 +190,7 @@ def read_records(path: Path) -> list[Record]:
     Errors: TinytrainError if there is no such file.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path, errors="replace").splitlines()
     except OSError as error:
         raise TinytrainError(
             f"{path}: no record of a run ({error.strerror}); give a folder that a run has written to (its target_dir)"

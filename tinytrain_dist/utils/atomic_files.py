@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.utils.regular_files import read_text
+
 
 def write_atomically(path: Path, value: Any) -> None:
     """Write a text, or another value as JSON, to a temporary file beside `path` and rename it. Errors: OSError."""
@@ -32,6 +34,6 @@ def fsync_folder(folder: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return content if isinstance(content, dict) else {}
     return {}
