@@ -129,6 +129,7 @@ def test_an_archive_of_arrays_is_named(tmp_path):
 
 def test_an_array_that_is_not_in_order_is_refused(tmp_path, monkeypatch):
     # numpy writes every 1-D array in order, so this can only come from a loader that gives a view
+    save(tmp_path / "t.npy", range(10))
     monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):
         load_token_dataset(tmp_path / "t.npy")

@@ -73,7 +73,7 @@ def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfi
     `numerics`: what decides the last bit besides the settings of `check_same_run`, such as versions and threads.
     Errors: CheckpointError that lists all differences, unless allow_drift is set or the run is not reproducible.
     """
-    saved = state["bits"]
+    saved = state.get("bits", {})
     drift = [
         f"{name}: {saved.get(name)} in the checkpoint, {now} now"
         for name, now in numerics.items()

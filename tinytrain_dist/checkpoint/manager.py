@@ -9,7 +9,6 @@ not copy. Gathering, comparing, hashing, writing and the commit happen in a thre
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,11 +25,11 @@ from tinytrain_dist.checkpoint.compatibility import (
     checkpoints_to_try,
     describe_changes,
 )
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
@@ -38,6 +37,7 @@ from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
+from tinytrain_dist.utils.json_files import read_json_dict, to_json
 
 POLL_SECONDS = 5.0  # time between two looks at a save that is waited for
 
@@ -165,9 +165,9 @@ class CheckpointManager:
         """Return config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
         data_folder = Path(next(iter(self.config.train_files), "")).parent
         meta_file = data_folder / "meta.json"
-        meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+        meta = read_json_dict(meta_file) if meta_file.is_file() else {}
         hf_config = to_hf_config(self.config, meta.get("eos_id"))
-        files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
+        files = {"config.json": (to_json(hf_config, indent=1) + "\n").encode()}
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (data_folder / name).is_file():
                 files[name] = (data_folder / name).read_bytes()
@@ -271,7 +271,7 @@ class CheckpointManager:
         Errors: CheckpointError if it belongs to another run, if resuming would not be bit-identical although it must
         be, or if its tensors are others.
         """
-        state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = read_trainer_state(path)
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer)

@@ -5,13 +5,13 @@ Must not know how they are deleted: the decision is a pure function of what is o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE, checkpoint_step
+from tinytrain_dist.utils.json_files import read_json_dict
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ def read_committed_checkpoint(path: Path) -> CommittedCheckpoint:
 
 def _eval_loss(path: Path) -> float:
     try:
-        state = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json_dict(path / TRAINER_STATE_FILE)
         record = state["report"]
         if record.get("eval_step") != state["step"]:  # it is the loss of an earlier step
             return math.inf
         loss = float(record["eval_loss"])
         return loss if math.isfinite(loss) else math.inf
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return math.inf
 
 

@@ -31,6 +31,7 @@ from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, all_finite, file
 from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.json_files import is_file_name, parse_json, read_json_dict
 
 CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
 CHUNKS_IN_FLIGHT = 4  # most chunks that are not yet hashed and written
@@ -287,11 +288,10 @@ class TensorReader:
         single = folder / f"{kind}.safetensors"
         try:
             if index.is_file():
-                weight_map = dict(json.loads(index.read_bytes())["weight_map"])
-                self.files = {name: str(file) for name, file in weight_map.items()}
+                self.files = _read_weight_map(index)
             else:
                 self.files = dict.fromkeys(_read_header(single), single.name)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -341,6 +341,8 @@ class TensorReader:
 
     def _entry(self, name: str) -> dict[str, Any]:
         """Return what the header of its file has about a tensor. Errors: CheckpointError, also for an unknown type."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder}: has no {self.kind} tensor {name}; give another folder")
         file = self.files[name]
         path = self.folder / file
         if file not in self._headers:
@@ -355,6 +357,17 @@ class TensorReader:
         return entry
 
 
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names. Errors: OSError, ValueError."""
+    weight_map = read_json_dict(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index.name}: weight_map is not an object")
+    for name, file in weight_map.items():
+        if not is_file_name(file):
+            raise ValueError(f"{index.name}: {name} is in {file!r}, which is not the name of a file")
+    return weight_map
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     """Return by name the type, shape, path and first byte of each tensor of a safetensors file.
 
@@ -363,7 +376,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
     with open(path, "rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(header_bytes))
+        header: dict[str, Any] = parse_json(file.read(header_bytes))
     header.pop("__metadata__", None)
     values_start = 8 + header_bytes
     return {

@@ -5,9 +5,9 @@ Must not know how checkpoints are made: it reads one and writes a new folder, te
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, w
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers, temporary_path
 from tinytrain_dist.utils.output import keep_output_from_failing
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -85,7 +87,9 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             )
         return cast.contiguous()
 
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    if removed := remove_leftovers(out.parent):
+        print(describe_leftovers(removed), file=sys.stderr)
+    aside = temporary_path(out)
     new_manifest = Manifest()
     try:
         aside.mkdir(parents=True)
@@ -108,7 +112,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_json_dict(source / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"

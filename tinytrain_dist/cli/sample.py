@@ -6,7 +6,6 @@ Must not know how the model was trained or on how many ranks.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
 from tinytrain_dist.training.generation import TextStream, generate
+from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +139,17 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 
 def end_id(checkpoint: Path) -> int | None:
-    """Return the end-of-text ID that config.json names, if any."""
+    """Return the end-of-text ID that config.json names, if any. Errors: CheckpointError if it cannot be read."""
     path = checkpoint / "config.json"
     if not path.is_file():
         return None
-    eos_token_id = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    stop_id: int | None = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id  # there may be several
+    try:
+        named = read_json_dict(path).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    stop_id = next(iter(named), None) if isinstance(named, list) else named  # there may be several
+    if stop_id is not None and not is_whole_number(stop_id):
+        raise CheckpointError(f"{path}: eos_token_id is {named!r}, but must be a token id; use another checkpoint")
     return stop_id
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import mmap as maps
 import os
 import weakref
@@ -22,9 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinytrain_dist.data.npy_files import check_npy_file
 from tinytrain_dist.data.sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.json_files import read_json_dict
 
 Tokens = npt.NDArray[Any]
 
@@ -37,15 +38,16 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
     """
     path = Path(path)
     try:
+        check_npy_file(path)
         tokens: Any = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file ({error}); make it again with `tinytrain prepare`") from None
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        found = f"{tokens.ndim}-D {tokens.dtype}" if isinstance(tokens, np.ndarray) else "several arrays"
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise DataError(
-            f"{path}: holds {found}, but a token file is a 1-D array of integers; save ids.astype('uint16')"
+            f"{path}: holds {tokens.ndim}-D {tokens.dtype}, but a token file is a 1-D array of integers; "
+            "save ids.astype('uint16')"
         )
     if not tokens.flags.c_contiguous:
         raise DataError(f"{path}: is not in C order; save np.ascontiguousarray(ids)")
@@ -81,10 +83,11 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
         {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime},
     )
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            return known["range"][0], known["range"][1]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        known = read_json_dict(cache)
+        match known.get("range"):
+            case [int(smallest), int(largest)] if known.get("key") == key:
+                return smallest, largest
+    except (OSError, ValueError):
         pass  # no usable cache: scan
     blocks = [tokens[start : start + (1 << 24)] for start in range(0, len(tokens), 1 << 24)]
     found = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
@@ -211,11 +214,15 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
     table, tokenizer = folder / "token_bytes.npy", folder / "tokenizer.json"
     try:
         if table.is_file():
-            sizes[:] = np.load(table, allow_pickle=False)
+            check_npy_file(table)
+            array = np.load(table, allow_pickle=False)
+            if array.shape != sizes.shape or array.dtype.kind not in "ui":
+                raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not whole numbers [{vocab_size}]")
+            sizes[:] = array
             return sizes
         if not tokenizer.is_file():
             return None
-        found = json.loads(tokenizer.read_bytes())
+        found = read_json_dict(tokenizer)
         decoder, vocabulary = found["decoder"], found["model"]["vocab"]
         if found["model"]["type"] != "BPE" or not decoder or decoder["type"] != "ByteLevel":
             return None
@@ -223,7 +230,7 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
             sizes[number] = len(token)
         for added in found["added_tokens"]:
             sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         where = table if table.is_file() else tokenizer
         raise DataError(f"{where}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it") from None
     return sizes

@@ -38,6 +38,7 @@ from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TASKS = Path("/proc/self/task")
@@ -138,7 +139,9 @@ def main(args: list[str]) -> int:
 
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
+    if removed := remove_leftovers(Path(tempfile.gettempdir())):
+        print(describe_leftovers(removed), file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch:
         tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
         # If this variable is set, a rank writes the path of the run folder into the file that it names, and lets this
         # process print its error.
@@ -228,7 +231,7 @@ def _report_death(folder_note: Path, local_rank: int, pid: int, exit_code: int, 
     if folder is not None and own:
         cause = {"message": text, "rank": own["rank"], "host": host, "step": step, "traceback": "", "time": now}
         error_report.write_error(folder, {**cause, "secondary": False})
-        error_report.request_abort(folder, own["world"], text)
+        error_report.request_abort(folder, str(own.get("world", "")), text)
 
 
 def _describe_death(process: str, exit_code: int, step: int | None, kills_before: int) -> str:
@@ -263,7 +266,7 @@ def _first_cause(folder_note: Path) -> str:
     while folder_note.is_file() and time.monotonic() < end:
         cause = read_json_object(Path(folder_note.read_text()) / ERROR_FILE)
         if cause and not cause.get("secondary"):
-            return str(cause["message"])
+            return str(cause.get("message", ""))
         time.sleep(0.1)
     return ""
 

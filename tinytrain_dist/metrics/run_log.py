@@ -6,7 +6,6 @@ Must not know how the numbers are computed. Only rank 0 writes; every rank calls
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from tinytrain_dist.config.run_folder import records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
 from tinytrain_dist.utils.output import call_on_lost_output
 from tinytrain_dist.utils.text import format_duration
 
@@ -157,7 +157,7 @@ class RunLog:
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._step = step
         # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.write(to_json({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def _record_lost_output(self, text: str) -> None:
         with self._surviving_disk_errors():
@@ -183,10 +183,11 @@ def truncate_records(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a line that was cut short
-    write_atomically(path, "".join(line + "\n" for line in kept))
+            record_step = parse_json(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was cut short or damaged
+        if is_whole_number(record_step) and record_step <= step:
+            kept.append(line.decode() + "\n")
+    write_atomically(path, "".join(kept))

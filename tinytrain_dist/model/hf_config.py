@@ -5,13 +5,13 @@ Must not know tensors or ranks. Parameter names need no translation: ours are th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.utils.json_files import describe_json_type, is_whole_number, read_json_dict
 
 SETTING_OF_HF_KEY = {
     "vocab_size": "vocab_size",
@@ -76,11 +76,11 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     """
     path = folder / "config.json"
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(theirs, dict):
-            raise ValueError("not a JSON object")
+        theirs = read_json_dict(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
+    if problems := _wrong_types(theirs, path):
+        raise ConfigError(problems, f"init_from = {folder}")
     problems = _unsupported_keys(theirs)
     problems += [
         f"{key}: is missing in {path}; give the folder of a Llama or Qwen3"
@@ -94,6 +94,21 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
             problems.append(f"{setting}: {ours[setting]} here, but {path} has {value}; set {setting} = {value}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
+
+
+def _wrong_types(theirs: dict[str, Any], path: Path) -> list[str]:
+    """Return a sentence for each key whose value has another type than in every config.json."""
+    problems = [
+        f"{key}: is {theirs[key]!r} in {path}, but must be a whole number of at least 1; give an undamaged folder"
+        for key in REQUIRED_HF_KEYS
+        if key in theirs and not is_whole_number(theirs[key], 1)
+    ]
+    problems += [
+        f"{key}: is {describe_json_type(theirs[key])} in {path}, but must be an object; give an undamaged folder"
+        for key in ("rope_scaling", "rope_parameters")
+        if not isinstance(theirs.get(key) or {}, dict)
+    ]
+    return problems
 
 
 def _required_settings(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import read_json_dict
 
 EOS_TOKEN = "<|endoftext|>"
 # GPT-4's split (cl100k) with three changes. No branch for contractions: the first covers them ("don't" -> "don", "'t"),
@@ -94,7 +95,7 @@ def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
 
 def _eos_token_beside(file: Path) -> str:
     config = file.with_name("tokenizer_config.json")
-    token = json.loads(config.read_bytes()).get("eos_token") if config.exists() else None
+    token = read_json_dict(config).get("eos_token") if config.exists() else None
     return str(token["content"] if isinstance(token, dict) else token or EOS_TOKEN)
 
 
