@@ -186,6 +186,7 @@ def damaged(place: Path, name: Path, data: bytes) -> Iterator[None]:
             (place / file).write_bytes(content)
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")
 @pytest.mark.parametrize("name", FILES, ids=str)
 def test_a_damaged_file_is_a_sentence_or_is_passed_over(name: Path, place: Path) -> None:
     original = (place / name).read_bytes()

@@ -40,6 +40,7 @@ from tinytrain_dist.reliability.heartbeats import (
 )
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
+from tinytrain_dist.utils.leftovers import process_start_time
 from tinytrain_dist.utils.text import format_age
 
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late
@@ -138,7 +139,7 @@ def _process_is_gone(heartbeat: Heartbeat) -> bool:
     """Return whether a process of this machine has ended. Returns False for processes of other machines."""
     if heartbeat["host"] != socket.gethostname() or not Path("/proc").is_dir():
         return False
-    return not Path(f"/proc/{heartbeat['pid']}").exists()
+    return process_start_time(heartbeat["pid"]) is None
 
 
 def _reason_of_death(lost: list[Heartbeat], last_sign: float, now: float) -> str:

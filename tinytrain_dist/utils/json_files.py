@@ -75,8 +75,11 @@ def whole_number(value: Any) -> int:
 
 def is_file_name(value: Any) -> bool:
     """Return whether a JSON value can be the name of a file in a given folder."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
     try:
-        return isinstance(value, str) and value not in ("", ".", "..") and not set(os.fsencode(value)) & set(b"/\0")
+        name = os.fsencode(value)
+        return len(name) <= 255 and not set(name) & set(b"/\0")
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
 
