@@ -665,3 +665,27 @@ def test_a_broken_tokenizer_is_a_sentence(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 3 "):
         token_dataset.bytes_per_token(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Once upon a time", r"it begins with b'Once upo', which is not how such a file begins"),
+        (b"", "it is empty"),
+        (b"\x93NUMPY\1\0\xff\xff" + b"x" * 70_000, "its header has 65,535 bytes by its own account"),
+        (b"\x93NUMPY\1\0\x88\x13" + b"[" * 5000, "its header is damaged"),
+        (b"\x93NUMPY\7\7\1\0{", r"it has version 7\.7 of the format"),
+    ],
+)
+def test_a_file_that_is_no_array_is_described_in_our_words(tmp_path, content, expected):
+    (tmp_path / "t.npy").write_bytes(content)
+    with pytest.raises(DataError, match=rf"t\.npy: not a readable \.npy file \({expected}") as caught:
+        load_token_dataset(tmp_path / "t.npy")
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_values_that_the_header_does_not_count_are_refused(tmp_path):
+    path = save(tmp_path / "t.npy", range(1000))
+    path.write_bytes(path.read_bytes().replace(b"(1000,)", b"(100,) "))
+    with pytest.raises(DataError, match="it has 2,000 bytes of values, but 200 by its header"):
+        load_token_dataset(path)

@@ -132,7 +132,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
     tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token stays text
     return tokenizer

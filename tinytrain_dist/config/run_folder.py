@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
-from tinytrain_dist.utils.json_files import is_number, is_whole_number, nulls_to_nan, parse_json
+from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -118,7 +118,7 @@ class RunFolder:
     def at(cls, folder: Path) -> RunFolder | None:
         """Return the run in `folder`, which may also be its folder of checkpoints; None if there is none."""
         if any((folder / name).exists() for name in RUN_FILES):
-            texts = {name: value for name, value in read_settings(folder).items() if value and isinstance(value, str)}
+            texts = {name: value for name, value in read_settings(folder).items() if value and _is_path(value)}
             checkpoints = Path(texts.get("ckpt_dir", folder / CHECKPOINTS_FOLDER))
             logs = Path(texts.get("log_dir", folder / LOGS_FOLDER))
             return cls(folder, checkpoints, records_file(logs, texts.get("log_save_prefix", DEFAULT_RECORDS_PREFIX)))
@@ -136,6 +136,13 @@ class RunFolder:
     def committed(self) -> list[Path]:
         """Return the checkpoints under their final name, by step."""
         return [path for path in self.step_folders() if not name_suffix(path)]
+
+
+def _is_path(value: Any) -> bool:
+    """Return whether a setting can be a path: a damaged config.toml may hold anything."""
+    return isinstance(value, str) and all(
+        is_file_name(part) for part in value.split("/") if part not in ("", ".", "..")
+    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
         return _describe(file.read_bytes().decode(), eos_token or _eos_token_beside(file))
     except DataError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
             f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json that tokenizers or "
             "transformers saved, or a folder with one"
