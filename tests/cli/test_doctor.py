@@ -86,6 +86,19 @@ def test_under_the_agent(tmp_path: Path) -> None:
     assert done.returncode == (0 if "no problems found" in done.stdout else 1)  # a busy machine has a slow rank
 
 
+@pytest.mark.multiprocess
+def test_a_mistake_on_the_command_line_is_said_once_for_all_ranks(tmp_path: Path) -> None:
+    module = "tinytrain_dist.cli.doctor"
+    options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
+    done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)
+    assert done.returncode == 2
+    assert done.stdout.count("must be greater than 0 seconds") == 1, done.stdout
+    assert done.stdout.splitlines()[-2:] == [
+        "error: 1 problem in the command line",
+        "  --timeout 0 must be greater than 0 seconds; --help explains the arguments",
+    ]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -67,6 +67,18 @@ def test_ranks_that_are_waited_for_are_named_meanwhile() -> None:
     assert re.fullmatch(r"waiting for 2 of 3 ranks to join: rank 1, 2 \(for 1 s so far, \d s more at most\)\n", said)
 
 
+@pytest.mark.parametrize(
+    ("head", "ranks_here", "expected"),
+    [("pod-x", "2", "127.0.0.1"), ("10.0.0.7", "2", "10.0.0.7"), ("pod-x", "1", "pod-x"), ("fe80::1", "2", "fe80::1")],
+)
+def test_ranks_of_one_machine_need_no_name(
+    head: str, ranks_here: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MASTER_ADDR": head, "LOCAL_WORLD_SIZE": ranks_here, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert rendezvous._head_address() == expected
+
+
 def occupied() -> str:
     """On rank 0, which serves the store: another program has its port."""
     if os.environ["RANK"] != "0":

@@ -1,9 +1,11 @@
-"""A run whose output nobody can read trains on, and says so in its records."""
+"""Runs on machines that lack something: an output that can be written, a name that is known."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,17 @@ AGENT = "-m tinytrain_dist.agent --standalone --nproc-per-node 2"
 PROGRAM = f"{REPOSITORY}/launch/train.py"
 
 
+def can_rename_the_machine() -> bool:
+    """Whether this process may give a command a host name of its own, as a container has one."""
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--uts", "hostname", "pod-x"], capture_output=True, check=False).returncode == 0
+
+
 @pytest.mark.multiprocess
-def test_runs_do_not_depend_on_their_output(tmp_path: Path) -> None:
+def test_runs_depend_on_no_output_and_no_name_service(tmp_path: Path) -> None:
+    unknown_name = can_rename_the_machine()
+    rename = ["unshare", "--uts", "sh", "-c", 'hostname pod-x; exec "$0" "$@"'] if unknown_name else []
     reader, writer = os.pipe()
     os.close(reader)
     # Each program, and what the shell does with its streams, which otherwise are the pipe. The runs go side by side.
@@ -33,7 +44,7 @@ def test_runs_do_not_depend_on_their_output(tmp_path: Path) -> None:
         folder.mkdir()
         command = f'exec "$0" {program} "$1" {redirections}'
         processes[name] = subprocess.Popen(
-            ["sh", "-c", command, sys.executable, config_file(folder)],
+            [*rename, "sh", "-c", command, sys.executable, config_file(folder)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"},
             stdout=writer,
@@ -45,6 +56,8 @@ def test_runs_do_not_depend_on_their_output(tmp_path: Path) -> None:
     for name in cases:
         run = tmp_path / name.replace(" ", "_") / "run"
         assert json.loads((run / "state.json").read_text())["state"] == "done"
+        hosts = {rank["host"] for rank in json.loads((run / "environment.json").read_text())["ranks"]}
+        assert hosts == {"pod-x" if unknown_name else socket.gethostname()}
         assert (run / "checkpoints" / "checkpoint-00000006").is_dir()
         records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
         assert sum(record["kind"] == "train" for record in records) == 6

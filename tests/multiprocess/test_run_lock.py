@@ -22,7 +22,7 @@ pytestmark = pytest.mark.multiprocess
 
 def second_run(settings: dict[str, Any]) -> str:
     """Another process holds the lock."""
-    from tinytrain_dist.reliability.run_lock import process_start_time
+    from tinytrain_dist.utils.processes import process_start_time
 
     parent = os.getppid()
     lock = {"host": os.uname().nodename, "pid": parent, "started": process_start_time(parent), "job": None}

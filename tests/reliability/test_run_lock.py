@@ -14,8 +14,9 @@ import pytest
 
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability import run_lock
-from tinytrain_dist.reliability.run_lock import RunLock, process_start_time
+from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.utils import waiting
+from tinytrain_dist.utils.processes import process_start_time
 
 ALONE: Any = SimpleNamespace(host="here", is_main=True, broadcast_object=lambda value: value)
 

@@ -13,13 +13,12 @@ import pytest
 from tinytrain_dist.utils import leftovers
 from tinytrain_dist.utils.leftovers import (
     describe_leftovers,
-    has_ended,
     hold_folder,
     owner,
-    process_start_time,
     remove_leftovers,
     temporary_path,
 )
+from tinytrain_dist.utils.processes import has_ended, process_start_time
 
 OWNERS = ("state.json.{}.tmp", ".my data.new-{}", ".probe-{}-0a", ".probe-{}-0a.tmp", "lock-{}-0a", "lock-stale-{}-0a")
 FOLDERS = ("tinytrain-{}-a_b1", "tinytrain-replay-{}-a_b1")

@@ -166,7 +166,7 @@ class CheckpointManager:
         data_folder = Path(next(iter(self.config.train_files), "")).parent
         meta_file = data_folder / "meta.json"
         meta = read_json_dict(meta_file) if meta_file.is_file() else {}
-        hf_config = to_hf_config(self.config, meta.get("eos_id"))
+        hf_config = to_hf_config(self.config, meta.get("eos_id"), meta.get("bos_id"))
         files = {"config.json": (to_json(hf_config, indent=1) + "\n").encode()}
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (data_folder / name).is_file():

@@ -11,6 +11,7 @@ import argparse
 import socket
 import sys
 import time
+from typing import NoReturn
 
 from tinytrain_dist.cli.cluster_checks import check_ranks, check_run
 from tinytrain_dist.cli.doctor_report import Report
@@ -93,9 +94,17 @@ def _run_collective_checks(report: Report, config: TrainingConfig | None, meetin
     shutdown()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake like every other one, so that of several ranks only one prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message}; --help explains the arguments", "the command line")
+
+
 def _parse(args: list[str]) -> tuple[argparse.Namespace, TrainingConfig | None]:
     """Split the arguments into options of the doctor and the configuration, if one is given."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tinytrain doctor [CONFIG.toml] [SETTINGS]",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,6 +139,6 @@ if __name__ == "__main__":  # torchrun and srun start this module by its name
     try:
         sys.exit(main(sys.argv[1:]))
     except TinytrainError as mistake:
-        if not error_report.report_to_launcher(str(mistake)) and launcher_rank()[0] == 0:
+        if not error_report.report_to_launcher(str(mistake), may_retry=False) and launcher_rank()[0] == 0:
             print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)

@@ -21,14 +21,18 @@ from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
+from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers, temporary_path
 from tinytrain_dist.utils.output import keep_output_from_failing
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
+PROBE = "It's 1234567 — naïve, 北京 \U0001f600\n\n  x"  # a text on which tokenizers are compared
+SEPARATOR = "<|endoftext|>"  # ends a document in preparation
 CHECK_TOKENS = 32  # length of the prompt on which logits are compared
 
 
@@ -100,7 +104,9 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 write_file(aside, name, (source / name).read_bytes(), new_manifest)
-        check_result = check_with_transformers(source, aside, dtype) if check else "not checked (--no-check)"
+        check_result = "not checked (--no-check)"
+        if check:
+            check_result = "\n".join([check_with_transformers(source, aside, dtype), *check_tokenizer(aside)])
         commit_folder(aside, out, new_manifest)
         return check_result
     except OSError as error:
@@ -163,6 +169,49 @@ def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> s
     return result
 
 
+def check_tokenizer(folder: Path) -> list[str]:
+    """Compare what transformers' AutoTokenizer makes of a text with what preparation did; return warnings.
+
+    Errors: CheckpointError if it gives other IDs to the text itself.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return []  # check_with_transformers has reported it
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    ours = load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def ids_of(text: str, around: bool) -> list[int]:
+        ids: list[int] = theirs(text, add_special_tokens=around)["input_ids"]
+        return ids
+
+    if ids_of(PROBE, False) != ours.encode(PROBE, add_special_tokens=False).ids:
+        raise CheckpointError(
+            f"{folder}: transformers' AutoTokenizer encodes text otherwise than its tokenizer.json, so nothing is "
+            "exported; --no-check exports anyway"
+        )
+    warnings = []
+    expected = [*ids_before_document(folder, ours), *ids_of(PROBE, False)]
+    found = ids_of(PROBE, True)
+    if found[: len(expected)] != expected:
+        warnings.append(
+            f"WARNING: AutoTokenizer begins a text with {found[:3]}, and the training data began documents with "
+            f"{expected[:3]}; encode prompts with add_special_tokens=False"
+        )
+    elif found != expected:
+        end = found[len(expected) :]
+        warnings.append(f"WARNING: AutoTokenizer ends a prompt with {end}; leave them out to have it continued")
+    spelled = "".join(token.content for token in ours.get_added_tokens_decoder().values() if token.content != SEPARATOR)
+    if ids_of(spelled, False) != ours.encode(spelled, add_special_tokens=False).ids:
+        warnings.append(
+            "WARNING: AutoTokenizer makes tokens of special tokens that a prompt spells, such as "
+            f"{spelled[:20]!r}..., and the training data has them as text; pass split_special_tokens=True"
+        )
+    return warnings
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -170,4 +219,5 @@ def _name(dtype: torch.dtype) -> str:
 def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
     keep_output_from_failing()  # the folder is what counts
-    return tyro.cli(export, prog="tinytrain export", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(export, prog="tinytrain export", args=args)

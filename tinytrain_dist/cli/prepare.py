@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import shlex
-import signal
-import sys
 import time
 from typing import Any
 
 import tyro
 
 from tinytrain_dist.data.preparation.prepare import prepare, say
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.output import keep_output_from_failing
 
 
@@ -31,10 +30,11 @@ def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> N
 def main(args: list[str]) -> int:
     """Run `tinytrain prepare`. The caller prints DataError and ConfigError."""
     keep_output_from_failing()  # the files are what counts
-    # As an exception, so that SIGTERM (from a batch system, or when a container stops) leaves nothing half-written.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        tyro.cli(_prepare_and_print, prog="tinytrain prepare", args=args)
+        with (
+            exit_on_stop_signals()
+        ):  # so that a batch system, or a terminal that is closed, leaves nothing half-written
+            tyro.cli(_prepare_and_print, prog="tinytrain prepare", args=args)
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         return 130

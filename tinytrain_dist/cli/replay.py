@@ -29,6 +29,7 @@ from tinytrain_dist.config.run_folder import (
 )
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.leftovers import describe_leftovers, hold_folder, owner, remove_leftovers
 
@@ -155,11 +156,17 @@ def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -
     config_file.write_text(config.to_toml(), encoding="utf-8")
     agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
     command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
-    done = subprocess.run(command, stdout=sys.stderr, check=False, pass_fds=[] if held is None else [held])
-    if done.returncode:
-        raise CheckpointError(f"the replayed run ended with exit code {done.returncode}; its own error is above")
+    with subprocess.Popen(command, stdout=sys.stderr, pass_fds=[] if held is None else [held]) as process:
+        try:
+            exit_code = process.wait()
+        except BaseException:  # a stop request
+            process.terminate()  # not killed: the agent ends its ranks, and then `with` has waited for all of them
+            raise
+    if exit_code:
+        raise CheckpointError(f"the replayed run ended with exit code {exit_code}; its own error is above")
 
 
 def main(args: list[str]) -> int:
     """Run `tinytrain replay`."""
-    return tyro.cli(replay, prog="tinytrain replay", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(replay, prog="tinytrain replay", args=args)

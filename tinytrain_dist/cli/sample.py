@@ -77,7 +77,8 @@ def main(args: list[str]) -> int:
     checkpoint = find_checkpoint(options.checkpoint, "model")
     tokenizer = load_tokenizer(checkpoint)
     stop_id = end_id(checkpoint)
-    prompt_ids = _prompt_ids(options, checkpoint, tokenizer, stop_id)
+    first_ids = ids_before_document(checkpoint, tokenizer)
+    prompt_ids = _prompt_ids(options, checkpoint, tokenizer, first_ids, stop_id)
     use_cuda = options.device != "cpu" and torch.cuda.is_available()
     model = load_model(checkpoint, torch.device("cuda" if use_cuda else "cpu"))
     _check_prompt(prompt_ids, model.model_config)
@@ -85,14 +86,24 @@ def main(args: list[str]) -> int:
         if options.num_samples > 1:
             separator = "\n" if number else ""
             print(f"{separator}--- {number + 1} of {options.num_samples} ---")
-        _print_sample(options, model, tokenizer, prompt_ids, stop_id, options.seed + number)
+        hidden_ids = {*first_ids, stop_id}
+        _print_sample(options, model, tokenizer, prompt_ids, hidden_ids, stop_id, options.seed + number)
     return 0
 
 
 def _print_sample(
-    options: Options, model: nn.Module, tokenizer: Any, prompt_ids: list[int], stop_id: int | None, seed: int
+    options: Options,
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    hidden_ids: set[int | None],
+    stop_id: int | None,
+    seed: int,
 ) -> None:
-    """Print one sample on stdout: text token by token, or without a tokenizer all IDs at the end."""
+    """Print one sample on stdout: text token by token, or without a tokenizer all IDs at the end.
+
+    hidden_ids: those of the prompt that are not text.
+    """
     stream = TextStream(tokenizer, prompt_ids) if tokenizer else None
 
     def show(new_id: int) -> None:
@@ -100,7 +111,7 @@ def _print_sample(
             print(stream.add(new_id), end="", flush=sys.stdout.isatty())
 
     if tokenizer:
-        shown_ids = [token_id for token_id in prompt_ids if token_id != stop_id]
+        shown_ids = [token_id for token_id in prompt_ids if token_id not in hidden_ids]
         print(tokenizer.decode(shown_ids, skip_special_tokens=False), end="", flush=True)
     new_ids = generate(
         model,
@@ -117,7 +128,7 @@ def _print_sample(
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """Load the tokenizer in the checkpoint's folder; None if it has none.
+    """Load the tokenizer in the checkpoint's folder, set up to encode as in preparation; None if it has none.
 
     Errors: TinytrainError if `tokenizers` is not installed; CheckpointError if the file is not a tokenizer.
     """
@@ -136,26 +147,49 @@ def load_tokenizer(checkpoint: Path) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
-    tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token stays text
+    # Special tokens that a text spells were text in preparation, unless tokenizer_config.json says otherwise.
+    tokenizer.encode_special_tokens = _read_json(checkpoint / "tokenizer_config.json").get("split_special_tokens", True)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
+
+
+def ids_before_document(checkpoint: Path, tokenizer: Any) -> list[int]:
+    """Return the IDs that begin every document of the training data; none where config.json has no bos_token_id."""
+    bos_id = _read_json(checkpoint / "config.json").get("bos_token_id")
+    if bos_id is None:
+        return []
+    if not is_whole_number(bos_id):
+        path = checkpoint / "config.json"
+        raise CheckpointError(f"{path}: bos_token_id is {bos_id!r}, but must be a token id; use another checkpoint")
+    if tokenizer is None:
+        return [bos_id]
+    found = tokenizer.encode("a b")
+    ids: list[int] = found.ids[: [*found.special_tokens_mask, 0].index(0)]
+    return ids if bos_id in ids else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; {} if there is no such file. Errors: CheckpointError if it cannot be read."""
+    try:
+        return read_json_dict(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
 
 
 def end_id(checkpoint: Path) -> int | None:
     """Return the end-of-text ID that config.json names, if any. Errors: CheckpointError if it cannot be read."""
-    path = checkpoint / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        named = read_json_dict(path).get("eos_token_id")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    named = _read_json(checkpoint / "config.json").get("eos_token_id")
     stop_id = next(iter(named), None) if isinstance(named, list) else named  # there may be several
     if stop_id is not None and not is_whole_number(stop_id):
+        path = checkpoint / "config.json"
         raise CheckpointError(f"{path}: eos_token_id is {named!r}, but must be a token id; use another checkpoint")
     return stop_id
 
 
-def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, stop_id: int | None) -> list[int]:
+def _prompt_ids(
+    options: Options, checkpoint: Path, tokenizer: Any, first_ids: list[int], stop_id: int | None
+) -> list[int]:
     if options.prompt_ids is not None:
         try:
             return [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
@@ -170,7 +204,9 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, stop_id: int
         # a terminal that is not UTF-8 gives bytes as lone surrogates, which no tokenizer accepts
         prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids
+        return [*first_ids, *ids]
+    if first_ids:
+        return first_ids
     if stop_id is None:
         raise ConfigError(
             f"prompt: is empty, and {checkpoint}/config.json names no end-of-text id to start a new document from; "

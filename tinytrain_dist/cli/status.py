@@ -40,7 +40,7 @@ from tinytrain_dist.reliability.heartbeats import (
 )
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
-from tinytrain_dist.utils.leftovers import process_start_time
+from tinytrain_dist.utils.processes import process_start_time
 from tinytrain_dist.utils.text import format_age
 
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late

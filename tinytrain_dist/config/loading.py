@@ -5,8 +5,12 @@ Must not know torch, ranks or devices, nor what a setting means: a login node re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -14,9 +18,17 @@ from tinytrain_dist.config.run_folder import parse_toml
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.regular_files import read_bytes
 
 FORMER_SECTIONS = {"compute": "parallel"}  # settings of [compute] stood under [parallel] until it was introduced
 BOOLEAN_TYPES = (bool, bool | None)
+VALUE_NAMES: dict[Any, str] = {  # for people
+    float: "a number",
+    float | None: "a number or None",
+    int: "a whole number",
+    int | None: "a whole number or None",
+    tuple[float, float]: "two numbers",
+}
 
 
 def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -26,7 +38,7 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     ConfigError if the file cannot be read or is not TOML.
     """
     try:
-        tree = parse_toml(Path(path).read_bytes())
+        tree = parse_toml(read_bytes(path))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
     except ValueError as error:
@@ -78,8 +90,8 @@ def parse_command_line(
 ) -> TrainingConfig:
     """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are the same.
 
-    Errors: ConfigError listing unknown settings (with the nearest known name) together with all other problems. Values
-    that cannot be parsed, and --help, end the process, as usual for command lines.
+    Errors: ConfigError listing values that cannot be parsed and unknown settings (with the nearest known name) together
+    with all other problems. --help ends the process, as usual for command lines.
     """
     import tyro  # here, because importing it takes longer than reading a configuration
 
@@ -90,8 +102,35 @@ def parse_command_line(
         help = f"{f.metadata['help']} (default: {f.default})"
         hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
-    overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
+    except SystemExit as exited:
+        if not exited.code:  # --help
+            raise
+        problems = [_describe_parsing_error(printed.getvalue(), known)]
+        try:
+            load_config(path, dict.fromkeys(without_value))
+        except ConfigError as error:
+            problems += error.problems
+        raise ConfigError(problems, "the command line") from None
     return load_config(path, {**overrides, **dict.fromkeys(without_value)})
+
+
+def _describe_parsing_error(printed: str, args: list[str]) -> str:
+    """Return what tyro printed as a sentence: it prints a title, the error, a line of dashes and more help."""
+    lines = [line.strip(" │|") for line in printed.strip().splitlines()]
+    end = next((index for index, line in enumerate(lines) if index > 1 and line and not line.strip("─-")), len(lines))
+    text = " ".join(line for line in lines[1:end] if line.strip("─-")) or printed.strip()
+    if value_error := re.match(r"Error parsing (--[\w-]+):", text):
+        flag = value_error[1].replace("-", "_").replace("__", "--", 1)
+        hint = HINTS.get(flag[2:])
+        if hint is not None and flag in args:
+            start = len(args) - args[::-1].index(flag)
+            values = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), args[start:]))
+            return f"{flag[2:]}: expected {VALUE_NAMES.get(hint, hint)}, got {values!r}"
+    return f"{text.rstrip('.')}; --help lists all settings"
 
 
 def _is_flag(name: str) -> bool:
@@ -172,7 +211,7 @@ def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
     Errors: ConfigError if the file cannot be read or holds no valid size.
     """
     try:
-        content = read_json_dict(meta) if meta.is_file() else {}
+        content = read_json_dict(meta) if meta.exists() else {}
         size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
         if tokenizer is not None and not isinstance(tokenizer, str):
             raise ValueError(f"digest {tokenizer!r}")

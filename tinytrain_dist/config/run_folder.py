@@ -42,6 +42,7 @@ from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
 from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
+from tinytrain_dist.utils.regular_files import read_bytes
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -151,7 +152,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Nothing is checked: a run with settings that this version does not have can still be looked at.
     """
     try:
-        tree = parse_toml((folder / CONFIG_FILE).read_bytes())
+        tree = parse_toml(read_bytes(folder / CONFIG_FILE))
     except (OSError, ValueError):
         return {}
     settings: dict[str, Any] = {}
@@ -212,7 +213,7 @@ def read_records(path: Path) -> list[Record]:
     A number that was not finite is written as null, and is NaN here. Errors: TinytrainError if there is no such file.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except (OSError, ValueError) as error:  # ValueError: such a name is not possible
         reason = error.strerror if isinstance(error, OSError) else error
         raise TinytrainError(

@@ -28,6 +28,15 @@ def resolve(name: str, resolver: Resolver | None = None) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in entries))
 
 
+def is_ip_address(text: str) -> bool:
+    """Return whether a text is an IP address and no name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an IP address means "this machine itself", as Debian's 127.0.1.1 does."""
     return ipaddress.ip_address(address).is_loopback

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tinytrain_dist.distributed.network import is_loopback, resolve, why_unreachable
+from tinytrain_dist.distributed.network import is_ip_address, is_loopback, resolve, why_unreachable
 from tinytrain_dist.distributed.torch_internals import (
     in_process_store,
     prefix_store,
@@ -116,7 +117,10 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         raise RendezvousError(
             f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun"
         )
-    head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    head, port = _head_address(), int(os.environ["MASTER_PORT"])
+    if _all_on_one_node():
+        # gloo would resolve the machine's own name, which in a container is often unknown
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     store = prefix_store(_attempt_prefix(), _connect(rank, world_size, head, port, seconds))
     arrivals = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _own_arrival(), seconds)
     _check_arrivals(arrivals, seconds, f"{head}:{port}")
@@ -194,6 +198,19 @@ def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     )
 
 
+def _all_on_one_node() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
+def _head_address() -> str:
+    """Return where the store is: MASTER_ADDR, or the loopback address if that is a name and all ranks are on one node.
+
+    One machine so needs no name service: torchrun may set MASTER_ADDR to the machine's own name, which nobody knows.
+    """
+    head = os.environ["MASTER_ADDR"]
+    return "127.0.0.1" if _all_on_one_node() and not is_ip_address(head) else head
+
+
 def _attempt_prefix() -> str:
     """Return a prefix for the store's keys that differs between restarts and between calls of `rendezvous`.
 
@@ -201,8 +218,7 @@ def _attempt_prefix() -> str:
     same on all ranks of one node only. Several nodes need tinytrain_dist.agent, or the variable
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _all_on_one_node() else "0"
     return f"rendezvous{attempt}.{next(_rendezvous_count)}"
 
 
@@ -213,7 +229,7 @@ def _own_arrival() -> dict[str, Any]:
     them, unless an interface is configured. "loopback" is empty where there is no problem.
     """
     host = socket.gethostname()
-    addresses = resolve(host)
+    addresses = [] if _all_on_one_node() else resolve(host)
     interface_set = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
     unusable = bool(addresses) and is_loopback(addresses[0]) and not interface_set
     return {"host": host, "loopback": addresses[0] if unusable else ""}

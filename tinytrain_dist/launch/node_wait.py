@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from tinytrain_dist.launch.torchrun_options import is_single_node, node_range, parse_torchrun_options
 from tinytrain_dist.utils.waiting import WaitNotice
 
 LOOK_SECONDS = 1.0
@@ -16,12 +17,10 @@ def announce_node_waits(args: list[str], ranks_run: Callable[[], bool]) -> None:
 
     args: torchrun's command line. ranks_run: whether ranks run on this node; while they do, the agent waits for nobody.
     """
-    from torch.distributed.run import get_args_parser
-
-    options = get_args_parser().parse_args(args)
-    fewest, _, most = str(options.nnodes).partition(":")
-    if options.standalone or int(most or fewest) == 1:
+    options = parse_torchrun_options(args)
+    if is_single_node(options):
         return
+    fewest, _ = node_range(options)
     settings = dict(pair.partition("=")[::2] for pair in options.rdzv_conf.split(",") if pair)
     limit_seconds = float(settings.get("join_timeout", 600.0))
     where = f" at {options.rdzv_endpoint}" if options.rdzv_endpoint else ""

@@ -28,6 +28,7 @@ from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.regular_files import check_regular, read_text
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 PROGRAM = "launch/submit.py"
@@ -185,6 +186,7 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     import numpy as np
 
     try:
+        check_regular(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is not a token file ({error})"
@@ -261,7 +263,7 @@ def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingCon
 def read_sweep(path: Path) -> list[str]:
     """Return the lines of a sweep, without empty lines and comments. Errors: ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]

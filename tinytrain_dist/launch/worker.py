@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
-from tinytrain_dist.errors import DataError, RendezvousError, TinytrainError
+from tinytrain_dist.errors import DataError, RendezvousError, ReplicaMismatchError, TinytrainError
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
@@ -36,6 +36,7 @@ class Failure:
     host: str
     step: int | None  # completed steps; None during the start
     user_mistake: bool  # raised on all ranks, so rank 0 reports it
+    may_retry: bool  # whether a restart in place may help
     caused_by_peer: bool  # probably another rank failed first, and the cause is reported for that rank
     time: float  # seconds since 1970
 
@@ -69,9 +70,9 @@ def main(args: list[str]) -> NoReturn:
     os._exit(0)
 
 
-def _report(message: str, may_print: bool = True) -> None:
+def _report(message: str, may_print: bool = True, may_retry: bool = True) -> None:
     """Report the final error to the agent, which prints it. Without our agent, print it here if `may_print`."""
-    if not error_report.report_to_launcher(message) and may_print:
+    if not error_report.report_to_launcher(message, may_retry) and may_print:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -85,7 +86,7 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     _record(watchdog, failure)
     is_reporter = failure.rank == 0 or not failure.user_mistake
     print(failure.trace, end="", file=sys.stderr, flush=True)
-    _report(failure.message, may_print=is_reporter or isinstance(error, RendezvousError))
+    _report(failure.message, is_reporter or isinstance(error, RendezvousError), failure.may_retry)
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
         error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
@@ -105,6 +106,9 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
     # only the ranks that read it fail.
     on_this_rank_only = isinstance(error, DataError) and started
     user_mistake = isinstance(error, TinytrainError) and not on_this_rank_only
+    # After a mistake the next start fails in the same way. These two can pass: a node was lost just then, or a device
+    # has computed wrong values.
+    passing = isinstance(error, (RendezvousError, ReplicaMismatchError))
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     return Failure(
         message=str(error) if user_mistake else f"{where}: {type(error).__name__}: {error}",
@@ -113,6 +117,7 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
         host=host,
         step=step,
         user_mistake=user_mistake,
+        may_retry=started or passing or not user_mistake,
         caused_by_peer=isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None,
         time=now,
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tinytrain_dist.distributed.torch_internals import start_memory_history, write_memory_history
+
 
 class StepProfiler:
     """Write a trace of some steps, in which each step and each phase is a named range.
@@ -55,7 +57,7 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-                torch.cuda.memory._record_memory_history(max_entries=100_000)
+                start_memory_history()
             self._profiler = profile(activities=activities, record_shapes=True)
             self._profiler.__enter__()
         self._traced.append(step)
@@ -73,8 +75,7 @@ class StepProfiler:
             path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
             if self._device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(str(path).replace(".pt.trace.json", ".memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+                write_memory_history(str(path).replace(".pt.trace.json", ".memory.pickle"))
             self._say(f"profile: wrote {path}; open it at https://ui.perfetto.dev or in TensorBoard")
         except (OSError, RuntimeError) as error:
             self._say(f"profile: {path} cannot be written ({error}); training continues")

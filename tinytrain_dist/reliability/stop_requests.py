@@ -2,19 +2,26 @@
 
 Nothing is stopped here: the training loop asks for the reason to stop, and all ranks decide together. Must not know
 torch or ranks, because the signal handlers are installed before torch is imported.
+
+A signal that a program was started to ignore stays ignored, in every program of this project. `nohup` relies on that
+for SIGHUP, and shells for SIGINT and SIGQUIT of a job in the background.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from tinytrain_dist.config.run_folder import STOP_FILE
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a verb; Python turns SIGINT into KeyboardInterrupt
 FILE_CHECK_SECONDS = 1.0  # between two checks for the stop file
 PROCESS_START = time.monotonic()  # roughly when the process started: this module is imported first
 
@@ -23,14 +30,39 @@ PROCESS_START = time.monotonic()  # roughly when the process started: this modul
 _received_signals: list[str] = []
 
 
+def handle_unless_ignored(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> None:
+    """Install a handler for signals, except for those that this process was started to ignore.
+
+    SIGUSR1 is handled in any case: only this project sends it, and launch/node.sh ignores it until Python handles it.
+    """
+    for number in numbers:
+        if number == signal.SIGUSR1 or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def _note_signal(number: int, _: FrameType | None) -> None:
     _received_signals.append(signal.Signals(number).name)
 
 
 def install_signal_handlers() -> None:
-    """Let SIGTERM, SIGINT and SIGUSR1 only set a flag. Call this at the very top of a program."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _note_signal)
+    """Let the stop signals only set a flag. Call this at the very top of a program."""
+    handle_unless_ignored(STOP_SIGNALS, _note_signal)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def exit_on_stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in this block, so that a verb removes what it has half written."""
+    former = {number: signal.getsignal(number) for number in EXIT_SIGNALS}
+    handle_unless_ignored(EXIT_SIGNALS, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def received_signal() -> str:

@@ -46,7 +46,7 @@ from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh
-from tinytrain_dist.training.run_data import RunData, open_run_data
+from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.saving import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -82,6 +82,7 @@ def build_trainer(
 
     phase_timer.enter("open_data")
     data = run_on_all_ranks(lambda: open_run_data(config))
+    warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
     if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
         data = replace(data, bytes_per_token=None)
     numerics = configure_determinism(config, context.device)
@@ -146,7 +147,8 @@ def _load(
             start.saved_step = start.step
     elif config.init_from:
         folder = Path(config.init_from)
-        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config))
+        part, parts = context.rank, context.world_size
+        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
     return start
 
 

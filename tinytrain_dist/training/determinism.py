@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding
 from tinytrain_dist.model.matmul import widens_bf16
 
 ARITHMETIC_VERSION = 4  # increased when a step is computed in another order; checked when a reproducible run resumes
@@ -59,11 +60,9 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
         torch.use_deterministic_algorithms(True)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; not needed
         if config.compile:
-            import torch._inductor.config as inductor
-
             # Without this, a fused kernel that contains a cast to bf16 skips the rounding. DDP casts weights inside
             # the kernel, FSDP before it, so their gradients would differ in bits (measured).
-            inductor.emulate_precision_casts = True
+            emulate_eager_rounding()
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     if widens_bf16(config.precision, device):
         kernels += ", bf16 products in float32"

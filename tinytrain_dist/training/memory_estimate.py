@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
@@ -27,6 +26,7 @@ from tinytrain_dist.distributed.collectives import uses_gloo
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import NoCommunication
+from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
 from tinytrain_dist.model import matmul
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
@@ -111,18 +111,12 @@ class MemoryTracker(NoCommunication):
     @contextlib.contextmanager
     def tracking_resizes(self) -> Iterator[None]:
         """Also record storages that are resized in place: this is how FSDP frees and regains gathered weights."""
-        original = torch.UntypedStorage.resize_
 
-        def resize(storage: Any, nbytes: int) -> Any:
-            result = original(storage, nbytes)
+        def record(storage: Any, nbytes: int) -> None:
             self._allocation(storage, nbytes).kind = "gathered"
-            return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        try:
+        with after_storage_resize(record):
             yield
-        finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def sent_bytes(self, forward_passes: int) -> dict[tuple[int, ...], Counter[str]]:
         """Return the bytes that a step with this many forward passes sends, by ranks of the group and operation.
@@ -221,12 +215,10 @@ def _extrapolate(
 
 
 def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import; most runs do not need it
-
     tracker = MemoryTracker()
     # the simulated run may be on GPUs, which compute bf16 in another way than this CPU
     lacks_bf16 = matmul.CPU_LACKS_BF16 and uses_gloo()
-    with FakeTensorMode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
+    with fake_tensor_mode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
         train_step = build_train_step(config, context.on_cpu(), draw=False)
         for state in train_step.optimizer.state.values():
             for tensor in state.values():

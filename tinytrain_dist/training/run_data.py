@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.stored_tokenizer import check_source_of_weights, check_tokenizer
 from tinytrain_dist.data.token_dataset import TokenDataset, bytes_per_token, short_names
 
 
@@ -34,6 +35,18 @@ class RunData:
         """Return the first IDs of the first evaluation windows: [rows, tokens], int64."""
         dataset = next(iter(self.evaluation.values()))
         return dataset.read(*dataset.draw(0, 0, range(rows), EVAL_STREAM))[:, :tokens].long()
+
+
+def tokenizer_warnings(config: TrainingConfig) -> list[str]:
+    """Compare the tokenizers beside the token files with the files, and with that of `init_from`.
+
+    Errors: DataError if another tokenizer.json made the files.
+    """
+    folders = list(dict.fromkeys(Path(path).parent for path in (*config.train_files, *config.val_files)))
+    warnings = [line for folder in folders for line in check_tokenizer(folder)]
+    if config.init_from:
+        warnings += check_source_of_weights(Path(config.init_from), folders[0])
+    return warnings
 
 
 def open_run_data(config: TrainingConfig) -> RunData:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.utils.regular_files import check_regular
 
 PROMPTS = 3
 PROMPT_TOKENS = 16
@@ -74,5 +75,6 @@ def _load_tokenizer(path: Path) -> Any:
     with contextlib.suppress(Exception):  # tokenizers is an extra, and raises bare Exception for what it cannot read
         from tokenizers import Tokenizer
 
+        check_regular(path)
         return Tokenizer.from_file(str(path))
     return None

@@ -27,6 +27,7 @@ from tinytrain_dist.parallel.compile import compiled_graph_count
 from tinytrain_dist.parallel.replica_check import fingerprints
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import owns_run, write_state
+from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
@@ -181,6 +182,7 @@ class Trainer:
 
         After this no rank is in a phase of the start.
         """
+        leave_start()
         self.phase_timer.enter("data", self.step)
         self.stop_reason = received_signal()
         if self.context.any_rank(bool(self.stop_reason)):

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.utils.regular_files import check_regular
+
 # Deeper files are refused, so that code that follows the nesting by recursion cannot fail. Ours have about 10 levels.
 MAX_DEPTH = 200
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -41,6 +43,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file. Errors: OSError; ValueError if it holds anything but JSON."""
+    check_regular(path)
     return parse_json(path.read_bytes())
 
 

@@ -16,6 +16,8 @@ import shutil
 import socket
 from pathlib import Path
 
+from tinytrain_dist.utils.processes import has_ended, process_start_time
+
 # all temporary names of this program, with {} for the owner
 TEMPORARY_NAMES = (
     r"(?P<of>.+)\.{}\.tmp",  # small files, pictures, exports
@@ -27,32 +29,6 @@ TEMPORARY_NAMES = (
 OWNER = r"(?P<host>[\w~-]+)\.(?P<pid>\d+)\.(?P<started>\w+)"
 PATTERNS = [re.compile(name.format(OWNER)) for name in TEMPORARY_NAMES]
 MAX_HOST_CHARACTERS = 20  # a longer name of a host is shortened: paths of sockets have 108 characters at most
-
-
-def process_start_time(pid: int) -> str | None:
-    """Return when a process of this host started, in the kernel's units; None if there is no such process.
-
-    The time distinguishes the process from a later one with the same ID. Where /proc does not show the process, the
-    result is "running". A process that has ended and that its parent has not waited for (a zombie) counts as none.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:  # it belongs to another user, whose processes /proc may hide
-        return "running"
-    return "running"
-
-
-def has_ended(pid: int, started: str | None) -> bool:
-    """Return whether the process that had this ID and this start time on this host has ended."""
-    current = process_start_time(pid)
-    return current is None or (current != started and "running" not in (current, started))
 
 
 def owner() -> str:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinytrain_dist import __version__
+from tinytrain_dist.data.preparation.content import Format
 from tinytrain_dist.data.preparation.corpus import (
     SEPARATOR,
     Meter,
@@ -32,7 +33,9 @@ from tinytrain_dist.data.preparation.corpus import (
     find_sources,
     open_source,
     read_documents,
+    recognise,
 )
+from tinytrain_dist.data.preparation.special_tokens import SpelledTokens, count_spelled
 from tinytrain_dist.data.preparation.token_writer import (
     TokenWriter,
     document_hashes,
@@ -128,6 +131,7 @@ class Corpus:
 
     sources: list[Source]
     reading: Reading
+    formats: dict[str, Format]  # of each file
     total_bytes: int
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -137,11 +141,11 @@ class Corpus:
         with _progress(what, self.total_bytes) as report:
             for source in self.sources:
                 listing, size = hashlib.sha256(), 0
-                reading = replace(self.reading, errors="replace") if source.tolerant else self.reading
+                reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
                 for path in source.files:
                     with open_source(path) as file:
                         meter = Meter(file)
-                        for document in read_documents(path, meter, reading):
+                        for document in read_documents(path, meter, reading, self.formats[path]):
                             yield document
                             report(done + meter.bytes)
                     done, size = done + meter.bytes, size + meter.bytes
@@ -189,6 +193,9 @@ def _check_settings(given: dict[str, Any]) -> None:
         f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out": (
             given["eos_token"] is not None and given["tokenizer"] is None
         ),
+        f"special_tokens: {given['special_tokens']} has no effect without tokenizer; leave it out": (
+            given["special_tokens"] != "text" and given["tokenizer"] is None
+        ),
         f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100": (
             fraction is not None and not 0 < fraction < 1
         ),
@@ -213,7 +220,9 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     eos_token: str | None = None,
+    special_tokens: SpelledTokens = "text",
     val_fraction: float | None = None,
+    format: Literal["auto", "text", "jsonl"] = "auto",
     text_field: str = "text",
     split_by: Literal["file", "line"] = "file",
     errors: Literal["strict", "replace"] = "strict",
@@ -226,14 +235,18 @@ def prepare(
 
     Args:
         sources: `stdlib` (the source of Python's standard library), or files, folders and globs: .txt .md .py
-            .jsonl, each also as .gz .xz .zst; other plain text when named. `<|endoftext|>` in a file ends a document.
+            .jsonl, each also as .gz .bz2 .xz .zst; other plain text when named. `<|endoftext|>` in a file ends a
+            document.
         out: Folder to write; it appears complete or not at all.
         vocab_size: Ids of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training.
         eos_token: End-of-document token of that tokenizer, where it is not `<|endoftext|>`.
+        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text, or their ids.
         val_fraction: Share of documents held out, by a hash of their content (default: 0.01, and up to 0.1 in a
             small corpus, to hold out about 500 kB).
-        text_field: Field of a .jsonl line that holds the text.
+        format: What the files are. auto: the content decides between text and JSON lines, and anything else is
+            refused; text: text, whatever it looks like; jsonl: JSON lines.
+        text_field: Field of a JSON line that holds the text.
         split_by: A file without separators is one document, or each of its lines is.
         errors: What to do about bytes that are not UTF-8: stop, or put U+FFFD.
         max_document_bytes: Longer documents become several, cut at line ends (default: a 128th of the corpus,
@@ -249,16 +262,22 @@ def prepare(
     target = Path(os.path.realpath(os.path.expanduser(out)))
     with new_folder(target, overwrite) as folder:
         found = find_sources((sources,) if isinstance(sources, str) else sources, say)
-        total_bytes = sum(os.path.getsize(path) for source in found for path in source.files)
-        limit = max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
-        corpus = Corpus(found, Reading(text_field, split_by, errors, limit), total_bytes)
+        corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
         scan = _scan(corpus, sample_bytes)
         threshold = _threshold(scan, val_fraction or min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1))
         if tokenizer is None:
             vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
         else:
-            vocabulary = load_vocabulary(tokenizer, eos_token)
+            vocabulary = _load(scan, tokenizer, eos_token, special_tokens)
         return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
+
+
+def _corpus(sources: list[Source], reading: Reading) -> Corpus:
+    """Look at every file, and choose the longest document where the settings leave it open (0)."""
+    formats = recognise(sources, reading, say)
+    total_bytes = sum(os.path.getsize(path) for source in sources for path in source.files)
+    limit = reading.max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
+    return Corpus(sources, replace(reading, max_document_bytes=limit), formats, total_bytes)
 
 
 def _default_workers() -> int:
@@ -286,6 +305,21 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
         say(
             f"the tokenizer has {vocabulary.size:,} ids and not the {vocab_size:,} of --vocab-size: no further pair of "
             "tokens occurs twice in the text; continuing with these"
+        )
+    return vocabulary
+
+
+def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTokens) -> Vocabulary:
+    """Load a tokenizer, and report what is done with its special tokens."""
+    vocabulary = load_vocabulary(tokenizer, eos_token, spelled)
+    assert vocabulary.special is not None
+    say("\n".join(vocabulary.special.notes))
+    counts = count_spelled(vocabulary.text, (document.decode() for document in scan.sample.documents()))
+    if counts and spelled == "text":
+        token, documents = counts.most_common(1)[0]
+        say(
+            f"WARNING: at least {documents:,} documents spell special tokens, such as {token!r}, and have them as "
+            "ordinary text; if they are meant as tokens, pass --special-tokens ids"
         )
     return vocabulary
 
@@ -326,20 +360,27 @@ def _write(
     if corpus.records != records:
         raise DataError("a source changed while it was read, which happens twice; run again when nothing writes to it")
     digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.eos_token}
-    write_file(folder / "tokenizer_config.json", to_json(config, indent=2) + "\n")
+    write_file(folder / "tokenizer_config.json", to_json(vocabulary.config, indent=2) + "\n")
     files = {"train": train, "val": val}
     meta = {
         "vocab_size": vocabulary.size,
         "dtype": np.dtype(dtype).name,
         "eos_id": vocabulary.eos_id,
+        "bos_id": next(iter(vocabulary.before), None),
         **{f"{name}_tokens": file.tokens for name, file in files.items()},
         **{f"{name}_documents": file.documents for name, file in files.items()},
         **{f"{name}_bytes": file.bytes for name, file in files.items()},
         "max_document_bytes": corpus.reading.max_document_bytes,
         "sources": records,
         "digests": digests,
-        "tokenizer": {"kind": vocabulary.kind, "regex": vocabulary.regex, "eos_token": vocabulary.eos_token},
+        "tokenizer": {
+            "kind": vocabulary.kind,
+            "regex": vocabulary.regex,
+            "eos_token": vocabulary.eos_token,
+            "ids_before_document": list(vocabulary.before),
+            "ids_after_document": list(vocabulary.after),
+            "special_tokens": vocabulary.spelled,
+        },
         "tinytrain_dist": __version__,
     }
     write_file(folder / "meta.json", to_json(meta, indent=2) + "\n")

@@ -55,17 +55,17 @@ class BatchEncoder:
         """Documents whose hash is below `threshold` are for validation; `dtype` is `<u2` or `<u4`."""
         self.encoder = Encoder(vocabulary, use_fast=use_fast)
         self.threshold, self.dtype = threshold, dtype
-        self.end = np.array([vocabulary.eos_id], dtype)
+        self.before, self.after = (np.array(ids, dtype) for ids in (vocabulary.before, vocabulary.after))
 
     def __call__(self, documents: list[bytes]) -> list[Part]:
-        """Return the train part and the val part, each document followed by the end-of-document token."""
+        """Return the train part and the val part, each document between the tokens that belong around it."""
         parts = []
         is_val = [document_hashes(document)[0] < self.threshold for document in documents]
         for side in (False, True):
             chosen = [document for document, val in zip(documents, is_val, strict=True) if val == side]
             ids = [np.empty(0, self.dtype)]
             for document in chosen:
-                ids += [self.encoder.encode(document.decode()).astype(self.dtype), self.end]
+                ids += [self.before, self.encoder.encode(document.decode()).astype(self.dtype), self.after]
             parts.append(Part(np.concatenate(ids), len(chosen), sum(map(len, chosen))))
         return parts
 
@@ -83,7 +83,8 @@ def _end_with_parent() -> None:
 
 def _start_worker(*settings: Any) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, and it ends the workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = BatchEncoder(*settings)
 

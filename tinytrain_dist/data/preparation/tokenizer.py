@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,19 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tinytrain_dist.data.preparation.special_tokens import (
+    SEPARATOR_TOKEN,
+    SpecialTokens,
+    SpelledTokens,
+    encode_as_in_training,
+    read_settings,
+    settle,
+    token_text,
+)
 from tinytrain_dist.errors import DataError
-from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.regular_files import check_regular
 
-EOS_TOKEN = "<|endoftext|>"
+EOS_TOKEN = SEPARATOR_TOKEN
 # GPT-4's split (cl100k) with three changes. No branch for contractions: the first covers them ("don't" -> "don", "'t"),
 # and theirs tears names in code apart ("'self" -> "'s", "elf"). Marks join letters, for scripts that write vowels so.
 # No \s+(?!\S): without looking ahead tiktoken is a quarter faster and survives a million spaces in a row; indented
@@ -47,6 +56,24 @@ class Vocabulary:
     eos_id: int
     kind: str
     regex: str | None
+    special: SpecialTokens | None = None  # of a tokenizer that was not trained here
+    spelled: SpelledTokens = "text"  # what special tokens that a text spells become
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """IDs before each document."""
+        return self.special.before if self.special else ()
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """IDs after each document."""
+        return self.special.after if self.special else (self.eos_id,)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        return self.special.config if self.special else own
 
 
 def byte_of_character() -> dict[str, int]:
@@ -75,15 +102,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     return _describe(tokenizer.to_str(pretty=False), EOS_TOKEN)
 
 
-def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
+def load_vocabulary(place: str, eos_token: str | None, spelled: SpelledTokens = "text") -> Vocabulary:
     """Read a tokenizer.json, or the one in a folder; DataError if it is none or has no end-of-document token.
 
-    `eos_token` None means `<|endoftext|>`, or what the tokenizer_config.json beside it says.
+    `eos_token` None means `<|endoftext|>`, or what the tokenizer_config.json beside it says. `spelled`: what special
+    tokens that a text spells become.
     """
     path = Path(place).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        return _describe(file.read_bytes().decode(), eos_token or _eos_token_beside(file))
+        check_regular(file)
+        text, settings = file.read_bytes().decode(), read_settings(file)
+        found = _describe(text, eos_token or token_text(settings.get("eos_token")) or EOS_TOKEN)
+        text, special = settle(text, settings, found.eos_token, spelled)
+        return replace(found, text=text, special=special, spelled=spelled)
     except DataError:
         raise
     except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
@@ -93,12 +125,6 @@ def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
             f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json that tokenizers or "
             "transformers saved, or a folder with one"
         ) from error
-
-
-def _eos_token_beside(file: Path) -> str:
-    config = file.with_name("tokenizer_config.json")
-    token = read_json_dict(config).get("eos_token") if config.exists() else None
-    return str(token["content"] if isinstance(token, dict) else token or EOS_TOKEN)
 
 
 def _describe(text: str, eos_token: str) -> Vocabulary:
@@ -135,13 +161,11 @@ class Encoder:
     def __init__(self, vocabulary: Vocabulary, *, use_fast: bool) -> None:
         """Build from a vocabulary; ValueError if `use_fast` and tiktoken cannot represent it."""
         self.slow = Tokenizer.from_str(vocabulary.text)
-        self.slow.no_truncation()
-        self.slow.no_padding()
-        self.slow.encode_special_tokens = True  # text that looks like a special token is text
+        encode_as_in_training(self.slow, vocabulary.spelled)
         self.fast = _tiktoken(self.slow, vocabulary) if use_fast else None
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Ids of `text`, without special tokens."""
+        """Return the IDs of `text`, without the tokens around it."""
         if self.fast is None:
             return self.encode_slow(text)
         try:
@@ -161,6 +185,8 @@ def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding
     """Return the same BPE as a tiktoken encoding; ValueError says why there is none."""
     data = json.loads(tokenizer.to_str())
     model, added = data["model"], data["added_tokens"]
+    if vocabulary.spelled == "ids":
+        raise ValueError("special tokens in the text become ids")
     if vocabulary.regex is None or model["type"] != "BPE":
         raise ValueError("it is not a byte-level BPE with one split regex")
     if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added):
