@@ -302,3 +302,16 @@ def test_a_setting_of_compute_under_a_third_heading_or_under_both_is_an_error(tm
     ]
     path = write(tmp_path / "a.toml", "[parallel]\ncpu_threads = 1\n[compute]\ncpu_threads = 2\n")
     assert read_toml(path)[1] == ["cpu_threads: set twice, to 1 and 2; keep one"]
+
+
+def test_a_byte_order_mark_is_read_and_another_encoding_is_a_sentence(tmp_path):
+    path = tmp_path / "b.toml"
+    path.write_bytes("\ufeff[run]\nseed = 7 # ü\n".encode())
+    assert load_config(path).seed == 7
+    path.write_bytes("[run]\nseed = 7 # ü\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"byte 18 is not UTF-8; save the file as UTF-8"):
+        load_config(path)
+    for text in ("a = " + "[" * 100_000, "a = " + "1" * 5000):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="is not TOML"):
+            load_config(path)

@@ -129,6 +129,7 @@ def test_an_archive_of_arrays_is_an_error(tmp_path: Path) -> None:
 
 def test_an_array_that_is_not_in_c_order_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # numpy writes every 1-D array in C order, so no file can hold another one.
+    save_tokens(tmp_path / "t.npy", range(10))
     monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):
         load_token_dataset(tmp_path / "t.npy")
@@ -312,3 +313,34 @@ def test_windows_keep_the_values_of_every_type(dtype: str, largest: int, dtype_o
     rows = read_windows(np.array([0, 1, largest, 3, 4], dtype=dtype), np.array([0, 2]), 2)
     assert rows.dtype == dtype_of_rows
     assert rows.tolist() == [[0, 1, largest], [largest, 3, 4]]
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_named_pipe_is_a_sentence_and_no_wait(tmp_path: Path, mmap: bool) -> None:
+    os.mkfifo(tmp_path / "t.npy")
+    with pytest.raises(DataError, match=r"t\.npy is a named pipe, not a regular file; give a token file"):
+        load_token_dataset(tmp_path / "t.npy", mmap)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Once upon a time", r"it begins with b'Once upo', which is not how such a file begins"),
+        (b"", "it is empty"),
+        (b"\x93NUMPY\1\0\xff\xff" + b"x" * 70_000, "its header has 65,535 bytes by its own account"),
+        (b"\x93NUMPY\1\0\x88\x13" + b"[" * 5000, "its header is damaged"),
+        (b"\x93NUMPY\7\7\1\0{", r"it has version 7\.7 of the format"),
+    ],
+)
+def test_a_file_that_is_no_array_is_described_in_our_words(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "t.npy").write_bytes(content)
+    with pytest.raises(DataError, match=rf"t\.npy: not a readable \.npy file \({expected}") as caught:
+        load_token_dataset(tmp_path / "t.npy")
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_values_that_the_header_does_not_count_are_refused(tmp_path: Path) -> None:
+    path = save_tokens(tmp_path / "t.npy", range(1000))
+    path.write_bytes(path.read_bytes().replace(b"(1000,)", b"(100,) "))
+    with pytest.raises(DataError, match="it has 2,000 bytes of values, but 200 by its header"):
+        load_token_dataset(path)

@@ -79,6 +79,12 @@ VARIABLES = (
         ("tests/conftest.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_DAMAGE_CASES",
+        "Number of cases of each file that tests/checkpoint/test_damaged_files.py damages.",
+        ("user",),
+        ("tests/checkpoint/test_damaged_files.py",),
+    ),
+    EnvironmentVariable(
         "TINYTRAIN_REQUIRE_SLURM",
         "1: a test session fails if no test with a real Slurm ran, or one was skipped.",
         (".ci/run",),

@@ -10,15 +10,15 @@ import dataclasses
 import difflib
 import io
 import itertools
-import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from tinytrain_dist.config.run_folder import parse_toml
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.regular_files import read_bytes
 
 FORMER_SECTIONS = {"compute": "parallel"}  # settings of [compute] stood under [parallel] until it was introduced
 BOOLEAN_TYPES = (bool, bool | None)
@@ -38,11 +38,11 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     ConfigError if the file cannot be read or is not TOML.
     """
     try:
-        tree = tomllib.loads(read_text(path))
+        tree = parse_toml(read_bytes(path))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"is not TOML: {error}", str(path)) from None
+    except ValueError as error:
+        raise ConfigError(str(error), str(path)) from None
     values: dict[str, Any] = {}
     problems: list[str] = []
 
@@ -211,8 +211,10 @@ def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
     Errors: ConfigError if the file cannot be read or holds no valid size.
     """
     try:
-        content = json.loads(read_text(meta)) if meta.exists() else {}
+        content = read_json_dict(meta) if meta.exists() else {}
         size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
+        if tokenizer is not None and not isinstance(tokenizer, str):
+            raise ValueError(f"digest {tokenizer!r}")
         if size is not None and not (type(size) is int and size >= 1):
             raise ValueError(f"vocab_size {size!r}")
     except (OSError, ValueError, AttributeError) as error:

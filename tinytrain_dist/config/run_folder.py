@@ -37,7 +37,6 @@ Must not know torch, nor the configuration's schema: looking at a run must work 
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -45,7 +44,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
+from tinytrain_dist.utils.regular_files import read_bytes
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -79,6 +79,8 @@ DIVERGED_SUFFIX = ".diverged"
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, also with a suffix
 RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)  # any of them: a run
 Record = dict[str, Any]
+# the values of records that are read again
+RECORDED_NUMBERS = {"time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
 
 
 def heartbeat_folder(run: Path) -> Path:
@@ -123,10 +125,10 @@ class RunFolder:
     def at(cls, folder: Path) -> RunFolder | None:
         """Return the run in `folder`, which may also be its folder of checkpoints; None if there is none."""
         if any((folder / name).exists() for name in RUN_FILES):
-            settings = read_settings(folder)
-            checkpoints = Path(settings.get("ckpt_dir") or folder / CHECKPOINTS_FOLDER)
-            logs = Path(settings.get("log_dir") or folder / LOGS_FOLDER)
-            return cls(folder, checkpoints, records_file(logs, settings.get("log_save_prefix", DEFAULT_RECORDS_PREFIX)))
+            texts = {name: value for name, value in read_settings(folder).items() if value and _is_path(value)}
+            checkpoints = Path(texts.get("ckpt_dir", folder / CHECKPOINTS_FOLDER))
+            logs = Path(texts.get("log_dir", folder / LOGS_FOLDER))
+            return cls(folder, checkpoints, records_file(logs, texts.get("log_save_prefix", DEFAULT_RECORDS_PREFIX)))
         if folder.is_dir() and any(is_checkpoint(path) for path in folder.iterdir()):
             return cls(folder.parent, folder, records_file(folder.parent / LOGS_FOLDER))
         return None
@@ -143,19 +145,40 @@ class RunFolder:
         return [path for path in self.step_folders() if not name_suffix(path)]
 
 
+def _is_path(value: Any) -> bool:
+    """Return whether a setting can be a path: a damaged config.toml may hold anything."""
+    return isinstance(value, str) and all(
+        is_file_name(part) for part in value.split("/") if part not in ("", ".", "..")
+    )
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings in a run's config.toml, {} where there is none or it cannot be read.
 
     Nothing is checked: a run with settings that this version does not have can still be looked at.
     """
     try:
-        tree = tomllib.loads(read_text(folder / CONFIG_FILE))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        tree = parse_toml(read_bytes(folder / CONFIG_FILE))
+    except (OSError, ValueError):
         return {}
     settings: dict[str, Any] = {}
     for key, value in tree.items():
         settings |= value if isinstance(value, dict) else {key: value}
     return settings
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """Return the content of a TOML file, also with a byte-order mark. Errors: ValueError, whatever the file holds."""
+    try:
+        text = data.decode("utf-8-sig")  # editors on Windows write the mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not TOML: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("is not TOML: brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not TOML: {error}") from None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -191,22 +214,32 @@ def open_run(place: Path) -> RunFolder:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the records of a metrics file; a line that a crash cut short is ignored.
+    """Return the records of a metrics file; lines that are cut short or damaged are ignored.
 
-    Errors: TinytrainError if there is no such file.
+    A number that was not finite is written as null, and is NaN here. Errors: TinytrainError if there is no such file.
     """
     try:
-        lines = read_text(path, errors="replace").splitlines()
-    except OSError as error:
+        lines = read_bytes(path).split(b"\n")
+    except (OSError, ValueError) as error:  # ValueError: such a name is not possible
+        reason = error.strerror if isinstance(error, OSError) else error
         raise TinytrainError(
-            f"{path}: no record of a run ({error.strerror}); give a folder that a run has written to (its target_dir)"
+            f"{path}: no record of a run ({reason}); give a folder that a run has written to (its target_dir)"
         ) from None
     records = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "step" in record and "kind" in record:
-            records.append(record)
+        if isinstance(record, dict) and _is_record(record):
+            records.append(nulls_to_nan(record) if b"null" in line else record)
     return records
+
+
+def _is_record(record: Record) -> bool:
+    """Return whether a record has a step and a kind, and numbers where the readers of records expect them."""
+    return (
+        is_whole_number(record.get("step"))
+        and isinstance(record.get("kind"), str)
+        and all(record[name] is None or is_number(record[name]) for name in RECORDED_NUMBERS & record.keys())
+    )

@@ -5,14 +5,13 @@ Must not know tensors or ranks. Parameter names need no translation: ours are th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import read_json
 
 SETTING_OF_HF_KEY = {
     "vocab_size": "vocab_size",
@@ -108,10 +107,10 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     """
     path = folder / "config.json"
     try:
-        theirs = json.loads(read_text(path))
+        theirs = read_json(path)
         if not isinstance(theirs, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
     rope, problems = _rope_settings(theirs)
     problems = _unsupported_keys(theirs) + problems

@@ -6,20 +6,33 @@ Must not know what is in a file.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import read_json_dict, to_json
+from tinytrain_dist.utils.leftovers import remove_leftovers, temporary_path
+
+_written: set[Path] = set()  # by this process
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """Write a text, or another value as JSON, to a temporary file beside `path` and rename it. Errors: OSError."""
-    text = value if isinstance(value, str) else json.dumps(value) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a text, or another value as JSON, to a temporary file beside `path` and rename it.
+
+    The first time, also remove the temporary files for `path` that killed processes have left. Errors: OSError.
+    """
+    text = value if isinstance(value, str) else to_json(value) + "\n"
+    if path not in _written:
+        _written.add(path)
+        remove_leftovers(path.parent, of=path.name)
+    temporary = temporary_path(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:  # such as a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -34,6 +47,5 @@ def fsync_folder(folder: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(read_text(path))
-        return content if isinstance(content, dict) else {}
+        return read_json_dict(path)
     return {}

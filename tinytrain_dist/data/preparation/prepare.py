@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import os
 import re
 import sys
@@ -47,6 +46,7 @@ from tinytrain_dist.data.preparation.token_writer import (
 )
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.utils.json_files import to_json
 
 _DEFAULT_VOCAB_SIZE = 8192
 _SMALLEST_VOCAB_SIZE = 257  # every byte and the end of a document
@@ -360,7 +360,7 @@ def _write(
     if corpus.records != records:
         raise DataError("a source changed while it was read, which happens twice; run again when nothing writes to it")
     digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    write_file(folder / "tokenizer_config.json", json.dumps(vocabulary.config, indent=2) + "\n")
+    write_file(folder / "tokenizer_config.json", to_json(vocabulary.config, indent=2) + "\n")
     files = {"train": train, "val": val}
     meta = {
         "vocab_size": vocabulary.size,
@@ -383,7 +383,7 @@ def _write(
         },
         "tinytrain_dist": __version__,
     }
-    write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    write_file(folder / "meta.json", to_json(meta, indent=2) + "\n")
     for name, file in files.items():
         if file.tokens < _SMALL_TOKENS:
             say(

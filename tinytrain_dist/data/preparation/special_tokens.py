@@ -6,7 +6,6 @@ it, special tokens that the text spells, and the names of tokens in tokenizer_co
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, processors
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_text
 
 SEPARATOR_TOKEN = "<|endoftext|>"  # ends a document wherever a text spells it, so that no document has it
@@ -43,9 +43,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = file.with_name(name)
-        content = json.loads(read_text(path)) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise ValueError(f"{name} is not a JSON object")
+        content = read_json_dict(path) if path.exists() else {}
         settings |= {key: value for key, value in content.items() if value is not None}
     template = file.with_name("chat_template.jinja")
     if template.exists():

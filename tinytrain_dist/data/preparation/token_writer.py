@@ -5,12 +5,14 @@ Must not know where documents come from or how a tokenizer is made.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from tinytrain_dist.data.preparation.tokenizer import Encoder, Vocabulary
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import fsync_folder
+from tinytrain_dist.utils.leftovers import describe_leftovers, hold_folder, owner, remove_leftovers
 
 _BATCH_BYTES = 1 << 20  # text per task of a worker
 _FILES = {"train.npy", "val.npy", "tokenizer.json", "tokenizer_config.json", "meta.json"}
@@ -209,11 +212,14 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     on disk. DataError if `target` is in the way, or if the disk is full or refuses.
     """
     old = target.with_name(f".{target.name}.old")
-    new = target.with_name(f".{target.name}.new-{os.getpid()}")
+    new = target.with_name(f".{target.name}.new-{owner()}")
+    held = None
     try:
+        _remove_leftovers(target, old)
         _check_target(target, old, overwrite)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
+        held = hold_folder(new)
         try:
             yield new
             fsync_folder(new)
@@ -233,6 +239,25 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             f"--out {target} cannot be written: {reason}; nothing half-written was left there{_free(target)}. "
             "Make room or name another folder"
         ) from error
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _remove_leftovers(target: Path, old: Path) -> None:
+    """Remove and name what killed processes have left beside `target`; name what only a user can judge."""
+    removed = remove_leftovers(target.parent)
+    if old.exists() and target.exists():  # a process was killed after the new data set had taken the place of the old
+        shutil.rmtree(old, ignore_errors=True)
+        removed.append(old)
+    if removed:
+        print(describe_leftovers(removed), file=sys.stderr)
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.new-*")):
+        print(
+            f"{path}: left alone; another `tinytrain prepare` is writing it, or has died on another host or with an "
+            "older version; delete it if none runs",
+            file=sys.stderr,
+        )
 
 
 def _free(target: Path) -> str:

@@ -118,7 +118,9 @@ def load_vocabulary(place: str, eos_token: str | None, spelled: SpelledTokens = 
         return replace(found, text=text, special=special, spelled=spelled)
     except DataError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
             f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json that tokenizers or "
             "transformers saved, or a folder with one"
