@@ -141,8 +141,10 @@ def main() -> None:
     parser.add_argument("--resume-from", type=Path, help="work folder of an older checkout: resume its half run, too")
     options = parser.parse_args()
     work = options.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
     data = work / "data"
+    if work.exists() and any(work.iterdir()) and not (data / "train.npy").is_file():
+        parser.error(f"--work {work} holds something else than runs of this program, and would be deleted")
+    shutil.rmtree(work, ignore_errors=True)
     make_data(data)
     found: dict[str, Any] = {"runs": {}}
     for name, (ranks, settings) in CASES.items():
