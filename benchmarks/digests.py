@@ -149,8 +149,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     work = options.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
     data = work / "data"
+    if work.exists() and any(work.iterdir()) and not (data / "train.npy").is_file():
+        parser.error(f"--work {work} contains files that this program did not write and would delete; name another folder")
+    shutil.rmtree(work, ignore_errors=True)
     make_data(data)
     found: dict[str, Any] = {"runs": {}}
     for name, (ranks, settings) in CASES.items():

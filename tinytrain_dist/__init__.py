@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names here; at run time _
     from tinytrain_dist.config.loading import load_config as load_config
     from tinytrain_dist.config.schema import TrainingConfig as TrainingConfig
     from tinytrain_dist.data.batches import get_batch as get_batch
-    from tinytrain_dist.data.token_dataset import load_token_dataset as load_token_dataset
+    from tinytrain_dist.data.token_file import load_token_dataset as load_token_dataset
     from tinytrain_dist.distributed.batch_plan import BatchPlan as BatchPlan
     from tinytrain_dist.errors import CheckpointError as CheckpointError
     from tinytrain_dist.errors import ConfigError as ConfigError
@@ -55,7 +55,7 @@ _HOME = {
     "apply_rotary_pos_emb": "model.attention",
     "SwiGLU": "model.layers",
     "get_batch": "data.batches",
-    "load_token_dataset": "data.token_dataset",
+    "load_token_dataset": "data.token_file",
     "apply_ddp": "parallel.wrappers",
     "apply_fsdp": "parallel.wrappers",
     "gather_full_state_dict": "parallel.wrappers",

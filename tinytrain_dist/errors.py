@@ -39,5 +39,9 @@ class TrainingError(TinytrainError):
     """The run cannot continue: non-finite steps in a row, replicas that differ, too little memory."""
 
 
+class DivergenceError(TrainingError):
+    """Too many updates in a row were skipped; the trainer adds which checkpoint to return to."""
+
+
 class ReplicaMismatchError(TrainingError):
     """Ranks that must hold the same bits do not: the state is wrong on some of them, and is not saved."""

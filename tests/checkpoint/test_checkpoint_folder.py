@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
+from tinytrain_dist.checkpoint.retention import RetentionRules
 
 
 @pytest.fixture
@@ -21,6 +23,7 @@ def checkpoints(tmp_path: Path, warnings: list[str]) -> CheckpointFolder:
     folder = CheckpointFolder(tmp_path / "checkpoints", "run", warnings.append)
     for name in ("run-00000002", "run-99999999", "run-100000000", "run-00000004.tmp", "run-00000003.damaged"):
         (folder.directory / name).mkdir(parents=True)
+        (folder.directory / name / "trainer_state.json").write_text(json.dumps({"config": {}}))
     for name in ("other-00000001", "run-0001", "notes"):
         (folder.directory / name).mkdir()
     return folder
@@ -37,7 +40,8 @@ def test_committed_checkpoints_are_listed_by_step(checkpoints: CheckpointFolder,
 
 
 def test_only_half_written_folders_of_this_run_are_removed(checkpoints: CheckpointFolder) -> None:
-    (checkpoints.directory / "other-00000004.tmp").mkdir()
+    for name in ("other-00000004.tmp", "run-a-00000004.tmp", "run-notes.tmp", "run-4.tmp"):
+        (checkpoints.directory / name).mkdir()
     before = {path.name for path in checkpoints.directory.iterdir()}
     checkpoints.remove_leftovers()
     assert before - {path.name for path in checkpoints.directory.iterdir()} == {"run-00000004.tmp"}
@@ -45,12 +49,13 @@ def test_only_half_written_folders_of_this_run_are_removed(checkpoints: Checkpoi
 
 def test_damaged_checkpoints_get_names_of_their_own(checkpoints: CheckpointFolder, warnings: list[str]) -> None:
     path = checkpoints.path(2)
-    for name in ("run-00000002.damaged", "run-00000002.damaged-2", "run-00000002.damaged-3"):
+    (checkpoints.directory / "run-00000002.damaged-3").mkdir()  # the first two were deleted
+    for name in ("run-00000002.damaged", "run-00000002.damaged-2", "run-00000002.damaged-4"):
         path.mkdir(exist_ok=True)
         checkpoints.set_aside(path, ["first", "second"])
         assert (checkpoints.directory / name).is_dir()
         assert not path.exists()
-        assert warnings.pop() == f"damaged checkpoint, set aside as {name}: first; second"
+        assert warnings.pop() == f"damaged checkpoint, renamed to {name}: first; second"
 
 
 def test_a_damaged_checkpoint_that_cannot_be_renamed_is_reported(
@@ -61,7 +66,7 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_is_reported(
 
 
 def test_old_checkpoints_are_deleted(checkpoints: CheckpointFolder, warnings: list[str]) -> None:
-    checkpoints.delete_old(keep_last=1, keep_every=None, best_step=2)
+    checkpoints.delete_old(RetentionRules(keep_last=1, best_step=2))
     assert names(checkpoints) == ["run-00000002", "run-100000000"]
     assert not checkpoints.path(99_999_999).with_name("run-99999999.tmp").exists()
     assert warnings == []
@@ -78,8 +83,20 @@ def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_the_others_are_dele
         plain(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    checkpoints.delete_old(keep_last=1, keep_every=None, best_step=None)
+    checkpoints.delete_old(RetentionRules(keep_last=1))
     assert names(checkpoints) == ["run-100000000"], "the first one has lost its final name as well"
     (warning,) = warnings
     assert "run-00000002 could not be deleted" in warning
     assert "Input/output error" in warning
+
+
+def test_a_checkpoint_whose_settings_cannot_be_read_is_not_deleted(checkpoints: CheckpointFolder) -> None:
+    (checkpoints.path(2) / "trainer_state.json").unlink()
+    checkpoints.delete_old(RetentionRules(keep_last=1))
+    assert names(checkpoints) == ["run-00000002", "run-100000000"]
+
+
+def test_checkpoints_after_a_step_are_set_aside(checkpoints: CheckpointFolder) -> None:
+    assert [path.name for path in checkpoints.set_aside_after(2)] == ["run-99999999.diverged", "run-100000000.diverged"]
+    assert names(checkpoints) == ["run-00000002"]
+    assert checkpoints.set_aside_after(2) == []

@@ -50,7 +50,7 @@ def test_a_path_elsewhere_is_where_the_run_began(tmp_path: Path) -> None:
 def test_of_the_own_checkpoints_only_the_newest_can_be_named(tmp_path: Path) -> None:
     own = own_checkpoints(config_for(tmp_path))
     assert checkpoints_to_try(config_for(tmp_path, resume=str(own[2])), own) == own[2:]
-    with pytest.raises(CheckpointError, match=r"1 later checkpoint\(s\) lie beside it, up to checkpoint-00000006"):
+    with pytest.raises(CheckpointError, match=r"also holds 1 later checkpoint\(s\), up to checkpoint-00000006"):
         checkpoints_to_try(config_for(tmp_path, resume=str(own[1])), own)
 
 

@@ -40,14 +40,14 @@ def test_sizes_are_always_checked(run: Path, capsys: pytest.CaptureFixture[str])
     path = model_file(run, 4)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    expected = f"{path}: has {len(data) - 1:,} bytes, but {len(data):,} were written"
+    expected = f"{path}: has {len(data) - 1:,} bytes, but {len(data):,} bytes were written"
     assert quick_problems(path.parent) == [expected]
     assert find_checkpoint(run).name == "checkpoint-00000002"
     assert expected in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="bytes, but"):
         find_checkpoint(path.parent)
     path.unlink()
-    assert quick_problems(path.parent) == [f"{path}: is missing, but {len(data):,} were written"]
+    assert quick_problems(path.parent) == [f"{path}: is missing, but {len(data):,} bytes were written"]
 
 
 def test_bytes_are_read_only_if_a_kind_is_given(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

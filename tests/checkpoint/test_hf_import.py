@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_named_before_anything_changes(tmp_path: Path) -> N
     message = str(caught.value)
     assert message.startswith(f"init_from = {folder}: does not fit")
     assert f"{missing}: is missing" in message
-    assert "model.norm.weight: is [7] there, [32] here" in message
+    assert "model.norm.weight: is [7] in the folder, but [32] in this model" in message
     assert "bias: is not a weight of this model" in message
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
@@ -86,10 +86,10 @@ def test_a_head_that_config_json_ties_to_another_embedding_is_refused(tmp_path: 
     head = weights["model.embed_tokens.weight"].clone()
     head[-1, -1] += 1  # only the last part of the rows differs
     rewrite(folder, lm_head__weight=head)
-    assert "lm_head.weight: is not model.embed_tokens.weight" in complaint(folder, "tied")
+    assert "lm_head.weight: is not equal to model.embed_tokens.weight" in complaint(folder, "tied")
     assert [bool(complaint(folder, "tied", part=part, parts=3)) for part in range(3)] == [False, False, True]
     rewrite(folder, lm_head__weight=head[:5])
-    assert "lm_head.weight: is not model.embed_tokens.weight" in complaint(folder, "tied")
+    assert "lm_head.weight: is not equal to model.embed_tokens.weight" in complaint(folder, "tied")
 
     # the advice, followed to the letter: both are used
     rewrite(folder, lm_head__weight=head)

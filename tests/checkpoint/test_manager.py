@@ -69,7 +69,7 @@ def test_warnings_go_to_the_report_and_the_checkpoint_before_a_damaged_one_is_lo
     assert (end["path"], end["step"], end["changes"]) == ("checkpoint-00000002", 2, [])
     assert end["weights"] == {2.0}
     (warning,) = end["warnings"]
-    assert warning.startswith("WARNING: damaged checkpoint, set aside as checkpoint-00000003.damaged: ")
+    assert warning.startswith("WARNING: damaged checkpoint, renamed to checkpoint-00000003.damaged: ")
     assert "bytes, but" in warning
     assert end["printed"] == "", "the report is the only way to print"
 

@@ -1,15 +1,24 @@
-"""Which checkpoints of a run are deleted."""
+"""Which checkpoints of a run are deleted, and what is written down so that they stay."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinytrain_dist.checkpoint.retention import CommittedCheckpoint, checkpoints_to_delete, read_committed_checkpoint
+from tinytrain_dist.checkpoint.retention import (
+    CommittedCheckpoint,
+    RetentionRules,
+    checkpoints_to_delete,
+    note_promises,
+    read_committed_checkpoint,
+    reasons_to_keep,
+    without_earlier_settings,
+)
 
 
 def checkpoints(losses: dict[int, float]) -> list[CommittedCheckpoint]:
@@ -47,7 +56,7 @@ NOT_EVALUATED = dict.fromkeys([10, 20, 30, 40, 50], math.inf)
 def test_what_no_rule_keeps_is_deleted(
     losses: dict[int, float], keep_last: int, keep_every: int | None, best_step: int | None, deleted: list[int]
 ) -> None:
-    selected = checkpoints_to_delete(checkpoints(losses), keep_last, keep_every, best_step)
+    selected = checkpoints_to_delete(checkpoints(losses), RetentionRules(keep_last, keep_every, best_step))
     assert [checkpoint.step for checkpoint in selected] == deleted
 
 
@@ -69,4 +78,90 @@ def test_only_a_loss_of_its_own_step_counts(tmp_path: Path, state: Any, loss: fl
     path.mkdir()
     if state is not None:
         (path / "trainer_state.json").write_text(json.dumps(state))
-    assert read_committed_checkpoint(path) == CommittedCheckpoint(path, 20, loss)
+    checkpoint = read_committed_checkpoint(path)
+    assert (checkpoint.step, checkpoint.eval_loss, checkpoint.known) == (20, loss, False)
+
+
+def deleted(found: list[CommittedCheckpoint], *rules: Any, **more: Any) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints_to_delete(found, RetentionRules(*rules, **more))]
+
+
+def test_what_an_earlier_keep_every_kept_stays() -> None:
+    found = [replace(checkpoint, keep_every=20) for checkpoint in checkpoints(NOT_EVALUATED)]
+    assert deleted(found, 1) == [10, 30]
+    assert deleted(found, 1, 30) == [10]
+
+
+def test_what_an_earlier_keep_last_kept_stays() -> None:
+    first, *rest = checkpoints(NOT_EVALUATED)
+    found = [replace(first, keep_last=4), *(replace(checkpoint, keep_last=4) for checkpoint in rest[:2]), *rest[2:]]
+    assert deleted(found, 1) == [10, 40], "there are four newer ones than 10; 20 and 30 were among the last four"
+
+
+def test_the_best_of_each_evaluation_stays() -> None:
+    found = checkpoints({10: 1.0, 20: 2.0, 30: 0.5, 40: 0.6, 50: 0.7})
+    found[:2] = [replace(checkpoint, evaluation="other data") for checkpoint in found[:2]]
+    assert deleted(found, 1) == [20, 40]
+
+
+def test_the_newest_sound_one_stays() -> None:
+    found = checkpoints(NOT_EVALUATED)
+    assert deleted(found, 1, sound_step=39) == [10, 20, 40]
+    assert deleted(found, 1, sound_step=50) == [10, 20, 30, 40]
+    assert deleted(found, 1, sound_step=-1) == [10, 20, 30, 40]
+
+
+def test_what_nobody_here_can_know_stays(tmp_path: Path) -> None:
+    found = checkpoints(NOT_EVALUATED)
+    found[0] = replace(found[0], known=False)
+    found[1] = replace(found[1], run=str(tmp_path / "other"))
+    found[2] = replace(found[2], run=f"{tmp_path}/x/../run")
+    assert deleted(found, 1, run=str(tmp_path / "run")) == [30]
+    reasons = reasons_to_keep(found, RetentionRules(1, run=str(tmp_path / "run")))
+    assert reasons == [
+        "its settings cannot be read",
+        f"saved by the run {tmp_path}/other",
+        "",
+        "saved by the run ",
+        "keep_last 1",
+    ]
+
+
+def test_without_earlier_settings_only_the_present_ones_count() -> None:
+    found = [
+        replace(checkpoint, keep_every=20, keep_last=9, evaluation="old")
+        for checkpoint in checkpoints({10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0, 50: 5.0})
+    ]
+    assert deleted(found, 1) == []
+    assert deleted([without_earlier_settings(checkpoint, "new") for checkpoint in found], 1, 30) == [10, 20, 40]
+    assert deleted([without_earlier_settings(checkpoint, "old") for checkpoint in found], 1, 30) == [20, 40]
+
+
+def write_state(folder: Path, step: int, report: dict[str, Any], **settings: Any) -> Path:
+    path = folder / f"checkpoint-{step:08d}"
+    path.mkdir()
+    state = {"step": step, "report": report, "config": {"keep_last": 2, "keep_every": None, **settings}}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_the_settings_of_a_checkpoint_are_read(tmp_path: Path) -> None:
+    path = write_state(tmp_path, 20, {}, keep_last=3, keep_every=10, target_dir="runs/a", val_data="v", eval_steps=4)
+    found = read_committed_checkpoint(path)
+    assert (found.keep_last, found.keep_every, found.run, found.known) == (3, 10, "runs/a", True)
+    assert found.evaluation == '["v", 4, null, null, null]'
+
+
+def test_what_is_decided_later_is_written_down_once_and_read_by_a_later_start(tmp_path: Path) -> None:
+    paths = [write_state(tmp_path, step, {}) for step in (10, 20, 30, 40)]
+    rules = RetentionRules(1, 20, best_step=10, best_loss=1.5, evaluation="some data")
+    updated = note_promises([read_committed_checkpoint(path) for path in paths], rules)
+    assert updated == [read_committed_checkpoint(path) for path in paths]
+    assert (updated[0].eval_loss, updated[0].evaluation) == (1.5, "some data")
+    assert [checkpoint.keep_every for checkpoint in updated] == [None, 20, None, 20]
+    assert sorted(path.parent.name[-2:] for path in tmp_path.rglob("kept.json")) == ["10", "20", "40"]
+    for path in tmp_path.rglob("kept.json"):
+        path.chmod(0o400)  # a second time would replace it
+        before = path.stat().st_ino
+        note_promises(updated, rules)
+        assert path.stat().st_ino == before

@@ -177,7 +177,7 @@ def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
 @pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 3, 5), (30,), ()])
 def test_rows_that_do_not_fit_are_a_sentence(tmp_path, shape):
     save_file({"wide": torch.randn(6, 5), "after": torch.randn(6, 5)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"wide is \[6, 5\], but \[.*\] from row 1 is wanted here"):
+    with pytest.raises(CheckpointError, match=r"wide is \[6, 5\], but \[.*\] from row 1 is needed"):
         TensorReader(tmp_path, "model").fill([(torch.zeros(shape), "wide", 1)])
 
 
@@ -187,7 +187,7 @@ def test_a_file_cut_short_meanwhile_is_a_sentence(tmp_path):
     reader, data = TensorReader(tmp_path, "model"), path.read_bytes()
     reader.spec("x")
     path.write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(it ends too early\)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(the file ends too early\)"):
         reader.read("x")
     path.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(No such file"):
@@ -223,7 +223,7 @@ def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
     reader = TensorReader(tmp_path, "model")
     with pytest.raises(CheckpointError, match="f: y is missing"):
         reader.read("y")
-    with pytest.raises(CheckpointError, match=r"f: x is F8_E4M3, not one of F64, .*; use another one"):
+    with pytest.raises(CheckpointError, match=r"f: x is F8_E4M3, not one of F64, .*; use another folder"):
         reader.spec("x")
     with pytest.raises(CheckpointError, match="3: cannot be read"):
         reader.spec("z")

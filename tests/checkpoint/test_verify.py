@@ -44,9 +44,11 @@ def test_truncated_longer_and_missing_files_are_named_with_both_sizes(folder):
     name = next(folder.glob("model-00001-*")).name
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
-    assert find_damage(folder) == [f"{folder / name}: has {len(data) - 1:,} bytes, but {len(data):,} were written"]
+    expected = f"has {len(data) - 1:,} bytes, but {len(data):,} bytes were written"
+    assert find_damage(folder) == [f"{folder / name}: {expected}"]
     (folder / name).write_bytes(data + b"x")
-    assert find_damage(folder) == [f"{folder / name}: has {len(data) + 1:,} bytes, but {len(data):,} were written"]
+    expected = f"has {len(data) + 1:,} bytes, but {len(data):,} bytes were written"
+    assert find_damage(folder) == [f"{folder / name}: {expected}"]
     (folder / name).unlink()
     (folder / "state.json").write_text("")
     first, second = sorted(find_damage(folder))

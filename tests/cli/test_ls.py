@@ -21,6 +21,7 @@ def test_ls_shows_each_checkpoint(tinytrain: Cli, folder: Path) -> None:
         (line,) = lines_with(out, f"checkpoint-{step:08d}")
         assert f"{evals[step]:.4f}" in line
         assert "yes, by size" in line
+        assert "keep_last 2" in line
     assert tinytrain("ls", folder / "one" / "checkpoints")[1].count("checkpoint-0") == 2
     assert tinytrain("ls", newest(folder / "one"))[1].count("checkpoint-0") == 1
 

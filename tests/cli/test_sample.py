@@ -97,7 +97,7 @@ def test_sample_takes_the_newest_valid_checkpoint(tinytrain: Cli, run: Path) -> 
     flip_bit(weights_file(newest(run)))
     code, text, err = tinytrain("sample", run, "--temperature", 0)
     assert (code, text) == older[:2]
-    assert "passed over, damaged" in err
+    assert "skipped a damaged checkpoint" in err
     code, _, err = tinytrain("sample", newest(run))
     assert code == 2
     assert "has blake3" in err

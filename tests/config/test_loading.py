@@ -1,6 +1,7 @@
 """Check how a configuration is read: TOML files, the command line, the vocabulary of the data; without torch."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -118,6 +119,23 @@ def test_none_and_text_with_equals_sign():
     assert (config.grad_clip_norm, config.target_dir) == (None, "a=b")
 
 
+def test_lists_of_files_and_weights_survive_toml_json_and_the_command_line(tmp_path: Path) -> None:
+    config = TrainingConfig(train_data=["a b.npy", "b.npy"], train_weights=[1, 2.5], val_data=("c.npy",), vocab_size=9)  # type: ignore[arg-type]
+    assert config.train_data == ("a b.npy", "b.npy")
+    assert config.train_weights == (1.0, 2.5)
+    assert hash(config)
+    loaded = load_config(write(tmp_path / "run.toml", config.to_toml()))
+    assert (loaded.train_data, loaded.train_weights, loaded.val_data) == (
+        config.train_data,
+        config.train_weights,
+        config.val_data,
+    )
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    parsed = parse_command_line("--train-data x.npy y.npy --train_weights 3 1 --val-data z.npy --seed 4".split())
+    assert (parsed.train_data, parsed.train_weights, parsed.val_data) == (("x.npy", "y.npy"), (3.0, 1.0), "z.npy")
+    assert (parsed.train_files, parsed.val_files) == (("x.npy", "y.npy"), ("z.npy",))
+
+
 def test_every_setting_is_a_flag():
     flags = []
     for name in FIELDS:
@@ -231,6 +249,21 @@ def test_a_broken_meta_json_is_a_sentence(tmp_path, text):
     write(tmp_path / "meta.json", text)
     with pytest.raises(ConfigError, match=r"meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=str(tmp_path / "train.npy")))
+
+
+def test_the_vocabulary_of_several_files_is_the_largest_and_their_tokenizer_the_same(tmp_path: Path) -> None:
+    for name, size, digest in (("a", 10, "1"), ("b", 20, "1"), ("c", 10, "2")):
+        (tmp_path / name).mkdir()
+        meta = {"vocab_size": size, "digests": {"tokenizer.json": digest}}
+        write(tmp_path / name / "meta.json", json.dumps(meta))
+    a, b, c = (str(tmp_path / name / "train.npy") for name in "abc")
+    assert resolve_vocab_size(TrainingConfig(train_data=(a, b))).vocab_size == 20
+    assert resolve_vocab_size(TrainingConfig(train_data=(a,), val_data=b)).vocab_size == 10
+    with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 of .*/b/meta\.json"):
+        resolve_vocab_size(TrainingConfig(train_data=(a, b), vocab_size=15))
+    for config in (TrainingConfig(train_data=(a, c)), TrainingConfig(train_data=a, val_data=c)):
+        with pytest.raises(ConfigError, match=r"/a and .*/c were made with different tokenizers"):
+            resolve_vocab_size(config)
 
 
 def test_no_training_data_is_a_sentence():

@@ -1,5 +1,8 @@
 """Check which values of settings are refused, and with which sentence."""
 
+import math
+from typing import Any
+
 import pytest
 
 from tests.helpers.configs import only_problem, problems_of
@@ -87,6 +90,27 @@ def test_settings_that_contradict_each_other_are_refused(values, sentence):
 def test_a_setting_without_effect_is_an_error(values, with_effect):
     assert "has no effect with" in only_problem(**{"warmup_iters": 1, **values})
     assert problems_of(**{"warmup_iters": 1, **values, **with_effect}) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"train_weights": [1.0]}, "train_weights: has no effect without several files"),
+        ({"train_data": "a", "train_weights": [1, 2]}, "train_weights: has no effect without several files"),
+        ({"train_data": ["a", "b"], "train_weights": [1]}, "train_weights: 1 numbers for 2 files"),
+        ({"train_data": ["a", "b"], "train_weights": [1, -1]}, "train_weights: [1.0, -1.0] must be"),
+        ({"train_data": ["a", "b"], "train_weights": [0, 0]}, "train_weights: [0.0, 0.0] must be"),
+        ({"train_data": ["a", "b"], "train_weights": [1, math.nan]}, "train_weights: [1.0, nan] must be"),
+        ({"train_data": ["a", "b"], "train_weights": [1, math.inf]}, "train_weights: [1.0, inf] must be"),
+        ({"train_data": ["a", "b", "a"]}, "train_data: names a twice"),
+        ({"val_data": ["a", "a"]}, "val_data: names a twice"),
+        ({"early_stop_patience": 3}, "early_stop_patience: has no effect without val_data"),
+        ({"early_stop_patience": 0, "val_data": "a"}, "early_stop_patience: 0 must be at least 1"),
+        ({"keep_every": 1500, "ckpt_every": 1000}, "keep_every: 1500 is not a multiple of ckpt_every 1000"),
+    ],
+)
+def test_settings_of_files_and_evaluation_that_do_not_fit_are_refused(values: dict[str, Any], sentence: str) -> None:
+    assert only_problem(**values).startswith(sentence)
 
 
 @pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])

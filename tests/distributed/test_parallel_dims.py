@@ -59,10 +59,10 @@ def test_none_on_several_processes_is_an_error():
 @pytest.mark.parametrize(
     ("settings", "world", "local", "product"),
     [
-        ({"dp_replicate": 3, "dp_shard": 4}, 8, 8, "3 x 4 is not the 8 processes there are; possible: 4 x 2, 2 x 4"),
-        ({"dp_shard": 3}, 8, 8, "2 x 3 is not the 8 processes there are; possible: 4 x 2, 2 x 4"),
-        ({}, 6, 4, "1 x 4 is not the 6 processes there are; possible: 3 x 2, 2 x 3"),
-        ({"dp_replicate": 5}, 3, 3, "5 x 0 is not the 3 processes there are; possible: none, use ddp or fsdp"),
+        ({"dp_replicate": 3, "dp_shard": 4}, 8, 8, "3 x 4 = 12, but there are 8 processes; possible: 4 x 2, 2 x 4"),
+        ({"dp_shard": 3}, 8, 8, "2 x 3 = 6, but there are 8 processes; possible: 4 x 2, 2 x 4"),
+        ({}, 6, 4, "1 x 4 = 4, but there are 6 processes; possible: 3 x 2, 2 x 3"),
+        ({"dp_replicate": 5}, 3, 3, "5 x 0 = 0, but there are 3 processes; possible: none, use ddp or fsdp"),
     ],
 )
 def test_a_mesh_that_does_not_cover_the_world_lists_those_that_do(settings, world, local, product):

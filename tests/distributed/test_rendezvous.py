@@ -32,7 +32,7 @@ def test_rank_that_cannot_reach_the_head_says_where_and_why() -> None:
     lost, waiting = run_ranks(2, join, {"0": {"MASTER_ADDR": "127.0.1.1", "MASTER_PORT": str(port)}}, 0.2)
     host = socket.gethostname()
     assert lost.startswith(f"RendezvousError: MASTER_ADDR: rank 0 on {host} cannot reach 127.0.1.1:{port} (refused")
-    assert f"on {host} this is {host} itself" in lost
+    assert f" means {host} itself" in lost
     assert waiting.startswith(
         f"RendezvousError: MASTER_ADDR: rank 1 on {host} timed out after 0.4 s waiting for rank 0"
     )
@@ -49,7 +49,7 @@ def missing(seconds: float) -> str:
 def test_missing_ranks_are_named_in_time() -> None:
     said = run_ranks(3, missing, 0.2)[0]
     assert re.search(
-        r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; joined: ", said
+        r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; hosts that joined: ", said
     )
 
 
@@ -99,7 +99,7 @@ def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
     """On a rank: take part as another host, whose own name resolves to `loopback`."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     host = name_of_rank[os.environ["RANK"]]
-    rendezvous._own_arrival = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
+    rendezvous._describe_own_host = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]
     return join({}, 30)
 
 

@@ -37,7 +37,7 @@ def test_a_closed_terminal_saves_and_ends_the_run(tmp_path: Path, launcher: str,
     command = [*LOCAL, config, "--nproc", "2"] if launcher == "local.sh" else [*torchrun, config]
     log = tmp_path / "log"
     with in_terminal(command, tmp_path, log, PYTHON_FIRST, output_to_terminal=output_to_terminal) as terminal:
-        terminal.wait_for_output("step 5/")
+        terminal.wait_for_output("loss ")
         terminal.hang_up()
         exit_code = terminal.wait(60)
     state = json.loads((tmp_path / "run" / "state.json").read_text())

@@ -16,12 +16,15 @@ def line(step: int) -> str:
     return json.dumps({"kind": "train", "step": step, "loss": step / 7})
 
 
-def test_records_after_the_step_are_dropped(tmp_path):
+def test_records_after_the_step_are_moved_to_another_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(line(step) + "\n" for step in (1, 2, 3, 4)))
     truncate_records(path, 2)
     assert path.read_text() == line(1) + "\n" + line(2) + "\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    truncate_records(path, 1)
+    assert (tmp_path / "metrics.replaced.jsonl").read_text() == "".join(line(step) + "\n" for step in (3, 4, 2))
+    truncate_records(path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.replaced.jsonl"]
 
 
 @pytest.mark.parametrize("torn", ['{"kind": "train", "ste', '{"kind": "tra', "{", "{}", "\x00\x00\x00", ""])

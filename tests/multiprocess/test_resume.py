@@ -27,7 +27,7 @@ def test_branch_inside_the_folder_is_refused_and_a_requeued_start_continues(tmp_
     first = train(tmp_path, "first", 1, keep_last=9)
     earlier = first.folder / "checkpoints" / "checkpoint-00000003"
     message = run_ranks(1, fit_error, settings_for(tmp_path, "first", resume=str(earlier)))[0]
-    assert "1 later checkpoint(s) lie beside it" in message
+    assert "its folder also holds 1 later checkpoint(s)" in message
     branch = settings_for(tmp_path, "branch", resume=str(earlier), ckpt_every=1)
     run_ranks(1, fit, {**branch, "stop_at_step": 5})
     run_ranks(1, fit, branch)

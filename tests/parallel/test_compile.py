@@ -74,4 +74,4 @@ def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytes
     ):
         monkeypatch.setattr(compile, "CPU_LACKS_BF16", without)
         monkeypatch.setattr(torch, "__version__", version)
-        assert ("leaves out roundings" in compile.why_not_compile(cpu, exact)) == refused
+        assert ("removes roundings" in compile.why_not_compile(cpu, exact)) == refused

@@ -84,5 +84,5 @@ def differ_on_rank_two() -> str:
 def test_one_flipped_bit_is_found_on_all_ranks() -> None:
     for message in run_ranks(3, differ_on_rank_two):
         assert message.startswith("replicas differ: second on rank 2 (")
-        assert "has other bits than on rank 0 (" in message
+        assert "the bits differ from those on rank 0 (" in message
         assert "resume from the last checkpoint" in message

@@ -55,9 +55,10 @@ def test_non_finite_step_is_skipped_by_all_ranks(tmp_path: Path) -> None:
 
 
 def test_skipped_step_changes_nothing(tmp_path: Path) -> None:
-    """Steps 3 and 4 are skipped, so weights and moments after step 4 are those after step 2."""
+    """Steps 3 and 4 are skipped, so weights and moments after step 4, a last one, are those after step 2."""
     settings = settings_for(tmp_path, "run", parallel="ddp", ckpt_every=2, keep_last=9, eval_every=99)
-    run_ranks(2, fit, settings, functools.partial(poison, steps=range(2, 4)))
+    for end in ({"stop_at_step": 4}, {}):
+        run_ranks(2, fit, settings | end, functools.partial(poison, steps=range(2, 4)))
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     tensors = [json.loads((path / "manifest.json").read_text())["tensors"] for path in checkpoints]
     assert [path.name[-1] for path in checkpoints] == ["2", "4", "6"]

@@ -1,6 +1,6 @@
-"""Copy a rank's shards to host memory, and run a save in a thread beside training.
+"""Copy a rank's shards to host memory, and run a save in a thread while training continues.
 
-Must not know what a save does: `manager.py` gives the thread its work.
+Must not know what a save does: `manager.py` gives the thread a function to run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.state import ShardsByKind
 
-SLOW_SAVE_SECONDS = 120.0  # a save that takes longer is worth a warning
+SLOW_SAVE_SECONDS = 120.0  # a save that takes longer causes a warning
 
 
 class HostBuffers:
-    """Copies of this rank's shards in host memory, reused by every save; pinned where they come from a GPU."""
+    """Copies of this rank's shards in host memory, reused by every save; pinned if the shards are on a GPU."""
 
     def __init__(self, shards: ShardsByKind) -> None:
         """`shards`: what to copy each time. The first copy allocates the memory."""
@@ -32,8 +32,8 @@ class HostBuffers:
     def copy(self) -> tuple[ShardsByKind, torch.cuda.Event | None]:
         """Copy the shards to host memory.
 
-        Returns the shards with `rows_to_save` in host memory, and the event to wait for before they are read (None
-        where no GPU copies). The next call overwrites them.
+        Returns the shards with `rows_to_save` in host memory, and an event to wait for before reading them (None if no
+        shard is on a GPU). The next call overwrites them.
         """
         if not self._copied:
             self._allocate()
@@ -44,7 +44,7 @@ class HostBuffers:
         return self._shards, event
 
     def _allocate(self) -> None:
-        self._copied = [torch.empty_like(s, device="cpu", pin_memory=s.is_cuda) for s in self._sources]
+        self._copied = [torch.empty_like(source, device="cpu", pin_memory=source.is_cuda) for source in self._sources]
         buffers = iter(self._copied)
         self._shards = {
             kind: [replace(shard, rows_to_save=next(buffers)) for shard in shards_of_kind]
@@ -56,7 +56,7 @@ class SaveThread(threading.Thread):
     """A save in progress: `start` begins it, `join` waits for it, and its `error` is the same on every rank."""
 
     def __init__(self, step: int, work: Callable[[Manifest], None]) -> None:
-        """`work(manifest)` performs the save. The manifest tells from outside which file it is writing."""
+        """`work(manifest)` performs the save. It lists the files that it is writing in `manifest.files_in_progress`."""
         super().__init__(name=f"save-{step}", daemon=True)
         self.step = step
         self.seconds = 0.0  # how long it took, once it has ended
@@ -67,9 +67,10 @@ class SaveThread(threading.Thread):
         self._warned_after_seconds = 0.0  # how long it had taken at the last warning
 
     def slow_save_warning(self) -> str:
-        """Return how long the save has taken and what it waits for; "" if it has ended or no warning is due.
+        """Return a warning that says how long the save has taken and what it waits for.
 
-        The first warning is due after SLOW_SAVE_SECONDS, each further one when the time has doubled.
+        Returns "" if the save has ended or no warning is due. The first warning is due after SLOW_SAVE_SECONDS, and
+        each further one when the time has doubled since the last.
         """
         seconds = time.monotonic() - self._created_at
         if not self.is_alive() or seconds < max(SLOW_SAVE_SECONDS, 2 * self._warned_after_seconds):
@@ -80,7 +81,7 @@ class SaveThread(threading.Thread):
         return f"the save of step {self.step} has taken {seconds:.0f} s and has not ended; {waiting_for}"
 
     def run(self) -> None:
-        """Perform the save, and keep its error and its duration."""
+        """Perform the save, and store its error and its duration."""
         try:
             self._work(self.manifest)
         except BaseException as error:

@@ -1,21 +1,36 @@
-"""List, set aside and delete the checkpoints in a run's folder of checkpoints.
+"""List the checkpoints of a run, rename damaged ones, and delete old ones.
 
-Must not know ranks: only rank 0 calls what changes the folder. Must not know what is in a checkpoint.
+Must not know ranks: only rank 0 calls the methods that change the folder. Must not know what a checkpoint contains.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tinytrain_dist.checkpoint.retention import checkpoints_to_delete, read_committed_checkpoint
-from tinytrain_dist.config.run_folder import DAMAGED_SUFFIX, TEMPORARY_SUFFIX, checkpoint_name, checkpoint_step
+from tinytrain_dist.checkpoint.retention import (
+    RetentionRules,
+    checkpoints_to_delete,
+    note_promises,
+    read_committed_checkpoint,
+)
+from tinytrain_dist.config.run_folder import (
+    DAMAGED_SUFFIX,
+    DIVERGED_SUFFIX,
+    TEMPORARY_SUFFIX,
+    checkpoint_name,
+    checkpoint_step,
+)
 
 
 class CheckpointFolder:
-    """The folder in which the checkpoints of one run lie, as PREFIX-00001000."""
+    """The folder that holds the checkpoints of one run, each in a folder of its own such as PREFIX-00001000.
+
+    Checkpoints with other prefixes may be in the same folder.
+    """
 
     def __init__(self, directory: Path, prefix: str, warn: Callable[[str], None]) -> None:
         """`warn` is called with a sentence about each checkpoint that is damaged or cannot be renamed or deleted."""
@@ -28,40 +43,73 @@ class CheckpointFolder:
         return self.directory / checkpoint_name(self.prefix, step)
 
     def committed(self) -> list[Path]:
-        """Return the checkpoints under their final name, by step; they are complete, but may be damaged."""
-        pattern = re.compile(re.escape(self.prefix) + r"-\d{8,}")
-        if not self.directory.is_dir():
-            return []
-        paths = [path for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
-        return sorted(paths, key=checkpoint_step)
+        """Return the checkpoints under their final name, in order of steps. They are complete, but may be damaged."""
+        return sorted(self._named(""), key=checkpoint_step)
 
     def remove_leftovers(self) -> None:
-        """Delete the half-written folders of processes that died. Only the process that holds the run may call it."""
-        for path in self.directory.glob(f"{self.prefix}-*{TEMPORARY_SUFFIX}"):
+        """Delete the incomplete folders of earlier processes. Only the process that holds the run may call it."""
+        for path in self._named(re.escape(TEMPORARY_SUFFIX)):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _named(self, suffix: str) -> list[Path]:
+        """Return what is named PREFIX-STEP and a suffix (a pattern); a longer prefix belongs to another run."""
+        if not self.directory.is_dir():
+            return []
+        pattern = re.compile(re.escape(self.prefix) + r"-\d{8,}" + suffix, re.ASCII)
+        return [path for path in self.directory.iterdir() if pattern.fullmatch(path.name)]
 
     def set_aside(self, path: Path, problems: list[str]) -> None:
         """Report what is wrong with a checkpoint, and rename it so that it is neither tried again nor lost."""
-        name = path.name + DAMAGED_SUFFIX
-        existing = sum(1 for other in path.parent.iterdir() if other.name.startswith(name))
-        aside = path.with_name(f"{name}-{existing + 1}" if existing else name)
-        self.warn(f"damaged checkpoint, set aside as {aside.name}: " + "; ".join(problems))
+        aside = self._free_name(path, DAMAGED_SUFFIX)
+        self.warn(f"damaged checkpoint, renamed to {aside.name}: " + "; ".join(problems))
+        self._rename(path, aside)
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints after `step`, because the run diverged; return their new paths."""
+        moved = []
+        for path in self.committed():
+            if checkpoint_step(path) > step:
+                aside = self._free_name(path, DIVERGED_SUFFIX)
+                moved += [aside] if self._rename(path, aside) else []
+        return moved
+
+    def all_set_aside(self) -> list[Path]:
+        """Return what was renamed because it was damaged or because the run diverged, by step."""
+        suffixes = rf"({re.escape(DAMAGED_SUFFIX)}|{re.escape(DIVERGED_SUFFIX)})(-\d+)?"
+        return sorted(self._named(suffixes), key=lambda path: (checkpoint_step(path), path.name))
+
+    def _free_name(self, path: Path, suffix: str) -> Path:
+        """Return the path with a suffix that no other file has, numbered from the second one on."""
+        name = path.name + suffix
+        numbers = itertools.count(2)
+        while (path.parent / name).exists():
+            name = f"{path.name}{suffix}-{next(numbers)}"
+        return path.parent / name
+
+    def _rename(self, path: Path, new_path: Path) -> bool:
         try:
-            path.rename(aside)
+            path.rename(new_path)
         except OSError as error:
             self.warn(f"{path} could not be renamed ({error.strerror}); it is skipped")
+            return False
+        return True
 
-    def delete_old(self, keep_last: int, keep_every: int | None, best_step: int | None) -> None:
-        """Delete the checkpoints that no rule keeps (see `retention.checkpoints_to_delete`).
+    def delete_old(self, rules: RetentionRules) -> None:
+        """Delete the checkpoints that no rule keeps (see `retention.reasons_to_keep`).
 
-        One that cannot be deleted is reported and stays. Errors: OSError if the folder cannot be listed.
+        A checkpoint that cannot be deleted is reported and kept.
+        Errors: OSError if the folder cannot be listed, or if it cannot be written down what keeps a checkpoint.
         """
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
-        for checkpoint in checkpoints_to_delete(checkpoints, keep_last, keep_every, best_step):
-            path = checkpoint.path
-            aside = path.with_name(path.name + TEMPORARY_SUFFIX)
+        checkpoints = note_promises(checkpoints, rules)
+        for checkpoint in checkpoints_to_delete(checkpoints, rules):
             try:
-                path.rename(aside)  # first, so that there is never half a checkpoint under its own name
-                shutil.rmtree(aside)
+                self.delete(checkpoint.path)
             except OSError as error:
-                self.warn(f"{path} could not be deleted ({error}); it takes disk space")
+                self.warn(f"{checkpoint.path} could not be deleted ({error}); it still takes disk space")
+
+    def delete(self, path: Path) -> None:
+        """Delete a checkpoint. Errors: OSError."""
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        path.rename(temporary)  # so that no partly deleted checkpoint has a final name
+        shutil.rmtree(temporary)

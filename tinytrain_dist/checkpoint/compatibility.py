@@ -13,10 +13,10 @@ from tinytrain_dist.errors import CheckpointError
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
-    """Return the checkpoints that the `resume` setting means, the preferred one last; empty for a new run.
+    """Return the checkpoints to try for the `resume` setting, the preferred one last; empty for a new run.
 
-    `own`: the committed checkpoints of this run, by step. Errors: CheckpointError if two histories would be mixed in
-    one folder.
+    `own`: the committed checkpoints of this run, in order of steps. Errors: CheckpointError if one folder would then
+    hold the checkpoints of two different histories.
     """
     if config.resume_from == "auto":
         return own
@@ -29,20 +29,20 @@ def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
         return []
     path = Path(config.resume_from)
     if path.resolve().parent != config.checkpoints_dir.resolve():
-        # A run that began at this path and was requeued continues with its own newest checkpoint.
+        # A run that started from this path and was then requeued resumes from its own newest checkpoint.
         return own[-1:] or [path]
     names = [checkpoint.name for checkpoint in own]
     later = [name for name in names if name > path.name]
     if path.name in names and later:
         raise CheckpointError(
-            f"resume = {path}: {len(later)} later checkpoint(s) lie beside it, up to {later[-1]}; two histories in "
-            "one folder would be mixed; set another target_dir, or move the later ones away"
+            f"resume = {path}: its folder also holds {len(later)} later checkpoint(s), up to {later[-1]}, and would "
+            "mix two histories; set another target_dir, or move the later ones away"
         )
     return [path]
 
 
 def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, data: dict[str, Any]) -> None:
-    """Check that settings and data that make a run what it is are the saved ones, or are named in `allow`.
+    """Check that the settings and the data that identify a run are the saved ones, except those named in `allow`.
 
     Args:
         path: the checkpoint, for the message
@@ -70,19 +70,20 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
 def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfig, numerics: dict[str, Any]) -> None:
     """Check that a reproducible run will compute the same bits as the run that saved the checkpoint.
 
-    `numerics`: what decides the last bit besides the settings of `check_same_run`, such as versions and threads.
+    `numerics`: what else affects computed bits, besides the settings that `check_same_run` compares. Examples are
+    versions and thread counts.
     Errors: CheckpointError that lists all differences, unless allow_drift is set or the run is not reproducible.
     """
     saved = state["bits"]
-    drift = [
+    differences = [
         f"{name}: {saved.get(name)} in the checkpoint, {now} now"
         for name, now in numerics.items()
         if saved.get(name) != now
     ]
-    if drift and config.reproducible and not config.allow_drift:
+    if differences and config.reproducible and not config.allow_drift:
         raise CheckpointError(
             f"{path}: resuming here would not be bit-identical; restore these settings or set allow_drift = true:\n  "
-            + "\n  ".join(drift)
+            + "\n  ".join(differences)
         )
 
 

@@ -1,7 +1,7 @@
 """Compute digests of tensors and of whole states: equal digests mean equal bits.
 
-Digests do not depend on how tensors are divided into files or were divided over ranks. For commands that compare
-checkpoints; saving and verifying use `hashing.py`.
+Digests do not depend on how tensors are divided into files, or were divided over ranks. Commands that compare
+checkpoints use this module; saving and verifying use `hashing.py`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from tinytrain_dist.config.run_folder import MANIFEST_FILE, TRAINER_STATE_FILE
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
 
-Entries = dict[str, list[Any]]  # name -> [shape, type, BLAKE3], or [[], "value", repr] of a plain number
+Entries = dict[str, list[Any]]  # name -> [shape, type, BLAKE3], or for a plain number [[], "value", repr]
 
 TITLE_OF_KIND = {"model": "weights", "optimizer": "optimizer"}
 
 
 def tensor_digest(value: Tensor, hashed: str = "blake3") -> str:
-    """Return the digest of the bytes of a tensor's values, as the manifest has it.
+    """Return the digest of the bytes of a tensor's values, as a manifest records it.
 
-    `value`: on the CPU; `hashed`: the hash function, a name in HASH_FUNCTIONS.
+    `value`: a tensor on the CPU. `hashed`: the hash function, a name in HASH_FUNCTIONS.
     """
     return str(HASH_FUNCTIONS[hashed](tensor_bytes(value.contiguous())).hexdigest())
 
 
 def tensor_entries(checkpoint: Path, recompute: bool = False) -> dict[str, Entries]:
-    """Return by kind the entries of every tensor and of every plain number of the optimizer's state.
+    """Return, for each kind, the entries of all tensors and of all plain numbers of the optimizer's state.
 
     recompute: read the tensors, instead of copying their digests from the manifest. A manifest of format 1 or 2 has
-    other digests: its tensors are read in any case, and compared with the digests that it has. Errors: CheckpointError
-    if these differ.
+    sha256 digests, so its tensors are always read, and compared with these digests. Errors: CheckpointError if a tensor
+    differs from its sha256 digest.
     """
     manifest = read_manifest(checkpoint)
     read_tensors = recompute or manifest.hashed != "blake3"
@@ -74,6 +74,6 @@ def _computed_entries(checkpoint: Path, kind: str, manifest: Manifest) -> Entrie
 
 
 def state_digest(entries: Entries) -> str:
-    """Return one sha256 over all entries in the order of their names, whatever files they come from."""
+    """Return one sha256 over all entries, in the order of their names."""
     lines = [json.dumps([name, *entry], separators=(",", ":")) for name, entry in sorted(entries.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Find the newest valid checkpoint of a run, and read its saved state.
 
-For commands and users who look at a run from outside. Must not import torch at the top: a listing of runs need not wait
-the seconds that this takes.
+For commands and users who look at a run from outside. Must not import torch at the top: that takes seconds, and a
+listing of runs does not need it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.checkpoint.manifest import read_manifest
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE, is_checkpoint, open_run
+from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
+from tinytrain_dist.config.run_folder import (
+    TRAINER_STATE_FILE,
+    RunFolder,
+    checkpoint_name,
+    checkpoint_step,
+    is_checkpoint,
+    open_run,
+)
+from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.regular_files import read_text
+
+DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
 
 
 def quick_problems(folder: Path) -> list[str]:
-    """Return what is wrong with a checkpoint as far as manifest and file sizes tell; empty if nothing."""
+    """Return what is wrong with a checkpoint, judging by its manifest and file sizes alone; empty if nothing is."""
     try:
         files = read_manifest(folder).files
     except CheckpointError as error:
@@ -28,17 +40,17 @@ def quick_problems(folder: Path) -> list[str]:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
-            state = "is missing" if size is None else f"has {size:,} bytes"
-            problems.append(f"{path}: {state}, but {entry['bytes']:,} were written")
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            problems.append(f"{path}: {found}, but {entry['bytes']:,} bytes were written")
     return problems
 
 
 def find_checkpoint(place: Path, kind: str | None = None) -> Path:
-    """Return `place` itself if it is a checkpoint, or the newest valid one of the run there.
+    """Return `place` itself if it is a checkpoint, else the newest valid checkpoint of the run at `place`.
 
-    Sizes are checked, and with `kind` ("model" or "optimizer") also every byte of the files of that kind. Damaged
-    checkpoints of a run are skipped and named on stderr. Errors: CheckpointError if the checkpoint that was asked for
-    is damaged, or if the run has no valid one.
+    File sizes are checked. With `kind` ("model" or "optimizer"), every byte of the files of that kind is checked, too.
+    Damaged checkpoints of a run are skipped and named on stderr.
+    Errors: CheckpointError if `place` is a damaged checkpoint, or a run without a valid one.
     """
     if is_checkpoint(place):
         if problems := _problems(place, kind):
@@ -50,16 +62,16 @@ def find_checkpoint(place: Path, kind: str | None = None) -> Path:
         problems = _problems(path, kind)
         if not problems:
             return path
-        print(f"passed over, damaged: {'; '.join(problems)}", file=sys.stderr)
+        print(f"skipped a damaged checkpoint: {'; '.join(problems)}", file=sys.stderr)
     raise CheckpointError(
-        f"{run.checkpoints}: none of {len(candidates)} checkpoint(s) is valid; train on, or give another run"
+        f"{run.checkpoints}: none of {len(candidates)} checkpoint(s) is valid; continue training, or give another run"
         if candidates
         else f"{run.checkpoints}: has no checkpoint yet; wait for the first (ckpt_every), or give another run"
     )
 
 
 def _problems(path: Path, kind: str | None) -> list[str]:
-    """Return what is wrong with sizes; if nothing is and `kind` is given, what is wrong with the files of that kind."""
+    """Return what is wrong with the sizes, or, if nothing is, with the contents of the files of `kind`."""
     problems = quick_problems(path)
     if problems or kind is None:
         return problems
@@ -69,6 +81,27 @@ def _problems(path: Path, kind: str | None) -> list[str]:
     from tinytrain_dist.checkpoint.verify import find_damage  # imports torch
 
     return find_damage(path, names)
+
+
+def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
+    """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
+    prefix = str(settings.get("ckpt_save_prefix", "checkpoint"))
+    own = [path for path in run.committed() if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    state = read_json_object(own[-1] / TRAINER_STATE_FILE) if own else {}
+    record = state.get("report")
+    record = record if isinstance(record, dict) else {}
+    sound_step = record.get("sound_step")
+    if isinstance(sound_step, int) and sound_step >= state.get("step", 0) - 1:
+        sound_step = None  # the loss was at its usual level when the newest was saved
+    return RetentionRules(
+        int(settings.get("keep_last", DEFAULT_KEEP_LAST)),
+        settings.get("keep_every"),
+        record.get("best_eval_step"),
+        record.get("best_eval_loss"),
+        evaluation_key(settings),
+        sound_step,
+        run=str(settings.get("target_dir", "")),
+    )
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:

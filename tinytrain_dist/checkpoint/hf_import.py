@@ -1,7 +1,7 @@
-"""Start from the weights of a Hugging Face folder, each rank reading its own rows.
+"""Initialize a model from the weights in a Hugging Face folder; each rank reads its own rows.
 
 The folder holds config.json and the weights as safetensors: one file, or several with an index. Our parameter names are
-Hugging Face's, so nothing is converted. Each tensor in the folder is used, or is redundant, or is refused by name.
+Hugging Face's, so nothing is converted. A tensor in the folder that is neither used nor redundant is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tinytrain_dist.model.hf_config import check_hf_config
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-# What old files hold besides weights: it follows from config.json, and transformers ignores it too.
+# Tensors in old files that follow from config.json, so that they are not needed. Transformers ignores them, too.
 REDUNDANT_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-COMPARED_VALUES = 1 << 22  # of two tensors at once
+COMPARED_VALUES = 1 << 22  # number of values of two tensors that are compared at once
 SHOWN_PROBLEMS = 10
 
 
@@ -31,9 +31,9 @@ def init_from_hf_folder(
 ) -> None:
     """Set the weights of the model from a Hugging Face folder of safetensors.
 
-    Of `parts` callers, each compares its part of a tied head with the embedding. Errors: ConfigError for an
-    architecture or sizes that are not the configuration's; CheckpointError for names, shapes or types that do not fit,
-    and for weights in the folder that would not be used. Nothing has been changed then.
+    `part`, `parts`: this caller compares only share `part` of `parts` of a tied head with the embedding.
+    Errors: ConfigError if the folder's architecture or sizes are not those of the configuration. CheckpointError if
+    names, shapes or types do not fit, or if weights in the folder would not be used. Nothing has been changed then.
     """
     check_hf_config(config, folder)
     reader = TensorReader(folder, "model")
@@ -43,12 +43,14 @@ def init_from_hf_folder(
     if problems:
         more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
         shown = "\n  ".join(sorted(problems)[:SHOWN_PROBLEMS] + more)
-        raise CheckpointError(f"init_from = {folder}: does not fit:\n  {shown}")
+        raise CheckpointError(
+            f"init_from = {folder}: does not fit this model; correct the folder or the model settings:\n  {shown}"
+        )
     load_tensors(reader, wanted)
 
 
 def _unread_files(reader: TensorReader) -> list[str]:
-    """Return a sentence for each file of weights that is not read, and each tensor that the index leaves out."""
+    """Return a sentence for each file of weights that is not read, and for each tensor that the index omits."""
     folder, index = reader.folder, f"{reader.kind}.safetensors.index.json"
     used = set(reader.files.values())
     problems = [
@@ -68,7 +70,7 @@ def _unread_files(reader: TensorReader) -> list[str]:
 
 
 def _misfits(reader: TensorReader, wanted: dict[str, Tensor]) -> list[str]:
-    """Return a sentence for each tensor that is missing, unknown, or of another shape or type. The head may be tied."""
+    """Return a sentence for each tensor that is missing, unknown, or of a wrong shape or type. A head may be absent."""
     problems = [f"{name}: is missing" for name in wanted if name not in reader.files and name != HEAD]
     problems += [
         f"{name}: is not a weight of this model"
@@ -78,28 +80,28 @@ def _misfits(reader: TensorReader, wanted: dict[str, Tensor]) -> list[str]:
     for name in wanted.keys() & reader.files.keys():
         (shape, dtype), expected = reader.spec(name), tuple(wanted[name].shape)
         if shape != expected:
-            problems.append(f"{name}: is {list(shape)} there, {list(expected)} here")
+            problems.append(f"{name}: is {list(shape)} in the folder, but {list(expected)} in this model")
         if dtype not in FLOAT_TYPES:
-            problems.append(f"{name}: is {dtype} there; give weights of type {', '.join(FLOAT_TYPES)}")
+            problems.append(f"{name}: is {dtype} in the folder; give weights of type {', '.join(FLOAT_TYPES)}")
     return problems
 
 
 def _head_problems(reader: TensorReader, config: TrainingConfig, part: int, parts: int) -> list[str]:
-    """Compare what config.json says of the output head (checked to be what the configuration says) with the file."""
+    """Check that the output head is tied or not, as config.json says; `check_hf_config` compares that with `config`."""
     if not config.tie_embeddings:
-        advice = 'if the model is tied, set "tie_word_embeddings": true there and tie_embeddings = true here'
+        advice = 'if the model is tied, set "tie_word_embeddings": true in config.json and tie_embeddings = true'
         missing = f"{HEAD}: is missing, although config.json says that it is not tied; {advice}"
         return [] if HEAD in reader.files else [missing]
     if HEAD not in reader.files or EMBEDDING not in reader.files or _is_copy_of_embedding(reader, part, parts):
         return []
     return [
-        f"{HEAD}: is not {EMBEDDING}, although config.json says that the two are tied; to use both, set "
-        '"tie_word_embeddings": false there and tie_embeddings = false here'
+        f"{HEAD}: is not equal to {EMBEDDING}, although config.json says that the two are tied; to use both, set "
+        '"tie_word_embeddings": false in config.json and tie_embeddings = false'
     ]
 
 
 def _is_copy_of_embedding(reader: TensorReader, part: int, parts: int) -> bool:
-    """Return whether the head is equal to the embedding in one of `parts` parts of the rows."""
+    """Return whether the head is equal to the embedding in share `part` of `parts` of the rows."""
     shape = reader.spec(EMBEDDING)[0]
     if reader.spec(HEAD)[0] != shape or len(shape) != 2:
         return False

@@ -21,15 +21,15 @@ MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["se
 def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
     """Return the model of a checkpoint in float32, ready to use; needs no process group.
 
-    The model is in evaluation mode and needs no gradients. Errors: CheckpointError if the checkpoint holds no
-    configuration, or other tensors than the model of that configuration.
+    The model is in evaluation mode and computes no gradients. Errors: CheckpointError if the checkpoint holds no
+    configuration, or if its tensors do not fit the model of that configuration.
     """
     saved = read_trainer_state(checkpoint).get("config")
     if not saved:
         raise CheckpointError(
             f"{checkpoint}: holds no configuration (save_checkpoint writes none); give a checkpoint of a training run"
         )
-    # Only what the model needs, so that another setting may have been renamed since.
+    # Only the settings that the model needs: others may have been renamed since the checkpoint was saved.
     settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
     config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
     with torch.device("meta"):

@@ -1,9 +1,11 @@
-"""Manage the checkpoints of one run: save in the background, choose the one to resume from, keep and delete.
+"""Manage the checkpoints of one run: save in the background, choose the one to resume from, and delete old ones.
 
-Must not know the loop. Rank 0 alone creates, writes, renames and deletes; the other ranks receive what it decides.
+Rank 0 alone creates, renames and deletes folders, and sends its decisions to the other ranks. Must not know the
+training loop.
 
-A save costs a training step the copy into host buffers and, where there are replicas, a fingerprint of what a rank does
-not copy. Gathering, comparing, hashing, writing and the commit happen in a thread, over a process group of its own.
+A save interrupts training only to copy the state into host buffers, and if there are replicas, to compute fingerprints
+of what a rank does not copy. Gathering, comparing, hashing, writing and the commit happen in a thread with its own
+process group.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tinytrain_dist.checkpoint.compatibility import (
     describe_changes,
 )
 from tinytrain_dist.checkpoint.manifest import Manifest
+from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
@@ -40,13 +43,13 @@ from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
 from tinytrain_dist.utils.regular_files import read_text
 
-POLL_SECONDS = 5.0  # time between two looks at a save that is waited for
+POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 
 LoadedState = tuple[dict[str, Any], list[str]]  # trainer_state.json, settings that differ as "name: saved -> present"
 
 
 def print_line(text: str) -> None:
-    """Print a line at once, also where the output is buffered."""
+    """Print a line at once, even if the output is buffered."""
     print(text, flush=True)
 
 
@@ -64,17 +67,17 @@ class CheckpointManager:
         *,
         report: Callable[[str], None] = print_line,
     ) -> None:
-        """Prepare to save this model and this optimizer, whose state exists already and stays in place. A collective.
+        """Prepare to save and load the state of this model and this optimizer. A collective.
 
         Args:
             config: the settings of the run
             context: this rank
             model: the model, in its wrappers
-            optimizer: its optimizer, with its state made
+            optimizer: its optimizer. The tensors of its state must exist already, and must not be replaced later.
             data: fingerprints of the token files
-            numerics: what decides the last bit besides the run's identity
-            report: called with each warning, a line of text, from the training thread or the save's. Warnings about
-                checkpoints come from rank 0, the warning about a slow save from any rank.
+            numerics: what else affects computed bits, besides settings and data (see `check_same_numerics`)
+            report: called with each warning, a line of text, in the training thread or in the thread of a save. Only
+                rank 0 warns about checkpoints, but any rank may warn about a slow save.
         """
         self.config = config
         self.context = context
@@ -83,39 +86,41 @@ class CheckpointManager:
         self.data = data
         self.numerics = numerics
         self.report = report
-        # collected once: it takes too long to be repeated in each save
+        # collected only once, because this takes too long to be repeated in each save
         self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
         self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
         self.buffers = HostBuffers(self.shards)
         self.pending: SaveThread | None = None  # the save that was started and not yet collected
-        self.best_step: int | None = None  # the step with the best eval loss, as of the last save
+        self.retention_rules = RetentionRules.of(config, {}, None)  # as of the last save
         self.group = collectives.new_background_group()
 
     # ---------------------------------------------------------------- saving
 
-    def save(self, step: int, record: dict[str, Any], last: bool = False) -> SaveThread:
-        """Start to save the state after `step` steps; with ckpt_async = false it has ended on return. A collective.
+    def save(self, step: int, record: dict[str, Any], last: bool = False, sound_step: int | None = None) -> SaveThread:
+        """Start to save the state after `step` steps. With ckpt_async = false, wait until it is saved. A collective.
 
         No other save may be pending. A state whose replicas differ is not saved. An existing checkpoint of this step is
-        left as it is: `resume` lets no other history into the folder.
+        left as it is. It belongs to the same history, because `resume` allows only one history in the folder.
 
         Args:
             step: number of completed steps
-            record: losses and the like, kept in trainer_state.json
-            last: nothing is trained after this step, so a CPU writes from the live tensors and needs no copy
+            record: losses and other numbers to store in trainer_state.json
+            last: whether training ends with this step; if so, tensors on the CPU are saved without a copy
+            sound_step: the newest checkpoint up to this step is not deleted (None: no such rule); see LossLevel
         """
         assert self.pending is None, "collect() first"
-        self.best_step = record.get("best_eval_step")
+        self.retention_rules = RetentionRules.of(self.config, record, sound_step)
         beside_training = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
         comparison = ReplicaComparison(self.all_shards, beside_training, self.context)
-        shards, copied = self.buffers.copy() if beside_training else (self.shards, None)
+        shards, copy_event = self.buffers.copy() if beside_training else (self.shards, None)
         state = self._trainer_state(step, record)
 
         def work(manifest: Manifest) -> None:
-            if copied is not None:
-                copied.synchronize()
+            if copy_event is not None:
+                copy_event.synchronize()
             comparison.finish(itertools.chain.from_iterable(shards.values()), self.group)
+            self._delete_old_checkpoints()  # before, too: what the last save kept until later steps were known
             self._write(self.folder(step), shards, state, manifest)
             self._delete_old_checkpoints()
 
@@ -139,14 +144,14 @@ class CheckpointManager:
         }
 
     def _write(self, path: Path, shards: ShardsByKind, state: dict[str, Any], manifest: Manifest) -> None:
-        """Write the checkpoint, unless it exists. A collective over the save's group, like all of a save."""
+        """Write the checkpoint, unless it exists already. A collective over the save's process group."""
         exists = False
         extra_files: dict[str, bytes] = {}
         error = None
         if self.context.is_main:
             try:
                 exists = path.exists()
-                extra_files = self._extra_files()
+                extra_files = _extra_files(self.config)
             except (OSError, ValueError) as caught:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         collectives.raise_on_all_ranks(error, self.group)
@@ -162,23 +167,8 @@ class CheckpointManager:
                 permit=self._check_ownership,
             )
 
-    def _extra_files(self) -> dict[str, bytes]:
-        """Return config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
-        data_folder = Path(next(iter(self.config.train_files), "")).parent
-        meta_file = data_folder / "meta.json"
-        meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
-        hf_config = to_hf_config(self.config, meta.get("eos_id"), meta.get("bos_id"))
-        files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (data_folder / name).is_file():
-                files[name] = (data_folder / name).read_bytes()
-        return files
-
     def _check_ownership(self) -> None:
-        """Check that no other process has taken the run over: then nothing in its folder may be touched.
-
-        Errors: TrainingError.
-        """
+        """Check that this process still owns the run. Errors: TrainingError if another process has taken it over."""
         if lost_run(Path(self.config.target_dir)):
             raise TrainingError(
                 f"{self.config.target_dir}: another process has taken this run over (lock.json says which), so this "
@@ -187,19 +177,21 @@ class CheckpointManager:
 
     @property
     def failure(self) -> str:
-        """What went wrong in the pending save and will end the run, so that ranks can agree to end it now; else "".
+        """Return the error of the pending save if it must end the run, else "".
 
-        An OSError, such as a full disk, does not end the run.
+        Ranks use it to agree on the step at which they end. An OSError, such as a full disk, does not end the run.
         """
         error = None if self.pending is None or self.pending.is_alive() else self.pending.error
-        return "" if error is None or isinstance(error, OSError) else str(error) or type(error).__name__
+        if error is None or isinstance(error, OSError):
+            return ""
+        return str(error) or type(error).__name__
 
     def collect(self, wait: bool = False) -> SaveThread | None:
-        """Return the save that has ended since the last call; with `wait` also one that is in progress.
+        """Return the pending save if it has ended, else None. With `wait`, first wait until it has ended.
 
-        A save that takes long does not stop training, but is reported by each rank that is writing a file, and by
-        rank 0. Without `wait`, a save whose error will end the run stays pending: ranks may see its end at different
-        steps, and must agree on the step to end at (see `failure`).
+        A slow save does not stop training. It is reported by rank 0, and by each rank that is writing a file. Without
+        `wait`, a save whose error must end the run stays pending: ranks may notice the error at different steps, and
+        must first agree on the step at which they end (see `failure`).
         """
         save = self.pending
         if save is None:
@@ -225,14 +217,13 @@ class CheckpointManager:
     # ---------------------------------------------------------------- resuming
 
     def resume(self, begin: Callable[[], None] = lambda: None) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """Load the checkpoint that the `resume` setting means, with every byte checked. A collective.
+        """Load the checkpoint that the `resume` setting selects, and check every byte of it. A collective.
 
-        With `resume = auto` that is the newest one that is valid. A damaged one is renamed to NAME.damaged and
-        reported, and what was read of it is overwritten by the one before it.
-
-        `begin` is called before each checkpoint is read. Returns its path and what `load` returns; None for a new run.
-        Errors: CheckpointError if one that was asked for is missing or damaged, if all are damaged, if `load` refuses
-        it, or if two histories would be mixed in one folder.
+        With `resume = auto` this is the newest valid checkpoint. A damaged one is reported and renamed to NAME.damaged.
+        Then the one before it is loaded, which overwrites what was read of the damaged one.
+        `begin`: called before each checkpoint is read. Returns the checkpoint's path and what `load` returns; None for
+        a new run. Errors: CheckpointError if the checkpoint named by `resume` is missing or damaged, if all checkpoints
+        are damaged, if `load` refuses the checkpoint, or if one folder would hold two different histories.
         """
         own: list[Path] = self.context.broadcast_object(self.committed())
         candidates = checkpoints_to_try(self.config, own)
@@ -254,23 +245,23 @@ class CheckpointManager:
         return None
 
     def _verify_and_load(self, path: Path) -> tuple[list[str], Future[LoadedState]]:
-        """Find damage and load at the same time; return all ranks' problems and the result of `load`. A collective.
+        """Verify and load at the same time; return all ranks' problems and the future of `load`. A collective.
 
-        Each of the two finds in the page cache what the other one has read. Ranks share the verification, so that
-        each byte is verified once.
+        The two run together because each finds in the page cache what the other has read. Each rank verifies a share of
+        the bytes, so that every byte is verified once.
         """
         with ThreadPoolExecutor(1) as background:
             loading = background.submit(self.load, path)
-            mine = find_damage(path, part=self.context.rank, parts=self.context.world_size)
-            by_rank = self.context.all_gather_object(mine)
-        problems = list(dict.fromkeys(itertools.chain.from_iterable(by_rank)))  # each once, in order
+            own_problems = find_damage(path, part=self.context.rank, parts=self.context.world_size)
+            problems_by_rank = self.context.all_gather_object(own_problems)
+        problems = list(dict.fromkeys(itertools.chain.from_iterable(problems_by_rank)))  # without duplicates, in order
         return problems, loading
 
     def load(self, path: Path) -> LoadedState:
-        """Fill model and optimizer from `path`; return the saved state, and the settings that differ, as sentences.
+        """Load `path` into model and optimizer; return the saved state, and a text for each setting that differs.
 
-        Errors: CheckpointError if it belongs to another run, if resuming would not be bit-identical although it must
-        be, or if its tensors are others.
+        Errors: CheckpointError if the checkpoint belongs to another run, if its tensors do not fit, or if a
+        reproducible run would not compute the same bits from it.
         """
         state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
         check_same_run(path, state, self.config, self.data)
@@ -285,18 +276,35 @@ class CheckpointManager:
         return self._checkpoint_folder.path(step)
 
     def committed(self) -> list[Path]:
-        """Return the checkpoints under their final name, by step; they are complete, but may be damaged."""
+        """Return the checkpoints under their final name, in order of steps. They are complete, but may be damaged."""
         return self._checkpoint_folder.committed()
 
     def remove_leftovers(self) -> None:
-        """Delete the half-written folders of processes that died. Only the process that holds the run may call it."""
+        """Delete the incomplete folders of earlier processes. Only the process that holds the run may call it."""
         self._checkpoint_folder.remove_leftovers()
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints after `step`, because the run diverged; return their new paths. Only on rank 0."""
+        return [] if lost_run(Path(self.config.target_dir)) else self._checkpoint_folder.set_aside_after(step)
+
     def _delete_old_checkpoints(self) -> None:
-        """Delete on rank 0 what the settings do not keep. A disk error costs disk space and not the save."""
-        if not self.context.is_main:
+        """Delete, on rank 0, the checkpoints that no setting keeps. A disk error is reported; the save stays valid."""
+        if not self.context.is_main or lost_run(Path(self.config.target_dir)):
             return
         try:
-            self._checkpoint_folder.delete_old(self.config.keep_last, self.config.keep_every, self.best_step)
+            self._checkpoint_folder.delete_old(self.retention_rules)
         except OSError as error:
-            self._warn(f"older checkpoints could not be listed ({error}); they take disk space")
+            self._warn(f"older checkpoints could not be listed ({error}), so none was deleted; they take disk space")
+
+
+def _extra_files(config: TrainingConfig) -> dict[str, bytes]:
+    """Return config.json, and the tokenizer if the data has one: with them the folder is a Hugging Face model."""
+    data_folder = Path(next(iter(config.train_files), "")).parent
+    meta_file = data_folder / "meta.json"
+    meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
+    hf_config = to_hf_config(config, meta.get("eos_id"), meta.get("bos_id"))
+    files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (data_folder / name).is_file():
+            files[name] = (data_folder / name).read_bytes()
+    return files

@@ -1,4 +1,4 @@
-"""Write, commit and read the manifest of a folder: the name, size and digest of every file and of every tensor.
+"""Write, commit and read the manifest of a folder, which lists every file and tensor with size and digest.
 
 Must not know ranks, models or steps. A folder is complete when manifest.json, written last, exists. Nothing is pickled.
 
@@ -8,9 +8,9 @@ The format
 A checkpoint is a folder with these files:
 
 * KIND-00001-of-0000N.safetensors, for the kinds "model" and "optimizer": whole tensors, in files of a maximum size
-* KIND.safetensors.index.json: the file of each tensor, as Hugging Face writes it
-* trainer_state.json: step, configuration and all that is not a tensor
-* config.json, and tokenizer files where the data has them: they make the folder a Hugging Face model
+* KIND.safetensors.index.json: which file each tensor is in, in Hugging Face's format
+* trainer_state.json: step, configuration and everything else that is not a tensor
+* config.json, and tokenizer files if the data has them: they make the folder a Hugging Face model
 * manifest.json: an object with the keys `format`, `files`, `tensors` and `sha256`
 
 `format` is the number of the format, now 3.
@@ -19,20 +19,20 @@ A checkpoint is a folder with these files:
 
 * `shape` (a list) and `dtype` (the name that safetensors gives it, such as "F32")
 * `blake3`: the digest of the bytes of its values
-* `finite`: false if NaN and infinity are allowed in it (such as masks in buffers); otherwise the key is missing
+* `finite`: false if the tensor may contain NaN and infinity (such as a buffer with a mask); otherwise the key is absent
 
 `files` maps the name of each file, manifest.json excepted, to an object with `bytes` (its size) and its digest:
 
-* A file of tensors has `kind`, `tensors` (names in file order), `header_bytes`, and `blake3_of_digests`. That is the
-  digest of the header followed by the 32-byte digests of its tensors, in file order, so every byte is hashed once.
+* A file of tensors has `kind`, `tensors` (names in file order), `header_bytes`, and `blake3_of_digests`. The last is
+  the digest of the header followed by the 32-byte digests of its tensors, in file order, so every byte is hashed once.
 * Any other file has `blake3`: the digest of its bytes.
 
-`sha256` is the digest of the other keys of the manifest, as JSON with sorted keys. It is sha256 in every format, so
-that any version can verify the manifest and name its format.
+`sha256` is the digest of the other keys of the manifest, as JSON with sorted keys. Every format uses sha256 here, so
+that any version of this package can verify the manifest and name its format.
 
 Older formats, which are still read:
 
-* Format 2 is format 3 with sha256 in place of BLAKE3: the keys are `sha256` and `sha256_of_digests`.
+* Format 2 is format 3 with sha256 instead of BLAKE3: the keys are `sha256` and `sha256_of_digests`.
 * Format 1 is format 2, but a file of tensors has, like any other file, only `bytes` and the `sha256` of all its bytes.
 """
 
@@ -62,9 +62,9 @@ class Manifest:
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    # names of files that are begun and not yet synced to disk: what a stuck save is waiting for
+    # names of the files that are started but not yet synced to disk, to show what a stuck save waits for
     files_in_progress: list[str] = field(default_factory=list)
-    hashed: str = "blake3"  # the key of its digests, a name in HASH_FUNCTIONS
+    hashed: str = "blake3"  # hash function of its digests, and their key; a name in HASH_FUNCTIONS
 
 
 def write_json_file(folder: Path, name: str, value: Any, manifest: Manifest) -> None:
@@ -73,7 +73,10 @@ def write_json_file(folder: Path, name: str, value: Any, manifest: Manifest) -> 
 
 
 def write_file(folder: Path, name: str, data: bytes, manifest: Manifest) -> None:
-    """Write one small file, sync it to disk, and record it in the manifest. Errors: OSError, also if it exists."""
+    """Write one small file, sync it to disk, and record it in the manifest.
+
+    Errors: OSError from the disk, or if the file exists already.
+    """
     manifest.files_in_progress.append(name)
     with open(folder / name, "xb") as file:
         file.write(data)
@@ -83,17 +86,18 @@ def write_file(folder: Path, name: str, data: bytes, manifest: Manifest) -> None
     manifest.files[name] = {"bytes": len(data), "blake3": blake3(data).hexdigest()}
 
 
-def commit_folder(aside: Path, final: Path, manifest: Manifest) -> None:
-    """Make the folder `aside` appear as `final`, complete: manifest, fsync, one rename, fsync of the parent.
+def commit_folder(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest into the folder `temporary`, and rename the folder to `final`.
 
+    Everything is synced to disk before and after the rename, so that `final` is never incomplete.
     Errors: CheckpointError if `final` exists already (it is left alone); OSError from the disk.
     """
     body = {"format": FORMAT, "files": dict(manifest.files), "tensors": manifest.tensors}
-    write_json_file(aside, MANIFEST_FILE, {**body, "sha256": _manifest_digest(body)}, manifest)
-    fsync_folder(aside)
+    write_json_file(temporary, MANIFEST_FILE, {**body, "sha256": _manifest_digest(body)}, manifest)
+    fsync_folder(temporary)
     if final.exists():
         raise CheckpointError(f"{final}: exists already and is not replaced; give another path or delete it")
-    aside.rename(final)
+    temporary.rename(final)
     fsync_folder(final.parent)
 
 
@@ -118,5 +122,6 @@ def read_manifest(folder: Path) -> Manifest:
     if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
     if body["format"] not in READABLE_FORMATS:
-        raise CheckpointError(f"{path}: has format {body['format']}, but this version reads 1 to 3; use a newer one")
+        found = body["format"]
+        raise CheckpointError(f"{path}: has format {found}, but this version reads 1 to 3; use a newer version")
     return Manifest(body["files"], body["tensors"], hashed="blake3" if body["format"] == FORMAT else "sha256")

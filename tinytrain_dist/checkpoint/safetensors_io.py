@@ -1,10 +1,10 @@
-"""Read and write safetensors files as a stream, with the index of a folder.
+"""Read and write safetensors files in chunks, and the index of a folder of them.
 
-Must not know ranks, models or steps. `write_tensors` records what it wrote in the folder's manifest, and only
-`manifest.commit_folder` makes the folder a checkpoint. The reader also reads files that other programs wrote.
+`write_tensors` records what it wrote in the folder's manifest, and only `manifest.commit_folder` makes the folder a
+checkpoint. The reader also reads files that other programs wrote. Must not know ranks, models or steps.
 
 The file format is safetensors (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, a JSON
-header with type, shape and place of every tensor, then the values. The index is Hugging Face's.
+header with type, shape and position of every tensor, then the values. The index has Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.regular_files import check_regular, open_regular, read_text
 
 CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
-CHUNKS_IN_FLIGHT = 4  # most chunks that are not yet hashed and written
+CHUNKS_IN_FLIGHT = 4  # maximum number of chunks that wait to be hashed and written
 
-# Threads that read. Few, since each rank has its own, and a disk slows down with the number of streams it reads.
+# Number of threads with which each rank reads. A disk is slower if it reads many streams at once.
 # measured (2-core x86 VM, 2026-11-25): two streams 1.2 GB/s, eight 0.9 GB/s
 THREADS_PER_RANK = 2
 
@@ -58,12 +58,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes of its values."""
+        """Return the number of bytes of its values."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 def split_into_files(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Group consecutive tensors into files of at most max_bytes; a larger tensor gets a file of its own."""
+    """Group consecutive tensors into files of at most `max_bytes`; a larger tensor gets a file of its own."""
     files: list[list[TensorSpec]] = []
     size = 0
     for spec in specs:
@@ -87,22 +87,22 @@ def write_tensors(
     manifest: Manifest,
     mine: Callable[[TensorSpec], bool] = lambda _: True,
 ) -> None:
-    """Write tensors as KIND-00001-of-N.safetensors ... and record files and tensors in the manifest.
+    """Write tensors to the files KIND-00001-of-N.safetensors, ... and record files and tensors in the manifest.
 
-    `write_index` completes the kind.
+    The index of the kind is written separately, by `write_index`.
 
     Args:
         folder: where the files are created; none of them may exist
         kind: "model" or "optimizer"
         specs: all tensors of the kind, also those that other ranks write
-        chunks: values of the tensors that are written, on the CPU, in order, each in any number of flat parts.
-            The next chunk is fetched when there is room for it. A chunk is no longer read once CHUNKS_IN_FLIGHT
-            others were fetched, so its memory can be used again.
+        chunks: the values of the tensors to write, in order, as flat tensors on the CPU. Each tensor may come in any
+            number of chunks. The next chunk is fetched when there is room for it. The memory of a chunk may be reused
+            once CHUNKS_IN_FLIGHT further chunks have been fetched.
         max_bytes: size at which a new file begins
         manifest: gets an entry for every file and tensor that was written
-        mine: selects the files to write, by their first tensor
+        mine: returns for the first tensor of a file whether this file is to be written
 
-    Errors: OSError from the disk; CheckpointError for a value that is not finite where the spec says it must be.
+    Errors: OSError from the disk; CheckpointError for a value that is not finite in a tensor that must be finite.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
     digests = _stream_to_disk(folder, files, chunks, manifest)
@@ -121,7 +121,7 @@ def _stream_to_disk(folder: Path, files: NamedFiles, chunks: Iterable[Tensor], m
     """Write the files, sync them to disk, and return the BLAKE3 of each tensor by name."""
     hashers = {spec.name: blake3() for _, group in files for spec in group}
     chunks_with_values = (chunk for chunk in chunks if chunk.numel())
-    # the files are closed last: after an error, threads may still write to them until the pipeline has ended
+    # The files are closed after the pipeline has ended. Until then, its threads may still write, even after an error.
     with ExitStack() as open_files, _WritePipeline(manifest) as pipeline:
         for name, group in files:
             manifest.files_in_progress.append(name)
@@ -148,9 +148,9 @@ def _chunks_of_tensor(spec: TensorSpec, chunks: Iterator[Tensor]) -> Iterator[Te
 
 
 class _WritePipeline:
-    """Hash, write and sync in one thread each, so that the three overlap; the caller gathers the next chunk meanwhile.
+    """Hash, write and sync in three threads, which overlap with each other and with the caller's next chunk.
 
-    One thread for each keeps the order: of chunks in a hash, and of writes in a file.
+    Only one thread hashes and only one writes, so that chunks are hashed and written in order.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -158,7 +158,7 @@ class _WritePipeline:
         self._hashing = ThreadPoolExecutor(1)
         self._writing = ThreadPoolExecutor(1)
         self._syncing = ThreadPoolExecutor(1)
-        self._in_flight = deque[tuple[Future[None], Future[None]]]()  # of each unfinished chunk: its hash, its write
+        self._in_flight = deque[tuple[Future[None], Future[None]]]()  # (hash, write) of each unfinished chunk
         self._last_write: Future[None] | None = None
         self._syncs: list[Future[None]] = []
 
@@ -174,7 +174,7 @@ class _WritePipeline:
         self._last_write = self._writing.submit(_write_out, file, memoryview(header))
 
     def hash_and_write(self, file: BinaryIO, spec: TensorSpec, chunk: Tensor, hasher: Any) -> None:
-        """Queue a chunk for both, and wait until there is room for the next one. Errors: those of earlier chunks."""
+        """Queue a chunk for both, then wait until there is room for the next one. Errors: those of earlier chunks."""
         self._last_write = self._writing.submit(_write_out, file, tensor_bytes(chunk))
         hashed = self._hashing.submit(_hash_chunk, spec, chunk, hasher)
         self._in_flight.append((hashed, self._last_write))
@@ -182,17 +182,17 @@ class _WritePipeline:
             _wait_for_all(self._in_flight.popleft())
 
     def sync(self, file: BinaryIO) -> None:
-        """Queue the file for syncing after its last write; the next file is written in the meantime."""
+        """Queue the file for syncing after its last write. The next file can be written during the sync."""
         assert self._last_write is not None, "a file begins with its header"
         self._syncs.append(self._syncing.submit(_fsync, file, self._last_write, self._manifest))
 
     def wait(self) -> None:
-        """Wait until everything is hashed, written and synced. Errors: the first one of these."""
+        """Wait until everything is hashed, written and synced. Errors: the first error in any of these."""
         _wait_for_all([*itertools.chain(*self._in_flight), *self._syncs])
 
 
 def _hash_chunk(spec: TensorSpec, chunk: Tensor, hasher: Any) -> None:
-    """Check that the values are finite and hash them, in blocks that stay in the core's cache between the two."""
+    """Check that the values are finite, and hash them. Each block stays in the core's cache between the two."""
     for block in chunk.reshape(-1).split(HASH_BLOCK_BYTES // chunk.itemsize):
         if spec.finite and not all_finite(block):
             raise CheckpointError(f"{spec.name}: is not finite, so nothing is saved; resume from the last checkpoint")
@@ -201,9 +201,9 @@ def _hash_chunk(spec: TensorSpec, chunk: Tensor, hasher: Any) -> None:
 
 def _write_out(file: BinaryIO, data: memoryview) -> None:
     start = file.tell()
-    while data:  # an unbuffered write may write less than it is given
+    while data:  # an unbuffered write may write only a part of its argument
         data = data[file.write(data) :]
-    if hasattr(os, "posix_fadvise"):  # Linux begins to write these pages to the disk now, so that the sync is short
+    if hasattr(os, "posix_fadvise"):  # makes Linux write these pages to the disk now, so that the sync is short
         os.posix_fadvise(file.fileno(), start, file.tell() - start, os.POSIX_FADV_DONTNEED)
 
 
@@ -219,7 +219,7 @@ def _wait_for_all(futures: Iterable[Future[None]]) -> None:
 
 
 def _record(kind: str, files: NamedFiles, digests: dict[str, str], manifest: Manifest) -> None:
-    """Add the entries of files and tensors to the manifest (see its docstring for the keys)."""
+    """Add the entries of files and tensors to the manifest. The docstring of `manifest` describes the keys."""
     tensors = manifest.tensors.setdefault(kind, {})
     for name, group in files:
         for spec in group:
@@ -250,7 +250,7 @@ def write_index(folder: Path, kind: str, specs: Sequence[TensorSpec], max_bytes:
 
 
 def _safetensors_header(specs: Iterable[TensorSpec]) -> bytes:
-    """Return the head of a safetensors file: length, then JSON with type, shape and place of every tensor."""
+    """Return the start of a safetensors file: length, then JSON with type, shape and position of every tensor."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -267,9 +267,9 @@ def _safetensors_header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def read_exactly(file: BinaryIO, into: memoryview) -> None:
-    """Fill `into` from the file. Errors: OSError if the file ends before that."""
+    """Fill `into` from the file. Errors: OSError if the file ends before `into` is full."""
     if into and file.readinto(into) < len(into):  # type: ignore[attr-defined]
-        raise OSError(errno.EIO, "it ends too early")
+        raise OSError(errno.EIO, "the file ends too early")
 
 
 class TensorReader:
@@ -301,7 +301,7 @@ class TensorReader:
         return tuple(entry["shape"]), entry["dtype"]
 
     def unlisted(self) -> list[tuple[str, str]]:
-        """Return (tensor, file) for each tensor in a file of the index that the index does not place there.
+        """Return (tensor, file) for each tensor that is in a file of the index, but not according to the index.
 
         Errors: CheckpointError if a file cannot be read.
         """
@@ -320,12 +320,12 @@ class TensorReader:
     def fill(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
         """Fill each of the given tensors with rows of a tensor on disk.
 
-        `wanted`: (tensor to fill, name of the tensor on disk, first row). As many rows are read as the tensor to fill
-        has. It may have another type, device or memory order. Errors: CheckpointError if a file cannot be read or rows
-        do not fit; other tensors may have been filled then.
+        `wanted`: (tensor to fill, name of the tensor on disk, first row). The number of rows is that of the tensor to
+        fill, which may have another type, device or memory layout. Errors: CheckpointError if a file cannot be read or
+        rows do not fit. Other tensors may then have been filled.
         """
         with ThreadPoolExecutor(THREADS_PER_RANK) as pool:
-            _wait_for_all([pool.submit(self._fill, *rows) for rows in wanted])
+            _wait_for_all([pool.submit(self._fill, into, name, start) for into, name, start in wanted])
 
     def _fill(self, into: Tensor, name: str, start: int) -> None:
         entry = self._entry(name)
@@ -334,28 +334,29 @@ class TensorReader:
         row_shape = list(into.shape[1:])
         too_many_rows = bool(shape) and into.ndim == len(shape) and start + into.shape[0] > shape[0]
         if shape[1:] != row_shape or into.ndim != len(shape) or too_many_rows:
-            raise CheckpointError(f"{path}: {name} is {shape}, but {list(into.shape)} from row {start} is wanted here")
+            wanted = f"{list(into.shape)} from row {start}"
+            raise CheckpointError(f"{path}: {name} is {shape}, but {wanted} is needed; use a file of the same model")
         flat = into.reshape(-1)  # a copy only where it is not contiguous
-        direct = flat.dtype == dtype and flat.is_cpu  # read into the tensor's own memory
+        read_in_place = flat.dtype == dtype and flat.is_cpu
         try:
             with open_regular(path) as file:
                 file.seek(entry["first_byte"] + start * math.prod(row_shape) * dtype.itemsize)
                 for part in flat.split(CHUNK_BYTES // dtype.itemsize):
-                    values = part if direct else torch.empty(part.shape, dtype=dtype)
+                    values = part if read_in_place else torch.empty(part.shape, dtype=dtype)
                     read_exactly(file, tensor_bytes(values))
                     part.copy_(values)  # does nothing if `values` is `part`
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another one") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another folder") from None
         if not into.is_contiguous():
             into.copy_(flat.view(into.shape))
 
     def _entry(self, name: str) -> dict[str, Any]:
-        """Return what the header of its file has about a tensor. Errors: CheckpointError, also for an unknown type."""
+        """Return the entry of a tensor in its file's header. Errors: CheckpointError, also for an unknown type."""
         file = self.files[name]
         entry: dict[str, Any] = self._header(file).get(name, {})
         if entry.get("dtype") not in DTYPE_OF_NAME:
             problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
-            raise CheckpointError(f"{self.folder / file}: {problem}; use another one")
+            raise CheckpointError(f"{self.folder / file}: {problem}; use another folder")
         return entry
 
     def _header(self, file: str) -> dict[str, Any]:
@@ -365,16 +366,16 @@ class TensorReader:
             try:
                 self._headers[file] = _read_header(path)
             except (OSError, ValueError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from None
+                raise CheckpointError(f"{path}: cannot be read ({error}); use another folder") from None
         return self._headers[file]
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Return by name the type, shape, path and first byte of each tensor of a safetensors file.
+    """Return the type, shape, path and first byte of each tensor in a safetensors file, by name.
 
     The file may come from anywhere, so the safetensors library checks the header first.
     """
-    check_regular(path)  # safe_open would wait in native code, where no other thread of Python runs
+    check_regular(path)  # otherwise safe_open could block in native code, and stop all threads of Python
     safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
     with open_regular(path) as file:
         header_bytes = int.from_bytes(file.read(8), "little")

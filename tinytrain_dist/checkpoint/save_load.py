@@ -1,6 +1,7 @@
-"""Save and load checkpoints of own training loops: any module with any torch optimizer.
+"""Save and load checkpoints in a training loop of your own: any module with any torch optimizer.
 
-The folders are those of training runs, without a configuration. Must not know runs: one path is one checkpoint.
+The folders have the format of a training run's checkpoints, but contain no configuration. Must not know runs: one path
+is one checkpoint.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from tinytrain_dist.utils.regular_files import read_text
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out_path: str | Path) -> None:
-    """Save any module and torch optimizer as a folder at `out_path`, complete or not at all.
+    """Save any module and torch optimizer as a folder at `out_path`. The folder is complete or does not exist.
 
-    Needs no process group; with one it is a collective and rank 0 writes. An existing path is never replaced.
-    Errors: CheckpointError if out_path exists, or for state that cannot be saved; OSError from the disk.
+    Needs no process group. With a process group, this is a collective and rank 0 writes. An existing path is never
+    replaced. Errors: CheckpointError if out_path exists, or for state that cannot be saved; OSError from the disk.
     """
     shards, values = collect_shards(model, optimizer)
     write_checkpoint(Path(out_path), shards, {"step": int(iteration), "optimizer": values})
 
 
 def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path: str | Path) -> int:
-    """Load what save_checkpoint (or a training run) wrote, and return its iteration.
+    """Load a checkpoint of save_checkpoint or of a training run, and return its iteration.
 
     Every byte is checked first. The optimizer's settings (learning rate, betas, ...) are restored as well.
-    Errors: CheckpointError for a damaged folder, or one that does not fit; model and optimizer are unchanged then.
+    Errors: CheckpointError for a folder that is damaged or does not fit. Model and optimizer are then unchanged.
     """
     path = Path(src_path)
     problems = find_damage(path)
@@ -64,40 +65,43 @@ def _check_same_groups(
     """Check that the optimizer has the saved parameters in the same groups and order. Errors: CheckpointError."""
     names = {id(param): name for name, param in params.items()}
     saved = [group["params"] for group in state.get("optimizer", {}).get("param_groups", [])]
-    ours = [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
-    if saved != ours:
+    present = [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
+    if saved != present:
         raise CheckpointError(
-            f"{path}: its optimizer has {[len(group) for group in saved]} parameters in its groups, this one "
-            f"{[len(group) for group in ours]}, or in another order; build it as when the checkpoint was saved"
+            f"{path}: the saved optimizer has {[len(group) for group in saved]} parameters in its groups, and this one "
+            f"has {[len(group) for group in present]}, or has them in another order; build the optimizer as it was "
+            "when the checkpoint was saved"
         )
 
 
 def _check_state_has_parameters(
     path: Path, params: dict[str, Tensor], saved_tensors: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """Check that all saved state, named PARAMETER.KEY, is of a parameter of the model. Errors: CheckpointError."""
+    """Check that every saved state PARAMETER.KEY belongs to a parameter of the model. Errors: CheckpointError."""
     for name in (*saved_tensors, *state["optimizer"]["state"]):
         if name.rpartition(".")[0] not in params:
-            raise CheckpointError(f"{path}: {name} is state of no parameter here; use the model it was saved with")
+            raise CheckpointError(
+                f"{path}: {name} belongs to a parameter that this model does not have; use the model it was saved with"
+            )
 
 
 def _make_optimizer_state(
     params: dict[str, Tensor], optimizer: torch.optim.Optimizer, saved_tensors: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """Give the optimizer the state that the checkpoint has: zeros for tensors, and the saved plain values.
+    """Give the optimizer every state that the checkpoint has: tensors of zeros, and the saved plain values.
 
-    Torch's optimizers make their state in the first step, and `read_checkpoint` only fills what exists.
+    Torch's optimizers create their state in the first step only, and `read_checkpoint` fills only tensors that exist.
     """
     optimizer.state.clear()
     for name, entry in saved_tensors.items():
-        parameter, _, key = name.rpartition(".")
-        param = params[parameter]
+        param_name, _, key = name.rpartition(".")
+        param = params[param_name]
         shape, dtype = entry["shape"], DTYPE_OF_NAME[entry["dtype"]]
         if shape and list(param.shape) == shape:
-            zeros = torch.zeros_like(param, dtype=dtype)  # on its device, and sharded as it is
+            zeros = torch.zeros_like(param, dtype=dtype)  # on the parameter's device, and sharded like it
         else:
-            zeros = torch.zeros(shape, dtype=dtype)  # such as a step count
+            zeros = torch.zeros(shape, dtype=dtype)  # not one value for each weight: for example a step count
         optimizer.state[param][key] = zeros
     for name, value in state["optimizer"]["state"].items():
-        parameter, _, key = name.rpartition(".")
-        optimizer.state[params[parameter]][key] = value
+        param_name, _, key = name.rpartition(".")
+        optimizer.state[params[param_name]][key] = value

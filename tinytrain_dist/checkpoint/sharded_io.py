@@ -1,7 +1,7 @@
 """Write and read one checkpoint folder with all ranks.
 
-Must not know the loop. Rank 0 alone creates the folder and commits it. Tensors are whole on disk, so that any number of
-ranks in any mode can read them. No rank holds more than its shards and a few chunks.
+Rank 0 alone creates the folder and commits it. Tensors are whole on disk, so that any number of ranks in any mode can
+read them. No rank ever holds more than its shards and a few chunks. Must not know the training loop.
 """
 
 from __future__ import annotations
@@ -49,67 +49,74 @@ def write_checkpoint(
 ) -> None:
     """Write one complete checkpoint folder. A collective over `group`: each rank sends its rows to the writers.
 
-    Rank 0 makes the folder, writes what is not a tensor, and commits.
+    Rank 0 makes the folder, writes everything that is not a tensor, and commits.
 
     Args:
-        path: the folder, which must not exist; it is written beside as NAME.tmp
-        shards: what this rank has of the tensors, by kind, as `collect_shards` returns it
+        path: the folder, which must not exist; until the commit it is named NAME.tmp
+        shards: this rank's shards, by kind, as `collect_shards` returns them
         state: the content of trainer_state.json
         extra_files: content of further files, by name; only rank 0's are written
         max_shard_bytes: size at which a new file of tensors begins, as given to `collect_shards`
         group: the process group; None for the default one
-        manifest: an empty one, which tells from outside which file this rank is writing
+        manifest: an empty manifest to fill (None: a new one). While this runs, another thread can read from its
+            `files_in_progress` which file this rank is writing.
         permit: called by rank 0 before it makes the folder and before it commits; raises TrainingError to forbid it
 
-    Errors, on every rank, after which nothing is left behind: CheckpointError if `path` exists or a value is not
-    finite; a writer's OSError. After a TrainingError of `permit` nothing is touched any more.
+    Errors, on every rank:
+
+    * CheckpointError if `path` exists or a value is not finite, and OSError if a writer's disk fails. The incomplete
+      folder is then deleted.
+    * TrainingError if `permit` raises it. Nothing is changed on disk after that.
     """
-    aside = path.with_name(path.name + TEMPORARY_SUFFIX)
-    main = collectives.is_main_rank()
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    is_main = collectives.is_main_rank()
     manifest = Manifest() if manifest is None else manifest
     specs = {
         kind: [TensorSpec(shard.name, shard.shape, shard.dtype, shard.must_be_finite) for shard in shards_of_kind]
         for kind, shards_of_kind in shards.items()
     }
 
-    def complete(manifests: list[Manifest]) -> None:
+    def finish_and_commit(manifests: list[Manifest]) -> None:
         manifest.files, manifest.tensors = _merge(manifests, specs)
         for kind in specs:
-            write_index(aside, kind, specs[kind], max_shard_bytes, manifest)
+            write_index(temporary, kind, specs[kind], max_shard_bytes, manifest)
         for name, data in (extra_files or {}).items():
-            write_file(aside, name, data, manifest)
-        write_json_file(aside, TRAINER_STATE_FILE, state, manifest)
+            write_file(temporary, name, data, manifest)
+        write_json_file(temporary, TRAINER_STATE_FILE, state, manifest)
         permit()
-        commit_folder(aside, path, manifest)
+        commit_folder(temporary, path, manifest)
 
     try:
-        collectives.run_on_all_ranks(lambda: permit() if main else None, group)
-        collectives.run_on_all_ranks(lambda: _make_folder(path, aside) if main else None, group)
-        _write_my_files(aside, shards, specs, max_shard_bytes, group, manifest)
+        collectives.run_on_all_ranks(lambda: permit() if is_main else None, group)
+        collectives.run_on_all_ranks(lambda: _make_folder(path, temporary) if is_main else None, group)
+        _write_own_files(temporary, shards, specs, max_shard_bytes, group, manifest)
         manifests = collectives.all_gather_object(manifest, group)
-        collectives.run_on_all_ranks(lambda: complete(manifests) if main else None, group)
+        collectives.run_on_all_ranks(lambda: finish_and_commit(manifests) if is_main else None, group)
     except (OSError, CheckpointError):
-        if main:
-            shutil.rmtree(aside, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _make_folder(path: Path, aside: Path) -> None:
+def _make_folder(path: Path, temporary: Path) -> None:
     if path.exists():
         raise CheckpointError(f"{path}: exists already and is not replaced; give another path or delete it")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
-def _write_my_files(
-    aside: Path,
+def _write_own_files(
+    temporary: Path,
     shards: ShardsByKind,
     specs: dict[str, list[TensorSpec]],
     max_bytes: int,
     group: Group | None,
     manifest: Manifest,
 ) -> None:
-    """Write this rank's files, and send the other writers this rank's rows of theirs; record what was written."""
+    """Write the files that are assigned to this rank, and send this rank's rows of all other files to their writers.
+
+    Records in the manifest what was written.
+    """
     rank = collectives.get_rank()
     all_shards = list(itertools.chain(*shards.values()))
     chunks = shard_transfer.recv_shards(all_shards, CHUNKS_IN_FLIGHT, CHUNK_BYTES, group)
@@ -117,12 +124,12 @@ def _write_my_files(
 
     def write() -> None:
         try:
-            _wait_for_folder(aside)
+            _wait_for_folder(temporary)
             for kind, shards_of_kind in shards.items():
                 mine = {spec for spec, shard in zip(specs[kind], shards_of_kind, strict=True) if shard.writer == rank}
-                write_tensors(aside, kind, specs[kind], chunks, max_bytes, manifest, mine.__contains__)
+                write_tensors(temporary, kind, specs[kind], chunks, max_bytes, manifest, mine.__contains__)
         finally:
-            # After an error the other ranks still send: receive everything, or they wait forever.
+            # After an error here, the other ranks still send. Receive everything, or they wait forever.
             deque(chunks, maxlen=0)
             shard_transfer.wait_for_sends(sends)
 
@@ -130,14 +137,14 @@ def _write_my_files(
 
 
 def _wait_for_folder(folder: Path, seconds: float = 60.0) -> None:
-    """Wait until the folder is visible: a shared file system may show a new folder to other hosts late."""
+    """Wait until the folder is visible. A shared file system may show a new folder to other hosts late."""
     deadline = time.monotonic() + seconds
     while not folder.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _merge(manifests: list[Manifest], specs: dict[str, list[TensorSpec]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the entries of all files by name, and of all tensors in the order of `specs`, from all ranks."""
+    """Merge the manifests of all ranks; return the files' entries by name, and the tensors' in the order of `specs`."""
     files: dict[str, Any] = {}
     tensors: dict[str, dict[str, Any]] = {kind: {} for kind in specs}
     for manifest in manifests:
@@ -149,11 +156,11 @@ def _merge(manifests: list[Manifest], specs: dict[str, list[TensorSpec]]) -> tup
 
 
 def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Fill model and optimizer from a folder, each rank its own rows, and return the saved trainer_state.json.
+    """Load a folder into model and optimizer, each rank its own rows, and return the saved trainer_state.json.
 
-    The optimizer's state must exist already (AdamW.materialize). optimizer: None to load only the model. Errors:
-    CheckpointError naming what is missing, surplus, or of another shape or type, with both sides; nothing has been
-    changed then.
+    optimizer: its state must exist already (AdamW.materialize); None to load only the model.
+    Errors: CheckpointError naming the tensors that are missing, surplus, or of another shape or type, with the saved
+    and the present shape and type. Nothing has been changed then.
     """
     manifest = read_manifest(path)
     state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
@@ -170,11 +177,13 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def check_same_tensors(path: Path, kind: str, saved: dict[str, Any], wanted: dict[str, Tensor]) -> None:
     """Check that names, shapes and types are the same.
 
-    `saved`: entries of the manifest by name; `wanted`: the tensors to fill. Errors: CheckpointError that lists the
-    first ten differences with both sides.
+    `saved`: the manifest's entries, by name. `wanted`: the tensors to fill. Errors: CheckpointError that lists the
+    first ten differences, with the saved and the present shape and type.
     """
     problems = [f"{name}: is missing" for name in wanted if name not in saved]
-    problems += [f"{name}: is in the checkpoint, but the {kind} has none" for name in saved if name not in wanted]
+    problems += [
+        f"{name}: is in the checkpoint, but the {kind} has no such tensor" for name in saved if name not in wanted
+    ]
     for name in saved.keys() & wanted.keys():
         saved_shape, saved_dtype = saved[name]["shape"], saved[name]["dtype"]
         shape, dtype = list(wanted[name].shape), NAME_OF_DTYPE[wanted[name].dtype]
@@ -188,7 +197,7 @@ def check_same_tensors(path: Path, kind: str, saved: dict[str, Any], wanted: dic
 
 @torch.no_grad()
 def load_tensors(reader: TensorReader, tensors: dict[str, Tensor]) -> None:
-    """Read this rank's rows of each tensor from disk into its memory."""
+    """Read this rank's rows of each tensor from disk into the tensor."""
     wanted: list[tuple[Tensor, str, int]] = []
     for name, tensor in tensors.items():
         rows = local_tensor(tensor)

@@ -1,6 +1,6 @@
 """Collect what is saved of a model and an optimizer: tensors by name, plain values, and this rank's shards.
 
-Must not know files or folders beyond their maximum size. Works with any module and any torch optimizer.
+Works with any module and any torch optimizer. Must not know files or folders, except the maximum size of a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ShardsByKind = dict[str, list[TensorShard]]  # by kind: "model", "optimizer"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and saved buffers by original name; a tensor with two names (tied weights) appears once.
+    """Return parameters and saved buffers by original name. A tensor with two names (tied weights) appears only once.
 
     Errors: CheckpointError for module state that is not a tensor.
     """
@@ -30,7 +30,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, value in unwrap(model).state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name}: is {type(value).__name__}, but only tensors can be saved; make it a buffer")
+            raise CheckpointError(
+                f"{name}: is of type {type(value).__name__}, but only tensors can be saved; make it a buffer"
+            )
         if id(value) not in seen:
             seen.add(id(value))
             tensors[original_name(name)] = value
@@ -38,11 +40,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state as tensors named PARAMETER.KEY, and the rest of it as plain values.
+    """Return the optimizer's state: its tensors by the name PARAMETER.KEY, and everything else as plain values.
 
     The plain values are {"state": numbers by PARAMETER.KEY, "param_groups": the settings of each group and the names
-    of its parameters}. Errors: CheckpointError for a parameter that is not the model's or a state that is neither
-    tensor nor number.
+    of its parameters}. Errors: CheckpointError if a parameter is not the model's, or if a state is neither a tensor nor
+    a number.
     """
     names = {id(param): name for name, param in model_tensors(model).items()}
     tensors: dict[str, Tensor] = {}
@@ -51,7 +53,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     for group in optimizer.param_groups:
         unknown = [param for param in group["params"] if id(param) not in names]
         if unknown:
-            raise CheckpointError(f"the optimizer holds a parameter {list(unknown[0].shape)} that is not the model's")
+            raise CheckpointError(
+                f"the optimizer holds a parameter of shape {list(unknown[0].shape)} that is not the model's; build it "
+                "from the parameters of this model"
+            )
         groups.append(_group_settings(group, names))
         for param in group["params"]:
             for key, value in optimizer.state.get(param, {}).items():
@@ -66,7 +71,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 
 
 def _group_settings(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    """Return a parameter group as JSON can hold it. `names`: the name of each parameter by its id()."""
+    """Return a parameter group in a form that JSON can hold. `names`: the name of each parameter, by its id()."""
     settings: dict[str, Any] = {}
     for key, value in group.items():
         if key != "params":
@@ -75,19 +80,19 @@ def _group_settings(group: dict[str, Any], names: dict[int, str]) -> dict[str, A
     return settings
 
 
-@torch.no_grad()  # otherwise to_local records itself for autograd, which takes longer than all the rest
+@torch.no_grad()  # otherwise autograd records each to_local, which takes longer than everything else here
 def collect_shards(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, max_shard_bytes: int = MAX_FILE_BYTES, writers: int = 1
 ) -> tuple[ShardsByKind, dict[str, Any]]:
-    """Return this rank's shards of everything that is saved, without a copy, and the optimizer's plain values.
+    """Return this rank's shards of everything that is saved, without copying, and the optimizer's plain values.
 
     Args:
         model: the model, in its wrappers
         optimizer: its optimizer; None to save only the model
-        max_shard_bytes: size at which a new file begins; must be the one given to `write_checkpoint`
-        writers: number of ranks that write; whole files are assigned to them in turn
+        max_shard_bytes: size at which a new file begins; `write_checkpoint` must get the same value
+        writers: number of ranks that write; each file is assigned to one of them in turn
 
-    Errors: CheckpointError for a type that cannot be saved, and as `model_tensors` and `optimizer_tensors`.
+    Errors: CheckpointError for a type that cannot be saved, and the errors of `model_tensors` and `optimizer_tensors`.
     """
     kinds = {"model": model_tensors(model)}
     values: dict[str, Any] = {}
@@ -108,6 +113,6 @@ def collect_shards(
 
 def _shard_to_save(kind: str, name: str, tensor: Tensor, writer: int) -> TensorShard:
     if tensor.dtype not in NAME_OF_DTYPE:
-        raise CheckpointError(f"{name}: is {tensor.dtype}, which cannot be saved; make it real numbers")
+        raise CheckpointError(f"{name}: is {tensor.dtype}, which cannot be saved; convert it to real numbers")
     must_be_finite = kind == "optimizer" or isinstance(tensor, nn.Parameter)  # a buffer may hold masks of -inf
     return replace(shard_of(name, tensor, writer), must_be_finite=must_be_finite)

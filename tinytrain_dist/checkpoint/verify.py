@@ -1,7 +1,7 @@
 """Find damage in a folder: read every byte and compare it with the manifest.
 
-Must not know ranks or models. Whoever calls it decides what damage means. A check can be divided into shares, so that
-each rank reads one of them.
+The caller decides what to do about damage. A check can be divided into shares, so that each rank reads only one of
+them. Must not know ranks or models.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tinytrain_dist.utils.regular_files import open_regular
 def find_damage(folder: Path, files: Iterable[str] | None = None, part: int = 0, parts: int = 1) -> list[str]:
     """Read every byte and return a sentence for each difference from the manifest; empty if nothing is damaged.
 
-    Values that are not finite, where the manifest does not allow it, are damage as well.
+    A value that is not finite is damage as well, unless the manifest allows it.
 
     Args:
-        folder: a folder with a manifest; where the manifest itself is missing or damaged, that is the only sentence
+        folder: a folder with a manifest; if the manifest itself is missing or damaged, only this is returned
         files: names of the files to read, instead of all
-        part: with `parts` > 1, which of `parts` shares of about equal bytes to read; together they cover every byte
-        parts: number of shares
+        part: index of the share to read, 0 .. parts - 1
+        parts: number of shares, of about equal size; together they cover every byte
     """
     try:
         manifest = read_manifest(folder)
@@ -72,7 +72,7 @@ class _ByteRange:
         bytes_left = self.nbytes
         with open_regular(self.path) as file:
             if hasattr(os, "posix_fadvise"):
-                # Linux then reads further ahead while this thread hashes.
+                # Linux then reads further ahead, while this thread hashes.
                 # measured (2-core x86 VM, 2026-11-25), one tensor: with 1.2 GB/s, without 1.1 GB/s
                 os.posix_fadvise(file.fileno(), self.start, self.nbytes, os.POSIX_FADV_SEQUENTIAL)
             file.seek(self.start)
@@ -85,19 +85,19 @@ class _ByteRange:
                     finite = all_finite(torch.frombuffer(block, dtype=self.finite_dtype))
         if digest.hexdigest() != self.digest:
             return f"{name} has {self.hashed} {digest.hexdigest()[:12]}..., but {self.digest[:12]}... was written"
-        return "" if finite else f"{name} is not finite, although nothing was damaged after it was written"
+        return "" if finite else f"{name} is not finite, and was not when it was written"
 
 
 def _ranges_of_file(path: Path, manifest: Manifest) -> tuple[list[_ByteRange], str]:
-    """Return the ranges of a file that have digests, and what is wrong with its size or its header (or "").
+    """Return the ranges of a file that have digests, and what is wrong with its size or header ("" if nothing is).
 
-    Errors: OSError if it cannot be read.
+    Errors: OSError if the file cannot be read.
     """
     entry = manifest.files[path.name]
     hashed = manifest.hashed
     size = path.stat().st_size
     if size != entry["bytes"]:
-        return [], f"{path}: has {size:,} bytes, but {entry['bytes']:,} were written"
+        return [], f"{path}: has {size:,} bytes, but {entry['bytes']:,} bytes were written"
     if hashed in entry:  # one digest of the whole file
         return [_ByteRange(path, 0, size, hashed, entry[hashed])], ""
     with open_regular(path) as file:
@@ -114,22 +114,23 @@ def _ranges_of_file(path: Path, manifest: Manifest) -> tuple[list[_ByteRange], s
         ranges.append(_ByteRange(path, start, nbytes, hashed, tensor[hashed], name, finite_dtype))
         start += nbytes
     intact = file_digest(header, entry["tensors"], tensors, hashed) == entry[f"{hashed}_of_digests"]
-    return ranges, "" if intact else f"{path}: its header is not what was written"
+    return ranges, "" if intact else f"{path}: its header differs from what was written"
 
 
 def _share(ranges: list[_ByteRange], part: int, parts: int) -> list[_ByteRange]:
-    """Return the ranges of one share: those whose first byte, counted over all ranges, lies in it."""
+    """Return the ranges that belong to one share: those whose first byte, counted over all ranges, lies in it."""
     ends = list(itertools.accumulate(item.nbytes for item in ranges))
+    starts = [end - item.nbytes for item, end in zip(ranges, ends, strict=True)]
     total = 1 + (ends[-1] if ends else 0)  # one more, so that an empty range at the end lies in the last share
-    return [item for item, end in zip(ranges, ends, strict=True) if (end - item.nbytes) * parts // total == part]
+    return [item for item, start in zip(ranges, starts, strict=True) if start * parts // total == part]
 
 
 def _check_ranges(ranges: list[_ByteRange]) -> list[str]:
-    """Return the problem of each range, "" for intact ones. One thread reads while another one hashes."""
+    """Return the problem of each range ("" if it is intact). One thread reads while another one hashes."""
     buffers = deque(bytearray(HASH_BLOCK_BYTES) for _ in range(THREADS_PER_RANK))
 
     def check(item: _ByteRange) -> str:
-        buffer = buffers.pop()  # there are as many as threads
+        buffer = buffers.pop()  # there is one for each thread
         try:
             return item.problem(buffer)
         except OSError as error:
@@ -137,7 +138,7 @@ def _check_ranges(ranges: list[_ByteRange]) -> list[str]:
         finally:
             buffers.append(buffer)
 
-    with ThreadPoolExecutor(THREADS_PER_RANK) as pool:  # hashing releases Python's lock
+    with ThreadPoolExecutor(THREADS_PER_RANK) as pool:  # hashing releases the GIL
         return list(pool.map(check, ranges))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import tyro
 from rich.text import Text
 
-from tinytrain_dist.checkpoint.discovery import quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import present_rules, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
@@ -23,6 +24,7 @@ from tinytrain_dist.config.run_folder import (
     TEMPORARY_SUFFIX,
     Record,
     RunFolder,
+    checkpoint_name,
     checkpoint_step,
     is_checkpoint,
     name_suffix,
@@ -64,7 +66,8 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
         return
     records = read_records(run.records) if run.records.is_file() else []
     evaluations = {record["step"]: record["loss"] for record in records if record["kind"] == "eval"}
-    table = new_table("step", "age", "size", "eval loss", "valid<", "folder<")
+    reasons = _reasons_to_stay(run, folders)
+    table = new_table("step", "age", "size", "eval loss", "valid<", "folder<", "stays because of<")
     for path in folders:
         manifest = path / MANIFEST_FILE  # written last
         written = manifest if manifest.exists() else path
@@ -72,8 +75,18 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
         size = format_bytes(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         step = checkpoint_step(path)
         shown_step = "" if step < 0 else str(step)
-        table.add_row(shown_step, age, size, _eval_loss(path, evaluations), _validity(path, full), path.name)
+        validity, reason = _validity(path, full), reasons.get(path, "")
+        table.add_row(shown_step, age, size, _eval_loss(path, evaluations), validity, path.name, reason)
     print_table(table)
+
+
+def _reasons_to_stay(run: RunFolder, folders: list[Path]) -> dict[Path, str]:
+    """Return what keeps each checkpoint of a run; "" where nothing does, so that the next save removes it."""
+    settings = read_settings(run.folder)
+    prefix = settings.get("ckpt_save_prefix", "")
+    paths = [path for path in folders if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    found = [read_committed_checkpoint(path) for path in paths]
+    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings)), strict=True)) if found else {}
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:

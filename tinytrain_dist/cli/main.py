@@ -21,6 +21,7 @@ VERBS = {
     "doctor": ("tinytrain_dist.cli.doctor:main", "find problems on this machine, or on all nodes together"),
     "status": ("tinytrain_dist.cli.status:main", "show what a run is doing, or why it stopped"),
     "ls": ("tinytrain_dist.cli.ls:main", "list the checkpoints of a run, or the runs in a folder"),
+    "prune": ("tinytrain_dist.cli.prune:main", "remove checkpoints that only earlier settings of a run keep"),
     "plot": ("tinytrain_dist.cli.plot:main", "draw the loss curves of runs"),
     "sample": ("tinytrain_dist.cli.sample:main", "generate text with a trained model"),
     "export": ("tinytrain_dist.cli.export:main", "write weights as a Hugging Face folder"),

@@ -14,6 +14,7 @@ Only `requeues` is named in `slurm/train.sbatch`, because no other program reads
       submitted/1/                       launch/submit.py: code, configuration and script of the first submitted job
       logs/                              log_dir; heartbeat, stacks and ending.json are in RUN/logs in any case
         metrics.jsonl                    the records; named by log_save_prefix
+        metrics.replaced.jsonl           records that a resume from an earlier step has replaced
         events.out.tfevents.*            TensorBoard
         profile/                         traces of profiled steps
         heartbeat/rank-00000.json        what each rank does, for the others and for `tinytrain status`
@@ -26,8 +27,10 @@ Only `requeues` is named in `slurm/train.sbatch`, because no other program reads
           model-*, optimizer-*           tensors, with an index each
           trainer_state.json             step, configuration, data, metrics
           manifest.json                  sizes and digests of all files and tensors; written last
+          kept.json                      why it stays, where that was decided after it was written
         checkpoint-00002000.tmp/         a checkpoint that is being written, or was when its writer died
         checkpoint-00000500.damaged/     a checkpoint that did not verify; a second one is NAME.damaged-2
+        checkpoint-00000700.diverged/    a checkpoint that was saved while the run diverged
 
 Must not know torch, nor the configuration's schema: looking at a run must work when its settings do not.
 """
@@ -61,14 +64,17 @@ HEARTBEAT_FOLDER = "heartbeat"
 STACKS_FOLDER = "stacks"
 ABORT_FILE = "ending.json"
 DEFAULT_RECORDS_PREFIX = "metrics"
+REPLACED_SUFFIX = ".replaced.jsonl"  # in place of .jsonl
 
 # In each checkpoint.
 MANIFEST_FILE = "manifest.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+KEPT_FILE = "kept.json"
 
 # After the name of a checkpoint.
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
+DIVERGED_SUFFIX = ".diverged"
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, also with a suffix
 RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)  # any of them: a run

@@ -1,4 +1,6 @@
-"""Token files as a source of training windows: which windows a step draws, and reading them ahead.
+"""Draw training windows from token files, and read them ahead.
 
-Read `sampling.py` first, then `token_dataset.py` and `batches.py`. `preparation/` makes token files from text.
+Reading order: `sampling.py`, which defines the terms, then `token_file.py`, `token_dataset.py` and `batches.py`.
+`token_bytes.py` serves evaluation, and `stored_tokenizer.py` checks the tokenizer beside token files. `preparation/`
+makes token files from text.
 """

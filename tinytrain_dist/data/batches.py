@@ -1,4 +1,4 @@
-"""Make batches: random windows for own loops, reading ahead in a thread, and cutting into micro-batches."""
+"""Make batches: draw random windows for users' own loops, read ahead in a thread, and cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.data.sampling import window_starts
-from tinytrain_dist.data.token_dataset import Tokens, num_windows, read_windows
+from tinytrain_dist.data.token_file import Tokens, num_windows, read_windows
 
 
 def get_batch(
@@ -25,12 +25,17 @@ def get_batch(
     step: int = 0,
     slots: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Random windows of `data` and the same windows one token later: two int64 tensors [batch_size, context_len].
+    """Return random windows of `data` and their targets: (ids, targets), both int64 [batch_size, context_len].
 
-    Every window can be drawn, also the one that ends with the last token. By default each call of each process draws
-    from fresh entropy, so ranks never share a batch by accident. `rng` makes the draw repeatable; `seed` (with `step`,
-    and `slots` of the global batch, default 0 .. batch_size - 1) makes it the trainer's own draw.
-    Errors: DataError if there are fewer than context_len + 1 tokens.
+    The targets are the same windows one token later. Every window can be drawn, also the one that ends with the last
+    token of `data`. How windows are drawn:
+
+    * By default from fresh entropy in each call of each process, so no two ranks share a batch by accident.
+    * With `rng` the draw is repeatable.
+    * With `seed` it is the trainer's own draw, for `step` and the sample slots `slots` of the global batch (default:
+      0 .. batch_size - 1).
+
+    Errors: DataError if `data` has fewer than context_len + 1 tokens.
     """
     windows = num_windows(data, context_len, "get_batch: data")
     if seed is not None:
@@ -45,42 +50,53 @@ def get_batch(
 
 
 class Prefetcher:
-    """Runs `make(step)` for step, step + 1, ... in one thread, at most `depth` ahead, and hands the results out."""
+    """Make the batches of the next steps in a thread while the current step runs.
 
-    def __init__(self, make: Callable[[int], Tensor], first_step: int, depth: int = 2) -> None:
-        """`make` must be a pure function of the step: what is thrown away by `close` is made again after a resume."""
+    The thread calls make_batch(step) for step, step + 1, ... and stays at most `depth` batches ahead of `get`.
+    """
+
+    def __init__(self, make_batch: Callable[[int], Tensor], first_step: int, depth: int = 2) -> None:
+        """Start the thread.
+
+        make_batch: must be a pure function of the step. Batches that `close` discards are made again after a resume.
+        """
         self._ready: queue.Queue[tuple[int, Tensor | BaseException]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make, first_step), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(make_batch, first_step), name="prefetch", daemon=True)
         self._thread.start()
 
-    def _run(self, make: Callable[[int], Tensor], step: int) -> None:
+    def _run(self, make_batch: Callable[[int], Tensor], step: int) -> None:
         while not self._stop.is_set():
             try:
-                item: Tensor | BaseException = make(step)
+                batch_or_error: Tensor | BaseException = make_batch(step)
             except BaseException as error:
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._ready.put((step, item), timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
+                batch_or_error = error  # raised by `get`, in the thread that trains
+            self._put(step, batch_or_error)
+            if isinstance(batch_or_error, BaseException):
                 return
             step += 1
 
+    def _put(self, step: int, batch_or_error: Tensor | BaseException) -> None:
+        """Put an item into the queue, waiting until there is room or until `close` is called."""
+        while not self._stop.is_set():
+            try:
+                self._ready.put((step, batch_or_error), timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
     def get(self, step: int) -> Tensor:
-        """Return the batch of `step`; steps must be requested in order. Errors: whatever `make` raised."""
-        ready, item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put((ready, item))  # the thread has ended: every later call gets the same error
-            raise item
-        assert ready == step, f"asked for step {step}, have {ready}"
-        return item
+        """Return the batch of `step`; steps must be requested in order. Errors: whatever `make_batch` raised."""
+        ready_step, batch_or_error = self._ready.get()
+        if isinstance(batch_or_error, BaseException):
+            # The thread has ended, so put the error back: every later call must raise it too instead of waiting.
+            self._ready.put((ready_step, batch_or_error))
+            raise batch_or_error
+        assert ready_step == step, f"asked for step {step}, have {ready_step}"
+        return batch_or_error
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and discard the batches that it has made."""
         self._stop.set()
         while not self._ready.empty():
             self._ready.get_nowait()
@@ -88,8 +104,12 @@ class Prefetcher:
 
 
 def split_micro_batches(rows: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut [n, context_len + 1] rows into (ids, targets) of micro_batch_size rows each, int64 on the device."""
-    rows = rows.to(device, non_blocking=True)  # 32-bit ids over the bus, widened there
-    for piece in rows.split(micro_batch_size):
-        wide = piece.long()
-        yield wide[:, :-1], wide[:, 1:]
+    """Yield (ids, targets) of micro_batch_size rows each, both int64 [micro_batch_size, context_len] on the device.
+
+    rows: windows with the token after each, [n, context_len + 1], of any integer type.
+    """
+    # Widened on the device: IDs of 32 bits take half as long over the bus as those of 64.
+    rows = rows.to(device, non_blocking=True)
+    for micro_batch in rows.split(micro_batch_size):
+        ids_and_next = micro_batch.long()
+        yield ids_and_next[:, :-1], ids_and_next[:, 1:]

@@ -1,10 +1,11 @@
 """Ranks, meshes and collectives: the only package that calls torch.distributed.
 
-Own training loops start with `init_distributed` and end with `shutdown`; both are loaded on first use, so that a login
-node can read a batch plan without importing torch. `start` and `close` are their names before version 0.1.
+A training loop of your own starts with `init_distributed` and ends with `shutdown`. Both are imported on first use, so
+that a login node can compute a batch plan without importing torch. `start` and `close` are their old names, from before
+version 0.1.
 
-Reading order: `parallel_dims` and `batch_plan` (arithmetic without torch), `network` and `rendezvous` (before there is
-a process group), `context`, `collectives`, `dtensor`, `shard_transfer`, `fake_backend`, `torch_internals`.
+Reading order: `parallel_dims` and `batch_plan` (arithmetic without torch), `network` and `rendezvous` (used before a
+process group exists), `context`, `collectives`, `dtensor`, `shard_transfer`, `fake_backend`, `torch_internals`.
 """
 
 from __future__ import annotations

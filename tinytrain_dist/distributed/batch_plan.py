@@ -1,4 +1,4 @@
-"""Cut the global batch of a step: which micro-batches and sample slots each rank computes.
+"""Divide the global batch of a step: decide which micro-batches and sample slots each rank computes.
 
 Must not know torch or which rank it runs on: every rank, and a login node, computes the same plan.
 """
@@ -15,7 +15,7 @@ from tinytrain_dist.utils.text import format_list
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch is cut: batch_size = micro_batch_size x ranks x accumulation_steps.
+    """How the global batch is divided: batch_size = micro_batch_size x ranks x accumulation_steps.
 
     * `batch_size`: sequences in one step over all ranks. Each has a sample slot, 0 .. batch_size - 1.
     * `micro_batch_size`: sequences in one forward pass. Slot s belongs to micro-batch s // micro_batch_size.
@@ -31,7 +31,10 @@ class BatchPlan:
 
     @classmethod
     def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlan:
-        """Return the plan of a configuration on a mesh. Errors: ConfigError listing the sizes that divide."""
+        """Return the plan for a configuration on a mesh.
+
+        Errors: ConfigError if the batch cannot be divided evenly. It lists the sizes that can be used.
+        """
         ranks = dims.replicate * dims.shard
         micro_batch_size = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
         _check_divides(config, micro_batch_size, ranks)
@@ -62,11 +65,12 @@ class BatchPlan:
     def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
         """Return which micro-batch of the global batch a rank computes, 0 .. num_micro_batches - 1.
 
-        `replica`, `shard`: the rank's place on the mesh. `micro_step`: 0 .. accumulation_steps - 1. One formula serves
-        every mode:
+        `replica`, `shard`: the rank's coordinates on the mesh. `micro_step`: 0 .. accumulation_steps - 1. The formula
+        is the same in every mode:
 
-        * In each micro-step the ranks of a replica have neighbouring micro-batches; FSDP reduces over them.
-        * Over a step, a replica has a contiguous run of micro-batches; DDP reduces once at the end.
+        * In a micro-step, the ranks of a replica compute consecutive micro-batches. FSDP sums their gradients.
+        * Over a whole step, a replica computes a contiguous range of micro-batches. DDP sums the replicas' gradients
+          once, at the end.
         """
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard
 
@@ -82,14 +86,17 @@ class BatchPlan:
 
 
 def possible_micro_batch_sizes(config: TrainingConfig, dims: ParallelDims) -> list[int]:
-    """Return every micro_batch_size that divides on this mesh, smallest first. Errors: ConfigError if there is none."""
+    """Return every micro_batch_size that divides the batch evenly on this mesh, smallest first.
+
+    Errors: ConfigError if there is none.
+    """
     # without a micro_batch_size, a rank computes its whole part of the batch in one pass
     largest = BatchPlan.make(replace(config, micro_batch_size=None), dims).micro_batch_size
     return [size for size in range(1, largest + 1) if largest % size == 0]
 
 
 def _check_divides(config: TrainingConfig, micro_batch_size: int, ranks: int) -> None:
-    """Check that the batch is a whole number of micro-batches on each rank. Errors: ConfigError."""
+    """Check that every rank gets the same whole number of micro-batches. Errors: ConfigError."""
     sequences_per_pass = micro_batch_size * ranks  # over all ranks
     if config.batch_size % sequences_per_pass == 0:
         return
@@ -105,9 +112,9 @@ def _check_divides(config: TrainingConfig, micro_batch_size: int, ranks: int) ->
 
 
 def _check_power_of_two(config: TrainingConfig, micro_batch_size: int) -> None:
-    """Check the number of micro-batches. Errors: ConfigError if it is not a power of two.
+    """Check that the number of micro-batches is a power of two. Errors: ConfigError.
 
-    The number of ranks divides it, and is then a power of two as well.
+    The number of ranks divides the number of micro-batches, so it is then a power of two as well.
     """
     num_micro_batches = config.batch_size // micro_batch_size
     if _is_power_of_two(num_micro_batches):
@@ -115,7 +122,7 @@ def _check_power_of_two(config: TrainingConfig, micro_batch_size: int) -> None:
     sizes = [size for size in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / size)]
     raise ConfigError(
         f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro_batch_size} = {num_micro_batches} is "
-        "not a power of two, so no tree of sums fits every number of ranks; possible: micro_batch_size "
+        "not a power of two, which the binary tree of gradient sums requires; possible: micro_batch_size "
         f"{format_list(sizes)}"
     )
 

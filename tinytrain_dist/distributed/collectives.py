@@ -1,7 +1,7 @@
-"""Communicate between ranks: Python values, errors and tensors.
+"""Exchange Python values, errors and tensors between ranks.
 
 A function whose docstring says "A collective" must be called by every rank of its group, in the same order. `group` is
-a process group, None for all ranks. Must not know meshes, models or files.
+a process group (None: all ranks). Must not know meshes, models or files.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ def group_size(group: Group | None) -> int:
 
 
 def uses_gloo() -> bool:
-    """Return whether training's tensors travel over gloo, whose ring collectives are slow (see `all_gather`)."""
+    """Return whether training sends its tensors over gloo, whose ring collectives are slow (see `all_gather`)."""
     return dist.get_backend() == "gloo"
 
 
 def new_background_group() -> Group | None:
-    """Return a new group of all ranks for work beside training, over the CPU; None without a process group.
+    """Return a new gloo group of all ranks, for work that runs while training continues. A collective.
 
-    Its messages do not mix with those of training. A collective.
+    Its messages are separate from those of training. Returns None without a process group.
     """
     if not dist.is_initialized():
         return None
-    # torch's default is half an hour; a save may take longer, and ends the run only where a rank waits for it
+    # A save may take longer than torch's default timeout of half an hour, and must not end a run in which no rank waits
+    # for it.
     group: Group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return group
 
@@ -60,7 +61,7 @@ def new_background_group() -> Group | None:
 
 
 def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
-    """Return the values of all ranks, by rank; without a process group, a list of this one.
+    """Return the values of all ranks, by rank; without a process group, a list with `value` alone.
 
     A collective; blocks until every rank has called it. Values are pickled.
     """
@@ -72,7 +73,7 @@ def all_gather_object(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def raise_on_all_ranks(error: Exception | None, group: Group | None = None) -> None:
-    """Raise the error of the lowest rank that has one, on every rank; return if no rank has one.
+    """Raise the same error on every rank: that of the lowest rank that has one. Do nothing if no rank has one.
 
     A collective; blocks until every rank has called it with its own error or None.
     """
@@ -84,7 +85,8 @@ def raise_on_all_ranks(error: Exception | None, group: Group | None = None) -> N
 def run_on_all_ranks(action: Callable[[], T], group: Group | None = None) -> T:
     """Run `action` on every rank and return its result; if it fails on any rank, raise that error on all.
 
-    Catches TinytrainError and OSError, which users and files cause. A collective; blocks until every rank has run it.
+    Only TinytrainError and OSError are shared in this way: they report mistakes of users and problems with files. A
+    collective; blocks until every rank has run it.
     """
     result: list[T] = []
     error: Exception | None = None
@@ -100,7 +102,7 @@ def run_on_all_ranks(action: Callable[[], T], group: Group | None = None) -> T:
 
 
 class PendingMessages(dist.Work):
-    """Several messages in flight, as one handle."""
+    """One handle for several messages in flight."""
 
     def __init__(self, works: list[Any]) -> None:
         super().__init__()
@@ -118,9 +120,9 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
-    """Send part i of `input` to rank i of the group, which stores it as part (this rank's index) of its `output`.
+    """Send part i of `input` to rank i of the group, and write what rank i sends to this rank into part i of `output`.
 
-    Both have the same number of elements, a multiple of the group's size; parts are equal and along dim 0.
+    Both tensors have the same number of elements. Dim 0 of each is split into equal parts, one for each rank.
     A collective. Blocks if `wait`; else returns a handle with `wait()`, and both tensors must stay alive until then.
     """
     return dist.all_to_all_single(output, input, group=group, async_op=not wait)
@@ -129,13 +131,15 @@ def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = 
 def all_gather(output: Tensor, input: Tensor | None, group: Group | None, wait: bool = True) -> Any:
     """Copy every rank's `input` into its part of `output`, in the order of ranks.
 
-    `output`: contiguous, (group size) times the elements of `input`. `input`: over gloo only it may be None, if this
-    rank's part of `output` holds it already.
+    * `output`: contiguous, with (group size) times as many elements as `input`.
+    * `input`: over gloo it may be None, if this rank's part of `output` already holds its values.
+
     A collective. Blocks if `wait`; else returns a handle with `wait()`, and both tensors must stay alive until then.
     """
     if not uses_gloo():
         return all_gather_into(output, input, group, async_op=not wait)
-    # Each rank sends its part directly to every other rank: the same bytes as gloo's own all-gather, which is a ring.
+    # Each rank sends its part directly to every other rank. Gloo's own all-gather is a ring, which moves as many bytes
+    # but takes longer.
     # measured (2-core x86 VM, 2026-11-25): 40 MB on two ranks, ring 67 ms, direct 25 ms
     own_index = dist.get_rank(group)
     parts = output.view(group_size(group), -1)
@@ -149,9 +153,9 @@ def all_gather(output: Tensor, input: Tensor | None, group: Group | None, wait: 
 
 
 def all_reduce_async(tensor: Tensor, group: Group | None) -> torch.futures.Future[Tensor]:
-    """Start summing `tensor`, of any one shape, over the group in place; return a future that holds it when done.
+    """Start summing `tensor` over the group, in place; return a future whose value is `tensor` once it holds the sum.
 
-    A collective; does not block.
+    A collective, with tensors of the same shape on every rank; does not block.
     """
     work: Any = dist.all_reduce(tensor, group=group, async_op=True)
     summed: torch.futures.Future[Tensor] = work.get_future().then(lambda _: tensor)

@@ -1,7 +1,7 @@
 """Join the ranks of a launch, and describe this process's place among them.
 
-`init_distributed` is called once and returns a frozen `DistributedContext`, which other packages receive and whose
-methods they call. Must not know models, optimizers or files. `parallel_dims` says what replica, shard and axis mean.
+`init_distributed` is called once and returns a frozen `DistributedContext`. Other packages receive it and call
+its methods. `parallel_dims` defines the terms replica, shard and axis. Must not know models, optimizers or files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tinytrain_dist.distributed.torch_internals import flight_record as flight_r
 from tinytrain_dist.errors import ConfigError
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"  # the names of the mesh axes
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # exists where Linux supports them
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # exists if this Linux supports huge pages
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DistributedContext:
     * `launch_id`: random ID shared by all ranks of one launch; it changes on every restart.
     * `mesh`: the ranks as a (dp_replicate, dp_shard) grid; None before `with_mesh`.
     * `parallel_dims`: the sizes of that grid, the mode's name and why it was chosen; None before `with_mesh`.
-    * `timeout`: after how long a collective fails; None for torch's defaults.
+    * `timeout`: time after which a collective fails; None for torch's defaults.
     """
 
     rank: int
@@ -58,7 +58,7 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, which prints, and writes what is written once."""
+        """Return whether this is rank 0, which does what only one rank may do, such as printing."""
         return self.rank == 0
 
     @property
@@ -72,16 +72,16 @@ class DistributedContext:
         return self.rank % self.parallel_dims.shard if self.parallel_dims else 0
 
     def with_mesh(self, dims: ParallelDims) -> DistributedContext:
-        """Return this context on a (dp_replicate, dp_shard) mesh. A collective: every rank passes equal dimensions."""
+        """Return this context on a (dp_replicate, dp_shard) mesh. A collective: every rank passes equal `dims`."""
         mesh = init_device_mesh(self.device.type, (dims.replicate, dims.shard), mesh_dim_names=(REPLICATE, SHARD))
         if self.timeout is not None:
-            # torch gives the groups of a mesh ten minutes on NCCL, whatever init_process_group was told
+            # on NCCL, torch gives a mesh's groups a timeout of ten minutes, whatever init_process_group was given
             for axis in (REPLICATE, SHARD):
                 set_group_timeout(mesh.get_group(axis), self.timeout)
         return replace(self, mesh=mesh, parallel_dims=dims)
 
     def on_cpu(self) -> DistributedContext:
-        """Return the same ranks and groups with tensors on the CPU. Needs no communication."""
+        """Return this context with the CPU as its device, and the same ranks and groups. Needs no communication."""
         if self.mesh is None or self.device.type == "cpu":
             return replace(self, device=torch.device("cpu"))
         axes = (REPLICATE, SHARD)
@@ -90,14 +90,15 @@ class DistributedContext:
         return replace(self, device=torch.device("cpu"), mesh=mesh)
 
     def group(self, axis: str | None = None) -> Group | None:
-        """Return the process group of this rank along one axis of the mesh; None stands for all ranks."""
+        """Return the process group of this rank along one axis of the mesh (None: all ranks)."""
         assert axis is None or self.mesh is not None, "call with_mesh first"
         return None if axis is None or self.mesh is None else self.mesh.get_group(axis)
 
     def all_reduce_sum(self, tensor: Tensor, axis: str | None = None) -> Tensor:
-        """Sum `tensor`, of any one shape, over the ranks of an axis (None: all ranks) in place; return it.
+        """Sum `tensor` over the ranks of an axis (None: all ranks), in place, and return it.
 
-        A collective. Blocks for a tensor on the CPU; on a GPU the sum is only enqueued.
+        A collective, with tensors of the same shape on every rank. Blocks for a tensor on the CPU; on a GPU the sum is
+        only enqueued.
         """
         dist.all_reduce(tensor, group=self.group(axis))
         return tensor
@@ -107,10 +108,10 @@ class DistributedContext:
         return all_gather_object(value)
 
     def all_gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
-        """Return the numbers of all ranks, in float64: one row for each rank.
+        """Return the numbers of all ranks as float64: one row for each rank.
 
-        A collective, with equally many numbers on every rank; blocks until every rank has called it. Goes over the CPU
-        and pickles nothing.
+        A collective, with equally many numbers on every rank; blocks until every rank has called it. It sends a tensor
+        on the CPU, and pickles nothing.
         """
         gathered = torch.empty(self.world_size * len(values), dtype=torch.float64)
         all_gather(gathered, torch.tensor(values, dtype=torch.float64), None)
@@ -142,9 +143,9 @@ class DistributedContext:
         self.all_gather_object(None)
 
     def start_vote(self, flag: bool) -> Vote:
-        """Start a vote on whether any rank has raised `flag`. A collective; does not block, see `Vote`.
+        """Start a vote on whether `flag` is True on any rank. A collective; does not block, see `Vote`.
 
-        It goes over the CPU in the background, so that no rank waits for its device.
+        The vote runs on the CPU in the background, so that no rank waits for its device.
         """
         ballot = torch.tensor([int(flag)], dtype=torch.int32)
         return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
@@ -152,24 +153,24 @@ class DistributedContext:
     def any_rank(self, flag: bool) -> bool:
         """Return True on every rank if any rank passes True. A collective; blocks until every rank has called it.
 
-        This and `start_vote` are the only ways to decide something that binds all ranks.
+        Use only this and `start_vote` for a decision that all ranks must share.
         """
         return self.start_vote(flag).result()
 
 
 @dataclass
 class Vote:
-    """A vote of all ranks in progress.
+    """A vote that `DistributedContext.start_vote` has started.
 
-    `ballot`: int32 [1], first this rank's flag, in the end the maximum over all ranks. `work`: the handle of the
-    all-reduce.
+    * `ballot`: int32 [1]. It holds this rank's flag, and after the vote the maximum over all ranks.
+    * `work`: the handle of the all-reduce.
     """
 
     ballot: Tensor
     work: Any
 
     def result(self) -> bool:
-        """Return whether any rank raised its flag. Blocks; by the next step the answer has usually arrived."""
+        """Return whether the flag is True on any rank. Blocks; by the next step the answer has usually arrived."""
         self.work.wait()
         return bool(self.ballot.item())
 
@@ -180,14 +181,14 @@ def init_distributed(
     existing_rendezvous: Rendezvous | None = None,
     traces: Path | None = None,
 ) -> DistributedContext:
-    """Join the ranks that torchrun or Slurm's own tasks describe; without a launcher, be rank 0 of 1. A collective.
+    """Join the other ranks that torchrun or Slurm has started; without a launcher, become rank 0 of 1. A collective.
 
-    * `device`: cpu or cuda; auto takes cuda where there is a GPU.
-    * `timeout_seconds`: after how long a collective fails.
+    * `device`: cpu, cuda, or auto (cuda if there is a GPU).
+    * `timeout_seconds`: time after which a collective fails.
     * `existing_rendezvous`: what `rendezvous` returned, if it has been called already.
-    * `traces`: folder for the records of NCCL's flight recorder when a collective times out.
+    * `traces`: folder to which NCCL's flight recorder writes when a collective times out.
 
-    Errors: ConfigError if cuda is asked for and this host has too few GPUs, and the errors of `rendezvous`.
+    Errors: ConfigError if this host has too few GPUs for its ranks, and the errors of `rendezvous`.
     """
     if traces is not None:
         enable_flight_recorder(traces)
@@ -196,32 +197,32 @@ def init_distributed(
     world_size = len(joined.hosts)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    place = _select_device(device, local_rank, local_world_size)
+    own_device = _select_device(device, local_rank, local_world_size)
     timeout = timedelta(seconds=timeout_seconds)
-    _init_process_group(joined, place, timeout)
+    _init_process_group(joined, own_device, timeout)
     context = DistributedContext(
         rank=joined.rank,
         local_rank=local_rank,
         world_size=world_size,
         local_world_size=local_world_size,
         host=socket.gethostname(),
-        device=place,
+        device=own_device,
         timeout=timeout,
     )
-    # synchronize: if one rank failed while others still initialize, their errors would bury its own
+    # Synchronize: if this rank failed while others are still initializing, their errors would bury its own.
     launch_id = context.all_gather_object(secrets.token_hex(8))[0]
     return replace(context, launch_id=launch_id)
 
 
 def _use_huge_pages() -> None:
-    """Let torch allocate memory on the CPU in huge pages. It reads the variable when it makes its first tensor."""
+    """Make torch allocate CPU memory in huge pages. Torch reads the variable when it allocates its first tensor."""
     # measured (2-core x86 VM, 2026-11-25): a step on two CPU cores takes 5 % less time
     if HUGE_PAGES.exists():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _select_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
-    """Return this rank's device, and make it torch's current one. Errors: ConfigError if there are too few GPUs."""
+    """Return this rank's device; make a GPU torch's current one. Errors: ConfigError if there are too few GPUs."""
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not use_cuda:
         return torch.device("cpu")
@@ -231,18 +232,18 @@ def _select_device(device: str, local_rank: int, local_world_size: int) -> torch
             f"device: this host has {gpu_count} GPU(s), but process {local_rank + 1} of {local_world_size} needs one; "
             "start fewer processes, or set device = cpu"
         )
-    place = torch.device("cuda", local_rank)
-    torch.cuda.set_device(place)
-    return place
+    gpu = torch.device("cuda", local_rank)
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
-def _init_process_group(joined: Rendezvous, place: torch.device, timeout: timedelta) -> None:
+def _init_process_group(joined: Rendezvous, device: torch.device, timeout: timedelta) -> None:
     """Make the group of all ranks: gloo for tensors on the CPU, NCCL for tensors on a GPU."""
-    on_gpu = place.type == "cuda"
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=timeout,
-        device_id=place if on_gpu else None,
+        device_id=device if on_gpu else None,
         store=joined.store,
         rank=joined.rank,
         world_size=len(joined.hosts),
@@ -256,6 +257,6 @@ def shutdown() -> None:
 
 
 def launcher_rank() -> tuple[int, int, str]:
-    """Return rank and number of ranks as the launcher set them, and the host. Needs no process group."""
+    """Return the rank and the number of ranks that the launcher has set, and the host. Needs no process group."""
     adopt_slurm_variables()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()

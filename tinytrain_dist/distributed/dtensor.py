@@ -1,7 +1,7 @@
-"""Relate a tensor to the part of it that lies on this rank.
+"""Find the part of a tensor that this rank holds.
 
-FSDP's DTensors are sharded over tensor dim 0 along the last axis of their mesh. Functions that take a plain tensor
-treat it as one that every rank has whole.
+FSDP's DTensors are sharded over tensor dim 0 along the last axis of their mesh. A plain tensor counts as whole on every
+rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that lies on this rank, sharing its memory; a plain tensor as it is."""
+    """Return the part of a tensor that this rank holds, sharing its memory. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -26,12 +26,12 @@ def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
     Shards have ceil(rows / shards) rows each; the last ones may be shorter or empty. This is how DTensor's Shard(0)
     splits dim 0.
     """
-    chunk = -(-rows // shards)
-    return min(rows, index * chunk), min(rows, (index + 1) * chunk)
+    rows_per_shard = -(-rows // shards)  # rounded up
+    return min(rows, index * rows_per_shard), min(rows, (index + 1) * rows_per_shard)
 
 
 def shard_range(tensor: Tensor) -> tuple[int, int]:
-    """Return the first row of a parameter that lies on this rank and the row after the last one. A scalar has one."""
+    """Return the first row of a parameter on this rank, and the row after the last one. A scalar has one row."""
     if not isinstance(tensor, DTensor) or not tensor.ndim:
         return 0, tensor.shape[0] if tensor.ndim else 1
     return shard_rows(tensor.shape[0], *_shard_count_and_index(tensor.device_mesh))
@@ -39,12 +39,12 @@ def shard_range(tensor: Tensor) -> tuple[int, int]:
 
 @functools.cache  # a DeviceMesh lookup costs 0.1 ms, and there are hundreds of tensors
 def _shard_count_and_index(mesh: DeviceMesh) -> tuple[int, int]:
-    """Return how many shards there are and which one this rank has: FSDP shards over the last mesh axis."""
+    """Return the number of shards and the index of this rank's shard, along the last axis of the mesh."""
     last_axis = mesh.ndim - 1
     return mesh.size(last_axis), mesh.get_local_rank(last_axis)
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor on the CPU as bytes, without a copy."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     array: Any = value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b""
     return memoryview(array)

@@ -1,4 +1,4 @@
-"""Run distributed code without other ranks: collectives that move nothing, and a context of ranks that do not exist.
+"""Run distributed code without other ranks: with collectives that send nothing, and a context of simulated ranks.
 
 For simulations of memory and traffic, and for trial steps. Must not know models.
 """
@@ -22,32 +22,39 @@ from tinytrain_dist.distributed.torch_internals import (
 
 
 class NoCommunication(TorchDispatchMode):
-    """Disable collectives while this mode is on: they move nothing and end at once, so no rank waits for another."""
+    """Disable collectives while this mode is on: they send nothing and end at once, so no rank waits for another."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run any other operation; for a collective, return its buffers as they are and a finished handle."""
+        """Return the unchanged buffers and a finished handle for a collective; run any other operation."""
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
         argument_names = [argument.name for argument in func._schema.arguments]
         group_position = argument_names.index("process_group")
         group = dist.ProcessGroup.unbox(args[group_position])
-        # the buffers come before the group, for some operations in nested lists
+        # the buffers are the arguments before the group, for some operations in nested lists
         tensors = [item for item in tree_leaves(args[:group_position]) if isinstance(item, Tensor)]
         self.message(func.__name__, tensors, tuple(dist.get_process_group_ranks(group)))
         returns_only_work = len(func._schema.returns) == 1
         return finished_work() if returns_only_work else (args[0], finished_work())
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Receive a collective instead of sending it; subclasses record it.
+        """Do nothing; subclasses override this to record each collective that was called.
 
         `name`: the c10d operator. `tensors`: its buffers. `ranks`: the global ranks of its group.
         """
 
 
 def fake_context(world_size: int, local_world_size: int) -> DistributedContext:
-    """Return the context of rank 0 among `world_size` ranks that do not exist. Its groups and meshes send nothing."""
+    """Return the context of rank 0 among `world_size` simulated ranks. Its groups and meshes send nothing."""
     init_fake_process_group(world_size)
-    return DistributedContext(0, 0, world_size, local_world_size, socket.gethostname(), torch.device("cpu"))
+    return DistributedContext(
+        rank=0,
+        local_rank=0,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        host=socket.gethostname(),
+        device=torch.device("cpu"),
+    )

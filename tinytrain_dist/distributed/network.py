@@ -1,6 +1,6 @@
 """Look up host names and try ports, before any rank has connected to another.
 
-Must not know torch or ranks: it returns reasons as text, and its callers add which rank and host they are about.
+Must not know torch or ranks: functions return reasons as text, and their callers add the rank and the host.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-UNKNOWN_NAME_SECONDS = 10.0  # a name server may need a second query, but not minutes of them
+UNKNOWN_NAME_SECONDS = 10.0  # how long to repeat a failed look-up: a name server may need a second query
 Resolver = Callable[..., list[Any]]
 
 
@@ -29,7 +29,7 @@ def resolve(name: str, resolver: Resolver | None = None) -> list[str]:
 
 
 def is_ip_address(text: str) -> bool:
-    """Return whether a text is an IP address and no name."""
+    """Return whether a text is an IP address, and not a host name."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -43,10 +43,10 @@ def is_loopback(address: str) -> bool:
 
 
 def why_unreachable(host: str, port: int, seconds: float, after_attempt: Callable[[], None] | None = None) -> str:
-    """Return "" as soon as a TCP connection could be made, else the reason of the last attempt after `seconds`.
+    """Try for `seconds` to connect over TCP. Return "" as soon as it succeeds, else why the last attempt failed.
 
-    Tries at least once, and calls `after_attempt` after each failed attempt. An unknown host name ends it after
-    UNKNOWN_NAME_SECONDS.
+    Tries at least once, and calls `after_attempt` after each failed attempt but the last. Gives up on an unknown host
+    name after UNKNOWN_NAME_SECONDS.
     """
     start = time.monotonic()
     while True:

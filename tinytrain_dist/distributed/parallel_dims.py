@@ -1,14 +1,14 @@
 """Choose the device mesh of a run: how many replicas, and how many shards in each.
 
-Words, used in the same way in the whole package:
+These terms have the same meaning in the whole package:
 
 * A replica is a group of ranks that together hold one whole copy of weights, gradients and optimizer state.
 * A shard is the part of that copy that one rank holds. DDP has one shard in each replica, FSDP has one replica.
-* An axis belongs to the mesh of ranks: `dp_replicate` counts replicas, `dp_shard` the shards in each. Rank r is shard
-  r % dp_shard of replica r // dp_shard.
-* A dim belongs to a tensor. Parameters are sharded over tensor dim 0, their rows, along the axis `dp_shard`.
+* An axis belongs to the mesh of ranks. The axis `dp_replicate` numbers the replicas, and `dp_shard` numbers the shards
+  of each replica. Rank r is shard r % dp_shard of replica r // dp_shard.
+* A dim belongs to a tensor. Parameters are sharded over tensor dim 0 (their rows) along the axis `dp_shard`.
 
-Must not know torch: a login node makes the same choice as the ranks.
+Must not know torch: a login node without torch makes the same choice as the ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class ParallelDims:
     """The sizes of the mesh axes.
 
     * `mode`: none, ddp, fsdp or hsdp.
-    * `replicate`: number of replicas, dp_replicate. `shard`: shards in each replica, dp_shard.
+    * `replicate`: number of replicas, the size of the axis dp_replicate.
+    * `shard`: number of shards in each replica, the size of the axis dp_shard.
     * `reason`: why this mode was chosen, for the log.
     """
 
@@ -42,8 +43,8 @@ def choose_parallel_dims(
 ) -> ParallelDims:
     """Choose the mesh of a run with `world_size` ranks, `local_world_size` of them on each node.
 
-    `fits`: one device holds weights, gradients and optimizer state; decides between the modes if `parallel` is auto.
-    Errors: ConfigError if the mode and the number of ranks do not go together, listing what would.
+    `fits`: whether weights, gradients and optimizer state fit on one device. It matters only if `parallel` is auto.
+    Errors: ConfigError if the mode cannot be used with this number of ranks. It lists what can be used.
     """
     if config.parallel == "auto":
         return _choose_mode(world_size, local_world_size, fits)
@@ -56,7 +57,12 @@ def choose_parallel_dims(
 
 
 def _choose_mode(world_size: int, local_world_size: int, fits: bool) -> ParallelDims:
-    """Choose for `parallel = auto`: DDP if the state fits on one device, else FSDP, within each node if possible."""
+    """Choose the mesh for `parallel = auto`.
+
+    * DDP if weights, gradients and optimizer state fit on one device.
+    * Otherwise HSDP with one replica on each node, if there are several nodes with several ranks each.
+    * Otherwise FSDP over all ranks.
+    """
     if world_size == 1:
         return ParallelDims("none", 1, 1, "chosen because there is one process")
     if fits:
@@ -68,17 +74,21 @@ def _choose_mode(world_size: int, local_world_size: int, fits: bool) -> Parallel
 
 
 def _hsdp_dims(config: TrainingConfig, world_size: int, local_world_size: int) -> ParallelDims:
-    """Derive the missing one of dp_replicate and dp_shard; if both are missing, a replica is a node.
+    """Choose the mesh for `parallel = hsdp`.
 
-    A mesh with one shard is DDP, and one with one replica is FSDP. Errors: ConfigError if the product does not fit.
+    If only one of dp_replicate and dp_shard is set, the other is derived from it. If neither is set, each node is a
+    replica. A mesh with one shard becomes DDP, and a mesh with one replica becomes FSDP.
+    Errors: ConfigError if dp_replicate x dp_shard is not the number of ranks.
     """
-    shard = config.dp_shard or (world_size // config.dp_replicate if config.dp_replicate else local_world_size)
+    shard = config.dp_shard or local_world_size
+    if config.dp_replicate and not config.dp_shard:
+        shard = world_size // config.dp_replicate
     replicate = config.dp_replicate or world_size // max(1, shard)
     if replicate * shard != world_size:
         pairs = [f"{world_size // size} x {size}" for size in range(2, world_size) if world_size % size == 0]
         raise ConfigError(
-            f"dp_replicate x dp_shard: {replicate} x {shard} is not the {world_size} processes there are; "
-            f"possible: {', '.join(pairs) or 'none, use ddp or fsdp'}"
+            f"dp_replicate x dp_shard: {replicate} x {shard} = {replicate * shard}, but there are {world_size} "
+            f"processes; possible: {', '.join(pairs) or 'none, use ddp or fsdp'}"
         )
     if shard == 1:
         return ParallelDims("ddp", replicate, 1, "hsdp with one shard is ddp")

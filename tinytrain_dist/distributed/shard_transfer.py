@@ -22,20 +22,20 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tinytrain_dist.distributed.collectives import Group, get_rank
 
-# How many chunks a writer requests before it uses them: a message that nobody has requested makes gloo's thread spin.
-# measured (2-core x86 VM, 2026-11-25): processor time of rank 0 to save 0.7 GB, half of it its own: none requested
-# ahead 1.8 s, eight 1.1 s
+# Number of chunks that a writer requests ahead of use. While a message waits for its request, gloo's thread spins.
+# measured (2-core x86 VM, 2026-11-25), CPU time of rank 0 to save 0.7 GB, half of it its own: 0 requested ahead 1.8 s,
+# 8 requested ahead 1.1 s
 RECEIVES_AHEAD = 8
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """What this rank has of one tensor: the rows it trains with, and of these the rows that it sends or writes.
+    """This rank's rows of one tensor: all that it trains with, and those that it sends or writes in a save.
 
     * `name`, `shape`, `dtype`: of the whole tensor.
     * `local_rows`: the rows on this rank, on its device.
-    * `rows_to_save`: the same rows, or empty if this rank is not in `ranks`, as in all replicas but one.
-    * `ranks`: the ranks that together hold all rows that are saved, in the order of rows.
+    * `rows_to_save`: the same rows, or empty if this rank is not in `ranks`. Only one replica saves its rows.
+    * `ranks`: the ranks whose rows are saved, in the order of rows. Together they hold the whole tensor.
     * `writer`: the rank that writes the tensor to disk.
     * `must_be_finite`: whether a value that is not finite must stop the save.
     """
@@ -53,8 +53,8 @@ class TensorShard:
 def shard_of(name: str, tensor: Tensor, writer: int = 0) -> TensorShard:
     """Return this rank's shard of a tensor. Needs no communication.
 
-    A plain tensor is whole on every rank, and its writer saves its own. A DTensor must be sharded over dim 0 along the
-    last mesh axis; the first replica saves it. Errors: ValueError for another sharding.
+    A plain tensor is whole on every rank, and the writer saves its own copy. A DTensor must be sharded over dim 0 along
+    the last mesh axis, and the first replica saves it. Errors: ValueError for any other sharding.
     """
     local_rows = tensor.detach()
     ranks: tuple[int, ...] = (writer,)
@@ -70,32 +70,37 @@ def shard_of(name: str, tensor: Tensor, writer: int = 0) -> TensorShard:
 
 @cache  # a DeviceMesh lookup costs 0.1 ms, and there are hundreds of tensors
 def _first_replica_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    """Return the ranks of the first replica.
+    """Return the ranks of the first replica, in the order of shards.
 
-    With a mesh over all ranks that is its first row. In a mesh of one replica's own ranks without rank 0, the numbers
-    do not matter except the order, so 0 .. n - 1 are returned: this replica saves nothing, or is asked by its index.
+    If the mesh contains rank 0, they are its first row. A mesh without rank 0 covers only a later replica. The first
+    replica then consists of ranks 0 .. (number of shards) - 1.
     """
     ranks = mesh.mesh
-    return tuple(range(ranks.shape[-1])) if 0 not in ranks else tuple(ranks.view(-1, ranks.shape[-1])[0].tolist())
+    shards = ranks.shape[-1]
+    if 0 not in ranks:
+        return tuple(range(shards))
+    first_row = ranks.view(-1, shards)[0]
+    return tuple(first_row.tolist())
 
 
 def isend_shards(
     shards: Sequence[TensorShard], chunk_bytes: int, group: Group | None = None
 ) -> list[tuple[Any, Tensor]]:
-    """Start sending this rank's rows of all tensors that other ranks write; hand the result to `wait_for_sends`.
+    """Start sending this rank's rows of all tensors that other ranks write; pass the result to `wait_for_sends`.
 
-    Every rank of the group calls it; does not block. The result holds the handles, and the memory they send from.
+    Every rank of the group calls it; does not block. Returns a handle for each message, with the tensor that it sends.
     """
+    rank = get_rank()
     sends: list[tuple[Any, Tensor]] = []
     for tag, shard in enumerate(shards):
-        if get_rank() in shard.ranks and shard.writer != get_rank() and shard.rows_to_save.numel():
+        if rank in shard.ranks and rank != shard.writer and shard.rows_to_save.numel():
             for chunk in _chunks(shard, chunk_bytes):
                 sends.append((dist.isend(chunk, dst=shard.writer, group=group, tag=tag), chunk))
     return sends
 
 
 def wait_for_sends(sends: list[tuple[Any, Tensor]]) -> None:
-    """Block until the writers have received everything that `isend_shards` sends."""
+    """Block until the writers have received all that `isend_shards` started to send."""
     for work, _ in sends:
         work.wait()
 
@@ -106,11 +111,11 @@ def recv_shards(
     chunk_bytes: int,
     group: Group | None = None,
 ) -> Iterator[Tensor]:
-    """Yield all tensors that this rank writes, whole and in order, as flat chunks on the CPU of `chunk_bytes` at most.
+    """Yield the values of all tensors that this rank writes, in order, as flat CPU chunks of at most `chunk_bytes`.
 
-    The other ranks of the group call `isend_shards` with the same shards. Blocks until the next chunk is here.
-    Received chunks share `kept` + RECEIVES_AHEAD buffers, so that a writer holds no whole tensor of another rank: a
-    chunk may be used until `kept` further ones have been yielded.
+    The other ranks of the group call `isend_shards` with the same shards. Blocks until the next chunk has arrived.
+    Received chunks share `kept` + RECEIVES_AHEAD buffers, so that a writer never holds all rows of another rank. A
+    chunk stays valid until `kept` further chunks have been yielded.
     """
     requests = _request_chunks(shards, kept, chunk_bytes, group)
     requested = deque(itertools.islice(requests, RECEIVES_AHEAD))
@@ -125,9 +130,9 @@ def recv_shards(
 def _request_chunks(
     shards: Sequence[TensorShard], kept: int, chunk_bytes: int, group: Group | None
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield (handle, chunk) in the order of rows, starting each receive when it is asked for.
+    """Yield (handle, chunk) in the order of rows. Each receive starts only when the consumer asks for its pair.
 
-    The handle is None for this rank's own rows, which are there already.
+    The handle is None for this rank's own rows, which need no receive.
     """
     rank = get_rank()
     buffers = [torch.empty(chunk_bytes, dtype=torch.uint8) for _ in range(kept + RECEIVES_AHEAD)]
@@ -147,13 +152,13 @@ def _request_chunks(
 
 
 def _bytes_of_shard(shard: TensorShard, index: int) -> int:
-    """Return how many bytes the rank `shard.ranks[index]` holds: ceil(rows / ranks) rows, fewer or none at the end."""
-    rows_per_rank = -(-shard.shape[0] // len(shard.ranks))
+    """Return how many bytes the rank `shard.ranks[index]` holds. The last ranks may hold fewer rows, or none."""
+    rows_per_rank = -(-shard.shape[0] // len(shard.ranks))  # rounded up
     rows = max(0, min(rows_per_rank, shard.shape[0] - index * rows_per_rank))
     return rows * math.prod(shard.shape[1:]) * shard.dtype.itemsize
 
 
 def _chunks(shard: TensorShard, chunk_bytes: int) -> tuple[Tensor, ...]:
-    """Return this rank's rows on the CPU, flat, in chunks; views of its memory where they lie there already."""
+    """Return this rank's rows as flat chunks on the CPU. If the rows are on the CPU already, nothing is copied."""
     flat = shard.rows_to_save.cpu().contiguous().view(-1)
     return torch.split(flat, chunk_bytes // shard.dtype.itemsize)

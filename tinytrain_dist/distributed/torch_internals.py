@@ -1,12 +1,13 @@
-"""Call the private and version-dependent parts of torch, which no other module names.
+"""Call the private and version-dependent parts of torch, which no other module may use.
 
-Each docstring says which torch versions have what. "2.11 to 2.15" means that the test suite passed on 2.11 and 2.15,
-and on 2.13, which `constraints.txt` pins. When a new torch breaks something, the fix belongs here.
+Each docstring names the torch versions that have these parts. "2.11 to 2.15" means that the test suite passed on 2.11
+and 2.15, and on 2.13, which `constraints.txt` pins. If a new torch version breaks something, fix it here.
 
 Importing this module imports torch and nothing slower: FSDP, the compiler and torchrun are imported where they are
-needed. The operations `torch._foreach_*` are used directly elsewhere: torch's own optimizers are built on them.
+needed. The only private operations that other modules use are `torch._foreach_*`, on which torch's own optimizers are
+built.
 
-Order: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
+Sections: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Change after how long a collective of an existing group fails.
+    """Change the time after which a collective of an existing group fails.
 
     Versions: the public torch.distributed.set_timeout (pytorch/pytorch#187387) is not in 2.13; in 2.15 the private
     _set_pg_timeout warns that it is deprecated.
@@ -85,14 +86,14 @@ def prefix_store(prefix: str, store: Any) -> Any:
 
 
 def finished_work() -> Any:
-    """Return a boxed Work handle that is done, as c10d operators return it. Versions: FakeWork in 2.11 to 2.15."""
+    """Return a completed Work handle, boxed as c10d operators return it. Versions: FakeWork in 2.11 to 2.15."""
     from torch._C._distributed_c10d import FakeWork
 
     return FakeWork().boxed()
 
 
 def init_fake_process_group(world_size: int) -> None:
-    """Initialize torch.distributed as rank 0 of ranks that do not exist; its collectives move nothing.
+    """Initialize torch.distributed as rank 0 of simulated ranks; collectives send nothing.
 
     Versions: the backend "fake" and FakeStore in 2.11 to 2.15.
     """
@@ -105,7 +106,7 @@ def init_fake_process_group(world_size: int) -> None:
 
 
 def enable_flight_recorder(folder: Path) -> None:
-    """Let torch record the last 2000 collectives, and write them to `folder` when one times out on NCCL.
+    """Make torch record the last 2000 collectives, and write them to `folder` when one times out on NCCL.
 
     Sets environment variables that are not set yet; takes effect on process groups made afterwards.
     Versions: these variables in 2.11 to 2.15.
@@ -116,7 +117,7 @@ def enable_flight_recorder(folder: Path) -> None:
 
 
 def flight_record() -> bytes:
-    """Return the last collectives of this rank as JSON, for a run that hangs; b"" where torch does not keep them.
+    """Return the last collectives of this rank as JSON, to show where a run hangs; b"" if torch records none.
 
     Versions: _dump_nccl_trace_json in builds with NCCL. _dump_fr_trace_json, which records gloo as well, since 2.13.
     """
@@ -133,9 +134,9 @@ def flight_record() -> bytes:
 
 
 def unshard_asynchronously(unit: Any) -> None:
-    """Let an FSDP unit start the gathering of its weights and wait for it only where they are used.
+    """Make an FSDP unit gather its weights in the background, and wait for them only where they are used.
 
-    For units with explicit prefetching; without it the gathering does not overlap with computation.
+    For units with explicit prefetching. Without this call, gathering does not overlap with computation.
     Versions: FSDPModule._set_unshard_async_op in 2.11 to 2.15.
     """
     unit._set_unshard_async_op(True)
@@ -145,12 +146,12 @@ def unshard_asynchronously(unit: Any) -> None:
 
 
 def load_compiler() -> None:
-    """Import torch.compile's front end, which takes seconds. Otherwise torch's optimizers import it on first use."""
+    """Import torch.compile's front end, which takes seconds; torch's optimizers would otherwise do so on first use."""
     import torch._dynamo.utils  # noqa: F401
 
 
 def compiled_graph_count() -> int:
-    """Return how many graphs torch.compile has made in this process; a step that makes one has waited for it.
+    """Return how many graphs torch.compile has compiled in this process. A step that compiles one waits for it.
 
     Versions: dynamo's counters in 2.11 to 2.15.
     """
@@ -160,14 +161,14 @@ def compiled_graph_count() -> int:
 
 
 def keep_graphs_whole_under_ddp() -> None:
-    """Stop torch.compile from cutting graphs at DDP's buckets. Versions: dynamo's optimize_ddp in 2.11 to 2.15."""
+    """Stop torch.compile from splitting graphs at DDP's buckets. Versions: dynamo's optimize_ddp in 2.11 to 2.15."""
     import torch._dynamo
 
     torch._dynamo.config.optimize_ddp = False
 
 
 def emulate_eager_rounding() -> None:
-    """Let compiled kernels round to bf16 where eager mode does, also inside a fused kernel.
+    """Make compiled kernels round to bf16 wherever eager mode does, even inside a fused kernel.
 
     Versions: inductor's emulate_precision_casts in 2.11 to 2.15; see `compiler_keeps_bf16_rounding`.
     """
@@ -179,7 +180,7 @@ def emulate_eager_rounding() -> None:
 def compiler_keeps_bf16_rounding() -> bool:
     """Return whether `emulate_eager_rounding` also keeps casts of weights to bf16 and back.
 
-    Versions: since 2.13. Before it, inductor removes such pairs of casts (joint_graph.py, pointless_convert).
+    Versions: since 2.13. Before that, inductor removes such pairs of casts (joint_graph.py, pointless_convert).
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return version >= (2, 13)
@@ -200,7 +201,7 @@ def fused_attention_ops() -> set[Any]:
 
 
 def fake_tensor_mode() -> Any:
-    """Return a context whose tensors have shapes but no memory. Versions: FakeTensorMode in 2.11 to 2.15.
+    """Return a context manager in which tensors have shapes but no memory. Versions: FakeTensorMode in 2.11 to 2.15.
 
     The first call takes a second for the import.
     """
@@ -211,9 +212,9 @@ def fake_tensor_mode() -> Any:
 
 @contextmanager
 def after_storage_resize(callback: Callable[[Any, int], None]) -> Iterator[None]:
-    """Call `callback(storage, nbytes)` after each UntypedStorage.resize_, by which FSDP frees and allocates weights.
+    """Call `callback(storage, nbytes)` after each UntypedStorage.resize_, with which FSDP frees and allocates weights.
 
-    No dispatch mode sees this method, so it is replaced while the context is open. Versions: 2.11 to 2.15.
+    Dispatch modes do not intercept this method, so it is replaced while the context is open. Versions: 2.11 to 2.15.
     """
     original = torch.UntypedStorage.resize_
 
@@ -249,8 +250,8 @@ def write_memory_history(path: str) -> None:
 def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Replace the method with which torchrun ends its workers by `make_close(original method)`.
 
-    Both have the signature (context, death_sig, timeout=30). `context.subprocess_handlers` has the workers by local
-    rank, and `context.error_files` their error files. Versions: SubprocessContext._close in 2.11 to 2.15.
+    Both have the signature (context, death_sig, timeout=30). `context.subprocess_handlers` maps local ranks to
+    workers, and `context.error_files` maps them to error files. Versions: SubprocessContext._close in 2.11 to 2.15.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 

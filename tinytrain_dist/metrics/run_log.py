@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinytrain_dist.config.run_folder import records_file
+from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.output import call_on_lost_output
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_duration
 
 
@@ -179,14 +180,20 @@ class RunLog:
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Remove the records after `step`, and lines that a crash cut short. Replaces the file atomically."""
+    """Remove the records after `step`, and lines that a crash cut short. Replaces the file atomically.
+
+    The records are moved to NAME.replaced.jsonl: another run with the same log_dir may have written them.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept: list[str] = []
+    replaced: list[str] = []
+    for line in read_text(path).splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            (kept if json.loads(line)["step"] <= step else replaced).append(line)
         except (ValueError, KeyError):
             continue  # a line that was cut short
+    if replaced:
+        with open(path.with_suffix(REPLACED_SUFFIX), "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in replaced)
     write_atomically(path, "".join(line + "\n" for line in kept))

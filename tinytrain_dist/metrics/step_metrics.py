@@ -24,8 +24,9 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext, Vote
-from tinytrain_dist.errors import ReplicaMismatchError, TrainingError
+from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
+from tinytrain_dist.metrics.loss_level import LossLevel
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
@@ -132,6 +133,7 @@ class StepMetrics:
         log: RunLog,
         *,
         step: int,
+        record: dict[str, Any],
         data: TokenDataset,
         flops_per_token: float,
         forward_timer: ForwardTimer,
@@ -140,9 +142,9 @@ class StepMetrics:
     ) -> None:
         """Begin after `step` steps. A collective: ranks exchange their host names.
 
-        data: the training data, to name the windows of a skipped step. flops_per_token: of forward and backward.
-        forward_timer: measures the forward passes of this rank. layers: names of the layers in `layer_norms`.
-        process_start: by time.monotonic().
+        record: kept in every checkpoint, see LossLevel. data: the training data, to name the windows of a skipped step.
+        flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank. layers:
+        names of the layers in `layer_norms`. process_start: by time.monotonic().
         """
         self.config = config
         self.context = context
@@ -158,6 +160,8 @@ class StepMetrics:
         self.stopping = False  # all ranks have agreed to stop
         self.skipped = 0  # updates skipped by this process
         self.skipped_in_row = 0
+        self.level = LossLevel(record)
+        self.read_step = step  # the newest step whose numbers were read
         self.logged_step = step  # the last logged step
         self.step_seconds = 0.0  # per step, in the last logged interval
         self.useful_seconds = 0.0  # in steps that were not skipped, since the start of this process
@@ -173,8 +177,8 @@ class StepMetrics:
     def settle(self) -> None:
         """Read the unread result, if there is one. A collective.
 
-        Errors: TrainingError after max_skipped_steps skipped steps in a row; ReplicaMismatchError if kept fingerprints
-        differ.
+        Errors: DivergenceError after max_skipped_steps skipped steps in a row; ReplicaMismatchError if kept
+        fingerprints differ.
         """
         result = self._unread
         self._unread = None
@@ -182,14 +186,22 @@ class StepMetrics:
             return
         loss, norm, skipped = result.numbers.read()
         self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
+        self.read_step = result.step
         self.skipped += int(skipped)
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         if skipped:
             self._report_skip(result, loss, norm)
+        else:
+            self.level.update(result.step, loss)
         if due(result.step, self.config.log_every):
             self._compare_replicas()
             self._log(result, loss, norm)
         self.stopping = self.stopping or result.vote.result()
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the update of the newest step that was read was skipped."""
+        return self.skipped_in_row > 0
 
     def fingerprint(self, step: int, names: list[str], prints: HostCopy) -> None:
         """Keep the fingerprints of this step's state; replicas compare them at the next logged step."""
@@ -211,7 +223,7 @@ class StepMetrics:
             raise
 
     def _report_skip(self, result: StepResult, loss: float, norm: float) -> None:
-        """Log which ranks and windows made a step non-finite. Errors: TrainingError after too many in a row."""
+        """Log which ranks and windows made a step non-finite. Errors: DivergenceError after too many in a row."""
         losses = result.micro_batch_losses.tolist()
         bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
         where = "only in the gradient"
@@ -224,10 +236,9 @@ class StepMetrics:
         text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
         self.log.event(result.step, "skipped", text)
         if self.skipped_in_row >= self.config.max_skipped_steps:
-            raise TrainingError(
+            raise DivergenceError(
                 f"step {result.step}: {text}; skipped steps in a row: {self.skipped_in_row}, max_skipped_steps: "
-                f"{self.config.max_skipped_steps}, so the run stops. The last checkpoint is intact; lower lr_max, or "
-                "look at those windows"
+                f"{self.config.max_skipped_steps}, so the run stops"
             )
 
     def _micro_batches_of(self, rank: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""Spread a finished model over ranks, sum its gradients, and check that replicas stay equal.
+"""Distribute a finished model over ranks, sum its gradients, and check that replicas stay equal.
 
-Read `parallelize.py` first: it states the order activation checkpointing, compile, DDP / FSDP2 / HSDP.
+Read `parallelize.py` first. It applies, in this order, activation checkpointing, torch.compile, and DDP or FSDP2.
 """

@@ -1,4 +1,4 @@
-"""Recompute activations in backward instead of keeping them, for whole blocks or for all but matrix products."""
+"""Recompute activations in backward instead of keeping them, for whole blocks or for all except matrix products."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tinytrain_dist.distributed.torch_internals import fused_attention_ops
 
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-_SAVED_OPS = _MATMULS | fused_attention_ops()  # what `selective` keeps
+_SAVED_OPS = _MATMULS | fused_attention_ops()  # operators whose results `selective` keeps
 
 
 def apply_activation_checkpointing(block: nn.Module, how: str) -> None:
-    """Let `block` recompute in backward: everything (block), all but matrix products (selective), or nothing (none).
+    """Make `block` recompute its activations in backward.
 
-    `block.forward` must use no random numbers. It is replaced, and no module is put around the block, so that
-    parameter names stay as they are.
+    `how`: block (recompute all), selective (keep the results of matrix products and attention), none (keep all).
+    `block.forward` must not use random numbers. This replaces it, instead of wrapping the block in another module, so
+    that parameter names do not change.
     """
     if how == "none":
         return
@@ -36,5 +37,5 @@ def apply_activation_checkpointing(block: nn.Module, how: str) -> None:
 
 
 def _keep_matmuls(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Decide what is kept: the policy function that torch calls with every operator."""
+    """Return whether the result of an operator is kept or recomputed. Torch calls this for every operator."""
     return CheckpointPolicy.MUST_SAVE if op in _SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,6 @@
 """Apply torch.compile, and decide whether a run uses it.
 
-It does if it is long enough to pay for the time of compiling, and if the compiler works on every rank.
+A run uses it if the run is long enough for compiling to pay off, and if the compiler works on every rank.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tinytrain_dist.distributed.torch_internals import (
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
 
-load_compiler()  # here, so that it is not first imported inside a step or a simulation
+load_compiler()  # now, so that the import does not happen inside a step or a simulation
 
-# Floating-point operations of a run from which compiling pays: about five minutes on two CPU cores, or one large GPU.
-# Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
+# Compiling pays off in runs of at least so many floating-point operations: about five minutes on two CPU cores, or on
+# one large GPU. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
 MIN_CPU_FLOPS = 3e13
 MIN_GPU_FLOPS = 1e17
 
 
 def apply_compile(model: Any) -> None:
-    """Compile each Transformer block, and the loss of a chunk of tokens, of a TransformerLM in place.
+    """Compile a TransformerLM in place: each Transformer block, and the loss of one chunk of tokens.
 
-    Blocks are compiled one by one: they are equal, so the compiler works once. Whole blocks, also under DDP: cut in
-    two at DDP's buckets they cost 4 % of a step.
+    Each block is compiled by itself. All blocks have the same code, so the compiler runs only once for all of them.
+    Under DDP, blocks are not split at DDP's buckets, because splitting them makes a step 4 % slower.
     """
     keep_graphs_whole_under_ddp()
     model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
@@ -44,7 +44,7 @@ def apply_compile(model: Any) -> None:
 def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
     """Return whether the run is long enough for torch.compile.
 
-    Depends on the configuration and the kind of device alone, so that two machines never differ.
+    Depends only on the configuration and the kind of device, so that all machines make the same choice.
     """
     weights = config.model.approximate_parameter_count
     flops = 6.0 * weights * config.total_steps * config.batch_size * config.context_len
@@ -52,13 +52,13 @@ def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
 
 
 def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
-    """Return "" if torch.compile works on this device here, else why not: it needs a C++ compiler, or Triton on a GPU.
+    """Return "" if torch.compile works on this device, else the reason. It needs a C++ compiler, or Triton on a GPU.
 
-    `exact_bf16`: bf16 results must have the same bits on any mesh. A CPU without bf16 units computes bf16 products in
-    float32, and then every rounding of weights to bf16 before them must be kept.
+    `exact_bf16`: whether bf16 results must have the same bits on any mesh. A CPU without bf16 units computes bf16
+    products in float32, so the compiler must not remove the rounding of weights to bf16 before a product.
     """
     if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and not compiler_keeps_bf16_rounding():
-        return f"torch {torch.__version__} leaves out roundings to bf16 that decide bits; 2.13 does not"
+        return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 does not"
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:
@@ -70,7 +70,7 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
 def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
     """Decide `compile` for all ranks; return the configuration, and a line for the log. A collective.
 
-    Errors: ConfigError if torch.compile does not work on some rank, and compile = true or reproducible = true.
+    Errors: ConfigError if torch.compile does not work on some rank although compile = true or reproducible = true.
     """
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
     if not wanted:
@@ -83,4 +83,4 @@ def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tupl
     text = f"torch.compile does not work on {host} ({reason})"
     if config.compile or config.reproducible:
         raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
-    return replace(config, compile=False), f"{text}; continuing without it, slower"
+    return replace(config, compile=False), f"{text}; continuing without it, which is slower"

@@ -1,13 +1,14 @@
-"""Turn the gradients and losses of many micro-batches on many ranks into one sum, and the norm of that sum.
+"""Sum gradients and losses over all micro-batches on all ranks, and compute the norm of the summed gradient.
 
-There are two ways; `build_grad_reduction` chooses, and a step uses either through the protocol `GradReduction`:
+The protocol `GradReduction` has two implementations, and `build_grad_reduction` chooses one of them:
 
 * `NativeGradReduction` lets DDP and FSDP sum in whatever order is fastest.
-* `DeterministicGradReduction` follows one binary tree over the micro-batches of the global batch, low bits of the index
-  first, whatever rank holds which micro-batch. Floating-point addition is commutative but not associative, so equal
-  trees mean equal bits.
+* `DeterministicGradReduction` sums along a fixed binary tree over the micro-batches of the global batch. It first adds
+  micro-batches 0 and 1, 2 and 3, and so on, then the sums of neighbouring pairs. The tree does not depend on which rank
+  computes which micro-batch. Floating-point addition is commutative but not associative, so equal trees mean equal
+  bits.
 
-Both sum over ranks and divide nothing: the loss is divided once, by the global number of tokens, before backward. Must
+Neither divides the sums. Each micro-batch's loss is divided once, by the global number of tokens, before backward. Must
 not know the model's architecture or the optimizer.
 """
 
@@ -34,11 +35,11 @@ from tinytrain_dist.parallel.tree_reduction import (
     tree_sum,
 )
 
-BUCKET_BYTES = 25 * 1024**2  # as DDP's
+BUCKET_BYTES = 25 * 1024**2  # as in DDP
 
 
 class GradReduction(Protocol):
-    """What a training step asks of the reduction, in the order of a step. Every rank makes every call.
+    """The methods that a training step calls, in this order. Every rank makes every call.
 
     `params` and `layers`: see GradientView. `units`: the modules that FSDP shards.
     """
@@ -51,10 +52,10 @@ class GradReduction(Protocol):
         """Prepare for the backward of a micro-step, 0 .. accumulation_steps - 1."""
 
     def after_micro_step(self, micro_step: int) -> None:
-        """Take over what that backward left in `.grad`."""
+        """Process the gradients that this backward left in `.grad`."""
 
     def finish(self) -> None:
-        """Complete the sums: from here `.grad` holds this rank's part of the gradient of the global batch."""
+        """Complete the sums. Afterwards `.grad` holds this rank's part of the gradient of the global batch."""
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of the whole gradient: float64 scalar, the same on every rank."""
@@ -69,14 +70,14 @@ class GradReduction(Protocol):
 def build_grad_reduction(
     model: nn.Module, plan: BatchPlan, context: DistributedContext, *, deterministic: bool
 ) -> GradReduction:
-    """Install a reduction in a model that parallelize.build_model returned, and return it."""
+    """Return a reduction whose hooks are installed in `model`, as returned by parallelize.build_model."""
     if deterministic:
         return DeterministicGradReduction(model, plan, context)
     return NativeGradReduction(model, plan, context)
 
 
 class NativeGradReduction:
-    """Sums as the wrappers do it: overlapped with backward, in an order that depends on the mesh."""
+    """Sums with DDP's and FSDP's own methods: overlapped with backward, in an order that depends on the mesh."""
 
     def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
         """`model`: as returned by parallelize.build_model."""
@@ -95,24 +96,24 @@ class NativeGradReduction:
                 unit.set_custom_reduce_scatter(self.scatter)
         if isinstance(model, DistributedDataParallel):
             group = context.group(REPLICATE)
-            # a lambda, because DDP compares the annotations of a hook with its own types
+            # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: collectives.all_reduce_async(bucket.buffer(), group))
 
     def before_micro_step(self, micro_step: int) -> None:
-        """Tell the wrapper whether this backward is the last, so that nothing is reduced twice."""
+        """Tell DDP or FSDP whether this backward is the last, so that nothing is reduced twice."""
         last = self.view.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
         elif isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_requires_all_reduce(last)
-            # A sum may come late only where nothing is added to it at once: there is no gradient of an earlier pass,
-            # and replicas are not summed.
-            first_pass_of_one_replica = micro_step == 0 and self.plan.replicate == 1
-            self.scatter.late = collectives.uses_gloo() and first_pass_of_one_replica
+            # FSDP uses a sum right away if it adds it to the gradient of an earlier micro-step, or sums over replicas.
+            # In all other cases, the sum may be completed late.
+            is_used_right_away = micro_step > 0 or self.plan.replicate > 1
+            self.scatter.late = collectives.uses_gloo() and not is_used_right_away
 
     def after_micro_step(self, micro_step: int) -> None:
-        """Wait for the last unit's sum, if it is late."""
+        """Complete the last unit's sum, if it is still in progress."""
         self.scatter.settle()
 
     def finish(self) -> None:
@@ -121,7 +122,7 @@ class NativeGradReduction:
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of the whole gradient: float64 scalar, the same on every rank.
 
-        A collective of the shards of each replica. Waits for no device.
+        A collective of the ranks of each replica. Does not wait for the device.
         """
         norms = torch._foreach_norm(self.view.local_grads())
         total = torch.stack(list(norms)).double().square().sum()
@@ -137,12 +138,12 @@ class NativeGradReduction:
 
 
 class DeterministicGradReduction:
-    """Sums that follow the tree, so that the gradient is the same to the last bit on any number of ranks.
+    """Sums along the tree, so that the gradient is the same to the last bit on any number of ranks.
 
-    * DDP: a rank has neighbouring micro-batches. A binary counter adds them. In the last backward each bucket runs
-      through the counter's carry, then through the tree over the ranks.
-    * FSDP: the ranks of a replica have neighbouring micro-batches. A tree over them reduces every micro-step, the
-      counter adds the micro-steps, and a tree adds the replicas at the end.
+    * DDP: a rank computes consecutive micro-batches, and a BinaryCounter adds them. In the last backward, the counter's
+      partial sums are added to each bucket, and then a tree sums the bucket over the ranks.
+    * FSDP: the ranks of a replica compute consecutive micro-batches. In every micro-step, a tree sums over these ranks.
+      A BinaryCounter adds the micro-steps. At the end, a tree sums over the replicas.
     """
 
     def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
@@ -156,7 +157,7 @@ class DeterministicGradReduction:
         self.units = self.view.units
         self.scatter = TreeReduceScatter()
         self.counter = BinaryCounter()  # adds the micro-steps
-        self.carry: list[dict[nn.Parameter, Tensor]] = []  # DDP: the counter's levels for the last backward
+        self.partial_sums: list[dict[nn.Parameter, Tensor]] = []  # DDP: the counter's levels, for the last backward
         self.exchanges: list[tuple[Any, Tensor, Tensor]] = []  # DDP: work, received parts and buffer of each bucket
         sum_without_averaging(self.units)
         for unit in self.units:
@@ -164,33 +165,34 @@ class DeterministicGradReduction:
             if collectives.uses_gloo():
                 unit.set_custom_all_gather(DirectAllGather())
         if isinstance(model, DistributedDataParallel):
-            # a lambda, because DDP compares the annotations of a hook with its own types
+            # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
 
     def before_micro_step(self, micro_step: int) -> None:
-        """Tell the wrapper whether this backward is the last; DDP's buckets then need the sums of those before it."""
+        """Tell DDP or FSDP whether this backward is the last; DDP's buckets then need the sums of the earlier ones."""
         last = self.view.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
             if last:
-                self.carry = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
+                self.partial_sums = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
         elif isinstance(self.model, FSDPModule):
-            # the counter reads .grad after each backward; FSDP waits for its own streams only on its "last" one
+            # FSDP waits for its own streams only in the "last" backward. The counter reads .grad after every backward,
+            # so each one is marked as the last.
             self.model.set_is_last_backward(True)
             self.model.set_requires_all_reduce(last)
-            # always allowed: gradients are moved out of .grad after each backward, and replicas are added later
+            # FSDP never uses a sum right away: .grad is empty before each backward, and `finish` sums over replicas.
             self.scatter.late = collectives.uses_gloo()
 
     def after_micro_step(self, micro_step: int) -> None:
-        """Move the micro-batch's gradients into the counter, or after the last one the counter into the gradients."""
+        """Move the gradients into the counter; after the last micro-step, add the counter's sums to the gradients."""
         self.scatter.settle()
         if not self.view.is_last(micro_step):
             self.counter.add(micro_step, self.view.local_grads())
             for param in self.params:
                 param.grad = None
-        elif not isinstance(self.model, DistributedDataParallel):  # DDP's buckets have taken the carry already
-            for level in self.counter.pop():
-                torch._foreach_add_(self.view.local_grads(), level)
+        elif not isinstance(self.model, DistributedDataParallel):  # DDP's buckets already include them
+            for partial_sums in self.counter.pop():
+                torch._foreach_add_(self.view.local_grads(), partial_sums)
 
     def finish(self) -> None:
         """Wait for the buckets in flight and sum them (DDP), or sum the replicas (HSDP)."""
@@ -201,11 +203,15 @@ class DeterministicGradReduction:
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of the whole gradient: float64 scalar, the same bits on any number of ranks.
 
-        It is the sum of squared row norms: no sharding cuts a row. Each row is computed by one rank of a replica, its
-        square is added to zeros over the shards (exact), and the vector of all rows is summed in one order everywhere.
-        A collective of the shards of each replica. Waits for no device.
+        It is the sum of the squared norms of rows, because sharding never splits a row. In each replica, one rank
+        computes a row's squared norm. The sum over shards adds only zeros to it, which is exact. Then every rank sums
+        the vector of all rows in the same order.
+        A collective of the ranks of each replica. Does not wait for the device.
         """
-        squares = torch.cat([part for param in self.params for part in self._row_squares(param)])  # float64 [all rows]
+        parts: list[Tensor] = []
+        for param in self.params:
+            parts += self._row_squares(param)
+        squares = torch.cat(parts)  # float64 [rows of all parameters]
         if self.plan.shard > 1:
             self.context.all_reduce_sum(squares, SHARD)
         return squares.sum()
@@ -219,10 +225,13 @@ class DeterministicGradReduction:
         return self.view.losses(indices, sums, num_micro_batches)
 
     def _row_squares(self, param: nn.Parameter) -> list[Tensor]:
-        """Return the squared norms of a gradient's rows, float64 [rows] in pieces; rows of other ranks are zero."""
+        """Return the squared norm of each row of a gradient, as tensors to concatenate: float64 [rows].
+
+        Rows of other ranks are zero.
+        """
         assert param.grad is not None, "every parameter takes part in the loss"
         grad = local_tensor(param.grad)
-        # vector_norm gives a row the same bits whatever rows lie beside it; einsum and bmm do not.
+        # The bits that vector_norm returns for a row do not depend on the other rows; those of einsum and bmm do.
         # measured (2-core x86 VM, 2026-11-25): 10M weights, vector_norm 2 ms, sum(dtype=float64) 26 ms
         norms = torch.linalg.vector_norm(grad.flatten(1), dim=1) if grad.ndim > 1 else grad
         squares = norms.double().square()
@@ -233,15 +242,16 @@ class DeterministicGradReduction:
         return [_zeros(squares, start), squares, _zeros(squares, rows - stop)]
 
     def _exchange_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Add the carry, then send every rank its part of the bucket: DDP's hook. `finish` sums and returns the parts.
+        """Add the partial sums to a bucket, then start to send every rank its part of the bucket. This is DDP's hook.
 
-        The bucket goes back to DDP unsummed: gradients are views of it, so they hold what `finish` writes into it.
+        `finish` waits for the parts, sums them and writes the result into the bucket. The hook returns the bucket to
+        DDP before that. The gradients are views of the bucket, so they hold what `finish` writes.
         """
         buffer = bucket.buffer()
-        for level in self.carry:
-            torch._foreach_add_(bucket.gradients(), [level[param] for param in bucket.parameters()])
-        missing = -len(buffer) % self.plan.replicate
-        padded = torch.nn.functional.pad(buffer, (0, missing)) if missing else buffer
+        for sum_of_param in self.partial_sums:
+            torch._foreach_add_(bucket.gradients(), [sum_of_param[param] for param in bucket.parameters()])
+        padding = -len(buffer) % self.plan.replicate
+        padded = torch.nn.functional.pad(buffer, (0, padding)) if padding else buffer
         parts = torch.empty_like(padded)
         work = collectives.all_to_all(parts, padded, self.context.group(REPLICATE), wait=False)
         self.exchanges.append((work, parts, buffer))
@@ -250,16 +260,16 @@ class DeterministicGradReduction:
         return done
 
     def _sum_exchanged_buckets(self) -> None:
-        """Sum this rank's part of each bucket along the tree, gather the parts, and write them into the bucket."""
-        # The carry is in the buckets by now, and the gathers need room.
-        # measured (2-core x86 VM, 2026-11-25): 10 % of a small step's peak memory
-        self.carry = []
+        """Sum this rank's part of each bucket along the tree, gather all parts, and write them into the bucket."""
+        # The buckets include the partial sums by now. Free these, because the gathers need memory.
+        # measured (2-core x86 VM, 2026-11-25): this saves 10 % of a small step's peak memory
+        self.partial_sums = []
         group = self.context.group(REPLICATE)
         gathers = []
         for work, parts, buffer in self.exchanges:
             work.wait()
             part = tree_sum(parts.view(self.plan.replicate, -1))
-            whole = parts  # its content has been summed, so its memory can take the result
+            whole = parts  # the parts have been summed, so their memory can be reused for the result
             gathers.append((collectives.all_gather(whole, part, group, wait=False), whole, buffer))
         for work, whole, buffer in gathers:
             work.wait()
@@ -277,7 +287,7 @@ class DeterministicGradReduction:
 
 
 def sum_without_averaging(units: list[FSDPModule]) -> None:
-    """Let FSDP sum gradients and divide by nothing: the loss is divided by the global count of tokens already."""
+    """Make FSDP sum gradients without dividing: the loss is already divided by the global number of tokens."""
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -288,7 +298,7 @@ def _zeros(like: Tensor, length: int) -> Tensor:
 
 
 def _buckets(tensors: list[Tensor], max_bytes: int = BUCKET_BYTES) -> list[list[Tensor]]:
-    """Return consecutive tensors in groups of `max_bytes` at most; a larger tensor is a group by itself."""
+    """Return consecutive tensors in groups of `max_bytes` at most; a larger tensor is a group of its own."""
     groups: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:

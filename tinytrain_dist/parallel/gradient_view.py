@@ -1,4 +1,4 @@
-"""What every kind of gradient reduction reads from a model: parameters, local gradients, layers, losses.
+"""Read what every gradient reduction needs from a model: parameters, local gradients, layers, losses.
 
 Must not know in which order gradients are summed; see `grad_reduction` for that.
 """
@@ -18,11 +18,11 @@ from tinytrain_dist.distributed.dtensor import local_tensor
 
 
 class GradientView:
-    """The parameters of a wrapped model, and what can be said of their gradients on this rank and on all.
+    """The parameters of a wrapped model, with their gradients on this rank, their norms by layer, and the losses.
 
-    * `params`: those with a gradient, in the order of the model.
-    * `layers`: the names of their layers, in the same order, each once.
-    * `units`: the modules that FSDP shards, outermost first; none without FSDP.
+    * `params`: the parameters that need a gradient, in the order of the model.
+    * `layers`: the names of their layers, in the same order, without duplicates.
+    * `units`: the modules that FSDP shards, outermost first; empty without FSDP.
     """
 
     def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
@@ -34,7 +34,7 @@ class GradientView:
         layer_of_param = [layer_of(name) for name in names]
         self.layers = list(dict.fromkeys(layer_of_param))
         # float64 [layers x params]: 1 where the parameter belongs to the layer, else 0
-        rows = [[float(layer == of_param) for of_param in layer_of_param] for layer in self.layers]
+        rows = [[float(layer == own_layer) for own_layer in layer_of_param] for layer in self.layers]
         self._is_param_in_layer = torch.tensor(rows, dtype=torch.float64, device=context.device)
         self._device_indices: dict[tuple[int, ...], Tensor] = {}  # see `losses`
 
@@ -47,14 +47,15 @@ class GradientView:
         return [local_tensor(param.grad) for param in self.params if param.grad is not None]
 
     def layer_norms(self) -> Tensor:
-        """Return the norms of the whole gradient, then of the weights, by layer: float64 [2 x layers], on every rank.
+        """Return the gradient's norm in each layer, then the weights' norm in each layer: float64 [2 x layers].
 
-        A collective of the shards of each replica. Waits for no device.
+        The result is the same on every rank. A collective of the ranks of each replica. Does not wait for the device.
         """
-        pairs = (self.local_grads(), [local_tensor(param) for param in self.params])
-        # [2 x params]: squared norms of this rank's parts
-        squares = torch.stack([torch.stack(list(torch._foreach_norm(tensors))).double().square() for tensors in pairs])
-        # [2 x layers]: a parameter's square is added to its layer's
+        grad_norms = torch.stack(list(torch._foreach_norm(self.local_grads()))).double()
+        weight_norms = torch.stack(list(torch._foreach_norm([local_tensor(param) for param in self.params]))).double()
+        # [2 x params]: squared norms of this rank's rows
+        squares = torch.stack([grad_norms, weight_norms]).square()
+        # [2 x layers]: sums over the parameters of each layer
         sums = squares.detach() @ self._is_param_in_layer.T
         if self.plan.shard > 1:
             self.context.all_reduce_sum(sums, SHARD)
@@ -63,13 +64,13 @@ class GradientView:
     def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
         """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
 
-        `indices`: the micro-batches of this rank. `sums`: their losses, scalars on the device. A collective of all
-        ranks; waits for no device. Each value is added to zeros only, which is exact: the same vector comes out on any
-        number of ranks.
+        `indices`: the micro-batches of this rank. `sums`: their losses, as scalars on the device. A collective of all
+        ranks; does not wait for the device. Each value is added only to zeros, which is exact, so the vector is the
+        same on any number of ranks.
         """
         key = tuple(indices)
         if key not in self._device_indices:
-            # kept: copying an index from the host would make every step wait for the device
+            # cached, because copying an index from the host makes a step wait for the device
             self._device_indices[key] = torch.tensor(key, device=self.context.device)
         vector = torch.zeros(num_micro_batches, dtype=torch.float64, device=self.context.device)
         vector.index_copy_(0, self._device_indices[key], torch.stack(list(sums)).double())
@@ -77,6 +78,6 @@ class GradientView:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a parameter: layers.0, layers.1, ..., and outside of them the name of its module."""
+    """Return the layer of a parameter: layers.0, layers.1, ..., or the name of its module if it is in no block."""
     block = re.search(r"layers\.\d+", name)
     return block[0] if block else name.split(".")[-2]

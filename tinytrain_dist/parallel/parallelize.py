@@ -1,7 +1,7 @@
-"""Build the model and spread it over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP.
+"""Build the model and distribute it over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP.
 
-The order matters: compiled code contains the recomputation, and sharding comes last, so that its hooks see whole
-blocks. Must not know the optimizer or the loop.
+The order matters. Activation checkpointing comes first, so that the recomputation is compiled too. DDP and FSDP come
+last, so that their hooks run around whole blocks. Must not know the optimizer or the training loop.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tinytrain_dist.parallel.compile import apply_compile
 def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
     """Return a TransformerLM with its initial weights, wrapped for the context's mesh. A collective.
 
-    It is described on the meta device first, and gets its weights late, the same on any mesh: with FSDP, no rank ever
-    holds more than its shards and one unit (a block, or the embedding). draw=False leaves the weights undefined, for a
-    simulation.
+    The model is first built on the meta device, where it takes no memory, and then gets its weights. They are the same
+    on any mesh. With FSDP, one unit (such as a block) gets its weights at a time, so no rank ever holds more than its
+    shards and one whole unit. draw=False leaves the weights undefined, for simulations.
     """
     assert context.parallel_dims is not None, "call with_mesh first"
     with torch.device("meta"):
@@ -41,49 +41,49 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)
-    # without replicas there is nothing to sum, and the wrapper would only cost time
+    # with a single replica there is nothing to sum, and DDP would only cost time
     return replicate_with_ddp(model, context) if context.parallel_dims.replicate > 1 else model
 
 
 def replicate_with_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataParallel:
-    """Wrap a model that has its weights for DDP over the axis dp_replicate."""
+    """Wrap a model for DDP over the axis dp_replicate. The model must have its weights already."""
     return DistributedDataParallel(
         model,
         process_group=context.group(REPLICATE),
         device_ids=[context.device] if context.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # no second copy of the gradients; DeterministicGradReduction relies on it
-        init_sync=False,  # weights are equal by construction, and replica_check.check_replicas proves it
+        init_sync=False,  # weights are equal by construction, and replica_check.check_replicas verifies it
     )
 
 
 def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedContext, *, draw: bool) -> nn.Module:
-    """Give a TransformerLM on the meta device its weights, unit by unit, and shard each unit with FSDP2 at once.
+    """Give a TransformerLM on the meta device its weights, and shard it with FSDP2, one unit at a time.
 
-    FSDP uses the axis dp_shard; HSDP uses both axes of the mesh. Units are each block, the embedding and the head (one
-    unit if their weights are tied), and the rest of the model.
+    FSDP uses the axis dp_shard; HSDP uses both axes of the mesh. The units are the embedding, the head (with tied
+    weights, both together are one unit), each block, and the rest of the model.
     """
     blocks: list[nn.Module] = list(model.model.layers)
     embed: Any = model.model.embed_tokens
     head: nn.Module = model.lm_head
-    outer: list[list[nn.Module]] = [[embed, head]] if config.tie_embeddings else [[embed], [head]]
-    units: list[list[nn.Module]] = [*outer, *([block] for block in blocks), [model]]
+    embed_and_head: list[list[nn.Module]] = [[embed, head]] if config.tie_embeddings else [[embed], [head]]
+    units: list[list[nn.Module]] = [*embed_and_head, *([block] for block in blocks), [model]]
     mesh = _fsdp_mesh(config, context)
     for unit in units:
         for module in unit:
             _materialize(model, module, context.device, draw=draw)
         model.tie_weights()
-        # embedding and head are gathered in float32: the sum of their gradients over tokens needs it
+        # The weights of embedding and head are gathered in float32, because their gradients are sums over many tokens.
         in_bf16 = config.precision == "bf16" and unit[0] not in (embed, head)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        # the backward of these two follows their forward at once, so their weights stay gathered until then
+        # Backward uses the head and the last block right after forward, so their weights stay gathered in between.
         reshard_after_forward = False if unit in ([head], [blocks[-1]]) else None
         fully_shard(
             unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
     if not config.tie_embeddings:
-        embed.set_unshard_in_backward(False)  # the gradient of a look-up needs no weights
+        embed.set_unshard_in_backward(False)  # the gradient of a look-up does not depend on the weights
     if collectives.uses_gloo():
         _prefetch_weights([model, embed, *blocks, head])
     return model  # type: ignore[no-any-return]
@@ -92,7 +92,7 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
 def _fsdp_mesh(config: TrainingConfig, context: DistributedContext) -> DeviceMesh:
     """Return the mesh that FSDP sums over: one axis for FSDP, two for HSDP.
 
-    Deterministic sums add the replicas themselves (see grad_reduction.py), so there FSDP sees one replica only.
+    With reproducible = true, grad_reduction.py sums over the replicas itself, so FSDP gets a mesh of one replica only.
     """
     assert context.mesh is not None, "call with_mesh first"
     assert context.parallel_dims is not None, "call with_mesh first"
@@ -101,7 +101,7 @@ def _fsdp_mesh(config: TrainingConfig, context: DistributedContext) -> DeviceMes
 
 
 def _prefetch_weights(units: list[Any]) -> None:
-    """Let each unit's weights be gathered while the unit before it computes. On a GPU, FSDP's streams do that."""
+    """Gather each unit's weights while the unit before it computes. On a GPU, FSDP's streams do this already."""
     for unit, following in itertools.pairwise(units):
         unit.set_modules_to_forward_prefetch([following])
     for unit in units:
@@ -109,9 +109,10 @@ def _prefetch_weights(units: list[Any]) -> None:
 
 
 def _materialize(model: TransformerLM, module: nn.Module, device: torch.device, *, draw: bool) -> None:
-    """Move the parameters of `module` that are still on the meta device to `device`, with their initial values.
+    """Create on `device` the parameters of `module` that are still on the meta device, with their initial values.
 
-    `module` is a part of `model`, which knows the value of each parameter by its name. draw=False: undefined values.
+    `module` is a part of `model`, which computes each initial value from the parameter's name. With draw=False, values
+    are undefined.
     """
     names = {param: name for name, param in model.named_parameters()}
     for owner in module.modules():

@@ -1,6 +1,6 @@
-"""Check that replicas hold the same bits, by a fingerprint of each tensor, and name the ranks that differ.
+"""Check that replicas hold the same bits, by comparing a fingerprint of each tensor, and name the ranks that differ.
 
-Must not know what the tensors are for or when they are compared.
+Must not know what the tensors are for, or when they are compared.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ def check_replicas(tensors: Iterable[tuple[str, Tensor]], context: DistributedCo
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one number for the bits of each tensor's local part: int64 [n], on their device. Waits for no device.
+    """Return a fingerprint of each tensor's local part: int64 [n], on their device. Does not wait for the device.
 
-    A CPU and a GPU give different numbers, so ranks compare only what lies on the same kind of device.
+    A CPU and a GPU compute different numbers, so compare only fingerprints from the same kind of device.
     """
-    prints = [_fingerprint(local_tensor(tensor)) for tensor in tensors]
-    return torch.stack(prints) if prints else torch.empty(0, dtype=torch.int64)
+    numbers = [_fingerprint(local_tensor(tensor)) for tensor in tensors]
+    return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.int64)
 
 
 class ReplicaComparison:
-    """One comparison of what replicas hold: it begins when a save begins, and is finished in the save's thread.
+    """A comparison of replicas for one save. It begins when the save begins, and is finished in the save's thread.
 
-    Ranks that copy their rows take fingerprints of the copies later, so that they stall no longer. The other ranks
-    take theirs at once, while those copy.
+    The fingerprints of rows that a rank copies are computed in the thread, so that training does not wait for them.
+    Rows that a rank does not copy are fingerprinted at once, while other ranks copy.
     """
 
     def __init__(self, shards: Iterable[TensorShard], beside: bool, context: DistributedContext) -> None:
-        """Take the fingerprints that cannot wait.
+        """Compute the fingerprints that cannot be computed later. On a GPU, these are all of them.
 
-        `beside`: training continues meanwhile, and changes what is not copied. On a GPU all fingerprints are taken now.
+        `beside`: whether training continues during the save, and so changes rows that are not copied.
         """
         self.context = context
         self.needed = context.parallel_dims is not None and context.parallel_dims.replicate > 1
-        taken_now = []
+        early_shards = []
         if self.needed:
-            taken_now = [
+            early_shards = [
                 shard for shard in shards if shard.local_rows.is_cuda or (beside and not shard.rows_to_save.numel())
             ]
-        self._names = [shard.name for shard in taken_now]
-        self._prints = fingerprints(shard.local_rows for shard in taken_now)
+        self._early_names = [shard.name for shard in early_shards]
+        self._early_fingerprints = fingerprints(shard.local_rows for shard in early_shards)
 
     def finish(self, shards: Iterable[TensorShard], group: Group | None) -> None:
-        """Take the other fingerprints, and compare all. `shards`: all of them, as they will be written.
+        """Compute the remaining fingerprints, and compare all. `shards`: all shards, as they will be written.
 
         A collective; blocks until every rank of `group` has called it. Errors: ReplicaMismatchError.
         """
         if not self.needed:
             return
-        print_of_name = dict(zip(self._names, self._prints.tolist(), strict=True))
+        by_name = dict(zip(self._early_names, self._early_fingerprints.tolist(), strict=True))
         rows_of_name = {
             shard.name: shard.rows_to_save if shard.rows_to_save.numel() else shard.local_rows for shard in shards
         }
-        rest = [name for name in rows_of_name if name not in print_of_name]
-        rest_prints = fingerprints(rows_of_name[name] for name in rest).tolist()
-        print_of_name |= dict(zip(rest, rest_prints, strict=True))
+        late_names = [name for name in rows_of_name if name not in by_name]
+        late_fingerprints = fingerprints(rows_of_name[name] for name in late_names).tolist()
+        by_name |= dict(zip(late_names, late_fingerprints, strict=True))
         names = list(rows_of_name)
-        compare_fingerprints(names, [print_of_name[name] for name in names], self.context, group)
+        compare_fingerprints(names, [by_name[name] for name in names], self.context, group)
 
 
 def compare_fingerprints(
@@ -83,9 +83,9 @@ def compare_fingerprints(
 ) -> None:
     """Compare the fingerprints of the tensors `names` between the replicas of each shard.
 
-    Ranks exchange one digest of all fingerprints, and the fingerprints only if digests differ. A collective; blocks
-    until every rank of `group` has called it.
-    Errors: ReplicaMismatchError on all ranks. Where one side has the majority, the other ranks are named as wrong.
+    Ranks exchange one digest of all fingerprints, and the fingerprints themselves only if digests differ. A collective;
+    blocks until every rank of `group` has called it.
+    Errors: ReplicaMismatchError on all ranks. If most replicas agree, the other ranks are named as wrong.
     """
     own_digest = hashlib.blake2b(repr(list(prints)).encode(), digest_size=8).hexdigest()
     by_rank = all_gather_object((context.shard, context.host, own_digest), group)
@@ -95,30 +95,31 @@ def compare_fingerprints(
     prints_by_rank = all_gather_object(list(prints), group)
     pairs = zip(names, prints_by_rank[wrong_ranks[0]], prints_by_rank[right_rank], strict=True)
     differing = [name for name, wrong, right in pairs if wrong != right]
-    more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+    more = f" and {len(differing) - 1} more tensor(s)" if len(differing) > 1 else ""
     wrong_text = " and ".join(f"rank {rank} ({by_rank[rank][1]})" for rank in wrong_ranks)
-    doubt = "" if has_majority else "; which of them is wrong is not known"
+    doubt = "" if has_majority else "; it is not known which of them is wrong"
     raise ReplicaMismatchError(
-        f"replicas differ: {differing[0]}{more} on {wrong_text} has other bits than on rank {right_rank} "
+        f"replicas differ: {differing[0]}{more} on {wrong_text}: the bits differ from those on rank {right_rank} "
         f"({by_rank[right_rank][1]}){doubt}. This state is not saved; resume from the last checkpoint, and if the "
-        "error returns check that host's memory"
+        "error returns, check that host's memory"
     )
 
 
 def _deviating_ranks(digests: Sequence[tuple[int, str]]) -> tuple[list[int], int, bool]:
-    """Return the ranks that deviate, a rank that is right, and whether the right ones are the majority.
+    """Return the ranks that deviate, a rank that is right, and whether the ranks that are right are the majority.
 
-    `digests`: (shard, digest) by rank. Looks at the first shard with a difference. Without a majority its lowest rank
-    counts as right. Returns ([], 0, True) if there is no difference.
+    `digests`: (shard, digest) by rank. Only the first shard whose replicas differ counts. If there is no majority, the
+    lowest rank with this shard counts as right. Returns ([], 0, True) if there is no difference.
     """
     for shard in sorted({shard for shard, _ in digests}):
         ranks = [rank for rank, (shard_of_rank, _) in enumerate(digests) if shard_of_rank == shard]
         votes = Counter(digests[rank][1] for rank in ranks)
         if len(votes) > 1:
-            winner, count = votes.most_common(1)[0]
+            majority_digest, count = votes.most_common(1)[0]
             has_majority = 2 * count > len(ranks)
-            right_rank = next(rank for rank in ranks if not has_majority or digests[rank][1] == winner)
-            wrong_ranks = [rank for rank in ranks if digests[rank][1] != digests[right_rank][1]]
+            right_digest = majority_digest if has_majority else digests[ranks[0]][1]
+            right_rank = next(rank for rank in ranks if digests[rank][1] == right_digest)
+            wrong_ranks = [rank for rank in ranks if digests[rank][1] != right_digest]
             return wrong_ranks, right_rank, has_majority
     return [], 0, True
 
@@ -132,9 +133,10 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 
 
 def weighted_bit_sum(tensor: Tensor, block_size: int = 1 << 24) -> Tensor:
-    """Return the sum of the bits, weighted by position with odd numbers: no single flip or swap is lost.
+    """Return the sum of a tensor's values as integers, weighted by position with odd numbers.
 
-    For a GPU; a CPU computes a BLAKE3 in a fifth of the time. In blocks, because the products are twice as wide.
+    A single flipped bit, or two swapped values, always changes the sum. For a GPU; on a CPU, BLAKE3 takes a fifth of
+    the time. Computed in blocks, because the products take twice the memory of the values.
     """
     bits = tensor.detach().reshape(-1)
     bits = bits.view(torch.int32 if tensor.element_size() == 4 else torch.int8)

@@ -1,8 +1,8 @@
 """Sum along one fixed binary tree, so that the result does not depend on which rank holds which part.
 
-Floating-point addition is commutative but not associative: equal trees mean equal bits. The leaves of the tree are the
-micro-batches of a step. A tree over ranks (`tree_reduce_scatter`) and one over the micro-steps of a rank
-(`BinaryCounter`) fit together, because both add neighbours first.
+Floating-point addition is commutative but not associative, so equal trees mean equal bits. The leaves of the tree are
+the micro-batches of a step. A tree over ranks (`tree_reduce_scatter`) and a tree over the micro-steps of a rank
+(`BinaryCounter`) both add neighbours first, so together they form that one tree.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def tree_sum(parts: Tensor) -> Tensor:
 
 
 def tree_reduce_scatter(output: Tensor, input: Tensor, group: Group | None) -> None:
-    """Write part (this rank's index) of the tree sum of all ranks' `input` into `output`.
+    """Sum all ranks' `input` along the tree, and write this rank's part of the sum into `output`.
 
-    `input`: flat, (group size) times the elements of `output`. A collective; blocks on the CPU. Moves as many bytes as
-    a ring reduce-scatter.
+    `input`: flat, with (group size) times as many elements as `output`; part i of the sum goes to rank i. A collective;
+    blocks on the CPU. Moves as many bytes as a ring reduce-scatter.
     """
     parts = torch.empty_like(input)
     collectives.all_to_all(parts, input, group)
@@ -44,7 +44,7 @@ def tree_reduce_scatter(output: Tensor, input: Tensor, group: Group | None) -> N
 
 
 def tree_all_reduce(flat: Tensor, group: Group | None) -> None:
-    """Replace `flat`, one-dimensional, by the tree sum over the group, on every rank. A collective."""
+    """Replace the one-dimensional tensor `flat` on every rank by the tree sum over the group. A collective."""
     size = collectives.group_size(group)
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % size))
     part = torch.empty(len(padded) // size, dtype=flat.dtype, device=flat.device)
@@ -54,16 +54,19 @@ def tree_all_reduce(flat: Tensor, group: Group | None) -> None:
 
 
 class BinaryCounter:
-    """Adds lists of tensors one by one in the order of the tree, as a binary counter carries: level j sums 2^j leaves.
+    """Adds lists of tensors one by one along the tree, like a binary counter: level j holds the sum of 2^j leaves.
 
-    So n leaves need as many sums in memory as n has ones in binary.
+    After n leaves, as many partial sums are in memory as n has ones in binary.
     """
 
     def __init__(self) -> None:
         self._levels: dict[int, list[Tensor]] = {}
 
     def add(self, leaf: int, tensors: list[Tensor]) -> None:
-        """Add the tensors of leaf 0, 1, 2, ... in this order. They are summed in place: the counter owns them now."""
+        """Add the tensors of one leaf; leaves must come in the order 0, 1, 2, ...
+
+        Later calls sum in place, so the counter owns the tensors from now on.
+        """
         level = 0
         while leaf >> level & 1:
             torch._foreach_add_(tensors, self._levels.pop(level))
@@ -71,13 +74,18 @@ class BinaryCounter:
         self._levels[level] = tensors
 
     def pop(self) -> list[list[Tensor]]:
-        """Return the partial sums, smallest first, and forget them: what the carry of the last leaf runs through."""
+        """Return the partial sums, lowest level first, and clear the counter.
+
+        Adding them to the last leaf in this order completes the tree.
+        """
         levels = [self._levels[level] for level in sorted(self._levels)]
         self._levels = {}
         return levels
 
 
 class _NewBuffers:
+    """Allocates a new buffer for each of FSDP's collectives."""
+
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a new buffer of `size` elements."""
         return torch.empty(*size, dtype=dtype, device=device)
@@ -87,7 +95,7 @@ class DirectAllGather(_NewBuffers, AllGather):
     """FSDP's all-gather by direct messages over gloo; see `collectives.all_gather`."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False) -> Any:
-        """Copy all ranks' input_tensor, which is a part of output_tensor, into the whole. Blocks unless async_op."""
+        """Gather all ranks' parts of output_tensor, which already holds this rank's. Blocks unless async_op."""
         return collectives.all_gather(output_tensor, None, group, wait=not async_op)
 
 
@@ -102,21 +110,21 @@ class _PendingSum:
 
 
 class TreeReduceScatter(_NewBuffers, ReduceScatter):
-    """FSDP's reduce-scatter as a tree sum; always a sum, whatever operation is asked for.
+    """FSDP's reduce-scatter along the tree. It always sums, whatever operation FSDP requests.
 
-    Also the fastest way over gloo, whose own reduce-scatter is a ring.
+    This is also faster over gloo, whose own reduce-scatter is a ring.
     measured (2-core x86 VM, 2026-11-25): 40 MB on two ranks, ring 106 ms, tree 33 ms
     """
 
     def __init__(self) -> None:
-        """`late`: complete a sum when the next unit's begins, or in `settle`; backward continues meanwhile."""
+        """`late`: whether to complete a sum only when the next one begins, or in `settle`, while backward continues."""
         self.late = False
         self._pending: list[_PendingSum] = []
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group, op: Any, async_op: bool = False
     ) -> None:
-        """Write part (this rank's index) of the tree sum of all ranks' input_tensor into output_tensor."""
+        """Sum all ranks' input_tensor along the tree, and write this rank's part of the sum into output_tensor."""
         if not self.late:
             tree_reduce_scatter(output_tensor, input_tensor, group)
             return
@@ -126,7 +134,7 @@ class TreeReduceScatter(_NewBuffers, ReduceScatter):
         self._pending.append(_PendingSum(work, parts, output_tensor, input_tensor))
 
     def settle(self) -> None:
-        """Wait for the sum in progress, if any, and write its result."""
+        """Complete the sum in progress, if there is one, and write its result."""
         for pending in self._pending:
             pending.work.wait()
             pending.output.copy_(tree_sum(pending.parts.view(-1, len(pending.output))))

@@ -1,4 +1,4 @@
-"""Wrap any module for DDP or FSDP2, and get back to the module and the names inside a wrapper."""
+"""Wrap any module for DDP or FSDP2, and recover the original module and parameter names from a wrapper."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 def apply_ddp(model: nn.Module, mesh: DeviceMesh | None = None) -> DistributedDataParallel:
     """Wrap any module for DDP over `mesh`, which has one axis (None: all ranks). A collective.
 
-    All ranks get rank 0's weights. Gradients are averaged, as DDP does it. Errors: ValueError for a mesh with several
-    axes.
+    All ranks get rank 0's weights. Gradients are averaged, as is usual with DDP. Errors: ValueError for a mesh with
+    several axes.
     """
     if mesh is not None and mesh.ndim != 1:
         raise ValueError(f"apply_ddp: needs a mesh with one axis, got {mesh.ndim} axes; pass mesh['dp_replicate']")
@@ -38,17 +38,17 @@ def apply_fsdp(
 ) -> nn.Module:
     """Shard any module with FSDP2 over `mesh`, in place, and return it. A collective.
 
-    * `mesh`: with one axis, its ranks are the shards; with two, axis 0 counts replicas and axis 1 shards (HSDP).
-    * `param_dtype`: what forward and backward compute in (None: float32). Weights and their gradients stay float32.
-    * `reduce_dtype`: what gradients are summed in.
+    * `mesh`: one axis (each rank is a shard), or two axes for HSDP (axis 0 numbers replicas, axis 1 their shards).
+    * `param_dtype`: dtype in which forward and backward compute (None: float32). Weights and gradients stay float32.
+    * `reduce_dtype`: dtype in which gradients are summed.
 
-    Every element of the outermost ModuleLists becomes a unit, and the rest is one more; without a ModuleList the model
-    is a single unit. All ranks first get rank 0's weights, which FSDP2 by itself does not do. Gradients are averaged,
-    as FSDP does it.
+    Every element of the outermost ModuleLists becomes a unit, and the rest of the model is one more unit. Without a
+    ModuleList, the model is a single unit. All ranks first get rank 0's weights, which FSDP2 itself does not ensure.
+    Gradients are averaged, as is usual with FSDP.
     Errors: ValueError for a mesh of more than two axes, or for parameters that are not float32.
     """
     if mesh.ndim > 2:
-        raise ValueError(f"apply_fsdp: needs a mesh with one or two axes, got {mesh.ndim}")
+        raise ValueError(f"apply_fsdp: needs a mesh with one or two axes, got {mesh.ndim} axes; pass a part of it")
     not_float32 = [name for name, param in model.named_parameters() if param.dtype != torch.float32]
     if not_float32:
         raise ValueError(
@@ -58,7 +58,7 @@ def apply_fsdp(
     collectives.broadcast_tensors([tensor.data for tensor in (*model.parameters(), *model.buffers())])
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     if param_dtype is not None:
-        # FSDP casts parameters, but not buffers: a float32 mask or table times bf16 weights is an error
+        # FSDP casts parameters but not buffers. Without autocast, a float32 buffer times bf16 weights is an error.
         original_forward = model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -80,20 +80,23 @@ def outermost_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP or torch.compile; the only place that knows how to get there."""
+    """Return the model inside DDP or torch.compile. All code that needs the inner model calls this."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model
 
 
 def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
-    """Return modules whose forward runs no collective: sharded blocks, gathered by then, or all of the model."""
+    """Return the modules whose forward runs no collective.
+
+    With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
+    """
     inner = unwrap(model)
     return outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
 
 
 def original_name(name: str) -> str:
-    """Return a parameter's name without the prefixes that wrappers put in front of any part of it."""
+    """Return a parameter's name without the prefixes that wrappers add to parts of it."""
     for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix).replace("." + prefix, ".")
     return name
@@ -102,7 +105,7 @@ def original_name(name: str) -> str:
 def gather_full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer whole, on the CPU, under its original name. A collective.
 
-    Every rank receives the whole model. To save a model that does not fit in the memory of one, use save_checkpoint.
+    Every rank receives the whole model. If it does not fit in the memory of one rank, save it with save_checkpoint.
     """
     state = unwrap(model).state_dict()
     return {

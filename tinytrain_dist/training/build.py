@@ -25,6 +25,7 @@ from tinytrain_dist.distributed.collectives import run_on_all_ranks
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError, TrainingError
 from tinytrain_dist.metrics.environment import environment_record
+from tinytrain_dist.metrics.loss_level import forget_level
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
@@ -53,7 +54,7 @@ class Start:
     """The step at which a run starts, and what it continues from."""
 
     step: int = 0
-    record: dict[str, Any] = field(default_factory=dict)  # of the evaluations so far, see EarlyStopping
+    record: dict[str, Any] = field(default_factory=dict)  # of the run so far, see EarlyStopping and LossLevel
     saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
     source: Path | None = None  # the loaded checkpoint
     changed_settings: list[str] = field(default_factory=list)
@@ -96,7 +97,7 @@ def build_trainer(
     _check_ranks(train_step, data, start.step)
 
     sampler = TextSampler(config, context, data.evaluation_prompts)
-    metrics = _step_metrics(train_step, data, log, start.step)
+    metrics = _step_metrics(train_step, data, log, start)
     assert start.lock is not None, "_load has taken it"
     training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
     stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
@@ -112,6 +113,7 @@ def build_trainer(
         profiler=_profiler(config, context, phase_timer, log),
         step=start.step,
         record=start.record,
+        source=start.source,
     )
 
 
@@ -135,6 +137,8 @@ def _load(
     if loaded:
         start.source, state, start.changed_settings = loaded
         start.step, start.record = state["step"], state["report"]
+        if state.get("data") != checkpoints.data:
+            forget_level(start.record)
         if start.source == checkpoints.folder(start.step):
             start.saved_step = start.step
     elif config.init_from:
@@ -215,19 +219,20 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
         raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {config.batch_size - 1} once")
     drawn = [tuple(rank_places) for _, rank_places in by_rank]
     # in tiny files, two ranks may draw the same windows by chance
-    probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)
+    probability = len(drawn) ** 2 * data.train.collision_probability ** len(train_step.slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
 
 
-def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, step: int) -> StepMetrics:
+def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Start) -> StepMetrics:
     model: Any = unwrap(train_step.model)
     return StepMetrics(
         train_step.config,
         train_step.context,
         train_step.plan,
         log,
-        step=step,
+        step=start.step,
+        record=start.record,
         data=data.train,
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,

@@ -29,15 +29,15 @@ class RunSaver:
         self.saving_seconds = 0.0  # of the newest save
         self.failed_saves = 0
 
-    def save(self, step: int, record: dict[str, Any], last: bool = False) -> None:
+    def save(self, step: int, record: dict[str, Any], last: bool = False, sound_step: int | None = None) -> None:
         """Start to save the state after `step` steps, once the previous save has ended. A collective.
 
         A state that is not finite is never written. record: goes into trainer_state.json. last: whether this is the
-        last step of the run.
+        last step of the run. sound_step: the newest checkpoint up to this step stays.
         """
         self.phase_timer.enter("checkpoint")
         self.collect(step, wait=True)
-        self.checkpoints.save(step, record, last)
+        self.checkpoints.save(step, record, last, sound_step)
         if not self.checkpoints.config.ckpt_async:
             self.collect(step, wait=True)
 
@@ -67,6 +67,12 @@ class RunSaver:
             self.log.flush()
             raise save.error
         self.log.flush()
+
+    def say_held(self, step: int) -> None:
+        """Say that this step is not saved, because updates are being skipped."""
+        saved = self.saved_step
+        newest = f"the newest checkpoint is {self.checkpoints.folder(saved)}" if saved >= 0 else "there is none yet"
+        self.log.say(f"step {step}: not saved while updates are skipped; {newest}")
 
     def _report_saved(self, save: SaveThread) -> None:
         self.saved_step = save.step

@@ -86,9 +86,7 @@ class TrainStep:
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.layer_norms()) if log_norms else None
-        losses = self.reduction.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
-        loss = losses.sum() / self.plan.tokens_per_step
-        norm = self.reduction.squared_norm().sqrt()
+        losses, loss, norm = self._losses_and_norm(loss_sums)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
@@ -123,6 +121,23 @@ class TrainStep:
             self.reduction.after_micro_step(micro_step)
             loss_sums.append(loss_sum.detach())
         return loss_sums
+
+    def probe(self, rows: Tensor) -> tuple[float, float]:
+        """Return loss and gradient norm of the present weights over `rows`, and change nothing. A collective.
+
+        rows: as of a step. Waits for the device.
+        """
+        self.phase_timer.enter("forward_backward")
+        loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
+        self.reduction.finish()
+        _, loss, norm = self._losses_and_norm(loss_sums)
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss), float(norm)
+
+    def _losses_and_norm(self, loss_sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
+        losses = self.reduction.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
+        return losses, losses.sum() / self.plan.tokens_per_step, self.reduction.squared_norm().sqrt()
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.batches import Prefetcher
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.errors import DivergenceError, TrainingError
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
@@ -30,6 +30,7 @@ from tinytrain_dist.reliability.run_state import owns_run, write_state
 from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal
 from tinytrain_dist.training.determinism import collect_garbage
+from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
 from tinytrain_dist.training.fitting import memory_report
 from tinytrain_dist.training.run_data import RunData
@@ -60,10 +61,11 @@ class Trainer:
         profiler: StepProfiler | None,
         step: int,
         record: dict[str, Any],
+        source: Path | None = None,
     ) -> None:
         """Combine the parts of a run that continues after `step` steps.
 
-        record: results of the evaluations so far, saved in every checkpoint (see EarlyStopping).
+        record: saved in every checkpoint, see EarlyStopping and LossLevel. source: the loaded checkpoint.
         """
         self.config = train_step.config
         self.context = train_step.context
@@ -82,6 +84,7 @@ class Trainer:
         self.step = step  # number of completed optimizer steps
         self.first_step = step + 1
         self.record = record
+        self.divergence = Divergence(metrics, saver, self._compute_again, source)
         self.stop_reason = ""  # why this rank wants to stop
         self.finishing = False  # the loop has ended, so the next save is the last one
 
@@ -96,8 +99,15 @@ class Trainer:
 
     def fit(self) -> str:
         """Train to the last step or until asked to stop; return "done" or "preempted". A collective."""
-        config = self.config
         self._agree_to_begin()
+        try:
+            self._run_loop()
+            return self._finish()
+        except DivergenceError as error:
+            raise self.divergence.explain(error) from None
+
+    def _run_loop(self) -> None:
+        config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
         self.batches = Prefetcher(self._read_rows, self.step)
@@ -121,7 +131,6 @@ class Trainer:
             raise torch.OutOfMemoryError(f"{error}\n{memory_report(self.config, self.context)}") from error
         finally:
             self._close_loop()
-        return self._finish()
 
     def run_step(self) -> StepResult:
         """Run one optimizer step; log a warning if torch.compile compiled again after the first steps."""
@@ -154,22 +163,41 @@ class Trainer:
             self.metrics.stopping = True
             return None
         self.record |= {"eval_loss": evaluation.loss, "eval_step": self.step}
-        if due(self.step, self.config.eval_every):  # an extra evaluation at the end of a run must not count
+        # An extra evaluation at the end of a run must not count, nor one of weights that no update has changed.
+        if due(self.step, self.config.eval_every) and not self.metrics.skipping:
             self.early_stopping.update(self.step, evaluation.loss, self.context)
         self.log.samples(self.step, evaluation.samples)
         self.log.evaluation(self.step, evaluation.loss, time.perf_counter() - started, evaluation.others)
         return evaluation.loss
 
     def save(self) -> None:
-        """Start to save the current step. A collective."""
+        """Start to save the current step, unless updates are being skipped. A collective.
+
+        Its weights may then be what makes the steps non-finite.
+        """
         self.metrics.settle()
+        if self.context.any_rank(self.metrics.skipping):
+            self.saver.collect(self.step, wait=True)
+            self.saver.say_held(self.step)
+        else:
+            self._start_save()
+
+    def _start_save(self) -> None:
+        ends_well = self._complete and self.metrics.level.sound_step >= self.step - 1
+        sound_step = None if ends_well else self.metrics.level.sound_step
+        last = self.finishing or self.step == self.config.last_step
         with self.metrics.watch.paused():
-            self.saver.save(self.step, self.record, last=self.finishing or self.step == self.config.last_step)
+            self.saver.save(self.step, self.record, last, sound_step)
 
     @property
     def stopping(self) -> bool:
         """Whether the loop ends: all ranks agreed to stop, or early stopping is out of patience."""
         return self.metrics.stopping or self.early_stopping.out_of_patience
+
+    @property
+    def _complete(self) -> bool:
+        """Whether this is the last step of the run, so that nothing will be trained after it."""
+        return self.step >= self.config.last_step or self.early_stopping.out_of_patience
 
     def why_stop(self) -> str:
         """Return why this rank wants to stop, or "". Once there is a reason, it stays the same."""
@@ -195,6 +223,13 @@ class Trainer:
         rows = train.read(*train.draw(self.config.seed, step, self.train_step.slots))
         return rows.pin_memory() if self.context.device.type == "cuda" else rows
 
+    def _compute_again(self, step: int) -> tuple[float, float]:
+        """Return loss and gradient norm of the batch after `step` steps, with the present weights. A collective."""
+        present, self.step = self.step, step
+        numbers = self.train_step.probe(self._read_rows(step))
+        self.step = present
+        return numbers
+
     def _take_fingerprints(self) -> None:
         """Take fingerprints of weights and optimizer state, if there are replicas that should be equal."""
         if self.train_step.plan.replicate > 1:
@@ -213,12 +248,16 @@ class Trainer:
         self.finishing = True
         self.metrics.settle()
         early = self.early_stopping.out_of_patience
-        state = "done" if self.step >= self.config.last_step or early else "preempted"
+        state = "done" if self._complete else "preempted"
         if state == "done" and self.data.evaluation and self.record.get("eval_step") != self.step:
             state = "preempted" if self.evaluate() is None else "done"
         self.saver.collect(self.step, wait=True)
         if self.saver.saved_step != self.step:
-            self.save()
+            if state == "done" and self.metrics.skipping:
+                self.divergence.check_last_weights()
+                self._start_save()
+            else:
+                self.save()
         self.saver.collect(self.step, wait=True, last=True)
 
         reasons = [reason for reason in self.context.all_gather_object(self.stop_reason) if reason]

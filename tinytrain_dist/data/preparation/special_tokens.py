@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, processors
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.regular_files import read_text
 
 SEPARATOR_TOKEN = "<|endoftext|>"  # ends a document wherever a text spells it, so that no document has it
 SpelledTokens = Literal["text", "ids"]
@@ -42,13 +43,13 @@ def read_settings(file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = file.with_name(name)
-        content = json.loads(path.read_bytes()) if path.exists() else {}
+        content = json.loads(read_text(path)) if path.exists() else {}
         if not isinstance(content, dict):
             raise ValueError(f"{name} is not a JSON object")
         settings |= {key: value for key, value in content.items() if value is not None}
     template = file.with_name("chat_template.jinja")
     if template.exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        settings["chat_template"] = read_text(template)
     return settings
 
 

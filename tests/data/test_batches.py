@@ -1,0 +1,229 @@
+"""Check batches: random windows, micro-batches, and reading ahead in a thread."""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.token_files import save_tokens
+from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
+from tinytrain_dist.data.sampling import window_starts
+from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.errors import DataError
+
+# --- random windows ------------------------------------------------------------------------------------------------
+
+every_way_to_draw = pytest.mark.parametrize(
+    "how", [{"seed": 1}, {"rng": np.random.default_rng(0)}, {}], ids=["seed", "rng", "fresh entropy"]
+)
+
+
+def test_the_signature_is_that_of_the_notes() -> None:
+    parameters = list(inspect.signature(get_batch).parameters.values())
+    assert [parameter.name for parameter in parameters[:4]] == ["data", "batch_size", "context_len", "device"]
+    assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters[:4])
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[4:])
+
+
+def test_targets_are_the_same_windows_one_token_later() -> None:
+    ids, targets = get_batch(np.arange(100, dtype=np.uint16), 8, 5, "cpu")
+    assert ids.shape == targets.shape == (8, 5)
+    assert torch.equal(targets, ids + 1)
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    assert ids.is_contiguous()
+    assert targets.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [
+        ("uint16", 65_535),
+        ("uint32", 2**32 - 1),
+        ("uint64", 2**40),
+        ("int32", 2**31 - 1),
+        ("int64", 2**40),
+        (">u2", 65_535),
+        (">i4", 2**31 - 1),
+        ("uint8", 255),
+    ],
+)
+def test_batches_keep_the_values_of_every_type(dtype: str, largest: int) -> None:
+    ids, targets = get_batch(np.array([0, 1, largest, 3, 4], dtype=dtype), 3, 4, "cpu")
+    assert (ids.dtype, targets.dtype) == (torch.int64, torch.int64)
+    assert ids[0].tolist() == [0, 1, largest, 3]
+    assert targets[0].tolist() == [1, largest, 3, 4]
+
+
+@every_way_to_draw
+def test_the_last_window_can_be_drawn(how: dict[str, Any]) -> None:
+    # 6 tokens have windows 0 and 1 of context_len 4; the last token is a target of window 1 only.
+    _, targets = get_batch(np.arange(6, dtype=np.uint16), 200, 4, "cpu", **how)
+    assert set(targets[:, -1].tolist()) == {4, 5}
+
+
+@every_way_to_draw
+def test_context_len_plus_one_tokens_are_enough(how: dict[str, Any]) -> None:
+    ids, targets = get_batch(np.arange(5, dtype=np.uint16), 3, 4, "cpu", **how)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert targets.tolist() == [[1, 2, 3, 4]] * 3
+
+
+def test_fewer_tokens_are_an_error_that_counts_the_missing() -> None:
+    with pytest.raises(DataError, match="has 4 tokens, but context_len 4 needs at least 5; 1 more are needed"):
+        get_batch(np.arange(4, dtype=np.uint16), 3, 4, "cpu")
+
+
+def test_by_default_two_calls_draw_different_batches_even_if_numpy_is_seeded() -> None:
+    tokens = np.arange(60_000, dtype=np.uint16)
+    batches = []
+    for _ in range(2):
+        np.random.seed(0)  # as on ranks that set the same seed
+        batches.append(get_batch(tokens, 16, 4, "cpu")[0])
+    assert not torch.equal(*batches)
+
+
+def test_a_generator_makes_the_draw_repeatable() -> None:
+    tokens = np.arange(60_000, dtype=np.uint16)
+    first, again, other = (get_batch(tokens, 16, 4, "cpu", rng=np.random.default_rng(s))[0] for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_seed_draws_what_the_trainer_draws() -> None:
+    tokens = np.arange(60_000, dtype=np.uint16)
+    ids, _ = get_batch(tokens, 4, 8, "cpu", seed=3, step=5)
+    assert ids[:, 0].tolist() == window_starts(3, 5, [0, 1, 2, 3], 60_000 - 8).tolist()
+    part, _ = get_batch(tokens, 2, 8, "cpu", seed=3, step=5, slots=[3, 1])
+    assert torch.equal(part, ids[[3, 1]])
+
+
+def test_batches_come_from_a_memory_map(tmp_path: Path) -> None:
+    tokens = load_token_dataset(save_tokens(tmp_path / "t.npy", range(100)))
+    ids, targets = get_batch(tokens, 4, 8, torch.device("cpu"), seed=0)
+    assert torch.equal(targets, ids + 1)
+
+
+# --- micro-batches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_are_cut_into_micro_batches_of_ids_and_targets(dtype: torch.dtype) -> None:
+    rows = torch.arange(6 * 5, dtype=dtype).view(6, 5)
+    micro_batches = list(split_micro_batches(rows, 2, torch.device("cpu")))
+    assert len(micro_batches) == 3
+    for number, (ids, targets) in enumerate(micro_batches):
+        assert ids.dtype == targets.dtype == torch.int64
+        assert ids.tolist() == rows[2 * number : 2 * number + 2, :-1].tolist()
+        assert targets.tolist() == rows[2 * number : 2 * number + 2, 1:].tolist()
+
+
+# --- reading ahead -------------------------------------------------------------------------------------------------
+
+TIMEOUT_SECONDS = 60.0  # after which a thread counts as hanging; a test that passes never waits that long
+
+
+def call_in_time(function: Callable[..., Any], *args: Any) -> Any:
+    """Return the result of a call in another thread, so that a call that hangs fails the test."""
+    answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def call() -> None:
+        try:
+            answer.put((function(*args), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    result, error = answer.get(timeout=TIMEOUT_SECONDS)
+    if error is not None:
+        raise error
+    return result
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_batches_come_in_order_from_the_first_step() -> None:
+    prefetcher = Prefetcher(torch.tensor, first_step=7)
+    assert [call_in_time(prefetcher.get, step).item() for step in range(7, 20)] == list(range(7, 20))
+    call_in_time(prefetcher.close)
+    assert prefetch_threads() == []
+
+
+def test_a_step_out_of_order_fails_an_assertion() -> None:
+    prefetcher = Prefetcher(torch.tensor, first_step=0)
+    with pytest.raises(AssertionError, match="asked for step 1, have 0"):
+        call_in_time(prefetcher.get, 1)
+    call_in_time(prefetcher.close)
+
+
+def test_the_thread_reads_ahead_but_no_further_than_the_depth() -> None:
+    made: list[int] = []
+    queue_is_full = threading.Event()
+
+    def make_batch(step: int) -> Tensor:
+        made.append(step)
+        if step == 3:
+            queue_is_full.set()  # steps 0, 1 and 2 are in the queue, and 3 waits for room
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=3)
+    assert queue_is_full.wait(TIMEOUT_SECONDS)
+    assert made == [0, 1, 2, 3]
+    call_in_time(prefetcher.close)
+    assert len(made) <= 5  # close makes room once
+
+
+def test_an_error_is_raised_after_the_batches_made_before_it_and_by_every_later_call() -> None:
+    def make_batch(step: int) -> Tensor:
+        if step == 2:
+            raise DataError("the disk is gone")
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0)
+    assert [call_in_time(prefetcher.get, step).item() for step in (0, 1)] == [0, 1]
+    for step in (2, 3):  # a later call raises the error too, because the thread has ended
+        with pytest.raises(DataError, match="the disk is gone"):
+            call_in_time(prefetcher.get, step)
+    call_in_time(prefetcher.close)
+    assert prefetch_threads() == []
+
+
+def test_close_ends_the_thread_while_the_queue_is_full() -> None:
+    queue_is_full = threading.Event()
+
+    def make_batch(step: int) -> Tensor:
+        if step == 2:
+            queue_is_full.set()
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=2)
+    assert queue_is_full.wait(TIMEOUT_SECONDS)
+    call_in_time(prefetcher.close)
+    assert prefetch_threads() == []
+
+
+def test_close_waits_for_a_batch_that_is_being_made() -> None:
+    begun, may_finish, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def make_batch(step: int) -> Tensor:
+        begun.set()
+        may_finish.wait(TIMEOUT_SECONDS)
+        finished.set()
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0)
+    assert begun.wait(TIMEOUT_SECONDS)
+    may_finish.set()
+    call_in_time(prefetcher.close)
+    assert finished.is_set()
+    assert prefetch_threads() == []
