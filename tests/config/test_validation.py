@@ -39,7 +39,7 @@ def test_a_seed_is_one_word():
     ("values", "sentence"),
     [
         ({"d_model": 100, "num_heads": 3}, "d_model: 100 is not a multiple of num_heads 3"),
-        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd"),
+        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd, but rotary embeddings need an even one; change"),
         ({"head_dim": 5}, "d_model: head width 5 is odd"),
         ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 8"),
         (
@@ -49,7 +49,7 @@ def test_a_seed_is_one_word():
         ({"lr_min": 0.2, "lr_max": 0.1}, "lr_min: 0.2 is greater than lr_max 0.1"),
         ({"betas": [0.9, 1.0]}, "betas: (0.9, 1.0) must both lie in [0, 1)"),
         ({"betas": [float("nan"), 0.9]}, "betas: (nan, 0.9) must both lie in [0, 1)"),
-        ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 ends before warmup_iters 50"),
+        ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 is less than warmup_iters 50"),
         (
             {"schedule": "wsd", "total_steps": 100, "warmup_iters": 50, "decay_iters": 51},
             "decay_iters: 51 + warmup_iters 50 is more than total_steps 100",
@@ -62,7 +62,7 @@ def test_a_seed_is_one_word():
             "rope_low_freq_factor: 4.0 must be below rope_high_freq_factor 4.0",
         ),
         ({"total_steps": 10, "stop_at_step": 11}, "stop_at_step: 11 is beyond total_steps 10"),
-        ({"reproducible": True}, "micro_batch_size: must be set with reproducible = true"),
+        ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
         ({"log_save_prefix": "a/b"}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
         ({"ckpt_save_prefix": ""}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
     ],

@@ -283,7 +283,7 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
     done = launch_training([str(config), "--num-heads", "5"], 2, tmp_path)
     assert done.returncode != 0
     assert done.stdout.count("weigth_decay: unknown setting; did you mean weight_decay?") == 1
-    assert "batch_size: stands under [model]; move it to [data]" in done.stdout
+    assert "batch_size: is under [model]; move it to [data]" in done.stdout
     assert "d_model: 512 is not a multiple of num_heads 5" in done.stdout
     assert 'tinytrain_dist/config.py", line' not in done.stdout
     missing = launch_training(["--train-data", "x.npy", "--vocab-size", "9"], 1, tmp_path)

@@ -1,6 +1,6 @@
-"""Write small files so that a reader sees the old or the new content, never a part.
+"""Write small files so that a reader sees either the old or the new content, never a part of it.
 
-Must not know what is in a file.
+Must not know what a file contains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from typing import Any
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """Write a text, or another value as JSON, to a temporary file beside `path` and rename it. Errors: OSError."""
+    """Replace the file `path` in one step. Errors: OSError.
+
+    A string is written as it is, any other value as one line of JSON. The content first goes to a temporary file in the
+    same folder, which is then renamed to `path`.
+    """
     text = value if isinstance(value, str) else json.dumps(value) + "\n"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -21,16 +25,16 @@ def write_atomically(path: Path, value: Any) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, so that a rename in it survives a power loss. Errors: OSError."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush the entries of a folder to disk, so that a rename in it survives a power loss. Errors: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
+    """Return the JSON object in a small file, or {} if the file cannot be read or contains anything else."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
