@@ -39,7 +39,7 @@ def test_a_seed_is_one_word():
     ("values", "sentence"),
     [
         ({"d_model": 100, "num_heads": 3}, "d_model: 100 is not a multiple of num_heads 3"),
-        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd, but rotary embeddings need an even one; change"),
+        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd, but rotary embeddings need an even one"),
         ({"head_dim": 5}, "d_model: head width 5 is odd"),
         ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 8"),
         (

@@ -37,9 +37,7 @@ class TrainingConfig:
     """
 
     target_dir: str = _setting("run", "runs/default", "folder of this run: settings, logs and checkpoints")
-    seed: int = _setting(
-        "run", 0, "seed of the initial weights and the training windows (the same on any number of ranks)"
-    )
+    seed: int = _setting("run", 0, "seed of initial weights and training windows, for any number of ranks")
     device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda if available, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
     stop_at_step: int | None = _setting(
@@ -49,34 +47,27 @@ class TrainingConfig:
     start_limit: float = _setting(
         "run",
         1800.0,
-        "abort if connecting the ranks, opening the data, building the model or loading a checkpoint takes longer than "
-        "this many seconds (0: never)",
+        "abort if start-up (connect, open data, build, load) takes more than this many seconds (0: never)",
     )
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
     eval_every: int = _setting("run", 1000, "steps between evaluations")
-    eval_steps: int = _setting(
-        "run", 10, "batches of batch_size windows in one evaluation (every evaluation uses the same windows)"
-    )
+    eval_steps: int = _setting("run", 10, "batches of batch_size windows per evaluation, the same every time")
     early_stop_patience: int | None = _setting(
-        "run",
-        None,
-        "stop after this many evaluations in a row without a lower loss (None: never); each new lowest loss is saved",
+        "run", None, "stop after this many evaluations without a new lowest loss (None: never); each lowest is saved"
     )
     sample_tokens: int = _setting(
         "run", 32, "tokens to generate in each sample text at an evaluation (0: disabled); needs a tokenizer.json"
     )
-    profile: str | None = _setting(
-        "run", None, "START:STOP: rank 0 writes a trace of these steps to log_dir/profile (None: disabled)"
-    )
+    profile: str | None = _setting("run", None, "START:STOP: rank 0 traces these steps to log_dir/profile (None: off)")
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     resume: str = _setting(
         "run",
         "auto",
-        "auto: from the newest valid checkpoint of this run, if any; never: do not resume; or the path of a checkpoint",
+        "resume from: auto (newest valid checkpoint, if any), never (nothing), or the path of a checkpoint",
     )
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
@@ -95,18 +86,14 @@ class TrainingConfig:
     )
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
-        "data",
-        None,
-        "sequences in one forward pass on one rank (None: all of the rank's sequences; auto: as many as fit in memory)",
+        "data", None, "sequences per forward pass of one rank (None: all that it has; auto: as many as fit in memory)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
     num_layers: int = _setting("model", 4, "number of transformer blocks")
     num_heads: int = _setting("model", 16, "number of query heads")
-    num_kv_heads: int | None = _setting(
-        "model", None, "number of key/value heads, for grouped-query attention (None: num_heads)"
-    )
+    num_kv_heads: int | None = _setting("model", None, "number of key/value heads (None: num_heads)")
     head_dim: int | None = _setting("model", None, "width of one head (None: d_model / num_heads)")
     d_model: int = _setting("model", 512, "width of the residual stream")
     d_ff: int | None = _setting(
@@ -114,32 +101,22 @@ class TrainingConfig:
     )
     rope_theta: float = _setting("model", 10_000.0, "base of the rotary frequencies")
     rope_scaling_factor: float | None = _setting("model", None, "Llama 3 rotary scaling: factor (None: no scaling)")
-    rope_original_context_len: int | None = _setting(
-        "model", None, "Llama 3 rotary scaling: context length of the model before the scaling"
-    )
-    rope_low_freq_factor: float = _setting(
-        "model", 1.0, "Llama 3 rotary scaling: upper end of the low frequencies, in rotations per original context"
-    )
-    rope_high_freq_factor: float = _setting(
-        "model", 4.0, "Llama 3 rotary scaling: lower end of the high frequencies, in rotations per original context"
-    )
+    rope_original_context_len: int | None = _setting("model", None, "Llama 3 rotary scaling: original context length")
+    rope_low_freq_factor: float = _setting("model", 1.0, "Llama 3 rotary scaling: end of the low-frequency band")
+    rope_high_freq_factor: float = _setting("model", 4.0, "Llama 3 rotary scaling: start of the high-frequency band")
     tie_embeddings: bool = _setting("model", False, "share the embedding's weight with the output head")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")
 
     lr_max: float = _setting("optimizer", 1e-3, "highest learning rate, at the end of the warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = _setting(
-        "optimizer", "cosine", "how the learning rate changes after the warm-up"
-    )
+    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
     warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up (None: 1 % of total_steps)")
     cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends (None: total_steps)")
     decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay (None: 10 % of total_steps)")
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _setting(
-        "optimizer", 0.1, "AdamW: decoupled weight decay of matrices (norm weights do not decay)"
-    )
+    weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
     max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
 
@@ -156,9 +133,7 @@ class TrainingConfig:
     loss_chunk_tokens: int | None = _setting(
         "compute", None, "tokens per chunk of output head and loss (None: as many as give 2**24 logits)"
     )
-    reproducible: bool = _setting(
-        "compute", False, "compute the same bits on any number of ranks and in any data-parallel mode"
-    )
+    reproducible: bool = _setting("compute", False, "same bits on any number of ranks and in any data-parallel mode")
     allow_drift: bool = _setting(
         "compute", False, "with reproducible: resume even if a setting or version that affects bits has changed"
     )
@@ -173,9 +148,7 @@ class TrainingConfig:
     ckpt_dir: str | None = _setting("checkpoint", None, "folder of the checkpoints (None: target_dir/checkpoints)")
     ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "PREFIX in the names of checkpoints, PREFIX-00001000")
     keep_last: int = _setting("checkpoint", 2, "number of newest checkpoints to keep")
-    keep_every: int | None = _setting(
-        "checkpoint", None, "never delete a checkpoint whose step is a multiple of this (None: disabled)"
-    )
+    keep_every: int | None = _setting("checkpoint", None, "also keep checkpoints at multiples of this step (None: off)")
     ckpt_async: bool = _setting(
         "checkpoint", True, "save in the background; a crash can then also lose the steps computed during a save"
     )
@@ -286,11 +259,7 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
-        """Return the configuration with these settings, all others at their defaults.
-
-        source: where the settings come from, for the error message. Errors: ConfigError with all unknown names, wrong
-        types and bad values.
-        """
+        """Return a configuration with these settings. Errors: ConfigError with all unknown names and bad values."""
         problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
         problems = [problem for problem in problem_of.values() if problem]
         try:

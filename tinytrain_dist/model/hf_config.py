@@ -1,6 +1,6 @@
 """Translate between our configuration and Hugging Face's config.json, for Llama and Qwen3.
 
-Must not know tensors or ranks. Parameter names need no translation: ours are the same.
+Must not know tensors or ranks. Parameter names need no translation, because ours are the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidde
 
 
 def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
-    """Return the config.json with which transformers loads our weights: a LlamaForCausalLM, with qk_norm a Qwen3.
+    """Return the config.json with which transformers loads our weights, as a Llama or, with qk_norm, as a Qwen3.
 
     eos_id: id of the end-of-text token, if the data has one.
     """
@@ -70,53 +70,55 @@ def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None
 
 
 def check_hf_config(config: TrainingConfig, folder: Path) -> None:
-    """Compare a Hugging Face folder's config.json with the configuration.
+    """Compare the config.json of a Hugging Face folder with the configuration.
 
-    Errors: ConfigError that names everything our model cannot represent, and every setting that has to change.
+    Errors: ConfigError that names every value our model does not support, and every setting that has to change.
     """
     path = folder / "config.json"
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(theirs, dict):
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(hf_config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
-    problems = _unsupported_keys(theirs)
-    problems += [
-        f"{key}: is missing in {path}; give the folder of a Llama or Qwen3"
-        for key in REQUIRED_HF_KEYS
-        if key not in theirs
-    ]
-    wanted = {} if any(key not in theirs for key in REQUIRED_HF_KEYS) else _required_settings(theirs)
-    ours = config.resolved()
-    for setting, value in wanted.items():
-        if ours[setting] != value:
-            problems.append(f"{setting}: {ours[setting]} here, but {path} has {value}; set {setting} = {value}")
+    problems = _unsupported_values(hf_config)
+    missing = [key for key in REQUIRED_HF_KEYS if key not in hf_config]
+    problems += [f"{key}: is missing in {path}; give the folder of a Llama or Qwen3 model" for key in missing]
+    needed = {} if missing else _required_settings(hf_config)
+    current = config.resolved()
+    for setting, value in needed.items():
+        if current[setting] != value:
+            problems.append(f"{setting}: is {current[setting]}, but {path} needs {value}; set {setting} = {value}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
 
 
-def _required_settings(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which our model computes what the model of their config.json computes."""
-    qwen3 = theirs.get("model_type") == "qwen3"
-    # what transformers assumes for keys that config.json does not have
-    wanted = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": theirs["num_attention_heads"]}
-    wanted["head_dim"] = 128 if qwen3 else theirs["hidden_size"] // theirs["num_attention_heads"]
-    wanted |= {setting: theirs[key] for key, setting in SETTING_OF_HF_KEY.items() if theirs.get(key) is not None}
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
-    wanted["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
-    wanted["qk_norm"] = qwen3
+def _required_settings(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with which our model computes the same as the model of a config.json."""
+    qwen3 = hf_config.get("model_type") == "qwen3"
+    # the defaults of transformers for keys that config.json does not have
+    needed = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": hf_config["num_attention_heads"]}
+    needed["head_dim"] = 128 if qwen3 else hf_config["hidden_size"] // hf_config["num_attention_heads"]
+    needed |= {setting: hf_config[key] for key, setting in SETTING_OF_HF_KEY.items() if hf_config.get(key) is not None}
+    rope = _rope_values(hf_config)
+    needed["rope_theta"] = rope.get("rope_theta") or hf_config.get("rope_theta") or 10_000.0
+    needed["qk_norm"] = qwen3
     llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
-    wanted["rope_scaling_factor"] = rope.get("factor") if llama3 else None
-    wanted["rope_original_context_len"] = rope.get("original_max_position_embeddings") if llama3 else None
+    needed["rope_scaling_factor"] = rope.get("factor") if llama3 else None
+    needed["rope_original_context_len"] = rope.get("original_max_position_embeddings") if llama3 else None
     if llama3:
-        wanted["rope_low_freq_factor"] = rope.get("low_freq_factor")
-        wanted["rope_high_freq_factor"] = rope.get("high_freq_factor")
-    return wanted
+        needed["rope_low_freq_factor"] = rope.get("low_freq_factor")
+        needed["rope_high_freq_factor"] = rope.get("high_freq_factor")
+    return needed
 
 
-def _unsupported_keys(theirs: dict[str, Any]) -> list[str]:
-    """Return a sentence for each key of their config.json with a value that our model has no code for."""
+def _rope_values(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says about rotary embeddings, under its older or its newer key."""
+    return {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
+
+
+def _unsupported_values(hf_config: dict[str, Any]) -> list[str]:
+    """Return a sentence for each value in a config.json that our model does not support."""
     allowed_values = {
         "model_type": ("llama", "qwen3"),
         "hidden_act": ("silu",),
@@ -126,12 +128,12 @@ def _unsupported_keys(theirs: dict[str, Any]) -> list[str]:
         "quantization_config": (None,),
         "partial_rotary_factor": (1, 1.0),
     }
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     problems = [
-        f"{key}: {theirs[key]!r} is not supported; this model needs {' or '.join(map(str, allowed))}"
+        f"{key}: {hf_config[key]!r} is not supported; this model needs {' or '.join(map(str, allowed))}"
         for key, allowed in allowed_values.items()
-        if key in theirs and theirs[key] not in allowed
+        if key in hf_config and hf_config[key] not in allowed
     ]
+    rope = _rope_values(hf_config)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3", None):
         problems.append(f"rope_type: {rope_type!r} is not supported; this model needs default or llama3")

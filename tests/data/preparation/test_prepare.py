@@ -202,7 +202,7 @@ def test_a_tokenizer_that_tiktoken_cannot_take_is_used_anyway_with_a_message(
     tokenizer.save(str(tmp_path / "lower.json"))
     run(corpus, tmp_path / "out", tokenizer=str(tmp_path / "lower.json"))
     assert "encoding with tokenizers: tiktoken, which" in (said := capsys.readouterr().err)
-    assert "it normalises text" in said
+    assert "it normalizes text" in said
     assert all_documents(tmp_path / "out") == sorted(story(seed).lower() for seed in range(120))
 
 
@@ -358,7 +358,7 @@ def test_a_small_val_and_a_small_vocabulary_are_said(
     meta = run(corpus, tmp_path / "out", vocab_size=50_000, val_fraction=1e-9)
     said = capsys.readouterr().err
     assert meta["vocab_size"] < 50_000
-    assert f"{meta['vocab_size']:,} ids and not the 50,000 of --vocab-size" in said
+    assert f"{meta['vocab_size']:,} ids, fewer than the 50,000 of --vocab-size" in said
     assert f"val.npy has only {meta['val_tokens']:,} tokens" in said
     assert "train.npy has only" not in said
     assert np.load(tmp_path / "out" / "train.npy").max() < meta["vocab_size"]
@@ -377,7 +377,7 @@ def test_a_folder_gives_its_text_files_and_counts_the_others(
     assert "skipped 3 files that are not .txt, .md, .py, .jsonl (2 .png, 1 README)" in capsys.readouterr().err
     run((str(tmp_path / "in"), str(tmp_path / "in" / "README"), str(tmp_path / "in" / "b.txt")), tmp_path / "more")
     assert all_documents(tmp_path / "more") == sorted(["README", "b.txt", "deep/a.PY", "z"])
-    assert "1 of 1 files were named before" in capsys.readouterr().err
+    assert "1 of 1 files were already given" in capsys.readouterr().err
 
 
 def test_the_standard_library_is_there_without_tests_and_without_this_machine() -> None:
@@ -402,9 +402,13 @@ BAD_TEXT: list[tuple[str, bytes, str]] = [
     ("a.txt.gz", gzip.compress(b"ab\xff"), r"byte 0xff at offset 2 of the decompressed text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl: byte 0xff at offset 24 is not UTF-8"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text" "b"}\n', r"a\.jsonl: line 3 is not JSON.*one JSON object on every line"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": 3}\n', r"line 2 lacks the field 'text'.*body: int; set --text-field"),
-    ("a.jsonl", b'{"text": null}\n', r"line 1 lacks the field 'text' with a string: it has text: NoneType"),
-    ("a.jsonl", b"[1]\n", r"line 1 lacks the field 'text'.*\(no object\): list"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"body": 3}\n',
+        r"line 2 has no string in the field 'text' \(it has body: int\); set --text-field",
+    ),
+    ("a.jsonl", b'{"text": null}\n', r"line 1 has no string in the field 'text' \(it has text: NoneType\)"),
+    ("a.jsonl", b"[1]\n", r"line 1 has no string in the field 'text' \(it is a list, not an object\)"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: character 0 of field 'text' is half a surrogate pair"),
 ]
 
@@ -436,7 +440,7 @@ BAD_SOURCES: list[tuple[tuple[str, ...], str]] = [
     (("missing.txt",), r"missing\.txt: there is no such file or folder"),
     (("https://example.org/a.txt",), "nothing is downloaded"),
     (("*.nope",), r"\*\.nope: no file matches this glob"),
-    (("empty",), r"empty: the folder holds no \.txt, \.md, \.py, \.jsonl file"),
+    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl file"),
     (("dangling.txt",), r"dangling\.txt: cannot be read \(No such file"),
     (("pipe.txt",), r"pipe\.txt: is not a regular file"),
 ]
@@ -478,7 +482,7 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
     out.mkdir()  # an empty folder holds nothing to lose
     run(corpus, out)
     before = content(out)
-    with pytest.raises(DataError, match=r"exists already; pass --overwrite"):
+    with pytest.raises(DataError, match=r"already exists; pass --overwrite"):
         run(corpus, out, vocab_size=300)
     assert content(out) == before
     (out / "train.npy.range.json").write_text("{}")
@@ -488,7 +492,7 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
 
 
 def test_overwrite_never_deletes_what_prepare_did_not_write(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds 'stories\.txt', which no tinytrain prepare wrote"):
+    with pytest.raises(DataError, match=r"contains 'stories\.txt', which tinytrain prepare did not write"):
         run(corpus, tmp_path, overwrite=True)
     with pytest.raises(DataError, match="is a file"):
         run(corpus, corpus, overwrite=True)
@@ -515,7 +519,7 @@ def test_a_run_that_dies_between_the_two_renames_loses_nothing(
     assert content(out) == before
     monkeypatch.undo()
     out.rename(old)  # what a power cut at that place leaves
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         run(corpus, out)
     assert content(out) == before
 
@@ -573,14 +577,14 @@ def test_a_source_that_changes_under_way_is_noticed(
         return threshold(*arguments)
 
     monkeypatch.setattr(preparation, "_threshold", meanwhile)
-    with pytest.raises(DataError, match="a source changed while it was read"):
+    with pytest.raises(DataError, match="a source changed between its first and second reading"):
         run(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.multiprocess
 def test_a_worker_that_is_killed_ends_the_run_with_a_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"one of 2 encoding processes was ended from outside.*--workers"):
+    with pytest.raises(DataError, match=r"one of 2 encoding processes was killed.*--workers"):
         list(token_writer.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
 
 
