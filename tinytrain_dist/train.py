@@ -1,4 +1,4 @@
-"""Train a model: the program that torchrun starts on every rank, with a configuration and other settings.
+"""Train a model: the program that torchrun starts on every rank.
 
     torchrun --nproc_per_node 2 -m tinytrain_dist.train configs/quickstart.toml --total-steps 100
 

@@ -16,8 +16,8 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "
 def convert_value(hint: Any, value: Any) -> Any:
     """Return `value` as an instance of the type `hint`. A whole number becomes a float if `hint` is float.
 
-    hint: int, float, str, bool, None, a Literal, a tuple of one type, or a union of these. In a union, the
-    first option that fits is used. Errors: TypeError if no option fits.
+    hint: int, float, str, bool, None, a Literal, a tuple of one type, or a union of these. In a union, the first
+    option that fits is used. Errors: TypeError if no option fits.
     """
     options = get_args(hint) if is_optional(hint) else (hint,)
     for option in options:
@@ -32,7 +32,7 @@ def _convert_to_plain_type(kind: Any, value: Any) -> Any:
         return value
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         item_types = get_args(kind)
-        any_length = item_types[-1] is Ellipsis  # as in tuple[str, ...]; but an empty list is never accepted
+        any_length = item_types[-1] is Ellipsis  # as in tuple[str, ...], which still needs one item
         if len(value) == len(item_types) or (value and any_length):
             return tuple(_convert_to_plain_type(item_types[0], item) for item in value)
     elif value is None and kind is type(None):
@@ -47,7 +47,7 @@ def _convert_to_plain_type(kind: Any, value: Any) -> Any:
 
 
 def is_optional(hint: Any) -> bool:
-    """Return whether a type is a union that allows None. Every union in a declared type of a setting allows it."""
+    """Return whether a type is a union that allows None. Every union among the types of settings does."""
     return type(None) in get_args(hint)
 
 

@@ -1,6 +1,7 @@
 """Read a configuration from a TOML file and the command line, and fill in the vocabulary size of the data.
 
-Must not know what a setting means, nor torch, ranks or devices, so that a login node can check a run quickly.
+Must not know what a setting means. Must not know torch, ranks or devices, so that a login node can check a run
+quickly.
 """
 
 from __future__ import annotations
@@ -97,15 +98,16 @@ def parse_command_line(
 
 
 def _is_flag(name: str) -> bool:
-    """Return whether a setting is boolean (or None), so that --NAME and --no-NAME need no value."""
+    """Return whether a setting is a boolean (or None), which --NAME and --no-NAME set without a value."""
     return HINTS.get(name) in BOOLEAN_TYPES
 
 
 def _normalize_arguments(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments in the form that tyro expects, and the names of settings that become None without tyro.
+    """Return the arguments in the form that tyro expects, and the names of settings to set to None without it.
 
-    `--compile true` becomes `--compile`, and `--compile=false` becomes `--no-compile`. Tyro accepts neither an unknown
-    setting, which `load_config` reports with all other problems, nor the value None for a flag.
+    `--compile true` becomes `--compile`, and `--compile=false` becomes `--no-compile`. Tyro rejects two kinds of
+    settings, which are returned by name: unknown settings, which `load_config` reports with all other problems, and
+    flags with the value None.
     """
     tyro_args: list[str] = []
     names_without_value: list[str] = []
@@ -118,7 +120,7 @@ def _normalize_arguments(args: list[str]) -> tuple[list[str], list[str]]:
         end = position
         while end < len(args) and not args[end].startswith("--"):
             end += 1
-        values = [*([value] if equals else []), *args[position:end]]  # keeps the stray word of "--seed=1 stray"
+        values = [*([value] if equals else []), *args[position:end]]  # tyro must reject the word in "--seed=1 word"
         position = end
         unknown = name not in FIELDS and not _is_flag(name.removeprefix("no_"))
         if not flag.startswith("-") or name in ("h", "help"):

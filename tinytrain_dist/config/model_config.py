@@ -1,7 +1,7 @@
 """Describe the architecture of a model: `ModelConfig`, the value that a model is built from.
 
 Must not know torch, training settings, files or ranks. A training run takes it from `TrainingConfig.model`. A program
-with its own training loop creates one directly. Fields have the same names as the settings of TrainingConfig.
+with its own training loop creates a ModelConfig directly. Fields have the same names as the settings of TrainingConfig.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ModelConfig:
         elif self.head_width % 2:
             problems.append(
                 f"d_model: head width {self.head_width} is odd, but rotary embeddings need an even one; "
-                "change d_model / num_heads, or head_dim"
+                "change d_model or num_heads, or set head_dim to an even number"
             )
         if self.num_heads % self.kv_heads:
             problems.append(

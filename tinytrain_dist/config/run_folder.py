@@ -7,7 +7,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       environment.json                   versions, git commit, hosts, devices and relevant environment variables
       state.json                         status of the run (running, done, preempted or failed) and its step
       error.json                         the first cause of a failure; removed when the run is started again
-      lock.json                          the process that writes to this folder, which keeps updating the time stamp
+      lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
       submitted/1/                       code, configuration and script of the first job that launch/submit.py submitted

@@ -30,7 +30,7 @@ REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidde
 def to_hf_config(config: ModelConfig | TrainingConfig, eos_id: int | None = None) -> dict[str, Any]:
     """Return the config.json with which transformers loads our weights, as a Llama or, with qk_norm, as a Qwen3.
 
-    eos_id: id of the end-of-text token, if the data has one.
+    eos_id: ID of the end-of-text token, if the data has one.
     """
     model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
@@ -113,7 +113,7 @@ def _required_settings(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_values(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a config.json says about rotary embeddings, under its older or its newer key."""
+    """Return the rotary settings of a config.json, which has them under an older or a newer key."""
     return {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
 
 

@@ -101,7 +101,7 @@ class AdamW(torch.optim.Optimizer):
 def _pad_to_simd_width(*tensor_lists: list[Tensor]) -> Callable[[], None]:
     """Replace CPU tensors that do not fill whole SIMD vectors by padded copies.
 
-    Returns a function that copies the values of the copies back into the originals.
+    Returns a function that copies the updated values back into the originals.
 
     torch's fused CPU kernel computes the last, incomplete SIMD vector with scalar code that rounds differently. Which
     elements these are depends on the sharding. So without padding, the update of an element would depend on the number
@@ -120,7 +120,7 @@ def _pad_to_simd_width(*tensor_lists: list[Tensor]) -> Callable[[], None]:
                 originals.append((tensor, tensors[i]))
 
     def write_back() -> None:
-        """Copy the values of the padded copies into the originals."""
+        """Copy the updated values back into the originals."""
         for tensor, padded in originals:
             tensor.copy_(padded[: tensor.numel()].view(tensor.shape))
 

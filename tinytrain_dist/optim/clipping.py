@@ -48,7 +48,7 @@ def clip_gradients(
 
 
 def _group_by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Return the plain gradients as one group, and those of each mesh as another, because torch cannot mix them."""
+    """Return a group of the plain gradients and one of each mesh, because torch cannot mix them in one call."""
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)

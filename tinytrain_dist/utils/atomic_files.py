@@ -1,4 +1,4 @@
-"""Write small files so that a reader sees either the old or the new content, never a part of it.
+"""Write small files so that a reader sees either the old or the complete new content.
 
 Must not know what a file contains.
 """

@@ -358,7 +358,7 @@ def test_a_small_val_and_a_small_vocabulary_are_said(
     meta = run(corpus, tmp_path / "out", vocab_size=50_000, val_fraction=1e-9)
     said = capsys.readouterr().err
     assert meta["vocab_size"] < 50_000
-    assert f"{meta['vocab_size']:,} ids, fewer than the 50,000 of --vocab-size" in said
+    assert f"{meta['vocab_size']:,} IDs, fewer than the 50,000 of --vocab-size" in said
     assert f"val.npy has only {meta['val_tokens']:,} tokens" in said
     assert "train.npy has only" not in said
     assert np.load(tmp_path / "out" / "train.npy").max() < meta["vocab_size"]
@@ -405,10 +405,10 @@ BAD_TEXT: list[tuple[str, bytes, str]] = [
     (
         "a.jsonl",
         b'{"text": "a"}\n{"body": 3}\n',
-        r"line 2 has no string in the field 'text' \(it has body: int\); set --text-field",
+        r"line 2 has no string in the field 'text' \(the line has body: int\); set --text-field",
     ),
-    ("a.jsonl", b'{"text": null}\n', r"line 1 has no string in the field 'text' \(it has text: NoneType\)"),
-    ("a.jsonl", b"[1]\n", r"line 1 has no string in the field 'text' \(it is a list, not an object\)"),
+    ("a.jsonl", b'{"text": null}\n', r"line 1 has no string in the field 'text' \(the line has text: NoneType\)"),
+    ("a.jsonl", b"[1]\n", r"line 1 has no string in the field 'text' \(the line is of type list, not an object\)"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: character 0 of field 'text' is half a surrogate pair"),
 ]
 
@@ -438,7 +438,7 @@ def test_errors_replace_goes_on(tmp_path: Path) -> None:
 BAD_SOURCES: list[tuple[tuple[str, ...], str]] = [
     ((), "no source was given"),
     (("missing.txt",), r"missing\.txt: there is no such file or folder"),
-    (("https://example.org/a.txt",), "nothing is downloaded"),
+    (("https://example.org/a.txt",), "URLs are not supported"),
     (("*.nope",), r"\*\.nope: no file matches this glob"),
     (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl file"),
     (("dangling.txt",), r"dangling\.txt: cannot be read \(No such file"),

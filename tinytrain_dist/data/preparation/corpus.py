@@ -116,7 +116,7 @@ def _find_source(argument: str, say: Callable[[str], None]) -> Source:
     if os.path.lexists(path):
         return Source(argument, (_check_regular_file(path),))
     if not glob.has_magic(path):
-        remedy = "nothing is downloaded, so download it first" if "://" in path else "check the path"
+        remedy = "URLs are not supported, so download the file" if "://" in path else "check the path"
         raise DataError(f"{argument}: there is no such file or folder; {remedy}")
     files = []
     for match in sorted(glob.glob(path, recursive=True)):
@@ -177,7 +177,7 @@ def text_suffix(name: str) -> str:
 
 
 def open_source(path: str) -> BinaryIO:
-    """Open a source file. Errors: DataError and not OSError, which here always means a failed write."""
+    """Open a source file. Errors: DataError, because `new_folder` reports every OSError as a failed write."""
     try:
         return Path(path).open("rb", buffering=0)
     except OSError as error:
@@ -246,9 +246,9 @@ def cut(blocks: Iterable[bytes], separator: bytes, limit: int) -> Iterator[tuple
 
 
 def _cut_point(buffer: bytes, start: int, limit: int) -> int:
-    """Return where to cut a piece that begins at `start` and is too long.
+    """Return the position at which to cut a piece that begins at `start` and is longer than `limit` bytes.
 
-    This is after the last line end within `limit` bytes, or else between the last two characters within them.
+    It is the last one within the limit that follows a line end, or else the last one between two characters.
     """
     end = start + limit
     line_end = buffer.rfind(b"\n", start, end) + 1
@@ -271,7 +271,7 @@ def _to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> by
         where = " of the decompressed text" if path.lower().endswith(COMPRESSED_SUFFIXES) else ""
         raise DataError(
             f"{path}: byte 0x{piece[error.start]:02x} at offset {offset + error.start}{where} is not UTF-8 "
-            f"({error.reason}); convert the file to UTF-8, or pass --errors replace to write U+FFFD in their place"
+            f"({error.reason}); convert the file to UTF-8, or pass --errors replace to replace such bytes by U+FFFD"
         ) from error
     return piece
 
@@ -295,10 +295,10 @@ def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
         raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one JSON object on every line") from error
     text = record.get(reading.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        found = f"it is a {type(record).__name__}, not an object"
+        found = f"the line is of type {type(record).__name__}, not an object"
         if isinstance(record, dict):
-            fields = list(record.items())[:9]
-            found = "it has " + ", ".join(f"{name}: {type(value).__name__}" for name, value in fields)
+            fields = [f"{name}: {type(value).__name__}" for name, value in list(record.items())[:9]]
+            found = f"the line has {', '.join(fields) or 'no fields'}"
         raise DataError(
             f"{where} has no string in the field {reading.text_field!r} ({found}); set --text-field to the field with "
             "the text"

@@ -56,10 +56,10 @@ _VAL_BYTES = 500_000
 _COMPARED_BYTES, _COMPARED_DOCUMENT_BYTES = 1_000_000, 20_000
 # The trainer gets documents in pieces, because it needs 100 MB to split 1 MB into words.
 _TRAINING_PIECE_BYTES = 16_000
-# It stops after this many bytes of distinct words; see _training_texts.
+# The text for training ends when its distinct words have this many bytes; see _training_texts.
 _TRAINING_WORD_BYTES = 1_500_000
 _WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
-# A file with fewer tokens gives a warning: a common context_len and the token after it.
+# `prepare` warns about a file with fewer tokens than this: a common context_len and the token after it.
 _MIN_TOKENS = 1025
 
 
@@ -78,7 +78,7 @@ class Sample:
         """Keep at most `max_bytes` of text."""
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.smallest_dropped = 1 << 64  # hash; above all 64-bit hashes while no document was dropped
+        self.smallest_dropped = 1 << 64  # a hash; larger than every hash until a document is dropped
         self.heap: list[tuple[int, bytes]] = []  # (-hash, document), so that the largest hash is popped first
         self.keys: set[int] = set()
 
@@ -211,13 +211,13 @@ def _check_settings(given: dict[str, Any]) -> None:
         problems.append(f"vocab_size: {vocab_size} has no effect with tokenizer {tokenizer}; leave one of them out")
     if vocab_size is not None and vocab_size < _MIN_VOCAB_SIZE:
         problems.append(
-            f"vocab_size: {vocab_size} is below {_MIN_VOCAB_SIZE}, which is all bytes and the end-of-document token; "
-            "set a larger one"
+            f"vocab_size: {vocab_size} is below {_MIN_VOCAB_SIZE} (all bytes and the end-of-document token); set at "
+            "least that"
         )
     if eos_token is not None and tokenizer is None:
         problems.append(f"eos_token: {eos_token} has no effect without tokenizer; leave it out")
     if fraction is not None and not 0 < fraction < 1:
-        problems.append(f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100")
+        problems.append(f"val_fraction: {fraction} is not between 0 and 1; set 0.01, for example, for 1 %")
     if limit is not None and not 64 <= limit <= _MAX_DOCUMENT_BYTES:
         problems.append(
             f"max_document_bytes: {limit} is not between 64 and {_MAX_DOCUMENT_BYTES}; set a number in this range"
@@ -251,9 +251,9 @@ def prepare(
     """Turn text into a tokenizer and token files for training.
 
     Args:
-        sources: `stdlib` (the source code of Python's standard library), or files, folders and globs. Of a folder,
-            .txt, .md, .py and .jsonl files are used, also if compressed as .gz, .xz or .zst. Give other text files by
-            name or by glob. `<|endoftext|>` in a file ends a document.
+        sources: `stdlib` (the source code of Python's standard library), or files, folders and globs. In a folder,
+            .txt, .md, .py and .jsonl files are read, also if compressed as .gz, .xz or .zst. Other text files must be
+            given by name or by glob. `<|endoftext|>` in a file ends a document.
         out: Folder to write. It appears complete or not at all.
         vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
@@ -266,7 +266,7 @@ def prepare(
         errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
         max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
             least 4,096 and at most 1,000,000).
-        sample_bytes: Bytes of text on which the tokenizer is trained; a hash of the content chooses the documents.
+        sample_bytes: Bytes of text to train the tokenizer on. Documents are chosen by a hash of their content.
         workers: Number of encoding processes (default: one for each CPU that this process may use, at most 16).
         overwrite: Replace an existing data set.
 
@@ -318,7 +318,7 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
     if vocabulary.size < vocab_size:
         say(
-            f"the tokenizer has {vocabulary.size:,} ids, fewer than the {vocab_size:,} of --vocab-size, because no "
+            f"the tokenizer has {vocabulary.size:,} IDs, fewer than the {vocab_size:,} of --vocab-size, because no "
             "other pair of tokens occurs twice in the text; continuing with these"
         )
     return vocabulary

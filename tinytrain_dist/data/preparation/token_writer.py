@@ -199,7 +199,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _check_target(target: Path, old: Path, overwrite: bool) -> None:
-    """Raise DataError if `target` must not be replaced."""
+    """Raise DataError if `target` must not be replaced. Before that, restore it if an earlier run was killed."""
     if old.exists() and not target.exists():
         old.rename(target)  # an earlier run was killed between the two renames of `new_folder`
     if not target.exists():

@@ -100,12 +100,14 @@ def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
 
 
 def _eos_token_beside(file: Path) -> str:
+    """Return the end-of-document token that the tokenizer_config.json beside `file` names, or the default."""
     config = file.with_name("tokenizer_config.json")
     token = json.loads(config.read_bytes()).get("eos_token") if config.exists() else None
     return str(token["content"] if isinstance(token, dict) else token or EOS_TOKEN)
 
 
 def _describe(text: str, eos_token: str) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json. Errors: DataError if it lacks `eos_token`."""
     tokenizer = Tokenizer.from_str(text)
     eos_id = tokenizer.token_to_id(eos_token)
     if eos_id is None:
@@ -166,22 +168,24 @@ class Encoder:
 
 
 def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding:
-    """Return a tokenizer as a tiktoken encoding. Errors: ValueError that says why there is none."""
+    """Return a tokenizer as a tiktoken encoding. Errors: ValueError that says why this is impossible."""
     data = json.loads(tokenizer.to_str())
-    model, added = data["model"], data["added_tokens"]
+    model, added_tokens = data["model"], data["added_tokens"]
     if vocabulary.regex is None or model["type"] != "BPE":
         raise ValueError("it is not a byte-level BPE with one split regex")
-    if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added):
+    if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added_tokens):
         raise ValueError("it normalizes text, drops merges at random, or has added tokens that are not special")
-    special, byte_of = {token["content"] for token in added}, byte_of_character()
-    words = [word for word in model["vocab"] if word not in special]
+    special_tokens = {token["content"] for token in added_tokens}
+    words = [word for word in model["vocab"] if word not in special_tokens]
+    byte_of = byte_of_character()
     try:
         ranks = {bytes(byte_of[character] for character in word): model["vocab"][word] for word in words}
     except KeyError as error:
         raise ValueError(f"its vocabulary contains the character {error}, which represents no byte") from error
-    merged = [model["vocab"][left + right] for left, right in model["merges"]]
-    if sum(len(word) == 1 for word in ranks) < 256 or merged != sorted(merged):
-        raise ValueError("some byte has no id, or its merges are not in the order of their ids")
+    merged_ids = [model["vocab"][left + right] for left, right in model["merges"]]
+    bytes_with_id = sum(len(word) == 1 for word in ranks)
+    if bytes_with_id < 256 or merged_ids != sorted(merged_ids):
+        raise ValueError("some byte has no ID, or its merges are not in the order of their IDs")
     return tiktoken.Encoding("prepare", pat_str=vocabulary.regex, mergeable_ranks=ranks, special_tokens={})
 
 
@@ -193,5 +197,5 @@ def why_not_fast(vocabulary: Vocabulary, sample: Iterable[str]) -> str | None:
         return str(error)
     for text in (_DIFFICULT_TEXT, *sample):
         if not np.array_equal(encoder.encode(text), encoder.encode_slow(text)):
-            return f"its ids differ on {text[:40]!r}..."
+            return f"its IDs differ on {text[:40]!r}..."
     return None
