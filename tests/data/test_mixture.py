@@ -165,8 +165,8 @@ def test_a_file_cut_short_while_training_is_named(tmp_path: Path) -> None:
         ({"train_data": ["a", "b"], "train_weights": [0, 0]}, r"train_weights: \[0.0, 0.0\] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.nan]}, r"train_weights: \[1.0, nan\] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.inf]}, r"train_weights: \[1.0, inf\] must be"),
-        ({"train_data": ["a", "b", "a"]}, "train_data: names a twice"),
-        ({"val_data": ["a", "a"]}, "val_data: names a twice"),
+        ({"train_data": ["a", "b", "a"]}, "train_data: contains a twice"),
+        ({"val_data": ["a", "a"]}, "val_data: contains a twice"),
         ({"early_stop_patience": 3}, "early_stop_patience: has no effect without val_data"),
         ({"early_stop_patience": 0, "val_data": "a"}, "early_stop_patience: 0 must be at least 1"),
         ({"keep_every": 1500, "ckpt_every": 1000}, "keep_every: 1500 is not a multiple of ckpt_every 1000"),
@@ -204,7 +204,7 @@ def test_the_vocabulary_of_several_files(tmp_path: Path) -> None:
     a, b, c = (str(tmp_path / name / "train.npy") for name in "abc")
     assert resolve_vocab_size(TrainingConfig(train_data=(a, b))).vocab_size == 20
     assert resolve_vocab_size(TrainingConfig(train_data=(a,), val_data=b)).vocab_size == 10
-    with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 of .*/b/meta\.json"):
+    with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 in .*/b/meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=(a, b), vocab_size=15))
     for other in ({"train_data": (a, c)}, {"train_data": a, "val_data": c}):
         with pytest.raises(ConfigError, match=r"/a and .*/c were made with different tokenizers"):

@@ -243,7 +243,7 @@ def test_checkpoint_is_a_hugging_face_model_and_can_be_started_from(tmp_path: Pa
     assert second is not None
     torch.testing.assert_close(second.weights(), run.weights(), rtol=1e-5, atol=1e-6)
     message = run_ranks(1, fit_error, {**started, "target_dir": str(tmp_path / "third"), "num_layers": 1})[0]
-    assert "num_layers: 1 here" in message
+    assert "num_layers: is 1, but" in message
 
 
 def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
