@@ -2,10 +2,9 @@
 
     python benchmarks/chaos.py [--kills 200] [--seed 0]
 
-Each life of the run has other ranks and another mode; one rank or all are killed with SIGKILL at a random time, a
-fifth of them while they start. At
-the end the weights and the optimizer state must have the digests of one process that was never disturbed, and no
-death may have cost more than one interval and the duration of a save. Exit code 1 if not.
+Each life of the run has other ranks and another mode. One rank or all are killed with SIGKILL at a random time, a fifth
+of them while they start. At the end the weights and the optimizer state must have the digests of one process that was
+never disturbed, and no death may have cost more than one interval and the duration of a save. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.helpers import ranks  # noqa: E402
 from tests.helpers.training import Run, fit, settings_for  # noqa: E402
 
 LIVES = [(1, "none"), (2, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "ddp")]
@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 
 
-def live(folder: Path, rng: random.Random, ranks: int, mode: str) -> str:
+def live(folder: Path, rng: random.Random, world_size: int, mode: str) -> str:
     """One life: train until killed; what was killed."""
     seconds, everyone, starting = rng.uniform(0.05, 2.0), rng.random() < 0.5, rng.random() < 0.2
     record, end = folder / "run" / "logs" / "metrics.jsonl", threading.Event()
@@ -53,14 +53,14 @@ def live(folder: Path, rng: random.Random, ranks: int, mode: str) -> str:
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        ranks.run_ranks(ranks, fit, settings_for(folder, "run", parallel=mode, **COMMON), timeout_seconds=600)
+        ranks.run_ranks(world_size, fit, settings_for(folder, "run", parallel=mode, **COMMON), timeout_seconds=600)
     except AssertionError as error:
         if "SIGKILL" not in str(error):
             sys.exit(f"a life ended otherwise than by our kill:\n{error}")
     finally:
         end.set()
         killer.join()
-    return f"{'all' if everyone else 'one'} of {ranks} {mode}"
+    return f"{'all' if everyone else 'one'} of {world_size} {mode}"
 
 
 def main() -> None:
@@ -74,8 +74,8 @@ def main() -> None:
         folder = Path(name)
         at = 0
         for number in range(options.kills):
-            ranks, mode = rng.choice(LIVES)
-            what = live(folder, rng, ranks, mode)
+            world_size, mode = rng.choice(LIVES)
+            what = live(folder, rng, world_size, mode)
             record = folder / "run" / "logs" / "metrics.jsonl"
             if record.exists() and list((folder / "run" / "checkpoints").glob("checkpoint-????????")):
                 run = Run(folder / "run")

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -93,8 +93,8 @@ class Measurement:
         self.folder, self.context = folder, init_distributed("cpu")
         config = TrainingConfig(
             target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192,
-            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel=parallel,
-            keep_last=1, ckpt_every=10**9,
+            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32,
+            parallel=cast(Any, parallel), keep_last=1, ckpt_every=10**9,
         )  # fmt: skip
         self.trainer = trainer = Trainer.build(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
@@ -114,11 +114,16 @@ class Measurement:
     def longest(self, action: Callable[[], object]) -> float:
         """Seconds of the rank that takes longest; they begin together."""
         self.context.barrier()
-        return max(self.context.all_gather_object(timed(action)))
+        seconds: list[float] = self.context.all_gather_object(timed(action))
+        return max(seconds)
 
     def all_ranks(self, action: Callable[[], object]) -> float:
+        def together() -> None:
+            action()
+            self.context.barrier()
+
         self.context.barrier()
-        return timed(lambda: (action(), self.context.barrier()))
+        return timed(together)
 
     def round(self, number: int) -> dict[str, float]:
         """Everything once; `number` is the step that is saved."""
@@ -156,7 +161,7 @@ class Measurement:
 
     def theirs(self, number: int) -> dict[str, float]:
         """torch.distributed.checkpoint.async_save of the same tensors; it hashes nothing and gathers nothing."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         from tinytrain_dist.checkpoint.state import model_tensors, optimizer_tensors
 
@@ -166,7 +171,7 @@ class Measurement:
         under_way: list[Any] = []
         self.context.barrier()
         place = self.folder / f"dcp{number}"
-        stall = timed(lambda: under_way.append(dcp.async_save(state, checkpoint_id=place)))
+        stall = timed(lambda: under_way.append(async_save(state, checkpoint_id=place)))
         whole = stall + timed(under_way[0].result)
         self.alone(lambda: shutil.rmtree(place))
         return {"their stall": stall, "their save": whole}

@@ -73,22 +73,23 @@ def run_ours(options: Options, folder: str) -> dict[str, Any]:
     from tinytrain_dist.training.trainer import Trainer
 
     kind = options.system.partition("-")[2]
+    extra: dict[str, Any] = sizes(options) | ({"compile": False} if kind == "eager" else {})
     config = TrainingConfig(
         target_dir=f"{folder}/run-{os.environ['LAUNCHED_AT']}", train_data=f"{folder}/train.npy", device=options.device,
         total_steps=10**6, stop_at_step=options.steps + WARM_UP + 1, ckpt_every=10**9, eval_every=10**9, resume="never",
         batch_size=options.batch * options.ranks, micro_batch_size=options.batch, precision=options.precision,
         parallel="none" if options.ranks == 1 else "fsdp" if kind == "fsdp" else "ddp",
-        reproducible=kind == "reproducible", **({"compile": False} if kind == "eager" else {}), **sizes(options),
+        reproducible=kind == "reproducible", **extra,
     )  # fmt: skip
     clock = Clock(options.device)
     context = init_distributed(options.device)
     trainer = Trainer.build(config, context)
     plain = trainer.run_step
 
-    def timed(stop_reason: str = "") -> Any:
-        report = plain(stop_reason)
+    def timed() -> Any:
+        result = plain()
         clock.tick()
-        return report
+        return result
 
     trainer.run_step = timed  # type: ignore[method-assign]
     trainer.save = lambda: None  # type: ignore[method-assign]
@@ -120,7 +121,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
 
     class Windows(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
-            return len(tokens) // length
+            return int(len(tokens) // length)
 
         def __getitem__(self, i: int) -> dict[str, Any]:
             ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
@@ -138,7 +139,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
         report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95,
         ddp_backend="gloo" if options.device == "cpu" else None,
     )  # fmt: skip
-    Trainer.build(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
+    Trainer(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
     return clock.result()
 
 
@@ -208,13 +209,13 @@ RUNNERS = {"hf": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_
 RUNNERS |= dict.fromkeys(("ours", "ours-eager", "ours-fsdp", "ours-reproducible"), run_ours)
 
 
-def sizes(options: Options) -> dict[str, int]:
+def sizes(options: Options) -> dict[str, Any]:
     return SIZES[options.size] | ({"vocab_size": options.vocab_size} if options.vocab_size else {})
 
 
 def flops_per_token(options: Options) -> float:
     """6 per matrix weight and 6 x layers x width x context for causal attention, forward and backward."""
-    s = sizes(options)
+    s: dict[str, int] = sizes(options)
     layer = 4 * s["d_model"] ** 2 + 3 * s["d_model"] * s["d_ff"]
     matrices = s["num_layers"] * layer + s["vocab_size"] * s["d_model"]
     return 6.0 * matrices + 6.0 * s["num_layers"] * s["d_model"] * s["context_len"]

@@ -63,7 +63,7 @@ def worker(folder: str, rounds: int, steps: int) -> None:
                 context.barrier()
                 start = time.perf_counter()
                 for _ in range(count):
-                    trainers[kind].train_step()
+                    trainers[kind].run_step()
                 context.barrier()
                 times[kind].append((time.perf_counter() - start) / count)
         for trainer in trainers.values():

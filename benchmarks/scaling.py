@@ -118,8 +118,9 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr)
         for line in done.stdout.splitlines():
-            name, own, size, network = line.split("\t")
-            table.setdefault(name, []).append(f"{float(own):,.0f} + {float(network):,.0f} ({float(size):,.0f} B)")
+            label, *numbers = line.split("\t")
+            measured, moved, added = map(float, numbers)
+            table.setdefault(label, []).append(f"{measured:,.0f} + {added:,.0f} ({moved:,.0f} B)")
     print(f"microseconds a rank: measured + network (bytes); {options.latency_us} us a hop, {options.gbit} Gbit/s")
     print(f"{'':<52}" + "".join(f"{count:>26,}" for count in counts))
     for name, cells in table.items():

@@ -86,7 +86,7 @@ if [ -n "$direct" ]; then # only rank 0 needs the port, not all tasks of its nod
 fi
 # The node that our address must reach: the head, or on the head itself the second node.
 peer=$head
-[ -n "$peer" ] || { [ ${#names[@]} -gt 1 ] && peer=$(address "${names[1]}"); } || peer=localhost
+[ -n "$peer" ] || { [ ${#names[@]} -gt 1 ] && peer=$(address "${names[1]}"); } || peer=127.0.0.1
 
 # The address of this node on the way to the others, and the interface that has it. torch would choose wrong ones where
 # a node's own name resolves to 127.0.1.1 (Debian), or where it has several interfaces.

@@ -10,34 +10,58 @@ set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-run=runs/quickstart
+folder=runs/quickstart
 tinytrain=.venv/bin/tinytrain
 step() { printf '\n== [%s/5] %s\n' "$1" "$2"; }
-trap 'printf "\nStopped. The same command continues where it stopped.\n"; exit 130' INT
+
+# run COMMAND...: in the background, because a shell that waits for a foreground command handles no signal until it ends.
+# A request to stop this script is passed on, and the command ends in order. set -m gives the command a process group of
+# its own; without it the shell would make the command ignore Ctrl-C.
+run() {
+    local code=0
+    set -m
+    "$@" &
+    pid=$!
+    set +m
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap ends a wait early
+    wait "$pid" || code=$?
+    pid=''
+    [ -z "$stopped" ] || { printf '\nStopped. The same command continues where it stopped.\n' || true; exit "$stopped"; }
+    return "$code"
+}
+pid='' stopped=''
+stop() { # SIGNAL NUMBER
+    stopped=$((128 + $2))
+    [ -n "$pid" ] || exit "$stopped"
+    kill -s "$1" -- "-$pid" 2>/dev/null || true
+}
+trap 'stop HUP 1' HUP # has no effect under nohup: a shell cannot trap what it was started to ignore
+trap 'stop INT 2' INT
+trap 'stop TERM 15' TERM
 
 step 1 "Environment in .venv: 1 to 3 minutes the first time, then nothing to do"
-launch/setup.sh prep,plot
+run launch/setup.sh prep,plot
 
 step 2 "Corpus in data/stdlib: the source of the Python library as tokens, under a minute the first time"
 if [ -f data/stdlib/meta.json ]; then
     echo "already there"
 else
-    "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
+    run "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
 fi
 
-step 3 "Training on 2 processes into $run: 1 to 4 minutes; continues from the newest checkpoint if there is one"
-launch/local.sh configs/quickstart.toml --nproc 2 "$@"
+step 3 "Training on 2 processes into $folder: 1 to 4 minutes; continues from the newest checkpoint if there is one"
+run launch/local.sh configs/quickstart.toml --nproc 2 "$@"
 
 step 4 "What the model writes: a few seconds"
-"$tinytrain" sample "$run" --prompt "def "
+run "$tinytrain" sample "$folder" --prompt "def "
 
 step 5 "The loss curve as a picture: a few seconds"
-"$tinytrain" plot "$run"
+run "$tinytrain" plot "$folder"
 
 cat <<END
 
 What to look at next
-  curves             .venv/bin/tensorboard --logdir $run/logs
+  curves             .venv/bin/tensorboard --logdir $folder/logs
   a crash            run launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
   your own text      $tinytrain prepare --help
   all settings       .venv/bin/python launch/train.py --help, and configs/ for complete runs

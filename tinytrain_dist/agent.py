@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 
 from tinytrain_dist.launch.elastic_agent import main
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 if __name__ == "__main__":
+    keep_output_from_failing()
     sys.exit(main(sys.argv[1:]))

@@ -10,12 +10,16 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from tinytrain_dist.reliability.start_marks import begin_start
 from tinytrain_dist.reliability.stop_requests import install_signal_handlers
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 
 def main() -> NoReturn:
     """Train with the settings of the command line, and exit."""
     install_signal_handlers()  # before torch is imported: that takes seconds, in which a signal would kill this process
+    begin_start()
+    keep_output_from_failing()
     from tinytrain_dist.launch.worker import main as run_worker
 
     run_worker(sys.argv[1:])

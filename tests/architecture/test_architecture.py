@@ -61,6 +61,8 @@ TYPES_OF_DISTRIBUTION = re.compile(
 )
 LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # what starts ranks is no rank
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
+# What a processor can compute is asked below distributed/, in the one file that is about it.
+PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py"), Path(PACKAGE, "model", "matmul.py")}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
@@ -262,6 +264,17 @@ def uses_no_mock_library(file: File) -> list[str]:
     return [f"{file.at(node)} imports {full}; pass what changes as an argument" for node, full in used]
 
 
+def private_torch_is_in_one_file(file: File) -> list[str]:
+    """Names of torch that begin with an underscore may change in any version; torch's own optimizers use _foreach."""
+    if file.path in PRIVATE_TORCH:
+        return []
+    return [
+        f"{file.at(node)} uses {full}; give it a function in distributed/torch_internals.py, with its versions"
+        for node, full in dotted_names(file)
+        if full.startswith("torch.") and re.search(r"\._(?!_|foreach_)", full)
+    ]
+
+
 RULES: list[Callable[[File], list[str]]] = [
     has_a_layer,
     imports_point_down,
@@ -271,6 +284,7 @@ RULES: list[Callable[[File], list[str]]] = [
     has_a_summary,
     fits_its_budget,
     uses_no_mock_library,
+    private_torch_is_in_one_file,
 ]
 
 
@@ -319,6 +333,9 @@ VIOLATIONS: list[tuple[Callable[[File], list[str]], str, str]] = [
         "class Trainer:\n    def fit(self):\n" + "        x = 1\n" * 40,
     ),
     (uses_no_mock_library, "tinytrain_dist/training/memory_estimate.py", "from unittest import mock"),
+    (private_torch_is_in_one_file, "tinytrain_dist/parallel/compile.py", "def f():\n    import torch._dynamo as d"),
+    (private_torch_is_in_one_file, "tinytrain_dist/model/loss.py", "import torch\ntorch.cuda.memory._dump_snapshot(p)"),
+    (private_torch_is_in_one_file, "tinytrain_dist/launch/x.py", "from torch.api import C\nC._close = None"),
 ]
 
 
@@ -344,6 +361,7 @@ def test_each_rule_catches(rule: Callable[[File], list[str]], path: str, text: s
         ("tinytrain_dist/cli/plan.py", "from tinytrain_dist.cli.doctor import check\nfrom . import status"),
         ("launch/train.py", "from tinytrain_dist.train import main\nimport tinytrain_dist"),
         ("tinytrain_dist/data/batches.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
+        ("tinytrain_dist/optim/adamw.py", "import torch\ntorch._foreach_mul_(tensors, 2.0)"),
         ("tinytrain_dist/training/trainer.py", "class Trainer:\n    def evaluate(self):\n" + "        x = 1\n" * 50),
     ],
 )

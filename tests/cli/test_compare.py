@@ -16,7 +16,7 @@ from tests.helpers.tools import Cli, lines_with, newest
 def test_compare_finds_nothing_between_equal_runs(tinytrain: Cli, folder: Path) -> None:
     code, out, _ = tinytrain("compare", folder / "one", folder / "split")
     assert code == 0
-    assert out.count("the same to the bit") == 5  # loss, norm, eval loss, weights, optimizer
+    assert out.count("identical in every bit") == 5  # loss, norm, eval loss, weights, optimizer
     assert "max_shard_bytes" in out  # settings are told, and decide nothing
     assert "target_dir" not in out
 
@@ -36,7 +36,7 @@ def test_compare_finds_the_first_bit_that_differs(
     (line,) = lines_with(out, "first differs")
     assert line.startswith(title)
     assert "at step 4:" in line
-    assert line.endswith("at the last common step 6 by 0")
+    assert line.endswith("at the last common step, 6, by 0")
     assert out.splitlines()[-1] == "different"
 
 

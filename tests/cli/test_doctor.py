@@ -68,7 +68,7 @@ def test_run_folder_and_data_of_the_configuration(tmp_path: Path) -> None:
     args = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     code, said = run_ranks(2, examine, args)[0]
     assert code == 0, said
-    assert f"{tmp_path}/run/checkpoints is written, synced, renamed and seen by all" in said
+    assert f"{tmp_path}/run/checkpoints can be written, and all ranks see its files" in said
     assert "disk: room for 3 checkpoints" in said
     assert not (tmp_path / "run").exists()
     (tmp_path / "train.npy").unlink()
@@ -86,11 +86,24 @@ def test_under_the_agent(tmp_path: Path) -> None:
     assert done.returncode == (0 if "no problems found" in done.stdout else 1)  # a busy machine has a slow rank
 
 
+@pytest.mark.multiprocess
+def test_a_mistake_on_the_command_line_is_said_once_for_all_ranks(tmp_path: Path) -> None:
+    module = "tinytrain_dist.cli.doctor"
+    options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
+    done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)
+    assert done.returncode == 2
+    assert done.stdout.count("must be greater than 0 seconds") == 1, done.stdout
+    assert done.stdout.splitlines()[-2:] == [
+        "error: 1 problem in the command line",
+        "  --timeout 0 must be greater than 0 seconds; --help explains the arguments",
+    ]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--nodes", "2"], "go together"),
-        (["--nodes", "2", "--node", "2", "--head", "a:1"], "not among 0 .. 1"),
+        (["--nodes", "2"], "must be given together"),
+        (["--nodes", "2", "--node", "2", "--head", "a:1"], "must be in 0 .. 1"),
         (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
         (["--timeout", "0"], "must be greater than 0 seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),

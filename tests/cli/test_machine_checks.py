@@ -39,4 +39,4 @@ def test_own_name_that_is_the_machine_itself_is_noted(monkeypatch: pytest.Monkey
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: DEBIAN)
     notes = [text for level, text in machine_checks.check_interfaces("node7") if level == NOTE]
-    assert notes[0].startswith("name: node7 resolves to 127.0.1.1 here; with several nodes export GLOO_SOCKET_IFNAME=")
+    assert notes[0].startswith("name: node7 resolves to 127.0.1.1 here; with several nodes, export GLOO_SOCKET_IFNAME=")

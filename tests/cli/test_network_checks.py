@@ -39,7 +39,7 @@ def test_with_many_nodes_each_tries_its_neighbours(
     tried: list[str] = []
 
     def exchange(name: str, value: Any, seconds: float) -> list[Any]:
-        if name == "cards":
+        if name == "endpoints":
             return [value, *([other, 5000, {}] for other in hosts[1:])]
         return [value, *([] for _ in hosts[2:]), None]  # the last rank has died
 

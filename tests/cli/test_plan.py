@@ -30,7 +30,7 @@ def test_every_configuration_fits_the_hardware_it_names(config: Path, capsys: py
     code, text = run_plan(capsys, str(config), *where, "--vocab-size", "32000")
     assert code == 0, text
     assert "\nFITS" in text
-    assert "tokens a day" in text
+    assert "tokens per day" in text
 
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,8 +38,8 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
     big = ("--vocab-size", "32000", "--micro-batch-size", "16", "--activation-checkpointing", "none")
     code, text = run_plan(capsys, *args, *big)
     assert code == 1, text
-    assert "DOES NOT FIT: fits with " in text
-    name, value = text.split("DOES NOT FIT: fits with ")[1].split(":")[0].split(" = ")
+    assert "DOES NOT FIT in memory; it fits with " in text
+    name, value = text.split("; it fits with ")[1].split(":")[0].split(" = ")
     again, text = run_plan(capsys, *args, *big, f"--{name}", value)
     assert again == 0, text
 
@@ -47,7 +47,7 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("--device", "h10"), "device: 'h10' is not in the table; nearest: h100"),
+        (("--device", "h10"), "device: 'h10' is unknown; the nearest names are h100"),
         (("--nodes", "0"), "--nodes: '0' must be a whole number, at least 1"),
         (("--devices-per-node", "three"), "--devices-per-node: 'three' must be a whole number"),
         (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),

@@ -67,7 +67,7 @@ def strip_tokenizer(run: Path) -> None:
 def test_a_prompt_that_is_too_long_is_cut_with_a_word(tinytrain: Cli, folder: Path) -> None:
     code, _, err = tinytrain("sample", folder / "one", "--prompt", TEXT, "--max-new-tokens", 1)
     assert code == 0
-    assert f"sees the last {TINY['context_len']} (context_len)" in err
+    assert f"sees only the last {TINY['context_len']} (context_len)" in err
 
 
 @pytest.mark.parametrize(

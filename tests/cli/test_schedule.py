@@ -51,7 +51,7 @@ def test_schedule_takes_settings_from_file_and_command_line(tinytrain: Cli, tmp_
     assert "did you mean lr_max?" in err
     code, _, err = tinytrain("schedule", "--out", "--text")
     assert code == 2
-    assert "names no file" in err
+    assert "no file is named" in err
 
 
 def test_schedule_draws_a_picture(tinytrain: Cli, tmp_path: Path) -> None:

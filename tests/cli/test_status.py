@@ -71,7 +71,7 @@ def test_goodput_is_time_in_steps_that_count_over_all_time(tmp_path: Path) -> No
     found = read_status(run_folder(tmp_path, pids=(os.getpid(),)), NOW)
     assert found.goodput == pytest.approx(10 * 4.0 / 100)
     dead = read_status(run_folder(tmp_path / "dead"), NOW)
-    assert dead.goodput == pytest.approx(10 * 4.0 / 51), "a dead run ends at its last sign of life"
+    assert dead.goodput == pytest.approx(10 * 4.0 / 51), "a dead run ends at its last heartbeat or record"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_failed_run_says_why_and_the_exit_codes(tmp_path: Path, capsys: pytest
     assert "failed: rank 3 on node7: it broke" in capsys.readouterr().out
     run_folder(tmp_path / "dead", "running", (dead_pid(),), time.time())
     assert main.main(["status", str(tmp_path / "dead"), "--watch"]) == 1
-    assert "is gone without an error message" in capsys.readouterr().out
+    assert "ended without reporting an error" in capsys.readouterr().out
     run_folder(tmp_path / "done", "done")
     assert main.main(["status", str(tmp_path / "done")]) == 0
     assert main.main(["status", str(tmp_path / "nothing")]) == 2
@@ -134,7 +134,7 @@ def test_of_many_ranks_those_that_are_behind_are_shown(tmp_path: Path, capsys: p
     out = capsys.readouterr().out
     assert "all wait for rank 33 on slow-node" in out
     assert out.count("slow-node") == 2, "in the table too"
-    assert "and 24 ranks that are as far or further" in out
+    assert "and 24 more ranks that are at least as far" in out
 
 
 def test_it_needs_no_torch() -> None:

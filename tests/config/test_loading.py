@@ -157,12 +157,28 @@ def test_a_negative_value_is_a_value():
 
 
 @pytest.mark.parametrize(
-    "args", [["--seed", "x"], ["--compile", "maybe"], ["--betas", "0.9"], ["--seed=1", "stray"], ["--seed=1", "a.toml"]]
+    ("args", "problem"),
+    [
+        (["--seed", "x"], "seed: expected a whole number, got 'x'"),
+        (["--lr-max=1,5"], "lr_max: expected a number, got '1,5'"),
+        (["--keep_every", "1.5"], "keep_every: expected a whole number or None, got '1.5'"),
+        (["--betas", "a", "b"], "betas: expected two numbers, got 'a b'"),
+        (["--betas", "0.9"], "Missing value for argument '--betas'. Expected 2 values; --help lists all settings"),
+        (["--compile", "maybe"], "Unrecognized options: maybe; --help lists all settings"),
+        (["--seed=1", "stray"], "Unrecognized options: stray; --help lists all settings"),
+        (["--seed=1", "a.toml"], "Unrecognized options: a.toml; --help lists all settings"),
+    ],
 )
-def test_a_value_that_cannot_be_parsed_ends_the_process(args, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_command_line(args)
-    assert caught.value.code == 2
+def test_a_value_that_cannot_be_parsed_is_one_of_the_problems(args, problem, tmp_path, capsys):
+    path = write(tmp_path / "a.toml", "[modle]\n")
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line([str(path), *args, "--batchsize", "8"])
+    assert caught.value.problems == [
+        problem,
+        "[modle]: unknown section; use one of model",
+        "batchsize: unknown setting; did you mean batch_size?",
+    ]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_names_every_setting(capsys):

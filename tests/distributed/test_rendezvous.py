@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import socket
@@ -12,6 +14,7 @@ from tests.helpers.launching import free_port
 from tests.helpers.ranks import run_ranks
 from tinytrain_dist.distributed import rendezvous
 from tinytrain_dist.errors import ConfigError, RendezvousError
+from tinytrain_dist.utils import waiting
 
 
 def join(variables: dict[str, dict[str, str]], seconds: float) -> str:
@@ -48,6 +51,32 @@ def test_missing_ranks_are_named_in_time() -> None:
     assert re.search(
         r"^ConfigError: 2 of 3 ranks did not join at 127.0.0.1:\d+ within 0.2 s: rank 1, 2; joined: ", said
     )
+
+
+def missing_and_heard(seconds: float) -> str:
+    """On a rank: only rank 0 takes part; return what it prints while it waits."""
+    waiting.FIRST_NOTICE_SECONDS = 0.0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        missing(seconds)
+    return said.getvalue()
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_are_waited_for_are_named_meanwhile() -> None:
+    said = run_ranks(3, missing_and_heard, 1.5)[0]
+    assert re.fullmatch(r"waiting for 2 of 3 ranks to join: rank 1, 2 \(for 1 s so far, \d s more at most\)\n", said)
+
+
+@pytest.mark.parametrize(
+    ("head", "ranks_here", "expected"),
+    [("pod-x", "2", "127.0.0.1"), ("10.0.0.7", "2", "10.0.0.7"), ("pod-x", "1", "pod-x"), ("fe80::1", "2", "fe80::1")],
+)
+def test_ranks_of_one_machine_need_no_name(
+    head: str, ranks_here: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MASTER_ADDR": head, "LOCAL_WORLD_SIZE": ranks_here, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert rendezvous._head_address() == expected
 
 
 def occupied() -> str:

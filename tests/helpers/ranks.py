@@ -376,6 +376,12 @@ class TrainingProcess:
         self.process.wait()
 
 
+def default_signals() -> None:
+    """Give a new process the signals of a login shell, also where the tests run under nohup or in the background."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 TORCHRUN = ("-m", "torch.distributed.run")
 AGENT = ("-m", "tinytrain_dist.agent")
 
@@ -413,6 +419,7 @@ def training_process(
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=default_signals,
             )
         running = TrainingProcess(process, log, command)
         try:

@@ -16,6 +16,8 @@ from tests.helpers.launching import free_port
 from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_process
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.launch import elastic_agent
+from tinytrain_dist.metrics.phase_timer import START_PHASES
+from tinytrain_dist.reliability.start_marks import claim
 
 pytestmark = pytest.mark.multiprocess
 ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
@@ -192,6 +194,33 @@ def test_a_signal_during_the_start_ends_well_before_the_first_step(tmp_path: Pat
     assert not list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
 
 
+def test_a_stop_request_ends_a_rank_that_hangs_in_its_start(tmp_path: Path) -> None:
+    config = config_file(tmp_path, **ENDLESS)
+    options = {"env": {"TINYTRAIN_ATTEMPT": "9"}, "torchrun_args": ["--max-restarts=2"]}
+    with training_process([config], 2, tmp_path, launcher=AGENT, **options) as running:
+        wait_until(lambda: phase_of(tmp_path, 1), running)
+        rank_1 = json.loads((tmp_path / "run/logs/heartbeat/rank-00001.json").read_text())
+        assert rank_1["phase"] in START_PHASES
+        os.kill(rank_1["pid"], signal.SIGSTOP)  # none of its threads runs, as if it were blocked in native code
+        os.kill(running.process.pid, signal.SIGTERM)
+        assert running.wait(60) == 0, running.output()
+        assert "stopped during the start" in running.output()
+        assert "error:" not in running.output()
+    state = state_of(tmp_path)
+    assert (state["state"], state["attempt"]) == ("preempted", "9")
+    assert not list((tmp_path / "run").glob("checkpoints/checkpoint-*"))
+
+
+def test_after_the_start_the_agent_ends_no_rank(tmp_path: Path) -> None:
+    with training_process([config_file(tmp_path, **ENDLESS)], 2, tmp_path, launcher=AGENT) as running:
+        running.wait_for_output("step 5/")
+        pids = running.worker_pids()
+        environment = Path(f"/proc/{pids[0]}/environ").read_bytes().decode().split("\0")
+        (note,) = [Path(line.partition("=")[2]) for line in environment if line.startswith("TINYTRAIN_AGENT=")]
+        assert [claim(note, pid) for pid in pids] == [False, False], "the agent could kill them"
+        assert not list(note.parent.glob("starting-*"))
+
+
 def _catches(pid: int, number: int) -> bool:
     with contextlib.suppress(OSError):
         caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
@@ -235,10 +264,10 @@ def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeyp
     assert elastic_agent._count_interrupt() == signal.SIGINT
     now += elastic_agent.SECOND_INTERRUPT_SECONDS / 2
     assert elastic_agent._count_interrupt() == signal.SIGINT
-    assert not state.killed_by_user
+    assert not state.killed_by
     now += elastic_agent.SECOND_INTERRUPT_SECONDS
     assert elastic_agent._count_interrupt() == signal.SIGKILL
-    assert state.killed_by_user
+    assert state.killed_by == "a second Ctrl-C"
 
 
 def test_a_death_is_described_with_a_remedy_for_lack_of_memory() -> None:

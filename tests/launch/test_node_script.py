@@ -50,7 +50,9 @@ def test_two_nodes_on_one_machine_train_together_and_a_signal_to_one_stops_both(
     # this machine's own name may mean 127.0.1.1, as on Debian
     options = ["--head", f"{socket.gethostname()}:{free_port()}"]
     with ExitStack() as stack:
-        nodes = [start_node(stack, tmp_path, rank, config, *options) for rank in (0, 1)]
+        nodes = [start_node(stack, tmp_path, 0, config, *options)]
+        nodes[0].wait_for_output("waiting for the other nodes to join at ")
+        nodes.append(start_node(stack, tmp_path, 1, config, *options))
         nodes[0].wait_for_output("step 5/")
         os.kill(nodes[1].process.pid, signal.SIGTERM)
         assert [each.wait(60) for each in nodes] == [0, 0], nodes[0].output()

@@ -230,4 +230,4 @@ def test_without_slurm_it_says_so(config: Path, tmp_path: Path) -> None:
         env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "there is no sbatch here" in done.stderr
+    assert "sbatch: not found here" in done.stderr

@@ -29,6 +29,6 @@ def test_the_warning_has_the_host_and_all_three_times() -> None:
     slowest = detector.update([0.0, 0.5, 0.0], [1.0, 2.0, 1.0])
     assert (slowest.rank, slowest.ratio) == (1, 2.0)
     assert slowest.warning == (
-        "rank 1 (b) is slow: 2.000 s of its own work per step, 2.0 times the median 1.000 s; 0.500 s of it waiting for "
-        "data, the rest in forward. All ranks wait for it"
+        "rank 1 (b) is slow: its own work takes 2.000 s per step, 2.0 times the median of 1.000 s; it waits for data "
+        "for 0.500 s and spends the rest in the forward pass. All other ranks wait for this rank"
     )

@@ -41,7 +41,7 @@ def test_a_slow_rank_is_named_once_although_all_steps_take_as_long(tmp_path: Pat
     run = Run(tmp_path / "run")
     (text,) = run.values("slow", "text")
     assert text.startswith("rank 1 (")
-    waiting = float(text.split(" s of it waiting")[0].split()[-1])
+    waiting = float(text.split("waits for data for ")[1].split()[0])
     assert (waiting > 0.05) == (where == "data")
     assert run.values("train", "slowest_rank")[1:] == [1.0] * 4
     assert all(ratio > 1.2 for ratio in run.values("train", "slowest_to_median")[1:])

@@ -109,7 +109,7 @@ def test_every_chart_of_the_layout_has_curves(tmp_path):
     for chart in charts:
         for pattern in chart.multiline.tag:
             assert any(re.match(pattern, tag) for tag in tags), f"{chart.title}: nothing matches {pattern}"
-    (both,) = [chart for chart in charts if chart.title == "train against eval"]
+    (both,) = [chart for chart in charts if chart.title == "train and eval"]
     assert [tag for tag in tags if any(re.match(p, tag) for p in both.multiline.tag)] == ["train/loss", "eval/loss"]
 
 

@@ -52,10 +52,40 @@ def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]
         ("use_sliding_window", True, "False"),
         ("quantization_config", {"bits": 4}, "None"),
         ("partial_rotary_factor", 0.5, "1 or 1.0"),
+        ("attention_dropout", 0.1, "0.0"),
+        ("auto_map", {"AutoModelForCausalLM": "modeling_x.X"}, "None"),
+        ("architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+        ("layer_types", ["full_attention", "sliding_attention"], "full_attention in every layer"),
+        ("sliding_window", 4096, "null"),
     ],
 )
 def test_what_the_model_cannot_represent_is_refused_by_name(tmp_path, key, value, needs):
     assert fits(tmp_path, SMALL, **{key: value}) == [f"{key}: {value!r} is not supported; this model needs {needs}"]
+
+
+def test_keys_of_related_models_are_refused_unless_they_change_nothing(tmp_path):
+    (problem,) = fits(tmp_path, SMALL, embedding_multiplier=12.0)
+    assert problem == "embedding_multiplier: 12.0 is not supported; this model has nothing like it"
+    assert fits(tmp_path, SMALL, embedding_multiplier=1.0, rope_interleaved=False, num_experts=0) == []
+    harmless = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": ["full_attention"] * 2}
+    assert fits(tmp_path, SMALL, **harmless, pretraining_tp=2) == []
+
+
+ROPES = [
+    ({"rope_scaling": "linear"}, "rope_scaling: 'linear' is not supported"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set of values for all layers"),
+    ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_type: is 'linear' in rope_scaling, but 'default' in"),
+    ({"rope_theta": 777.0}, "rope_theta: is 777.0 in config.json itself, but 10000.0 in rope_parameters"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 is not"),
+    ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "factor: 8.0 has no effect with rope_type default"),
+    ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section: [1] among the rotary"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: is missing among the rotary"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), ROPES)
+def test_rotary_settings_that_cannot_be_used_or_contradict_each_other_are_refused(tmp_path, changes, said):
+    assert any(said in problem for problem in fits(tmp_path, SMALL, **changes))
 
 
 @pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
@@ -94,13 +124,18 @@ def test_the_folder_is_named(tmp_path):
 
 
 def test_everything_that_differs_is_said_at_once(tmp_path):
-    problems = fits(tmp_path, SMALL, vocab_size=1, hidden_act="relu", rope_parameters={"rope_theta": 5.0})
+    rope = {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 5.0}
+    problems = fits(tmp_path, SMALL, vocab_size=1, hidden_act="relu", **rope)
     assert [problem.split(":")[0] for problem in problems] == ["hidden_act", "vocab_size", "rope_theta"]
 
 
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+
+
 def test_query_norms_and_scaling_must_agree(tmp_path):
-    assert [p.split(":")[0] for p in fits(tmp_path, SMALL, model_type="qwen3")] == ["qk_norm"]
-    assert [p.split(":")[0] for p in fits(tmp_path, KINDS["qwen3"], model_type="llama")] == ["qk_norm"]
+    assert [p.split(":")[0] for p in fits(tmp_path, SMALL, **QWEN3)] == ["qk_norm"]
+    assert [p.split(":")[0] for p in fits(tmp_path, KINDS["qwen3"], **LLAMA)] == ["qk_norm"]
     scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
     problems = fits(tmp_path, SMALL, rope_parameters=scaled)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
@@ -118,6 +153,14 @@ def test_keys_left_out_have_transformers_defaults(tmp_path):
     assert problem == f"norm_eps: is 1e-05, but {tmp_path / 'config.json'} needs 1e-06; set norm_eps = 1e-06"
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["tied"], tie_word_embeddings=None)] == ["tie_embeddings"]
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["gqa"], num_key_value_heads=None)] == ["num_kv_heads"]
+    (problem,) = fits(tmp_path, KINDS["qwen3"], num_key_value_heads=None)
+    assert "needs 32" in problem
+
+
+@pytest.mark.parametrize("value", [0, -1, "4", 4.5, True, [4]])
+def test_a_size_that_is_no_size_is_a_sentence(tmp_path, value):
+    (problem,) = fits(tmp_path, SMALL, num_attention_heads=value)
+    assert "is not a positive whole number" in problem
 
 
 @pytest.mark.parametrize(

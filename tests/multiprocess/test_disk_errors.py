@@ -40,7 +40,7 @@ def test_failed_save_costs_the_save_and_not_the_run(folder: Path, undisturbed: R
     assert [end["state"] for end in ends] == ["done", "done"]
     run = Run(folder / f"failing{errno}")
     texts = run.values("save_failed", "text")
-    assert [text.count("2 so far") for text in texts] == [0, 1]
+    assert [text.count("failed saves so far: 2") for text in texts] == [0, 1]
     assert os.strerror(errno) in texts[0]
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
         "checkpoint-00000002",
@@ -201,7 +201,7 @@ def test_disk_that_fills_in_the_middle_of_a_save(folder: Path, undisturbed: Run,
     run = Run(folder / "filled")
     (text,) = run.values("save_failed", "text")
     assert "No space left on device" in text
-    assert "1 so far" in text
+    assert "failed saves so far: 1" in text
     kept = sorted(path.name for path in (small_disk / "checkpoints").iterdir())
     assert kept == ["checkpoint-00000006", "checkpoint-00000008"]
     manifest = json.loads((small_disk / "checkpoints" / kept[-1] / "manifest.json").read_text())

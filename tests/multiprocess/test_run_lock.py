@@ -22,7 +22,7 @@ pytestmark = pytest.mark.multiprocess
 
 def second_run(settings: dict[str, Any]) -> str:
     """Another process holds the lock."""
-    from tinytrain_dist.reliability.run_lock import process_start_time
+    from tinytrain_dist.utils.processes import process_start_time
 
     parent = os.getppid()
     lock = {"host": os.uname().nodename, "pid": parent, "started": process_start_time(parent), "job": None}
@@ -33,7 +33,7 @@ def second_run(settings: dict[str, Any]) -> str:
 
 def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
     message = run_ranks(1, second_run, settings_for(folder, "twice"))[0]
-    assert "trains into this folder" in message
+    assert "is already training in this folder" in message
     lock = json.loads((folder / "twice" / "lock.json").read_text())
     assert str(lock["pid"]) in message
     assert not (folder / "twice" / "state.json").exists(), "the run in the folder is another process's to judge"

@@ -28,7 +28,7 @@ def no_room(settings: dict[str, Any]) -> str:
 def test_too_little_disk_is_an_error_before_step_one(folder: Path) -> None:
     messages = run_ranks(2, no_room, settings_for(folder, "small", **RUN))
     assert messages[0] == messages[1]
-    assert "0.010 MB are free" in messages[0]
+    assert "0.010 MB is free" in messages[0]
     assert "keep_last + 1 = 3 checkpoints" in messages[0]
     assert not (folder / "small" / "logs").exists()
 
@@ -86,5 +86,5 @@ def blind_rank(settings: dict[str, Any]) -> str:
 def test_node_that_does_not_see_the_folder_is_named(folder: Path) -> None:
     messages = run_ranks(2, blind_rank, settings_for(folder, "blind"))
     assert messages[0] == messages[1]
-    assert "is not seen on node1" in messages[0]
+    assert "cannot be seen on node1" in messages[0]
     assert not list((folder / "blind").iterdir())

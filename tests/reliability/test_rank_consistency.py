@@ -56,15 +56,15 @@ CODE = rank_consistency.code_digest()
         ("nothing", ""),
         (
             "settings",
-            "the world of 4 ranks\n"
+            "the comparison of 4 ranks\n"
             f"target_dir: 'elsewhere' on rank 2 (node2), but 'runs/default' on {REST}; "
             "give every node the same file and the same settings\n"
             f"lr_max: 0.5 on rank 2 (node2), but 0.001 on {REST}; give every node the same file and the same settings",
         ),
         ("code", f"code: 'another' on rank 2 (node2), but '{CODE}' on {REST}; start every node from"),
-        ("versions", f"torch: '2.11.0' on rank 2 (node2), but {torch.__version__!r} on {REST}; use one environment"),
+        ("versions", f"torch: '2.11.0' on rank 2 (node2), but {torch.__version__!r} on {REST}; use the same"),
         ("shape", f"processes per node: 7 on rank 2 (node2), but 4 on {REST}; start the same number"),
-        ("clock", "clock: node2 is 100.0 s behind node1; set it (chrony)"),
+        ("clock", "clock: node2 is 100.0 s behind node1; synchronize them (chrony)"),
         ("threads", "threads: 2 process(es) on node1 run 8 threads on 2 core(s) and slow each other down; "
                     "set OMP_NUM_THREADS=1, or give the job more cores (--cpus-per-task)"),
     ],
@@ -78,7 +78,7 @@ def test_odd_rank_is_named_on_all_ranks(odd: str, problems: str) -> None:
 
 def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
     assert rank_consistency.find_differences([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
-        "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use one environment on all nodes"
+        "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use the same environment on all nodes"
     ]
 
 
@@ -107,6 +107,6 @@ def test_many_ranks_are_counted_and_not_named() -> None:
 def test_a_clock_is_wrong_only_beyond_the_error_of_the_measurement() -> None:
     offsets = [(0.0, 0.1), (3.0, 0.5), (3.0, 1.5), (-50.0, 0.5)]
     assert rank_consistency.skewed_clocks(offsets, ["a", "b", "c", "d"]) == [
-        "clock: b is 3.0 s ahead of a; set it (chrony)",
-        "clock: d is 50.0 s behind a; set it (chrony)",
+        "clock: b is 3.0 s ahead of a; synchronize them (chrony)",
+        "clock: d is 50.0 s behind a; synchronize them (chrony)",
     ]

@@ -14,7 +14,9 @@ import pytest
 
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability import run_lock
-from tinytrain_dist.reliability.run_lock import RunLock, process_start_time
+from tinytrain_dist.reliability.run_lock import RunLock
+from tinytrain_dist.utils import waiting
+from tinytrain_dist.utils.processes import process_start_time
 
 ALONE: Any = SimpleNamespace(host="here", is_main=True, broadcast_object=lambda value: value)
 
@@ -35,7 +37,8 @@ def test_a_lock_is_there_until_it_is_released(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_live_process_is_respected(tmp_path: Path) -> None:
     write_lock(tmp_path, started=process_start_time(os.getppid()))
-    with pytest.raises(CheckpointError, match=rf"process {os.getppid()} on here trains into this folder; stop it, or"):
+    message = rf"process {os.getppid()} on here is already training in this folder; stop it, or"
+    with pytest.raises(CheckpointError, match=message):
         RunLock.acquire(tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
 
@@ -55,10 +58,18 @@ def test_a_lock_that_was_taken_over_is_not_removed(tmp_path: Path) -> None:
     assert (tmp_path / "lock.json").exists()
 
 
-def test_a_lock_of_another_host_becomes_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_host_becomes_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.5)
-    write_lock(tmp_path, host="elsewhere", started="1")
-    RunLock.acquire(tmp_path, ALONE).release()
+    monkeypatch.setattr(waiting, "FIRST_NOTICE_SECONDS", 0.0)
+    path = write_lock(tmp_path, host="elsewhere", started="1", pid=17)
+    lock = RunLock.acquire(tmp_path, ALONE)
+    lock.release()
+    said = capsys.readouterr().out
+    assert said.startswith(f"waiting for a sign that process 17 on elsewhere, which holds the lock {path}, is alive; ")
+    assert said.count("\n") == 1
+    assert lock.waited_seconds >= 1.0, "it does not count as training time"
 
 
 def test_a_process_is_told_from_an_earlier_one_with_its_id() -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from tinytrain_dist.reliability import stop_requests
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}  # none is ignored, also under nohup
     stop_requests.install_signal_handlers()
     yield
     for number, handler in before.items():
@@ -45,6 +45,26 @@ def test_a_signal_only_raises_the_flag(handlers, tmp_path, number):
     os.kill(os.getpid(), number)
     assert requests.reason() == signal.Signals(number).name
     assert requests.reason() == signal.Signals(number).name
+
+
+def test_an_ignored_signal_stays_ignored_except_our_own(handlers):
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    stop_requests.install_signal_handlers()
+    with stop_requests.exit_on_stop_signals():
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+    assert stop_requests._received_signals == ["SIGUSR1"]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_verb_exits_through_an_exception_and_handlers_are_restored(handlers, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exited, stop_requests.exit_on_stop_signals():
+        os.kill(os.getpid(), number)
+    assert exited.value.code == 128 + number
+    assert signal.getsignal(number) == before
 
 
 def test_the_first_signal_is_the_one_that_is_obeyed(handlers, tmp_path):

@@ -39,7 +39,7 @@ def test_checkpoints_that_exist_need_no_more_room(
         check_disk_space(tmp_path, 1_000_000, wanted=3, existing=existing, context=ALONE)
         return
     with pytest.raises(
-        CheckpointError, match=r"1\.500 MB are free, but 3\.000 MB more are needed for keep_last \+ 1 = 3"
+        CheckpointError, match=r"1\.500 MB is free, but 3\.000 MB more is needed for keep_last \+ 1 = 3"
     ):
         check_disk_space(tmp_path, 1_000_000, wanted=3, existing=existing, context=ALONE)
 

@@ -37,7 +37,7 @@ def test_more_writers_than_ranks_are_refused_before_the_folder_is_made(tmp_path:
     settings = settings_for(tmp_path, "run", parallel="ddp", ckpt_writers=3)
     errors = run_ranks(2, build_error, settings)
     assert errors[0] == errors[1]
-    assert "ckpt_writers: 3 is more than the 2 ranks there are" in errors[0]
+    assert "ckpt_writers: 3 is more than the 2 ranks of this run" in errors[0]
     assert not (tmp_path / "run").exists()
 
 

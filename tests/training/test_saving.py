@@ -72,8 +72,8 @@ def test_a_full_disk_costs_the_save_and_not_the_run(tmp_path: Path) -> None:
     (_, kind, text), *_ = log.events
     assert kind == "save_failed"
     assert "No space left on device" in text
-    assert "1 so far" in text
-    assert "next ckpt_every" in text
+    assert "failed saves so far: 1" in text
+    assert "next multiple of ckpt_every" in text
 
 
 def test_a_full_disk_at_the_last_save_is_an_error(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE, is_checkpoint, open_run
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -73,7 +74,7 @@ def _problems(path: Path, kind: str | None) -> list[str]:
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     """Read trainer_state.json of a checkpoint. Errors: CheckpointError if it is missing or broken."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_text(checkpoint / TRAINER_STATE_FILE))
         return state
     except (OSError, ValueError) as error:
         raise CheckpointError(

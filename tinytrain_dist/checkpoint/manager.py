@@ -38,6 +38,7 @@ from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
+from tinytrain_dist.utils.regular_files import read_text
 
 POLL_SECONDS = 5.0  # time between two looks at a save that is waited for
 
@@ -165,8 +166,8 @@ class CheckpointManager:
         """Return config.json, and the tokenizer where the data has one, so that the folder is a Hugging Face model."""
         data_folder = Path(next(iter(self.config.train_files), "")).parent
         meta_file = data_folder / "meta.json"
-        meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
-        hf_config = to_hf_config(self.config, meta.get("eos_id"))
+        meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
+        hf_config = to_hf_config(self.config, meta.get("eos_id"), meta.get("bos_id"))
         files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (data_folder / name).is_file():
@@ -271,7 +272,7 @@ class CheckpointManager:
         Errors: CheckpointError if it belongs to another run, if resuming would not be bit-identical although it must
         be, or if its tensors are others.
         """
-        state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer)

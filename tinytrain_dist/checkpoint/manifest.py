@@ -50,6 +50,7 @@ from blake3 import blake3
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import fsync_folder
+from tinytrain_dist.utils.regular_files import read_text
 
 FORMAT = 3
 READABLE_FORMATS = (1, 2, 3)
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         body = {key: content[key] for key in ("format", "files", "tensors")}
         intact = content["sha256"] == _manifest_digest(body)
     except FileNotFoundError:

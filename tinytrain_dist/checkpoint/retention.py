@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE, checkpoint_step
+from tinytrain_dist.utils.regular_files import read_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def read_committed_checkpoint(path: Path) -> CommittedCheckpoint:
 
 def _eval_loss(path: Path) -> float:
     try:
-        state = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(path / TRAINER_STATE_FILE))
         record = state["report"]
         if record.get("eval_step") != state["step"]:  # it is the loss of an earlier step
             return math.inf

@@ -31,6 +31,7 @@ from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, all_finite, file
 from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import check_regular, open_regular, read_text
 
 CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
 CHUNKS_IN_FLIGHT = 4  # most chunks that are not yet hashed and written
@@ -286,8 +287,8 @@ class TensorReader:
         index = folder / f"{kind}.safetensors.index.json"
         single = folder / f"{kind}.safetensors"
         try:
-            if index.is_file():
-                weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+            if index.exists():
+                weight_map = dict(json.loads(read_text(index))["weight_map"])
                 self.files = {name: str(file) for name, file in weight_map.items()}
             else:
                 self.files = dict.fromkeys(_read_header(single), single.name)
@@ -298,6 +299,15 @@ class TensorReader:
         """Return the shape of one tensor, and its type by safetensors' name, such as "F32"."""
         entry = self._entry(name)
         return tuple(entry["shape"]), entry["dtype"]
+
+    def unlisted(self) -> list[tuple[str, str]]:
+        """Return (tensor, file) for each tensor in a file of the index that the index does not place there.
+
+        Errors: CheckpointError if a file cannot be read.
+        """
+        files = dict.fromkeys(self.files.values())
+        found = [(name, file) for file in files for name in self._header(file)]
+        return [(name, file) for name, file in found if self.files.get(name) != file]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows start .. stop - 1 of one tensor, or all of it."""
@@ -328,7 +338,7 @@ class TensorReader:
         flat = into.reshape(-1)  # a copy only where it is not contiguous
         direct = flat.dtype == dtype and flat.is_cpu  # read into the tensor's own memory
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 file.seek(entry["first_byte"] + start * math.prod(row_shape) * dtype.itemsize)
                 for part in flat.split(CHUNK_BYTES // dtype.itemsize):
                     values = part if direct else torch.empty(part.shape, dtype=dtype)
@@ -342,17 +352,21 @@ class TensorReader:
     def _entry(self, name: str) -> dict[str, Any]:
         """Return what the header of its file has about a tensor. Errors: CheckpointError, also for an unknown type."""
         file = self.files[name]
-        path = self.folder / file
+        entry: dict[str, Any] = self._header(file).get(name, {})
+        if entry.get("dtype") not in DTYPE_OF_NAME:
+            problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
+            raise CheckpointError(f"{self.folder / file}: {problem}; use another one")
+        return entry
+
+    def _header(self, file: str) -> dict[str, Any]:
+        """Return the header of a file, which is read once. Errors: CheckpointError."""
         if file not in self._headers:
+            path = self.folder / file
             try:
                 self._headers[file] = _read_header(path)
             except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error}); use another one") from None
-        entry: dict[str, Any] = self._headers[file].get(name, {})
-        if entry.get("dtype") not in DTYPE_OF_NAME:
-            problem = f"{name} is {entry.get('dtype', 'missing')}, not one of {', '.join(DTYPE_OF_NAME)}"
-            raise CheckpointError(f"{path}: {problem}; use another one")
-        return entry
+        return self._headers[file]
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -360,8 +374,9 @@ def _read_header(path: Path) -> dict[str, Any]:
 
     The file may come from anywhere, so the safetensors library checks the header first.
     """
+    check_regular(path)  # safe_open would wait in native code, where no other thread of Python runs
     safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(header_bytes))
     header.pop("__metadata__", None)

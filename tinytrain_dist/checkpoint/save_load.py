@@ -19,6 +19,7 @@ from tinytrain_dist.checkpoint.state import collect_shards, model_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
 from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out_path: str | Path) -> None:
@@ -41,7 +42,7 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path
     problems = find_damage(path)
     if problems:
         raise CheckpointError("\n".join(problems))
-    state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
     saved = read_manifest(path).tensors
     params = model_tensors(model)
     # everything is compared before anything is changed

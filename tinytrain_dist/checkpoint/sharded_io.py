@@ -34,6 +34,7 @@ from tinytrain_dist.distributed import collectives, shard_transfer
 from tinytrain_dist.distributed.collectives import Group
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_range
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 
 
 def write_checkpoint(
@@ -155,7 +156,7 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     changed then.
     """
     manifest = read_manifest(path)
-    state: dict[str, Any] = json.loads((path / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
     kinds = {"model": model_tensors(model)}
     if optimizer is not None:
         kinds["optimizer"] = optimizer_tensors(model, optimizer)[0]

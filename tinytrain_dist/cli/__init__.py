@@ -1,4 +1,4 @@
-"""The `tinytrain` command: `main.py` finds the verb, and each verb has a file of its name with a `main(args) -> int`.
+"""Implement the `tinytrain` command: `main.py` finds the verb, and the file of that name has a `main(args) -> int`.
 
-Files that are no verb serve several: `tables.py`, `figures.py`, and the report and the checks of the doctor.
+Several verbs share `tables.py` and `figures.py`. `doctor_report.py` and the `*_checks.py` files belong to `doctor`.
 """

@@ -1,6 +1,6 @@
 """Compare all ranks for `tinytrain doctor`, and check the data and the folder of a run on all of them.
 
-Must not know how a run is trained. Every function is a collective.
+Must not know how a run is trained. Every `check_` function is a collective.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RankFacts:
     threads: int
     cores: set[int]
     num_gpus: int  # visible to the process; 0 on CPUs
-    machine: list[Finding]
+    machine: list[Finding]  # of check_machine
 
 
 def check_ranks(report: Report, config: TrainingConfig | None, context: DistributedContext) -> list[str]:
@@ -55,7 +55,7 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
         first_of_host.setdefault(facts.host, facts)
     report.machine = [finding for facts in first_of_host.values() for finding in facts.machine]
 
-    placement = f"{context.world_size} rank(s), {context.local_world_size} a node"
+    placement = f"{context.world_size} rank(s), {context.local_world_size} on each node"
     report.add("world", rank_placement_problems(hosts, context), placement)
 
     first = ranks[0]
@@ -66,11 +66,15 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
 
     threads = [facts.threads for facts in ranks]
     oversubscribed = rank_consistency.oversubscribed_hosts(threads, [facts.cores for facts in ranks], hosts)
-    report.add("threads", oversubscribed, f"{first.threads} of {len(first.cores)} core(s) for a process")
+    report.add("threads", oversubscribed, f"each process uses {first.threads} of {len(first.cores)} core(s)")
 
-    idle = [host for host, facts in first_of_host.items() if facts.num_gpus > context.local_world_size]
-    idle_problems = [f"GPUs: more than processes on {host}; start one process for each" for host in idle]
-    report.add("GPUs", idle_problems, "one process for each" if first.num_gpus else "none used")
+    num_processes = context.local_world_size
+    idle_gpus = [
+        f"GPUs: {host} has {facts.num_gpus} GPUs, but runs {num_processes} process(es); start one process for each GPU"
+        for host, facts in first_of_host.items()
+        if facts.num_gpus > num_processes
+    ]
+    report.add("GPUs", idle_gpus, "one process for each GPU" if first.num_gpus else "none used")
 
     if context.world_size > 1:
         _check_clocks(report, hosts, context)
@@ -81,23 +85,23 @@ def _check_clocks(report: Report, hosts: list[str], context: DistributedContext)
     offsets = rank_consistency.clock_offsets(context)
     skewed = context.broadcast_object(rank_consistency.skewed_clocks(offsets, hosts))
     largest_seconds = max(abs(offset) + error_bound for offset, error_bound in offsets)
-    report.add("clock", skewed, f"no node is more than {1000 * largest_seconds:.0f} ms from {hosts[0]}")
+    report.add("clock", skewed, f"no clock differs from {hosts[0]} by more than {1000 * largest_seconds:.0f} ms")
 
 
 def rank_placement_problems(hosts: list[str], context: DistributedContext) -> list[str]:
-    """Return what is wrong with how ranks lie on hosts; if nothing is, ranks of a node are neighbours."""
+    """Return the problems of the placement of ranks; if there are none, the ranks of a node are consecutive."""
     counts = {host: hosts.count(host) for host in hosts}
     if any(count % context.local_world_size for count in counts.values()):
         listing = ", ".join(f"{count} on {host}" for host, count in counts.items())
         return [f"world: nodes have different numbers of processes ({listing}); start the same number on each"]
     num_blocks = 1 + sum(host != next_host for host, next_host in itertools.pairwise(hosts))
     if num_blocks > len(counts):
-        return ["world: ranks of one node are not neighbours; use srun --distribution=block"]
+        return ["world: the ranks of a node are not consecutive; use srun --distribution=block"]
     return []
 
 
 def check_run(report: Report, config: TrainingConfig, context: DistributedContext) -> None:
-    """Check the data, the folder and the disk space of a run; remove the folders that this makes."""
+    """Check the data, the folder and the disk space of a run; remove the folders that the check creates."""
     folder = config.checkpoints_dir
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -111,7 +115,7 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
     except TinytrainError as error:
         report.add_problems(_problems_of(error))
         return
-    report.add("folder", [], f"{folder} is written, synced, renamed and seen by all")
+    report.add("folder", [], f"{folder} can be written, and all ranks see its files")
 
     run = RunFolder.at(Path(config.target_dir)) if context.is_main else None
     num_existing = len(run.committed()) if run else 0

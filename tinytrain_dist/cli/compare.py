@@ -28,23 +28,24 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_list
 
 SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
 MAX_SHOWN_TENSORS = 5  # differing tensors that are described
-MAX_SHOWN_RANKS = 4
+MAX_SHOWN_RANKS = 4  # of environment.json
 Entry = list[Any]  # shape, type ("value" for a plain number), digest
 
 
 def compare(a: PathArgument, b: PathArgument) -> int:
-    """Find where two runs differ: the first logged step at which loss or gradient norm differ in any bit.
+    """Find where two runs differ: the first logged step at which a loss or gradient norm differs in any bit.
 
-    Also compared: the newest checkpoint of a step that both have, config.toml and environment.json. With a checkpoint
-    on either side only tensors are compared. Exit code 0: the same; 1: different.
+    Also compares config.toml, environment.json, and the newest checkpoints of the same step. If either argument is a
+    checkpoint, compares only tensors. Exit code 0 if records and tensors are the same, 1 if they differ.
 
     Args:
         a: A run (its target_dir) or a checkpoint.
-        b: Another one.
+        b: The run or checkpoint to compare it with.
     """
     if is_checkpoint(a) or is_checkpoint(b):
         return 1 if _compare_tensors(find_checkpoint(a), find_checkpoint(b)) else 0
@@ -103,17 +104,17 @@ def _compare_series(
 ) -> bool:
     """Print the first step at which two series differ in any bit; return whether they do."""
     first_step, last_step = common_steps[0], common_steps[-1]
-    # repr tells every bit of a float apart, and finds NaN equal to NaN
+    # repr differs if any bit of a float differs, and is the same for all NaNs
     differing = [step for step in common_steps if repr(values_a[step]) != repr(values_b[step])]
     if not differing:
-        print(f"{title:<14} the same to the bit at {len(common_steps)} steps, {first_step} to {last_step}")
+        print(f"{title:<14} identical in every bit at {len(common_steps)} steps, {first_step} to {last_step}")
         return False
     step = differing[0]
     a, b = values_a[step], values_b[step]
     last_difference = abs(values_a[last_step] - values_b[last_step])
     print(
         f"{title:<14} first differs at step {step}: {a!r} and {b!r}, by {abs(a - b):.3g}; "
-        f"at the last common step {last_step} by {last_difference:.3g}"
+        f"at the last common step, {last_step}, by {last_difference:.3g}"
     )
     return True
 
@@ -134,18 +135,19 @@ def _compare_tensors(checkpoint_a: Path, checkpoint_b: Path) -> bool:
     for kind, title in TITLE_OF_KIND.items():
         if kind not in entries_a and kind not in entries_b:
             continue
-        of_a = entries_a.get(kind, {})
-        of_b = entries_b.get(kind, {})
-        names = list(of_a | of_b)
-        differing = [name for name in names if of_a.get(name) != of_b.get(name)]
+        tensors_a = entries_a.get(kind, {})
+        tensors_b = entries_b.get(kind, {})
+        names = list(tensors_a | tensors_b)
+        differing = [name for name in names if tensors_a.get(name) != tensors_b.get(name)]
         if not differing:
-            print(f"{title:<14} the same to the bit, {len(names)} tensors, {state_digest(of_a)[:16]}")
+            print(f"{title:<14} identical in every bit, {len(names)} tensors, {state_digest(tensors_a)[:16]}")
             continue
         differ = True
         print(f"{title:<14} {len(differing)} of {len(names)} tensors differ")
         for name in differing[:MAX_SHOWN_TENSORS]:
-            pair = of_a.get(name), of_b.get(name)
-            print(f"  {name}: {_describe_difference(checkpoint_a, checkpoint_b, kind, name, *pair)}")
+            entry_a = tensors_a.get(name)
+            entry_b = tensors_b.get(name)
+            print(f"  {name}: {_describe_difference(checkpoint_a, checkpoint_b, kind, name, entry_a, entry_b)}")
         if len(differing) > MAX_SHOWN_TENSORS:
             print(f"  and {len(differing) - MAX_SHOWN_TENSORS} more")
     return differ
@@ -175,9 +177,9 @@ def _describe_entry(entry: Entry) -> str:
 
 
 def _read_environment(folder: Path) -> dict[str, Any]:
-    """Return environment.json with nested names joined by dots, and all ranks as one text; {} if it is missing."""
+    """Return environment.json with nested names joined by dots and one text for all ranks; {} if it is missing."""
     try:
-        environment = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        environment = json.loads(read_text(folder / ENVIRONMENT_FILE))
     except (OSError, ValueError):
         return {}
     ranks = environment.pop("ranks", [])
@@ -194,7 +196,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _print_differences(name: str, values_a: dict[str, Any], values_b: dict[str, Any]) -> None:
-    """Print the keys of two dictionaries that differ; the runs' folders always do."""
+    """Print the keys whose values differ in two dictionaries, except target_dir, which always differs."""
     keys = [key for key in values_a | values_b if values_a.get(key) != values_b.get(key) and key != "target_dir"]
     result = f"{len(keys)} differ" if keys else "the same"
     one_is_missing = not values_a or not values_b

@@ -19,14 +19,14 @@ class Report:
     title: str = "tinytrain doctor"
 
     def add(self, topic: str, problems: list[str], ok_text: str) -> None:
-        """Add each problem, or one line on the topic if there is none."""
+        """Add each problem; if there is none, add a line that the topic is ok."""
         if problems:
             self.add_problems(problems)
         else:
             self.findings.append((OK, f"{topic}: {ok_text}"))
 
     def add_problems(self, problems: list[str]) -> None:
-        """Add problems without a topic; each sentence begins with its own."""
+        """Add problems; each sentence begins with its own topic."""
         self.findings += [(PROBLEM, text) for text in problems]
 
     @property
@@ -36,7 +36,7 @@ class Report:
 
     @property
     def problem_count(self) -> int:
-        """How many problems were found."""
+        """The number of problems found."""
         return sum(level == PROBLEM for level, _ in self.all_findings)
 
     @property
@@ -57,7 +57,7 @@ class Report:
 
 
 def _print_table(table: Table) -> None:
-    """Print rows with the first column to the left and all others to the right."""
+    """Print rows; the first column is aligned left, all others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = [f"{row[0]:<{widths[0]}}"]

@@ -1,4 +1,4 @@
-"""`tinytrain export`: write weights as a Hugging Face folder, and prove that it is the same model.
+"""`tinytrain export`: write weights as a Hugging Face folder, and check that it is the same model.
 
 Must not know how checkpoints are made: it reads one and writes a new folder, tensor by tensor.
 """
@@ -21,12 +21,18 @@ from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
 from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
+from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.regular_files import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-TOLERANCE = 1e-3  # relative to the largest logit; sums in another order differ by 1e-6 (measured on logits of size 1)
-CHECK_TOKENS = 32  # of the prompt on which logits are compared
+TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
+PROBE = "It's 1234567 — naïve, 北京 \U0001f600\n\n  x"  # a text on which tokenizers are compared
+SEPARATOR = "<|endoftext|>"  # ends a document in preparation
+CHECK_TOKENS = 32  # length of the prompt on which logits are compared
 
 
 def export(
@@ -36,14 +42,14 @@ def export(
     allow_untrained: bool = False,
     check: bool = True,
 ) -> int:
-    """Copy the weights, config.json and the tokenizer into a new folder that transformers, vLLM and others load.
+    """Copy weights, config.json and tokenizer into a new folder that transformers, vLLM and other programs can load.
 
     Args:
-        checkpoint: A checkpoint, or a run: its newest valid checkpoint.
-        out: The folder to write; it appears complete or not at all, and is never replaced.
-        dtype: Type of the weights in it.
-        allow_untrained: Also export a model that has made no step.
-        check: Before the folder appears, load it with transformers where that is installed, and compare the logits.
+        checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
+        out: The folder to write. It must not exist yet, and appears only when it is complete.
+        dtype: Type of the weights to write.
+        allow_untrained: Also export a model that was not trained for any step.
+        check: Load the new folder with transformers, if installed, and compare the logits before the folder appears.
     """
     source = find_checkpoint(checkpoint)
     if os.path.lexists(out):
@@ -62,10 +68,10 @@ def export(
 
 
 def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
-    """Write `out` beside its final name, check it, and rename it; return a sentence on how it was checked.
+    """Write the folder under another name, check it, and rename it to `out`; return how it was checked.
 
     Each tensor is compared with the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
-    saved, values too large for the type, other logits in transformers, or a full disk; then nothing is left behind.
+    saved, values too large for the type, other logits in transformers, or a full disk. Nothing is left behind then.
     """
     manifest = read_manifest(source)
     saved_tensors = manifest.tensors["model"]
@@ -80,7 +86,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
         if not bool(cast.isfinite().all()):
             largest, limit = value.abs().max().item(), torch.finfo(dtype).max
             raise CheckpointError(
-                f"dtype: {spec.name} reaches {largest:g}, {_name(dtype)} ends at {limit:g}; use bfloat16"
+                f"dtype: {spec.name} reaches {largest:g}, but {_name(dtype)} ends at {limit:g}; use bfloat16"
             )
         return cast.contiguous()
 
@@ -95,19 +101,21 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 write_file(aside, name, (source / name).read_bytes(), new_manifest)
-        check_result = check_with_transformers(source, aside, dtype) if check else "not checked, as asked"
+        check_result = "not checked (--no-check)"
+        if check:
+            check_result = "\n".join([check_with_transformers(source, aside, dtype), *check_tokenizer(aside)])
         commit_folder(aside, out, new_manifest)
         return check_result
     except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error}); give another place") from None
+        raise CheckpointError(f"{out}: cannot be written ({error}); give another path") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # also after Ctrl-C; gone by then if it was renamed
+        shutil.rmtree(aside, ignore_errors=True)  # also after Ctrl-C; after the rename there is nothing to remove
 
 
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(read_text(source / "config.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
@@ -140,22 +148,65 @@ def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> s
         with torch.no_grad():
             other_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             other_logits = other_model(prompt).logits
-    except Exception as error:  # whatever it raises, the folder is of no use
+    except Exception as error:  # after any error, the folder cannot be used
         raise CheckpointError(
-            f"{source}: {name} cannot load its export ({error}); --no-check exports anyway"
+            f"{source}: {name} cannot load its export ({error}); add --no-check to export it anyway"
         ) from error
     difference = (other_logits - rounded_logits).abs().max().item()
     largest = max(1.0, rounded_logits.abs().max().item())
     if not difference <= TOLERANCE * largest:  # also for NaN
         raise CheckpointError(
-            f"{source}: {name} computes other logits than we do, by up to {difference:.3g}, so nothing is exported; "
+            f"{source}: {name} computes logits that differ by up to {difference:.3g}, so nothing is exported; "
             "compare its config.json with the settings of the run, or add --no-check"
         )
-    result = f"checked: {name} gives our logits, largest difference {difference:.2g}"
+    result = f"checked: {name} computes the same logits, largest difference {difference:.2g}"
     if dtype != torch.float32:
-        moved = (exact_logits - rounded_logits).abs().max().item()
-        result += f"; rounding to {_name(dtype)} moved them by {moved:.2g}"
+        change = (exact_logits - rounded_logits).abs().max().item()
+        result += f"; rounding to {_name(dtype)} changed them by up to {change:.2g}"
     return result
+
+
+def check_tokenizer(folder: Path) -> list[str]:
+    """Compare what transformers' AutoTokenizer makes of a text with what preparation did; return warnings.
+
+    Errors: CheckpointError if it gives other IDs to the text itself.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        return []  # check_with_transformers has reported it
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    ours = load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def ids_of(text: str, around: bool) -> list[int]:
+        ids: list[int] = theirs(text, add_special_tokens=around)["input_ids"]
+        return ids
+
+    if ids_of(PROBE, False) != ours.encode(PROBE, add_special_tokens=False).ids:
+        raise CheckpointError(
+            f"{folder}: transformers' AutoTokenizer encodes text otherwise than its tokenizer.json, so nothing is "
+            "exported; --no-check exports anyway"
+        )
+    warnings = []
+    expected = [*ids_before_document(folder, ours), *ids_of(PROBE, False)]
+    found = ids_of(PROBE, True)
+    if found[: len(expected)] != expected:
+        warnings.append(
+            f"WARNING: AutoTokenizer begins a text with {found[:3]}, and the training data began documents with "
+            f"{expected[:3]}; encode prompts with add_special_tokens=False"
+        )
+    elif found != expected:
+        end = found[len(expected) :]
+        warnings.append(f"WARNING: AutoTokenizer ends a prompt with {end}; leave them out to have it continued")
+    spelled = "".join(token.content for token in ours.get_added_tokens_decoder().values() if token.content != SEPARATOR)
+    if ids_of(spelled, False) != ours.encode(spelled, add_special_tokens=False).ids:
+        warnings.append(
+            "WARNING: AutoTokenizer makes tokens of special tokens that a prompt spells, such as "
+            f"{spelled[:20]!r}..., and the training data has them as text; pass split_special_tokens=True"
+        )
+    return warnings
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -164,4 +215,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
-    return tyro.cli(export, prog="tinytrain export", args=args)
+    keep_output_from_failing()  # the folder is what counts
+    with exit_on_stop_signals():
+        return tyro.cli(export, prog="tinytrain export", args=args)

@@ -1,4 +1,4 @@
-"""Pictures of one style for the verbs that draw."""
+"""Create and write pictures in one style, for the verbs that draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 Numbers = NDArray[np.float64]
-# Okabe and Ito, "Color Universal Design": different with any colour vision, and in print
+# Okabe and Ito, "Color Universal Design": distinct for any colour vision, and in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#333333"
 FAINT = "#DDDDDD"
@@ -25,8 +25,8 @@ def new_figure(**options: Any) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise TinytrainError(
-            "matplotlib: is not installed, and a picture needs it; pip install 'tinytrain_dist[plot]' "
-            "(`tinytrain schedule` without --out draws with characters)"
+            "matplotlib: not installed, but a picture needs it; pip install 'tinytrain_dist[plot]' "
+            "(`tinytrain schedule` without --out does not need it)"
         ) from None
     figure = Figure(figsize=(8, 5), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,13 +44,13 @@ def new_figure(**options: Any) -> tuple[Any, Any]:
 def save_figure(figure: Any, out: Path) -> None:
     """Write the picture and print its path.
 
-    Errors: ConfigError for a name with another ending; TinytrainError if it cannot be written.
+    Errors: ConfigError for another suffix than .png, .svg or .pdf; TinytrainError if it cannot be written.
     """
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"out: {out} is not a picture's name; it must end in .png, .svg or .pdf", "the settings")
+        raise ConfigError(f"out: {out} is not the name of a picture; it must end in .png, .svg or .pdf", "the settings")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
     except OSError as error:
-        raise TinytrainError(f"out: {out} cannot be written ({error.strerror}); give another --out") from None
+        raise TinytrainError(f"out: {out} cannot be written ({error.strerror}); give another path with --out") from None
     print(out)

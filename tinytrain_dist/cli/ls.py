@@ -1,6 +1,6 @@
 """`tinytrain ls`: list the checkpoints of a run, or the runs in a folder.
 
-Must not know how a run is trained, and changes nothing.
+Must not know how a run is trained. Changes nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -39,7 +40,7 @@ def ls(folder: PathArgument, full: bool = False) -> int:
 
     Args:
         folder: A run (its target_dir), a checkpoint, or a folder with several runs.
-        full: Read every byte of every checkpoint; otherwise only the manifest and the sizes are checked.
+        full: Check every byte of every checkpoint, not only the manifest and the sizes.
     """
     if is_checkpoint(folder):
         no_records = Path()
@@ -52,7 +53,7 @@ def ls(folder: PathArgument, full: bool = False) -> int:
     subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     runs = [run for run in map(RunFolder.at, subfolders) if run is not None]
     if not runs:
-        open_run(folder)  # raises what was expected
+        open_run(folder)  # raises an error that says what was expected
     _list_runs(runs)
     return 0
 
@@ -76,7 +77,7 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
-    """Return the evaluation at the checkpoint's step, or an older one together with its step."""
+    """Format the eval loss at the checkpoint's step, or an earlier one together with its step."""
     own_step = checkpoint_step(path)
     earlier = [step for step in evaluations if step <= own_step]
     if earlier:
@@ -90,7 +91,7 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 
 
 def _validity(path: Path, full: bool) -> Text:
-    """Describe whether a checkpoint is complete, as far as its sizes or, with `full`, its bytes tell."""
+    """Describe whether a checkpoint is intact, by its sizes or, with `full`, by its bytes."""
     from tinytrain_dist.checkpoint.verify import find_damage  # torch takes seconds to import
 
     suffix = name_suffix(path)
@@ -106,7 +107,7 @@ def _validity(path: Path, full: bool) -> Text:
 
 
 def _list_runs(runs: list[RunFolder]) -> None:
-    table = new_table("run<", "state<", "step", "of", "loss", "eval loss", "checkpoints", "last sign")
+    table = new_table("run<", "state<", "step", "of", "loss", "eval loss", "checkpoints", "last record")
     for run in runs:
         records = read_records(run.records) if run.records.is_file() else []
         step = max((record["step"] for record in records), default=None)
@@ -134,8 +135,8 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
     state_path = run.folder / STATE_FILE
     error_path = run.folder / ERROR_FILE
     state_record: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # none yet: the run has just started, or died
-        state_record = json.loads(state_path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):  # missing or incomplete: the run has just started, or was killed
+        state_record = json.loads(read_text(state_path))
     written = state_path.stat().st_mtime if state_record else 0.0
     if error_path.exists() and error_path.stat().st_mtime > written:
         return Text("failed", "bold red")

@@ -1,6 +1,6 @@
 """Check one machine for `tinytrain doctor`: its name, interfaces, memory, limits, and room for scratch files.
 
-Must not know ranks or torch: it only looks.
+Must not know ranks or torch. Changes nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MIN_OPEN_FILES = 4096
 MIN_SCRATCH_BYTES = 1e9
 MIN_SHARED_MEMORY_BYTES = 1e9
 CGROUP = Path("/sys/fs/cgroup")
-UNLIMITED_BYTES = 2**60  # version 1 control groups write a huge number where there is no limit
-SIOCGIFADDR = 0x8915  # of ioctl: the address of an interface
+UNLIMITED_BYTES = 2**60  # version 1 control groups have a huge number instead of no limit
+SIOCGIFADDR = 0x8915  # request number of ioctl for the address of an interface
 
 
 def interfaces() -> dict[str, str]:
@@ -39,7 +39,7 @@ def interfaces() -> dict[str, str]:
 
 
 def check_machine() -> list[Finding]:
-    """Check everything that can be known on one machine without the others."""
+    """Run all checks that one machine can do without the others."""
     host = socket.gethostname()
     return [*check_interfaces(host), describe_memory(host), *check_limits(host), *check_scratch(host)]
 
@@ -54,19 +54,19 @@ def check_interfaces(host: str) -> list[Finding]:
     chosen = {name: os.environ[name] for name in INTERFACE_VARIABLES if name in os.environ}
     existing = {name for _, name in socket.if_nameindex()}
     for variable, value in chosen.items():
-        # a list of prefixes, as "=ib0:1,eth"; "^" in front excludes
+        # a list of prefixes, such as "=ib0:1,eth"; a leading "^" excludes them
         prefixes = [part.lstrip("=^").partition(":")[0] for part in value.split(",")]
         matches = any(name.startswith(prefix) for prefix in prefixes for name in existing)
         if not value.startswith("^") and not matches:
             findings.append((PROBLEM, f"{variable}: {host} has no interface {value}; it has {listing}"))
     if not own_addresses:
-        findings.append((NOTE, f"name: {host} does not know its own name; with several nodes add it to /etc/hosts"))
+        findings.append((NOTE, f"name: {host} cannot resolve its own name; with several nodes, add it to /etc/hosts"))
     elif is_loopback(own_addresses[0]) and "GLOO_SOCKET_IFNAME" not in chosen:
-        text = f"name: {host} resolves to {own_addresses[0]} here; with several nodes export "
+        text = f"name: {host} resolves to {own_addresses[0]} here; with several nodes, export "
         findings.append((NOTE, f"{text}GLOO_SOCKET_IFNAME={first_interface}"))
     if len(addresses) > 1 and not chosen:
         names = " or ".join(addresses)
-        text = f"interfaces: {host} has {listing}; if it picks a wrong one, export "
+        text = f"interfaces: {host} has {listing}; if gloo or NCCL uses the wrong one, export "
         findings.append((NOTE, f"{text}GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME as {names}"))
     return findings or [(OK, f"interfaces: {host} has {listing}")]
 
@@ -111,23 +111,23 @@ def check_limits(host: str) -> list[Finding]:
     locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     findings: list[Finding] = []
     if open_files != resource.RLIM_INFINITY and open_files < MIN_OPEN_FILES:
-        text = f"limits: {host} allows {open_files} open files; many ranks need more: ulimit -n 65536"
+        text = f"limits: {host} allows {open_files} open files; many ranks need more; run ulimit -n 65536"
         findings.append((NOTE, text))
     if locked_bytes != resource.RLIM_INFINITY and any(Path("/sys/class/infiniband").glob("*")):
-        text = f"limits: {host} has InfiniBand but locks only {locked_bytes / 1e6:.1f} MB of memory; "
-        remedy = "ulimit -l unlimited (in Slurm: PropagateResourceLimitsExcept=MEMLOCK)"
+        text = f"limits: {host} has InfiniBand but allows only {locked_bytes / 1e6:.1f} MB of locked memory; "
+        remedy = "run ulimit -l unlimited (in Slurm: PropagateResourceLimitsExcept=MEMLOCK)"
         findings.append((PROBLEM, text + remedy))
     return findings or [(OK, f"limits: {host} allows {open_files} open files")]
 
 
 def check_scratch(host: str) -> list[Finding]:
-    """Check the room in /tmp, and in /dev/shm, through which NCCL connects the devices of a node."""
+    """Check the free space in /tmp, and in /dev/shm, through which NCCL connects the devices of a node."""
     findings: list[Finding] = []
     free_bytes = {path: shutil.disk_usage(path).free for path in ("/tmp", "/dev/shm") if Path(path).is_dir()}
     shared_bytes = free_bytes.get("/dev/shm", 0)
     if shared_bytes < MIN_SHARED_MEMORY_BYTES:
         level = PROBLEM if Path("/proc/driver/nvidia").exists() else NOTE
-        text = f"/dev/shm: {host} has {shared_bytes / 1e9:.2f} GB free; in a container: --shm-size=8g"
+        text = f"/dev/shm: {host} has {shared_bytes / 1e9:.2f} GB free; in a container, start it with --shm-size=8g"
         findings.append((level, text))
     if free_bytes.get("/tmp", MIN_SCRATCH_BYTES) < MIN_SCRATCH_BYTES:
         text = f"/tmp: {host} has {free_bytes['/tmp'] / 1e9:.2f} GB free; make room, or set TMPDIR"

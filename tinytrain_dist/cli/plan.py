@@ -1,4 +1,4 @@
-"""`tinytrain plan`: print whether a run fits, what it holds, sends and saves, and how fast it can be at best.
+"""`tinytrain plan`: print whether a run fits in memory, what it sends and saves, and how fast it can be.
 
 Must not know the architecture: see training/forecast.py for where the numbers come from.
 """
@@ -36,19 +36,19 @@ from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY,
 
 OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
 
-  --nodes N              machines (default 1)
-  --devices-per-node D   devices, and processes, on each (default 1)
+  --nodes N              number of nodes (default: 1)
+  --devices-per-node D   devices on each node, with one process for each (default: 1)
   --device NAME          h100 (default), h200, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, cpu (this machine)
-  --network GBIT         what a node can send to others, in Gbit/s (default: see metrics/device_specs.py)
+  --network GBIT         bandwidth from a node to other nodes, in Gbit/s (default: see metrics/device_specs.py)
 
-Exit code: 0 if the run fits, 1 if it does not, 2 if it cannot be run. Settings:
+Exit code: 0 if the run fits in memory, 1 if it does not, 2 for a mistake in the settings. Settings:
 """
 SECONDS_PER_DAY = 86_400
-MIN_SHOWN_BYTES = 2**20  # kinds of memory that take less have no line of their own
+MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
 
 
 def main(args: list[str]) -> int:
-    """Print the plan; return 0 if it fits, else 1. Errors: ConfigError as a run would raise it."""
+    """Print the plan; return 0 if the run fits in memory, else 1. Errors: ConfigError as in the run itself."""
     options, settings = _split_options(args)
     if {"-h", "--help"} & set(settings):
         print(OPTIONS)
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
     if "--network" in options:
         device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
     cluster = Cluster(nodes, per_node, device)
-    choose_parallel_dims(config, cluster.num_devices, per_node)  # raises what is wrong before anything is printed
+    choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
     context = fake_backend.fake_context(cluster.num_devices, per_node)
     try:
         return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
@@ -70,7 +70,7 @@ def main(args: list[str]) -> int:
 
 
 def _split_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the arguments into the options of `plan` and those of the configuration."""
+    """Split the arguments into options of `plan` and settings of the run."""
     names = {"--nodes", "--devices-per-node", "--device", "--network"}
     options: dict[str, str] = {}
     settings: list[str] = []
@@ -96,26 +96,26 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
     with torch.device("meta"):
         model = TransformerLM(config)
     flops_per_token = model.flops_per_token()
-    now = forecast(config, context, cluster, flops_per_token)
+    planned = forecast(config, context, cluster, flops_per_token)
     device = cluster.device
     print(
         f"{source} on {cluster.nodes} node(s) x {cluster.per_node} {device.name} ({format_gib(device.memory)} each)\n"
     )
-    print(f"{now.parallel_dims}\n{now.plan}\n{_parameters(model)}\n")
-    print(_memory(now, cluster))
+    print(f"{planned.parallel_dims}\n{planned.plan}\n{_parameters(model)}\n")
+    print(_memory(planned, cluster))
     others = [
         forecast(changed, context, cluster, flops_per_token)
         for changed in other_modes(config, cluster)
-        if changed.parallel != now.parallel_dims.mode
+        if changed.parallel != planned.parallel_dims.mode
     ]
-    if now.fits:
-        print("\nFITS: it fits\n")
+    if planned.fits:
+        print("\nFITS in memory\n")
     else:
-        print(f"\nDOES NOT FIT: {suggest_change(now, others, context, cluster, flops_per_token)}\n")
-    print(_speed(now, cluster, flops_per_token))
+        print(f"\nDOES NOT FIT in memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
+    print(_speed(planned, cluster, flops_per_token))
     print(_disk(config, model))
-    print(_mode_table([now, *others], cluster))
-    return 0 if now.fits else 1
+    print(_mode_table([planned, *others], cluster))
+    return 0 if planned.fits else 1
 
 
 def _parameters(model: nn.Module) -> str:
@@ -130,44 +130,45 @@ def _parameters(model: nn.Module) -> str:
     return f"parameters {total:,} = {len(blocks)} blocks x {per_block:,} + embedding {embedding:,} + head ({head})"
 
 
-def _memory(now: Forecast, cluster: Cluster) -> str:
-    """Format what one rank holds at its peak, one kind per line, and what the device has."""
+def _memory(planned: Forecast, cluster: Cluster) -> str:
+    """Format the memory of one rank at its peak, one kind per line, and the memory of the device."""
     device = cluster.device
-    estimate = now.estimate
+    estimate = planned.estimate
     unusable = (1 - USABLE_MEMORY) * device.memory
     held = estimate.stages[estimate.peak]
     shown = [kind for kind in MEMORY_KINDS if held[kind] >= MIN_SHOWN_BYTES or kind == "weights"]
-    note = "; compiled blocks hold less, this is the bound" if now.config.compile else ""
+    note = ", or less with compiled blocks" if planned.config.compile else ""
     return "\n".join(
         [
             f"memory of one rank at its peak ({estimate.peak}){note}:",
             *(memory_row(MEMORY_KINDS[kind], held[kind]) for kind in shown),
             memory_row("all tensors", estimate.nbytes),
             memory_row("CUDA context, NCCL, libraries", device.context),
-            memory_row("kept free (fragments)", unusable),
+            memory_row("kept free (fragmentation)", unusable),
             memory_row("needed", estimate.nbytes + device.context + unusable),
             memory_row("available", device.memory),
         ]
     )
 
 
-def _speed(now: Forecast, cluster: Cluster, flops_per_token: float) -> str:
-    """Format what a step sends, how long it takes at best, and how long the run takes then."""
+def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
+    """Format what a step sends, how long it takes at best, and how long the run then takes."""
     device = cluster.device
-    num_steps = now.config.total_steps
-    tokens_per_step = now.plan.tokens_per_step
-    peak = peak_flops(now.config, device)
+    num_steps = planned.config.total_steps
+    tokens_per_step = planned.plan.tokens_per_step
+    peak = peak_flops(planned.config, device)
     reached = f"{device.reached:.0%} of {peak / 1e12:.3g} TFLOP/s"
-    tokens_per_day = SECONDS_PER_DAY / now.seconds * tokens_per_step
-    days = num_steps * now.seconds / SECONDS_PER_DAY
+    tokens_per_day = SECONDS_PER_DAY / planned.seconds * tokens_per_step
+    days = num_steps * planned.seconds / SECONDS_PER_DAY
     return "\n".join(
         [
-            f"a step sends {_gb(now.inside_bytes)} from each rank to its node and {_gb(now.across_bytes)} from each "
-            "node to others",
-            f"a step takes at least {_seconds(now.compute_seconds)} of computing ({reached}, {flops_per_token:.3g} per "
-            f"token), {_seconds(now.inside_seconds)} and {_seconds(now.across_seconds)} of sending",
-            f"at best {_seconds(now.seconds)} a step = {tokens_per_step / now.seconds:,.0f} tokens/s, "
-            f"{tokens_per_day:.3g} tokens a day; {num_steps:,} steps = {num_steps * tokens_per_step:.3g} tokens in "
+            f"sent in a step: {_gb(planned.inside_bytes)} from each rank to other ranks of its node, "
+            f"{_gb(planned.across_bytes)} from each node to other nodes",
+            f"least time of a step: {_seconds(planned.compute_seconds)} to compute ({reached}, "
+            f"{flops_per_token:.3g} FLOP per token), {_seconds(planned.inside_seconds)} to send inside nodes, "
+            f"{_seconds(planned.across_seconds)} to send across nodes",
+            f"at best {_seconds(planned.seconds)} per step = {tokens_per_step / planned.seconds:,.0f} tokens/s, "
+            f"{tokens_per_day:.3g} tokens per day; {num_steps:,} steps = {num_steps * tokens_per_step:.3g} tokens in "
             f"{days:.3g} days",
         ]
     )
@@ -192,7 +193,7 @@ def _disk(config: TrainingConfig, model: nn.Module) -> str:
         kept += f" + {num_permanent} permanent (keep_every)"
     return (
         f"a checkpoint is {_gb(checkpoint_bytes)} in {num_files} tensor file(s); "
-        f"at most {num_kept} ({kept}) = {_gb(num_kept * checkpoint_bytes)} of disk\n"
+        f"the run keeps at most {num_kept} ({kept}) = {_gb(num_kept * checkpoint_bytes)} on disk\n"
     )
 
 

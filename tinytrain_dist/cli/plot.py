@@ -25,17 +25,17 @@ def plot(
     out: Path | None = None,
     x: Literal["steps", "tokens"] = "tokens",
 ) -> int:
-    """Draw the loss of one run, or of several over each other, from the plain record (logs/metrics.jsonl).
+    """Draw the loss curves of one or several runs in one picture, from their logs/metrics.jsonl.
 
     Args:
-        runs: Runs (their target_dir), or files named like metrics.jsonl.
-        out: The picture: .png, .svg or .pdf; None: loss.png in the folder of the run.
-        x: What the loss is drawn against.
+        runs: Runs (their target_dir), or files such as metrics.jsonl.
+        out: The picture to write: .png, .svg or .pdf (None: loss.png in the folder of the run).
+        x: The horizontal axis.
     """
     if not runs:
-        raise ConfigError("runs: none is given; name at least one (its target_dir)", "the settings of plot")
+        raise ConfigError("runs: no run is given; give at least one (its target_dir)", "the settings of plot")
     if out is None and (len(runs) > 1 or runs[0].is_file()):
-        raise ConfigError(f"out: not set for {len(runs)} record(s); add --out FILE.png", "the settings of plot")
+        raise ConfigError(f"out: not set for {len(runs)} run(s) or file(s); add --out FILE.png", "the settings of plot")
     curves = [read_curve(run, name, x) for run, name in zip(runs, _names(runs), strict=True)]
     draw_curves(curves, x, out or runs[0] / "loss.png")
     return 0
@@ -62,7 +62,7 @@ def draw_curves(curves: list[Curve], x: str, out: Path) -> None:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """Return folder names, with as much of their parents as makes them different."""
+    """Return the folder names, with enough parent folders to make them different."""
     paths = [path.resolve().parts for path in runs]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -73,7 +73,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run recorded, as arrays of equal length over steps or tokens; evaluations have arrays of their own."""
+    """The records of one run, as arrays over steps or tokens. Evaluations have arrays of their own."""
 
     name: str
     x: Numbers
@@ -88,7 +88,7 @@ class Curve:
         return smoothed(self.loss)
 
     def label(self) -> str:
-        """Return the legend: the name, and where the curves end."""
+        """Return the text of the legend: the name, and the last values of the curves."""
         text = f"{self.name}: train {self.smooth[-1]:.3f}"
         return text + (f", eval {self.eval_loss[-1]:.3f} (dots)" if len(self.eval_loss) else "")
 
@@ -120,14 +120,15 @@ def _column(records: list[dict[str, Any]], key: str) -> Numbers:
 
 
 def smoothed(values: Numbers) -> Numbers:
-    """Return the mean over a window of 8 % of the points around each; values that are not finite do not count.
+    """Return for each point the mean over a window of 8 % of all points, without non-finite values.
 
-    The window is centred, so that the curve does not lag. At the start, where the loss falls steeply, it shrinks on
-    both sides. At the end only the missing side is cut, so that the last mean is not one noisy value.
+    The window is centred on its point, so that the curve does not lag. At the start, where the loss falls steeply, it
+    shrinks on both sides. At the end, only the side with missing points is cut, so that the last mean is not one noisy
+    value.
     """
     half_width = len(values) // 25
     index = np.arange(len(values))
-    left = np.minimum(index, half_width)  # also the width to the right
+    left = np.minimum(index, half_width)  # number of points to the left, and to the right
     low = index - left
     high = np.minimum(index + left, len(values) - 1) + 1
     # means by differences of cumulative sums
@@ -140,7 +141,7 @@ def smoothed(values: Numbers) -> Numbers:
 
 
 def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
-    """Return limits in which all but the first 3 % fills the height, so that no outlier flattens the rest."""
+    """Return the limits of the loss axis, chosen without the first 3 % of each curve and without outliers."""
     starts = [len(curve.loss) * 3 // 100 for curve in curves]
     losses = np.concatenate([curve.loss[start:] for curve, start in zip(curves, starts, strict=True)])
     smooth = [curve.smooth[start:] for curve, start in zip(curves, starts, strict=True)]

@@ -1,25 +1,26 @@
-"""`tinytrain prepare`: turn text into a tokenizer and token files, and say what came out."""
+"""`tinytrain prepare`: turn text into a tokenizer and token files, and print a summary."""
 
 from __future__ import annotations
 
 import functools
 import shlex
-import signal
-import sys
 import time
 from typing import Any
 
 import tyro
 
 from tinytrain_dist.data.preparation.prepare import prepare, say
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.output import keep_output_from_failing
 
 
 @functools.wraps(prepare)
-def _prepare_and_say(sources: tuple[str, ...], out: str, **settings: Any) -> None:
+def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> None:
     start = time.monotonic()
     meta = prepare(sources, out, **settings)
-    seconds, size = time.monotonic() - start, (meta["train_bytes"] + meta["val_bytes"]) / 1e6
-    print(f"{out}: {size:,.1f} MB of text in {seconds:,.1f} s, {meta['vocab_size']:,} ids in the vocabulary")
+    seconds = time.monotonic() - start
+    megabytes = (meta["train_bytes"] + meta["val_bytes"]) / 1e6
+    print(f"{out}: {megabytes:,.1f} MB of text in {seconds:,.1f} s, {meta['vocab_size']:,} ids in the vocabulary")
     for name in ("train", "val"):
         print(f"  {name + '.npy':9} {meta[f'{name}_tokens']:>14,} tokens, {meta[f'{name}_documents']:,} documents")
     data = f"--train-data {shlex.quote(f'{out}/train.npy')} --val-data {shlex.quote(f'{out}/val.npy')}"
@@ -27,11 +28,13 @@ def _prepare_and_say(sources: tuple[str, ...], out: str, **settings: Any) -> Non
 
 
 def main(args: list[str]) -> int:
-    """Run the verb and say what came out; DataError and ConfigError are the caller's to print."""
-    # As an exception, so that SIGTERM (a batch system, a container that stops) leaves nothing half-written either.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """Run `tinytrain prepare`. The caller prints DataError and ConfigError."""
+    keep_output_from_failing()  # the files are what counts
     try:
-        tyro.cli(_prepare_and_say, prog="tinytrain prepare", args=args)
+        with (
+            exit_on_stop_signals()
+        ):  # so that a batch system, or a terminal that is closed, leaves nothing half-written
+            tyro.cli(_prepare_and_print, prog="tinytrain prepare", args=args)
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         return 130

@@ -1,6 +1,6 @@
-"""`tinytrain replay`: train the steps after a checkpoint again, and compare them with what was recorded.
+"""`tinytrain replay`: train the steps after a checkpoint again, and compare them with the records.
 
-Must not know how a run is trained: it starts one from the checkpoint, in a folder of its own, and reads its record.
+Must not know how a run is trained: it starts a run from the checkpoint, in a temporary folder, and reads its records.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from tinytrain_dist.config.run_folder import (
 )
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 
 COMPARED_KEYS = ("loss", "grad_norm")
-NATIVE_TOLERANCE = 1e-3  # relative; sums in another order move a loss by less over a few hundred steps
+NATIVE_TOLERANCE = 1e-3  # relative; another order of sums changes a loss by less over a few hundred steps
 
 
 def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: tuple[str, ...] = ()) -> int:
     """Train the steps after a checkpoint again, and compare losses and gradient norms with the recorded ones.
 
-    To the last bit if the run is reproducible, within 0.1 % if it is not. Exit code 1 if they differ.
+    They must be equal to the last bit if the run is reproducible, or within 0.1 % if it is not. Exit code 1 if they
+    differ.
 
     Args:
-        checkpoint: A checkpoint of a run, in its folder; or a run: its newest valid checkpoint.
-        steps: How many steps.
-        nproc: Processes on this machine; any number that divides the batch.
-        settings: More settings for the replayed run, such as allow_drift=true, train_data=PATH or
+        checkpoint: A checkpoint in the folder of its run, or a run (its newest valid checkpoint is used).
+        steps: Number of steps to train.
+        nproc: Number of processes on this machine; any number that divides the batch size.
+        settings: Further settings of the replayed run, such as allow_drift=true, train_data=PATH or
             train_data='["PATH", "PATH"]'.
     """
     path = find_checkpoint(checkpoint)
@@ -67,11 +69,11 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
         replayed_end = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
         tensors_differ = exact and saved_end.is_dir() and tensor_entries(saved_end) != tensor_entries(replayed_end)
     if tensors_differ:
-        print(f"step {stop}: the tensors are not those of {saved_end}")
+        print(f"step {stop}: the tensors differ from those of {saved_end}")
     differing = [step for step in common_steps if not _agree(recorded[step], replayed[step], exact)]
     for step in differing[:1]:
         for key in COMPARED_KEYS:
-            print(f"step {step}: {key} {recorded[step][key]!r} was recorded, the replay has {replayed[step][key]!r}")
+            print(f"step {step}: {key} was recorded as {recorded[step][key]!r}, the replay has {replayed[step][key]!r}")
     how = "to the last bit" if exact else f"within {NATIVE_TOLERANCE:.1%}, as the run is not reproducible"
     num_same = len(common_steps) - len(differing)
     if tensors_differ and stop in common_steps and stop not in differing:
@@ -81,12 +83,12 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
 
 
 def _train_records(path: Path) -> dict[int, Record]:
-    """Return the records of training steps by step."""
+    """Return the records of training, by step."""
     return {record["step"]: record for record in read_records(path) if record["kind"] == "train"}
 
 
 def _agree(recorded: Record, replayed: Record, exact: bool) -> bool:
-    """Return whether a replayed step is the recorded one, to the last bit or within the tolerance."""
+    """Return whether a replayed step equals the recorded one, to the last bit or within the tolerance."""
     for key in COMPARED_KEYS:
         a, b = recorded[key], replayed[key]
         if exact and a != b:
@@ -99,12 +101,12 @@ def _agree(recorded: Record, replayed: Record, exact: bool) -> bool:
 def _replay_config(
     saved: dict[str, Any], checkpoint: Path, target: Path, stop: int, settings: tuple[str, ...]
 ) -> TrainingConfig:
-    """Return the saved configuration in another folder, from the checkpoint to `stop`, on any number of ranks."""
+    """Return the saved configuration, changed to train from the checkpoint to step `stop` in another folder."""
     folders = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None}
     start = {"resume": str(checkpoint.resolve()), "ckpt_path_to_resume": None, "init_from": None}
     end = {"stop_at_step": stop if stop < saved["total_steps"] else None, "time_limit": None}
     end |= {"early_stop_patience": None}
-    # log every step under the usual name, save only at the end, and leave out what does not change training
+    # log every step to metrics.jsonl, save only at the end, and leave out what does not affect training
     logging: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None}
     logging |= {"profile": None, "sample_tokens": 0, "fingerprint_every": None}
     checkpoints: dict[str, Any] = {"ckpt_save_prefix": "checkpoint", "ckpt_every": 10**9, "keep_every": None}
@@ -115,7 +117,7 @@ def _replay_config(
 
 
 def _parse_setting(setting: str) -> tuple[str, Any]:
-    """Split NAME=VALUE; the value is TOML, or a text without quotes."""
+    """Split NAME=VALUE, where VALUE is in TOML, or a text without quotes."""
     name, _, text = setting.removeprefix("--").partition("=")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -125,16 +127,22 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _train(config: TrainingConfig, folder: Path, nproc: int) -> None:
-    """Train as a user would; the output goes to stderr. Errors: CheckpointError if training fails."""
+    """Train by the usual command line, with its output on stderr. Errors: CheckpointError if training fails."""
     config_file = folder / "replay.toml"
     config_file.write_text(config.to_toml(), encoding="utf-8")
     agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
     command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
-    done = subprocess.run(command, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise CheckpointError(f"the replayed run ended with exit code {done.returncode}; its own error is above")
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        try:
+            exit_code = process.wait()
+        except BaseException:  # a stop request
+            process.terminate()  # not killed: the agent ends its ranks, and then `with` has waited for all of them
+            raise
+    if exit_code:
+        raise CheckpointError(f"the replayed run ended with exit code {exit_code}; its own error is above")
 
 
 def main(args: list[str]) -> int:
     """Run `tinytrain replay`."""
-    return tyro.cli(replay, prog="tinytrain replay", args=args)
+    with exit_on_stop_signals():
+        return tyro.cli(replay, prog="tinytrain replay", args=args)

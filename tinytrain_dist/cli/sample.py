@@ -1,4 +1,4 @@
-"""`tinytrain sample`: write text with a trained model.
+"""`tinytrain sample`: generate text with a trained model.
 
 Must not know how the model was trained or on how many ranks.
 """
@@ -25,31 +25,31 @@ from tinytrain_dist.training.generation import TextStream, generate
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Write text with a trained model."""
+    """Generate text with a trained model."""
 
     checkpoint: PathArgument
-    """A checkpoint, or a run: its newest valid checkpoint."""
+    """A checkpoint, or a run (its newest valid checkpoint is used)."""
     prompt: str = ""
     """Text to continue (empty: start a new document)."""
     prompt_ids: str | None = None
-    """Token IDs to continue, as 1,2,3, instead of a prompt; needs no tokenizer."""
+    """Token IDs to continue instead of a prompt, such as 1,2,3. Needs no tokenizer."""
     max_new_tokens: int = 100
-    """Largest number of tokens to write; the text also ends with the document."""
+    """Largest number of tokens to generate; the text also ends at the end of a document."""
     temperature: float = 0.8
-    """Spread of the draws (0: always the likeliest token; 1: the model's own probabilities; more: more random)."""
+    """Randomness of the text (0: always the likeliest token; 1: by the model's probabilities; more: more random)."""
     top_k: int | None = 50
-    """Draw from the k likeliest tokens only (None: from all)."""
+    """Draw only from the k likeliest tokens (None: from all)."""
     top_p: float | None = None
-    """Draw from the fewest tokens that together have this probability (None: from all)."""
+    """Draw only from the likeliest tokens that together have this probability (None: from all)."""
     seed: int = 0
-    """The same seed gives the same text; sample number i has seed + i - 1."""
+    """The same seed gives the same text; sample i, counted from 1, uses seed + i - 1."""
     num_samples: int = 1
-    """Number of texts."""
+    """Number of texts to generate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute (auto: cuda if there is one)."""
+    """Device to compute on (auto: cuda if available, else cpu)."""
 
     def check(self) -> None:
-        """Raise ConfigError with everything that is wrong; not in __post_init__, which tyro reports in its own way."""
+        """Raise ConfigError with all problems. Not in __post_init__, whose errors tyro reports in its own way."""
         problems = [
             f"{name}: {getattr(self, name)} must be {expected}"
             for name, ok, expected in (
@@ -65,19 +65,20 @@ class Options:
         if self.prompt and self.prompt_ids is not None:
             problems.append(f"prompt: {self.prompt!r} and prompt_ids {self.prompt_ids} are both set; give one of them")
         if self.device == "cuda" and not torch.cuda.is_available():
-            problems.append("device: cuda, but this machine has no CUDA device that torch can use; leave it out")
+            problems.append("device: is cuda, but this machine has no CUDA device that torch can use; leave it out")
         if problems:
             raise ConfigError(problems, "the settings of sample")
 
 
 def main(args: list[str]) -> int:
-    """Print the prompt and what the model writes after it, token by token."""
+    """Print the prompt and the text that the model generates after it, token by token."""
     options = tyro.cli(Options, prog="tinytrain sample", args=args)
     options.check()
     checkpoint = find_checkpoint(options.checkpoint, "model")
     tokenizer = load_tokenizer(checkpoint)
     stop_id = end_id(checkpoint)
-    prompt_ids = _prompt_ids(options, checkpoint, tokenizer, stop_id)
+    first_ids = ids_before_document(checkpoint, tokenizer)
+    prompt_ids = _prompt_ids(options, checkpoint, tokenizer, first_ids, stop_id)
     use_cuda = options.device != "cpu" and torch.cuda.is_available()
     model = load_model(checkpoint, torch.device("cuda" if use_cuda else "cpu"))
     _check_prompt(prompt_ids, model.model_config)
@@ -85,14 +86,24 @@ def main(args: list[str]) -> int:
         if options.num_samples > 1:
             separator = "\n" if number else ""
             print(f"{separator}--- {number + 1} of {options.num_samples} ---")
-        _print_sample(options, model, tokenizer, prompt_ids, stop_id, options.seed + number)
+        hidden_ids = {*first_ids, stop_id}
+        _print_sample(options, model, tokenizer, prompt_ids, hidden_ids, stop_id, options.seed + number)
     return 0
 
 
 def _print_sample(
-    options: Options, model: nn.Module, tokenizer: Any, prompt_ids: list[int], stop_id: int | None, seed: int
+    options: Options,
+    model: nn.Module,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    hidden_ids: set[int | None],
+    stop_id: int | None,
+    seed: int,
 ) -> None:
-    """Print one sample on stdout: text as it is drawn, or without a tokenizer the IDs at the end."""
+    """Print one sample on stdout: text token by token, or without a tokenizer all IDs at the end.
+
+    hidden_ids: those of the prompt that are not text.
+    """
     stream = TextStream(tokenizer, prompt_ids) if tokenizer else None
 
     def show(new_id: int) -> None:
@@ -100,7 +111,7 @@ def _print_sample(
             print(stream.add(new_id), end="", flush=sys.stdout.isatty())
 
     if tokenizer:
-        shown_ids = [token_id for token_id in prompt_ids if token_id != stop_id]
+        shown_ids = [token_id for token_id in prompt_ids if token_id not in hidden_ids]
         print(tokenizer.decode(shown_ids, skip_special_tokens=False), end="", flush=True)
     new_ids = generate(
         model,
@@ -117,7 +128,7 @@ def _print_sample(
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
-    """Load the tokenizer in the checkpoint's folder; None if it has none.
+    """Load the tokenizer in the checkpoint's folder, set up to encode as in preparation; None if it has none.
 
     Errors: TinytrainError if `tokenizers` is not installed; CheckpointError if the file is not a tokenizer.
     """
@@ -128,27 +139,46 @@ def load_tokenizer(checkpoint: Path) -> Any:
         from tokenizers import Tokenizer
     except ModuleNotFoundError:
         raise TinytrainError(
-            "tokenizers: is not installed, and text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
+            "tokenizers: not installed, but text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
         raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
-    tokenizer.encode_special_tokens = True  # as in preparation: text that looks like a special token is text
+    # Special tokens that a text spells were text in preparation, unless tokenizer_config.json says otherwise.
+    tokenizer.encode_special_tokens = _read_json(checkpoint / "tokenizer_config.json").get("split_special_tokens", True)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
+
+
+def ids_before_document(checkpoint: Path, tokenizer: Any) -> list[int]:
+    """Return the IDs that begin every document of the training data; none where config.json has no bos_token_id."""
+    bos_id = _read_json(checkpoint / "config.json").get("bos_token_id")
+    if bos_id is None:
+        return []
+    if tokenizer is None:
+        return [bos_id]
+    found = tokenizer.encode("a b")
+    ids: list[int] = found.ids[: [*found.special_tokens_mask, 0].index(0)]
+    return ids if bos_id in ids else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 def end_id(checkpoint: Path) -> int | None:
     """Return the end-of-text ID that config.json names, if any."""
-    path = checkpoint / "config.json"
-    if not path.is_file():
-        return None
-    eos_token_id = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    eos_token_id = _read_json(checkpoint / "config.json").get("eos_token_id")
     stop_id: int | None = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id  # there may be several
     return stop_id
 
 
-def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | None) -> list[int]:
+def _prompt_ids(
+    options: Options, checkpoint: Path, tokenizer: Any, first_ids: list[int], stop_id: int | None
+) -> list[int]:
     if options.prompt_ids is not None:
         try:
             return [int(word) for word in options.prompt_ids.replace(" ", "").split(",")]
@@ -163,23 +193,25 @@ def _prompt_ids(options: Options, checkpoint: Path, tokenizer: Any, end: int | N
         # a terminal that is not UTF-8 gives bytes as lone surrogates, which no tokenizer accepts
         prompt = options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids
-        return ids
-    if end is None:
+        return [*first_ids, *ids]
+    if first_ids:
+        return first_ids
+    if stop_id is None:
         raise ConfigError(
             f"prompt: is empty, and {checkpoint}/config.json names no end-of-text id to start a new document from; "
             "give --prompt or --prompt-ids"
         )
-    return [end]
+    return [stop_id]
 
 
 def _check_prompt(ids: list[int], config: ModelConfig) -> None:
-    """Check that the IDs are in the vocabulary, and note on stderr if the prompt is cut. Errors: ConfigError."""
+    """Check that the IDs are in the vocabulary; print a note if the prompt is too long. Errors: ConfigError."""
     vocab_size = config.vocab_size or 0
     invalid = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if invalid:
         raise ConfigError(f"prompt_ids: {invalid[0]} is not an id of this model; they go from 0 to {vocab_size - 1}")
     if len(ids) > config.context_len:
         print(
-            f"note: the prompt has {len(ids)} tokens; the model sees the last {config.context_len} (context_len)",
+            f"note: the prompt has {len(ids)} tokens; the model sees only the last {config.context_len} (context_len)",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""`tinytrain schedule`: show the learning rate that a configuration will have, as text or as a picture.
+"""`tinytrain schedule`: show the learning rate of a configuration, as text or as a picture.
 
 Must not know training: it calls the schedule of a configuration.
 """
@@ -24,13 +24,13 @@ CHART_HEIGHT = 16
 LABEL_WIDTH = 9  # of the numbers left of the chart
 SAMPLES_PER_COLUMN = 16
 NUM_POINTS = 2000  # of a picture
-BLOCKS = " ▁▂▃▄▅▆▇█"  # from an empty cell to a full one
+BLOCKS = " ▁▂▃▄▅▆▇█"  # from an empty to a full cell
 ASCII_BLOCKS = " #"  # for terminals without UTF-8
 OPTIONS = """\
 usage: tinytrain schedule [CONFIG.toml] [--out FILE.png] [--text] [SETTINGS]
 
   --out FILE.png   draw a picture (needs matplotlib)
-  --text           draw a chart on the terminal; the default without --out
+  --text           print a chart in the terminal (default without --out)
 
 Settings:
 """
@@ -61,7 +61,7 @@ def _split_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
         if flag == "--out":
             value = value if equals else next(remaining, "")
             if not value or value.startswith("--"):
-                raise ConfigError("out: names no file; add --out FILE.png", "the settings of schedule")
+                raise ConfigError("out: no file is named; add --out FILE.png", "the settings of schedule")
             out = Path(value)
         elif word == "--text":
             text = True
@@ -71,7 +71,7 @@ def _split_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
 
 
 def landmarks(config: TrainingConfig) -> list[tuple[str, int]]:
-    """Return the steps whose rates characterize a schedule; step n is the n-th update."""
+    """Return the most important steps of a schedule with their names; step n is the n-th update."""
     last = config.total_steps
     warmup = config.warmup_steps
     marks = [("first", 1)]
@@ -96,7 +96,7 @@ def _title(config: TrainingConfig) -> str:
 
 
 def chart(config: TrainingConfig, blocks: str = BLOCKS) -> str:
-    """Draw the schedule in characters, at most 80 x 16; `blocks`: from an empty cell to a full one."""
+    """Draw the schedule with at most 80 x 16 characters. blocks: characters from an empty to a full cell."""
     rate = _rate(config)
     last_step = config.total_steps
     marks = landmarks(config)

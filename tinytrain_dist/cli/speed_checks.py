@@ -16,9 +16,9 @@ from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 
-SLOW_SHARE = 0.8  # of the median: devices of one kind differ by some percent, broken ones by more
+SLOW_SHARE = 0.8  # of the median: equal devices differ by a few percent, defective ones by more
 MIB = 2**20
-SWAP_MIB = 16  # that two neighbouring nodes exchange
+SWAP_MIB = 16  # size of the tensor that two neighbouring nodes exchange
 SCOPES = {"inside a node": SHARD, "across nodes": REPLICATE}  # of an all-reduce, by mesh axis
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -38,11 +38,11 @@ def measure_speed(report: Report, hosts: list[str], context: DistributedContext)
 
 def _measure_matmul(report: Report, name: str, hosts: list[str], context: DistributedContext) -> list[float]:
     """Return the TFLOP/s of each rank for a type of DTYPES."""
-    context.barrier()  # all at once, as in training: devices of a node share power and memory
+    context.barrier()  # all ranks measure at once, as in training: the devices of a node share power and memory
     teraflops: list[float] = context.all_gather_object(matmul_rate(context.device, DTYPES[name]) / 1e12)
     by_rank = {f"rank {rank} ({host})": teraflops[rank] for rank, host in enumerate(hosts)}
-    slow = outliers(f"matmul {name}", "TFLOP/s", by_rank, "look for other processes, heat, power")
-    report.add(f"matmul {name}", slow, f"{statistics.median(teraflops):.3g} TFLOP/s a device")
+    slow = outliers(f"matmul {name}", "TFLOP/s", by_rank, "look for other processes, heat and power limits")
+    report.add(f"matmul {name}", slow, f"{statistics.median(teraflops):.3g} TFLOP/s per device")
     return teraflops
 
 
@@ -60,12 +60,12 @@ def _matmul_table(teraflops: dict[str, list[float]], hosts: list[str]) -> Table:
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Return the FLOP/s of square matrix products, the best of those that fit into `seconds`."""
     size = 8192 if device.type == "cuda" else 512
-    matrix = torch.rand(size, size, device=device).to(dtype)  # constant values would need less power than real ones
+    matrix = torch.rand(size, size, device=device).to(dtype)  # random, as equal values would need less power
     return 2 * size**3 / best_seconds(lambda: matrix @ matrix, device, seconds)
 
 
 def best_seconds(action: Callable[[], Any], device: torch.device, seconds: float = 0.0, times: int = 3) -> float:
-    """Return the shortest time of an action, repeated for `seconds` and at least `times`; the first may warm up."""
+    """Return the shortest time of an action that is repeated for `seconds`, and at least `times` times."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -94,7 +94,7 @@ def outliers(what: str, unit: str, values: dict[str, float], remedy: str) -> lis
 
 
 def _measure_all_reduce(report: Report, hosts: list[str], context: DistributedContext) -> Table:
-    """Measure all-reduces inside nodes and across them; a slow node is found by those inside it."""
+    """Measure all-reduces inside nodes and across nodes, and report ranks that are slow inside their node."""
     sizes_mib = [1, 16, 256 if context.device.type == "cuda" else 64]
     table = [["all-reduce, bus GB/s (median)", *(f"{size} MiB" for size in sizes_mib)]]
     for scope, axis in SCOPES.items():
@@ -105,7 +105,7 @@ def _measure_all_reduce(report: Report, hosts: list[str], context: DistributedCo
         medians = [statistics.median(rates) for rates in rates_by_size]
         if axis == SHARD:
             rate_of_host = dict(zip(hosts, rates_by_size[-1], strict=True))
-            remedy = "look at NVLink, PCIe and shared memory there"
+            remedy = "check NVLink, PCIe and shared memory there"
             slow = outliers("all-reduce inside a node", "GB/s", rate_of_host, remedy)
             report.add("all-reduce inside a node", slow, f"{medians[-1]:.3g} GB/s")
         table.append([f"{scope} ({group_size} ranks)", *(f"{rate:.3g}" for rate in medians)])
@@ -123,22 +123,22 @@ def _all_reduce_rates(size_mib: int, axis: str, group_size: int, context: Distri
 
 
 def _measure_neighbours(report: Report, hosts: list[str], context: DistributedContext) -> None:
-    """Measure what neighbouring nodes exchange; a slow node is found by both of its neighbours."""
-    rates = _swap_rates(hosts, context, torch.zeros(SWAP_MIB * MIB // 4, device=context.device))
-    remedy = "look at its cable, its switch port and the interface in use"
+    """Measure the bandwidth between neighbouring nodes, and report nodes that are slow with both neighbours."""
+    rates = _exchange_rates(hosts, context, torch.zeros(SWAP_MIB * MIB // 4, device=context.device))
+    remedy = "check its cable, its switch port and the interface in use"
     slow = outliers("between nodes", "GB/s", rates, remedy)
     report.add("between nodes", slow, f"{statistics.median(rates.values()):.3g} GB/s each way with a neighbour")
 
 
 def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Return the neighbours of a ring in rounds of disjoint pairs; each node has two, so a slow one is slow twice."""
+    """Return the pairs of neighbours in a ring of nodes, in rounds of disjoint pairs."""
     pairs = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else nodes - 1)]
     last_round = [pairs.pop()] if nodes > 2 and nodes % 2 else []  # an odd ring needs a third round
     return [pairs_of_round for pairs_of_round in (pairs[::2], pairs[1::2], last_round) if pairs_of_round]
 
 
-def _swap_rates(hosts: list[str], context: DistributedContext, tensor: torch.Tensor) -> dict[str, float]:
-    """Return for each host the GB/s that its devices together exchange with a neighbour: the better of both."""
+def _exchange_rates(hosts: list[str], context: DistributedContext, tensor: torch.Tensor) -> dict[str, float]:
+    """Return for each host the GB/s that its devices together exchange with the faster of its two neighbours."""
     local_world_size = context.local_world_size
     node = context.rank // local_world_size
     rates_of_rank = []  # one for each round

@@ -1,10 +1,10 @@
-"""`tinytrain status`: show what a run is doing, from its files alone, so that it works on a dead run, too.
+"""`tinytrain status`: show what a run is doing. It reads only files, so it also works after the run has died.
 
-Must not know torch, and changes nothing.
+Must not know torch. Changes nothing.
 
-Goodput is the share of the time that went into steps that count: step_seconds of every step in the record, over the
-time from the first record to the last sign of life (now, for a run that is alive). The rest went into starts,
-evaluations, saves, waiting for nodes, and repeated steps.
+Goodput is the share of the time that was spent in useful steps: the sum of step_seconds over all recorded steps,
+divided by the time from the first record to the last heartbeat or record (for a running run: to now). The remaining
+time was spent in starts, evaluations, saves, waiting for nodes, and steps that were repeated.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from tinytrain_dist.reliability.heartbeats import (
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.text import format_age
 
-SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a file system of many nodes may hide a change for so long
-MAX_SHOWN_RANKS = 16  # of more ranks, the table shows those that the others wait for
+SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late
+MAX_SHOWN_RANKS = 16  # with more ranks, the table shows only those that are furthest behind
 WATCH_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What the files of a run say at one moment; times are seconds since 1970."""
+    """The status of a run at one moment, read from its files. Times are in seconds since 1970."""
 
     state: str  # as in state.json, or "dead"
     reason: str
@@ -56,39 +56,39 @@ class Status:
     last_step: int  # at which the run will stop; 0: unknown
     heartbeats: list[Heartbeat]
     records: list[Record]
-    checkpoint: Path | None  # the newest
+    checkpoint: Path | None  # the newest one
     now: float
     alive: bool
-    last_sign: float  # of life; 0: there is none
+    last_sign: float  # time of the last heartbeat or record (alive: now; 0: there is none)
 
     def last(self, name: str) -> float | None:
-        """Return a value of the newest record that has it, None if no record has it."""
+        """Return a value from the newest record that has it; None if no record has it."""
         return next((record[name] for record in reversed(self.records) if record.get(name) is not None), None)
 
     @property
     def goodput(self) -> float | None:
-        """The share of the time that went into steps that count; None with fewer than two records.
+        """The share of the time that was spent in useful steps; None with fewer than two records.
 
-        The steps of the first record were made before the time that is counted.
+        The counted time begins with the first record, so the steps of that record do not count.
         """
         trained = [record for record in self.records if record["kind"] == "train" and "step_seconds" in record]
         if len(trained) < 2 or self.last_sign <= trained[0]["time"]:
             return None
         useful_seconds = 0.0
         for before, after in itertools.pairwise(trained):
-            # the difference is negative where a restart went back: those steps were made twice
+            # negative if a restart went back to an earlier step: the steps between were repeated
             useful_seconds += (after["step"] - before["step"]) * after["step_seconds"]
         return float(min(1.0, useful_seconds / (self.last_sign - trained[0]["time"])))
 
     @property
     def seconds_left(self) -> float | None:
-        """The remaining time at the speed of the last record; None for a run that has ended."""
+        """The remaining time at the speed of the last record; None if the run has ended."""
         step_seconds = self.last("step_seconds")
         return (self.last_step - self.step) * step_seconds if self.alive and step_seconds is not None else None
 
 
 def read_status(run: RunFolder, now: float | None = None) -> Status:
-    """Read the status of a run; missing and torn files are what a crash leaves, and no error."""
+    """Read the status of a run. Missing or incomplete files are no error, because a crash may leave them."""
     now = time.time() if now is None else now
     settings = read_settings(run.folder)
     records = read_records(run.records) if run.records.is_file() else []
@@ -117,7 +117,7 @@ def read_status(run: RunFolder, now: float | None = None) -> Status:
 def _state(
     run: RunFolder, state_record: dict[str, Any], heartbeats: list[Heartbeat], last_sign: float, now: float
 ) -> tuple[str, str]:
-    """Return the state of a run and the reason for it; state.json is not enough for a run that died or restarted."""
+    """Return the state of a run and its reason. After a crash or a restart, state.json may be out of date."""
     state = str(state_record.get("state", ""))
     reason = str(state_record.get("reason", ""))
     error_record = read_json_object(run.folder / ERROR_FILE)
@@ -128,12 +128,12 @@ def _state(
     if state in ("", "running") and (not heartbeats or lost or silent):
         return "dead", _reason_of_death(lost, last_sign, now)
     if heartbeats and not lost and not silent:
-        return "running", reason  # a new start that has not written its own state yet
+        return "running", reason  # it was started again, and has not written its state yet
     return state, reason
 
 
 def _process_is_gone(heartbeat: Heartbeat) -> bool:
-    """Return whether a process of this machine has ended; False for processes of other machines."""
+    """Return whether a process of this machine has ended. Returns False for processes of other machines."""
     if heartbeat["host"] != socket.gethostname() or not Path("/proc").is_dir():
         return False
     return not Path(f"/proc/{heartbeat['pid']}").exists()
@@ -141,12 +141,12 @@ def _process_is_gone(heartbeat: Heartbeat) -> bool:
 
 def _reason_of_death(lost: list[Heartbeat], last_sign: float, now: float) -> str:
     if lost:
-        return f"rank {lost[0]['rank']} (process {lost[0]['pid']}) is gone without an error message"
-    return f"no sign of life for {format_age(now - last_sign)}" if last_sign else "no sign of life"
+        return f"rank {lost[0]['rank']} (process {lost[0]['pid']}) ended without reporting an error"
+    return f"no heartbeat or record for {format_age(now - last_sign)}" if last_sign else "no heartbeat or record found"
 
 
 def show(status: Status, console: Console) -> None:
-    """Print a line for each thing that a person would ask first, then a table of the ranks."""
+    """Print a summary with one topic per line, then a table of the ranks."""
     state_colours = {"failed": "red", "dead": "red", "done": "green"}
     for label, text in lines_of(status).items():
         if text:
@@ -158,8 +158,8 @@ def show(status: Status, console: Console) -> None:
 
 
 def _show_ranks(status: Status, console: Console) -> None:
-    table = new_table("rank", "host<", "pid", "phase<", "step", "for", "seen")
-    by_progress = sorted(status.heartbeats, key=_progress)  # those that the others wait for first
+    table = new_table("rank", "host<", "pid", "phase<", "step", "unchanged", "seen")
+    by_progress = sorted(status.heartbeats, key=_progress)  # first those that the others wait for
     for heartbeat in by_progress[:MAX_SHOWN_RANKS]:
         duration = format_age(heartbeat["seconds"])
         seen = format_age(status.now - heartbeat["seen"]) + " ago"
@@ -168,7 +168,7 @@ def _show_ranks(status: Status, console: Console) -> None:
     print_table(table)
     num_hidden = len(by_progress) - MAX_SHOWN_RANKS
     if num_hidden > 0:
-        console.print(f"and {num_hidden} ranks that are as far or further", highlight=False)
+        console.print(f"and {num_hidden} more ranks that are at least as far", highlight=False)
 
 
 def _progress(heartbeat: Heartbeat) -> tuple[float, int, int]:
@@ -176,7 +176,7 @@ def _progress(heartbeat: Heartbeat) -> tuple[float, int, int]:
 
 
 def lines_of(status: Status) -> dict[str, str]:
-    """Return what is shown, by its label; an empty text where nothing is known."""
+    """Return the lines of the summary by their label; "" if nothing is known."""
     share = f" ({100 * status.step / status.last_step:.0f} %)" if status.last_step else ""
     left = "" if status.seconds_left is None else f", about {format_age(status.seconds_left)} left"
     goodput = status.goodput
@@ -191,10 +191,10 @@ def lines_of(status: Status) -> dict[str, str]:
         "checkpoint": _describe_checkpoint(status),
         "loss": _describe_losses(status),
         "speed": _describe_speed(status),
-        "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time went into steps that count",
+        "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time was spent in useful steps",
         "restarts": str(_count_restarts(restarts)) if restarts else "",
         **{f"  step {record['step']}": str(record.get("text", "")) for record in restarts[-5:]},
-        "last sign": (
+        "last seen": (
             f"{format_age(status.now - status.last_sign)} ago" if status.last_sign and not status.alive else ""
         ),
         "waiting": waiting,
@@ -211,9 +211,10 @@ def _describe_checkpoint(status: Status) -> str:
 
 def _describe_losses(status: Status) -> str:
     """Return the newest training loss and the newest evaluation."""
-    newest = {r["kind"]: r for r in status.records if r["kind"] in ("train", "eval") and "loss" in r}
     labels = {"train": "", "eval": "eval "}
-    return ", ".join(f"{labels[kind]}{r['loss']:.4f} at step {r['step']}" for kind, r in newest.items())
+    newest = {record["kind"]: record for record in status.records if record["kind"] in labels and "loss" in record}
+    losses = (f"{labels[kind]}{record['loss']:.4f} at step {record['step']}" for kind, record in newest.items())
+    return ", ".join(losses)
 
 
 def _describe_speed(status: Status) -> str:
@@ -222,7 +223,7 @@ def _describe_speed(status: Status) -> str:
 
 
 def _count_restarts(restarts: list[Record]) -> int:
-    """Count starts after the first; a start in place writes two records, "restarted" and "resumed"."""
+    """Count the starts after the first one. A restart in place writes two records, "restarted" and "resumed"."""
     kinds = [record["kind"] for record in restarts]
     return len(kinds) - sum(pair == ("restarted", "resumed") for pair in itertools.pairwise(kinds))
 
@@ -230,11 +231,11 @@ def _count_restarts(restarts: list[Record]) -> int:
 def status(run: PathArgument, watch: bool = False) -> int:
     """Show what a run is doing: state, progress, checkpoints, speed, restarts, and where each rank is.
 
-    Exit code 1 for a run that failed or died.
+    Exit code 1 if the run has failed or died.
 
     Args:
         run: A run (its target_dir).
-        watch: Look again every two seconds until the run has ended.
+        watch: Refresh every two seconds until the run has ended.
     """
     run_folder = open_run(run)
     console = new_console()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 PathArgument = tyro.conf.Positional[Path]
-PIPE_WIDTH = 200  # a pipe has no width: rich would take 80 and fold what another program wants to read
+PIPE_WIDTH = 200  # columns; a pipe has no width, and rich would wrap lines at 80 columns
 
 
 def new_console() -> Console:
@@ -20,7 +20,7 @@ def new_console() -> Console:
 
 
 def new_table(*columns: str) -> Table:
-    """Return an empty table; `<` behind a name aligns its column to the left."""
+    """Return an empty table. A column whose name ends with `<` is aligned left, all others right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_left = column.endswith("<")
@@ -29,5 +29,5 @@ def new_table(*columns: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table in a width that fits."""
+    """Print a table on a console of `new_console`."""
     new_console().print(table)

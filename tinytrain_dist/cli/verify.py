@@ -28,12 +28,12 @@ def verify(place: PathArgument) -> int:
     intact = [_verify_checkpoint(path) for path in checkpoints]
     for path in run.step_folders():
         if name_suffix(path):
-            print(f"skipped  {path}  not a finished checkpoint; a resume ignores it")
+            print(f"skipped  {path}  not a finished checkpoint; resume ignores it")
     return 0 if all(intact) else 1
 
 
 def _verify_checkpoint(path: Path) -> bool:
-    """Read a checkpoint and print what is damaged; return whether nothing is."""
+    """Read a checkpoint and print what is damaged; return whether it is intact."""
     from tinytrain_dist.checkpoint.manifest import read_manifest
     from tinytrain_dist.checkpoint.verify import find_damage
 

@@ -30,6 +30,7 @@ VARIABLES = (
             "tinytrain_dist/reliability/run_state.py",
             "tinytrain_dist/reliability/error_report.py",
             "tinytrain_dist/reliability/watchdog.py",
+            "tinytrain_dist/reliability/start_marks.py",
         ),
     ),
     EnvironmentVariable(

@@ -6,19 +6,31 @@ quickly.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.utils.regular_files import read_text
 
 # The settings of [compute] used to be under [parallel] and are still accepted there.
 FORMER_SECTIONS = {"compute": "parallel"}
 BOOLEAN_TYPES = (bool, bool | None)
+VALUE_NAMES: dict[Any, str] = {  # for people
+    float: "a number",
+    float | None: "a number or None",
+    int: "a whole number",
+    int | None: "a whole number or None",
+    tuple[float, float]: "two numbers",
+}
 
 
 def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
@@ -28,7 +40,7 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     ConfigError if the file cannot be read or is not TOML.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -81,8 +93,8 @@ def parse_command_line(
 ) -> TrainingConfig:
     """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are interchangeable.
 
-    Errors: ConfigError with all problems, among them unknown settings with the nearest known name. A value that cannot
-    be parsed, or --help, ends the process.
+    Errors: ConfigError with all problems, among them values that cannot be parsed, and unknown settings with the
+    nearest known name. --help ends the process.
     """
     import tyro  # imported here, because the import takes longer than reading a configuration
 
@@ -93,8 +105,35 @@ def parse_command_line(
         help_text = f"{setting.metadata['help']} (default: {setting.default})"
         hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
-    overrides = dict(tyro.cli(settings, args=tyro_args, prog=f"{prog} [CONFIG.toml]", description=description))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            overrides = dict(tyro.cli(settings, args=tyro_args, prog=f"{prog} [CONFIG.toml]", description=description))
+    except SystemExit as exited:
+        if not exited.code:  # --help
+            raise
+        problems = [_describe_parsing_error(printed.getvalue(), tyro_args)]
+        try:
+            load_config(path, dict.fromkeys(names_without_value))
+        except ConfigError as error:
+            problems += error.problems
+        raise ConfigError(problems, "the command line") from None
     return load_config(path, {**overrides, **dict.fromkeys(names_without_value)})
+
+
+def _describe_parsing_error(printed: str, args: list[str]) -> str:
+    """Return what tyro printed as a sentence: it prints a title, the error, a line of dashes and more help."""
+    lines = [line.strip(" │|") for line in printed.strip().splitlines()]
+    end = next((index for index, line in enumerate(lines) if index > 1 and line and not line.strip("─-")), len(lines))
+    text = " ".join(line for line in lines[1:end] if line.strip("─-")) or printed.strip()
+    if value_error := re.match(r"Error parsing (--[\w-]+):", text):
+        flag = value_error[1].replace("-", "_").replace("__", "--", 1)
+        hint = HINTS.get(flag[2:])
+        if hint is not None and flag in args:
+            start = len(args) - args[::-1].index(flag)
+            values = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), args[start:]))
+            return f"{flag[2:]}: expected {VALUE_NAMES.get(hint, hint)}, got {values!r}"
+    return f"{text.rstrip('.')}; --help lists all settings"
 
 
 def _is_flag(name: str) -> bool:
@@ -180,7 +219,7 @@ def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
     Errors: ConfigError if the file cannot be read or its vocab_size is not valid.
     """
     try:
-        content = json.loads(meta.read_text(encoding="utf-8")) if meta.is_file() else {}
+        content = json.loads(read_text(meta)) if meta.exists() else {}
         size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
         if size is not None and not (type(size) is int and size >= 1):
             raise ValueError(f"vocab_size {size!r}")

@@ -1,6 +1,7 @@
 """Name every file of a run folder, find runs and checkpoints on disk, and read the records of a run.
 
-All code that reads or writes a file of a run takes the name of the file from this module:
+All code that reads or writes a file of a run takes the name of the file from this module. The only exception is
+`requeues`, which is named in `slurm/train.sbatch`, because no other program reads or writes it.
 
     RUN/                                 target_dir
       config.toml                        the resolved configuration
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
+from tinytrain_dist.utils.regular_files import read_text
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -49,7 +51,6 @@ STATE_FILE = "state.json"
 ERROR_FILE = "error.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
-REQUEUES_FILE = "requeues"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -143,7 +144,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Nothing is checked, so that a run with settings unknown to this version can still be inspected.
     """
     try:
-        tree = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(folder / CONFIG_FILE))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return {}
     settings: dict[str, Any] = {}
@@ -190,7 +191,7 @@ def read_records(path: Path) -> list[Record]:
     Errors: TinytrainError if the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path, errors="replace").splitlines()
     except OSError as error:
         raise TinytrainError(
             f"{path}: no records of a run ({error.strerror}); give the target_dir of a run that has started"

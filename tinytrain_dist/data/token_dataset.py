@@ -25,6 +25,7 @@ from torch import Tensor
 from tinytrain_dist.data.sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.regular_files import NotAFileError, check_regular, open_regular, read_text
 
 Tokens = npt.NDArray[Any]
 
@@ -37,9 +38,12 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
     """
     path = Path(path)
     try:
+        check_regular(path)
         tokens: Any = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
+    except NotAFileError as error:
+        raise DataError(f"{error}; give a token file made by `tinytrain prepare`") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file ({error}); make it again with `tinytrain prepare`") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "ui":
@@ -81,7 +85,7 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
         {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime},
     )
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
+        known = json.loads(read_text(cache))
         if known["key"] == key:
             return known["range"][0], known["range"][1]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
@@ -146,7 +150,8 @@ class TokenDataset:
             tokens = load_token_dataset(path, vocab_size=vocab_size)
             self.windows.append(num_windows(tokens, context_len, path))
             self.fingerprints.append(dataset_fingerprint(path, tokens))
-            descriptor = os.open(path, os.O_RDONLY)
+            with open_regular(path) as file:
+                descriptor = os.dup(file.fileno())
             weakref.finalize(self, os.close, descriptor)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)

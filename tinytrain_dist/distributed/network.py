@@ -28,15 +28,25 @@ def resolve(name: str, resolver: Resolver | None = None) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in entries))
 
 
+def is_ip_address(text: str) -> bool:
+    """Return whether a text is an IP address and no name."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an IP address means "this machine itself", as Debian's 127.0.1.1 does."""
     return ipaddress.ip_address(address).is_loopback
 
 
-def why_unreachable(host: str, port: int, seconds: float) -> str:
+def why_unreachable(host: str, port: int, seconds: float, after_attempt: Callable[[], None] | None = None) -> str:
     """Return "" as soon as a TCP connection could be made, else the reason of the last attempt after `seconds`.
 
-    Tries at least once. An unknown host name ends it after UNKNOWN_NAME_SECONDS.
+    Tries at least once, and calls `after_attempt` after each failed attempt. An unknown host name ends it after
+    UNKNOWN_NAME_SECONDS.
     """
     start = time.monotonic()
     while True:
@@ -55,4 +65,6 @@ def why_unreachable(host: str, port: int, seconds: float) -> str:
             reason = str(error.strerror or error)
         if seconds_left <= 0:
             return reason
+        if after_attempt is not None:
+            after_attempt()
         time.sleep(min(0.1, seconds_left))

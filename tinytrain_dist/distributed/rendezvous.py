@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tinytrain_dist.distributed.network import is_loopback, resolve, why_unreachable
+from tinytrain_dist.distributed.network import is_ip_address, is_loopback, resolve, why_unreachable
 from tinytrain_dist.distributed.torch_internals import (
     in_process_store,
     prefix_store,
@@ -28,7 +29,9 @@ from tinytrain_dist.distributed.torch_internals import (
 )
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.waiting import WaitNotice
 
+LOOK_SECONDS = 1.0  # between two looks whether a rank has joined
 RENDEZVOUS_SECONDS = 600.0  # ranks import torch first, which takes minutes from a slow disk
 _rendezvous_count = itertools.count()  # of this process; all ranks call `rendezvous` equally often
 
@@ -51,30 +54,51 @@ class Rendezvous:
         Blocks for `seconds` at most on rank 0, and for twice as long on the others.
         Errors: RendezvousError if rank 0 has not answered by then.
         """
-        deadline = time.monotonic() + seconds
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         if self.rank == 0:
-            values = [self._read_until(f"{name}/{rank}", deadline) for rank in range(len(self.hosts))]
+            keys = [f"{name}/{rank}" for rank in range(len(self.hosts))]
+            notice = WaitNotice(lambda: self._describe_missing(keys), seconds)
+            deadline = time.monotonic() + seconds
+            values = [self._read(key) if self._wait_for(key, deadline, notice) else None for key in keys]
             self.store.set(name, json.dumps(values))
-        try:
-            # rank 0 may start as late as any other rank, and then waits `seconds` itself
-            self.store.wait([name], timedelta(seconds=2 * seconds + 1))
-        except (dist.DistStoreError, dist.DistNetworkError):
+        # rank 0 may start as late as any other rank, and then waits `seconds` itself
+        patience_seconds = 2 * seconds + 1
+        notice = WaitNotice(lambda: "rank 0, which tells the others who has joined", patience_seconds)
+        if not self._wait_for(name, time.monotonic() + patience_seconds, notice if _is_local_rank_zero() else None):
             raise RendezvousError(
                 f"MASTER_ADDR: rank {self.rank} on {socket.gethostname()} timed out after {2 * seconds:g} s waiting "
                 "for rank 0; look at the log of rank 0"
-            ) from None
-        answer: list[Any] = json.loads(self.store.get(name))
+            )
+        answer: list[Any] = self._read(name)
         return answer
 
-    def _read_until(self, key: str, deadline: float) -> Any:
-        """Return the value of a key, or None if it is not set by then. Looks once if the deadline has passed."""
-        seconds_left = max(0.001, deadline - time.monotonic())
-        try:
-            self.store.wait([key], timedelta(seconds=seconds_left))
-            return json.loads(self.store.get(key))
-        except dist.DistStoreError:
-            return None
+    def _wait_for(self, key: str, deadline: float, notice: WaitNotice | None) -> bool:
+        """Return whether a key is set by then. Looks once if the deadline has passed."""
+        while True:
+            seconds_left = deadline - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(0.001, min(LOOK_SECONDS, seconds_left))))
+                return True
+            except dist.DistNetworkError:  # the process that serves the store has ended
+                return False
+            except dist.DistStoreError:
+                pass  # it was not set in this time
+            if seconds_left <= LOOK_SECONDS:
+                return False
+            if notice is not None:
+                notice.check()
+
+    def _read(self, key: str) -> Any:
+        return json.loads(self.store.get(key))
+
+    def _describe_missing(self, keys: list[str]) -> str:
+        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return f"{len(missing)} of {len(keys)} ranks to join: rank {format_list(missing)}"
+
+
+def _is_local_rank_zero() -> bool:
+    """Return whether this is the rank that speaks for its node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
@@ -93,7 +117,10 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         raise RendezvousError(
             f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun"
         )
-    head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    head, port = _head_address(), int(os.environ["MASTER_PORT"])
+    if _all_on_one_node():
+        # gloo would resolve the machine's own name, which in a container is often unknown
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     store = prefix_store(_attempt_prefix(), _connect(rank, world_size, head, port, seconds))
     arrivals = Rendezvous(store, rank, [""] * world_size).exchange("hosts", _own_arrival(), seconds)
     _check_arrivals(arrivals, seconds, f"{head}:{port}")
@@ -153,7 +180,8 @@ def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -
 
 def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     """Try to connect to head:port for `seconds`. Errors: RendezvousError with the address that was tried, and why."""
-    problem = why_unreachable(head, port, seconds)
+    notice = WaitNotice(lambda: f"rank 0 at {head}:{port}, which rank {rank} cannot reach yet", seconds)
+    problem = why_unreachable(head, port, seconds, notice.check if _is_local_rank_zero() else None)
     if not problem:
         return
     host = socket.gethostname()
@@ -170,6 +198,19 @@ def _check_reachable(rank: int, head: str, port: int, seconds: float) -> None:
     )
 
 
+def _all_on_one_node() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
+def _head_address() -> str:
+    """Return where the store is: MASTER_ADDR, or the loopback address if that is a name and all ranks are on one node.
+
+    One machine so needs no name service: torchrun may set MASTER_ADDR to the machine's own name, which nobody knows.
+    """
+    head = os.environ["MASTER_ADDR"]
+    return "127.0.0.1" if _all_on_one_node() and not is_ip_address(head) else head
+
+
 def _attempt_prefix() -> str:
     """Return a prefix for the store's keys that differs between restarts and between calls of `rendezvous`.
 
@@ -177,8 +218,7 @@ def _attempt_prefix() -> str:
     same on all ranks of one node only. Several nodes need tinytrain_dist.agent, or the variable
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _all_on_one_node() else "0"
     return f"rendezvous{attempt}.{next(_rendezvous_count)}"
 
 
@@ -189,7 +229,7 @@ def _own_arrival() -> dict[str, Any]:
     them, unless an interface is configured. "loopback" is empty where there is no problem.
     """
     host = socket.gethostname()
-    addresses = resolve(host)
+    addresses = [] if _all_on_one_node() else resolve(host)
     interface_set = any(name in os.environ for name in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"))
     unusable = bool(addresses) and is_loopback(addresses[0]) and not interface_set
     return {"host": host, "loopback": addresses[0] if unusable else ""}

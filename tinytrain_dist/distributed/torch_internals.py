@@ -249,8 +249,8 @@ def write_memory_history(path: str) -> None:
 def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Replace the method with which torchrun ends its workers by `make_close(original method)`.
 
-    Both have the signature (context, death_sig, timeout=30); `context.subprocess_handlers` has the workers by local
-    rank. Versions: SubprocessContext._close in 2.11 to 2.15.
+    Both have the signature (context, death_sig, timeout=30). `context.subprocess_handlers` has the workers by local
+    rank, and `context.error_files` their error files. Versions: SubprocessContext._close in 2.11 to 2.15.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 

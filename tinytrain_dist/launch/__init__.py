@@ -1,8 +1,8 @@
-"""Start processes: the torchrun wrapper, the program of one rank, and the submission to Slurm.
+"""Start processes: a torchrun wrapper, the program of one rank, and a command that submits runs to Slurm.
 
 Read in this order:
 
 - `worker.py`: what every rank runs
 - `elastic_agent.py`: what starts and watches the ranks of one node
-- `slurm_submit.py`: what puts a run into the queue of a cluster
+- `slurm_submit.py`: what submits a run to the queue of a cluster
 """

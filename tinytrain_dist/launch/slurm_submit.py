@@ -3,7 +3,7 @@
     launch/submit.py configs/llama_1b_hsdp.toml --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00
 
 Must not import torch: a mistake is reported in half a second, and login nodes have few resources. The queued job runs
-what was submitted, whatever becomes of the checkout meanwhile.
+the code and settings as they were submitted, even if the checkout has changed since.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.regular_files import check_regular, read_text
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 PROGRAM = "launch/submit.py"
 CODE = ("launch", "tinytrain_dist", "slurm", "configs", "pyproject.toml", "constraints.txt")  # what a job runs
-SITE_FILE = "slurm/env.sh"  # git ignores it, the job needs it
-WARNING_SECONDS = 180  # from Slurm's signal to the time limit; the last save must fit into them
-MIN_TIME_SECONDS = 120  # a run needs about that long to start and save
-FOLLOW_SECONDS = 0.5  # between two looks at the log
+SITE_FILE = "slurm/env.sh"  # git ignores this file, but the job needs it
+WARNING_SECONDS = 180  # from Slurm's signal to the time limit: enough for the last save
+MIN_TIME_SECONDS = 120  # a run needs about this long to start and save
+FOLLOW_SECONDS = 0.5  # between two reads of the log
 
 
 class SubmitError(Exception):
@@ -43,11 +45,11 @@ class SubmitError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A checked job: one run, or one for each task of an array, and how they are started."""
+    """A checked job: one run, or one run for each task of an array, and how to start it."""
 
     options: argparse.Namespace
     configs: list[TrainingConfig]  # one for each task of an array; otherwise a single one
-    base: TrainingConfig  # without the lines of a sweep
+    base: TrainingConfig  # without the settings of single tasks
     template: Path
     folder: Path  # RUN/submitted/N
 
@@ -76,7 +78,7 @@ class Job:
         return [*(f"--{name}={value}" for name, value in named.items() if value is not None), *options.sbatch]
 
     def script(self) -> str:
-        """Return the template; below its own options stand those of this job, its variables and its arguments."""
+        """Return the template, with the options, variables and arguments of this job added below its own options."""
         code = self.folder / "code"
         variables = {"TINYTRAIN_CODE": code, "PYTHON": os.environ.get("PYTHON", sys.executable)}
         if self.options.processes_per_node:
@@ -97,7 +99,7 @@ class Job:
         return ["sbatch", "--parsable", str(self.folder / "job.sbatch")]
 
     def write(self) -> None:
-        """Make RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
+        """Write RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
         self.folder.mkdir(parents=True)
         copy_code(self.folder / "code")
         for number, config in enumerate(self.configs):
@@ -112,26 +114,26 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Check a run for the given processes, copy code and settings, and submit the run to Slurm.",
-        epilog="All other --name value are settings of the run; launch/train.py --help lists them. "
+        epilog="All other options are settings of the run; launch/train.py --help lists them. "
         "Everything after --sbatch is passed to sbatch unchanged.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("config", help="configuration file (.toml)")
-    add("--nodes", type=int, default=1, help="number of nodes (1)")
-    add("--gpus-per-node", type=int, help="GPUs on each node; one process for each")
-    add("--processes-per-node", type=int, help="processes on each node, without GPUs")
+    add("--nodes", type=int, default=1, help="number of nodes (default: 1)")
+    add("--gpus-per-node", type=int, help="GPUs of each node; each GPU gets one process")
+    add("--processes-per-node", type=int, help="processes on each node, for a run without GPUs")
     add("--cpus-per-task", type=int, help="cores for all processes of a node (srun.sbatch: for each process)")
     add("--time", required=True, help="time limit of one job, as Slurm writes it: 30, 8:00:00, 2-0")
     add("--partition", help="Slurm partition")
     add("--account", help="Slurm account")
     add("--qos", help="Slurm quality of service")
     add("--job-name", help="name of the job (default: name of the run folder)")
-    add("--array", type=Path, metavar="FILE", help="file of a sweep: one line of settings for each task")
+    add("--array", type=Path, metavar="FILE", help="file of a sweep: a line of settings for each task")
     default_template = ROOT / "slurm" / "train.sbatch"
     add("--template", type=Path, default=default_template, help="batch script (default: slurm/train.sbatch)")
-    add("--max-requeues", type=int, help="how often the job may requeue itself (20)")
-    add("--dry-run", action="store_true", help="print the script and the command, and change nothing")
+    add("--max-requeues", type=int, help="how often the job may requeue itself (default: 20)")
+    add("--dry-run", action="store_true", help="only print the script and the command")
     add("--follow", action="store_true", help="show the log until the job has ended; Ctrl-C only stops showing it")
     options, settings = parser.parse_known_args(args[:end])
     options.sbatch = args[end + 1 :]
@@ -157,7 +159,7 @@ def seconds_of(limit: str) -> int:
 
 
 def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
-    """Return everything that a login node can know to be wrong with a run on nodes x per_node processes."""
+    """Return the problems of a run on nodes x per_node processes, as far as a login node can find them."""
     problems = []
     try:
         config = resolve_vocab_size(config)
@@ -175,7 +177,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     for name in ("ckpt_path_to_resume", "init_from"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_dir():
-            problems.append(f"{name}: there is no folder {path}; correct it")
+            problems.append(f"{name}: there is no folder {path}; correct the path")
     return problems
 
 
@@ -184,16 +186,21 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     import numpy as np
 
     try:
+        check_regular(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is no token file ({error})"
+        reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is not a token file ({error})"
         return [f"{path}: {reason}; make one with `tinytrain prepare`"]
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         return [
-            f"{path}: holds {tokens.dtype} of shape {tokens.shape}, not a row of ids; make one with `tinytrain prepare`"
+            f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integer IDs; make one "
+            "with `tinytrain prepare`"
         ]
     if len(tokens) <= context_len:
-        return [f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower it"]
+        return [
+            f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower "
+            "context_len"
+        ]
     return []
 
 
@@ -201,9 +208,13 @@ def check_options(options: argparse.Namespace) -> list[str]:
     """Return what is wrong with the options of this command, as sentences."""
     problems = []
     if not (options.gpus_per_node or options.processes_per_node):
-        problems.append("--gpus-per-node: not set; give the GPUs of a node, or --processes-per-node without GPUs")
+        problems.append(
+            "--gpus-per-node: not set; give the number of GPUs of a node, or set --processes-per-node without GPUs"
+        )
     if options.gpus_per_node and options.processes_per_node:
-        problems.append("--processes-per-node: there is one process for each GPU; leave it out with --gpus-per-node")
+        problems.append(
+            "--processes-per-node: with --gpus-per-node there is one process for each GPU; leave one of them out"
+        )
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
@@ -218,7 +229,7 @@ def check_options(options: argparse.Namespace) -> list[str]:
 
 
 def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingConfig, list[TrainingConfig]]:
-    """Return the run without the lines of a sweep, and the run of each task (without --array: one).
+    """Return the run without the settings of single tasks, and the run of each task (without --array: one).
 
     Errors: ConfigError with all problems at once.
     """
@@ -228,7 +239,7 @@ def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingCon
     if options.array:
         lines = list(read_sweep(options.array))
         if not lines:
-            problems.append(f"--array: {options.array} has no line with settings; write one for each task")
+            problems.append(f"--array: {options.array} has no line with settings; write a line for each task")
     configs: list[TrainingConfig] = []
     for task, line in enumerate(lines):
         task_settings = [] if line is None else shlex.split(line)
@@ -243,16 +254,16 @@ def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingCon
             problems += [prefix + problem for problem in error.problems]
     folders = [config.target_dir for config in configs]
     if shared := sorted({folder for folder in folders if folders.count(folder) > 1}):
-        problems.append(f"--array: several tasks have the target_dir {', '.join(shared)}; give each its own")
+        problems.append(f"--array: several tasks have the target_dir {', '.join(shared)}; give each task its own")
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), options.config)  # tasks share most problems
     return parse_command_line([options.config, *settings]), configs
 
 
 def read_sweep(path: Path) -> list[str]:
-    """Read the lines with settings, without empty lines and comments. Errors: ConfigError."""
+    """Return the lines of a sweep, without empty lines and comments. Errors: ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -262,7 +273,7 @@ def read_sweep(path: Path) -> list[str]:
 
 
 def copy_code(target: Path) -> None:
-    """Copy what a job runs, as it is in the checkout now, with changes that are not committed."""
+    """Copy the code that a job runs from the checkout, with changes that are not committed."""
     git = ["git", "-C", str(ROOT)]
     ls_files = [*git, "ls-files", "-co", "--exclude-standard", "-z", "--", *CODE]  # tracked, and new but not ignored
     listed = subprocess.run(ls_files, capture_output=True, text=True, check=False)
@@ -283,14 +294,14 @@ def copy_code(target: Path) -> None:
 
 def follow(slurm_id: str, folder: Path) -> int:
     """Print what the job writes to its logs until it has left the queue; return 0 if it completed, else 1."""
-    positions: dict[str, int] = {}  # of each log file: how far it was printed
+    positions: dict[str, int] = {}  # by log file: how far it was printed
     state = ""
     ended = False
     while not ended:
         command = ["squeue", "-h", "-j", slurm_id, "-o", "%T %r"]
         queue = subprocess.run(command, capture_output=True, text=True, check=False)
         states = queue.stdout.strip().splitlines()
-        # an empty answer means the end only where the controller has answered
+        # an empty answer means that the job has ended only if the controller has answered
         ended = not states and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
         if states and states[0] != state and not states[0].startswith("RUNNING"):
             print(f"submit.py: job {slurm_id}: {states[0]}")
@@ -300,12 +311,13 @@ def follow(slurm_id: str, folder: Path) -> int:
     command = ["scontrol", "show", "job", slurm_id]
     job_record = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     final_states = sorted(set(re.findall(r"JobState=(\w+)", job_record)))
-    print(f"submit.py: job {slurm_id} has ended: {', '.join(final_states) or 'unknown to Slurm by now, see the log'}")
+    how = ", ".join(final_states) or "Slurm no longer knows in which state; see the log"
+    print(f"submit.py: job {slurm_id} has ended: {how}")
     return 0 if final_states == ["COMPLETED"] else 1
 
 
 def _print_logs(folder: Path, positions: dict[str, int]) -> None:
-    """Print what was added to the logs since `positions`, with the number of the task in an array."""
+    """Print what was added to the logs since `positions`. The lines of an array begin with the number of the task."""
     for name in sorted(glob.glob(glob.escape(str(folder)) + "/job-*.out")):
         task = re.search(r"_(\d+)\.out$", name)
         prefix = f"[{task[1]}] " if task else ""
@@ -318,7 +330,7 @@ def _print_logs(folder: Path, positions: dict[str, int]) -> None:
 
 
 def submit(job: Job) -> str:
-    """Write the job's folder and submit it; return the id that Slurm gives it. Errors: SubmitError if Slurm refuses."""
+    """Write the job's folder and submit the job; return its ID in Slurm. Errors: SubmitError if Slurm refuses."""
     job.write()
     done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -336,11 +348,12 @@ def _print_next_steps(job: Job, slurm_id: str) -> None:
     print(f"job {slurm_id}: {len(job.configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
     print(f"  watch   tail -F {log}")
     print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
-    print("  resume  the same command again: it resumes from the newest checkpoint", flush=True)
+    print("  resume  run the same command again; it resumes from the newest checkpoint", flush=True)
 
 
 def main(args: list[str]) -> int:
-    """Run the command; return 0 when submitted (with --follow: completed), 2 for a mistake, 1 when Slurm refuses."""
+    """Run the command; return 0 if submitted (with --follow: completed), 2 for a mistake, 1 if Slurm refuses."""
+    keep_output_from_failing()  # a submitted job counts, whoever reads what is printed about it
     try:
         if args[:1] == ["--print-run"]:  # a batch script that was submitted by hand asks for its run folder
             print(parse_command_line(args[1:]).target_dir)
@@ -357,7 +370,7 @@ def main(args: list[str]) -> int:
         print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(job.command())}")
         return 0
     if shutil.which("sbatch") is None:
-        print("error: there is no sbatch here; run this on a login node of the cluster", file=sys.stderr)
+        print("error: sbatch: not found here; run this on a login node of the cluster", file=sys.stderr)
         return 1
     try:
         slurm_id = submit(job)

@@ -1,6 +1,6 @@
-"""Run training in one rank: from a command line to an exit code, with a report of what went wrong.
+"""Run training on one rank, from the command line to the exit code, and report errors.
 
-Must not know how training works. The first failing rank's error is the last line printed, and error.json has it.
+Must not know how training works. The first failing rank's error is the last line printed, and is in error.json.
 """
 
 from __future__ import annotations
@@ -16,36 +16,37 @@ from typing import NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
-from tinytrain_dist.errors import DataError, RendezvousError, TinytrainError
+from tinytrain_dist.errors import DataError, RendezvousError, ReplicaMismatchError, TinytrainError
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS, Watchdog
 
-# messages of errors that the death of another rank causes on this one
+# in messages of errors that the death of another rank causes on this rank
 PEER_FAILURE = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended this rank, and what it means for the run."""
+    """The error that ended this rank, and what is known about its cause."""
 
     message: str  # the final line of the log
     trace: str  # "" for a user's mistake
     rank: int
     host: str
     step: int | None  # completed steps; None during the start
-    user_mistake: bool  # raised on all ranks alike, so rank 0 reports it
-    caused_by_peer: bool  # probably another rank died first, and reports the cause itself
+    user_mistake: bool  # raised on all ranks, so rank 0 reports it
+    may_retry: bool  # whether a restart in place may help
+    caused_by_peer: bool  # probably another rank failed first, and the cause is reported for that rank
     time: float  # seconds since 1970
 
 
 def main(args: list[str]) -> NoReturn:
-    """Run `[CONFIG.toml] --settings` and end: 0 when done or stopped as asked, 2 for a user's mistake, else 1."""
+    """Train as `[CONFIG.toml] --settings` says, and exit: 0 if done or stopped on request, 2 for a mistake, else 1."""
     watchdog: Watchdog | None = None
     try:
         config = parse_command_line(args)
-        # torch takes seconds to import; a wrong setting is reported before that
+        # torch takes seconds to import, and a wrong setting is reported before
         from tinytrain_dist.distributed.context import flight_record, init_distributed, launcher_rank, shutdown
         from tinytrain_dist.training.trainer import Trainer
 
@@ -62,30 +63,30 @@ def main(args: list[str]) -> NoReturn:
     watchdog.close()
     shutdown()
     # End without the interpreter's own clean-up: native threads of stores and groups can outlive it, and then abort a
-    # run that is done. Seen: "terminate called"; the agent of that node started a new round, and the agent of the other
-    # node waited for it.
+    # finished run. This happened with the message "terminate called". The agent of that node started a new round, for
+    # which the agent of the other node waited.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _report(message: str, aloud: bool = True) -> None:
-    """Report the final error: the agent prints it, or else, with `aloud`, this rank."""
-    if not error_report.report_to_launcher(message) and aloud:
+def _report(message: str, may_print: bool = True, may_retry: bool = True) -> None:
+    """Report the final error to the agent, which prints it. Without our agent, print it here if `may_print`."""
+    if not error_report.report_to_launcher(message, may_retry) and may_print:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
-    """Report what happened and end at once: leaving the process group in order would wait for ranks that hang."""
+    """Report the error and end immediately: an orderly end of the process group would wait for ranks that hang."""
     failure = _describe(watchdog, error)
     if watchdog and failure.caused_by_peer:
-        # the rank that caused it reports it in a moment, and then the watchdog ends this rank as well
+        # the cause is reported within moments, and then the watchdog ends this rank as well
         watchdog.heartbeat()
         time.sleep(2 * TICK_SECONDS)
     _record(watchdog, failure)
     is_reporter = failure.rank == 0 or not failure.user_mistake
     print(failure.trace, end="", file=sys.stderr, flush=True)
-    _report(failure.message, aloud=is_reporter or isinstance(error, RendezvousError))
+    _report(failure.message, is_reporter or isinstance(error, RendezvousError), failure.may_retry)
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
         error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
@@ -93,7 +94,7 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
 
 
 def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
-    """Tell a user's mistake from a failure of this rank; called while the error is handled."""
+    """Describe the error that is being handled: a user's mistake, or a failure of this rank."""
     from tinytrain_dist.distributed.context import launcher_rank
 
     now = time.time()
@@ -101,10 +102,13 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
     rank, _, host = launcher_rank()
     started = watchdog is not None and watchdog.phase_timer.phase not in START_PHASES
     step = watchdog.phase_timer.step if watchdog is not None and started else None
-    # Our own errors are raised on all ranks together. The exception is a token file that disappears while one rank
-    # reads it: only that rank fails.
+    # Our own errors are raised on all ranks together, with one exception: if a token file disappears during training,
+    # only the ranks that read it fail.
     on_this_rank_only = isinstance(error, DataError) and started
     user_mistake = isinstance(error, TinytrainError) and not on_this_rank_only
+    # After a mistake the next start fails in the same way. These two can pass: a node was lost just then, or a device
+    # has computed wrong values.
+    passing = isinstance(error, (RendezvousError, ReplicaMismatchError))
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     return Failure(
         message=str(error) if user_mistake else f"{where}: {type(error).__name__}: {error}",
@@ -113,13 +117,14 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
         host=host,
         step=step,
         user_mistake=user_mistake,
+        may_retry=started or passing or not user_mistake,
         caused_by_peer=isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None,
         time=now,
     )
 
 
 def _record(watchdog: Watchdog | None, failure: Failure) -> None:
-    """Write error.json if this process owns the run folder: never into the run of another process."""
+    """Write error.json, but only if this process owns the run folder."""
     if watchdog is None:
         return
     if owns_run(watchdog.folder) and (failure.rank == 0 or not failure.user_mistake):
@@ -134,4 +139,4 @@ def _record(watchdog: Watchdog | None, failure: Failure) -> None:
         }
         error_report.write_error(watchdog.folder, cause)
     elif failure.user_mistake:
-        watchdog.close()  # a mistake leaves no new folder behind
+        watchdog.close()  # removes the folders that the watchdog made

@@ -1,4 +1,4 @@
-"""What a run reports: the run log, TensorBoard, step metrics, timers, device facts, traces, the environment.
+"""Measure and report a run: run log, TensorBoard, step metrics, timers, device data, profiler traces, environment.
 
-Read `step_metrics.py` and `run_log.py` first. Then `phase_timer.py` and `timers.py`, which measure what they report.
+Read `step_metrics.py` and `run_log.py` first, then `phase_timer.py` and `timers.py`, which take the measurements.
 """

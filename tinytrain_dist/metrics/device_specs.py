@@ -1,11 +1,16 @@
-"""Peak numbers of devices and links, each with its source.
+"""List memory size, peak speed and link bandwidth of devices, with sources.
 
-Must not know models or runs. Memory is what the driver shows. Peaks are dense (without sparsity) with sums in float32.
-Links are one direction of one device inside a node, and of a whole node outside.
+Must not know models or runs. What the numbers mean:
 
-Sources: NVIDIA's data sheets of H100 SXM, H200 SXM, A100 SXM, L40S, L4, and its Ada and Ampere GPU architecture papers
-(RTX 4090, RTX 3090). Networks are those of DGX H100 and DGX A100 (eight ports of 400 and 200 Gbit/s). For the others
-100 Gbit/s are assumed: set `--network` if you know better.
+- memory: as the driver reports it
+- peak FLOP/s: dense (without sparsity), accumulated in float32
+- bandwidth within a node: of one device, in one direction
+- bandwidth of the network: of a whole node, in one direction
+
+Sources: NVIDIA's data sheets for H100 SXM, H200 SXM, A100 SXM, L40S and L4, and its Ada and Ampere GPU architecture
+papers (RTX 4090, RTX 3090). The network of H100 and H200 is that of DGX H100 (eight ports of 400 Gbit/s), the network
+of A100 is that of DGX A100 (eight ports of 200 Gbit/s). The network of all other devices is assumed to have
+100 Gbit/s. `tinytrain plan --network` overrides these values.
 """
 
 from __future__ import annotations
@@ -19,24 +24,24 @@ from dataclasses import dataclass
 from tinytrain_dist.errors import ConfigError
 
 GIB = 2**30
-REACHABLE_SHARE = 0.5  # of the peak, by well-tuned trainers of large models (PaLM: 46 %, Llama 3: 38 to 43 %)
-REACHABLE_SHARE_ON_CPU = 0.6  # of matrix products measured on this machine
-REACHABLE_SHARE_OF_LINKS = 0.8  # of the data sheet, by large collectives
-CONTEXT_BYTES = 1.2 * GIB  # CUDA context, NCCL's buffers and libraries' work space of one process
+REACHABLE_SHARE = 0.5  # of the peak: what well-tuned trainers of large models reach (PaLM 46 %, Llama 3 38 to 43 %)
+REACHABLE_SHARE_ON_CPU = 0.6  # of the speed of matrix products measured on this machine
+REACHABLE_SHARE_OF_LINKS = 0.8  # of the bandwidth in the data sheet: what large collectives reach
+CONTEXT_BYTES = 1.2 * GIB  # of each process: CUDA context, NCCL's buffers, workspaces of libraries
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
     """Peak numbers of one device, in bytes, FLOP/s and bytes/s."""
 
-    name: str  # as the user gives it to `--device`
+    name: str  # the value of `--device`
     memory: float  # bytes
     bf16_flops: float  # FLOP/s
     fp32_flops: float
-    neighbours: float  # bytes/s from one device to the others of its node
+    neighbours: float  # bytes/s from one device to the other devices of its node
     network: float  # bytes/s from a whole node to the other nodes
-    context: float = CONTEXT_BYTES  # bytes that a process needs beside its tensors
-    reached: float = REACHABLE_SHARE  # of the peak, by a well-tuned trainer
+    context: float = CONTEXT_BYTES  # bytes that a process needs in addition to its tensors
+    reached: float = REACHABLE_SHARE  # share of the peak that a well-tuned trainer reaches
 
 
 DEVICE_SPECS = {
@@ -55,24 +60,23 @@ DEVICE_SPECS = {
 
 
 def spec_of_gpu(marketing_name: str) -> DeviceSpec | None:
-    """Return the device that the driver calls `marketing_name`, such as "NVIDIA H100 80GB HBM3"; None if unknown.
+    """Return the spec of the GPU that the driver calls `marketing_name`; None if it is unknown.
 
-    Devices that differ in memory only share a name, and the first of them is returned: their peaks are equal. A GH200
-    counts as its H200.
+    Such a name is "NVIDIA H100 80GB HBM3". Devices that differ only in memory match the same name. The first of them is
+    returned, because their peaks are equal. A GH200 counts as an H200.
     """
     normalized_name = marketing_name.lower().replace("rtx ", "rtx")
     for name, spec in DEVICE_SPECS.items():
-        # not the L4 of an L40, nor the RTX 3090 of an RTX 3090 Ti, which is faster
+        # "l4" must not match an L40, and "rtx3090" must not match an RTX 3090 Ti, which is faster
         if re.search(rf"{name}(?!\d| ti\b)", normalized_name):
             return spec
     return None
 
 
 def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
-    """Return the device with this short name; `cpu` is this machine, shared by `per_node` processes.
+    """Return the spec with this short name; `cpu` is this machine, shared by `per_node` processes.
 
-    The numbers of a CPU are its memory and the speed of matrix products in `precision`, measured now.
-    Errors: ConfigError with the nearest names.
+    For `cpu`, the speed of matrix products in `precision` is measured now. Errors: ConfigError with the nearest names.
     """
     key = name.lower().replace("_", "-")
     if key in DEVICE_SPECS:
@@ -80,7 +84,7 @@ def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
     if key == "cpu":
         return _this_cpu(per_node, precision)
     close = difflib.get_close_matches(key, [*DEVICE_SPECS, "cpu"], n=3, cutoff=0.4) or [*DEVICE_SPECS, "cpu"]
-    raise ConfigError(f"device: {name!r} is not in the table; nearest: {', '.join(close)}", "the settings of plan")
+    raise ConfigError(f"device: {name!r} is unknown; the nearest names are {', '.join(close)}", "the settings of plan")
 
 
 def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
@@ -96,5 +100,5 @@ def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
     cores_per_thread = min(1.0, (os.cpu_count() or 1) / (per_node * torch.get_num_threads()))
     flops = 2 * size**3 / best_seconds * cores_per_thread
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
-    # importing torch takes about 0.4 GiB; neighbours talk through memory, other hosts over 1 Gbit/s
+    # importing torch takes about 0.4 GiB; assumed: 5 GB/s between processes of a host, 1 Gbit/s between hosts
     return DeviceSpec("cpu", memory, flops, flops, 5e9, 0.125e9, context=0.4 * GIB, reached=REACHABLE_SHARE_ON_CPU)

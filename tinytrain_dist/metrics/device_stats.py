@@ -1,4 +1,4 @@
-"""Memory and peak speed of the device that this process uses."""
+"""Return the memory and the peak speed of the device that this process uses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tinytrain_dist.metrics.device_specs import spec_of_gpu
 
 
 def free_memory_bytes(device: torch.device, local_world_size: int) -> float:
-    """Return the bytes that a process may still allocate: free on its GPU, or its share of the host's memory.
+    """Return how many bytes this process can still allocate on its GPU, or its share of the host's free memory.
 
-    Infinite where the system does not report it.
+    Returns infinity if the system does not report the host's free memory.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -27,7 +27,7 @@ def free_memory_bytes(device: torch.device, local_world_size: int) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: allocated on the GPU, resident on the CPU."""
+    """Return the peak memory of this process in bytes: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -35,10 +35,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 peak of the device in FLOP/s; None where it is not known, and then there is no MFU.
+    """Return the dense bf16 peak of the device in FLOP/s. None if it is unknown; then no MFU is recorded.
 
-    MFU = tokens per second x FLOP per token (TransformerLM.flops_per_token) / (peak x ranks). Seconds are those of
-    steps, without evaluation and saving. Work that is done twice (activation checkpointing) does not count.
+    MFU = tokens per second x FLOP per token (TransformerLM.flops_per_token) / (peak x ranks). The time is that of
+    training steps, without evaluations and saves. Recomputation (activation checkpointing) does not count as work.
     """
     if device.type != "cuda":
         return None

@@ -1,6 +1,6 @@
-"""Record what a run ran on: versions, git commit, hosts and an allow-list of environment variables.
+"""Record the environment of a run: versions, git commit, hosts and some environment variables.
 
-Must not know what ranks do: it looks at one process, and is given what the others found.
+Must not know what ranks do. It examines only this process; the caller passes in what the other ranks report.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def library_versions() -> dict[str, Any]:
-    """Return the versions that decide results, so they must be equal on all ranks.
+    """Return the versions that affect results, and so must be equal on all ranks.
 
-    Those of CUDA, NCCL and the driver are there only on a machine with a GPU.
+    The versions of CUDA, NCCL and the driver are included only on a machine with a GPU.
     """
     versions: dict[str, Any] = {
         "python": platform.python_version(),
@@ -39,9 +39,9 @@ def library_versions() -> dict[str, Any]:
 
 
 def environment_record(ranks: list[Any]) -> dict[str, Any]:
-    """Return what the run ran on, for environment.json. ranks: (host, device, process ID) of each.
+    """Return the content of environment.json. ranks: (host, device, process ID) of each rank.
 
-    Environment variables are an allow-list, because an environment holds passwords and keys.
+    Environment variables are recorded only if they are on an allow-list, because others may hold passwords and keys.
     """
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
     submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code

@@ -1,6 +1,6 @@
-"""Trace a few steps with torch's profiler: phases as named ranges, and on a GPU a snapshot of the memory.
+"""Trace some steps with torch's profiler, with phases as named ranges, and on a GPU write a memory snapshot.
 
-Must not know what a phase does. Only a run that sets `profile` makes one of these.
+Must not know what a phase does. Only a run with the setting `profile` creates a `StepProfiler`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tinytrain_dist.distributed.torch_internals import start_memory_history, write_memory_history
+
 
 class StepProfiler:
-    """Follows a PhaseTimer and writes a trace of some steps; each step and each phase is a range with its name."""
+    """Write a trace of some steps, in which each step and each phase is a named range.
+
+    A PhaseTimer calls `enter` whenever a phase begins.
+    """
 
     def __init__(self, steps: range, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
-        """Prepare to trace `steps` (numbers as logged, from 1) into `folder`; `say` prints one line about it."""
+        """Prepare to trace `steps` (as logged, counted from 1) into `folder`. say: prints a line for the user."""
         self._steps = steps
-        self._folder = folder  # made when there is something to write
+        self._folder = folder  # created when the trace is written
         self._device = device
         self._say = say
-        self._profiler: profile | None = None  # while steps are traced
-        self._traced: list[int] = []  # steps so far
+        self._profiler: profile | None = None  # set while steps are traced
+        self._traced: list[int] = []  # the steps traced so far
         self._step_range = ExitStack()  # the named range of the step in progress
-        self._phase_range = ExitStack()  # and of its phase
+        self._phase_range = ExitStack()  # the named range of the phase in progress
 
     def enter(self, phase: str, step: int) -> None:
-        """Begin a phase after so many completed steps; the phase `data` begins the next step."""
+        """Begin a phase; the phase `data` begins the next step. step: number of completed steps."""
         self._phase_range.close()
         if phase == "data":
             self._begin_step(step + 1)
@@ -36,14 +41,14 @@ class StepProfiler:
             self._phase_range.enter_context(record_function(phase))
 
     def close(self) -> None:
-        """End the trace: what was traced is written even if the last steps are missing."""
+        """End the trace and write it, even if the last steps are missing."""
         self._phase_range.close()
-        self._begin_step(0)  # a step that is never traced
+        self._begin_step(0)  # never traced, because steps count from 1
         if not self._traced:
-            self._say(f"profile: no step of {self._steps[0]}:{self._steps[-1]} was made here, so there is no trace")
+            self._say(f"profile: this process ran no step of {self._steps[0]}:{self._steps[-1]}, so it wrote no trace")
 
     def _begin_step(self, step: int) -> None:
-        """End the range of the step before; trace this step, or write the trace if it is past the last one."""
+        """End the range of the previous step. Then trace this step, or write the trace if it is complete."""
         self._step_range.close()
         if step not in self._steps:
             self._write()
@@ -52,14 +57,14 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-                torch.cuda.memory._record_memory_history(max_entries=100_000)
+                start_memory_history()
             self._profiler = profile(activities=activities, record_shapes=True)
             self._profiler.__enter__()
         self._traced.append(step)
         self._step_range.enter_context(record_function(f"ProfilerStep#{step}"))  # TensorBoard's plugin looks for it
 
     def _write(self) -> None:
-        """Stop tracing and write the files, if steps were traced. A full disk costs the trace, not the run."""
+        """Stop tracing and write the files, if any step was traced. A full disk loses the trace but not the run."""
         profiler = self._profiler
         self._profiler = None
         if profiler is None:
@@ -70,8 +75,7 @@ class StepProfiler:
             path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
             if self._device.type == "cuda":
-                torch.cuda.memory._dump_snapshot(str(path).replace(".pt.trace.json", ".memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+                write_memory_history(str(path).replace(".pt.trace.json", ".memory.pickle"))
             self._say(f"profile: wrote {path}; open it at https://ui.perfetto.dev or in TensorBoard")
         except (OSError, RuntimeError) as error:
             self._say(f"profile: {path} cannot be written ({error}); training continues")

@@ -1,6 +1,6 @@
-"""Write what a run reports: console lines, metrics.jsonl (the plain record) and TensorBoard.
+"""Write the output of a run: console lines, metrics.jsonl and TensorBoard files.
 
-Must not know how the numbers come about. Only rank 0 writes; every rank calls the same methods.
+Must not know how the numbers are computed. Only rank 0 writes; every rank calls the same methods.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from tinytrain_dist.config.run_folder import records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.output import call_on_lost_output
 from tinytrain_dist.utils.text import format_duration
 
 
 class RunLog:
-    """Writes records to metrics.jsonl and TensorBoard, and lines to the console; nothing on other ranks than rank 0."""
+    """Write records to metrics.jsonl and TensorBoard, and lines to the console. Ranks other than 0 write nothing."""
 
     def __init__(self, config: TrainingConfig, main: bool, resumed_step: int) -> None:
-        """Open the files. main: whether this is rank 0; all other ranks may call every method, without effect.
+        """Open the files. main: whether this is rank 0; on other ranks the methods have no effect.
 
-        Records after `resumed_step` are removed and TensorBoard's points after it are hidden, so that no step shows
-        twice.
+        Removes records after `resumed_step` and hides TensorBoard's points after it, so that no step appears twice.
         """
         self.config = config
         self.main = main
-        self._progress: Any = None  # a progress bar, on a terminal
-        self._warned = False  # that records cannot be written
+        self._progress: Any = None  # a progress bar, if the output is a terminal
+        self._warned = False  # whether `_surviving_disk_errors` has printed its warning
+        self._step = resumed_step  # of the last record
         if not main:
             return
         folder = config.logs_dir
@@ -44,9 +45,10 @@ class RunLog:
         self._tensorboard = TensorBoardWriter(config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
+        call_on_lost_output(self._record_lost_output)
 
     def say(self, text: str) -> None:
-        """Print a line for people. Everything that a run prints goes through here, above the progress bar if any."""
+        """Print a line on rank 0, above the progress bar if there is one. All output of a run goes through here."""
         if not self.main:
             return
         if self._progress:
@@ -55,7 +57,7 @@ class RunLog:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning: something is wrong, and the run continues."""
+        """Print a warning about a problem that does not end the run."""
         self.say(f"WARNING: {text}")
 
     def train(
@@ -63,8 +65,8 @@ class RunLog:
     ) -> None:
         """Record a logged step.
 
-        values: by name, see TAG_GROUPS of tensorboard.py. groups: numbers that belong together, by name. work_by_rank:
-        seconds per step.
+        values: numbers by name, see TAG_GROUPS in tensorboard.py. groups: further numbers by name, for each group of
+        related numbers. work_by_rank: seconds per step that each rank spent on its own work.
         """
         if not self.main:
             return
@@ -85,7 +87,7 @@ class RunLog:
             self.say(f"step {step}/{self.config.total_steps} | {text} | {format_duration(seconds_left)} left")
 
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
-        """Record an evaluation. loss: nats per token; seconds: how long it took; others: more numbers, by name."""
+        """Record an evaluation. loss: nats per token; seconds: how long it took; others: further numbers by name."""
         others = others or {}
         perplexity = math.exp(min(loss, 700.0))  # exp(710) overflows
         numbers = {"loss": loss, "perplexity": perplexity, **others}
@@ -99,25 +101,25 @@ class RunLog:
             self._tensorboard.add_loss("eval", step, loss)
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
-        """Record what the model wrote at an evaluation: (prompt, continuation)."""
+        """Record the texts generated at an evaluation, as (prompt, continuation)."""
         if not texts or not self.main:
             return
         with self._surviving_disk_errors():
             self._record("samples", step, {"texts": texts})
             parts = [
-                f"**given**\n\n{indented_code(prompt)}\n\n**the model continues**\n\n{indented_code(continuation)}"
+                f"**prompt**\n\n{indented_code(prompt)}\n\n**continuation**\n\n{indented_code(continuation)}"
                 for prompt, continuation in texts
             ]
             self._tensorboard.add_text("samples", "\n\n---\n\n".join(parts), step)
 
     def about(self, step: int, topic: str, text: str) -> None:
-        """Show a text about the run on the dashboards, as it is: environment, arithmetic, plan."""
+        """Add a text about the run to TensorBoard. topic: what it is about, such as the environment."""
         if self.main:
             with self._surviving_disk_errors():
                 self._tensorboard.add_text(f"about/{topic}", indented_code(text), step)
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """Record something that happened once. kind: one of EVENTS of tensorboard.py."""
+        """Record an event. kind: one of EVENTS in tensorboard.py."""
         self.say(f"step {step}: {text}")
         if not self.main:
             return
@@ -144,7 +146,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _surviving_disk_errors(self) -> Iterator[None]:
-        """Drop a record that cannot be written, with one warning: a full disk must not end the training."""
+        """Drop records that cannot be written, and warn once: a full disk must not end training."""
         try:
             yield
         except OSError as error:
@@ -153,8 +155,14 @@ class RunLog:
             self._warned = True
 
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        # repr of a float round-trips, so two runs can be compared to the last bit from this file
+        self._step = step
+        # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
         self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+
+    def _record_lost_output(self, text: str) -> None:
+        with self._surviving_disk_errors():
+            self._record("output_lost", self._step, {"text": text})
+            self._tensorboard.add_event("output_lost", text, self._step)
 
     def _start_progress(self, step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -171,7 +179,7 @@ class RunLog:
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Remove the records after `step`, and lines that a crash cut short. The rest is written aside and renamed."""
+    """Remove the records after `step`, and lines that a crash cut short. Replaces the file atomically."""
     if not path.exists():
         return
     kept = []

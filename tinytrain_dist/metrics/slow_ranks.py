@@ -1,7 +1,8 @@
 """Find the rank that the others wait for, by the time of its own work.
 
-Steps take equally long on all ranks, since all wait for the slowest. Only what a rank does before it waits for the
-others tells ranks apart: waiting for data, and the forward pass. Must not know how these times are measured.
+A step takes equally long on all ranks, because all wait for the slowest one. Ranks differ only in their own work: what
+they do before they wait for each other, which is to wait for data and to run the forward pass. Must not know how these
+times are measured.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLOW_RANK_RATIO = 1.2  # a rank is slow if its own work takes this many times the median
+SLOW_RANK_RATIO = 1.2  # a rank is slow if its own work takes more than this many times the median
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class SlowestRank:
 
 
 class SlowRankDetector:
-    """Warn once about a rank that is slow in two intervals in a row, and again only after all ranks were fast."""
+    """Warn about a rank that is slow in two intervals in a row.
+
+    Warns about the same rank again only after an interval without a slow rank.
+    """
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """`hosts`: by rank, for the warning."""
+        """Begin without a slow rank. hosts: the host of each rank, for the warning."""
         self._hosts = hosts
         self._suspect: int | None = None  # the rank that was slow in the last interval
         self._warned_of: int | None = None  # the rank of the last warning, until no rank is slow
@@ -37,7 +41,7 @@ class SlowRankDetector:
         wait_seconds, work_seconds: by rank, per step; the work includes the wait for data.
         """
         rank = max(range(len(work_seconds)), key=work_seconds.__getitem__)
-        median = statistics.median_low(work_seconds)  # of two ranks the faster one, or no rank could exceed it
+        median = statistics.median_low(work_seconds)  # of two ranks the faster one: their mean would hide the slow one
         ratio = work_seconds[rank] / median if median > 0 else 1.0
         suspect = rank if ratio > SLOW_RANK_RATIO else None
         warning = ""
@@ -45,9 +49,9 @@ class SlowRankDetector:
             self._warned_of = None
         elif suspect == self._suspect and suspect != self._warned_of:
             warning = (
-                f"rank {rank} ({self._hosts[rank]}) is slow: {work_seconds[rank]:.3f} s of its own work per step, "
-                f"{ratio:.1f} times the median {median:.3f} s; {wait_seconds[rank]:.3f} s of it waiting for data, the "
-                "rest in forward. All ranks wait for it"
+                f"rank {rank} ({self._hosts[rank]}) is slow: its own work takes {work_seconds[rank]:.3f} s per step, "
+                f"{ratio:.1f} times the median of {median:.3f} s; it waits for data for {wait_seconds[rank]:.3f} s and "
+                "spends the rest in the forward pass. All other ranks wait for this rank"
             )
             self._warned_of = suspect
         self._suspect = suspect

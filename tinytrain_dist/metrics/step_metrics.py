@@ -1,12 +1,12 @@
-"""Read the numbers of a step while the next one runs: skipped steps, logged values, votes to stop.
+"""Read the result of a step while the next step runs: skipped updates, logged values, votes to stop.
 
-Must not know how a step is made. Every rank has one `StepMetrics` and calls it at the same steps, since logging gathers
-from all ranks. In order of reading:
+Must not know how a step is computed. Every rank has one `StepMetrics` and calls it at the same steps, because logging
+gathers values from all ranks. The classes in reading order:
 
-- `StepResult`: what one step hands over; its numbers may still be on the device
+- `StepResult`: the result of one step; its numbers may still be on the device
 - `Interval`: sums over the steps since the last logged one
 - `RankTimes`: what one rank sends to all others when a step is logged
-- `StepMetrics`: puts them together
+- `StepMetrics`: reads the results and logs them
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
-LAYER_NORMS_EVERY = 10  # logged steps from one record of the norms by layer to the next
+LAYER_NORMS_EVERY = 10  # norms by layer are recorded once in this many logged steps
 MAX_WINDOWS_NAMED = 16  # in the message about a skipped step
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
+    """Return whether something that happens every `every` steps happens after step `step`."""
     return step % every == 0
 
 
 @dataclass
 class StepResult:
-    """What one step leaves behind; its numbers are read while the next step runs."""
+    """The result of one step; its numbers are read while the next step runs."""
 
     step: int  # completed steps, this one included
     lr: float
@@ -52,8 +52,8 @@ class StepResult:
     vote: Vote  # on whether the run stops after this step
     data_wait: float  # seconds that this rank waited for data
     forward: list[Any]  # marks of the ForwardTimer
-    phases: dict[str, float]  # seconds in each since the step before
-    layer_norms: HostCopy | None  # of gradients and then of weights, by layer
+    phases: dict[str, float]  # seconds in each phase since the previous step
+    layer_norms: HostCopy | None  # the norms of gradients by layer, then those of weights; None if not computed
 
 
 @dataclass
@@ -86,11 +86,11 @@ class RankTimes:
 
     @property
     def work_seconds(self) -> float:
-        """What the rank does before it waits for the others."""
+        """Seconds per step of the rank's own work, before it waits for other ranks."""
         return self.data_wait_seconds + self.forward_seconds
 
     def to_row(self) -> list[float]:
-        """Return the numbers as ranks exchange them; `from_row` reads them."""
+        """Return the numbers as a list that ranks can exchange; `from_row` is the inverse."""
         return [
             self.step_seconds,
             self.data_wait_seconds,
@@ -101,7 +101,7 @@ class RankTimes:
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> RankTimes:
-        """Return the times that `to_row` has written."""
+        """Return the object from which `to_row` has made this list."""
         step_seconds, data_wait_seconds, forward_seconds, memory_gib, *phase_seconds = row
         return cls(
             step_seconds,
@@ -122,7 +122,7 @@ class Fingerprints:
 
 
 class StepMetrics:
-    """Takes the result of each step and reads the one before it, whose numbers are on the host by then."""
+    """Take the result of each step, and read the previous one, whose numbers have reached the host by then."""
 
     def __init__(
         self,
@@ -138,10 +138,11 @@ class StepMetrics:
         layers: list[str],
         process_start: float,
     ) -> None:
-        """Begin after `step` steps. A collective: ranks exchange the names of their hosts.
+        """Begin after `step` steps. A collective: ranks exchange their host names.
 
-        data: what the steps draw from. flops_per_token: forward and backward. forward_timer: times this rank's own
-        work. layers: what `layer_norms` are of. process_start: by time.monotonic().
+        data: the training data, to name the windows of a skipped step. flops_per_token: of forward and backward.
+        forward_timer: measures the forward passes of this rank. layers: names of the layers in `layer_norms`.
+        process_start: by time.monotonic().
         """
         self.config = config
         self.context = context
@@ -152,7 +153,7 @@ class StepMetrics:
         self.forward_timer = forward_timer
         self.layers = layers
         self.process_start = process_start
-        self.watch = StepTimer()  # pauses during evaluation and saving
+        self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
         self.stopping = False  # all ranks have agreed to stop
         self.skipped = 0  # updates skipped by this process
@@ -165,7 +166,7 @@ class StepMetrics:
         self._fingerprints: Fingerprints | None = None
 
     def take(self, result: StepResult) -> None:
-        """Read the result before this one and keep this one. A collective, see `settle`."""
+        """Read the previous result, and keep this one for later. A collective, see `settle`."""
         self.settle()
         self._unread = result
 
@@ -210,23 +211,23 @@ class StepMetrics:
             raise
 
     def _report_skip(self, result: StepResult, loss: float, norm: float) -> None:
-        """Log which ranks and windows made a step not finite. Errors: TrainingError after too many in a row."""
+        """Log which ranks and windows made a step non-finite. Errors: TrainingError after too many in a row."""
         losses = result.micro_batch_losses.tolist()
         bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
-        where = "in the gradient only"
+        where = "only in the gradient"
         if bad_micro_batches:
             ranks = [rank for rank in range(self.plan.ranks) if bad_micro_batches & self._micro_batches_of(rank)]
             slots = [slot for index in sorted(bad_micro_batches) for slot in self.plan.slots(index)]
-            # windows are drawn for the number of steps completed before
+            # the windows of a step are drawn by the number of steps completed before it
             places = self.data.places(self.config.seed, result.step - 1, slots[:MAX_WINDOWS_NAMED])
             where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
-        text = f"not finite (loss {loss}, gradient norm {norm}; {where}); update skipped"
+        text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
         self.log.event(result.step, "skipped", text)
         if self.skipped_in_row >= self.config.max_skipped_steps:
             raise TrainingError(
                 f"step {result.step}: {text}; skipped steps in a row: {self.skipped_in_row}, max_skipped_steps: "
-                f"{self.config.max_skipped_steps}, so the run stops. The last checkpoint is good; lower lr_max or look "
-                "at those windows"
+                f"{self.config.max_skipped_steps}, so the run stops. The last checkpoint is intact; lower lr_max, or "
+                "look at those windows"
             )
 
     def _micro_batches_of(self, rank: int) -> set[int]:
@@ -262,7 +263,7 @@ class StepMetrics:
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
 
     def _gather_times(self, result: StepResult) -> list[RankTimes]:
-        """Close the interval that ends with `result`, and return its times on every rank. A collective."""
+        """End the interval with `result`, and return the times of every rank in it. A collective."""
         steps = result.step - self.logged_step
         interval = self._interval
         self._interval = Interval()
@@ -279,7 +280,7 @@ class StepMetrics:
         return [RankTimes.from_row(row) for row in self.context.all_gather_numbers(own.to_row())]
 
     def _groups(self, result: StepResult, ranks: list[RankTimes]) -> dict[str, dict[str, float]]:
-        """Return the numbers that belong together: seconds by phase, and norms by layer where they were taken."""
+        """Return the groups of related numbers: seconds by phase, and norms by layer if they were computed."""
         by_phase = zip(*(times.phase_seconds for times in ranks), strict=True)
         groups = {
             "step_time": {phase: statistics.mean(times) for phase, times in zip(STEP_PHASES, by_phase, strict=True)}

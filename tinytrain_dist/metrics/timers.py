@@ -1,4 +1,4 @@
-"""Clocks for a run: device values copied to the host, seconds per step without pauses, time in forward passes."""
+"""Copy device values to the host without waiting, and measure the time of steps and forward passes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 class HostCopy:
-    """Device values being copied to the host; `read` waits for these values only, not for what was queued after."""
+    """A copy of device values to the host, in progress. `read` waits for this copy, not for work queued later."""
 
     def __init__(self, values: Tensor, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Start to copy `values` (a tensor of any shape) without waiting. clock: seconds, monotonic."""
+        """Start to copy `values` (a tensor of any shape) without waiting. clock: returns seconds, monotonic."""
         self._values = values.detach()
         self._clock = clock
-        self.ready_at = clock()  # by the clock; CPU values are ready at once, others when `read` has waited
+        self.ready_at = clock()  # by the clock; values on a CPU are ready now, others when `read` has waited
         self._ready: torch.cuda.Event | None = None
         if values.is_cuda:
-            # only a copy to pinned memory leaves the host free meanwhile
+            # only a copy to pinned memory does not block the host
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values.detach(), non_blocking=True)
             self._ready = torch.cuda.Event()
@@ -37,16 +37,16 @@ class HostCopy:
 
 
 class StepTimer:
-    """Time spent in steps, without what happened inside `paused`: evaluation and saving are not training."""
+    """Measure the time of training steps, without the time inside `paused` (evaluations and saves)."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Begin the first lap now. clock: seconds, monotonic."""
+        """Begin the first lap now. clock: returns seconds, monotonic."""
         self._clock = clock
         self._lap_start = clock()
         self._paused_seconds = 0.0  # in this lap
 
     def lap(self, now: float) -> float:
-        """Return the seconds from the last lap to the time `now`, without pauses; `now` may be in the past."""
+        """End a lap at the time `now`, which may be in the past; return its seconds without pauses."""
         seconds = now - self._lap_start - self._paused_seconds
         self._lap_start = now
         self._paused_seconds = 0.0
@@ -54,7 +54,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens inside, such as evaluation and saving."""
+        """Exclude the time inside this context from the lap."""
         start = self._clock()
         try:
             yield
@@ -63,19 +63,19 @@ class StepTimer:
 
 
 class ForwardTimer:
-    """Time inside the forward passes of some modules.
+    """Measure the time inside the forward passes of some modules.
 
-    It is measured by the host's clock, or on a GPU by events on its stream, which are read once they have passed.
+    Uses the host's clock on a CPU. On a GPU, uses events on its stream, which are read after the GPU has passed them.
     """
 
     def __init__(self, modules: list[nn.Module], cuda: bool, compiled: bool = False) -> None:
-        """Time `modules`, which must not contain each other.
+        """Measure `modules`, which must not contain each other.
 
-        compiled: their calls are compiled, hooks included; the hooks are then kept out, because reading a clock must
-        not be compiled.
+        compiled: whether their calls are compiled. If so, the hooks are not, because reading a clock cannot be
+        compiled.
         """
         self._cuda = cuda
-        self._marks: list[Any] = []  # begin, end, begin, end, ...: seconds, or CUDA events
+        self._marks: list[Any] = []  # start, end, start, end, ...: seconds, or CUDA events
         mark = torch.compiler.disable(self._mark) if compiled else self._mark
         for module in modules:
             module.register_forward_pre_hook(mark)
@@ -95,11 +95,11 @@ class ForwardTimer:
         return marks
 
     def seconds(self, marks: list[Any]) -> float:
-        """Return the seconds between the begin and the end of each pass.
+        """Return the total seconds of the passes between `marks`.
 
-        Errors: RuntimeError on a GPU whose work has not come to the last mark.
+        Errors: RuntimeError if a GPU has not reached the last mark yet.
         """
         passes = zip(marks[0::2], marks[1::2], strict=True)
         if self._cuda:
-            return float(sum(begin.elapsed_time(end) / 1000 for begin, end in passes))  # events count milliseconds
-        return float(sum(end - begin for begin, end in passes))
+            return float(sum(start.elapsed_time(end) / 1000 for start, end in passes))  # elapsed_time is in ms
+        return float(sum(end - start for start, end in passes))

@@ -1,12 +1,12 @@
-"""Record why a run failed: error.json holds the first cause, whichever rank reports it, in whatever order.
+"""Record why a run failed: error.json holds the first cause, in whatever order the ranks report.
 
-Must not know torch or ranks. Which of two causes is the first:
+Must not know torch or ranks. The first of two causes is:
 
-- a rank's own error, or the death of a rank, comes before what its peers report of it (`secondary`)
-- among equals the earlier one counts
+- the one that is not `secondary`: an error that the failure of another rank has caused is secondary
+- if that does not decide, the earlier one
 
-The abort request, which ends a run on all its ranks, is here as well. It is a file, because a rank that waits in a
-collective for a dead one cannot be reached in another way.
+This module also writes and reads the abort request, which ends a run on all its ranks. It is a file, because a rank
+that waits in a collective for a dead rank cannot be reached in any other way.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
 ErrorRecord = dict[str, Any]  # message, rank, host, step, traceback, time (seconds since 1970), secondary
 AbortRequest = dict[str, Any]  # world (the launch ID), message, hang, state
+MAY_RETRY = "may_retry"  # in the file that torchrun reads
 NO_ERROR_MESSAGE = "the previous run ended without an error message: it was killed or its node was lost"
 
 
@@ -35,18 +36,18 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
         if known and (known["secondary"], known["time"]) <= (cause["secondary"], cause["time"]):
             return
         step = cause["step"]
-        if step is None:  # it failed during the start, so the step of the start before it still holds
+        if step is None:  # it failed before its first step, so the step in state.json is still valid
             step = read_json_object(folder / STATE_FILE).get("step")
         write_state(folder, "failed", step)
         if not cause["secondary"]:
             write_atomically(path, cause)
             return
-        with open(path, "x", encoding="utf-8") as file:  # never replaces a first cause that was written meanwhile
+        with open(path, "x", encoding="utf-8") as file:  # "x": must not replace a first cause written meanwhile
             json.dump(cause, file)
 
 
 def read_and_clear_error(folder: Path) -> str:
-    """Return why the run before this start failed, and remove error.json; "" if the run did not fail."""
+    """Return why the previous run in this folder failed, "" if it did not, and remove error.json."""
     path = folder / ERROR_FILE
     message = str(read_json_object(path).get("message", ""))
     path.unlink(missing_ok=True)
@@ -57,10 +58,10 @@ def read_and_clear_error(folder: Path) -> str:
 
 
 def request_abort(folder: Path, launch_id: str, message: str, hang: bool = False, state: str = "failed") -> None:
-    """Ask every rank of this launch to end within seconds, unless that was asked before. Ignores a full disk.
+    """Ask every rank of this launch to end within seconds. Keeps an earlier request. Ignores a full disk.
 
-    launch_id: tells this launch from earlier and later ones. hang: write the stacks first. state: "failed", or
-    "preempted" where nothing is lost.
+    launch_id: distinguishes this launch from earlier and later ones. hang: whether ranks write their stacks first.
+    state: "failed", or "preempted" if no work is lost.
     """
     request: AbortRequest = {"world": launch_id, "message": message, "hang": hang, "state": state}
     with contextlib.suppress(OSError):
@@ -74,15 +75,15 @@ def read_abort_request(folder: Path, launch_id: str) -> AbortRequest:
     return request if launch_id and request.get("world") == launch_id else {}
 
 
-def report_to_launcher(message: str) -> bool:
+def report_to_launcher(message: str, may_retry: bool = True) -> bool:
     """Write why this rank ended to the file that its agent reads; return whether the agent will print it.
 
-    Only our own agent prints it; plain torchrun does not.
+    Only our own agent prints it; plain torchrun does not. may_retry: whether a restart in place may help.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return False
-    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    extra = {"py_callstack": "", "timestamp": str(int(time.time())), MAY_RETRY: may_retry}
     try:
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)

@@ -1,4 +1,4 @@
-"""Write and read heartbeats: a small file for each rank that tells in which phase and step it is.
+"""Write and read heartbeats: a small file for each rank, with its current phase and step.
 
 Must not know torch, or what happens in a phase. Heartbeats are files, so that they can be read while every rank waits
 in a collective, and after all of them are dead.
@@ -16,8 +16,8 @@ from tinytrain_dist.metrics.phase_timer import PHASE_ORDER
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats of a rank
-MISSING_RANKS_NAMED = 16  # in a message
-WAITED_FOR_RANKS_NAMED = 4
+MISSING_RANKS_NAMED = 16  # in a message, of ranks without a heartbeat
+WAITED_FOR_RANKS_NAMED = 4  # in a message, of ranks that the others wait for
 
 # rank, world_size, host, pid, step, phase, seconds (without progress), time (seconds since 1970), world (the launch
 # ID), attempt (of a batch script)
@@ -33,9 +33,9 @@ def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
 
 
 def read_heartbeats(folder: Path) -> list[Heartbeat]:
-    """Return the last heartbeat of each rank, with `seen`: when it was written by the file system's clock.
+    """Return the last heartbeat of each rank, with `seen` added: when it was written, by the file system's clock.
 
-    Torn files are skipped, and so are those that an earlier run on more ranks has left.
+    Skips incomplete files, and files that an earlier run on more ranks has left.
     """
     heartbeats = []
     for path in sorted(heartbeat_folder(folder).glob("rank-*.json")):
@@ -47,15 +47,18 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
 
 
 def phase_index(heartbeat: Heartbeat) -> int:
-    """Return how far a rank has come within a step; 0 in a phase that is not known."""
+    """Return the position of a rank's phase within a step; 0 if the phase is unknown."""
     return PHASE_ORDER.index(heartbeat["phase"]) if heartbeat["phase"] in PHASE_ORDER else 0
 
 
 def describe_waiting(heartbeats: Sequence[Heartbeat], world_size: int, since: float) -> str:
-    """Return for which ranks the others wait, as part of a sentence.
+    """Describe which ranks the others wait for, as part of a sentence.
 
-    The first of these that there are: ranks without any heartbeat, ranks without one since the time `since`, and ranks
-    that are behind the others.
+    Names the first of these groups that is not empty:
+
+    - ranks that never wrote a heartbeat
+    - ranks that have not written a heartbeat after the time `since`
+    - ranks that are behind the others
     """
     missing = sorted(set(range(world_size)) - {heartbeat["rank"] for heartbeat in heartbeats})
     if missing:
@@ -64,7 +67,8 @@ def describe_waiting(heartbeats: Sequence[Heartbeat], world_size: int, since: fl
     if silent:
         return f"all wait for {_format_ranks(silent)}: no heartbeat since then"
     progress = [(heartbeat["step"], phase_index(heartbeat)) for heartbeat in heartbeats]
-    behind = [heartbeat for heartbeat, place in zip(heartbeats, progress, strict=True) if place == min(progress)]
+    least = min(progress)
+    behind = [heartbeat for heartbeat, reached in zip(heartbeats, progress, strict=True) if reached == least]
     if len(behind) == len(heartbeats):
         return f"all {len(behind)} rank(s) are in {behind[0]['phase']} after step {behind[0]['step']}"
     return f"all wait for {_format_ranks(behind)}"

@@ -1,7 +1,7 @@
 """Check before step 1 that all ranks agree on code, versions, settings, number of processes, clocks and threads.
 
-Must not know what is trained. Each rank contributes its facts once; a message names the deviating rank and host with
-both values.
+Must not know what is trained. Each rank sends its facts once. A message names the deviating ranks, their hosts and both
+values.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.environment import library_versions
 from tinytrain_dist.model.matmul import widens_bf16
 
-# Decisions that depend on a clock are taken by one rank, so a skew harms no run. A larger one than this confuses people
-# who compare logs.
+# Clock skew harms no run, because one rank takes all decisions that depend on a clock. A larger skew than this confuses
+# people who compare logs.
 MAX_CLOCK_SKEW_SECONDS = 2.0
-SETTING_PREFIX = "setting "  # of a fact that is a setting
-RANKS_NAMED = 3  # in a message; the others are counted
+SETTING_PREFIX = "setting "  # begins the names of facts that are settings
+RANKS_NAMED = 3  # in a message; the remaining ranks are only counted
 RankFacts = dict[str, Any]
 
 
 def code_digest() -> str:
-    """Return a digest of every source file of this package, names included."""
+    """Return a digest of the names and contents of all source files of this package."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -51,9 +51,9 @@ def rank_facts(config: TrainingConfig | None, context: DistributedContext) -> Ra
 
 
 def find_differences(facts_by_rank: list[RankFacts], hosts: list[str]) -> list[str]:
-    """Return a sentence for each fact on which ranks differ, naming the minority with both values.
+    """Return a sentence for each fact on which ranks differ, with the deviating ranks and both values.
 
-    Of two equally frequent values that of the lower rank counts as the usual one.
+    If two values are equally frequent, the one on the lower rank counts as the usual one.
     """
     differences = []
     for name in dict.fromkeys(name for facts in facts_by_rank for name in facts):
@@ -75,18 +75,18 @@ def find_differences(facts_by_rank: list[RankFacts], hosts: list[str]) -> list[s
 
 
 def _remedy(fact: str) -> str:
-    """Return what to do where ranks differ in this fact."""
+    """Return what to do about ranks that differ in this fact."""
     if fact == "code":
         return "start every node from the same checkout"
     if fact == "processes per node":
-        return "start the same number of processes on each"
+        return "start the same number of processes on each node"
     if fact.startswith(SETTING_PREFIX):
         return "give every node the same file and the same settings"
-    return "use one environment on all nodes"
+    return "use the same environment on all nodes"
 
 
 def format_ranks(ranks: list[int], hosts: list[str]) -> str:
-    """Return the ranks with their hosts; of many only the first few. hosts: by rank."""
+    """Format ranks with their hosts: the first few by name, the remaining ones as a number. hosts: by rank."""
     named = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in ranks[:RANKS_NAMED])
     return named + (f" and {len(ranks) - RANKS_NAMED} more" if len(ranks) > RANKS_NAMED else "")
 
@@ -100,7 +100,7 @@ def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[
     """Return a sentence for each host whose ranks run more threads than they have cores. All arguments are by rank."""
     warnings = []
     for host in dict.fromkeys(hosts):
-        ranks = [rank for rank, its_host in enumerate(hosts) if its_host == host]
+        ranks = [rank for rank, rank_host in enumerate(hosts) if rank_host == host]
         num_cores = len(set().union(*(cores[rank] for rank in ranks)))
         num_threads = sum(threads[rank] for rank in ranks)
         if num_threads > num_cores:
@@ -114,10 +114,10 @@ def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[
 
 
 def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time.time) -> list[tuple[float, float]]:
-    """Return by how many seconds each rank's clock is ahead of this one's, and the error bound of that. A collective.
+    """Return by how many seconds each rank's clock is ahead of this rank's, with an error bound. A collective.
 
-    Every rank reads its clock after all have entered a barrier and before any has received all readings. By this rank's
-    clock that is between `before` and `after`, whatever the network does.
+    Every rank reads its clock after all ranks have entered the second barrier, and before any rank has received all
+    readings. By this rank's clock that is between `before` and `after`, even if the network is slow.
     """
     context.barrier()
     before = clock()
@@ -128,35 +128,35 @@ def clock_offsets(context: DistributedContext, clock: Callable[[], float] = time
 
 
 def skewed_clocks(offsets: list[tuple[float, float]], hosts: list[str]) -> list[str]:
-    """Return a sentence for each host whose clock is certainly wrong compared with rank 0's.
+    """Return a sentence for each host whose clock certainly differs from rank 0's by more than is acceptable.
 
-    offsets: of `clock_offsets` on rank 0.
+    offsets: from `clock_offsets` on rank 0.
     """
     largest_offset: dict[str, float] = {}  # by host
     for host, (offset, error_bound) in zip(hosts, offsets, strict=True):
         if abs(offset) - error_bound > max(MAX_CLOCK_SKEW_SECONDS, abs(largest_offset.get(host, 0.0))):
             largest_offset[host] = offset
     return [
-        f"clock: {host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {hosts[0]}; set it (chrony)"
+        f"clock: {host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {hosts[0]}; synchronize them "
+        "(chrony)"
         for host, offset in largest_offset.items()
     ]
 
 
 def check_rank_consistency(config: TrainingConfig, context: DistributedContext) -> list[str]:
-    """Compare all ranks. Returns warnings; raises on real mismatches. A collective of some milliseconds.
+    """Compare all ranks, and return warnings about what slows the run down. A collective of a few milliseconds.
 
-    Warnings are about what slows a run down or confuses people.
-    Errors: ConfigError with everything on which ranks differ, and which ranks deviate.
+    Errors: ConfigError with every fact on which ranks differ, and the deviating ranks.
     """
     own_threads = config.cpu_threads or (1 if config.reproducible else torch.get_num_threads())
     by_rank = context.all_gather_object((context.host, rank_facts(config, context), own_threads, usable_cores()))
     hosts, facts, threads, cores = (list(column) for column in zip(*by_rank, strict=True))
     if differences := find_differences(facts, hosts):
-        raise ConfigError(differences, f"the world of {context.world_size} ranks")
+        raise ConfigError(differences, f"the comparison of {context.world_size} ranks")
     warnings = oversubscribed_hosts(threads, cores, hosts)
     if widens_bf16(config.precision, context.device):
         warnings.append(
-            "precision: this CPU has no bf16 instructions, so products are in float32; fp32 is about as fast"
+            "precision: this CPU has no bf16 instructions, so bf16 computes products in float32; fp32 is about as fast"
         )
     warnings += context.broadcast_object(skewed_clocks(clock_offsets(context), hosts))
     return warnings

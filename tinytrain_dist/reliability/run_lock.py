@@ -1,10 +1,10 @@
-"""Let one process at a time write to a run folder, and take over the lock of a process that is gone.
+"""Let only one run at a time write to a run folder, and take over the lock of a process that has ended.
 
-`lock.json` names the process, and that process touches the file as long as it lives. A lock is stale if
+`lock.json` names the process that holds the lock. That process touches the file as long as it runs. A lock is stale if
 
-- its process is gone, and was on this host,
-- it belongs to an earlier attempt of the same Slurm job, or
-- it is of another host and was not touched for two minutes.
+- its process was on this host and has ended,
+- its process belonged to an earlier attempt of the same Slurm job, or
+- its process is on another host and has not touched the file for two minutes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.processes import process_start_time
+from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.waiting import WaitNotice
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
 STALE_SECONDS = 120.0  # without a touch
-CREATE_ATTEMPTS = 3  # other processes may take the lock between two of them
+CREATE_ATTEMPTS = 3  # another process may take the lock between two attempts
 
 LockRecord = dict[str, Any]  # host, pid, started (see process_start_time), job (of Slurm)
 LOCK_KEYS = {"host", "pid", "started", "job"}
@@ -35,11 +38,12 @@ class RunLock:
     """The lock of a run folder: held by rank 0 for all ranks of a run, from `acquire` to `release`."""
 
     def __init__(self, path: Path, record: LockRecord, holds_file: bool) -> None:
-        """Describe a lock; `acquire` takes it. record: names rank 0's process. holds_file: whether this is rank 0."""
+        """Describe a lock without taking it. record: names rank 0's process. holds_file: whether this is rank 0."""
         self.path = path
         self._record = record
         self._holds_file = holds_file
         self._released = threading.Event()
+        self.waited_seconds = 0.0  # until it was known whether the previous holder is alive
 
     @classmethod
     def acquire(cls, folder: Path, context: DistributedContext) -> RunLock:
@@ -55,18 +59,20 @@ class RunLock:
         }
         lock = cls(folder / LOCK_FILE, context.broadcast_object(own_record), holds_file=context.is_main)
         error = None
+        started = time.monotonic()
         if context.is_main:
             try:
                 lock._create_file()
             except CheckpointError as caught:
                 error = caught
-        collectives.raise_on_all_ranks(error)
+        collectives.raise_on_all_ranks(error)  # here the other ranks wait for rank 0
+        lock.waited_seconds = time.monotonic() - started
         if context.is_main:
             threading.Thread(target=lock._keep_touching, name="lock", daemon=True).start()
         return lock
 
     def taken_over(self) -> bool:
-        """Return whether another process holds the folder by now; the same on all ranks of the run that lost it."""
+        """Return whether another process has taken over the lock. Every rank can ask: each knows rank 0's process."""
         holder = self._read_holder()
         return holder is not None and holder != self._record
 
@@ -78,36 +84,42 @@ class RunLock:
 
     def _create_file(self) -> None:
         """Create lock.json. Errors: CheckpointError if another process holds it."""
-        private = self.path.with_name(f"lock-{secrets.token_hex(6)}")
-        private.write_text(json.dumps(self._record), encoding="utf-8")
+        own_file = self.path.with_name(f"lock-{secrets.token_hex(6)}")
+        own_file.write_text(json.dumps(self._record), encoding="utf-8")
         try:
             for _ in range(CREATE_ATTEMPTS):
                 try:
-                    # A link appears with its whole content, or fails because there is a lock.
-                    os.link(private, self.path)
+                    # The link appears with its whole content, or fails because there is a lock.
+                    os.link(own_file, self.path)
                     return
                 except FileExistsError:
                     self._remove_stale_file()
         finally:
-            private.unlink(missing_ok=True)
+            own_file.unlink(missing_ok=True)
         raise CheckpointError(f"{self.path}: other processes keep taking this lock; start only one run per folder")
 
     def _remove_stale_file(self) -> None:
-        """Remove the lock of a process that is gone. Of several processes that find it stale, one removes it.
+        """Remove a stale lock. If several processes find it stale, only one of them removes it.
 
-        Errors: CheckpointError if its process lives.
+        Errors: CheckpointError if the lock is not stale.
         """
         holder = self._read_holder()
         first_touched = self._touched_at()
+        holder_name = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        notice = WaitNotice(
+            lambda: f"a sign that {holder_name}, which holds the lock {self.path}, is alive; else it is taken over",
+            STALE_SECONDS,
+        )
         while not self._is_stale(holder):
             if holder is not None and holder["host"] != self._record["host"] and self._touched_at() == first_touched:
-                # The holder is on another host. If it lives, it touches the lock soon; if its node was lost, the lock
-                # becomes stale.
+                # The holder is on another host. If it still runs, it soon touches the lock. If not, the lock becomes
+                # stale.
                 time.sleep(1.0)
+                notice.check()
                 continue
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
             raise CheckpointError(
-                f"{self.path.parent}: {who} trains into this folder; stop it, or set another target_dir"
+                f"{self.path.parent}: {holder_name} is already training in this folder; stop it, or set another "
+                "target_dir"
             )
         aside = self.path.with_name(f"lock-stale-{secrets.token_hex(6)}")
         with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -117,7 +129,7 @@ class RunLock:
     def _is_stale(self, holder: LockRecord | None) -> bool:
         if holder is not None:
             if holder == self._record:
-                return True  # of this very process, after a start that failed
+                return True  # this process took it in a start that failed
             if holder["host"] == self._record["host"]:
                 return bool(process_start_time(int(holder["pid"])) != holder["started"])
             if holder["job"] is not None and holder["job"] == self._record["job"]:
@@ -135,9 +147,9 @@ class RunLock:
         return 0.0
 
     def _read_holder(self) -> LockRecord | None:
-        """Return what the lock file says; None if there is none, or it is not a lock."""
+        """Return the content of the lock file; None if it is missing or not a lock."""
         try:
-            record: LockRecord = json.loads(self.path.read_text(encoding="utf-8"))
+            record: LockRecord = json.loads(read_text(self.path))
             return record if record.keys() >= LOCK_KEYS else None
         except (OSError, ValueError, AttributeError):
             return None
@@ -149,20 +161,3 @@ class RunLock:
                 os.utime(self.path)
             except OSError:
                 return
-
-
-def process_start_time(pid: int) -> str | None:
-    """Return when a process of this host began, as its kernel counts; None if there is no such process.
-
-    It tells a process from a later one with the same ID. Where there is no /proc, every process "started" the same:
-    "running".
-    """
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-        return "running"
-    except (ProcessLookupError, PermissionError):
-        return None

@@ -1,6 +1,6 @@
-"""Write state.json, from which batch scripts read how a run ended, and know whether this process still owns the run.
+"""Write state.json, which tells batch scripts how a run ended, and track whether this process still owns it.
 
-Exit codes do not survive launchers, so the state is a file. Must not know torch or ranks.
+The state is a file, because launchers do not pass exit codes on. Must not know torch or ranks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 from tinytrain_dist.config.run_folder import STATE_FILE
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 
-# The runs that this process has claimed, by folder, each with a function that returns whether another process has taken
-# the run over since. It is state of the process, because the watchdog and the error handler must know it even if
-# building the trainer has failed.
+# The run folders that this process has claimed, each with a function that returns whether another process has taken the
+# run over since. This is a global variable, because the watchdog and the error handler need it even if building the
+# trainer has failed.
 _claimed_runs: dict[Path, Callable[[], bool]] = {}
 
 
 def claim_run(folder: Path, taken_over: Callable[[], bool]) -> None:
-    """Note that this process owns the run in `folder` from now on, until `taken_over` returns that another one does."""
+    """Record that from now on this process owns the run in `folder`, until `taken_over` returns True."""
     _claimed_runs[folder] = taken_over
     if note := os.environ.get("TINYTRAIN_AGENT"):
-        # with the folder the agent can report the death of a rank that cannot report it any more
+        # the agent needs the folder to report a rank that was killed
         Path(note).write_text(str(folder.resolve()), encoding="utf-8")
 
 
@@ -32,17 +32,17 @@ def owns_run(folder: Path) -> bool:
 
 
 def lost_run(folder: Path) -> bool:
-    """Return whether another process has taken over a run of this one; happens when a partitioned node reconnects."""
+    """Return whether another process has taken over a run of this one. Happens when a partitioned node reconnects."""
     return folder in _claimed_runs and _claimed_runs[folder]()
 
 
 def write_state(folder: Path, state: str, step: int | None, reason: str = "") -> None:
-    """Write state.json. state: running, done, preempted or failed; reason: what asked for the stop.
+    """Write state.json. state: running, done, preempted or failed; reason: what requested the stop.
 
-    A batch script names its attempt in TINYTRAIN_ATTEMPT. Two more values are then written:
+    If a batch script has set TINYTRAIN_ATTEMPT, two more values are written:
 
-    - `attempt`: tells this state from one that an earlier attempt left
-    - `first_step`: the step at which the attempt began, restarts in place included; shows whether it made progress
+    - `attempt`: distinguishes this state from one that an earlier attempt left
+    - `first_step`: the step at which the attempt began, before any restart in place; shows whether it made progress
     """
     values: dict[str, str | int | None] = {"state": state, "step": step}
     if reason:

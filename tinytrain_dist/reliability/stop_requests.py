@@ -1,25 +1,43 @@
-"""Collect requests to stop: signals, a stop file and a deadline set a flag here, and nothing else happens.
+"""Collect requests to stop the run: signals, a stop file and a deadline.
 
-Must not know torch or ranks: handlers are installed before torch is imported, and the loop decides with all ranks.
+Nothing is stopped here: the training loop asks for the reason to stop, and all ranks decide together. Must not know
+torch or ranks, because the signal handlers are installed before torch is imported.
+
+A signal that a program was started to ignore stays ignored, in every program of this project. `nohup` relies on that
+for SIGHUP, and shells for SIGINT and SIGQUIT of a job in the background.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
 from tinytrain_dist.config.run_folder import STOP_FILE
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-FILE_CHECK_SECONDS = 1.0  # between two looks at the stop file
-PROCESS_START = time.monotonic()  # about when the process began: this module is imported first
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a verb; Python turns SIGINT into KeyboardInterrupt
+FILE_CHECK_SECONDS = 1.0  # between two checks for the stop file
+PROCESS_START = time.monotonic()  # roughly when the process started: this module is imported first
 
-# The stop signals that this process received, by name. A signal handler belongs to the process and can be given no
-# object, so this is state of the module. Only the first one counts: the run already stops because of it.
+# The names of the stop signals that this process received. This is a global variable, because a signal handler belongs
+# to the process and cannot be given an object. Only the first signal counts: the run is already stopping because of it.
 _received_signals: list[str] = []
+
+
+def handle_unless_ignored(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> None:
+    """Install a handler for signals, except for those that this process was started to ignore.
+
+    SIGUSR1 is handled in any case: only this project sends it, and launch/node.sh ignores it until Python handles it.
+    """
+    for number in numbers:
+        if number == signal.SIGUSR1 or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _note_signal(number: int, _: FrameType | None) -> None:
@@ -27,13 +45,31 @@ def _note_signal(number: int, _: FrameType | None) -> None:
 
 
 def install_signal_handlers() -> None:
-    """Let SIGTERM, SIGINT and SIGUSR1 only set the flag. Call it at the very top of a program."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, _note_signal)
+    """Let the stop signals only set a flag. Call this at the very top of a program."""
+    handle_unless_ignored(STOP_SIGNALS, _note_signal)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def exit_on_stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in this block, so that a verb removes what it has half written."""
+    former = {number: signal.getsignal(number) for number in EXIT_SIGNALS}
+    handle_unless_ignored(EXIT_SIGNALS, _exit)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def received_signal() -> str:
-    """Return the first stop signal by name, also one that the agent received before this process; "" if none."""
+    """Return the name of the first stop signal; "" if there is none.
+
+    This may be a signal that the agent received before this process started.
+    """
     return _received_signals[0] if _received_signals else os.environ.get("TINYTRAIN_STOP", "")
 
 
@@ -41,7 +77,7 @@ class StopRequests:
     """Why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
 
     def __init__(self, folder: Path, time_limit: float | None, check_file: bool, since: float | None = None) -> None:
-        """Begin to check the run in `folder`.
+        """Begin to watch for requests to stop the run in `folder`.
 
         time_limit: seconds after `since` (by time.monotonic(); None: now). check_file: whether this rank checks for the
         stop file, once a second; one rank is enough.
@@ -62,7 +98,7 @@ class StopRequests:
         self._deadline = min(deadlines, default=None)
 
     def reason(self, reserve_seconds: float = 0.0) -> str:
-        """Return why to stop, or ""; `reserve_seconds` (the time of a save) are kept before the deadline."""
+        """Return why to stop, or "". reserve_seconds: how long before the deadline to stop, so that a save fits."""
         now = time.monotonic()
         if name := received_signal():
             return name
@@ -75,6 +111,6 @@ class StopRequests:
         return ""
 
     def clear(self) -> None:
-        """Remove the stop file, so that the next start trains again; only the rank that checks it does."""
+        """Remove the stop file, so that the next start trains again. Only the rank that checks for it removes it."""
         if self._check_file:
             self._file.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Check before step 1 that a run folder is shared and writable, and that disk and host memory suffice.
 
-Must not know models or the loop. Rank 0 acts and all ranks get the result; each message names the host concerned.
+Must not know models or the training loop. Rank 0 checks, and all ranks get the result. Each message names the host.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
         probe.unlink(missing_ok=True)
     if blind_hosts:
         raise CheckpointError(
-            f"{folder}: what rank 0 writes there is not seen on {', '.join(blind_hosts)}; put target_dir on a file "
-            "system that all nodes share"
+            f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put target_dir on a "
+            "file system that all nodes share"
         )
 
 
 def _write_probe(path: Path, text: str) -> None:
-    """Write a file as checkpoints are written: aside, synced and renamed."""
+    """Write a file as checkpoints are written: under another name, then synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def check_disk_space(
 ) -> None:
     """Check that the disk has room for `wanted` checkpoints of this size, `existing` of which are there already.
 
-    At least one more is counted. A collective. Errors: CheckpointError with both numbers.
+    There must be room for at least one more. A collective. Errors: CheckpointError with both numbers.
     """
     error = None
     if context.is_main:
@@ -72,7 +72,7 @@ def check_disk_space(
         free_bytes = shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
             error = CheckpointError(
-                f"{folder}: {_format_size(free_bytes)} are free, but {_format_size(needed_bytes)} more are needed for "
+                f"{folder}: {_format_size(free_bytes)} is free, but {_format_size(needed_bytes)} more is needed for "
                 f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room, or lower "
                 "keep_last"
             )
@@ -85,7 +85,7 @@ def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
     buffer_bytes: of this rank. A host whose system does not report its free memory is not checked. A collective.
     Errors: CheckpointError naming the host and both numbers.
     """
-    free_bytes = 0  # not known
+    free_bytes = 0  # unknown
     with contextlib.suppress(OSError, ValueError, IndexError):
         free_bytes = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     needed_by_host: dict[str, int] = {}
@@ -96,8 +96,8 @@ def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
     for host, needed in needed_by_host.items():
         if 0 < free_by_host[host] < needed:
             raise CheckpointError(
-                f"ckpt_async: saving in the background needs {_format_size(needed)} of buffers on {host}, where "
-                f"{_format_size(free_by_host[host])} are free; set ckpt_async = false, or use more hosts"
+                f"ckpt_async: saving in the background needs {_format_size(needed)} of buffers on {host}, where only "
+                f"{_format_size(free_by_host[host])} is free; set ckpt_async = false, or use more hosts"
             )
 
 

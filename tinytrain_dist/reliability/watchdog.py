@@ -1,4 +1,4 @@
-"""Watch one rank from a thread: write its heartbeat, enforce time limits on phases, end it together with all others.
+"""Watch one rank from a thread: write its heartbeat, enforce time limits, and end it when the whole run must end.
 
 Must not know torch, or what happens in a phase. The thread reads and writes small files, so it works while the main
 thread waits in a collective. RUN/logs/heartbeat has a file per rank. RUN/logs/stacks has the stacks of each rank of a
@@ -43,7 +43,7 @@ NO_LIMIT_SECONDS = 30 * 86_400.0
 
 
 class Watchdog(threading.Thread):
-    """Watches one rank from `start` to `close`."""
+    """Watch one rank, from `start` to `close`."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Watchdog(threading.Thread):
         report: Callable[[str], None],
         flight_record: Callable[[], bytes],
     ) -> None:
-        """Prepare to watch this process. For the main thread only: from here on signals wake the watchdog.
+        """Prepare to watch this process. Call this in the main thread: from here on, signals wake the watchdog.
 
         identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
         collectives as JSON.
@@ -64,16 +64,16 @@ class Watchdog(threading.Thread):
         self.launch_id = ""  # known when all ranks have joined
         self._report = report
         self._flight_record = flight_record
-        # The name and the value of the setting that limits a phase; step_limit for all others, 0: no limit.
+        # The name and value of the setting that limits each phase; step_limit is for all other phases. 0: no limit.
         self._limits = dict.fromkeys(START_PHASES, ("start_limit", config.start_limit))
         self._limits["checkpoint"] = ("save_limit", config.save_limit)
         self._default_limit = ("step_limit", config.step_limit)
         self._agent_pid = os.getppid()
         self._next_heartbeat = 0.0  # by time.monotonic()
-        self._written_phase = ""  # of the last heartbeat
+        self._written_phase = ""  # the phase in the last heartbeat
         self._closed = threading.Event()
-        # A signal, or `close`, writes a byte into this pipe and so wakes the thread, also while the main thread waits
-        # in a collective and Python cannot run a signal handler.
+        # A signal, or `close`, writes a byte into this pipe, which wakes the thread. This works even while the main
+        # thread waits in a collective and Python cannot run a signal handler.
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
@@ -86,7 +86,7 @@ class Watchdog(threading.Thread):
         return max(seconds) if all(seconds) else NO_LIMIT_SECONDS
 
     def set_launch_id(self, launch_id: str) -> None:
-        """Note the launch ID, which all ranks of this launch share; from now on abort requests reach this rank."""
+        """Set the launch ID, which all ranks of this launch share. From now on, abort requests reach this rank."""
         self.launch_id = launch_id
         self.heartbeat()
 
@@ -123,7 +123,7 @@ class Watchdog(threading.Thread):
         )
 
     def run(self) -> None:
-        """Check once a second, and at once when a signal comes; the body of the thread."""
+        """Check once a second, and immediately after a signal. This is the body of the thread."""
         phase_start: float | None = None
         seconds_in_phase = 0.0
         last_check = time.monotonic()
@@ -133,7 +133,7 @@ class Watchdog(threading.Thread):
             now = time.monotonic()
             since = self.phase_timer.since
             if since == phase_start:
-                # time in which this thread did not run, as in a stopped process or a sleeping laptop, does not count
+                # do not count time in which this thread did not run, as in a stopped process or a sleeping laptop
                 seconds_in_phase += min(now - last_check, 2 * TICK_SECONDS)
             else:
                 seconds_in_phase = 0.0
@@ -142,7 +142,7 @@ class Watchdog(threading.Thread):
             self._check(seconds_in_phase)
 
     def _note_signals(self, numbers: bytes) -> None:
-        """Keep the first stop signal. numbers: a byte for each signal that came."""
+        """Keep the first stop signal. numbers: one byte for each signal received."""
         stop_signals = [number for number in set(numbers) if number in stop_requests.STOP_SIGNALS]
         if stop_signals and not self._signal:
             self._signal = signal.Signals(stop_signals[0]).name
@@ -152,19 +152,19 @@ class Watchdog(threading.Thread):
         phase = self.phase_timer.phase
         setting, limit = self._limits.get(phase, self._default_limit)
         if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._agent_pid:
-            os._exit(1)  # the agent is gone, and no other process would end this rank together with the others
+            os._exit(1)  # the agent has ended, and nothing else would end this rank together with the others
         if request := error_report.read_abort_request(self.folder, self.launch_id):
             self._end(request)
         elif self._signal and phase in START_PHASES:
             self._end_all(f"{self._signal} during the start", state="preempted")
         elif limit and seconds_in_phase > limit:
-            message = f"rank {self.rank} on {self.host} was in {phase} for {limit:g} s ({setting})"
+            message = f"rank {self.rank} on {self.host} made no progress in {phase} for {limit:g} s ({setting})"
             self._end_all(message, hang=True)
         elif time.monotonic() > self._next_heartbeat or self._left_start_phase(phase):
             self.heartbeat(seconds_in_phase)
 
     def _left_start_phase(self, phase: str) -> bool:
-        """Return whether the last heartbeat shows an earlier phase of the start; such a change is written at once."""
+        """Return whether the last heartbeat shows an earlier phase of the start. Such a change is written at once."""
         return self._written_phase in START_PHASES and phase != self._written_phase
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
@@ -174,7 +174,7 @@ class Watchdog(threading.Thread):
         self._end({"message": message, "hang": hang, "state": state}, noticed_here=True)
 
     def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:
-        """Do what the abort request asks for, and end the process: the main thread may wait for ever."""
+        """Carry out an abort request, and end the process even if the main thread hangs."""
         message = str(request["message"])
         preempted = request["state"] == "preempted"
         self.heartbeat()
@@ -186,7 +186,7 @@ class Watchdog(threading.Thread):
             if not preempted:
                 self._report(message)
             elif self.rank == 0 and (run_state.owns_run(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ):
-                step = read_json_object(self.folder / STATE_FILE).get("step")  # this start has made no step
+                step = read_json_object(self.folder / STATE_FILE).get("step")  # this start has completed no step
                 run_state.write_state(self.folder, "preempted", step)
         finally:  # also if the disk is full
             os._exit(0 if preempted else 1)
@@ -204,16 +204,18 @@ class Watchdog(threading.Thread):
         threading.Thread(target=lambda: collectives_file.write_bytes(self._flight_record()), daemon=True).start()
 
     def _describe_hang(self, message: str) -> str:
-        """Wait until all ranks have reacted, then find which ones the others wait for, and write that as the cause.
+        """Find the ranks that the others wait for, and write them to error.json as part of the cause.
 
-        For the rank that noticed the hang. Returns `message` with what was found.
+        Only the rank that noticed the hang calls this. It first waits until all ranks have reacted. Returns `message`
+        with these ranks added.
         """
         noticed_at = time.time()
         time.sleep(GRACE_SECONDS)
         heartbeats = read_heartbeats(self.folder)
         if self.launch_id:
-            since = abort_file(self.folder).stat().st_mtime  # every rank that still reacts has written a heartbeat
-        else:  # ranks that have not joined yet do not read the request
+            # a rank that still reacts has written a heartbeat after the request
+            since = abort_file(self.folder).stat().st_mtime
+        else:  # there is no request before all ranks have joined
             since = max(heartbeat["seen"] for heartbeat in heartbeats) - 3 * HEARTBEAT_SECONDS
         message += f"; {describe_waiting(heartbeats, self.world_size, since)}"
         message += f"; stacks are in {self.folder / LOGS_FOLDER / STACKS_FOLDER}"
@@ -231,7 +233,7 @@ class Watchdog(threading.Thread):
         return message
 
     def _wait_for_cause(self, message: str) -> str:
-        """Wait for the cause from the rank that noticed the hang, and return it; `message` if it does not come."""
+        """Wait for the cause from the rank that noticed the hang, and return it; `message` if none arrives."""
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(0.1)

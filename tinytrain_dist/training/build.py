@@ -1,7 +1,7 @@
-"""Build a run in order: checks, data, mesh, model, optimizer, what is resumed, logs.
+"""Build a run, in this order: checks, data, mesh, model, optimizer, the checkpoint to resume from, logs.
 
-`build_trainer` reads top to bottom. Every problem that can be found before step 1 is an error here, before anything on
-disk is changed where that is possible.
+Begin with `build_trainer`. Every problem that can be found before step 1 is raised here, if possible before anything on
+disk is changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh
-from tinytrain_dist.training.run_data import RunData, open_run_data
+from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.saving import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -50,14 +50,14 @@ from tinytrain_dist.utils.atomic_files import write_atomically
 
 @dataclass
 class Start:
-    """Where a run starts, and what led to it."""
+    """The step at which a run starts, and what it continues from."""
 
     step: int = 0
-    record: dict[str, Any] = field(default_factory=dict)  # of evaluations, see EarlyStopping
-    saved_step: int = -1  # the step of the run's own checkpoint that was loaded
-    source: Path | None = None  # the checkpoint that was loaded
+    record: dict[str, Any] = field(default_factory=dict)  # of the evaluations so far, see EarlyStopping
+    saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
+    source: Path | None = None  # the loaded checkpoint
     changed_settings: list[str] = field(default_factory=list)
-    previous_failure: str = ""  # why the start before this one failed
+    previous_failure: str = ""  # why the previous run in this folder failed; "" if it did not
     lock: RunLock | None = None
 
 
@@ -74,7 +74,8 @@ def build_trainer(
 
     phase_timer.enter("open_data")
     data = run_on_all_ranks(lambda: open_run_data(config))
-    if context.any_rank(data.bytes_per_token is None):  # a file that only some ranks see would give wrong sums
+    warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
+    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
         data = replace(data, bytes_per_token=None)
     numerics = configure_determinism(config, context.device)
 
@@ -96,8 +97,9 @@ def build_trainer(
 
     sampler = TextSampler(config, context, data.evaluation_prompts)
     metrics = _step_metrics(train_step, data, log, start.step)
-    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=PROCESS_START)
     assert start.lock is not None, "_load has taken it"
+    training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
+    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
     return Trainer(
         train_step=train_step,
         data=data,
@@ -123,11 +125,11 @@ def _load(
     """Claim the run folder, and load the checkpoint that `resume` names, or the weights of `init_from`."""
 
     def resume() -> Any:
-        # start_limit counts for each checkpoint that is read
+        # entering the phase again restarts start_limit for each checkpoint that is read
         return checkpoints.resume(lambda: phase_timer.enter("load"))
 
     automatic = config.resume_from == "auto"
-    loaded = None if automatic else resume()  # first: a wrong path leaves no new folder behind
+    loaded = None if automatic else resume()  # before the folder is made, in case the path is wrong
     start = _claim_run_folder(config, context, checkpoints)
     loaded = resume() if automatic else loaded
     if loaded:
@@ -137,7 +139,8 @@ def _load(
             start.saved_step = start.step
     elif config.init_from:
         folder = Path(config.init_from)
-        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config))
+        part, parts = context.rank, context.world_size
+        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
     return start
 
 
@@ -146,7 +149,7 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     folder = Path(config.target_dir)
     if config.ckpt_writers > context.world_size:
         raise ConfigError(
-            f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks there are; lower it"
+            f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks of this run; lower it"
         )
     check_shared_storage(config.checkpoints_dir, context)
     if context.is_main:
@@ -162,15 +165,15 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     existing = len(checkpoints.committed()) if context.is_main else 0
     check_disk_space(config.checkpoints_dir, checkpoint_bytes, config.keep_last + 1, existing, context)
 
-    saves_beside_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
-    if config.ckpt_async and (saves_beside_training or context.device.type == "cuda"):
+    saves_during_training = config.ckpt_every < config.last_step or config.early_stop_patience is not None
+    if config.ckpt_async and (saves_during_training or context.device.type == "cuda"):
         check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
-        checkpoints.buffers.copy()  # takes the memory now, so that the first save stalls no longer than the others
+        checkpoints.buffers.copy()  # allocates the buffers now, so that the first save is as fast as the others
     return Start(previous_failure=previous_failure, lock=lock)
 
 
 def _write_run_folder(config: TrainingConfig, context: DistributedContext, step: int) -> dict[str, Any]:
-    """Write the resolved configuration and the environment; return the latter on rank 0."""
+    """Write the resolved configuration and the environment; return the environment on rank 0, {} on others."""
     ranks = context.all_gather_object((context.host, str(context.device), os.getpid()))
     if not context.is_main:
         return {}
@@ -184,12 +187,12 @@ def _write_run_folder(config: TrainingConfig, context: DistributedContext, step:
 
 
 def _plan_lines(train_step: TrainStep, notes: Sequence[str] = ()) -> list[str]:
-    """Describe the mesh and how the global batch is cut, with the notes between."""
+    """Describe the mesh and how the global batch is divided, with `notes` in between."""
     return [str(train_step.context.parallel_dims), *notes, str(train_step.plan)]
 
 
 def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_step: TrainStep) -> None:
-    """Log how the work is spread, on what it runs, and from where it continues."""
+    """Log the mesh and the batch, the environment, and what the run resumed from."""
     step = start.step
     log.about(step, "batch", "\n".join(_plan_lines(train_step)))
     hosts = Counter(rank["host"] for rank in environment.get("ranks", []))
@@ -206,12 +209,12 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     config, context = train_step.config, train_step.context
     check_replicas(model_tensors(train_step.model).items(), context)
     places = data.train.places(config.seed, step, train_step.slots)
-    everyone = context.all_gather_object((train_step.slots, places))
-    slots = sorted(slot for rank_slots, _ in everyone for slot in rank_slots)
+    by_rank = context.all_gather_object((train_step.slots, places))
+    slots = sorted(slot for rank_slots, _ in by_rank for slot in rank_slots)
     if slots != list(range(config.batch_size)):
-        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of 0 .. {config.batch_size - 1}, each once")
-    drawn = [tuple(rank_places) for _, rank_places in everyone]
-    # equal draws by chance are expected in tiny files only
+        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {config.batch_size - 1} once")
+    drawn = [tuple(rank_places) for _, rank_places in by_rank]
+    # in tiny files, two ranks may draw the same windows by chance
     probability = len(drawn) ** 2 * data.train.meeting ** len(train_step.slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")

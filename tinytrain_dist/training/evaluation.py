@@ -26,12 +26,12 @@ class Evaluation:
     """The numbers of one evaluation, over all ranks."""
 
     loss: float  # nats per token, the mean over the evaluation files
-    others: dict[str, float]  # the loss of each of several files, and bits per byte where they are known
+    others: dict[str, float]  # the loss on each file if there are several, and bits per byte if known
     samples: list[tuple[str, str]]  # (prompt, continuation)
 
 
 class Evaluator:
-    """Compute the loss over the evaluation windows: the same windows all run, on any number of ranks."""
+    """Compute the loss over the evaluation windows: the same windows throughout a run, on any number of ranks."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Evaluator:
         sampler: TextSampler,
         wants_stop: Callable[[], bool],
     ) -> None:
-        """`wants_stop`: whether this rank wants the run to stop; asked between batches."""
+        """Evaluate the model of `train_step`. wants_stop: returns whether this rank wants the run to stop."""
         self.train_step = train_step
         self.data = data
         self.sampler = sampler
@@ -48,9 +48,10 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, step: int) -> Evaluation | None:
-        """Evaluate the model as it is after `step` steps; None if the ranks agree to stop. A collective.
+        """Evaluate the model after `step` steps. Returns None if the ranks agree to stop. A collective.
 
-        Every file counts the same. Every rank takes its share of the windows, and quotients are taken of global sums.
+        Every file has the same weight in the mean loss. Every rank computes its share of the windows. The means are
+        computed from the sums over all ranks.
         """
         context, plan = self.train_step.context, self.train_step.plan
         loss_sums = []
@@ -77,7 +78,8 @@ class Evaluator:
     def summed_loss(self, dataset: TokenDataset) -> tuple[float, int] | None:
         """Return the summed loss of one file's windows over all ranks, and the bytes of this rank's targets.
 
-        None if the ranks agree to stop. They vote at the start of each batch, and read the vote at the next one.
+        Returns None if the ranks agree to stop. They vote at the start of each batch, and read the result at the start
+        of the next one.
         """
         step = self.train_step
         plan, context, table = step.plan, step.context, self.data.bytes_per_token
@@ -105,14 +107,14 @@ class Evaluator:
 
 
 class EarlyStopping:
-    """Track the best evaluation of a run in `record`, which every checkpoint keeps.
+    """Track the best evaluation of a run in `record`, which every checkpoint contains.
 
     Keys of the record: eval_loss and eval_step (of the newest evaluation), best_eval_loss, best_eval_step, and
     evals_since_best.
     """
 
     def __init__(self, patience: int | None, record: dict[str, Any]) -> None:
-        """`patience`: evaluations in a row without a better loss after which the run stops; None: never."""
+        """Continue `record`. patience: stop after this many evaluations without a better loss (None: never)."""
         self.patience = patience
         self.record = record
 
@@ -124,15 +126,15 @@ class EarlyStopping:
             self.record["evals_since_best"] = self.record.get("evals_since_best", 0) + 1
 
     def is_best(self, step: int) -> bool:
-        """Return whether early stopping is on and `step` has the best loss so far, so that it must be saved."""
+        """Return whether `step` must be saved: early stopping is on, and its loss is the best so far."""
         return self.patience is not None and self.record.get("best_eval_step") == step
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the run ends because no evaluation was better for too long; the same on all ranks."""
+        """Whether early stopping ends the run. The same on all ranks."""
         return self.patience is not None and self.record.get("evals_since_best", 0) >= self.patience
 
     def summary(self) -> str:
-        """Say why the run stops early."""
+        """Describe why the run stops early."""
         best = self.record.get("best_eval_loss", math.nan)
         return f"no better eval loss than {best:.4f} in {self.record['evals_since_best']} evaluations"

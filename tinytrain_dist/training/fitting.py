@@ -1,4 +1,4 @@
-"""Fit a run into memory: choose the mesh and the micro-batch size, and suggest settings that need less."""
+"""Make a run fit in memory: choose the mesh and the micro-batch size, and suggest settings that need less memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
-RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, in the order of less memory
+RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
 
 
 def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> DistributedContext:
-    """Return the context on the mesh of the configuration.
+    """Return the context with the mesh of the configuration. A collective.
 
-    Where `parallel = auto` may choose on GPUs, every rank becomes a replica only if the memory estimate fits. A
-    collective.
+    With `parallel = auto` on GPUs, DDP is chosen only if a whole replica fits in the memory of each rank.
     """
     ranks = (context.world_size, context.local_world_size)
     meshed = context.with_mesh(choose_parallel_dims(config, *ranks))
@@ -42,17 +41,17 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
 
 
 def usable_bytes(context: DistributedContext) -> float:
-    """Return how many bytes of this rank's free memory a step may take."""
+    """Return how many bytes of this rank's free memory a step may use."""
     return USABLE_MEMORY * free_memory_bytes(context.device, context.local_world_size)
 
 
 def build_fitting_train_step(
     config: TrainingConfig, context: DistributedContext, phase_timer: PhaseTimer
 ) -> tuple[TrainStep, list[str]]:
-    """Build the train step, with micro_batch_size = auto the largest that passes the estimate and a trial.
+    """Build the train step. With micro_batch_size = auto, choose the largest size that fits in memory.
 
-    Returns the step, whose `config` has the chosen size, and lines for the log. A collective. Errors: TrainingError if
-    not even the smallest size fits.
+    A size fits if it passes the memory estimate and a trial. Returns the step, whose `config` has the chosen size, and
+    lines for the log. A collective. Errors: TrainingError if not even the smallest size fits.
     """
     if config.micro_batch_size != "auto":
         return build_train_step(config, context, phase_timer), []
@@ -67,7 +66,7 @@ def build_fitting_train_step(
             return train_step, [*notes, f"micro_batch_size = auto: {size}"]
         notes.append(f"micro_batch_size {size} ran out of memory in a trial; trying the next smaller one")
         del train_step
-        gc.collect()  # FSDP's modules refer to each other, and hold the memory until then
+        gc.collect()  # FSDP's modules refer to each other, so only this frees their memory
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
     report = memory_report(replace(config, micro_batch_size=sizes[0]), context)
@@ -81,7 +80,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
     """
     plan, config = train_step.plan, train_step.config
     last = plan.accumulation_steps - 1
-    micro_steps = (0, last) if last else (0,)  # the passes between take no more
+    micro_steps = (0, last) if last else (0,)  # the passes in between need no more memory
     shape = (len(micro_steps) * plan.micro_batch_size, config.context_len + 1)
     try:
         with NoCommunication(), torch.compiler.set_stance("force_eager"):
@@ -96,7 +95,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
 def fitting_micro_batch_sizes(
     sizes: list[int], room_bytes: float, config: TrainingConfig, context: DistributedContext
 ) -> list[int]:
-    """Return those of `sizes` (smallest first) whose estimate is within `room_bytes`, at least the smallest."""
+    """Return the `sizes` (smallest first) whose estimate is within `room_bytes`, and always the smallest size."""
 
     def needed_bytes(size: int) -> int:
         return estimate_memory(replace(config, micro_batch_size=size), context).nbytes
@@ -105,28 +104,30 @@ def fitting_micro_batch_sizes(
 
 
 def memory_report(config: TrainingConfig, context: DistributedContext) -> str:
-    """Describe what a rank holds at its peak, and what it would hold with other settings."""
-    now = estimate_memory(config, context)
-    lines = ["estimated memory of one step on one rank (without fragmentation and libraries):", now.table()]
+    """Describe the memory that a rank needs at its peak, and what it would need with other settings."""
+    current = estimate_memory(config, context)
+    lines = ["estimated memory of one step on one rank (without fragmentation and libraries):", current.table()]
     for change in smaller_settings(config, context):
         nbytes = estimate_memory(replace(config, **change), context).nbytes
-        if nbytes < now.nbytes:
+        if nbytes < current.nbytes:
             text = ", ".join(f"{name} = {value}" for name, value in change.items())
             lines.append(memory_row(f"with {text}", nbytes))
-    return "\n".join([*lines, "set what fits, use more devices with parallel = fsdp, or set micro_batch_size = auto"])
+    return "\n".join(
+        [*lines, "use a setting that fits, use more devices with parallel = fsdp, or set micro_batch_size = auto"]
+    )
 
 
 def smaller_settings(config: TrainingConfig, context: DistributedContext) -> list[dict[str, Any]]:
-    """Return changes of one setting with which a step holds less and trains the same, the cheapest first."""
+    """Return changes of one setting that save memory and do not change the training, the cheapest first."""
     assert context.parallel_dims is not None
     micro_batch_size = BatchPlan.make(config, context.parallel_dims).micro_batch_size
     changes: list[dict[str, Any]] = []
     if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > MAX_CHUNK_LOGITS:
         changes.append({"loss_chunk_tokens": None})
-    if not config.reproducible:  # in reproducible mode the micro-batch size decides bits
+    if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
         sizes = possible_micro_batch_sizes(config, context.parallel_dims)
         smaller = [size for size in sizes if size < micro_batch_size]
         changes += [{"micro_batch_size": size} for size in smaller[-1:]]
-    present = RECOMPUTATION.index(config.activation_checkpointing)
-    changes += [{"activation_checkpointing": choice} for choice in RECOMPUTATION[present + 1 :]]
+    current = RECOMPUTATION.index(config.activation_checkpointing)
+    changes += [{"activation_checkpointing": choice} for choice in RECOMPUTATION[current + 1 :]]
     return changes

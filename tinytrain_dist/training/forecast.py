@@ -1,7 +1,7 @@
-"""Forecast a run on machines that are not there: whether it fits, what it sends, how long a step takes at best.
+"""Forecast a run on other machines: whether it fits in memory, what it sends, how long a step takes at best.
 
-Sizes come from simulating the trainer's own step in a fake process group, speeds from the table of devices. A forecast
-is a lower bound of the time: computing and sending are assumed to overlap fully.
+Sizes come from simulating the trainer's own step in a fake process group, speeds from the table of devices. The time is
+a lower bound, because computation and communication are assumed to overlap fully.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, D
 from tinytrain_dist.training.fitting import smaller_settings
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 
-# FLOPs of a step with activation_checkpointing, relative to one without: a third of the products is forward's, and
-# "block" computes forward twice
+# FLOPs of a step by activation_checkpointing, relative to "none". A third of them are in the forward pass, and "block"
+# computes it twice.
 RECOMPUTATION_FACTORS = {"none": 1.0, "selective": 1.0, "block": 4 / 3}
-SMALL_CHUNK_TOKENS = 2048  # a loss_chunk_tokens with which head and loss take little memory
+SMALL_CHUNK_TOKENS = 2048  # a value of loss_chunk_tokens with which head and loss need little memory
 MIN_GIB = 0.095  # smaller sizes are shown in MiB
 
 
@@ -37,12 +37,12 @@ class Cluster:
 
     @property
     def num_devices(self) -> int:
-        """Devices, and processes, on all nodes."""
+        """Number of devices on all nodes; each has one process."""
         return self.nodes * self.per_node
 
     @property
     def room(self) -> float:
-        """Bytes that tensors may take on one device."""
+        """Bytes that tensors may use on one device."""
         return USABLE_MEMORY * self.device.memory - self.device.context
 
 
@@ -63,7 +63,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a step at best: computing and sending at the same time."""
+        """Lower bound of the seconds of a step: computation and communication overlap fully."""
         return max(self.compute_seconds, self.inside_seconds, self.across_seconds)
 
 
@@ -73,7 +73,7 @@ def peak_flops(config: TrainingConfig, device: DeviceSpec) -> float:
 
 
 def forecast(config: TrainingConfig, context: DistributedContext, cluster: Cluster, flops_per_token: float) -> Forecast:
-    """Forecast what the run would hold, send and take on this cluster.
+    """Forecast the memory, the communication and the time of a step on this cluster.
 
     context: of a fake process group with as many ranks as the cluster has devices. Errors: ConfigError.
     """
@@ -118,7 +118,7 @@ def _forecast_on(
 
 
 def _largest_fitting_size(config: TrainingConfig, meshed: DistributedContext, room_bytes: float) -> int:
-    """Return the largest micro-batch size whose estimate is within `room_bytes`, at least the smallest size."""
+    """Return the largest micro-batch size whose estimate is within `room_bytes`; the smallest if none is."""
     assert meshed.parallel_dims is not None
     sizes = possible_micro_batch_sizes(config, meshed.parallel_dims)
 
@@ -130,10 +130,10 @@ def _largest_fitting_size(config: TrainingConfig, meshed: DistributedContext, ro
 
 
 def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float]:
-    """Return the bytes of a step from a rank to ranks of its node, and from its node to other nodes.
+    """Return the bytes that a step sends from a rank to ranks of its node, and from its node to other nodes.
 
-    Volumes are those of rings. A ring over n ranks moves (n - 1) / n of the buffer past each rank, twice for an
-    all-reduce, and leaves each node once. An all-to-all sends each rank its own part.
+    The volumes are those of ring algorithms. In a ring of n ranks, each rank sends (n - 1) / n of the buffer, twice for
+    an all-reduce, and one rank of each node sends to the next node. In an all-to-all, each rank receives its own part.
     """
     inside = 0.0
     across = 0.0
@@ -151,7 +151,7 @@ def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float
             if ranks_here > 1:
                 inside += ring_bytes
             if ranks_here < group_size:
-                rings_per_node = cluster.per_node / ranks_here  # each rank of a node belongs to such a group
+                rings_per_node = cluster.per_node / ranks_here  # each rank of a node belongs to one of them
                 across += ring_bytes * rings_per_node
     return inside, across
 
@@ -159,7 +159,7 @@ def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float
 def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingConfig]:
     """Yield the same run in every mode that this cluster allows."""
     for mode in get_args(Mode):
-        # the sizes of the mesh belong to the configured mode
+        # dp_replicate and dp_shard are meant for the configured mode only
         unset_sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
         changed = replace(config, **unset_sizes, parallel=mode)
         try:
@@ -174,9 +174,9 @@ def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingCo
 def suggest_change(
     now: Forecast, others: list[Forecast], context: DistributedContext, cluster: Cluster, flops_per_token: float
 ) -> str:
-    """Name the setting to change so that the run fits, or several settings, or what is missing.
+    """Describe the change with which the run fits: of one setting if possible, or of several, or more devices.
 
-    others: the run in other modes.
+    others: the forecasts of the run in other modes.
     """
     fixed = replace(now.config, micro_batch_size=now.plan.micro_batch_size)
     meshed = replace(context, parallel_dims=now.parallel_dims)
@@ -202,9 +202,9 @@ def suggest_change(
 
 
 def _all_changes(config: TrainingConfig, forecasts: list[Forecast]) -> dict[str, Any]:
-    """Return the settings with which the run holds least. forecasts: of all modes, the configured one first."""
+    """Return the settings with which the run needs least memory. forecasts: by mode, the configured mode first."""
     changes: dict[str, Any] = {"activation_checkpointing": "block"}
-    if not config.reproducible:  # in reproducible mode the micro-batch size decides bits
+    if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
         changes["micro_batch_size"] = 1
     changes["loss_chunk_tokens"] = min(SMALL_CHUNK_TOKENS, config.loss_chunk_tokens or SMALL_CHUNK_TOKENS)
     smallest_mode = min(forecasts, key=lambda each: each.estimate.nbytes).config.parallel

@@ -1,9 +1,9 @@
-"""Estimate what a step holds in memory and sends, by running the real step on tensors without memory.
+"""Estimate the memory and communication of a step, by running the real step on tensors without memory.
 
-Must not know devices, their sizes or their speed, nor the architecture: sizes come from running it, not from formulas.
+Must not know devices, or the architecture of the model: sizes come from running the step, not from formulas.
 
 A simulated step goes through stages (weights, forward, head, backward, update). A `MemoryTracker` records each
-allocation with its stage and kind, and each message. It sends nothing.
+allocation with its stage and kind. It also records each message, instead of sending it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
@@ -27,13 +26,14 @@ from tinytrain_dist.distributed.collectives import uses_gloo
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import NoCommunication
+from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
 from tinytrain_dist.model import matmul
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
-# Blocks are equal, so what each stage holds is linear in their number. Deep models are simulated at these two depths
-# and extrapolated (measured: exact). Fewer blocks would not show one in the middle, whose neighbours FSDP gathers early
-# and frees late.
+# Blocks are equal, so the memory of each stage is linear in their number. Deep models are simulated at these two depths
+# and extrapolated (measured: exact). With fewer blocks, none would have neighbours on both sides, which FSDP gathers
+# early and frees late.
 SIMULATED_DEPTHS = (3, 4)
 MEMORY_KINDS = {
     "weights": "master weights",
@@ -47,11 +47,11 @@ MEMORY_KINDS = {
     "update": "temporaries of the update",
 }
 GATHER_OPERATIONS = re.compile(r"allgather|^send|^recv")  # over gloo, weights are gathered by direct messages
-USABLE_MEMORY = 0.92  # share of a device's memory: the rest is lost to fragmentation and libraries' work space
+USABLE_MEMORY = 0.92  # share of a device's memory: fragmentation and workspaces of libraries take the rest
 
 
 class Allocation:
-    """The memory of one storage; `reference` tells when it is freed."""
+    """The memory of one storage. reference: a weak reference to it, which reports that it was freed."""
 
     __slots__ = ("kind", "nbytes", "reference")
 
@@ -62,19 +62,19 @@ class Allocation:
 
 
 class MemoryTracker(NoCommunication):
-    """Record every allocation and message while it is active; set `stage` to name the stage that begins."""
+    """Record every allocation and message while the tracker is active. Set `stage` when a stage begins."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stage = "weights"
-        self.events: list[tuple[str, int, Allocation]] = []  # stage, change in bytes, of which allocation
-        self.forward_passes = 0  # begun so far
-        # forward pass, operation, bytes, ranks of the group
+        self.events: list[tuple[str, int, Allocation]] = []  # stage, change in bytes, allocation
+        self.forward_passes = 0  # number of passes that have begun
+        # of each: forward pass, operation, bytes, ranks of the group
         self._messages: list[tuple[int, str, int, tuple[int, ...]]] = []
         self._allocations: dict[int, Allocation] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and record the tensors that it made."""
+        """Run the operation, and record the tensors that it creates."""
         out = super().__torch_dispatch__(func, types, args, kwargs)
         gathers = func.namespace == "fsdp" and "gather" in func.__name__
         for value in tree_leaves(out):
@@ -83,13 +83,13 @@ class MemoryTracker(NoCommunication):
         return out
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Record what would be sent; its buffers belong to the reduction, or are gathered weights."""
+        """Record a message that would be sent. Its buffers belong to the reduction, or are gathered weights."""
         for tensor in tensors:
             self.record(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
         self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
     def record(self, tensor: Tensor, kind: str | None = None) -> None:
-        """Track the tensor's storage from now on; `kind` overrides what the stage says it is."""
+        """Track the tensor's storage from now on. kind: overrides the kind that follows from the stage."""
         storage = local_tensor(tensor).untyped_storage()
         allocation = self._allocation(storage, storage.nbytes())
         allocation.kind = kind or allocation.kind
@@ -111,23 +111,17 @@ class MemoryTracker(NoCommunication):
     @contextlib.contextmanager
     def tracking_resizes(self) -> Iterator[None]:
         """Also record storages that are resized in place: this is how FSDP frees and regains gathered weights."""
-        original = torch.UntypedStorage.resize_
 
-        def resize(storage: Any, nbytes: int) -> Any:
-            result = original(storage, nbytes)
+        def record(storage: Any, nbytes: int) -> None:
             self._allocation(storage, nbytes).kind = "gathered"
-            return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        try:
+        with after_storage_resize(record):
             yield
-        finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def sent_bytes(self, forward_passes: int) -> dict[tuple[int, ...], Counter[str]]:
-        """Return the bytes that a step of so many forward passes sends, by ranks of the group and operation.
+        """Return the bytes that a step with this many forward passes sends, by ranks of the group and operation.
 
-        A simulation has two passes at most. The first of them stands for all passes but the last.
+        A simulation has at most two passes. The first of two represents all passes except the last.
         """
         sums: dict[tuple[int, ...], Counter[str]] = {}
         for forward_pass, name, nbytes, ranks in self._messages:
@@ -136,13 +130,13 @@ class MemoryTracker(NoCommunication):
         return sums
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """Return what each stage held at its highest: bytes by kind."""
+        """Return the bytes by kind that each stage held at its peak."""
         live: Counter[str] = Counter()
         peaks: dict[str, Counter[str]] = {}
         total = 0
         highest: dict[str, int] = {}
         for stage, change, allocation in self.events:
-            if stage not in peaks:  # it begins with what the stage before has left
+            if stage not in peaks:  # a stage begins with what the previous stage has left
                 highest[stage] = total
                 peaks[stage] = live.copy()
             live[allocation.kind] += change
@@ -160,45 +154,45 @@ def memory_row(name: str, nbytes: float) -> str:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one rank holds at each stage of a step (bytes by kind), and what it sends in a step."""
+    """The memory of one rank at each stage of a step (bytes by kind), and what it sends in a step."""
 
     stages: dict[str, Counter[str]]
     sent: dict[tuple[int, ...], dict[str, int]]  # ranks of a group -> operation -> bytes in a step
 
     @property
     def peak(self) -> str:
-        """The stage that holds most."""
+        """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: self.stages[stage].total())
 
     @property
     def nbytes(self) -> int:
-        """The most bytes that are held at once."""
+        """The memory in bytes at the peak."""
         return self.stages[self.peak].total()
 
     def table(self) -> str:
-        """Format what is held at the peak, one kind per line, the largest first."""
+        """Format the memory at the peak, one kind per line, the largest first."""
         held = self.stages[self.peak]
         rows = [memory_row(MEMORY_KINDS[kind], size) for kind, size in held.most_common() if size > 0]
         return "\n".join([*rows, memory_row(f"at the peak ({self.peak})", self.nbytes)])
 
 
 def estimate_memory(config: TrainingConfig, context: DistributedContext) -> MemoryEstimate:
-    """Simulate a step of `config` on the context's mesh.
+    """Simulate a step of `config` on the context's mesh, and return what it holds and sends.
 
-    Runs in this process alone, sends nothing and takes no memory. Compiled blocks are simulated as if they were not
-    compiled: a compiled run holds at most this.
+    The simulation runs in this process alone, sends nothing and allocates no memory for tensors. It does not compile
+    blocks; a compiled run needs at most the memory estimated here.
     """
     assert context.parallel_dims is not None, "with_mesh comes first"
     plan = BatchPlan.make(config, context.parallel_dims)
-    # With accumulation two passes are simulated: the first leaves gradients behind, the second finds them. All others
-    # are like the second.
+    # With accumulation, two passes are simulated: the first creates gradients, the second adds to them. All later ones
+    # need the same memory as the second.
     passes = 2 if plan.accumulation_steps > 1 else 1
     batch_size = passes * config.batch_size // plan.accumulation_steps
     simulated = replace(config, compile=False, batch_size=batch_size)
     depths = (config.num_layers,) if config.num_layers <= SIMULATED_DEPTHS[1] else SIMULATED_DEPTHS
     trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
     stages = _extrapolate([tracker.peaks() for tracker in trackers], depths, config.num_layers)
-    if config.reproducible:  # the binary counter keeps one sum per binary digit of the passes that are done
+    if config.reproducible:  # a BinaryCounter keeps one sum for each binary digit of the number of passes
         kept_sums = max(0, (plan.accumulation_steps - 1).bit_length() - 1)
         kept_bytes = kept_sums * stages["update"]["gradients"]
         stages = {stage: kinds + Counter(gradients=kept_bytes) for stage, kinds in stages.items()}
@@ -210,9 +204,9 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
 def _extrapolate(
     simulated: list[dict[Any, Counter[str]]], depths: tuple[int, ...], num_layers: int
 ) -> dict[Any, Counter[str]]:
-    """Extend the line through the figures of the first and the last depth to `num_layers`."""
+    """Extrapolate linearly from the sizes at the first and the last depth to `num_layers`."""
     first, last = simulated[0], simulated[-1]
-    distance = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])  # from the first depth, in units of the step
+    distance = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])  # 0: first depth, 1: last depth
     extended: dict[Any, Counter[str]] = {}
     for key, kinds in last.items():
         sizes = {kind: size + (distance - 1) * (size - first[key][kind]) for kind, size in kinds.items()}
@@ -221,12 +215,10 @@ def _extrapolate(
 
 
 def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import; most runs do not need it
-
     tracker = MemoryTracker()
-    # the CPU that simulates a run on GPUs may compute bf16 in another way than they do
+    # the simulated run may be on GPUs, which compute bf16 in another way than this CPU
     lacks_bf16 = matmul.CPU_LACKS_BF16 and uses_gloo()
-    with FakeTensorMode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
+    with fake_tensor_mode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
         train_step = build_train_step(config, context.on_cpu(), draw=False)
         for state in train_step.optimizer.state.values():
             for tensor in state.values():
@@ -237,7 +229,7 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
 
 
 class EmptyBatches:
-    """Batches without data."""
+    """Batches of the right shape, without data."""
 
     def __init__(self, num_slots: int, context_len: int) -> None:
         self.shape = (num_slots, context_len + 1)
@@ -248,7 +240,7 @@ class EmptyBatches:
 
 
 def _track_stages(train_step: TrainStep, tracker: MemoryTracker) -> None:
-    """Let the tracker know at which stage the step is, by hooks on the model and the optimizer."""
+    """Let hooks on the model and the optimizer set the tracker's stage."""
     model: Any = unwrap(train_step.model)
     blocks = model.model.layers
 

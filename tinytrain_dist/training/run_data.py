@@ -1,4 +1,4 @@
-"""Open the token files of a run, and read the windows that a rank's sample slots draw."""
+"""Open the token files of a run, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.stored_tokenizer import check_source_of_weights, check_tokenizer
 from tinytrain_dist.data.token_dataset import TokenDataset, bytes_per_token, short_names
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run: one to train on (several files are one dataset), one per evaluation file."""
+    """The datasets of a run: one to train on (possibly from several files), and one for each evaluation file."""
 
     train: TokenDataset
     evaluation: dict[str, TokenDataset]  # by short name
-    bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if not known
+    bytes_per_token: npt.NDArray[Any] | None  # bytes of text for each token ID: [vocab_size]; None if unknown
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the training data in a checkpoint; one file without a list, as older versions did."""
+        """Return what identifies the training data in a checkpoint.
+
+        A single file is not put in a list, because older checkpoints have none.
+        """
         fingerprints = self.train.fingerprints
         return {"train": fingerprints if len(fingerprints) > 1 else fingerprints[0]}
 
@@ -31,6 +35,18 @@ class RunData:
         """Return the first IDs of the first evaluation windows: [rows, tokens], int64."""
         dataset = next(iter(self.evaluation.values()))
         return dataset.read(*dataset.draw(0, 0, range(rows), EVAL_STREAM))[:, :tokens].long()
+
+
+def tokenizer_warnings(config: TrainingConfig) -> list[str]:
+    """Compare the tokenizers beside the token files with the files, and with that of `init_from`.
+
+    Errors: DataError if another tokenizer.json made the files.
+    """
+    folders = list(dict.fromkeys(Path(path).parent for path in (*config.train_files, *config.val_files)))
+    warnings = [line for folder in folders for line in check_tokenizer(folder)]
+    if config.init_from:
+        warnings += check_source_of_weights(Path(config.init_from), folders[0])
+    return warnings
 
 
 def open_run_data(config: TrainingConfig) -> RunData:

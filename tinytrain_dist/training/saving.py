@@ -1,6 +1,6 @@
 """Start the saves of a run, and report how each of them ended.
 
-A full disk ends a save and not the run, unless it is the last save. Must not know when a save is due.
+A full disk ends a save but not the run, unless it is the last save. Must not know when a save is due.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tinytrain_dist.reliability.run_state import owns_run, write_state
 
 
 class RunSaver:
-    """The saves of one run: at most one is in progress."""
+    """Save one run. At most one save is in progress at a time."""
 
     def __init__(self, checkpoints: CheckpointManager, log: RunLog, phase_timer: PhaseTimer, saved_step: int) -> None:
-        """`saved_step`: the step of the checkpoint that the run resumed from, -1 if there is none."""
+        """Prepare to save. saved_step: the step of the checkpoint that the run resumed from, -1 without one."""
         self.checkpoints = checkpoints
         self.log = log
         self.phase_timer = phase_timer
@@ -30,10 +30,10 @@ class RunSaver:
         self.failed_saves = 0
 
     def save(self, step: int, record: dict[str, Any], last: bool = False) -> None:
-        """Start to save the state after `step` steps, once the save before has ended. A collective.
+        """Start to save the state after `step` steps, once the previous save has ended. A collective.
 
-        The state is complete: steps that were not finite were skipped, and a state that is not finite is never
-        written. `record` is kept in trainer_state.json. last: nothing is trained after this step.
+        A state that is not finite is never written. record: goes into trainer_state.json. last: whether this is the
+        last step of the run.
         """
         self.phase_timer.enter("checkpoint")
         self.collect(step, wait=True)
@@ -42,10 +42,11 @@ class RunSaver:
             self.collect(step, wait=True)
 
     def collect(self, step: int, wait: bool = False, last: bool = False) -> None:
-        """Report the save that has ended since the last call; `wait` for one that is in progress.
+        """Report a save that has ended since the last call. wait: first wait for a save in progress.
 
-        `step`: the present step, for messages. last: a save that failed cannot be repeated, so it is an error.
-        Errors: CheckpointError after a failed last save; whatever else ended a save, such as ReplicaMismatchError.
+        step: the current step, for messages. last: the save cannot be repeated, so a full disk is an error.
+        Errors: CheckpointError if the last save failed; any other error that ended a save, such as
+        ReplicaMismatchError.
         """
         if wait:
             self.phase_timer.enter("checkpoint")
@@ -70,7 +71,7 @@ class RunSaver:
     def _report_saved(self, save: SaveThread) -> None:
         self.saved_step = save.step
         folder = Path(self.checkpoints.config.target_dir)
-        with contextlib.suppress(OSError):  # if the run is killed later, state.json still tells how far it came
+        with contextlib.suppress(OSError):  # if the run is killed later, state.json still has its last saved step
             if self.checkpoints.context.is_main and owns_run(folder):
                 write_state(folder, "running", save.step)
         path = self.checkpoints.folder(save.step)
@@ -82,6 +83,7 @@ class RunSaver:
             raise CheckpointError(f"{path}: could not be saved ({error}); make room or fix the disk, then resume")
         self.failed_saves += 1
         text = (
-            f"SAVE FAILED ({error}); {self.failed_saves} so far. The last good checkpoint is kept. Training continues, "
+            f"SAVE FAILED ({error}); failed saves so far: {self.failed_saves}. The last good checkpoint is kept. "
+            "Training continues, and the next save is at the next multiple of ckpt_every"
         )
-        self.log.event(save.step, "save_failed", f"{text}and the next try is at the next ckpt_every")
+        self.log.event(save.step, "save_failed", text)

@@ -1,6 +1,6 @@
-"""Write texts with the model under training at each evaluation, from the same prompts all run.
+"""Generate sample texts with the model at each evaluation, always from the same prompts.
 
-Must not know how the model is spread: every rank runs the same forward passes, and one of them shows the text.
+Must not know how the model is distributed: every rank runs the same forward passes, and rank 0 decodes the text.
 """
 
 from __future__ import annotations
@@ -16,30 +16,39 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.utils.regular_files import check_regular
 
-PROMPTS, PROMPT_TOKENS, TEMPERATURE = 3, 16, 0.8
+PROMPTS = 3
+PROMPT_TOKENS = 16
+TEMPERATURE = 0.8
 
 
 class TextSampler:
-    """Continuations of the first windows of the evaluation, a function of the weights, the seed and the step."""
+    """Continue the first evaluation windows. The texts depend only on the weights, the seed and the step."""
 
     def __init__(
         self, config: TrainingConfig, context: DistributedContext, prompts: Callable[[int, int], Tensor]
     ) -> None:
-        """prompts(rows, tokens): ids to go on from. No text without a tokenizer beside the data. A collective."""
-        self.config, self.context, self.prompts = config, context, prompts
+        """Load the tokenizer beside the training data; without one, generate no text. A collective.
+
+        prompts(rows, tokens): returns the IDs to continue.
+        """
+        self.config = config
+        self.context = context
+        self.prompts = prompts
         wanted = config.sample_tokens and config.val_data and context.is_main
         self._tokenizer: Any = (
             _load_tokenizer(Path(config.train_files[0]).with_name("tokenizer.json")) if wanted else None
         )
-        self.on = context.any_rank(self._tokenizer is not None)  # one looks: a file may be there for some ranks only
+        # all ranks follow rank 0, because only some ranks may see the file
+        self.enabled = context.any_rank(self._tokenizer is not None)
 
     @torch.no_grad()
     def write(self, model: nn.Module, step: int) -> list[tuple[str, str]]:
-        """(beginning, continuation) of each text; empty where nobody reads it. A collective, as forward passes are."""
-        if not self.on:
+        """Return (prompt, continuation) of each text; [] on other ranks than rank 0. A collective."""
+        if not self.enabled:
             return []
-        # without compiled code, which would be compiled again for each length
+        # eager, because compiled code would be compiled again for each length
         eager: Any = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
         start = max(1, min(PROMPT_TOKENS, self.config.context_len // 2))
         ids = self.prompts(PROMPTS, start).to(self.context.device)
@@ -52,7 +61,7 @@ class TextSampler:
         if self._tokenizer is None:
             return []
         rows = ids.tolist()
-        with contextlib.suppress(Exception):  # as with _load
+        with contextlib.suppress(Exception):  # a sample must not end a run
             return [(self._decode(row[:start]), self._decode(row[start:])) for row in rows]
         return []
 
@@ -66,5 +75,6 @@ def _load_tokenizer(path: Path) -> Any:
     with contextlib.suppress(Exception):  # tokenizers is an extra, and raises bare Exception for what it cannot read
         from tokenizers import Tokenizer
 
+        check_regular(path)
         return Tokenizer.from_file(str(path))
     return None

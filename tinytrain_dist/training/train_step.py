@@ -1,7 +1,7 @@
 """Build and run one optimizer step: forward, backward, gradient reduction, clipping, update.
 
-Must not know data files, folders, logs or when to stop. The trainer puts a run around it; memory_estimate.py
-simulates it on tensors without memory.
+Must not know data files, folders, logs or when to stop. The trainer runs steps in a loop; memory_estimate.py simulates
+a step on tensors without memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_red
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives
 
-CLIP_EPS = 1e-6
+CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 class Batches(Protocol):
-    """What a step reads its token windows from."""
+    """The source of token windows for steps."""
 
     def get(self, step: int) -> Tensor:
         """Return the windows of this rank's sample slots after `step` steps: [slots, context_len + 1], integers."""
@@ -51,7 +51,7 @@ class TrainStep:
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
     ) -> None:
-        """`plan`: how the global batch is cut; `reduction`: how gradients and losses of all ranks become one sum."""
+        """Combine the parts. plan: divides the global batch. reduction: sums gradients and losses of all ranks."""
         self.config = config
         self.context = context
         self.plan = plan
@@ -68,17 +68,17 @@ class TrainStep:
         self.slots = [slot for index in self.micro_batch_indices for slot in plan.slots(index)]
 
     def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
-        """Complete step `step` + 1 over the global batch, and return its numbers; waits for no device.
+        """Run step `step` + 1 over the global batch, and return its result. A collective.
 
-        `wants_stop` is this rank's vote on whether the run stops after this step. Steps whose loss or gradient norm is
-        not finite change neither weights nor optimizer state. A collective.
+        Does not wait for the device. wants_stop: this rank's vote on whether the run stops after this step. A step
+        whose loss or gradient norm is not finite changes neither weights nor optimizer state.
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
         rows = batches.get(step)
         data_wait = time.perf_counter() - waiting_since
 
-        self.forward_timer.take()  # drop what an evaluation before this step has left
+        self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
         loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
 

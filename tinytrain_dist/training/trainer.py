@@ -1,7 +1,7 @@
-"""The training loop of a run: step, evaluate, save, stop.
+"""Run the training loop: step, evaluate, save, stop.
 
-Must not know how a step is made, how files are written or how numbers are shown: each part of a `Trainer` has one job.
-`build.py` builds the parts in order.
+Must not know how a step is computed, how files are written or how numbers are shown: other parts of a `Trainer` do
+that. `build.py` builds the parts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tinytrain_dist.parallel.compile import compiled_graph_count
 from tinytrain_dist.parallel.replica_check import fingerprints
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import owns_run, write_state
+from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
@@ -41,9 +42,9 @@ WARM_UP_STEPS = 2  # steps in which torch.compile may compile without a warning
 
 
 class Trainer:
-    """A run of one configuration on this rank; `Trainer.build` makes one and `fit` runs it to its end."""
+    """A run of one configuration on this rank. `Trainer.build` creates it, and `fit` runs it to its end."""
 
-    batches: Prefetcher  # of the loop in progress
+    batches: Prefetcher  # read ahead for the loop in progress
 
     def __init__(
         self,
@@ -60,9 +61,9 @@ class Trainer:
         step: int,
         record: dict[str, Any],
     ) -> None:
-        """Compose the parts of a run that continues after `step` steps.
+        """Combine the parts of a run that continues after `step` steps.
 
-        record: the evaluations so far, kept in every checkpoint (see EarlyStopping).
+        record: results of the evaluations so far, saved in every checkpoint (see EarlyStopping).
         """
         self.config = train_step.config
         self.context = train_step.context
@@ -82,7 +83,7 @@ class Trainer:
         self.first_step = step + 1
         self.record = record
         self.stop_reason = ""  # why this rank wants to stop
-        self.finishing = False
+        self.finishing = False  # the loop has ended, so the next save is the last one
 
     @classmethod
     def build(
@@ -114,7 +115,7 @@ class Trainer:
                 if due(self.step, config.ckpt_every) or self.early_stopping.is_best(self.step):
                     self.save()
         except TrainingError:
-            self.saver.collect(self.step, wait=True)  # that save is good, or its error is nearer to the cause
+            self.saver.collect(self.step, wait=True)  # that save is intact, or its error is closer to the cause
             raise
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"{error}\n{memory_report(self.config, self.context)}") from error
@@ -160,7 +161,7 @@ class Trainer:
         return evaluation.loss
 
     def save(self) -> None:
-        """Start to save the present step. A collective."""
+        """Start to save the current step. A collective."""
         self.metrics.settle()
         with self.metrics.watch.paused():
             self.saver.save(self.step, self.record, last=self.finishing or self.step == self.config.last_step)
@@ -171,7 +172,7 @@ class Trainer:
         return self.metrics.stopping or self.early_stopping.out_of_patience
 
     def why_stop(self) -> str:
-        """Return why this rank wants to stop, or an empty text; a reason stays."""
+        """Return why this rank wants to stop, or "". Once there is a reason, it stays the same."""
         reserve_seconds = 2 * self.saver.saving_seconds + 3 * self.metrics.step_seconds
         self.stop_reason = self.stop_reason or self.checkpoints.failure or self.stop_requests.reason(reserve_seconds)
         return self.stop_reason
@@ -181,6 +182,7 @@ class Trainer:
 
         After this no rank is in a phase of the start.
         """
+        leave_start()
         self.phase_timer.enter("data", self.step)
         self.stop_reason = received_signal()
         if self.context.any_rank(bool(self.stop_reason)):
@@ -194,7 +196,7 @@ class Trainer:
         return rows.pin_memory() if self.context.device.type == "cuda" else rows
 
     def _take_fingerprints(self) -> None:
-        """Take fingerprints of weights and optimizer state, where other ranks should hold the same."""
+        """Take fingerprints of weights and optimizer state, if there are replicas that should be equal."""
         if self.train_step.plan.replicate > 1:
             tensors = {shard.name: shard.local_rows for shard in self.checkpoints.all_shards}
             self.metrics.fingerprint(self.step, list(tensors), HostCopy(fingerprints(tensors.values())))
@@ -207,7 +209,7 @@ class Trainer:
         gc.enable()
 
     def _finish(self) -> str:
-        """Evaluate and save the last step where that is missing, and write how the run ended. A collective."""
+        """Evaluate and save the last step if that was not done, and record how the run ended. A collective."""
         self.finishing = True
         self.metrics.settle()
         early = self.early_stopping.out_of_patience
@@ -221,8 +223,9 @@ class Trainer:
 
         reasons = [reason for reason in self.context.all_gather_object(self.stop_reason) if reason]
         reason = reasons[0] if state == "preempted" and reasons else ""
-        why = f" ({self._early_stop_summary()})" if early else f" ({reason})" if reason else ""
-        self.log.event(self.step, "stopped", f"{state}{why} at step {self.step} of {self.config.total_steps}")
+        why = self._early_stop_summary() if early else reason
+        ended = f"{state} ({why})" if why else state
+        self.log.event(self.step, "stopped", f"{ended} at step {self.step} of {self.config.total_steps}")
         self.stop_requests.clear()
         self.log.close()
         folder = Path(self.config.target_dir)

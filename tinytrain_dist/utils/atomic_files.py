@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.utils.regular_files import read_text
+
 
 def write_atomically(path: Path, value: Any) -> None:
     """Replace the file `path` in one step. Errors: OSError.
@@ -36,6 +38,6 @@ def fsync_folder(folder: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file, or {} if the file cannot be read or contains anything else."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         return content if isinstance(content, dict) else {}
     return {}

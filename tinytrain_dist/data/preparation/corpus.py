@@ -5,6 +5,7 @@ Must not know tokenizers, token files or processes.
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
 import hashlib
@@ -16,16 +17,27 @@ import stat
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
+from tinytrain_dist.data.preparation.content import (
+    HEAD_BYTES,
+    JSON_LINES_SUFFIXES,
+    Compression,
+    Format,
+    NotTextError,
+    compression,
+    text_format,
+)
 from tinytrain_dist.errors import DataError
 
 SEPARATOR = b"<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 # Text is read in blocks of this size. Blocks of 1 MB need 140 MB more memory, because they leave gaps between the
 # documents that are kept, and glibc does not return the gaps to the system.
 _BLOCK_BYTES = 1 << 16
@@ -58,6 +70,7 @@ class Reading:
     split_by: Literal["file", "line"]
     errors: Literal["strict", "replace"]
     max_document_bytes: int
+    format: Literal["auto", "text", "jsonl"] = "auto"  # text and jsonl: whatever the content looks like
 
 
 class Meter:
@@ -75,6 +88,21 @@ class Meter:
         self.bytes += len(block)
         self.sha256.update(block)
         return block
+
+
+class _Peekable:
+    """A stream whose first bytes were looked at and are still to be read."""
+
+    def __init__(self, stream: Meter, size: int) -> None:
+        self.stream, self.first = stream, stream.read(size)
+        self.waiting = self.first
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.waiting:
+            return self.stream.read(size)
+        end = size if size >= 0 else len(self.waiting)
+        block, self.waiting = self.waiting[:end], self.waiting[end:]
+        return block + self.stream.read() if size < 0 else block
 
 
 def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[Source]:
@@ -176,6 +204,52 @@ def text_suffix(name: str) -> str:
     return os.path.splitext(stem)[1] if suffix in COMPRESSED_SUFFIXES else suffix
 
 
+def recognise(sources: Iterable[Source], reading: Reading, say: Callable[[str], None]) -> dict[str, Format]:
+    """Return how each file is to be read, by its content where `reading.format` leaves that open.
+
+    Errors: DataError that names the files that contain no text, what they are, and what to do.
+    """
+    formats: dict[str, Format] = {}
+    problems: list[str] = []
+    for source in sources:
+        for path in source.files:
+            if source.tolerant or reading.format != "auto":
+                formats[path] = "jsonl" if reading.format == "jsonl" and not source.tolerant else "text"
+                continue
+            try:
+                formats[path] = text_format(*_head(path), text_suffix(path), reading.text_field, reading.errors)
+            except NotTextError as error:
+                what, advice = error.args
+                problems.append(f"{path}: looks like {what}; {advice}")
+    if problems:
+        more = [f"and {len(problems) - 10} more files"] if len(problems) > 10 else []
+        raise DataError(
+            "\n  ".join([*problems[:10], *more])
+            + "\nto take such files as text anyway, syntax included, pass --format text"
+        )
+    by_content = [
+        path for path, form in formats.items() if form == "jsonl" and text_suffix(path) not in JSON_LINES_SUFFIXES
+    ]
+    if by_content and reading.format == "auto":
+        others = f" and {len(by_content) - 1} more files" if len(by_content) > 1 else ""
+        say(
+            f"{by_content[0]}{others}: read as JSON lines, the text from the field {reading.text_field!r} "
+            "(--format text takes such files as text, syntax included)"
+        )
+    return formats
+
+
+def _head(path: str) -> tuple[bytes, bool]:
+    """Return the first bytes of a file, decompressed, and whether these are all."""
+    head = b""
+    with open_source(path) as file, closing(_decompressed_blocks(path, Meter(file))) as blocks:
+        for block in blocks:
+            head += block
+            if len(head) > HEAD_BYTES:
+                return head[:HEAD_BYTES], False
+    return head, True
+
+
 def open_source(path: str) -> BinaryIO:
     """Open a source file. Errors: DataError, because `new_folder` reports every OSError as a failed write."""
     try:
@@ -184,8 +258,10 @@ def open_source(path: str) -> BinaryIO:
         raise _unreadable_error(path, error) from error
 
 
-def read_documents(path: str, meter: Meter, reading: Reading) -> Iterator[bytes]:
+def read_documents(path: str, meter: Meter, reading: Reading, form: Format) -> Iterator[bytes]:
     """Yield the documents of one file as valid UTF-8, without blank documents.
+
+    form: the format that `recognise` found.
 
     `<|endoftext|>` ends a document anywhere in the text. The line ends around it are dropped. A document longer than
     `max_document_bytes` becomes several: it is cut at line ends, or between two characters in a line that is too long.
@@ -193,7 +269,7 @@ def read_documents(path: str, meter: Meter, reading: Reading) -> Iterator[bytes]
     """
     blocks = _decompressed_blocks(path, meter)
     limit = reading.max_document_bytes
-    if text_suffix(path) == ".jsonl":
+    if form == "jsonl":
         texts = _json_texts(path, blocks, reading)
     elif reading.split_by == "line":
         lines = cut(blocks, b"\n", limit)
@@ -263,6 +339,11 @@ def _to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> by
     """Return a piece of a file as valid UTF-8. Errors: DataError unless invalid bytes are to be replaced."""
     if offset == 0:
         piece = piece.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
+    if reading.format != "text" and b"\0" in piece:
+        raise DataError(
+            f"{path}: looks like binary: it has a NUL byte at offset {offset + piece.index(0)}; extract its text "
+            "first, or pass --format text to take it as text anyway"
+        )
     try:
         piece.decode()
     except UnicodeDecodeError as error:
@@ -314,40 +395,53 @@ def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
         ) from error
 
 
-def _decompressed_blocks(path: str, meter: Meter) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a file in blocks of limited size. Errors: DataError if it cannot be read."""
+def _decompressed_blocks(path: str, meter: Meter) -> Generator[bytes, None, None]:
+    """Yield the decompressed bytes of a file in blocks of limited size. Errors: DataError if it cannot be read.
+
+    The first bytes decide whether it is compressed, and where they do not, its name.
+    """
     suffix = os.path.splitext(path.lower())[1]
     try:
-        if suffix == ".zst":
-            yield from _zstd_blocks(path, meter)
+        stream = _Peekable(meter, 32)
+        packed = compression(stream.first) or _COMPRESSION_OF_SUFFIX.get(suffix)
+        if packed == "zstd":
+            yield from _zstd_blocks(path, stream)
             return
-        stream: Meter | gzip.GzipFile | lzma.LZMAFile = meter
-        raw = cast(BinaryIO, meter)  # gzip and lzma only call its read()
-        if suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw, mode="rb")
-        elif suffix == ".xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115  # the caller closes the file
-        while block := stream.read(_BLOCK_BYTES):
+        raw = cast(BinaryIO, stream)  # the decompressors only call its read()
+        plain = raw if packed is None or not stream.first else _STREAMS[packed](raw)
+        while block := plain.read(_BLOCK_BYTES):
             yield block
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _damaged_error(path, str(error)) from error
     except OSError as error:
+        if error.errno is None:  # from a decompressor and not from the system
+            raise _damaged_error(path, str(error)) from error
         raise _unreadable_error(path, error) from error
 
 
-def _zstd_blocks(path: str, meter: Meter) -> Iterator[bytes]:
-    """Yield the decompressed bytes of a .zst file. Errors: DataError if it is damaged or zstandard is missing."""
+# These need not be closed, because the caller closes the file.
+_STREAMS: dict[str, Callable[[BinaryIO], Any]] = {
+    "gzip": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+    "bzip2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
+
+
+def _zstd_blocks(path: str, stream: _Peekable) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a zstd file. Errors: DataError if it is damaged or zstandard is missing."""
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f"{path}: reading .zst needs a package that is missing; pip install zstandard") from error
+        raise DataError(
+            f"{path}: is compressed with zstd, and the package that reads it is missing; pip install zstandard"
+        ) from error
     # Frames are decompressed one by one, because zstandard's stream reader does not report a file that ends early.
     decompressor = zstandard.ZstdDecompressor()
     frame = decompressor.decompressobj()
     unused = b""  # bytes after the end of a frame, which belong to the next one
     frame_complete = True
     try:
-        while compressed := unused or meter.read(_ZSTD_INPUT_BYTES):
+        while compressed := unused or stream.read(_ZSTD_INPUT_BYTES):
             if frame_complete:
                 frame = decompressor.decompressobj()
             yield frame.decompress(compressed)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinytrain_dist import __version__
+from tinytrain_dist.data.preparation.content import Format
 from tinytrain_dist.data.preparation.corpus import (
     SEPARATOR,
     Meter,
@@ -33,7 +34,9 @@ from tinytrain_dist.data.preparation.corpus import (
     find_sources,
     open_source,
     read_documents,
+    recognise,
 )
+from tinytrain_dist.data.preparation.special_tokens import SpelledTokens, count_spelled
 from tinytrain_dist.data.preparation.token_writer import (
     TokenWriter,
     document_hashes,
@@ -147,6 +150,7 @@ class Corpus:
 
     sources: list[Source]
     reading: Reading
+    formats: dict[str, Format]  # of each file
     total_bytes: int
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -158,11 +162,11 @@ class Corpus:
             for source in self.sources:
                 digest_of_list = hashlib.sha256()
                 source_bytes = 0
-                reading = replace(self.reading, errors="replace") if source.tolerant else self.reading
+                reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
                 for path in source.files:
                     with open_source(path) as file:
                         meter = Meter(file)
-                        for document in read_documents(path, meter, reading):
+                        for document in read_documents(path, meter, reading, self.formats[path]):
                             yield document
                             report(done_bytes + meter.bytes)
                     done_bytes += meter.bytes
@@ -204,7 +208,7 @@ def _check_settings(given: dict[str, Any]) -> None:
     """Raise ConfigError with every setting that is out of range or has no effect. given: arguments of `prepare`."""
     vocab_size, tokenizer, eos_token = given["vocab_size"], given["tokenizer"], given["eos_token"]
     fraction, limit = given["val_fraction"], given["max_document_bytes"]
-    sample_bytes, workers = given["sample_bytes"], given["workers"]
+    sample_bytes, workers, special_tokens = given["sample_bytes"], given["workers"], given["special_tokens"]
     longest = limit or _MAX_DOCUMENT_BYTES
     problems = []
     if vocab_size is not None and tokenizer is not None:
@@ -216,6 +220,8 @@ def _check_settings(given: dict[str, Any]) -> None:
         )
     if eos_token is not None and tokenizer is None:
         problems.append(f"eos_token: {eos_token} has no effect without tokenizer; leave it out")
+    if special_tokens != "text" and tokenizer is None:
+        problems.append(f"special_tokens: {special_tokens} has no effect without tokenizer; leave it out")
     if fraction is not None and not 0 < fraction < 1:
         problems.append(f"val_fraction: {fraction} is not between 0 and 1; set 0.01, for example, for 1 %")
     if limit is not None and not 64 <= limit <= _MAX_DOCUMENT_BYTES:
@@ -239,7 +245,9 @@ def prepare(
     vocab_size: int | None = None,
     tokenizer: str | None = None,
     eos_token: str | None = None,
+    special_tokens: SpelledTokens = "text",
     val_fraction: float | None = None,
+    format: Literal["auto", "text", "jsonl"] = "auto",
     text_field: str = "text",
     split_by: Literal["file", "line"] = "file",
     errors: Literal["strict", "replace"] = "strict",
@@ -252,16 +260,20 @@ def prepare(
 
     Args:
         sources: `stdlib` (the source code of Python's standard library), or files, folders and globs. In a folder,
-            .txt, .md, .py and .jsonl files are read, also if compressed as .gz, .xz or .zst. Other text files must be
-            given by name or by glob. `<|endoftext|>` in a file ends a document.
+            .txt, .md, .py and .jsonl files are read, also if compressed as .gz, .bz2, .xz or .zst. Other text files
+            must be given by name or by glob. `<|endoftext|>` in a file ends a document.
         out: Folder to write. It appears complete or not at all.
         vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
         eos_token: End-of-document token of that tokenizer (default: the one in tokenizer_config.json beside it, or
             `<|endoftext|>`).
+        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text (text), or
+            their IDs (ids).
         val_fraction: Fraction of the documents to hold out, chosen by a hash of their content (default: 0.01, or up
             to 0.1 in a small corpus, to hold out about 500 kB).
-        text_field: Field with the text in each line of a .jsonl file.
+        format: What the files contain. auto: the content decides between text and JSON lines, and anything else is
+            refused; text: text, whatever it looks like; jsonl: JSON lines.
+        text_field: Field with the text in each JSON line.
         split_by: What is one document in a file without separators: the whole file, or each line.
         errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
         max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
@@ -277,16 +289,22 @@ def prepare(
     target = Path(os.path.realpath(os.path.expanduser(out)))
     with new_folder(target, overwrite) as folder:
         found = find_sources((sources,) if isinstance(sources, str) else sources, say)
-        total_bytes = sum(os.path.getsize(path) for source in found for path in source.files)
-        limit = max_document_bytes or min(max(total_bytes // 128, _MIN_DEFAULT_DOCUMENT_BYTES), _MAX_DOCUMENT_BYTES)
-        corpus = Corpus(found, Reading(text_field, split_by, errors, limit), total_bytes)
+        corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
         scan = _scan(corpus, sample_bytes)
         threshold = _threshold(scan, val_fraction or _default_val_fraction(scan))
         if tokenizer is None:
             vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
         else:
-            vocabulary = load_vocabulary(tokenizer, eos_token)
+            vocabulary = _load(scan, tokenizer, eos_token, special_tokens)
         return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
+
+
+def _corpus(sources: list[Source], reading: Reading) -> Corpus:
+    """Look at every file, and choose the longest document where the settings leave it open (0)."""
+    formats = recognise(sources, reading, say)
+    total_bytes = sum(os.path.getsize(path) for source in sources for path in source.files)
+    limit = reading.max_document_bytes or min(max(total_bytes // 128, _MIN_DEFAULT_DOCUMENT_BYTES), _MAX_DOCUMENT_BYTES)
+    return Corpus(sources, replace(reading, max_document_bytes=limit), formats, total_bytes)
 
 
 def _default_workers() -> int:
@@ -320,6 +338,21 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
         say(
             f"the tokenizer has {vocabulary.size:,} IDs, fewer than the {vocab_size:,} of --vocab-size, because no "
             "other pair of tokens occurs twice in the text; continuing with these"
+        )
+    return vocabulary
+
+
+def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTokens) -> Vocabulary:
+    """Load a tokenizer, and report what is done with its special tokens."""
+    vocabulary = load_vocabulary(tokenizer, eos_token, spelled)
+    assert vocabulary.special is not None
+    say("\n".join(vocabulary.special.notes))
+    counts = count_spelled(vocabulary.text, (document.decode() for document in scan.sample.documents()))
+    if counts and spelled == "text":
+        token, documents = counts.most_common(1)[0]
+        say(
+            f"WARNING: at least {documents:,} documents spell special tokens, such as {token!r}, and have them as "
+            "ordinary text; if they are meant as tokens, pass --special-tokens ids"
         )
     return vocabulary
 
@@ -363,20 +396,27 @@ def _write(
     if corpus.records != records_of_scan:
         raise DataError("a source changed between its first and second reading; run again when nothing writes to it")
     digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.eos_token}
-    write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_file(folder / "tokenizer_config.json", json.dumps(vocabulary.config, indent=2) + "\n")
     files = {"train": train, "val": val}
     meta = {
         "vocab_size": vocabulary.size,
         "dtype": np.dtype(dtype).name,
         "eos_id": vocabulary.eos_id,
+        "bos_id": next(iter(vocabulary.before), None),
         **{f"{name}_tokens": file.tokens for name, file in files.items()},
         **{f"{name}_documents": file.documents for name, file in files.items()},
         **{f"{name}_bytes": file.bytes for name, file in files.items()},
         "max_document_bytes": corpus.reading.max_document_bytes,
         "sources": corpus.records,
         "digests": digests,
-        "tokenizer": {"kind": vocabulary.kind, "regex": vocabulary.regex, "eos_token": vocabulary.eos_token},
+        "tokenizer": {
+            "kind": vocabulary.kind,
+            "regex": vocabulary.regex,
+            "eos_token": vocabulary.eos_token,
+            "ids_before_document": list(vocabulary.before),
+            "ids_after_document": list(vocabulary.after),
+            "special_tokens": vocabulary.spelled,
+        },
         "tinytrain_dist": __version__,
     }
     write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")

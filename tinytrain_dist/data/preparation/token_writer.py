@@ -56,10 +56,10 @@ class BatchEncoder:
         self.encoder = Encoder(vocabulary, use_fast=use_fast)
         self.threshold = threshold
         self.dtype = dtype
-        self.eos = np.array([vocabulary.eos_id], dtype)
+        self.before, self.after = (np.array(ids, dtype) for ids in (vocabulary.before, vocabulary.after))
 
     def __call__(self, documents: list[bytes]) -> list[Part]:
-        """Return the train part and the val part, each document followed by the end-of-document token."""
+        """Return the train part and the val part, each document between the tokens that belong around it."""
         train_documents: list[bytes] = []
         val_documents: list[bytes] = []
         for document in documents:
@@ -70,7 +70,7 @@ class BatchEncoder:
     def _encode(self, documents: list[bytes]) -> Part:
         ids = [np.empty(0, self.dtype)]
         for document in documents:
-            ids += [self.encoder.encode(document.decode()).astype(self.dtype), self.eos]
+            ids += [self.before, self.encoder.encode(document.decode()).astype(self.dtype), self.after]
         return Part(np.concatenate(ids), len(documents), sum(map(len, documents)))
 
 
@@ -88,7 +88,8 @@ def _end_with_parent() -> None:
 def _start_worker(*settings: Any) -> None:
     """Prepare this process to encode batches. settings: arguments of BatchEncoder."""
     global _encoder_of_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, and it ends the workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder_of_worker = BatchEncoder(*settings)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,19 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tinytrain_dist.data.preparation.special_tokens import (
+    SEPARATOR_TOKEN,
+    SpecialTokens,
+    SpelledTokens,
+    encode_as_in_training,
+    read_settings,
+    settle,
+    token_text,
+)
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.regular_files import check_regular
 
-EOS_TOKEN = "<|endoftext|>"
+EOS_TOKEN = SEPARATOR_TOKEN
 # The pattern that splits text into words: GPT-4's (cl100k) with three changes.
 # * There is no branch for contractions. The first branch covers them ("don't" -> "don", "'t"), and GPT-4's would split
 #   names in code ("'self" -> "'s", "elf").
@@ -52,6 +62,24 @@ class Vocabulary:
     eos_id: int
     kind: str
     regex: str | None
+    special: SpecialTokens | None = None  # of a tokenizer that was not trained here
+    spelled: SpelledTokens = "text"  # what special tokens that a text spells become
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """IDs before each document."""
+        return self.special.before if self.special else ()
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """IDs after each document."""
+        return self.special.after if self.special else (self.eos_id,)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
+        return self.special.config if self.special else own
 
 
 def byte_of_character() -> dict[str, int]:
@@ -80,16 +108,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
     return _describe(tokenizer.to_str(pretty=False), EOS_TOKEN)
 
 
-def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
+def load_vocabulary(place: str, eos_token: str | None, spelled: SpelledTokens = "text") -> Vocabulary:
     """Read a tokenizer.json, given its path or its folder.
 
     eos_token: its end-of-document token (None: the one in tokenizer_config.json beside it, or `<|endoftext|>`).
+    spelled: what special tokens that a text spells become.
     Errors: DataError if the file cannot be used or has no such token.
     """
     path = Path(place).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        return _describe(file.read_bytes().decode(), eos_token or _eos_token_beside(file))
+        check_regular(file)
+        text, settings = file.read_bytes().decode(), read_settings(file)
+        found = _describe(text, eos_token or token_text(settings.get("eos_token")) or EOS_TOKEN)
+        text, special = settle(text, settings, found.eos_token, spelled)
+        return replace(found, text=text, special=special, spelled=spelled)
     except DataError:
         raise
     except Exception as error:  # tokenizers raises a plain Exception for a file that it cannot read
@@ -97,13 +130,6 @@ def load_vocabulary(place: str, eos_token: str | None) -> Vocabulary:
             f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json saved by tokenizers or "
             "transformers, or a folder with one"
         ) from error
-
-
-def _eos_token_beside(file: Path) -> str:
-    """Return the end-of-document token that the tokenizer_config.json beside `file` names, or the default."""
-    config = file.with_name("tokenizer_config.json")
-    token = json.loads(config.read_bytes()).get("eos_token") if config.exists() else None
-    return str(token["content"] if isinstance(token, dict) else token or EOS_TOKEN)
 
 
 def _describe(text: str, eos_token: str) -> Vocabulary:
@@ -145,13 +171,11 @@ class Encoder:
     def __init__(self, vocabulary: Vocabulary, *, use_fast: bool) -> None:
         """Create an encoder. Errors: ValueError if `use_fast` is set and tiktoken cannot represent the vocabulary."""
         self.slow = Tokenizer.from_str(vocabulary.text)
-        self.slow.no_truncation()
-        self.slow.no_padding()
-        self.slow.encode_special_tokens = True  # text that looks like a special token is encoded as text
+        encode_as_in_training(self.slow, vocabulary.spelled)
         self.fast = _tiktoken(self.slow, vocabulary) if use_fast else None
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Return the IDs of `text`, without special tokens."""
+        """Return the IDs of `text`, without the tokens around it."""
         if self.fast is None:
             return self.encode_slow(text)
         try:
@@ -171,6 +195,8 @@ def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding
     """Return a tokenizer as a tiktoken encoding. Errors: ValueError that says why this is impossible."""
     data = json.loads(tokenizer.to_str())
     model, added_tokens = data["model"], data["added_tokens"]
+    if vocabulary.spelled == "ids":
+        raise ValueError("special tokens in the text become IDs")
     if vocabulary.regex is None or model["type"] != "BPE":
         raise ValueError("it is not a byte-level BPE with one split regex")
     if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added_tokens):
