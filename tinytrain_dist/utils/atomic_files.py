@@ -1,6 +1,6 @@
-"""Write small files so that a reader sees the old or the new content, never a part.
+"""Write small files so that a reader sees either the old or the complete new content.
 
-Must not know what is in a file.
+Must not know what a file contains.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ _written: set[Path] = set()  # by this process
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """Write a text, or another value as JSON, to a temporary file beside `path` and rename it.
+    """Replace the file `path` in one step. Errors: OSError.
 
-    The first time, also remove the temporary files for `path` that killed processes have left. Errors: OSError.
+    A string is written as it is, any other value as one line of JSON. The content first goes to a temporary file in the
+    same folder, which is then renamed to `path`. The first time, temporary files for `path` that killed processes have
+    left are removed.
     """
     text = value if isinstance(value, str) else to_json(value) + "\n"
     if path not in _written:
@@ -36,16 +38,16 @@ def write_atomically(path: Path, value: Any) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, so that a rename in it survives a power loss. Errors: OSError."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush the entries of a folder to disk, so that a rename in it survives a power loss. Errors: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file; {} if there is no such file, or something else in it."""
+    """Return the JSON object in a small file, or {} if the file cannot be read or contains anything else."""
     with contextlib.suppress(OSError, ValueError):
         return read_json_dict(path)
     return {}
