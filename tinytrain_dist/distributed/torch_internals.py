@@ -186,6 +186,17 @@ def compiler_keeps_bf16_rounding() -> bool:
     return version >= (2, 13)
 
 
+def prefer_attention_kernels(*names: str) -> None:
+    """Make scaled_dot_product_attention try these kernels in this order, and no others, from now on.
+
+    names: of torch.nn.attention.SDPBackend. The public sdpa_kernel sets the same flags, but only inside a `with`, which
+    compiled blocks would have to enter one by one. Versions: _sdpa_kernel with set_priority in 2.11 to 2.15.
+    """
+    from torch.nn import attention
+
+    attention._sdpa_kernel([getattr(attention.SDPBackend, name) for name in names], set_priority=True)
+
+
 def fused_attention_ops() -> set[Any]:
     """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
     aten = torch.ops.aten

@@ -37,7 +37,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     for block in model.model.layers:
         apply_activation_checkpointing(block, config.activation_checkpointing)
     if config.compile:
-        apply_compile(model)
+        apply_compile(model, on_cuda=context.device.type == "cuda")
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)
