@@ -31,6 +31,7 @@ from tinytrain_dist.parallel.tree_reduction import (
     BinaryCounter,
     DirectAllGather,
     TreeReduceScatter,
+    halving_row_sums,
     tree_all_reduce,
     tree_sum,
 )
@@ -233,8 +234,13 @@ class DeterministicGradReduction:
         grad = local_tensor(param.grad)
         # The bits that vector_norm returns for a row do not depend on the other rows; those of einsum and bmm do.
         # measured (2-core x86 VM, 2026-11-25): 10M weights, vector_norm 2 ms, sum(dtype=float64) 26 ms
-        norms = torch.linalg.vector_norm(grad.flatten(1), dim=1) if grad.ndim > 1 else grad
-        squares = norms.double().square()
+        # On a GPU, those of vector_norm do as well, so the rows are summed by `halving_row_sums` there.
+        if grad.ndim == 1:
+            squares = grad.double().square()
+        elif grad.is_cuda:
+            squares = halving_row_sums(grad.flatten(1).square()).double()
+        else:
+            squares = torch.linalg.vector_norm(grad.flatten(1), dim=1).double().square()
         if self.plan.shard == 1:
             return [squares]
         rows = param.shape[0]
