@@ -25,7 +25,8 @@ from tinytrain_dist.model.attention import Attention, RotaryEmbedding
 from tinytrain_dist.model.layers import Embedding, LMHead, RMSNorm, SwiGLU
 
 INIT_STD = 0.02
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# "auto" is still there only if no run has resolved it, as in a training loop of your own
+COMPUTE_DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TransformerBlock(nn.Module):
@@ -79,6 +80,7 @@ class TransformerLM(nn.Module):
     config: the architecture, or a whole TrainingConfig, which then also gives the defaults of the other arguments.
     seed: seed of the initial weights (default 0).
     precision: type in which the blocks compute: "fp32" (default), "bf16" or a torch type. Weights are float32.
+        "auto", the default of a TrainingConfig, means "fp32" here.
     loss_chunk_tokens: tokens per chunk of output head and loss (None: see `head_loss_sum`).
     Errors: ConfigError for sizes that do not fit together; ValueError if the configuration has no vocab_size.
     """
@@ -88,7 +90,7 @@ class TransformerLM(nn.Module):
         config: ModelConfig | TrainingConfig,
         *,
         seed: int | None = None,
-        precision: Literal["fp32", "bf16"] | torch.dtype | None = None,
+        precision: Literal["auto", "fp32", "bf16"] | torch.dtype | None = None,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()

@@ -6,12 +6,14 @@ import ctypes
 import gc
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding, prefer_attention_kernels
+from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.model.matmul import widens_bf16
 
 # Increased when a step is computed in another order on this type of device; checked when a reproducible run resumes.
@@ -31,6 +33,25 @@ def keep_freed_memory(device: torch.device) -> None:
         for variable, option in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):
             if variable not in os.environ:
                 mallopt(option, 2**31 - 1)
+
+
+def switch_threads_sooner(device: torch.device) -> None:
+    """Let the main thread of a run on a GPU wait for Python's lock for at most 0.5 ms instead of 5 ms at a time.
+
+    It takes the lock to launch every kernel. During a save in the background, other threads hold it too.
+    """
+    if device.type == "cuda":
+        sys.setswitchinterval(5e-4)
+
+
+def choose_float32_products(config: TrainingConfig, device: torch.device) -> None:
+    """Compute float32 matrix products on a GPU in TF32, which is several times faster, unless the run is reproducible.
+
+    TF32 rounds the factors to 10 bits after the point. On a CPU, and on a GPU without TF32, this changes nothing.
+    """
+    if device.type == "cuda":
+        in_tf32 = product_type(config.precision, config.reproducible) == "tf32"
+        torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
 
 
 def collect_garbage(first: bool = False) -> None:
@@ -66,6 +87,8 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
     when the run resumes.
     """
     keep_freed_memory(device)
+    switch_threads_sooner(device)
+    choose_float32_products(config, device)
     threads = config.cpu_threads or (1 if config.reproducible else None)
     if threads is not None:
         torch.set_num_threads(threads)
