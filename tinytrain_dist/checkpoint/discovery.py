@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
 from tinytrain_dist.config.run_folder import (
     TRAINER_STATE_FILE,
     RunFolder,
-    checkpoint_name,
-    checkpoint_step,
     is_checkpoint,
     open_run,
 )
 from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.output import print_line
 from tinytrain_dist.utils.regular_files import read_text
 
 DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
+DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -83,10 +85,14 @@ def _problems(path: Path, kind: str | None) -> list[str]:
     return find_damage(path, names)
 
 
+def own_checkpoints(run: RunFolder, settings: dict[str, Any], warn: Callable[[str], None]) -> CheckpointFolder:
+    """Return the checkpoints of a run with its own prefix. `settings`: those in its config.toml. `warn`: see there."""
+    return CheckpointFolder(run.checkpoints, str(settings.get("ckpt_save_prefix", DEFAULT_PREFIX)), warn)
+
+
 def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
-    prefix = str(settings.get("ckpt_save_prefix", "checkpoint"))
-    own = [path for path in run.committed() if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    own = own_checkpoints(run, settings, print_line).committed()
     state = read_json_object(own[-1] / TRAINER_STATE_FILE) if own else {}
     record = state.get("report")
     record = record if isinstance(record, dict) else {}
