@@ -1,12 +1,17 @@
-"""What a checkpoint costs: the stall of a step, the bandwidth of saving and loading, and rank 0's memory.
+"""Measure what a checkpoint costs: the stall of a step, the speed of saving and loading, and the memory of rank 0.
 
     python benchmarks/checkpoint.py [--parallel fsdp] [--ranks 2] [--rounds 5] [--layers 8 16]
 
-One run measures, alternating: the stall of a background save against the bare copy it has to make (all ranks copy at
-the same time, as in a save; the longest of all ranks), a save in the foreground, torch.distributed.checkpoint's
-async_save of the same tensors, the whole save, a load with every byte verified (from a cold cache where the caches
-can be dropped), and what the disk itself takes for the same bytes in blocks of 16 MiB, as `dd bs=16M conv=fsync`
-writes and `dd bs=16M` reads. Float32, tensors of 1 to 16 MB.
+Each round measures, one after the other:
+
+* the stall of a step for a background save, and the copy to host memory alone. In both, all ranks begin together and
+  the slowest counts;
+* the duration of the whole background save;
+* a save in the foreground, and torch.distributed.checkpoint's async_save of the same tensors;
+* a load with every byte verified, from a cold page cache (where it can be dropped) and from a warm one;
+* the disk itself with the same bytes in blocks of 16 MiB, as `dd bs=16M conv=fsync` writes and `dd bs=16M` reads.
+
+The tensors are float32, 1 to 16 MB each.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,7 +45,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def drop_caches(folder: Path) -> str:
-    """What is read from `folder` next comes from the disk; how far that could be done."""
+    """Drop the page cache, so that the next read of `folder` comes from the disk; return how it was dropped."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -70,7 +75,7 @@ def disk_read(folder: Path, into: bytearray) -> None:
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status in bytes; VmHWM is the peak since `reset_peak`."""
+    """Return a line of /proc/self/status in bytes; VmHWM is the peak since `reset_peak`."""
     return 1024 * int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 
@@ -80,9 +85,9 @@ def reset_peak() -> None:
 
 
 class Measurement:
-    """One rank's trainer, and one method for each thing that is timed."""
+    """Hold the trainer of one rank, with one method for each operation that is timed."""
 
-    def __init__(self, folder: Path, layers: int, parallel: str) -> None:
+    def __init__(self, folder: Path, layers: int, parallel: Literal["ddp", "fsdp"]) -> None:
         from dataclasses import replace
 
         from tinytrain_dist.checkpoint.manager import CheckpointManager
@@ -93,8 +98,8 @@ class Measurement:
         self.folder, self.context = folder, init_distributed("cpu")
         config = TrainingConfig(
             target_dir=str(folder / f"run{layers}"), train_data=str(folder / "train.npy"), vocab_size=8192,
-            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32,
-            parallel=cast(Any, parallel), keep_last=1, ckpt_every=10**9,
+            device="cpu", num_layers=layers, d_model=512, num_heads=8, batch_size=2, context_len=32, parallel=parallel,
+            keep_last=1, ckpt_every=10**9,
         )  # fmt: skip
         self.trainer = trainer = Trainer.build(config, self.context)
         elsewhere = replace(config, ckpt_async=False, ckpt_dir=str(folder / "sync"))
@@ -105,28 +110,27 @@ class Measurement:
         self.extra, self.cold, self.block = 0, "", bytearray(BLOCK)
 
     def alone(self, action: Callable[[], object]) -> float:
-        """Seconds of an action on rank 0 that the others do not take part in."""
+        """Return the seconds that an action takes on rank 0; the other ranks wait."""
         self.context.barrier()
         seconds = timed(action) if self.context.is_main else 0.0
         self.context.barrier()
         return seconds
 
     def longest(self, action: Callable[[], object]) -> float:
-        """Seconds of the rank that takes longest; they begin together."""
+        """Return the seconds of the slowest rank; all ranks begin together."""
         self.context.barrier()
-        seconds: list[float] = self.context.all_gather_object(timed(action))
-        return max(seconds)
+        return max(map(float, self.context.all_gather_object(timed(action))))
 
     def all_ranks(self, action: Callable[[], object]) -> float:
-        def together() -> None:
+        def action_and_barrier() -> None:
             action()
             self.context.barrier()
 
         self.context.barrier()
-        return timed(together)
+        return timed(action_and_barrier)
 
     def round(self, number: int) -> dict[str, float]:
-        """Everything once; `number` is the step that is saved."""
+        """Measure everything once; `number` is the step that is saved."""
         trainer, found = self.trainer, dict[str, float]()
         trainer.step = number
         path = trainer.checkpoints.folder(number)
@@ -160,7 +164,7 @@ class Measurement:
         assert found[0] == path
 
     def theirs(self, number: int) -> dict[str, float]:
-        """torch.distributed.checkpoint.async_save of the same tensors; it hashes nothing and gathers nothing."""
+        """Time async_save of torch.distributed.checkpoint; it computes no digests and gathers nothing."""
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         from tinytrain_dist.checkpoint.state import model_tensors, optimizer_tensors
@@ -177,11 +181,11 @@ class Measurement:
         return {"their stall": stall, "their save": whole}
 
 
-def worker(folder: Path, rounds: int, layers: int, parallel: str) -> None:
+def worker(folder: Path, rounds: int, layers: int, parallel: Literal["ddp", "fsdp"]) -> None:
     from tinytrain_dist.distributed.context import shutdown
 
     measurement = Measurement(folder, layers, parallel)
-    measurement.round(0)  # makes torch's buffers, and brings everything into memory
+    measurement.round(0)  # warm-up: torch allocates its buffers, and all code and data are loaded
     found = [measurement.round(number) for number in range(1, rounds + 1)]
     if measurement.context.is_main:
         result = {"rounds": found, "extra": measurement.extra, "own": measurement.own, "cold": measurement.cold}
@@ -217,13 +221,13 @@ def show(layers: int, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parallel", default="fsdp", choices=["ddp", "fsdp"])
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, nargs=2, default=[8, 16])
-    parser.add_argument("--worker")
-    parser.add_argument("--size", type=int)
+    parser.add_argument("--ranks", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up (5)")
+    parser.add_argument("--layers", type=int, nargs=2, default=[8, 16], help="layers of the two models (8 16)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(Path(options.worker), options.rounds, options.size, options.parallel)

@@ -1,15 +1,23 @@
-"""Our trainer beside what a user would pick instead, in one run on the same model sizes, data and batch.
+"""Compare this trainer with its alternatives: the same model sizes, data and batch, one after the other.
 
     python benchmarks/compare.py [--precision bf16] [--rounds 3] [--steps 10] [--systems ours,hf,loop,compiled]
     python benchmarks/compare.py --device cuda --size 1b --ranks 1 --precision bf16
 
-Systems: `ours` (DDP, as a user starts it), `ours-eager`, `ours-fsdp`, `ours-reproducible`; `hf` (Hugging Face Trainer
-with LlamaForCausalLM); `loop` and `compiled` (a minimal hand-written DDP loop around LlamaForCausalLM, eager and with
-torch.compile). They take turns; each turn is a fresh start of all processes by torchrun. Printed per system:
-tokens/s over all turns (median of the steps after warm-up, range of the turns' medians), the ratio to the first system
-turn by turn, the share of the matmul ceiling that the same processes reach in the same run (on a GPU: MFU), the peak
-memory of the fullest process, the processor time of a step on rank 0 (which other work on the machine disturbs less
-than the clock), and the seconds from the launch to the end of the first step.
+Systems:
+
+* `ours` (DDP with default settings), `ours-eager`, `ours-fsdp`, `ours-reproducible`;
+* `hf`: the Hugging Face Trainer with LlamaForCausalLM;
+* `loop` and `compiled`: a minimal hand-written DDP loop around LlamaForCausalLM, without and with torch.compile.
+
+In each round every system has one turn. In each turn torchrun starts new processes. The table has these columns:
+
+* tokens/s: the median step of each turn after warm-up; of these the median and the range over all turns;
+* ratio: how many times as fast the first system is, in the same round (median and range);
+* of ceiling: the share of the speed of matrix products alone, measured in each round on the same processes (on a GPU
+  this is MFU);
+* cpu/step: processor time of a step on rank 0. Other work on the machine changes it less than it changes wall time;
+* peak: peak memory of the process that used most;
+* first step: seconds from the launch to the end of the first step, in the first turn and in the fastest one.
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ Options = argparse.Namespace
 
 
 class Clock:
-    """The moments at which steps ended in this process."""
+    """Record when the steps of this process ended."""
 
     def __init__(self, device: str) -> None:
         self.device, self.ends, self.cpu = device, [0.0], [0.0]
@@ -73,13 +81,13 @@ def run_ours(options: Options, folder: str) -> dict[str, Any]:
     from tinytrain_dist.training.trainer import Trainer
 
     kind = options.system.partition("-")[2]
-    extra: dict[str, Any] = sizes(options) | ({"compile": False} if kind == "eager" else {})
+    other: dict[str, Any] = {**({"compile": False} if kind == "eager" else {}), **sizes(options)}
     config = TrainingConfig(
         target_dir=f"{folder}/run-{os.environ['LAUNCHED_AT']}", train_data=f"{folder}/train.npy", device=options.device,
         total_steps=10**6, stop_at_step=options.steps + WARM_UP + 1, ckpt_every=10**9, eval_every=10**9, resume="never",
         batch_size=options.batch * options.ranks, micro_batch_size=options.batch, precision=options.precision,
         parallel="none" if options.ranks == 1 else "fsdp" if kind == "fsdp" else "ddp",
-        reproducible=kind == "reproducible", **extra,
+        reproducible=kind == "reproducible", **other,
     )  # fmt: skip
     clock = Clock(options.device)
     context = init_distributed(options.device)
@@ -121,7 +129,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
 
     class Windows(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
-            return int(len(tokens) // length)
+            return len(tokens) // length
 
         def __getitem__(self, i: int) -> dict[str, Any]:
             ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
@@ -144,7 +152,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
 
 
 def run_loop(options: Options, folder: str) -> dict[str, Any]:
-    """What a course's notes would have: DDP, autocast, fused AdamW, clipping, a memory-mapped token file."""
+    """Train with a loop as in a tutorial: DDP, autocast, fused AdamW, clipping, a memory-mapped token file."""
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -173,7 +181,7 @@ def run_loop(options: Options, folder: str) -> dict[str, Any]:
 
 
 def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
-    """Matrix products alone, on all processes at the same time: FLOP/s per process at the best of some shapes."""
+    """Run matrix products alone, on all processes at once; return the FLOP/s of this process for the fastest shape."""
     import torch
     import torch.distributed as dist
 
@@ -209,20 +217,20 @@ RUNNERS = {"hf": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_
 RUNNERS |= dict.fromkeys(("ours", "ours-eager", "ours-fsdp", "ours-reproducible"), run_ours)
 
 
-def sizes(options: Options) -> dict[str, Any]:
+def sizes(options: Options) -> dict[str, int]:
     return SIZES[options.size] | ({"vocab_size": options.vocab_size} if options.vocab_size else {})
 
 
 def flops_per_token(options: Options) -> float:
-    """6 per matrix weight and 6 x layers x width x context for causal attention, forward and backward."""
-    s: dict[str, int] = sizes(options)
+    """Return 6 per matrix weight, and 6 x layers x width x context for causal attention (forward and backward)."""
+    s = sizes(options)
     layer = 4 * s["d_model"] ** 2 + 3 * s["d_model"] * s["d_ff"]
     matrices = s["num_layers"] * layer + s["vocab_size"] * s["d_model"]
     return 6.0 * matrices + 6.0 * s["num_layers"] * s["d_model"] * s["context_len"]
 
 
 def turn(options: Options, system: str, precision: str, folder: str) -> list[dict[str, Any]]:
-    """Start `system` on all ranks and return what each of them found."""
+    """Start `system` on all ranks and return the result of each."""
     out = Path(folder) / "results"
     out.mkdir(exist_ok=True)
     for path in out.iterdir():
@@ -252,7 +260,7 @@ def compare(options: Options, precision: str, folder: str) -> None:
         for system in systems:
             found[system].append(turn(options, system, precision, folder))
             seconds, cpu = (1000 * statistics.median(found[system][-1][0][name]) for name in ("steps", "cpu"))
-            line = f"  {precision} {system}: {seconds:.0f} ms a step, {cpu:.0f} ms of the processor"
+            line = f"  {precision} {system}: {seconds:.0f} ms per step, {cpu:.0f} ms processor time"
             print(line, file=sys.stderr, flush=True)
     ceiling = max(ceilings)
     tokens = options.batch * options.ranks * sizes(options)["context_len"]
@@ -280,17 +288,19 @@ def compare(options: Options, precision: str, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", default="ours,hf,loop,compiled")
-    parser.add_argument("--precision", default="bf16,fp32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="measured steps in each turn")
-    parser.add_argument("--batch", type=int, default=4, help="sequences per process")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--systems", default="ours,hf,loop,compiled", help="systems to compare, with commas")
+    parser.add_argument("--precision", default="bf16,fp32", help="bf16, fp32 or both, with commas (bf16,fp32)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each system (3)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps in each turn (10)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per process (4)")
+    parser.add_argument("--ranks", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--size", default="small", choices=list(SIZES))
-    parser.add_argument("--vocab-size", type=int, default=0)
-    parser.add_argument("--cold", action="store_true", help="first turns find no cache of compiled code")
+    parser.add_argument("--size", default="small", choices=list(SIZES), help="model size (small)")
+    parser.add_argument("--vocab-size", type=int, default=0, help="another vocabulary size (0: that of the model)")
+    parser.add_argument(
+        "--cold", action="store_true", help="the first turn of a system starts without a cache of compiled code"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--system", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -298,16 +308,15 @@ def main() -> None:
         result = RUNNERS[options.system](options, options.worker)
         Path(options.worker, "results", os.environ["RANK"]).write_text(json.dumps(result))
         sys.stdout.flush()
-        os._exit(0)  # some peers' threads do not end
+        os._exit(0)  # some systems leave threads that do not end
     systems = [name for name in RUNNERS if name != "ceiling"]
     if unknown := set(options.systems.split(",")) - set(systems):
-        parser.error(f"--systems: {', '.join(sorted(unknown))} is none of {', '.join(systems)}")
+        parser.error(f"--systems: got {', '.join(sorted(unknown))}; expected names from {', '.join(systems)}")
     import torch
 
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, {options.ranks} ranks of {options.threads} thread"
-    )
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    ranks = f"{options.ranks} ranks, {options.threads} thread(s) each"
+    print(f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, {ranks}")
     with tempfile.TemporaryDirectory() as folder:
         vocab_size = sizes(options)["vocab_size"]
         np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, vocab_size, 10**7, dtype=np.uint16))

@@ -1,10 +1,15 @@
-"""Owns the figures of drawing windows: the same cost, in time and memory, from a file of 10 MB and of 20 GB.
+"""Measure the time and memory of drawing windows, from a small token file (10 MB) and a large one (20 GB).
 
-Must not know how it is done. Three ways in one run, in turns: `TokenDataset`, as training reads; `read_windows` on the
-memory map, as get_batch does; the same on a map without advice, as np.load gives it. The files are sparse: they take no
-room on the disk, but each page that is drawn for the first time passes through the file system and its read-ahead.
+    python benchmarks/data.py [--large-gb 20] [--rows 64] [--context-len 1024] [--steps 200]      (about a minute)
 
-Run: python benchmarks/data.py [--large-gb 20] [--rows 64] [--context-len 1024] [--steps 200]   (about a minute)
+Three methods take turns at each step:
+
+* `TokenDataset.read`, which training uses: positioned reads;
+* `read_windows` on the memory map of `load_token_dataset`, as in get_batch: the map is advised of random access;
+* `read_windows` on a plain memory map, as np.load returns it.
+
+The files are sparse, so they take no space on disk. A page that is drawn for the first time still passes through the
+file system and its read-ahead.
 """
 
 import argparse
@@ -32,7 +37,7 @@ def _sparse(path: Path, tokens: int) -> Path:
 
 
 def _memory() -> dict[str, float]:
-    """MB of this process that are mapped pages of files, and that are its own; 0 where there is no /proc."""
+    """Return the MB of this process in mapped files and in its own memory; 0 where there is no /proc."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:
@@ -41,12 +46,12 @@ def _memory() -> dict[str, float]:
 
 
 def _ways(path: Path, context_len: int) -> dict[str, Callable[[int, range], Tensor]]:
-    """Name of a way -> the windows that some slots draw at a step."""
+    """Return, by the name of each method, a function from (step, sample slots) to the windows."""
     source = TokenDataset([str(path)], context_len)
     advised, plain = load_token_dataset(path), np.load(path, mmap_mode="r")
 
     def mapped(tokens: np.ndarray, seed: int) -> Callable[[int, range], Tensor]:
-        # a seed of its own for each way, or it would find the pages that another one has fetched
+        # Each method has its own seed. Otherwise it would find pages in memory that another method has fetched.
         windows = len(tokens) - context_len
         return lambda step, slots: read_windows(tokens, window_starts(seed, step, slots, windows), context_len)
 
@@ -59,15 +64,15 @@ def _ways(path: Path, context_len: int) -> dict[str, Callable[[int, range], Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large-gb", type=float, default=20.0)
-    parser.add_argument("--rows", type=int, default=64, help="windows of one rank and step")
-    parser.add_argument("--context-len", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--large-gb", type=float, default=20.0, help="size of the large file in GB (20)")
+    parser.add_argument("--rows", type=int, default=64, help="windows per step on one rank (64)")
+    parser.add_argument("--context-len", type=int, default=1024, help="tokens per window (1024)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each method (200)")
     given = parser.parse_args()
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch"))
     print(f"machine  {platform.platform()}, {platform.machine()}, Python {platform.python_version()}, {packages}")
-    print(f"a step   {given.rows} windows of {given.context_len + 1} ids of two bytes; {given.steps} steps each\n")
-    print("file      way                ms/step: median  p90    largest   windows/s    MB/s   RssFile   RssAnon")
+    print(f"a step   {given.rows} windows of {given.context_len + 1} token IDs of 2 bytes; {given.steps} steps each\n")
+    print("file      method             ms/step: median  p90    largest   windows/s    MB/s   RssFile   RssAnon")
     with tempfile.TemporaryDirectory() as place:
         for name, size in (("small", 10e6), ("large", given.large_gb * 1e9)):
             path = _sparse(Path(place) / f"{name}.npy", int(size / 2))

@@ -1,10 +1,11 @@
-"""Print what must not change when code is only moved or renamed: digests of fixed runs, file formats, public names.
+"""Record what must not change when code is moved or renamed: digests of fixed runs, file formats, public names.
 
     .venv/bin/python benchmarks/digests.py --out before.json                       # in the old checkout
-    .venv/bin/python benchmarks/digests.py --out after.json --resume-from OLD_RUN  # in the new one
+    .venv/bin/python benchmarks/digests.py --out after.json --resume-from OLD_WORK # in the new one
     diff before.json after.json
 
-Bits depend on the CPU and on the version of torch, so compare two files only if one machine made both.
+OLD_WORK is the folder runs/digests of the old checkout. Bits depend on the CPU and on the version of torch. Compare two
+files only if the same machine made both.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def make_data(folder: Path) -> None:
-    """Write two training files and one evaluation file of random ids."""
+    """Write two training files and one evaluation file of random token IDs."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(7)
     for name, count in (("train.npy", 20_000), ("more.npy", 9_000), ("val.npy", 3_000)):
@@ -104,7 +105,7 @@ def keys_of(value: Any, depth: int = 2) -> Any:
 
 
 def formats(run: Path) -> dict[str, Any]:
-    """Return the names and keys of everything that a run leaves on disk."""
+    """Return the names of the files that a run leaves on disk, and the keys in them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
@@ -134,16 +135,25 @@ def formats(run: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run all cases one after the other, about ten seconds each."""
+    """Run all cases one after the other; each takes about ten seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--work", type=Path, default=Path("runs/digests"), help="folder for the runs; replaced")
-    parser.add_argument("--resume-from", type=Path, help="work folder of an older checkout: resume its half run, too")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/digests"),
+        help="folder for the runs; it is deleted first (runs/digests)",
+    )
+    parser.add_argument(
+        "--resume-from", type=Path, help="the --work folder of the old checkout; its unfinished run is resumed as well"
+    )
     options = parser.parse_args()
     work = options.work.resolve()
     data = work / "data"
     if work.exists() and any(work.iterdir()) and not (data / "train.npy").is_file():
-        parser.error(f"--work {work} holds something else than runs of this program, and would be deleted")
+        parser.error(
+            f"--work {work} contains files that this program did not write and would delete; name another folder"
+        )
     shutil.rmtree(work, ignore_errors=True)
     make_data(data)
     found: dict[str, Any] = {"runs": {}}
@@ -152,7 +162,7 @@ def main() -> None:
         train(run, data, ranks, settings)
         found["runs"][name] = digests(run)
         print(name, *(digest[:16] for digest in found["runs"][name].values()), flush=True)
-    # half a run that stays as it is, for a later version to resume, and one that is resumed on another layout
+    # A run that stops half-way. A later version can resume it; a copy is resumed here, on another layout.
     train(work / "half", data, 2, {**DDP2, "stop-at-step": 3})
     for name, source in (("resumed", work), ("resumed_from_older", options.resume_from)):
         if source is not None:

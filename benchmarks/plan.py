@@ -1,10 +1,10 @@
-"""The memory that `tinytrain plan` foretells against what a step takes, on the CPU or on GPUs.
+"""Compare the memory that `tinytrain plan` predicts with what a step takes, on CPUs or GPUs.
 
     python benchmarks/plan.py [--device cpu|cuda] [--layers N] [--width D] [--context T]
 
-Each case runs three real steps on 1, 2 or 4 processes (on GPUs: as many as there are) and is measured from outside
-torch: on the CPU all bytes that the process holds from malloc, on a GPU max_memory_allocated. Ranks of fewer GPUs than
-a case needs leave it out. The cases and the way to measure are those of tests/training/test_memory_estimate.py.
+Each case runs three real steps on 1, 2 or 4 processes. Measured are all bytes that a process holds from malloc, or on a
+GPU max_memory_allocated. Cases that need more GPUs than there are do not run. Cases and method are the same as in
+tests/training/test_memory_estimate.py.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from tests.helpers.ranks import run_ranks  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--layers", type=int, default=MODEL["num_layers"])
-    parser.add_argument("--width", type=int, default=MODEL["d_model"])
-    parser.add_argument("--context", type=int, default=MODEL["context_len"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(cpu)")
+    parser.add_argument("--layers", type=int, default=MODEL["num_layers"], help="num_layers of the model (%(default)s)")
+    parser.add_argument("--width", type=int, default=MODEL["d_model"], help="d_model of the model (%(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=MODEL["context_len"], help="context_len of the model (%(default)s)"
+    )
     options = parser.parse_args()
     sizes = {"num_layers": options.layers, "d_model": options.width, "context_len": options.context}
     most = 4
@@ -33,10 +35,10 @@ def main() -> None:
         import torch
 
         most = torch.cuda.device_count()  # counts without starting CUDA in this process
-    print(f"{'case':<28}{'measured':>12}{'predicted':>12}{'ratio':>8}  at")
+    print(f"{'case':<28}{'measured':>12}{'predicted':>12}{'ratio':>8}  predicted peak")
     for name, (ranks, settings) in CASES.items():
         if ranks > most:
-            print(f"{name:<28}  needs {ranks} devices, there are {most}")
+            print(f"{name:<28}  not run: it needs {ranks} GPUs, and there are {most}")
             continue
         settings = {**MODEL, **sizes, **settings, "device": options.device}
         measured, predicted, moment = run_ranks(ranks, measure, settings)[0]

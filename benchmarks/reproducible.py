@@ -1,9 +1,10 @@
-"""What the same bits on any layout cost: native against reproducible sums, alternating in one run.
+"""Measure the cost of reproducible mode: the time of a reproducible step divided by that of a native step.
 
-    python benchmarks/reproducible.py [--ranks 2] [--rounds 7] [--steps 4]
+    python benchmarks/reproducible.py [--ranks 2] [--rounds 7] [--steps 1]
 
-Each round trains the same model for some steps both ways, on DDP and FSDP, with 1 and 8 accumulation steps, and takes
-the ratio of the two times; the median over the rounds is the answer. Memory is the peak of a process of its own.
+The cases are DDP and FSDP, each with 1 and 8 accumulation steps. In each round the same model trains for some steps in
+native mode and in reproducible mode, in alternating order. The result is the median of the ratios of all rounds. Peak
+memory comes from a separate start of each case and mode.
 """
 
 from __future__ import annotations
@@ -91,11 +92,13 @@ def run(ranks: int, *arguments: str, only: str | None = None) -> dict[str, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--worker")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="number of processes (2)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each case (7)")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps in a round; four times as many without accumulation (1)"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker, options.rounds, options.steps)

@@ -1,11 +1,16 @@
-"""What a step and a checkpoint cost one rank apart from training itself, at 8 to 4096 ranks, without such a cluster.
+"""Estimate what a step and a checkpoint cost a rank apart from training, with 8 to 4,096 ranks, without a cluster.
 
     python benchmarks/scaling.py [--ranks 8,64,512,4096] [--latency-us 10] [--gbit 10]
 
-Measured here, by calling the real functions with the layout that one rank of so many would have: drawing its windows,
-building the leaf-loss vector, planning the shards of a checkpoint (of a model sharded over a fake process
-group), and unpickling what is gathered. Computed, not measured: what the network adds, from bytes and hops with a given
-latency and bandwidth: a sum of n bytes takes 2 log2(ranks) hops and moves 2n bytes, a gather moves n x ranks bytes.
+Measured, by calling the real functions with the layout of one rank among so many:
+
+* drawing the windows of the rank;
+* building the vector of micro-batch losses;
+* planning the shards of a checkpoint, for a model that is sharded over a fake process group;
+* unpickling gathered objects.
+
+Computed from the given latency and bandwidth: the time in the network. A sum of n bytes takes 2 log2(ranks) hops and
+sends 2n bytes. A gather sends n x ranks bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def timed(action: Callable[[], Any], repeat: int = 20) -> float:
-    """Microseconds of the fastest of some calls."""
+    """Return the microseconds of the fastest of some calls."""
     best = math.inf
     for _ in range(repeat):
         start = time.perf_counter()
@@ -34,7 +39,7 @@ def timed(action: Callable[[], Any], repeat: int = 20) -> float:
 
 
 def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, float, float, float]]:
-    """Name, microseconds measured here, bytes through the network, and microseconds that those would take."""
+    """Return rows of: name, measured microseconds, bytes in the network, and the microseconds that these would take."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -65,19 +70,19 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
             network += hops / 2 * latency + gathered * ranks / bytes_per_us
         results.append((name, timed(action), 2 * summed + gathered * ranks, network))
 
-    note("sampling: draw this rank's windows", lambda: window_starts(0, 7, slots, 10**9))
-    ballot = torch.zeros(1, dtype=torch.int32)
-    note("agreement: the vote to stop", lambda: bool(ballot.item()), summed=4)
+    note("sampling: draw the windows of this rank", lambda: window_starts(0, 7, slots, 10**9))
+    vote = torch.zeros(1, dtype=torch.int32)
+    note("stopping: the vote of all ranks", lambda: bool(vote.item()), summed=4)
 
     place, loss = torch.tensor([0]), torch.zeros(1, dtype=torch.float64)
 
     def micro_batch_losses() -> None:
         torch.zeros(plan.num_micro_batches, dtype=torch.float64).index_copy_(0, place, loss).sum()
 
-    note("loss: one number for every leaf", micro_batch_losses, summed=8 * plan.num_micro_batches)
-    note("norm: one number", lambda: torch.zeros(()).sqrt(), summed=8)
+    note("loss: one number for each micro-batch", micro_batch_losses, summed=8 * plan.num_micro_batches)
+    note("gradient norm: one number", lambda: torch.zeros(()).sqrt(), summed=8)
     row = torch.zeros(3, dtype=torch.float64)
-    note("logging (every log_every): 3 numbers of every rank", lambda: row.tolist(), gathered=24)
+    note("logging (every log_every steps): 3 numbers per rank", lambda: row.tolist(), gathered=24)
     import pickle
 
     objects = [pickle.dumps((1.0, 2.0, 3.0))] * ranks
@@ -99,9 +104,11 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="8,64,512,4096")
-    parser.add_argument("--latency-us", type=float, default=10.0, help="of one message")
-    parser.add_argument("--gbit", type=float, default=10.0, help="what one rank's control messages get")
+    parser.add_argument("--ranks", default="8,64,512,4096", help="numbers of ranks, with commas")
+    parser.add_argument("--latency-us", type=float, default=10.0, help="latency of one message in microseconds (10)")
+    parser.add_argument(
+        "--gbit", type=float, default=10.0, help="bandwidth for these messages of one rank, in Gbit/s (10)"
+    )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -118,10 +125,10 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.stderr)
         for line in done.stdout.splitlines():
-            label, *numbers = line.split("\t")
-            measured, moved, added = map(float, numbers)
-            table.setdefault(label, []).append(f"{measured:,.0f} + {added:,.0f} ({moved:,.0f} B)")
-    print(f"microseconds a rank: measured + network (bytes); {options.latency_us} us a hop, {options.gbit} Gbit/s")
+            name, *values = line.split("\t")
+            own, size, network = (float(value) for value in values)
+            table.setdefault(name, []).append(f"{own:,.0f} + {network:,.0f} ({size:,.0f} B)")
+    print(f"microseconds per rank: measured + network (bytes); {options.latency_us} us per hop, {options.gbit} Gbit/s")
     print(f"{'':<52}" + "".join(f"{count:>26,}" for count in counts))
     for name, cells in table.items():
         print(f"{name:<52}" + "".join(f"{cell:>26}" for cell in cells))

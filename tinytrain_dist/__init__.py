@@ -1,13 +1,13 @@
 """A small, exact, fault-tolerant pre-trainer for decoder-only language models.
 
-The public names are loaded on first use, so that `import tinytrain_dist` does not import torch: a login node checks
-a configuration in a tenth of a second.
+The public names are loaded on first use, so that `import tinytrain_dist` does not import torch. A login node can
+then check a configuration in a tenth of a second.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # type checkers and editors see the names here; at run time __getattr__ finds them
+if TYPE_CHECKING:  # type checkers and editors find the names here; at run time __getattr__ imports them
     from tinytrain_dist.checkpoint.save_load import load_checkpoint as load_checkpoint
     from tinytrain_dist.checkpoint.save_load import save_checkpoint as save_checkpoint
     from tinytrain_dist.config.loading import load_config as load_config
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names here; at run time _
     from tinytrain_dist.parallel.wrappers import gather_full_state_dict as gather_full_state_dict
     from tinytrain_dist.training.trainer import Trainer as Trainer
 
-_HOME = {
+_HOME = {  # the module that defines each public name
     "TrainingConfig": "config.schema",
     "load_config": "config.loading",
     "BatchPlan": "distributed.batch_plan",

@@ -1,8 +1,8 @@
-"""The program that starts and watches the ranks of this machine: `torchrun`, with saving on stop signals.
+"""Start and supervise the ranks of this machine: `torchrun`, extended so that stop signals make the run save.
 
     python -m tinytrain_dist.agent --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml
 
-It takes torchrun's own options. See `tinytrain_dist/launch/elastic_agent.py` for what it adds to torchrun.
+It takes the options of torchrun. `tinytrain_dist/launch/elastic_agent.py` describes what it adds.
 """
 
 from __future__ import annotations

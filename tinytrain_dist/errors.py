@@ -1,8 +1,7 @@
-"""Define the exceptions that a user can cause.
+"""Define the exceptions for mistakes of the user and for problems of data, checkpoints and runs.
 
-Must not know anything else of the package. Every message is a sentence with four parts: what is wrong, both values,
-which setting, what to do. Violations of our own invariants use `assert`; these classes are for configuration, data,
-checkpoints and training runs.
+Must not import anything from the package. Every message has four parts: what is wrong, the expected and the actual
+value, the setting, and what to do. Violated invariants of our own code use `assert` instead.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ class ConfigError(TinytrainError):
         """Collect `problems` (one sentence each) found in `source` (a file name or a description)."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.source = source
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''} in {source}"
-        super().__init__("\n".join([count, *(f"  {problem}" for problem in self.problems)]))
+        plural = "s" if len(self.problems) > 1 else ""
+        heading = f"{len(self.problems)} problem{plural} in {source}"
+        super().__init__("\n".join([heading, *(f"  {problem}" for problem in self.problems)]))
 
 
 class RendezvousError(ConfigError):
@@ -36,7 +36,7 @@ class CheckpointError(TinytrainError):
 
 
 class TrainingError(TinytrainError):
-    """The run cannot continue: non-finite steps in a row, replicas that differ, too little memory."""
+    """The run cannot continue, for example after several non-finite steps in a row or with too little memory."""
 
 
 class DivergenceError(TrainingError):
@@ -44,4 +44,4 @@ class DivergenceError(TrainingError):
 
 
 class ReplicaMismatchError(TrainingError):
-    """Ranks that must hold the same bits do not: the state is wrong on some of them, and is not saved."""
+    """Replicas that must have identical bits differ. The state of some ranks is wrong, so it is not saved."""

@@ -1,8 +1,8 @@
-"""The program that torchrun starts on every rank: a configuration and overrides become a run.
+"""Train a model: the program that torchrun starts on every rank.
 
     torchrun --nproc_per_node 2 -m tinytrain_dist.train configs/quickstart.toml --total-steps 100
 
-The exit code tells how the run ended: 0 when done or stopped as asked, 2 for a user's mistake, otherwise 1.
+Exit codes: 0 if the run is complete or was stopped on request, 2 for a mistake of the user, 1 for any other failure.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tinytrain_dist.utils.output import keep_output_from_failing
 
 
 def main() -> NoReturn:
-    """Train as the command line says, and exit."""
-    install_signal_handlers()  # first: importing torch takes seconds, in which a signal would kill this process
+    """Train with the settings of the command line, and exit."""
+    install_signal_handlers()  # before torch is imported: that takes seconds, in which a signal would kill this process
     begin_start()
     keep_output_from_failing()
     from tinytrain_dist.launch.worker import main as run_worker

@@ -218,15 +218,19 @@ def test_a_broken_header_is_a_sentence(tmp_path, data, index):
 
 
 def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "f", "y": "f", "z": 3}}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "f", "y": "f"}}')
     (tmp_path / "f").write_bytes(header_of(dtype="F8_E4M3", shape=[8]) + bytes(8))
     reader = TensorReader(tmp_path, "model")
     with pytest.raises(CheckpointError, match="f: y is missing"):
         reader.read("y")
     with pytest.raises(CheckpointError, match=r"f: x is F8_E4M3, not one of F64, .*; use another folder"):
         reader.spec("x")
-    with pytest.raises(CheckpointError, match="3: cannot be read"):
+    with pytest.raises(CheckpointError, match="has no model tensor z"):
         reader.spec("z")
+    for file in ("3", '"../f"', '"a\\u0000b"', "null"):
+        (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"x": {file}}}}}')
+        with pytest.raises(CheckpointError, match=r"x is in .*, which is not the name of a file"):
+            TensorReader(tmp_path, "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,3 +170,17 @@ def test_several_files_hold_the_same_tensors(tmp_path: Path) -> None:
     other = Net()
     assert load_checkpoint(other, OPTIMIZERS["our AdamW"](other.parameters()), tmp_path / "many") == 1
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_settings_of_an_optimizer_that_are_not_finite_survive_in_strict_json(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer.param_groups[0]["clip"] = math.inf
+    save_checkpoint(model, optimizer, 1, tmp_path / "c")
+    assert (
+        "Infinity"
+        in json.loads((tmp_path / "c" / "trainer_state.json").read_text())["optimizer"]["param_groups"][0].values()
+    )
+    optimizer.param_groups[0]["clip"] = 1.0
+    load_checkpoint(model, optimizer, tmp_path / "c")
+    assert optimizer.param_groups[0]["clip"] == math.inf

@@ -31,7 +31,7 @@ def test_a_place_without_a_run_is_an_error(tinytrain: Cli, tmp_path: Path, verb:
     assert f"error: {missing}: is not a folder; give a run" in err
     code, _, err = tinytrain(verb, tmp_path)
     assert code == 2
-    assert "holds neither a run nor a checkpoint" in err
+    assert "contains neither a run nor a checkpoint" in err
 
 
 def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -72,4 +72,4 @@ def test_a_run_that_logged_nothing_is_an_error(tinytrain: Cli, run: Path) -> Non
     (run / "logs" / "metrics.jsonl").write_text("")
     assert "has no logged step yet" in tinytrain("plot", run)[2]
     (run / "logs" / "metrics.jsonl").unlink()
-    assert "no record of a run" in tinytrain("plot", run)[2]
+    assert "no records of a run" in tinytrain("plot", run)[2]

@@ -49,9 +49,9 @@ def test_values_that_do_not_fit_are_refused_with_the_type_in_words(hint, value):
 
 
 def test_types_in_words():
-    assert describe_type(int | Literal["auto"] | None) == "a whole number or one of auto or None"
+    assert describe_type(int | Literal["auto"] | None) == "a whole number or auto or None"
     assert describe_type(tuple[float, float]) == "two numbers"
-    assert describe_type(tuple[str, ...]) == "a list of texts"
+    assert describe_type(tuple[str, ...]) == "a list of strings"
     assert [is_optional(hint) for hint in (int, int | None)] == [False, True]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def test_settings_are_read_under_their_headings_or_without_any(tmp_path):
+def test_settings_are_read_in_their_sections_or_outside_all(tmp_path):
     path = write(tmp_path / "a.toml", 'seed = 7\n[data]\nbatch_size = 8\n[parallel]\nparallel = "ddp"\n')
     assert load_config(path) == TrainingConfig(seed=7, batch_size=8, parallel="ddp")
     assert load_config(path, {"seed": 9}).seed == 9
@@ -35,8 +35,8 @@ def test_a_file_with_several_problems_says_them_all(tmp_path):
         load_config(path, {"log_every": 0})
     assert caught.value.problems == [
         "seed: set twice, to 1 and 2; keep one",
-        "batch_size: stands under [run]; move it to [data]",
-        "[optimiser]: unknown heading; use one of optimizer",
+        "batch_size: is under [run]; move it to [data]",
+        "[optimiser]: unknown section; use one of optimizer",
         "weigth_decay: unknown setting; did you mean weight_decay?",
         "log_every: 0 must be at least 1",
         "eps: 0.0 must be greater than 0 and finite",
@@ -52,7 +52,7 @@ def test_a_layout_problem_alone_is_an_error_too(tmp_path):
 
 def test_an_unknown_heading_like_no_other_lists_all_of_them(tmp_path):
     _, problems = read_toml(write(tmp_path / "a.toml", "[zzz]\n"))
-    assert problems == [f"[zzz]: unknown heading; use one of {', '.join(SECTIONS)}"]
+    assert problems == [f"[zzz]: unknown section; use one of {', '.join(SECTIONS)}"]
 
 
 @pytest.mark.parametrize("text", ["seed = \n", "seed = 1\nseed = 2\n"])
@@ -159,7 +159,7 @@ def test_unknown_flags_come_together_with_all_other_problems(tmp_path):
             [str(path), "--weigth-decay", "0.1", "--batch-size", "0", "--no-seed", "--dmodel=3", "--no-such"]
         )
     assert caught.value.problems == [
-        "[modle]: unknown heading; use one of model",
+        "[modle]: unknown section; use one of model",
         "weigth_decay: unknown setting; did you mean weight_decay?",
         "no_seed: unknown setting; did you mean seed?",
         "dmodel: unknown setting; did you mean d_model?",
@@ -193,7 +193,7 @@ def test_a_value_that_cannot_be_parsed_is_one_of_the_problems(args, problem, tmp
         parse_command_line([str(path), *args, "--batchsize", "8"])
     assert caught.value.problems == [
         problem,
-        "[modle]: unknown heading; use one of model",
+        "[modle]: unknown section; use one of model",
         "batchsize: unknown setting; did you mean batch_size?",
     ]
     assert capsys.readouterr() == ("", "")
@@ -230,7 +230,7 @@ def test_vocab_size_is_taken_from_the_data(tmp_path):
 
 def test_a_vocab_size_below_that_of_the_data_is_an_error(tmp_path):
     write(tmp_path / "meta.json", '{"vocab_size": 321}')
-    with pytest.raises(ConfigError, match=r"vocab_size: 320 is less than the 321 of .*meta\.json"):
+    with pytest.raises(ConfigError, match=r"vocab_size: 320 is less than the 321 in .*meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=str(tmp_path / "train.npy"), vocab_size=320))
 
 
@@ -259,7 +259,7 @@ def test_the_vocabulary_of_several_files_is_the_largest_and_their_tokenizer_the_
     a, b, c = (str(tmp_path / name / "train.npy") for name in "abc")
     assert resolve_vocab_size(TrainingConfig(train_data=(a, b))).vocab_size == 20
     assert resolve_vocab_size(TrainingConfig(train_data=(a,), val_data=b)).vocab_size == 10
-    with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 of .*/b/meta\.json"):
+    with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 in .*/b/meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=(a, b), vocab_size=15))
     for config in (TrainingConfig(train_data=(a, c)), TrainingConfig(train_data=a, val_data=c)):
         with pytest.raises(ConfigError, match=r"/a and .*/c were made with different tokenizers"):
@@ -282,10 +282,10 @@ def test_the_heading_compute_holds_what_is_not_parallelism():
     assert under == set(COMPUTE_SETTINGS)
 
 
-@pytest.mark.parametrize("heading", ["compute", "parallel"])
-def test_settings_of_compute_load_under_their_heading_and_under_the_former_one(tmp_path, heading):
+@pytest.mark.parametrize("section", ["compute", "parallel"])
+def test_settings_of_compute_load_in_their_section_and_in_the_former_one(tmp_path, section):
     lines = "".join(f"{name} = {value}\n" for name, value in COMPUTE_SETTINGS.items())
-    path = write(tmp_path / "a.toml", f"[{heading}]\n{lines}[data]\nmicro_batch_size = 8\n[run]\nseed = 1\n")
+    path = write(tmp_path / "a.toml", f"[{section}]\n{lines}[data]\nmicro_batch_size = 8\n[run]\nseed = 1\n")
     expected = TrainingConfig(
         precision="bf16", compile=True, reproducible=True, allow_drift=True, cpu_threads=3, loss_chunk_tokens=128,
         micro_batch_size=8, seed=1,
@@ -297,8 +297,21 @@ def test_settings_of_compute_load_under_their_heading_and_under_the_former_one(t
 def test_a_setting_of_compute_under_a_third_heading_or_under_both_is_an_error(tmp_path):
     path = write(tmp_path / "a.toml", "[run]\ncompile = true\n[compute]\ncpu_threads = 2\ndp_shard = 2\n")
     assert read_toml(path)[1] == [
-        "compile: stands under [run]; move it to [compute]",
-        "dp_shard: stands under [compute]; move it to [parallel]",
+        "compile: is under [run]; move it to [compute]",
+        "dp_shard: is under [compute]; move it to [parallel]",
     ]
     path = write(tmp_path / "a.toml", "[parallel]\ncpu_threads = 1\n[compute]\ncpu_threads = 2\n")
     assert read_toml(path)[1] == ["cpu_threads: set twice, to 1 and 2; keep one"]
+
+
+def test_a_byte_order_mark_is_read_and_another_encoding_is_a_sentence(tmp_path):
+    path = tmp_path / "b.toml"
+    path.write_bytes("\ufeff[run]\nseed = 7 # ü\n".encode())
+    assert load_config(path).seed == 7
+    path.write_bytes("[run]\nseed = 7 # ü\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"byte 18 is not UTF-8; save the file as UTF-8"):
+        load_config(path)
+    for text in ("a = " + "[" * 100_000, "a = " + "1" * 5000):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="is not TOML"):
+            load_config(path)

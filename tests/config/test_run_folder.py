@@ -100,7 +100,7 @@ def test_what_a_checkpoint_is(tmp_path):
 
 
 def test_no_run_is_a_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="holds neither a run nor a checkpoint"):
+    with pytest.raises(CheckpointError, match="contains neither a run nor a checkpoint"):
         run_folder.open_run(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         run_folder.open_run(tmp_path / "none")
@@ -112,5 +112,5 @@ def test_records_are_read_but_for_torn_and_foreign_lines(tmp_path):
         '{"kind": "train", "step": 1}\n{"step": 2}\n{"kind": "eval"}\n[3]\n{"kind": "eval", "st',
     )
     assert run_folder.read_records(path) == [{"kind": "train", "step": 1}]
-    with pytest.raises(TinytrainError, match=r"no record of a run \(No such file"):
+    with pytest.raises(TinytrainError, match=r"no records of a run \(No such file"):
         run_folder.read_records(tmp_path / "none.jsonl")

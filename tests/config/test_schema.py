@@ -93,15 +93,15 @@ def test_an_unknown_setting_like_no_other_points_to_help():
         ("lr_max", True, "a number"),
         ("reproducible", 1, "true or false"),
         ("compile", "true", "true or false or None"),
-        ("target_dir", 3, "a text"),
+        ("target_dir", 3, "a string"),
         ("parallel", "fdsp", "one of auto, none, ddp, fsdp, hsdp"),
         ("betas", [0.9], "two numbers"),
         ("betas", [0.9, "x"], "two numbers"),
         ("betas", 0.9, "two numbers"),
         ("vocab_size", "x", "a whole number or None"),
-        ("train_data", {"a": 1}, "a text or a list of texts or None"),
-        ("train_data", [], "a text or a list of texts or None"),
-        ("train_data", ["a.npy", 3], "a text or a list of texts or None"),
+        ("train_data", {"a": 1}, "a string or a list of strings or None"),
+        ("train_data", [], "a string or a list of strings or None"),
+        ("train_data", ["a.npy", 3], "a string or a list of strings or None"),
         ("train_weights", 0.5, "a list of numbers or None"),
         ("train_weights", [0.5, "x"], "a list of numbers or None"),
     ],
@@ -168,10 +168,10 @@ def test_steps_to_profile_include_both_ends():
     assert list(TrainingConfig().profiled_steps) == []
 
 
-def test_toml_has_the_headings_in_their_order():
-    headings = ["run", "data", "model", "optimizer", "parallel", "compute", "checkpoint"]
-    assert list(SECTIONS) == headings
+def test_toml_has_the_sections_in_their_order():
+    sections = ["run", "data", "model", "optimizer", "parallel", "compute", "checkpoint"]
+    assert list(SECTIONS) == sections
     text = TrainingConfig(cpu_threads=2, parallel="ddp").to_toml()
-    assert list(tomllib.loads(text)) == headings
+    assert list(tomllib.loads(text)) == sections
     assert tomllib.loads(text)["compute"]["cpu_threads"] == 2
     assert tomllib.loads(text)["parallel"]["parallel"] == "ddp"

@@ -42,7 +42,7 @@ def test_a_seed_is_one_word():
     ("values", "sentence"),
     [
         ({"d_model": 100, "num_heads": 3}, "d_model: 100 is not a multiple of num_heads 3"),
-        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd"),
+        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd, but rotary embeddings need an even one"),
         ({"head_dim": 5}, "d_model: head width 5 is odd"),
         ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 8"),
         (
@@ -52,7 +52,7 @@ def test_a_seed_is_one_word():
         ({"lr_min": 0.2, "lr_max": 0.1}, "lr_min: 0.2 is greater than lr_max 0.1"),
         ({"betas": [0.9, 1.0]}, "betas: (0.9, 1.0) must both lie in [0, 1)"),
         ({"betas": [float("nan"), 0.9]}, "betas: (nan, 0.9) must both lie in [0, 1)"),
-        ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 ends before warmup_iters 50"),
+        ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 is less than warmup_iters 50"),
         (
             {"schedule": "wsd", "total_steps": 100, "warmup_iters": 50, "decay_iters": 51},
             "decay_iters: 51 + warmup_iters 50 is more than total_steps 100",
@@ -65,7 +65,7 @@ def test_a_seed_is_one_word():
             "rope_low_freq_factor: 4.0 must be below rope_high_freq_factor 4.0",
         ),
         ({"total_steps": 10, "stop_at_step": 11}, "stop_at_step: 11 is beyond total_steps 10"),
-        ({"reproducible": True}, "micro_batch_size: must be set with reproducible = true"),
+        ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
         ({"log_save_prefix": "a/b"}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
         ({"ckpt_save_prefix": ""}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
     ],
@@ -102,8 +102,8 @@ def test_a_setting_without_effect_is_an_error(values, with_effect):
         ({"train_data": ["a", "b"], "train_weights": [0, 0]}, "train_weights: [0.0, 0.0] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.nan]}, "train_weights: [1.0, nan] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.inf]}, "train_weights: [1.0, inf] must be"),
-        ({"train_data": ["a", "b", "a"]}, "train_data: names a twice"),
-        ({"val_data": ["a", "a"]}, "val_data: names a twice"),
+        ({"train_data": ["a", "b", "a"]}, "train_data: contains a twice"),
+        ({"val_data": ["a", "a"]}, "val_data: contains a twice"),
         ({"early_stop_patience": 3}, "early_stop_patience: has no effect without val_data"),
         ({"early_stop_patience": 0, "val_data": "a"}, "early_stop_patience: 0 must be at least 1"),
         ({"keep_every": 1500, "ckpt_every": 1000}, "keep_every: 1500 is not a multiple of ckpt_every 1000"),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import queue
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.threads import TIMEOUT_SECONDS, call_in_time
 from tests.helpers.token_files import save_tokens
 from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
 from tinytrain_dist.data.sampling import window_starts
@@ -127,25 +126,6 @@ def test_rows_are_cut_into_micro_batches_of_ids_and_targets(dtype: torch.dtype) 
 
 
 # --- reading ahead -------------------------------------------------------------------------------------------------
-
-TIMEOUT_SECONDS = 60.0  # after which a thread counts as hanging; a test that passes never waits that long
-
-
-def call_in_time(function: Callable[..., Any], *args: Any) -> Any:
-    """Return the result of a call in another thread, so that a call that hangs fails the test."""
-    answer: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
-
-    def call() -> None:
-        try:
-            answer.put((function(*args), None))
-        except BaseException as error:
-            answer.put((None, error))
-
-    threading.Thread(target=call, daemon=True).start()
-    result, error = answer.get(timeout=TIMEOUT_SECONDS)
-    if error is not None:
-        raise error
-    return result
 
 
 def prefetch_threads() -> list[threading.Thread]:

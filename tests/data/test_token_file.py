@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.threads import call_in_time
 from tests.helpers.token_files import mapped_mib, needs_linux_memory_figures, save_tokens
 from tinytrain_dist.data.token_file import dataset_fingerprint, load_token_dataset, num_windows, read_windows
 from tinytrain_dist.errors import DataError
@@ -56,6 +58,12 @@ def test_an_empty_file_opens_and_has_no_window(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npy: no such token file; make one with `tinytrain prepare`"):
         load_token_dataset(tmp_path / "none.npy")
+
+
+def test_a_named_pipe_is_an_error_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.npy")
+    with pytest.raises(DataError, match=r"t\.npy is a named pipe, not a regular file; give a token file made by"):
+        call_in_time(load_token_dataset, tmp_path / "t.npy")
 
 
 @both_ways_to_open
@@ -129,10 +137,10 @@ def test_an_archive_of_arrays_is_an_error(tmp_path: Path) -> None:
 
 def test_an_array_that_is_not_in_c_order_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # numpy writes every 1-D array in C order, so no file can hold another one.
-    save_tokens(tmp_path / "t.npy", range(10))
+    path = save_tokens(tmp_path / "t.npy", range(10))
     monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):
-        load_token_dataset(tmp_path / "t.npy")
+        load_token_dataset(path)
 
 
 # --- range of token IDs --------------------------------------------------------------------------------------------
@@ -224,6 +232,14 @@ def test_a_cache_with_half_a_range_is_ignored(tmp_path: Path) -> None:
     assert len(load_token_dataset(path, vocab_size=100)) == 100
 
 
+def test_a_named_pipe_in_place_of_the_cache_is_replaced(tmp_path: Path) -> None:
+    path = save_tokens(tmp_path / "t.npy", range(100))
+    cache = tmp_path / "t.npy.range.json"
+    os.mkfifo(cache)
+    assert len(call_in_time(partial(load_token_dataset, vocab_size=100), path)) == 100
+    assert json.loads(cache.read_text())["range"] == [0, 99]
+
+
 def test_a_folder_that_cannot_be_written_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_tokens(tmp_path / "t.npy", range(100))
 
@@ -313,3 +329,27 @@ def test_windows_keep_the_values_of_every_type(dtype: str, largest: int, dtype_o
     rows = read_windows(np.array([0, 1, largest, 3, 4], dtype=dtype), np.array([0, 2]), 2)
     assert rows.dtype == dtype_of_rows
     assert rows.tolist() == [[0, 1, largest], [largest, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"Once upon a time", r"it begins with b'Once upo', which is not how such a file begins"),
+        (b"", "it is empty"),
+        (b"\x93NUMPY\1\0\xff\xff" + b"x" * 70_000, "its header has 65,535 bytes by its own account"),
+        (b"\x93NUMPY\1\0\x88\x13" + b"[" * 5000, "its header is damaged"),
+        (b"\x93NUMPY\7\7\1\0{", r"it has version 7\.7 of the format"),
+    ],
+)
+def test_a_file_that_is_no_array_is_described_in_our_words(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "t.npy").write_bytes(content)
+    with pytest.raises(DataError, match=rf"t\.npy: not a readable \.npy file \({expected}") as caught:
+        load_token_dataset(tmp_path / "t.npy")
+    assert "allow_pickle" not in str(caught.value)
+
+
+def test_values_that_the_header_does_not_count_are_refused(tmp_path: Path) -> None:
+    path = save_tokens(tmp_path / "t.npy", range(1000))
+    path.write_bytes(path.read_bytes().replace(b"(1000,)", b"(100,) "))
+    with pytest.raises(DataError, match="it has 2,000 bytes of values, but 200 by its header"):
+        load_token_dataset(path)

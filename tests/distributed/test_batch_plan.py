@@ -148,7 +148,7 @@ def test_the_formula_is_that_of_each_mode(plan):
 def test_sizes_that_divide() -> None:
     config = TrainingConfig(batch_size=24, micro_batch_size="auto")
     assert possible_micro_batch_sizes(config, ParallelDims("ddp", 2, 1, "")) == [1, 2, 3, 4, 6, 12]
-    with pytest.raises(ConfigError, match="micro_batch_size: must be set with reproducible = true to a number"):
+    with pytest.raises(ConfigError, match="micro_batch_size: must be set to a number with reproducible = true"):
         TrainingConfig(micro_batch_size="auto", reproducible=True)
-    with pytest.raises(ConfigError, match="micro_batch_size: 'all' is not a whole number or one of auto or None"):
+    with pytest.raises(ConfigError, match="micro_batch_size: 'all' is not a whole number or auto or None"):
         TrainingConfig.from_dict({"micro_batch_size": "all"})

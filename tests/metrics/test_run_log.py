@@ -85,7 +85,7 @@ def test_a_loss_beyond_all_bounds_does_not_end_the_run(tmp_path):
     log.close()
     evaluation, train = records(tmp_path / "logs" / "metrics.jsonl")
     assert evaluation["perplexity"] == math.exp(700.0)
-    assert math.isnan(train["loss"])
+    assert train["loss"] is None, "NaN is not JSON"
 
 
 def test_each_record_is_in_the_file_at_once(tmp_path):
@@ -156,3 +156,12 @@ def test_a_full_disk_costs_the_records_and_is_reported_once(tmp_path, capsys):
     assert len(warnings) == 1
     assert "records cannot be written" in warnings[0]
     assert "training continues without them" in warnings[0]
+
+
+def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"kind": "train", "step": 1}', '{"kind": "train", "step": 2, "loss": NaN}']
+    bad = [b"\xff\xfe", b"[1]", b"3", b'{"step": "4"}', b"[" * 100_000, b'{"step": 9}', b'{"step": 2, "lo']
+    path.write_bytes(b"\n".join([good[0].encode(), *bad, good[1].encode()]) + b"\n")
+    truncate_records(path, 3)
+    assert path.read_text().splitlines() == good

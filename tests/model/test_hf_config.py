@@ -112,7 +112,7 @@ def test_other_rotary_scalings_are_refused(tmp_path, where):
 def test_a_size_that_differs_says_both_and_what_to_set(tmp_path, key, value, setting, here):
     path = tmp_path / "config.json"
     assert fits(tmp_path, SMALL, **{key: value}) == [
-        f"{setting}: {here} here, but {path} has {value}; set {setting} = {value}"
+        f"{setting}: is {here}, but {path} needs {value}; set {setting} = {value}"
     ]
 
 
@@ -150,11 +150,11 @@ def test_keys_left_out_have_transformers_defaults(tmp_path):
     older = {"head_dim": None, "rope_parameters": None, "rope_scaling": None, "rope_theta": None}
     assert fits(tmp_path, SMALL, **older, num_key_value_heads=None, tie_word_embeddings=None) == []
     (problem,) = fits(tmp_path, SMALL, rms_norm_eps=None)
-    assert problem == f"norm_eps: 1e-05 here, but {tmp_path / 'config.json'} has 1e-06; set norm_eps = 1e-06"
+    assert problem == f"norm_eps: is 1e-05, but {tmp_path / 'config.json'} needs 1e-06; set norm_eps = 1e-06"
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["tied"], tie_word_embeddings=None)] == ["tie_embeddings"]
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["gqa"], num_key_value_heads=None)] == ["num_kv_heads"]
     (problem,) = fits(tmp_path, KINDS["qwen3"], num_key_value_heads=None)
-    assert "has 32" in problem
+    assert "needs 32" in problem
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", 4.5, True, [4]])

@@ -12,7 +12,8 @@ from tinytrain_dist.reliability.heartbeats import describe_waiting, read_heartbe
 
 
 def heartbeat(rank: int, step: int = 5, phase: str = "reduction", seen: float = 100.0) -> dict[str, Any]:
-    return {"rank": rank, "host": f"node{rank}", "world_size": 3, "step": step, "phase": phase, "seen": seen}
+    who = {"rank": rank, "host": f"node{rank}", "pid": 100 + rank, "world_size": 3}
+    return {**who, "step": step, "phase": phase, "seconds": 0.5, "seen": seen}
 
 
 @pytest.mark.parametrize(

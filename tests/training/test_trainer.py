@@ -244,7 +244,7 @@ def test_checkpoint_is_a_hugging_face_model_and_can_be_started_from(tmp_path: Pa
     assert second is not None
     torch.testing.assert_close(second.weights(), run.weights(), rtol=1e-5, atol=1e-6)
     message = run_ranks(1, fit_error, {**started, "target_dir": str(tmp_path / "third"), "num_layers": 1})[0]
-    assert "num_layers: 1 here" in message
+    assert "num_layers: is 1, but" in message
 
 
 def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
@@ -284,7 +284,7 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
     done = launch_training([str(config), "--num-heads", "5"], 2, tmp_path)
     assert done.returncode != 0
     assert done.stdout.count("weigth_decay: unknown setting; did you mean weight_decay?") == 1
-    assert "batch_size: stands under [model]; move it to [data]" in done.stdout
+    assert "batch_size: is under [model]; move it to [data]" in done.stdout
     assert "d_model: 512 is not a multiple of num_heads 5" in done.stdout
     assert 'tinytrain_dist/config.py", line' not in done.stdout
     missing = launch_training(["--train-data", "x.npy", "--vocab-size", "9"], 1, tmp_path)

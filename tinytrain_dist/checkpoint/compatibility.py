@@ -74,7 +74,7 @@ def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfi
     versions and thread counts.
     Errors: CheckpointError that lists all differences, unless allow_drift is set or the run is not reproducible.
     """
-    saved = state["bits"]
+    saved = state.get("bits", {})
     differences = [
         f"{name}: {saved.get(name)} in the checkpoint, {now} now"
         for name, now in numerics.items()

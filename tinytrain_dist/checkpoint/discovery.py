@@ -6,7 +6,6 @@ listing of runs does not need it.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,17 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.json_files import (
+    describe_json_type,
+    is_whole_number,
+    nulls_to_nan,
+    parse_nonfinite,
+    read_json_dict,
+    whole_number,
+)
 from tinytrain_dist.utils.output import print_line
-from tinytrain_dist.utils.regular_files import read_text
+
+DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 
 DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
 DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
@@ -77,7 +85,9 @@ def _problems(path: Path, kind: str | None) -> list[str]:
     problems = quick_problems(path)
     if problems or kind is None:
         return problems
-    names = [name for name in read_manifest(path).files if name.startswith(kind)]
+    # what is read besides the tensors of that kind: the state, config.json and the tokenizer
+    files = read_manifest(path).files
+    names = [name for name in files if name.startswith(kind) or name in DESCRIPTIONS]
     if not names:
         return []
     from tinytrain_dist.checkpoint.verify import find_damage  # imports torch
@@ -97,7 +107,7 @@ def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     record = state.get("report")
     record = record if isinstance(record, dict) else {}
     sound_step = record.get("sound_step")
-    if isinstance(sound_step, int) and sound_step >= state.get("step", 0) - 1:
+    if isinstance(sound_step, int) and sound_step >= whole_number(state.get("step")) - 1:
         sound_step = None  # the loss was at its usual level when the newest was saved
     return RetentionRules(
         int(settings.get("keep_last", DEFAULT_KEEP_LAST)),
@@ -111,11 +121,35 @@ def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Read trainer_state.json of a checkpoint. Errors: CheckpointError if it is missing or broken."""
+    """Read trainer_state.json of a checkpoint.
+
+    In `report`, a loss that was not finite is NaN. Errors: CheckpointError if the file is missing or broken.
+    """
     try:
-        state: dict[str, Any] = json.loads(read_text(checkpoint / TRAINER_STATE_FILE))
+        state = read_json_dict(checkpoint / TRAINER_STATE_FILE)
+        if not is_whole_number(state.get("step")):
+            raise ValueError("it has no step")
+        for key in ("config", "data", "report", "bits", "optimizer"):
+            if not isinstance(state.get(key, {}), dict):
+                raise ValueError(f"{key} is {describe_json_type(state[key])} instead of an object")
+        if "report" in state:
+            state["report"] = nulls_to_nan(state["report"])
+        if "optimizer" in state:
+            state["optimizer"] = _read_optimizer_values(state["optimizer"])
         return state
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: {TRAINER_STATE_FILE} cannot be read ({error}); give a checkpoint of a training run"
         ) from None
+
+
+def _read_optimizer_values(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the plain values of an optimizer, checked for their form. Errors: ValueError."""
+    groups = optimizer.get("param_groups", [])
+    if not isinstance(optimizer.get("state", {}), dict) or not isinstance(groups, list):
+        raise ValueError("optimizer has another form than this program writes")
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError("a group of the optimizer has no list of parameters")
+    values: dict[str, Any] = parse_nonfinite(optimizer)
+    return values

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
-from tinytrain_dist.checkpoint.sharded_io import read_checkpoint
+from tinytrain_dist.checkpoint.manifest import read_manifest
+from tinytrain_dist.checkpoint.sharded_io import check_same_tensors, read_checkpoint
+from tinytrain_dist.checkpoint.state import model_tensors
 from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.model.transformer import TransformerLM
@@ -32,8 +34,17 @@ def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
     # Only the settings that the model needs: others may have been renamed since the checkpoint was saved.
     settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
     config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
-    with torch.device("meta"):
-        model = TransformerLM(config)
+    saved_tensors = read_manifest(checkpoint).tensors.get("model", {})
+    try:
+        if config.num_layers > len(saved_tensors):
+            raise ValueError(f"num_layers: {config.num_layers}, but only {len(saved_tensors)} tensors were saved")
+        with torch.device("meta"):
+            model = TransformerLM(config)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # torch's, for sizes that cannot be
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{checkpoint}: has no usable configuration ({reason}); use another one") from None
+    # before memory is allocated: sizes that are not the saved ones may need any amount of it
+    check_same_tensors(checkpoint, "model", saved_tensors, model_tensors(model))
     model.to_empty(device=device)
     model.tie_weights()
     read_checkpoint(checkpoint, model, None)

@@ -11,7 +11,6 @@ process group.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,12 +27,12 @@ from tinytrain_dist.checkpoint.compatibility import (
     checkpoints_to_try,
     describe_changes,
 )
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
@@ -41,8 +40,8 @@ from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
+from tinytrain_dist.utils.json_files import read_json_dict, to_json
 from tinytrain_dist.utils.output import print_line
-from tinytrain_dist.utils.regular_files import read_text
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 
@@ -259,7 +258,7 @@ class CheckpointManager:
         Errors: CheckpointError if the checkpoint belongs to another run, if its tensors do not fit, or if a
         reproducible run would not compute the same bits from it.
         """
-        state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
+        state = read_trainer_state(path)
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer)
@@ -297,9 +296,9 @@ def _extra_files(config: TrainingConfig) -> dict[str, bytes]:
     """Return config.json, and the tokenizer if the data has one: with them the folder is a Hugging Face model."""
     data_folder = Path(next(iter(config.train_files), "")).parent
     meta_file = data_folder / "meta.json"
-    meta = json.loads(read_text(meta_file)) if meta_file.is_file() else {}
+    meta = read_json_dict(meta_file) if meta_file.is_file() else {}
     hf_config = to_hf_config(config, meta.get("eos_id"), meta.get("bos_id"))
-    files = {"config.json": (json.dumps(hf_config, indent=1) + "\n").encode()}
+    files = {"config.json": (to_json(hf_config, indent=1) + "\n").encode()}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (data_folder / name).is_file():
             files[name] = (data_folder / name).read_bytes()

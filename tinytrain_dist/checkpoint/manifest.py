@@ -41,6 +41,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from blake3 import blake3
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import fsync_folder
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import is_file_name, is_whole_number, read_json_dict, to_json
 
 FORMAT = 3
 READABLE_FORMATS = (1, 2, 3)
@@ -69,7 +70,7 @@ class Manifest:
 
 def write_json_file(folder: Path, name: str, value: Any, manifest: Manifest) -> None:
     """Write one JSON file, sync it to disk, and record it in the manifest."""
-    write_file(folder, name, (json.dumps(value, indent=1) + "\n").encode(), manifest)
+    write_file(folder, name, (to_json(value, indent=1) + "\n").encode(), manifest)
 
 
 def write_file(folder: Path, name: str, data: bytes, manifest: Manifest) -> None:
@@ -112,16 +113,55 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        content = json.loads(read_text(path))
+        content = read_json_dict(path)
         body = {key: content[key] for key in ("format", "files", "tensors")}
         intact = content["sha256"] == _manifest_digest(body)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is not a complete checkpoint (no {MANIFEST_FILE}); use another one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path}: cannot be read (it has no key {error}); use another checkpoint") from None
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
     if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
     if body["format"] not in READABLE_FORMATS:
         found = body["format"]
         raise CheckpointError(f"{path}: has format {found}, but this version reads 1 to 3; use a newer version")
-    return Manifest(body["files"], body["tensors"], hashed="blake3" if body["format"] == FORMAT else "sha256")
+    hashed = "blake3" if body["format"] == FORMAT else "sha256"
+    if problem := _structure_problem(body["files"], body["tensors"], hashed):
+        raise CheckpointError(f"{path}: {problem}; use another checkpoint")
+    return Manifest(body["files"], body["tensors"], hashed=hashed)
+
+
+def _structure_problem(files: Any, tensors: Any, hashed: str) -> str:
+    """Return what in the manifest does not have the form that the docstring of this module describes; "" if all has."""
+    if not (_is_dict_of_dicts(files) and _is_dict_of_dicts(tensors) and all(map(_is_dict_of_dicts, tensors.values()))):
+        return "its files and tensors are not objects of objects"
+    for kind, entries in tensors.items():
+        for name, entry in entries.items():
+            shape = entry.get("shape")
+            if not (isinstance(shape, list) and all(map(is_whole_number, shape))):
+                return f"the shape of {kind} {name} is not a list of whole numbers"
+            if not (isinstance(entry.get("dtype"), str) and _is_digest(entry.get(hashed))):
+                return f"{kind} {name} has no dtype or no {hashed}"
+    for name, entry in files.items():
+        if not is_file_name(name):
+            return f"{name!r} is not the name of a file"
+        if not is_whole_number(entry.get("bytes")):
+            return f"the entry of {name} has no size"
+        if _is_digest(entry.get(hashed)):
+            continue
+        names, known = entry.get("tensors"), tensors.get(str(entry.get("kind")), {})
+        if not (isinstance(names, list) and all(isinstance(tensor, str) and tensor in known for tensor in names)):
+            return f"the entry of {name} lists no tensors, or unknown ones"
+        if not (is_whole_number(entry.get("header_bytes")) and _is_digest(entry.get(f"{hashed}_of_digests"))):
+            return f"the entry of {name} has no digest"
+    return ""
+
+
+def _is_dict_of_dicts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None

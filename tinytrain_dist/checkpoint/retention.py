@@ -23,6 +23,7 @@ from typing import Any
 from tinytrain_dist.config.run_folder import KEPT_FILE, TRAINER_STATE_FILE, checkpoint_step
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
+from tinytrain_dist.utils.json_files import is_number
 
 # Eval losses can be compared if these settings are the same.
 EVALUATION_SETTINGS = ("val_data", "eval_steps", "batch_size", "context_len", "vocab_size")
@@ -112,8 +113,7 @@ def _own_eval_loss(state: dict[str, Any]) -> float:
 
 
 def _number(value: Any, default: float) -> float:
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if is_number else default
+    return float(value) if is_number(value) and math.isfinite(value) else default
 
 
 def note_promises(checkpoints: Sequence[CommittedCheckpoint], rules: RetentionRules) -> list[CommittedCheckpoint]:

@@ -31,7 +31,8 @@ from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, all_finite, file
 from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.regular_files import check_regular, open_regular, read_text
+from tinytrain_dist.utils.json_files import is_file_name, parse_json, read_json_dict
+from tinytrain_dist.utils.regular_files import check_regular, open_regular
 
 CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
 CHUNKS_IN_FLIGHT = 4  # maximum number of chunks that wait to be hashed and written
@@ -288,11 +289,10 @@ class TensorReader:
         single = folder / f"{kind}.safetensors"
         try:
             if index.exists():
-                weight_map = dict(json.loads(read_text(index))["weight_map"])
-                self.files = {name: str(file) for name, file in weight_map.items()}
+                self.files = _read_weight_map(index)
             else:
                 self.files = dict.fromkeys(_read_header(single), single.name)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: has no readable {kind} weights ({error}); give another folder") from None
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -352,6 +352,8 @@ class TensorReader:
 
     def _entry(self, name: str) -> dict[str, Any]:
         """Return the entry of a tensor in its file's header. Errors: CheckpointError, also for an unknown type."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder}: has no {self.kind} tensor {name}; give another folder")
         file = self.files[name]
         entry: dict[str, Any] = self._header(file).get(name, {})
         if entry.get("dtype") not in DTYPE_OF_NAME:
@@ -370,6 +372,17 @@ class TensorReader:
         return self._headers[file]
 
 
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names. Errors: OSError, ValueError."""
+    weight_map = read_json_dict(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index.name}: weight_map is not an object")
+    for name, file in weight_map.items():
+        if not is_file_name(file):
+            raise ValueError(f"{index.name}: {name} is in {file!r}, which is not the name of a file")
+    return weight_map
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     """Return the type, shape, path and first byte of each tensor in a safetensors file, by name.
 
@@ -379,7 +392,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     safe_open(path, "numpy")  # raises if the header is broken, or names bytes that the file does not have
     with open_regular(path) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(header_bytes))
+        header: dict[str, Any] = parse_json(file.read(header_bytes))
     header.pop("__metadata__", None)
     values_start = 8 + header_bytes
     return {

@@ -6,21 +6,19 @@ is one checkpoint.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME
 from tinytrain_dist.checkpoint.sharded_io import check_same_tensors, read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import collect_shards, model_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
-from tinytrain_dist.config.run_folder import TRAINER_STATE_FILE
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.regular_files import read_text
 
 
 def save_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out_path: str | Path) -> None:
@@ -43,7 +41,7 @@ def load_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, src_path
     problems = find_damage(path)
     if problems:
         raise CheckpointError("\n".join(problems))
-    state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
+    state = read_trainer_state(path)
     saved = read_manifest(path).tensors
     params = model_tensors(model)
     # everything is compared before anything is changed
@@ -78,7 +76,7 @@ def _check_state_has_parameters(
     path: Path, params: dict[str, Tensor], saved_tensors: dict[str, Any], state: dict[str, Any]
 ) -> None:
     """Check that every saved state PARAMETER.KEY belongs to a parameter of the model. Errors: CheckpointError."""
-    for name in (*saved_tensors, *state["optimizer"]["state"]):
+    for name in (*saved_tensors, *state.get("optimizer", {}).get("state", {})):
         if name.rpartition(".")[0] not in params:
             raise CheckpointError(
                 f"{path}: {name} belongs to a parameter that this model does not have; use the model it was saved with"
@@ -102,6 +100,6 @@ def _make_optimizer_state(
         else:
             zeros = torch.zeros(shape, dtype=dtype)  # not one value for each weight: for example a step count
         optimizer.state[param][key] = zeros
-    for name, value in state["optimizer"]["state"].items():
+    for name, value in state.get("optimizer", {}).get("state", {}).items():
         param_name, _, key = name.rpartition(".")
         optimizer.state[params[param_name]][key] = value

@@ -7,7 +7,6 @@ read them. No rank ever holds more than its shards and a few chunks. Must not kn
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
 from tinytrain_dist.checkpoint.safetensors_io import (
     CHUNK_BYTES,
@@ -34,7 +34,7 @@ from tinytrain_dist.distributed import collectives, shard_transfer
 from tinytrain_dist.distributed.collectives import Group
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_range
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import spell_nonfinite
 
 
 def write_checkpoint(
@@ -82,7 +82,7 @@ def write_checkpoint(
             write_index(temporary, kind, specs[kind], max_shard_bytes, manifest)
         for name, data in (extra_files or {}).items():
             write_file(temporary, name, data, manifest)
-        write_json_file(temporary, TRAINER_STATE_FILE, state, manifest)
+        write_json_file(temporary, TRAINER_STATE_FILE, _exact_optimizer_values(state), manifest)
         permit()
         commit_folder(temporary, path, manifest)
 
@@ -96,6 +96,11 @@ def write_checkpoint(
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exact_optimizer_values(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state with numbers of the optimizer that are not finite as texts: JSON would lose them."""
+    return {**state, "optimizer": spell_nonfinite(state["optimizer"])} if "optimizer" in state else state
 
 
 def _make_folder(path: Path, temporary: Path) -> None:
@@ -163,7 +168,7 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     and the present shape and type. Nothing has been changed then.
     """
     manifest = read_manifest(path)
-    state: dict[str, Any] = json.loads(read_text(path / TRAINER_STATE_FILE))
+    state = read_trainer_state(path)
     kinds = {"model": model_tensors(model)}
     if optimizer is not None:
         kinds["optimizer"] = optimizer_tensors(model, optimizer)[0]

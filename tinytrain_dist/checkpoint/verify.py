@@ -7,6 +7,7 @@ them. Must not know ranks or models.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ import torch
 
 from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, HASH_FUNCTIONS, all_finite, file_digest
 from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
-from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME, THREADS_PER_RANK, TensorSpec, read_exactly
+from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME, THREADS_PER_RANK, read_exactly
+from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.regular_files import open_regular
 
@@ -107,12 +109,16 @@ def _ranges_of_file(path: Path, manifest: Manifest) -> tuple[list[_ByteRange], s
     start = entry["header_bytes"]
     for name in entry["tensors"]:
         tensor = tensors[name]
+        if tensor["dtype"] not in DTYPE_OF_NAME:
+            return [], f"{path}: {name} has the type {tensor['dtype']!r} in {MANIFEST_FILE}, which this version lacks"
         dtype = DTYPE_OF_NAME[tensor["dtype"]]
         must_be_finite = dtype.is_floating_point and tensor.get("finite", True)
-        nbytes = TensorSpec(name, tuple(tensor["shape"]), dtype).nbytes
+        nbytes = math.prod(tensor["shape"]) * dtype.itemsize
         finite_dtype = dtype if must_be_finite else None
         ranges.append(_ByteRange(path, start, nbytes, hashed, tensor[hashed], name, finite_dtype))
         start += nbytes
+    if start != size:
+        return [], f"{path}: has {size:,} bytes, but {start:,} by its tensors in {MANIFEST_FILE}"
     intact = file_digest(header, entry["tensors"], tensors, hashed) == entry[f"{hashed}_of_digests"]
     return ranges, "" if intact else f"{path}: its header differs from what was written"
 

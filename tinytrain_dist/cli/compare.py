@@ -5,7 +5,6 @@ Must not know how a run is trained or what the numbers mean: it reads records, m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.text import format_list
 
 SERIES = {"loss": ("train", "loss"), "gradient norm": ("train", "grad_norm"), "eval loss": ("eval", "loss")}
@@ -178,11 +177,11 @@ def _describe_entry(entry: Entry) -> str:
 
 def _read_environment(folder: Path) -> dict[str, Any]:
     """Return environment.json with nested names joined by dots and one text for all ranks; {} if it is missing."""
-    try:
-        environment = json.loads(read_text(folder / ENVIRONMENT_FILE))
-    except (OSError, ValueError):
+    environment = read_json_object(folder / ENVIRONMENT_FILE)
+    if not environment:
         return {}
-    ranks = environment.pop("ranks", [])
+    named = environment.pop("ranks", [])
+    ranks = [rank for rank in named if isinstance(rank, dict)] if isinstance(named, list) else []
     devices = [f"{rank.get('device')} of {rank.get('host')}" for rank in ranks]
     return {"ranks": f"{len(ranks)}: {format_list(devices, MAX_SHOWN_RANKS)}", **dict(_flatten(environment))}
 

@@ -5,9 +5,9 @@ Must not know how checkpoints are made: it reads one and writes a new folder, te
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers, temporary_path
 from tinytrain_dist.utils.output import keep_output_from_failing
-from tinytrain_dist.utils.regular_files import read_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
@@ -90,7 +91,9 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             )
         return cast.contiguous()
 
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    if removed := remove_leftovers(out.parent):
+        print(describe_leftovers(removed), file=sys.stderr)
+    aside = temporary_path(out)
     new_manifest = Manifest()
     try:
         aside.mkdir(parents=True)
@@ -115,7 +118,7 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with the type of the weights, also as `torch_dtype` for transformers before 4.56."""
     try:
-        config: dict[str, Any] = json.loads(read_text(source / "config.json"))
+        config = read_json_dict(source / "config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinytrain_dist.errors import ConfigError, TinytrainError
+from tinytrain_dist.utils.leftovers import remove_leftovers, temporary_path
 
 Numbers = NDArray[np.float64]
 # Okabe and Ito, "Color Universal Design": distinct for any colour vision, and in print
@@ -50,7 +51,13 @@ def save_figure(figure: Any, out: Path) -> None:
         raise ConfigError(f"out: {out} is not the name of a picture; it must end in .png, .svg or .pdf", "the settings")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        remove_leftovers(out.parent, of=out.name)
+        aside = temporary_path(out)  # so that there is never half a picture
+        try:
+            figure.savefig(aside, format=out.suffix[1:].lower())
+            aside.replace(out)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise TinytrainError(f"out: {out} cannot be written ({error.strerror}); give another path with --out") from None
     print(out)

@@ -5,11 +5,8 @@ Must not know how a run is trained. Changes nothing.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import tyro
 from rich.text import Text
@@ -32,8 +29,9 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
 )
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.output import print_line
-from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -65,7 +63,7 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
         print(f"{run.checkpoints}: no checkpoint yet")
         return
     records = read_records(run.records) if run.records.is_file() else []
-    evaluations = {record["step"]: record["loss"] for record in records if record["kind"] == "eval"}
+    evaluations = {record["step"]: record["loss"] for record in _with_loss(records, "eval")}
     reasons = _reasons_to_stay(run)
     table = new_table("step", "age", "size", "eval loss", "valid<", "folder<", "stays because of<")
     for path in folders:
@@ -101,7 +99,7 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
         loss = read_trainer_state(path).get("report", {}).get("eval_loss")
     except CheckpointError:
         loss = None
-    return "" if loss is None else f"{loss:.4f}"
+    return f"{loss:.4f}" if isinstance(loss, int | float) else ""
 
 
 def _validity(path: Path, full: bool) -> Text:
@@ -139,8 +137,12 @@ def _list_runs(runs: list[RunFolder]) -> None:
     print_table(table)
 
 
+def _with_loss(records: list[Record], kind: str) -> list[Record]:
+    return [record for record in records if record["kind"] == kind and "loss" in record]
+
+
 def _last_loss(records: list[Record], kind: str) -> str:
-    losses = [record["loss"] for record in records if record["kind"] == kind]
+    losses = [record["loss"] for record in _with_loss(records, kind)]
     return f"{losses[-1]:.4f}" if losses else ""
 
 
@@ -148,13 +150,11 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
     """Return the state in state.json, unless the records or error.json are newer than it."""
     state_path = run.folder / STATE_FILE
     error_path = run.folder / ERROR_FILE
-    state_record: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # missing or incomplete: the run has just started, or was killed
-        state_record = json.loads(read_text(state_path))
+    state_record = read_json_object(state_path)  # {}: the run has just started, or was killed
     written = state_path.stat().st_mtime if state_record else 0.0
     if error_path.exists() and error_path.stat().st_mtime > written:
         return Text("failed", "bold red")
-    if not state_record or (last_step is not None and last_step > state_record.get("step", 0)):
+    if not state_record or (last_step is not None and last_step > whole_number(state_record.get("step"))):
         return Text("running or killed", "yellow")
     state = str(state_record.get("state", ""))
     return Text(state, {"done": "green", "failed": "bold red"}.get(state, "yellow"))

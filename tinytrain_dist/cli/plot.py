@@ -104,7 +104,10 @@ def read_curve(place: Path, name: str, x: str) -> Curve:
     evaluations = [record for record in records if record["kind"] == "eval"]
     if not train:
         raise TinytrainError(f"{path}: has no logged step yet; wait for the first (log_every)")
-    x_per_step = train[-1]["tokens"] / train[-1]["step"] if x == "tokens" else 1.0
+    x_per_step = 1.0
+    if x == "tokens":
+        counted = [record for record in train if record["step"] and "tokens" in record]
+        x_per_step = counted[-1]["tokens"] / counted[-1]["step"] if counted else 1.0
     return Curve(
         name=name,
         x=_column(train, "step") * x_per_step,

@@ -5,6 +5,7 @@ Must not know how a run is trained: it starts a run from the checkpoint, in a te
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.json_files import whole_number
+from tinytrain_dist.utils.leftovers import describe_leftovers, hold_folder, owner, remove_leftovers
 
 COMPARED_KEYS = ("loss", "grad_norm")
 NATIVE_TOLERANCE = 1e-3  # relative; another order of sums changes a loss by less over a few hundred steps
@@ -50,17 +53,23 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
     path = find_checkpoint(checkpoint)
     state = read_trainer_state(path)
     run = open_run(path.parent)
-    start = int(state["step"])
+    start = state["step"]
     stop = start + steps
-    exact = bool(state["config"]["reproducible"])
+    if "config" not in state:
+        raise CheckpointError(
+            f"{path}: holds no configuration (save_checkpoint writes none); give a checkpoint of a training run"
+        )
+    exact = bool(state["config"].get("reproducible"))
     recorded = {step: record for step, record in _train_records(run.records).items() if step > start}
     if not recorded:
         raise CheckpointError(
             f"{path}: no step after {start} is recorded in {run.records}; give an earlier checkpoint of the run"
         )
-    with tempfile.TemporaryDirectory(prefix="tinytrain-replay-") as scratch:
+    _announce(remove_leftovers(Path(tempfile.gettempdir())))
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-replay-{owner()}-") as scratch:
+        held = hold_folder(Path(scratch))
         target = Path(scratch) / "run"
-        _train(_replay_config(state["config"], path, target, stop, settings), Path(scratch), nproc)
+        _train(_replay_config(state["config"], path, target, stop, settings), Path(scratch), nproc, held)
         replayed = _train_records(records_file(target / LOGS_FOLDER))
         common_steps = sorted(recorded.keys() & replayed.keys())
         if not common_steps:
@@ -84,13 +93,19 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
 
 def _train_records(path: Path) -> dict[int, Record]:
     """Return the records of training, by step."""
-    return {record["step"]: record for record in read_records(path) if record["kind"] == "train"}
+    return {record["step"]: record for record in read_records(path) if _is_step(record)}
+
+
+def _is_step(record: Record) -> bool:
+    return record["kind"] == "train" and record.keys() >= set(COMPARED_KEYS)
 
 
 def _agree(recorded: Record, replayed: Record, exact: bool) -> bool:
     """Return whether a replayed step equals the recorded one, to the last bit or within the tolerance."""
     for key in COMPARED_KEYS:
         a, b = recorded[key], replayed[key]
+        if not math.isfinite(a) and not math.isfinite(b):  # records of NaN and of infinity are the same
+            continue
         if exact and a != b:
             return False
         if not exact and not abs(a - b) <= NATIVE_TOLERANCE * abs(a):  # also for NaN
@@ -104,7 +119,7 @@ def _replay_config(
     """Return the saved configuration, changed to train from the checkpoint to step `stop` in another folder."""
     folders = {"target_dir": str(target), "log_dir": None, "ckpt_dir": None}
     start = {"resume": str(checkpoint.resolve()), "ckpt_path_to_resume": None, "init_from": None}
-    end = {"stop_at_step": stop if stop < saved["total_steps"] else None, "time_limit": None}
+    end = {"stop_at_step": stop if stop < whole_number(saved.get("total_steps")) else None, "time_limit": None}
     end |= {"early_stop_patience": None}
     # log every step to metrics.jsonl, save only at the end, and leave out what does not affect training
     logging: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None}
@@ -121,18 +136,27 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
     name, _, text = setting.removeprefix("--").partition("=")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     return name.replace("-", "_"), value
 
 
-def _train(config: TrainingConfig, folder: Path, nproc: int) -> None:
-    """Train by the usual command line, with its output on stderr. Errors: CheckpointError if training fails."""
+def _announce(removed: list[Path]) -> None:
+    if removed:
+        print(describe_leftovers(removed), file=sys.stderr)
+
+
+def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -> None:
+    """Train by the usual command line, with its output on stderr. Errors: CheckpointError if training fails.
+
+    held: the mark of the scratch folder. Training has it as well, so that the folder stays while it runs, also if this
+    process is killed.
+    """
     config_file = folder / "replay.toml"
     config_file.write_text(config.to_toml(), encoding="utf-8")
     agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
     command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
-    with subprocess.Popen(command, stdout=sys.stderr) as process:
+    with subprocess.Popen(command, stdout=sys.stderr, pass_fds=[] if held is None else [held]) as process:
         try:
             exit_code = process.wait()
         except BaseException:  # a stop request

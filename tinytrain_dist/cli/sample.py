@@ -6,7 +6,6 @@ Must not know how the model was trained or on how many ranks.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
 from tinytrain_dist.training.generation import TextStream, generate
+from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+    except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
     # Special tokens that a text spells were text in preparation, unless tokenizer_config.json says otherwise.
     tokenizer.encode_special_tokens = _read_json(checkpoint / "tokenizer_config.json").get("split_special_tokens", True)
@@ -157,6 +159,9 @@ def ids_before_document(checkpoint: Path, tokenizer: Any) -> list[int]:
     bos_id = _read_json(checkpoint / "config.json").get("bos_token_id")
     if bos_id is None:
         return []
+    if not is_whole_number(bos_id):
+        path = checkpoint / "config.json"
+        raise CheckpointError(f"{path}: bos_token_id is {bos_id!r}, but must be a token id; use another checkpoint")
     if tokenizer is None:
         return [bos_id]
     found = tokenizer.encode("a b")
@@ -165,14 +170,20 @@ def ids_before_document(checkpoint: Path, tokenizer: Any) -> list[int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    """Return a JSON object; {} if there is no such file. Errors: CheckpointError if it cannot be read."""
+    try:
+        return read_json_dict(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
 
 
 def end_id(checkpoint: Path) -> int | None:
-    """Return the end-of-text ID that config.json names, if any."""
-    eos_token_id = _read_json(checkpoint / "config.json").get("eos_token_id")
-    stop_id: int | None = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id  # there may be several
+    """Return the end-of-text ID that config.json names, if any. Errors: CheckpointError if it cannot be read."""
+    named = _read_json(checkpoint / "config.json").get("eos_token_id")
+    stop_id = next(iter(named), None) if isinstance(named, list) else named  # there may be several
+    if stop_id is not None and not is_whole_number(stop_id):
+        path = checkpoint / "config.json"
+        raise CheckpointError(f"{path}: eos_token_id is {named!r}, but must be a token id; use another checkpoint")
     return stop_id
 
 

@@ -39,6 +39,8 @@ from tinytrain_dist.reliability.heartbeats import (
     read_heartbeats,
 )
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.json_files import whole_number
+from tinytrain_dist.utils.processes import process_start_time
 from tinytrain_dist.utils.text import format_age
 
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late
@@ -71,7 +73,8 @@ class Status:
 
         The counted time begins with the first record, so the steps of that record do not count.
         """
-        trained = [record for record in self.records if record["kind"] == "train" and "step_seconds" in record]
+        timed = [record for record in self.records if record.keys() >= {"step_seconds", "time"}]
+        trained = [record for record in timed if record["kind"] == "train"]
         if len(trained) < 2 or self.last_sign <= trained[0]["time"]:
             return None
         useful_seconds = 0.0
@@ -98,13 +101,13 @@ def read_status(run: RunFolder, now: float | None = None) -> Status:
     state_record = read_json_object(run.folder / STATE_FILE)
     state, reason = _state(run, state_record, heartbeats, last_sign, now)
     steps = [heartbeat["step"] for heartbeat in heartbeats] + [record["step"] for record in records]
-    total_steps = int(settings.get("total_steps", 0))
+    total_steps = whole_number(settings.get("total_steps"))
     checkpoints = run.committed()
     return Status(
         state=state,
         reason=reason,
-        step=max([*steps, int(state_record.get("step") or 0)]),
-        last_step=min(total_steps, int(settings.get("stop_at_step", total_steps))),
+        step=max([*steps, whole_number(state_record.get("step"))]),
+        last_step=min(total_steps, whole_number(settings.get("stop_at_step")) or total_steps),
         heartbeats=heartbeats,
         records=records,
         checkpoint=checkpoints[-1] if checkpoints else None,
@@ -136,7 +139,7 @@ def _process_is_gone(heartbeat: Heartbeat) -> bool:
     """Return whether a process of this machine has ended. Returns False for processes of other machines."""
     if heartbeat["host"] != socket.gethostname() or not Path("/proc").is_dir():
         return False
-    return not Path(f"/proc/{heartbeat['pid']}").exists()
+    return process_start_time(heartbeat["pid"]) is None
 
 
 def _reason_of_death(lost: list[Heartbeat], last_sign: float, now: float) -> str:
@@ -218,8 +221,10 @@ def _describe_losses(status: Status) -> str:
 
 
 def _describe_speed(status: Status) -> str:
-    speed = status.last("tokens_per_second")
-    return "" if speed is None else f"{speed:,.0f} tokens/s, {status.last('step_seconds'):.3g} s per step"
+    speed, step_seconds = status.last("tokens_per_second"), status.last("step_seconds")
+    if speed is None or step_seconds is None:
+        return ""
+    return f"{speed:,.0f} tokens/s, {step_seconds:.3g} s per step"
 
 
 def _count_restarts(restarts: list[Record]) -> int:

@@ -1,5 +1,5 @@
-"""What a run is and where it is kept on disk; imports no torch.
+"""The settings of a run, how they are read and checked, and the names of its files; imports no torch.
 
-Reading order: model_config (the architecture), schema (all settings), conversion and validation (what it accepts),
-loading (TOML and command line), run_folder (names and layout of a run on disk), environment_variables.
+Reading order: model_config (the architecture), schema (all settings), conversion and validation (types and allowed
+values), loading (TOML and command line), run_folder (names and layout of a run on disk), environment_variables.
 """

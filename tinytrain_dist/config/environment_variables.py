@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EnvironmentVariable:
-    """One variable. set_by, read_by: files of the repository, or "user"."""
+    """One variable. set_by, read_by: paths in the repository, or "user"."""
 
     name: str
     meaning: str
@@ -20,11 +20,11 @@ class EnvironmentVariable:
 
 
 VARIABLES = (
-    # ---- between the processes of a run
+    # ---- set and read by the processes of a run
     EnvironmentVariable(
         "TINYTRAIN_AGENT",
-        "Path of a note in which a rank writes its run folder. The agent that started the ranks reads it when a rank "
-        "has died and cannot report. Its presence says that an agent watches over this process.",
+        "Path of a file to which a rank writes the path of its run folder. The agent that started the ranks reads it "
+        "when a rank was killed and could not report. If the variable is set, an agent supervises this process.",
         ("tinytrain_dist/launch/elastic_agent.py",),
         (
             "tinytrain_dist/reliability/run_state.py",
@@ -35,15 +35,15 @@ VARIABLES = (
     ),
     EnvironmentVariable(
         "TINYTRAIN_STOP",
-        "Name of the signal that asked for a stop before a rank was started; a rank with it saves and ends.",
+        "Name of a stop signal that arrived before this rank was started. The rank then saves and ends.",
         ("tinytrain_dist/launch/elastic_agent.py",),
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
-    # ---- between a batch script and the run
+    # ---- set for a job or read by its batch script
     EnvironmentVariable(
         "TINYTRAIN_ATTEMPT",
-        "Name of this attempt of a job, JOB.RESTARTS. With it the batch script tells the state.json of this attempt "
-        "from the one that an earlier attempt left.",
+        "Job ID and number of restarts, as JOB.RESTARTS. The batch script uses it to recognize a state.json that an "
+        "earlier attempt of the job wrote.",
         ("slurm/train.sbatch",),
         (
             "tinytrain_dist/reliability/run_state.py",
@@ -54,88 +54,94 @@ VARIABLES = (
     ),
     EnvironmentVariable(
         "TINYTRAIN_DEADLINE",
-        "End of the allocation in seconds since 1970; the run saves and stops before it.",
+        "End of the allocation, in seconds since 1970. The run saves and stops before it.",
         ("slurm/train.sbatch",),
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
     EnvironmentVariable(
         "TINYTRAIN_CODE",
-        "Folder with the code that a job runs: the copy that was made when it was submitted (default: the folder in "
-        "which sbatch was called).",
+        "Folder with the code of a job: the copy that was made at submission (default: the folder from which sbatch "
+        "was called).",
         ("tinytrain_dist/launch/slurm_submit.py",),
         ("slurm/train.sbatch", "slurm/srun.sbatch", "slurm/array.sbatch"),
     ),
     EnvironmentVariable(
         "TINYTRAIN_RUN",
-        "Run folder of a job, where state.json is read (default: what launch/submit.py --print-run prints).",
+        "Run folder of a job, which contains state.json (default: what launch/submit.py --print-run prints).",
         ("user",),
         ("slurm/train.sbatch",),
     ),
-    # ---- in tests
+    # ---- read by tests
     EnvironmentVariable(
         "TINYTRAIN_REQUIRE_MULTIPROCESS",
-        "1: a test session fails if no test with several processes ran, or one was skipped.",
+        "1: the test session fails if no test used several processes, or if such a test was skipped.",
         (".ci/run",),
         ("tests/conftest.py",),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_DAMAGE_CASES",
+        "Number of cases of each file that tests/checkpoint/test_damaged_files.py damages.",
+        ("user",),
+        ("tests/checkpoint/test_damaged_files.py",),
     ),
     EnvironmentVariable(
         "TINYTRAIN_REQUIRE_SLURM",
-        "1: a test session fails if no test with a real Slurm ran, or one was skipped.",
+        "1: the test session fails if no test used a real Slurm, or if such a test was skipped.",
         (".ci/run",),
         ("tests/conftest.py",),
     ),
-    # ---- of the scripts
+    # ---- read by scripts
     EnvironmentVariable(
         "PYTHON",
-        "The Python to use (default: .venv of the checkout; for launch/setup.sh the first one from 3.11 on).",
+        "The Python interpreter to use (default: the one in .venv; for launch/setup.sh: the first from 3.11 on).",
         ("user", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
         ("launch/setup.sh", "launch/node.sh", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
     ),
     EnvironmentVariable(
         "TORCH_BUILD",
-        "Build of torch to install: cpu, gpu or auto (default: auto, gpu where nvidia-smi works).",
+        "Build of torch to install: cpu, gpu or auto (default: auto, that is gpu if nvidia-smi works, else cpu).",
         ("user",),
         ("launch/setup.sh",),
     ),
     EnvironmentVariable(
         "PROCESSES_PER_NODE",
-        "Without GPUs: processes on each node (default: 1).",
+        "Number of processes on each node without GPUs (default: 1).",
         ("user", "tinytrain_dist/launch/slurm_submit.py"),
         ("launch/node.sh", "slurm/doctor.sbatch"),
     ),
     EnvironmentVariable(
         "MAX_REQUEUES",
-        "How often the script may requeue a job (default: 20); Slurm's own requeues do not count.",
+        "How many times the script may requeue a job (default: 20). Requeues by Slurm itself do not count.",
         ("user", "tinytrain_dist/launch/slurm_submit.py"),
         ("slurm/train.sbatch",),
     ),
     EnvironmentVariable(
         "MAX_RESTARTS",
-        "How often torchrun starts the processes of a node again, in place, after one has died (default: 3).",
+        "How many times torchrun restarts the processes of a node after one of them has died (default: 3).",
         ("user",),
         ("launch/node.sh",),
     ),
     EnvironmentVariable(
         "CONTAINER",
-        "Image for apptainer, in which every command of a job runs (default: no container).",
+        "Apptainer image in which every command of a job runs (default: no container).",
         ("user",),
         ("slurm/train.sbatch",),
     ),
     EnvironmentVariable(
         "CONTAINER_IMAGE",
-        "Image for pyxis (srun --container-image), in which every command of a job runs (default: no container).",
+        "Pyxis image (srun --container-image) in which every command of a job runs (default: no container).",
         ("user",),
         ("slurm/train.sbatch",),
     ),
     EnvironmentVariable(
         "CONTAINER_MOUNTS",
-        "Folders to mount in the container besides the working folder and the code, with commas (default: none).",
+        "Comma-separated folders to mount in the container, besides the working folder and the code (default: none).",
         ("user",),
         ("slurm/train.sbatch",),
     ),
     EnvironmentVariable(
         "CONTAINER_PYTHON",
-        "The Python in the container (default: python3).",
+        "The Python interpreter in the container (default: python3).",
         ("user",),
         ("slurm/train.sbatch",),
     ),

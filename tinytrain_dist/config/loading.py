@@ -1,6 +1,7 @@
-"""Read a configuration from a TOML file and the command line, and complete it with the vocabulary of the data.
+"""Read a configuration from a TOML file and the command line, and fill in the vocabulary size of the data.
 
-Must not know torch, ranks or devices, nor what a setting means: a login node reads and checks a run at once.
+Must not know what a setting means. Must not know torch, ranks or devices, so that a login node can check a run
+quickly.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import dataclasses
 import difflib
 import io
 import itertools
-import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+from tinytrain_dist.config.run_folder import parse_toml
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.regular_files import read_bytes
 
-FORMER_SECTIONS = {"compute": "parallel"}  # settings of [compute] stood under [parallel] until it was introduced
+# The settings of [compute] used to be under [parallel] and are still accepted there.
+FORMER_SECTIONS = {"compute": "parallel"}
 BOOLEAN_TYPES = (bool, bool | None)
 VALUE_NAMES: dict[Any, str] = {  # for people
     float: "a number",
@@ -32,17 +34,17 @@ VALUE_NAMES: dict[Any, str] = {  # for people
 
 
 def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a TOML file without their headings, and the problems of its layout.
+    """Return the settings of a TOML file by name, and a sentence for each problem with its sections.
 
-    A problem is a sentence: an unknown heading, a setting under the wrong heading, or one that is set twice. Errors:
+    Such a problem is an unknown section, a setting in the wrong section, or a setting that is set twice. Errors:
     ConfigError if the file cannot be read or is not TOML.
     """
     try:
-        tree = tomllib.loads(read_text(path))
+        tree = parse_toml(read_bytes(path))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"is not TOML: {error}", str(path)) from None
+    except ValueError as error:
+        raise ConfigError(str(error), str(path)) from None
     values: dict[str, Any] = {}
     problems: list[str] = []
 
@@ -51,24 +53,25 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{key}: set twice, to {values[key]!r} and {value!r}; keep one")
         values[key] = value
 
-    for key, value in tree.items():
-        if not isinstance(value, dict):
-            add(key, value)
+    for key, content in tree.items():
+        if not isinstance(content, dict):  # a setting outside all sections
+            add(key, content)
         elif key not in SECTIONS:
             nearest = difflib.get_close_matches(key, SECTIONS, n=1)
-            problems.append(f"[{key}]: unknown heading; use one of {', '.join(nearest or SECTIONS)}")
+            problems.append(f"[{key}]: unknown section; use one of {', '.join(nearest or SECTIONS)}")
         else:
-            for name, inner in value.items():
+            for name, value in content.items():
+                # TrainingConfig reports unknown settings, so they are accepted here in any section
                 section = FIELDS[name].metadata["section"] if name in FIELDS else key
                 if key in (section, FORMER_SECTIONS.get(section)):
-                    add(name, inner)
+                    add(name, value)
                 else:
-                    problems.append(f"{name}: stands under [{key}]; move it to [{section}]")
+                    problems.append(f"{name}: is under [{key}]; move it to [{section}]")
     return values, problems
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainingConfig:
-    """Read a TOML file (None: defaults), replace settings by `overrides`, and check everything at once.
+    """Read a TOML file (None: use the defaults), apply `overrides`, and check all settings.
 
     Errors: ConfigError with every problem of the file and of the overrides.
     """
@@ -86,36 +89,36 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 def parse_command_line(
     args: list[str],
     prog: str = "launch/train.py",
-    description: str = "Train a language model. First argument: a configuration (.toml); settings override it.",
+    description: str = "Train a language model. The first argument is a configuration (.toml); settings override it.",
 ) -> TrainingConfig:
-    """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are the same.
+    """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are interchangeable.
 
-    Errors: ConfigError listing values that cannot be parsed and unknown settings (with the nearest known name) together
-    with all other problems. --help ends the process, as usual for command lines.
+    Errors: ConfigError with all problems, among them values that cannot be parsed, and unknown settings with the
+    nearest known name. --help ends the process.
     """
-    import tyro  # here, because importing it takes longer than reading a configuration
+    import tyro  # imported here, because the import takes longer than reading a configuration
 
     path = args[0] if args and not args[0].startswith("-") else None
-    known, without_value = _normalize_arguments(args[1:] if path else args)
+    tyro_args, names_without_value = _normalize_arguments(args[1:] if path else args)
     hints: dict[str, Any] = {}
-    for name, f in FIELDS.items():
-        help = f"{f.metadata['help']} (default: {f.default})"
-        hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help)]
+    for name, setting in FIELDS.items():
+        help_text = f"{setting.metadata['help']} (default: {setting.default})"
+        hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text)]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            overrides = dict(tyro.cli(settings, args=known, prog=f"{prog} [CONFIG.toml]", description=description))
+            overrides = dict(tyro.cli(settings, args=tyro_args, prog=f"{prog} [CONFIG.toml]", description=description))
     except SystemExit as exited:
         if not exited.code:  # --help
             raise
-        problems = [_describe_parsing_error(printed.getvalue(), known)]
+        problems = [_describe_parsing_error(printed.getvalue(), tyro_args)]
         try:
-            load_config(path, dict.fromkeys(without_value))
+            load_config(path, dict.fromkeys(names_without_value))
         except ConfigError as error:
             problems += error.problems
         raise ConfigError(problems, "the command line") from None
-    return load_config(path, {**overrides, **dict.fromkeys(without_value)})
+    return load_config(path, {**overrides, **dict.fromkeys(names_without_value)})
 
 
 def _describe_parsing_error(printed: str, args: list[str]) -> str:
@@ -134,85 +137,92 @@ def _describe_parsing_error(printed: str, args: list[str]) -> str:
 
 
 def _is_flag(name: str) -> bool:
-    """Return whether a setting is true or false (or None), so that --NAME and --no-NAME need no value."""
+    """Return whether a setting is a boolean (or None), which --NAME and --no-NAME set without a value."""
     return HINTS.get(name) in BOOLEAN_TYPES
 
 
 def _normalize_arguments(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments in the form that tyro expects, and the names of settings that it must not see.
+    """Return the arguments in the form that tyro expects, and the names of settings to set to None without it.
 
-    `--compile true` becomes `--compile`, `--compile=false` becomes `--no-compile`. Names that tyro must not see become
-    None: unknown settings (`load_config` reports them with all other problems) and flags with the value None.
+    `--compile true` becomes `--compile`, and `--compile=false` becomes `--no-compile`. Tyro rejects two kinds of
+    settings, which are returned by name: unknown settings, which `load_config` reports with all other problems, and
+    flags with the value None.
     """
-    known: list[str] = []
-    without_value: list[str] = []
+    tyro_args: list[str] = []
+    names_without_value: list[str] = []
     position = 0
     while position < len(args):
         flag, equals, value = args[position].partition("=")
         name = flag.lstrip("-").replace("-", "_")
         position += 1
-        # the values of this flag are all words up to the next flag
+        # all arguments up to the next flag are values of this one
         end = position
         while end < len(args) and not args[end].startswith("--"):
             end += 1
-        values = [*([value] if equals else []), *args[position:end]]  # "--seed=1 stray" must not lose a word
+        values = [*([value] if equals else []), *args[position:end]]  # tyro must reject the word in "--seed=1 word"
         position = end
         unknown = name not in FIELDS and not _is_flag(name.removeprefix("no_"))
         if not flag.startswith("-") or name in ("h", "help"):
-            known += [flag, *values]
+            tyro_args += [flag, *values]
         elif unknown or (_is_flag(name) and values == ["None"]):
-            without_value.append(name)
+            names_without_value.append(name)
         elif _is_flag(name) and values in (["true"], ["True"], ["false"], ["False"]):
-            known.append(("--" if values[0].lower() == "true" else "--no-") + name)
+            tyro_args.append(("--" if values[0].lower() == "true" else "--no-") + name)
         else:
-            known += [f"--{name}", *values]
-    return known, without_value
+            tyro_args += [f"--{name}", *values]
+    return tyro_args, names_without_value
 
 
 def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
-    """Return the configuration with vocab_size from meta.json beside the token files where it was left out.
+    """Return the configuration with vocab_size filled in from the meta.json beside the token files, if it is not set.
 
-    Errors: ConfigError where vocab_size is in neither, where it is smaller than the data's, where a meta.json cannot
-    be used, or where two files were made with different tokenizers.
+    Errors: ConfigError in these cases:
+
+    * vocab_size is neither set nor in a meta.json.
+    * vocab_size is smaller than the vocabulary of the data.
+    * A meta.json cannot be used.
+    * Two files were made with different tokenizers.
     """
     if not config.train_files:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
-    meta_of_size: dict[int, Path] = {}
-    folder_of_tokenizer: dict[str, Path] = {}
+    meta_by_size: dict[int, Path] = {}
+    folder_by_tokenizer: dict[str, Path] = {}
     for file in (*config.train_files, *config.val_files):
         meta = Path(file).parent / "meta.json"
         size, tokenizer = _read_data_meta(meta)
         if size and file in config.train_files:
-            meta_of_size[size] = meta
+            meta_by_size[size] = meta
         if tokenizer:
-            folder_of_tokenizer[tokenizer] = meta.parent
-    if len(folder_of_tokenizer) > 1:
-        first, second, *_ = sorted(map(str, folder_of_tokenizer.values()))
+            folder_by_tokenizer[tokenizer] = meta.parent
+    if len(folder_by_tokenizer) > 1:
+        first, second, *_ = sorted(map(str, folder_by_tokenizer.values()))
         raise ConfigError(
-            f"train_data, val_data: {first} and {second} were made with different tokenizers, so the same id means "
+            f"train_data, val_data: {first} and {second} were made with different tokenizers, so the same ID means "
             f"different tokens in them; make one of them again with `tinytrain prepare --tokenizer {first}`"
         )
     if config.vocab_size is None:
-        if not meta_of_size:
+        if not meta_by_size:
             meta = Path(config.train_files[0]).parent / "meta.json"
-            raise ConfigError(f"vocab_size: not set, and there is no {meta} with it; set vocab_size")
-        return dataclasses.replace(config, vocab_size=max(meta_of_size))
-    if meta_of_size and config.vocab_size < max(meta_of_size):
-        largest = max(meta_of_size)
+            raise ConfigError(f"vocab_size: not set, and there is no {meta} that contains it; set vocab_size")
+        return dataclasses.replace(config, vocab_size=max(meta_by_size))
+    if meta_by_size and config.vocab_size < max(meta_by_size):
+        largest = max(meta_by_size)
         raise ConfigError(
-            f"vocab_size: {config.vocab_size} is less than the {largest} of {meta_of_size[largest]}; leave it out"
+            f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; leave it out"
         )
     return config
 
 
 def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
-    """Return vocab_size and the tokenizer's digest from a meta.json, None where it or the entry does not exist.
+    """Return vocab_size and the tokenizer's digest from a meta.json; None for what is missing.
 
-    Errors: ConfigError if the file cannot be read or holds no valid size.
+    Errors: ConfigError if the file cannot be read or its vocab_size is not valid.
     """
     try:
-        content = json.loads(read_text(meta)) if meta.exists() else {}
+        content = read_json_dict(meta) if meta.exists() else {}
         size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
+        if tokenizer is not None and not isinstance(tokenizer, str):
+            raise ValueError(f"digest {tokenizer!r}")
         if size is not None and not (type(size) is int and size >= 1):
             raise ValueError(f"vocab_size {size!r}")
     except (OSError, ValueError, AttributeError) as error:

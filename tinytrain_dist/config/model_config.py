@@ -1,7 +1,7 @@
 """Describe the architecture of a model: `ModelConfig`, the value that a model is built from.
 
-Must not know torch, training settings, files or ranks. `TrainingConfig.model` returns this value; somebody with their
-own training loop makes one directly. The names of the fields are those of the settings under [model] in a TOML file.
+Must not know torch, training settings, files or ranks. A training run takes it from `TrainingConfig.model`. A program
+with its own training loop creates a ModelConfig directly. Fields have the same names as the settings of TrainingConfig.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and variants of a Llama-style decoder (with `qk_norm`: Qwen3); a frozen value.
+    """The sizes and variants of a Llama-style decoder (with `qk_norm`: Qwen3); a frozen dataclass.
 
-    None stands for a value that follows from others; the properties `kv_heads`, `head_width` and `ffn_dim` resolve
-    it. Sizes are in elements, context lengths in tokens.
+    If num_kv_heads, head_dim or d_ff is None, it follows from other sizes: use the properties `kv_heads`, `head_width`
+    and `ffn_dim`. Sizes are in elements, context lengths in tokens.
     """
 
     vocab_size: int | None = None
@@ -38,24 +38,24 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads: num_kv_heads, or num_heads where it is None."""
+        """Number of key/value heads: num_kv_heads, or num_heads if that is None."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head: head_dim, or d_model / num_heads where it is None."""
+        """Width of one attention head: head_dim, or d_model / num_heads if that is None."""
         return self.head_dim or self.d_model // self.num_heads
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the feed-forward layer: d_ff, or 8/3 d_model rounded up to a multiple of 64 where it is None."""
+        """Width of the feed-forward layer: d_ff, or 8/3 d_model rounded up to a multiple of 64 if that is None."""
         return self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64))
 
     @property
     def approximate_parameter_count(self) -> int:
-        """Number of weights without the norms, which have some thousands.
+        """Number of parameters, not counting the few thousand of the norms.
 
-        Counted are the embedding, the output head (unless it shares the embedding's weight) and the matrices of the
+        It counts the embedding, the output head (unless it shares the embedding's weight) and the matrices of the
         blocks.
         """
         embedding = (self.vocab_size or 0) * self.d_model
@@ -65,7 +65,7 @@ class ModelConfig:
         return embedding_and_head + self.num_layers * (attention + feed_forward)
 
     def shape_problems(self) -> list[str]:
-        """Return a sentence for each pair of sizes that no model can have; all sizes must be at least 1."""
+        """Return a sentence for each pair of sizes that do not fit together. All sizes must be at least 1."""
         problems = []
         if self.head_dim is None and self.d_model % self.num_heads:
             problems.append(
@@ -73,7 +73,8 @@ class ModelConfig:
             )
         elif self.head_width % 2:
             problems.append(
-                f"d_model: head width {self.head_width} is odd; rotary embeddings need d_model/num_heads even"
+                f"d_model: head width {self.head_width} is odd, but rotary embeddings need an even one; "
+                "change d_model or num_heads, or set head_dim to an even number"
             )
         if self.num_heads % self.kv_heads:
             problems.append(
@@ -82,11 +83,11 @@ class ModelConfig:
         return problems
 
     def rope_problems(self) -> list[str]:
-        """Return a sentence for each setting of the rotary scaling that contradicts another or has no effect."""
+        """Return a sentence for each setting of the rotary embedding that contradicts another or has no effect."""
         problems = []
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if (self.rope_scaling_factor is None) != (self.rope_original_context_len is None):
-            problems.append("rope_scaling_factor: needs rope_original_context_len, and the other way round; set both")
+            problems.append("rope_scaling_factor: needs rope_original_context_len, and vice versa; set both")
         if self.rope_scaling_factor is None and (low, high) != (1.0, 4.0):
             problems.append("rope_low_freq_factor: has no effect without rope_scaling_factor; leave it out")
         if low >= high:

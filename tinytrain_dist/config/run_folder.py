@@ -1,43 +1,42 @@
-"""Name every file of a run folder, find runs and checkpoints on disk, and read their records.
+"""Name every file of a run folder, find runs and checkpoints on disk, and read the records of a run.
 
-This module owns the names and the layout; everything that reads or writes a file of a run takes its name from here.
-Only `requeues` is named in `slurm/train.sbatch`, because no other program reads or writes it.
+All code that reads or writes a file of a run takes the name of the file from this module. The only exception is
+`requeues`, which is named in `slurm/train.sbatch`, because no other program reads or writes it.
 
     RUN/                                 target_dir
       config.toml                        the resolved configuration
       environment.json                   versions, git commit, hosts, devices and relevant environment variables
-      state.json                         how the run stands or ended: running, done, preempted or failed, and the step
-      error.json                         the first cause of a failure; removed by the next start
-      lock.json                          which process writes to this folder; touched while that process lives
-      stop                               a file that a user makes to have the run save and stop
-      requeues                           of slurm/train.sbatch: a line for each requeue of the job
-      submitted/1/                       launch/submit.py: code, configuration and script of the first submitted job
-      logs/                              log_dir; heartbeat, stacks and ending.json are in RUN/logs in any case
-        metrics.jsonl                    the records; named by log_save_prefix
+      state.json                         status of the run (running, done, preempted or failed) and its step
+      error.json                         the first cause of a failure; removed when the run is started again
+      lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
+      stop                               created by a user to make the run save and stop
+      requeues                           one line for each requeue of the job, written by slurm/train.sbatch
+      submitted/1/                       code, configuration and script of the first job that launch/submit.py submitted
+      logs/                              log_dir; heartbeat, stacks and ending.json are always in RUN/logs
+        metrics.jsonl                    the records, one per line; log_save_prefix replaces `metrics`
         metrics.replaced.jsonl           records that a resume from an earlier step has replaced
         events.out.tfevents.*            TensorBoard
         profile/                         traces of profiled steps
-        heartbeat/rank-00000.json        what each rank does, for the others and for `tinytrain status`
-        stacks/rank-00000.txt            the stacks of all threads of a rank when the run hung
-        nccl_trace_rank_0                what NCCL was doing when a collective timed out
-        ending.json                      the request that all ranks end; it names the launch that it is meant for
+        heartbeat/rank-00000.json        step and phase of a rank, for the other ranks and for `tinytrain status`
+        stacks/rank-00000.txt            the stacks of all threads of a rank, written when the run hangs
+        nccl_trace_rank_0                NCCL's last collectives, written when one times out
+        ending.json                      a request that all ranks end; it names the launch that it applies to
       checkpoints/                       ckpt_dir
-        checkpoint-00001000/             PREFIX-STEP, prefix from ckpt_save_prefix; appears by one rename
+        checkpoint-00001000/             PREFIX-STEP; ckpt_save_prefix gives PREFIX; created by one rename
           config.json, tokenizer.json    a Hugging Face folder
           model-*, optimizer-*           tensors, with an index each
           trainer_state.json             step, configuration, data, metrics
           manifest.json                  sizes and digests of all files and tensors; written last
-          kept.json                      why it stays, where that was decided after it was written
-        checkpoint-00002000.tmp/         a checkpoint that is being written, or was when its writer died
-        checkpoint-00000500.damaged/     a checkpoint that did not verify; a second one is NAME.damaged-2
+          kept.json                      why the checkpoint stays, if that was decided after it was written
+        checkpoint-00002000.tmp/         a checkpoint that is being written, or was when the process was killed
+        checkpoint-00000500.damaged/     a checkpoint that failed verification; the second is NAME.damaged-2
         checkpoint-00000700.diverged/    a checkpoint that was saved while the run diverged
 
-Must not know torch, nor the configuration's schema: looking at a run must work when its settings do not.
+Must not know torch or the configuration's schema, so that a run with invalid settings can still be inspected.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from dataclasses import dataclass
@@ -45,7 +44,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
+from tinytrain_dist.utils.regular_files import read_bytes
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -76,9 +76,12 @@ TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
 DIVERGED_SUFFIX = ".diverged"
 
-STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, also with a suffix
-RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)  # any of them: a run
+STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, optionally with a suffix
+# A folder with any of these is a run.
+RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)
 Record = dict[str, Any]
+# the values of records that are read again
+RECORDED_NUMBERS = {"time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
 
 
 def heartbeat_folder(run: Path) -> Path:
@@ -87,7 +90,7 @@ def heartbeat_folder(run: Path) -> Path:
 
 
 def heartbeat_file(run: Path, rank: int) -> Path:
-    """Return the file in which a rank writes what it does."""
+    """Return the file in which a rank records its step and phase."""
     return heartbeat_folder(run) / f"rank-{rank:05d}.json"
 
 
@@ -121,41 +124,62 @@ class RunFolder:
 
     @classmethod
     def at(cls, folder: Path) -> RunFolder | None:
-        """Return the run in `folder`, which may also be its folder of checkpoints; None if there is none."""
+        """Return the run in `folder`, or None if there is none. `folder` may also be the folder of its checkpoints."""
         if any((folder / name).exists() for name in RUN_FILES):
-            settings = read_settings(folder)
-            checkpoints = Path(settings.get("ckpt_dir") or folder / CHECKPOINTS_FOLDER)
-            logs = Path(settings.get("log_dir") or folder / LOGS_FOLDER)
-            return cls(folder, checkpoints, records_file(logs, settings.get("log_save_prefix", DEFAULT_RECORDS_PREFIX)))
+            texts = {name: value for name, value in read_settings(folder).items() if value and _is_path(value)}
+            checkpoints = Path(texts.get("ckpt_dir", folder / CHECKPOINTS_FOLDER))
+            logs = Path(texts.get("log_dir", folder / LOGS_FOLDER))
+            return cls(folder, checkpoints, records_file(logs, texts.get("log_save_prefix", DEFAULT_RECORDS_PREFIX)))
         if folder.is_dir() and any(is_checkpoint(path) for path in folder.iterdir()):
             return cls(folder.parent, folder, records_file(folder.parent / LOGS_FOLDER))
         return None
 
     def step_folders(self) -> list[Path]:
-        """Return everything named like a checkpoint, by step, including damaged and half-written ones."""
+        """Return all checkpoint folders, sorted by step, including damaged and incomplete ones."""
         if not self.checkpoints.is_dir():
             return []
         folders = [path for path in self.checkpoints.iterdir() if is_checkpoint(path)]
         return sorted(folders, key=lambda path: (checkpoint_step(path), path.name))
 
     def committed(self) -> list[Path]:
-        """Return the checkpoints under their final name, by step."""
+        """Return the checkpoint folders with their final name (without a suffix), sorted by step."""
         return [path for path in self.step_folders() if not name_suffix(path)]
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings in a run's config.toml, {} where there is none or it cannot be read.
+def _is_path(value: Any) -> bool:
+    """Return whether a setting can be a path: a damaged config.toml may hold anything."""
+    return isinstance(value, str) and all(
+        is_file_name(part) for part in value.split("/") if part not in ("", ".", "..")
+    )
 
-    Nothing is checked: a run with settings that this version does not have can still be looked at.
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.toml, or {} if it cannot be read.
+
+    Nothing is checked, so that a run with settings unknown to this version can still be inspected.
     """
     try:
-        tree = tomllib.loads(read_text(folder / CONFIG_FILE))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        tree = parse_toml(read_bytes(folder / CONFIG_FILE))
+    except (OSError, ValueError):
         return {}
     settings: dict[str, Any] = {}
     for key, value in tree.items():
         settings |= value if isinstance(value, dict) else {key: value}
     return settings
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """Return the content of a TOML file, also with a byte-order mark. Errors: ValueError, whatever the file holds."""
+    try:
+        text = data.decode("utf-8-sig")  # editors on Windows write the mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not TOML: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("is not TOML: brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not TOML: {error}") from None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -170,43 +194,54 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_step(path: Path) -> int:
-    """Return the step in a checkpoint's name, -1 where it has none."""
+    """Return the step in a checkpoint's name, or -1 if there is none."""
     match = STEP_FOLDER.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
 def name_suffix(path: Path) -> str:
-    """Return what follows the step in the name: "" for a committed checkpoint, else ".tmp", ".damaged" or similar."""
+    """Return the part of the name after the step: "" for a complete checkpoint, else ".tmp", ".damaged" or similar."""
     match = STEP_FOLDER.fullmatch(path.name)
     return (match[2] or "") if match else ""
 
 
 def open_run(place: Path) -> RunFolder:
-    """Return the run at `place`. Errors: CheckpointError that says what was expected there."""
+    """Return the run at `place`. Errors: CheckpointError if there is neither a run nor a checkpoint."""
     run = RunFolder.at(place)
     if run is None:
-        state = "holds neither a run nor a checkpoint" if place.is_dir() else "is not a folder"
-        raise CheckpointError(f"{place}: {state}; give a run (its target_dir) or one of its checkpoints")
+        problem = "contains neither a run nor a checkpoint" if place.is_dir() else "is not a folder"
+        raise CheckpointError(f"{place}: {problem}; give a run (its target_dir) or one of its checkpoints")
     return run
 
 
 def read_records(path: Path) -> list[Record]:
-    """Return the records of a metrics file; a line that a crash cut short is ignored.
+    """Return the records of a metrics file. Lines that are cut short or damaged are skipped.
 
-    Errors: TinytrainError if there is no such file.
+    A number that was not finite is written as null, and is NaN here.
+    Errors: TinytrainError if the file cannot be read.
     """
     try:
-        lines = read_text(path, errors="replace").splitlines()
-    except OSError as error:
+        lines = read_bytes(path).split(b"\n")
+    except (OSError, ValueError) as error:  # ValueError: such a name is not possible
+        reason = error.strerror if isinstance(error, OSError) else error
         raise TinytrainError(
-            f"{path}: no record of a run ({error.strerror}); give a folder that a run has written to (its target_dir)"
+            f"{path}: no records of a run ({reason}); give the target_dir of a run that has started"
         ) from None
     records = []
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "step" in record and "kind" in record:
-            records.append(record)
+        if isinstance(record, dict) and _is_record(record):
+            records.append(nulls_to_nan(record) if b"null" in line else record)
     return records
+
+
+def _is_record(record: Record) -> bool:
+    """Return whether a record has a step and a kind, and numbers where the readers of records expect them."""
+    return (
+        is_whole_number(record.get("step"))
+        and isinstance(record.get("kind"), str)
+        and all(record[name] is None or is_number(record[name]) for name in RECORDED_NUMBERS & record.keys())
+    )

@@ -1,8 +1,7 @@
-"""Define what a run is: `TrainingConfig`, one flat frozen value that is checked when it is made.
+"""Define all settings of a run: `TrainingConfig`, one flat frozen dataclass that is checked when it is created.
 
-Must not know torch, files, ranks or devices, so that a login node checks a run in a tenth of a second. What a model
-is built from is in model_config.py, the rules for single settings and pairs of them in validation.py, the types of
-values in conversion.py.
+Must not know torch, files, ranks or devices, so that a login node can check a run in a tenth of a second. The
+architecture of the model is in model_config.py, the checks of values in validation.py, their types in conversion.py.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
-SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # TOML headings, in this order
+SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
 
 def _setting(section: str, default: Any, help: str) -> Any:
-    """Return a field of TrainingConfig: the TOML heading it belongs under, its default, one sentence for --help."""
+    """Return a field of TrainingConfig. section: of the TOML file; help: one sentence for --help."""
     return field(default=default, metadata={"section": section, "help": help})
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides what is trained, and how; a frozen value, checked when it is made.
+    """All settings of a training run; a frozen dataclass, checked when it is created.
 
-    Construction raises ConfigError with every problem at once. Derived values (`ffn_dim`, `checkpoints_dir`, ...) are
+    Construction raises ConfigError with all problems at once. Derived values (`ffn_dim`, `checkpoints_dir`, ...) are
     properties, so that `dataclasses.replace(config, d_model=512)` never leaves a stale value behind.
     """
 
@@ -42,36 +41,40 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda if available, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
     stop_at_step: int | None = _setting(
-        "run", None, "stop after this step (None: total_steps); the schedule still spans total_steps"
+        "run", None, "stop after this step (None: total_steps); the learning rate still follows total_steps"
     )
     time_limit: float | None = _setting("run", None, "save and stop after this many seconds (None: no limit)")
     start_limit: float = _setting(
-        "run", 1800.0, "abort when joining, reading data, building or loading takes longer, in seconds (0: no limit)"
+        "run",
+        1800.0,
+        "abort if start-up (connect, open data, build, load) takes more than this many seconds (0: never)",
     )
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
     eval_every: int = _setting("run", 1000, "steps between evaluations")
-    eval_steps: int = _setting("run", 10, "batches of batch_size windows in one evaluation (the same in each)")
+    eval_steps: int = _setting("run", 10, "batches of batch_size windows per evaluation, the same every time")
     early_stop_patience: int | None = _setting(
-        "run", None, "stop after this many evaluations in a row without a better loss (None: never); each best is saved"
+        "run", None, "stop after this many evaluations without a new lowest loss (None: never); each lowest is saved"
     )
     sample_tokens: int = _setting(
-        "run", 32, "tokens of each text generated at an evaluation (0: disabled); needs a tokenizer.json"
+        "run", 32, "tokens to generate in each sample text at an evaluation (0: disabled); needs a tokenizer.json"
     )
-    profile: str | None = _setting("run", None, "START:STOP: rank 0 writes a trace of these steps to log_dir/profile")
+    profile: str | None = _setting("run", None, "START:STOP: rank 0 traces these steps to log_dir/profile (None: off)")
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
-    log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without its ending .jsonl")
+    log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     resume: str = _setting(
-        "run", "auto", "auto: from the newest valid checkpoint of this run, if any; never; or the path of a checkpoint"
+        "run",
+        "auto",
+        "resume from: auto (newest valid checkpoint, if any), never (nothing), or the path of a checkpoint",
     )
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
     )
     init_from: str | None = _setting(
-        "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: initial weights from seed)"
+        "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
     )
 
     train_data: str | tuple[str, ...] | None = _setting("data", None, "token file (.npy) to train on, or several")
@@ -79,18 +82,18 @@ class TrainingConfig:
         "data", None, "relative sampling weight of each file of train_data (None: every window is equally likely)"
     )
     val_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file (.npy) to evaluate on, or several, evaluated one by one (None: no evaluation)"
+        "data", None, "token file (.npy) to evaluate on, or several, each evaluated separately (None: no evaluation)"
     )
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
-        "data", None, "sequences in one forward pass on one rank (None: the rank's share; auto: what fits in memory)"
+        "data", None, "sequences per forward pass of one rank (None: all that it has; auto: as many as fit in memory)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
-    num_layers: int = _setting("model", 4, "transformer blocks")
-    num_heads: int = _setting("model", 16, "query heads")
-    num_kv_heads: int | None = _setting("model", None, "key/value heads (grouped-query attention; None: num_heads)")
+    num_layers: int = _setting("model", 4, "number of transformer blocks")
+    num_heads: int = _setting("model", 16, "number of query heads")
+    num_kv_heads: int | None = _setting("model", None, "number of key/value heads (None: num_heads)")
     head_dim: int | None = _setting("model", None, "width of one head (None: d_model / num_heads)")
     d_model: int = _setting("model", 512, "width of the residual stream")
     d_ff: int | None = _setting(
@@ -98,41 +101,39 @@ class TrainingConfig:
     )
     rope_theta: float = _setting("model", 10_000.0, "base of the rotary frequencies")
     rope_scaling_factor: float | None = _setting("model", None, "Llama 3 rotary scaling: factor (None: no scaling)")
-    rope_original_context_len: int | None = _setting("model", None, "Llama 3 rotary scaling: context length before it")
+    rope_original_context_len: int | None = _setting("model", None, "Llama 3 rotary scaling: original context length")
     rope_low_freq_factor: float = _setting("model", 1.0, "Llama 3 rotary scaling: end of the low-frequency band")
     rope_high_freq_factor: float = _setting("model", 4.0, "Llama 3 rotary scaling: start of the high-frequency band")
-    tie_embeddings: bool = _setting("model", False, "use the embedding's weight in the output head as well")
+    tie_embeddings: bool = _setting("model", False, "share the embedding's weight with the output head")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")
 
-    lr_max: float = _setting("optimizer", 1e-3, "learning rate after warm-up")
+    lr_max: float = _setting("optimizer", 1e-3, "highest learning rate, at the end of the warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning rate after warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
     warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up (None: 1 % of total_steps)")
     cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends (None: total_steps)")
     decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay (None: 10 % of total_steps)")
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
-    grad_clip_norm: float | None = _setting("optimizer", 1.0, "largest global gradient norm (None: no clipping)")
-    max_skipped_steps: int = _setting("optimizer", 10, "stop after this many non-finite steps in a row")
+    grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
+    max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
 
-    parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: by number of ranks and model size)")
+    parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
     precision: Literal["fp32", "bf16"] = _setting("compute", "fp32", "compute type; weights and sums stay float32")
     compile: bool | None = _setting(
-        "compute", None, "torch.compile each block and the loss (None: if the run is long enough to pay for it)"
+        "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"
     )
     activation_checkpointing: Literal["none", "block", "selective"] = _setting(
-        "parallel", "none", "recompute in backward: nothing; whole blocks; all but matrix products"
+        "parallel", "none", "what backward recomputes: nothing, whole blocks, or all except matrix products (selective)"
     )
     loss_chunk_tokens: int | None = _setting(
         "compute", None, "tokens per chunk of output head and loss (None: as many as give 2**24 logits)"
     )
-    reproducible: bool = _setting(
-        "compute", False, "the same bits on any number of ranks and in any data-parallel mode"
-    )
+    reproducible: bool = _setting("compute", False, "same bits on any number of ranks and in any data-parallel mode")
     allow_drift: bool = _setting(
         "compute", False, "with reproducible: resume even if a setting or version that affects bits has changed"
     )
@@ -140,27 +141,25 @@ class TrainingConfig:
         "compute", None, "CPU threads per process (None: OMP_NUM_THREADS, or 1 if reproducible)"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between comparisons of the replicas' bits (None: only with each save)"
+        "parallel", None, "steps between comparisons of the replicas' bits (None: only at each save)"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")
     ckpt_dir: str | None = _setting("checkpoint", None, "folder of the checkpoints (None: target_dir/checkpoints)")
-    ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "checkpoint folders are named PREFIX-00001000")
+    ckpt_save_prefix: str = _setting("checkpoint", "checkpoint", "PREFIX in the names of checkpoints, PREFIX-00001000")
     keep_last: int = _setting("checkpoint", 2, "number of newest checkpoints to keep")
-    keep_every: int | None = _setting(
-        "checkpoint", None, "never delete checkpoints at multiples of this step (None: delete)"
-    )
+    keep_every: int | None = _setting("checkpoint", None, "also keep checkpoints at multiples of this step (None: off)")
     ckpt_async: bool = _setting(
-        "checkpoint", True, "save in the background; a crash then loses the time of a save in addition to an interval"
+        "checkpoint", True, "save in the background; a crash can then also lose the steps computed during a save"
     )
-    ckpt_writers: int = _setting("checkpoint", 1, "ranks that write files of a checkpoint at the same time")
+    ckpt_writers: int = _setting("checkpoint", 1, "number of ranks that write files of a checkpoint at the same time")
     save_limit: float = _setting(
-        "checkpoint", 3600.0, "abort as hung when a step waits longer for a save, in seconds (0: no limit)"
+        "checkpoint", 3600.0, "abort as hung if a step waits longer than this many seconds for a save (0: never)"
     )
     max_shard_bytes: int = _setting("checkpoint", 2 * 1024**3, "largest file of a checkpoint, in bytes")
 
     def __post_init__(self) -> None:
-        """Raise ConfigError with everything that is wrong; whole numbers become floats where floats are declared."""
+        """Check all settings, and convert whole numbers to float where float is declared. Errors: ConfigError."""
         problems = []
         for name in FIELDS:
             value, problem = _convert_setting(name, getattr(self, name))
@@ -194,7 +193,7 @@ class TrainingConfig:
 
     @property
     def fixed_micro_batch_size(self) -> int | None:
-        """The value of micro_batch_size where it is a number, else None."""
+        """The value of micro_batch_size if it is a number, else None."""
         return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
@@ -229,12 +228,12 @@ class TrainingConfig:
 
     @property
     def train_files(self) -> tuple[str, ...]:
-        """The files of train_data; () where it is not set."""
+        """The files of train_data; () if it is not set."""
         return (self.train_data,) if isinstance(self.train_data, str) else self.train_data or ()
 
     @property
     def val_files(self) -> tuple[str, ...]:
-        """The files of val_data; () where it is not set."""
+        """The files of val_data; () if it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
 
     @property
@@ -245,7 +244,7 @@ class TrainingConfig:
     @property
     def profiled_steps(self) -> range:
         """The steps named in `profile`, both ends included."""
-        start, _, stop = (self.profile or "0:-1").partition(":")
+        start, _, stop = (self.profile or "0:-1").partition(":")  # 0:-1 gives an empty range
         return range(int(start), int(stop) + 1)
 
     @property
@@ -254,16 +253,17 @@ class TrainingConfig:
         return {name.strip() for name in (self.allow or "").split(",") if name.strip()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values by name, tuples as lists; `from_dict` is the inverse."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        """Return the settings as JSON values, with tuples as lists. `from_dict` is the inverse."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
-        """Build from plain values. Errors: ConfigError naming unknown keys, wrong types and bad values at once."""
-        wrong = {key: problem for key, value in values.items() if (problem := _convert_setting(key, value)[1])}
-        problems = list(wrong.values())
+        """Return a configuration with these settings. Errors: ConfigError with all unknown names and bad values."""
+        problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
+        problems = [problem for problem in problem_of.values() if problem]
         try:
-            config = cls(**{key: value for key, value in values.items() if key not in wrong})
+            config = cls(**{name: value for name, value in values.items() if not problem_of[name]})
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems], source) from None
         if problems:
@@ -271,7 +271,7 @@ class TrainingConfig:
         return config
 
     def resolved(self) -> dict[str, Any]:
-        """Return `to_dict` with derived sizes filled in, so that two spellings of one configuration are equal."""
+        """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
         sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
         return {**self.to_dict(), **sizes}
 
@@ -284,18 +284,18 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainingConfig)}
 HINTS = get_type_hints(TrainingConfig)
 
 
-def _convert_setting(key: str, value: Any) -> tuple[Any, str]:
-    """Return the value with its declared type and "", or None and a sentence that says why it cannot have it."""
-    if key not in FIELDS:
-        return None, f"{key}: unknown setting{_suggest_name(key)}"
+def _convert_setting(name: str, value: Any) -> tuple[Any, str]:
+    """Return (converted value, ""), or (None, problem) if the setting is unknown or the value has the wrong type."""
+    if name not in FIELDS:
+        return None, f"{name}: unknown setting{_suggest_name(name)}"
     try:
-        return convert_value(HINTS[key], value), ""
+        return convert_value(HINTS[name], value), ""
     except TypeError:
-        return None, f"{key}: {value!r} is not {describe_type(HINTS[key])}"
+        return None, f"{name}: {value!r} is not {describe_type(HINTS[name])}"
 
 
 def _format_toml(values: dict[str, Any]) -> str:
-    """Return settings as TOML under their headings, in the order of SECTIONS and of the fields; None is left out."""
+    """Return settings as TOML in their sections, in the order of SECTIONS and of the fields. None is left out."""
     lines = ["# the resolved configuration of this run, written by tinytrain_dist"]
     for section in SECTIONS:
         lines.append(f"\n[{section}]")
@@ -304,7 +304,7 @@ def _format_toml(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _suggest_name(key: str) -> str:
-    """Return the end of the sentence about an unknown setting: the nearest known name, or where all are listed."""
-    close = difflib.get_close_matches(key.replace("-", "_"), FIELDS, n=1)
-    return f"; did you mean {close[0]}?" if close else "; launch/train.py --help lists all of them"
+def _suggest_name(name: str) -> str:
+    """Return the end of the message about an unknown setting: the nearest known name, or where to find all names."""
+    nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "; launch/train.py --help lists all of them"

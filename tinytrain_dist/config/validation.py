@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.utils.text import format_list
 
-if TYPE_CHECKING:  # at run time the schema imports this module
+if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
-# What makes a run this run: a resume with another value is refused, as it is with other data.
+# A resume is refused if the checkpoint has another value of one of these settings, or other data.
 IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
 
 AT_LEAST_ONE = tuple(
@@ -33,7 +33,7 @@ NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_lim
 
 
 def find_problems(config: TrainingConfig) -> list[str]:
-    """Return every sentence that says why this configuration cannot be run, without looking at ranks or files."""
+    """Return a sentence for each reason why this configuration cannot be run. Ranks and files are not examined."""
     problems = _range_problems(config)
     if problems:  # the checks below divide by these numbers
         return problems
@@ -55,7 +55,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
 
 
 def _range_problems(config: TrainingConfig) -> list[str]:
-    """Return the problems of single numbers: too small, negative, or not finite."""
+    """Return problems of single numbers: too small, negative, or not finite."""
     problems: list[str] = []
     for name in AT_LEAST_ONE:
         value = getattr(config, name)
@@ -75,13 +75,13 @@ def _range_problems(config: TrainingConfig) -> list[str]:
             problems.append(f"{name}: {value} must not be negative")
     if config.seed >= 1 << 64:
         problems.append(
-            f"seed: {config.seed} must be less than 2**64 (one word of the generator's key); use a smaller one"
+            f"seed: {config.seed} must be less than 2**64 (one 64-bit word of the generator's key); use a smaller one"
         )
     return problems
 
 
 def _shape_problems(config: TrainingConfig) -> list[str]:
-    """Return the sizes of the model or of a batch that do not divide each other."""
+    """Return problems of sizes of the model or of a batch that do not fit together."""
     problems = config.model.shape_problems()
     micro_batch_size = config.fixed_micro_batch_size
     if micro_batch_size and config.batch_size % micro_batch_size:
@@ -94,14 +94,14 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
 
 
 def _schedule_problems(config: TrainingConfig) -> list[str]:
-    """Return what is wrong with the learning rate's schedule and with the optimizer's settings."""
+    """Return problems of the learning-rate schedule and the optimizer."""
     problems = []
     if config.lr_min > config.lr_max:
         problems.append(f"lr_min: {config.lr_min} is greater than lr_max {config.lr_max}; swap them")
     if not all(0 <= beta < 1 for beta in config.betas):
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
     if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
-        problems.append(f"cosine_iters: {config.cosine_end} ends before warmup_iters {config.warmup_steps}; raise it")
+        problems.append(f"cosine_iters: {config.cosine_end} is less than warmup_iters {config.warmup_steps}; raise it")
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
         problems.append(
             f"decay_iters: {config.decay_steps} + warmup_iters {config.warmup_steps} is more than "
@@ -111,27 +111,27 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
 
 
 def _data_problems(config: TrainingConfig) -> list[str]:
-    """Return what is wrong with the lists of token files and their weights."""
+    """Return problems of the lists of token files and their weights."""
     problems = []
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
         repeated = [file for file in files if files.count(file) > 1]
         if repeated:
             problems.append(
-                f"{name}: names {repeated[0]} twice; name it once, and set train_weights to draw more from it"
+                f"{name}: contains {repeated[0]} twice; list it once, and set train_weights to draw more from it"
             )
     if config.train_weights is not None:
         count, weights = len(config.train_files), list(config.train_weights)
         if count < 2:
             problems.append("train_weights: has no effect without several files in train_data; leave it out")
         elif len(weights) != count:
-            problems.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one for each")
+            problems.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one per file")
         if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            problems.append(f"train_weights: {weights} must be finite and not negative, and one of them more than 0")
+            problems.append(f"train_weights: {weights} must be finite and not negative, and one greater than 0")
     return problems
 
 
 def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
-    """Return settings of a schedule that is not the chosen one."""
+    """Return problems of settings that belong to another schedule than the chosen one."""
     problems = []
     if config.schedule != "cosine" and config.cosine_iters is not None:
         problems.append(f"cosine_iters: has no effect with schedule = {config.schedule}; leave it out")
@@ -141,7 +141,7 @@ def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
 
 
 def _parallel_problems(config: TrainingConfig) -> list[str]:
-    """Return settings that have no effect in the chosen data-parallel mode."""
+    """Return problems of settings that have no effect in the chosen data-parallel mode."""
     problems = []
     if config.parallel != "hsdp":
         problems += [
@@ -155,7 +155,7 @@ def _parallel_problems(config: TrainingConfig) -> list[str]:
 
 
 def _resume_problems(config: TrainingConfig) -> list[str]:
-    """Return a problem where two settings name different checkpoints to resume from."""
+    """Return a problem if two settings name different checkpoints to resume from."""
     path = config.ckpt_path_to_resume
     if path and config.resume not in ("auto", path):
         return [f"resume: {config.resume!r} contradicts ckpt_path_to_resume {path!r}; set one"]
@@ -163,7 +163,7 @@ def _resume_problems(config: TrainingConfig) -> list[str]:
 
 
 def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
-    """Return what is wrong with the steps at which to stop and to profile."""
+    """Return problems of stop_at_step and profile."""
     problems = []
     if config.stop_at_step is not None and config.stop_at_step > config.total_steps:
         problems.append(f"stop_at_step: {config.stop_at_step} is beyond total_steps {config.total_steps}; leave it out")
@@ -172,48 +172,46 @@ def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
         if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", config.profile):
             problems.append(f"profile: {config.profile!r} must be START:STOP, two step numbers, for example 20:25")
         elif not (config.profiled_steps and 1 <= config.profiled_steps[0] <= last):
-            problems.append(
-                f"profile: {config.profile} must be START:STOP with 1 <= START <= STOP, START at most {last}"
-            )
+            problems.append(f"profile: {config.profile} must be START:STOP with 1 <= START <= STOP and START <= {last}")
     return problems
 
 
 def _allow_problems(config: TrainingConfig) -> list[str]:
-    """Return the names in `allow` of settings that may differ on resume anyway."""
+    """Return a problem for each name in `allow` that is not checked on resume."""
     return [
-        f"allow: {name} is not checked on resume; leave it out (checked are {', '.join(IDENTITY_SETTINGS)}, train_data)"
+        f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(IDENTITY_SETTINGS)}, train_data)"
         for name in sorted(config.allowed_changes - {*IDENTITY_SETTINGS, "train_data"})
     ]
 
 
 def _evaluation_and_retention_problems(config: TrainingConfig) -> list[str]:
-    """Return settings of evaluations and of kept checkpoints that would never take effect."""
+    """Return problems of settings for evaluations and kept checkpoints that would have no effect."""
     problems = []
     if config.early_stop_patience is not None and not config.val_files:
         problems.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
     if config.keep_every is not None and config.keep_every % config.ckpt_every:
         problems.append(
-            f"keep_every: {config.keep_every} is not a multiple of ckpt_every {config.ckpt_every}, so there is no "
-            "checkpoint at most of these steps; change one"
+            f"keep_every: {config.keep_every} is not a multiple of ckpt_every {config.ckpt_every}, so most of "
+            "these steps have no checkpoint; change one of them"
         )
     return problems
 
 
 def _reproducible_problems(config: TrainingConfig) -> list[str]:
-    """Return what contradicts, or has no effect without, `reproducible`."""
+    """Return problems of settings that depend on `reproducible`."""
     problems = []
     if config.allow_drift and not config.reproducible:
         problems.append("allow_drift: has no effect with reproducible = false; leave it out")
     if config.reproducible and config.fixed_micro_batch_size is None:
         problems.append(
-            "micro_batch_size: must be set with reproducible = true to a number, since the last bit depends on it"
+            "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it"
         )
     return problems
 
 
 def _name_problems(config: TrainingConfig) -> list[str]:
-    """Return a problem where a prefix of file names is empty or would name another folder."""
+    """Return a problem if a prefix of file names is empty or contains a slash."""
     prefixes = (config.ckpt_save_prefix, config.log_save_prefix)
     if not all(prefixes) or any("/" in prefix for prefix in prefixes):
-        return ["ckpt_save_prefix, log_save_prefix: must be plain names, without /"]
+        return ["ckpt_save_prefix, log_save_prefix: must be plain names, not empty and without /"]
     return []

@@ -6,11 +6,11 @@ Must not know how a tokenizer works, only what its tokenizer.json says.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import read_json_dict
 
 TOKENIZER_FILE, META_FILE = "tokenizer.json", "meta.json"
 
@@ -82,9 +82,6 @@ def _ids(tokenizer: dict[str, Any]) -> tuple[Any, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty where there is no such file. Errors: DataError."""
     try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_dict(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); put the original back, or remove it") from None
-    return content

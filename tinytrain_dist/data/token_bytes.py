@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from tinytrain_dist.data.npy_files import check_npy_file
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import read_json_dict
 
 
 def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
@@ -27,7 +28,7 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
         if path.is_file():
             try:
                 return read_sizes(path, vocab_size)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise DataError(
                     f"{path}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it"
                 ) from None
@@ -36,14 +37,16 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
 
 def _sizes_in_table(table_path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     """Return the bytes of each token ID, int64 [vocab_size], from a .npy file."""
-    sizes = np.zeros(vocab_size, dtype=np.int64)
-    sizes[:] = np.load(table_path, allow_pickle=False)
-    return sizes
+    check_npy_file(table_path)
+    table = np.load(table_path, allow_pickle=False)
+    if table.shape != (vocab_size,) or table.dtype.kind not in "ui":
+        raise ValueError(f"it holds {table.dtype} {list(table.shape)}, not whole numbers [{vocab_size}]")
+    return np.asarray(table, dtype=np.int64)
 
 
 def _sizes_of_byte_level_bpe(tokenizer_path: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     """Return the bytes of each token ID, int64 [vocab_size]; None if the tokenizer is of another kind."""
-    tokenizer = json.loads(tokenizer_path.read_bytes())
+    tokenizer = read_json_dict(tokenizer_path)
     model, decoder = tokenizer["model"], tokenizer["decoder"]
     vocabulary = model["vocab"]
     if model["type"] != "BPE" or not decoder or decoder["type"] != "ByteLevel":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import mmap as memory_map
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tinytrain_dist.data.npy_files import check_npy_file
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
-from tinytrain_dist.utils.regular_files import NotAFileError, check_regular, read_text
+from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.regular_files import NotAFileError, check_regular
 
 Tokens = npt.NDArray[Any]  # 1-D, of any integer type
 
@@ -58,17 +59,18 @@ def _open_array(path: Path, mmap: bool) -> Tokens:
     """Open a .npy file and check that it holds a 1-D array of integers in C order."""
     try:
         check_regular(path)
-        array: Any = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        check_npy_file(path)
+        array: Tokens = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
     except NotAFileError as error:
         raise DataError(f"{error}; give a token file made by `tinytrain prepare`") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable .npy file ({error}); make it again with `tinytrain prepare`") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "ui":
-        content = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else "several arrays"
+    if array.ndim != 1 or array.dtype.kind not in "ui":
         raise DataError(
-            f"{path}: holds {content}, but a token file is a 1-D array of integers; save ids.astype('uint16')"
+            f"{path}: holds {array.ndim}-D {array.dtype}, but a token file is a 1-D array of integers; "
+            "save ids.astype('uint16')"
         )
     if not array.flags.c_contiguous:
         raise DataError(f"{path}: is not in C order; save np.ascontiguousarray(ids)")
@@ -99,10 +101,11 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
     cache_path = path.with_name(path.name + ".range.json")
     key = {**dataset_fingerprint(path, tokens), "mtime": path.stat().st_mtime}
     try:
-        cached = json.loads(read_text(cache_path))
-        if cached["key"] == key:
-            return cached["range"][0], cached["range"][1]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        cached = read_json_dict(cache_path)
+        match cached.get("range"):
+            case [int(smallest), int(largest)] if cached.get("key") == key:
+                return smallest, largest
+    except (OSError, ValueError):
         pass  # no usable cache: scan
     blocks = [tokens[start : start + _SCAN_BLOCK_TOKENS] for start in range(0, len(tokens), _SCAN_BLOCK_TOKENS)]
     id_range = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)

@@ -49,6 +49,7 @@ from tinytrain_dist.reliability.start_marks import claim
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
 TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
@@ -266,7 +267,9 @@ def main(args: list[str]) -> int:
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="tinytrain-") as scratch:
+    if removed := remove_leftovers(Path(tempfile.gettempdir())):
+        print(describe_leftovers(removed), file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch:
         _state.scratch = scratch
         tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
         # If this variable is set, a rank writes the path of the run folder into the file that it names, and lets this
@@ -390,7 +393,7 @@ def _report_death(folder_note: Path, local_rank: int, pid: int, exit_code: int, 
     if folder is not None and own:
         cause = {"message": text, "rank": own["rank"], "host": host, "step": step, "traceback": "", "time": now}
         error_report.write_error(folder, {**cause, "secondary": False})
-        error_report.request_abort(folder, own["world"], text)
+        error_report.request_abort(folder, str(own.get("world", "")), text)
 
 
 def _describe_death(process: str, exit_code: int, step: int | None, kills_before: int) -> str:
@@ -425,7 +428,7 @@ def _first_cause(folder_note: Path) -> str:
     while folder_note.is_file() and time.monotonic() < end:
         cause = read_json_object(Path(folder_note.read_text()) / ERROR_FILE)
         if cause and not cause.get("secondary"):
-            return str(cause["message"])
+            return str(cause.get("message", ""))
         time.sleep(0.1)
     return ""
 

@@ -6,7 +6,6 @@ Must not know how the numbers are computed. Only rank 0 writes; every rank calls
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -18,8 +17,8 @@ from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
 from tinytrain_dist.utils.output import call_on_lost_output
-from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.text import format_duration
 
 
@@ -158,7 +157,7 @@ class RunLog:
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._step = step
         # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.write(to_json({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def _record_lost_output(self, text: str) -> None:
         with self._surviving_disk_errors():
@@ -188,12 +187,14 @@ def truncate_records(path: Path, step: int) -> None:
         return
     kept: list[str] = []
     replaced: list[str] = []
-    for line in read_text(path).splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            (kept if json.loads(line)["step"] <= step else replaced).append(line)
-        except (ValueError, KeyError):
-            continue  # a line that was cut short
+            record_step = parse_json(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was cut short or damaged
+        if is_whole_number(record_step):
+            (kept if record_step <= step else replaced).append(line.decode() + "\n")
     if replaced:
         with open(path.with_suffix(REPLACED_SUFFIX), "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in replaced)
-    write_atomically(path, "".join(line + "\n" for line in kept))
+            file.writelines(replaced)
+    write_atomically(path, "".join(kept))

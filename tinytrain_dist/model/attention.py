@@ -1,7 +1,7 @@
 """Compute causal self-attention with rotary positions, grouped queries and optional query/key norms.
 
-Must not know ranks or training. Shapes in names: b batch, t position, d model width, h query head, k key/value head,
-e head width.
+Must not know ranks or training. The suffix of a tensor's name gives its axes: b batch, t position, d model width,
+h query head, k key/value head, e head width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.model.layers import Linear, RMSNorm
 from tinytrain_dist.model.matmul import matmul_dtype
 
-ATTENTION_BLOCK_ROWS = 128  # query positions per block where attention is computed in blocks
-BLOCKWISE_MAX_POSITIONS = 512
+ATTENTION_BLOCK_ROWS = 128  # query positions per block
+BLOCKWISE_MAX_POSITIONS = 512  # longest sequence whose attention is computed in blocks
 
 
 class RotaryEmbedding(nn.Module):
@@ -50,20 +50,21 @@ class RotaryEmbedding(nn.Module):
         self.high_freq_factor = high_freq_factor
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """Return the angle per position of each of the dim / 2 pairs: [dim / 2], float32."""
+        """Return the angle in radians per position for each of the dim / 2 pairs: [dim / 2], float32."""
         exponent = torch.arange(0, self.dim, 2, dtype=torch.int64, device=device).float() / self.dim
         frequencies = 1.0 / (self.theta**exponent)
         if self.scaling_factor is None or self.original_context_len is None:
             return frequencies
-        # Llama 3: divide low frequencies by the factor, keep high ones, blend those between. `turns` is how often a
-        # pair turns around within the original context length.
-        turns = self.original_context_len * frequencies / (2 * math.pi)
-        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        # Llama 3 divides low frequencies by the factor, keeps high ones, and interpolates between them. `rotations` is
+        # the number of full rotations of a pair within the original context length. `blend` is 0 for low frequencies
+        # and 1 for high ones.
+        rotations = self.original_context_len * frequencies / (2 * math.pi)
+        blend = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         blend = blend.clamp(0.0, 1.0)
         return (1 - blend) * frequencies / self.scaling_factor + blend * frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [t] integers; returns cos and sin, each [t, dim] float32, the second half equal to the first."""
+        """positions: [t] integers; returns cos and sin, each [t, dim] float32 with two equal halves along dim."""
         angles = positions.float()[:, None] * self.frequencies(positions.device)[None, :]
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
@@ -72,27 +73,29 @@ class RotaryEmbedding(nn.Module):
 def apply_rotary_pos_emb(q_bhte: Tensor, k_bkte: Tensor, cos_te: Tensor, sin_te: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries [b, h, t, e] and keys [b, k, t, e] by their positions; cos, sin: [t, e].
 
-    Element i pairs with element i + e/2, as in Hugging Face's models. Computed in float32; returned in the input types.
+    Element i is paired with element i + e/2, as in Hugging Face's models. The rotation is computed in float32 and
+    returned in the type of the input.
     """
 
     def rotate(x: Tensor) -> Tensor:
-        wide = x.float()
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos_te + torch.cat([-second, first], dim=-1) * sin_te).to(x.dtype)
+        x_float = x.float()
+        first, second = x_float.chunk(2, dim=-1)
+        return (x_float * cos_te + torch.cat([-second, first], dim=-1) * sin_te).to(x.dtype)
 
     return rotate(q_bhte), rotate(k_bkte)
 
 
 def causal_attention(q_bhte: Tensor, k_bhte: Tensor, v_bhte: Tensor) -> Tensor:
-    """Return softmax attention in which a position sees itself and those before it; all tensors are [b, h, t, e]."""
+    """Return softmax attention of each position to itself and earlier ones; all tensors are [b, h, t, e]."""
     t = q_bhte.shape[2]
     dtype = matmul_dtype(q_bhte)
-    short_on_cpu = t <= BLOCKWISE_MAX_POSITIONS and q_bhte.device.type == "cpu" and dtype == torch.bfloat16
-    if not (short_on_cpu and torch.compiler.is_compiling()):
+    bf16_on_cpu = q_bhte.device.type == "cpu" and dtype == torch.bfloat16
+    in_blocks = bf16_on_cpu and t <= BLOCKWISE_MAX_POSITIONS and torch.compiler.is_compiling()
+    if not in_blocks:
         y_bhte = F.scaled_dot_product_attention(q_bhte.to(dtype), k_bhte.to(dtype), v_bhte.to(dtype), is_causal=True)
         return y_bhte if dtype == q_bhte.dtype else y_bhte.to(q_bhte.dtype)
-    # Compiled matmuls of blocks of rows: in bf16 torch's CPU kernel reaches a fifteenth of the rate of a matmul. At
-    # 1,024 positions the kernel is faster.
+    # Compute attention as compiled matmuls over blocks of rows, because torch's bf16 attention kernel on a CPU reaches
+    # only a fifteenth of the rate of a matmul. At 1,024 positions the kernel is nevertheless faster.
     # measured (2-core x86 VM, 2026-11-25), [4, 8, 256, 32], forward and backward: blocks 7.6 ms, kernel 16 ms
     scale = 1 / math.sqrt(q_bhte.shape[3])
     blocks = []
@@ -104,16 +107,19 @@ def causal_attention(q_bhte: Tensor, k_bhte: Tensor, v_bhte: Tensor) -> Tensor:
 
 
 class _CausalSoftmax(torch.autograd.Function):
-    """Softmax of scaled scores [b, h, rows, keys] over the keys up to each row's own; row 0 is position `start`.
+    """Softmax of scaled scores [b, h, rows, keys], for each row over the keys up to its own position.
 
-    Computed in float32. Only the result, in the type of the scores, is kept for backward: a third of what torch keeps.
+    start: position of row 0. The softmax is computed in float32. Only the result, in the type of the scores, is kept
+    for backward; this is a third of what torch would keep.
     """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, start: int, scale: float) -> Tensor:
-        # int32: measured (2-core x86 VM, 2026-11-25), int64 takes 1 ms longer
+        # int32 is faster; measured (2-core x86 VM, 2026-11-25): int64 takes 1 ms longer
         positions = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-        masked = (scores.float() * scale).masked_fill(positions > positions[start:, None], -math.inf)
+        scaled = scores.float() * scale
+        is_later = positions > positions[start:, None]  # [rows, keys]
+        masked = scaled.masked_fill(is_later, -math.inf)
         weights = masked.softmax(dim=-1).to(scores.dtype)
         ctx.save_for_backward(weights)
         ctx.scale = scale
@@ -153,7 +159,7 @@ class Attention(nn.Module):
         v_bkte = self.v_proj(x_btd).view(b, t, -1, self.head_width).transpose(1, 2)
         q_bhte, k_bkte = apply_rotary_pos_emb(q_bhte, k_bkte, cos_te, sin_te)
         if self.groups > 1:
-            # repeated here, since scaled_dot_product_attention(enable_gqa=True) has no fused kernel on CPU
+            # repeated here, because scaled_dot_product_attention(enable_gqa=True) has no fused kernel on CPU
             k_bkte = k_bkte.repeat_interleave(self.groups, dim=1)
             v_bkte = v_bkte.repeat_interleave(self.groups, dim=1)
         y_bhte = causal_attention(q_bhte, k_bkte, v_bkte)

@@ -1,18 +1,17 @@
 """Translate between our configuration and Hugging Face's config.json, for Llama and Qwen3.
 
-Must not know tensors or ranks. Parameter names need no translation: ours are the same.
+Must not know tensors or ranks. Parameter names need no translation, because ours are the same.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import read_json
 
 SETTING_OF_HF_KEY = {
     "vocab_size": "vocab_size",
@@ -28,8 +27,8 @@ SETTING_OF_HF_KEY = {
 REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
-# Keys that change what is computed or trained, with the values that our model has code for. A key may also be left out
-# or null.
+# Keys that change what is computed or trained, with the values that our model supports. A key may also be left out or
+# null.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ARCHITECTURES),
     "hidden_act": ("silu",),
@@ -59,9 +58,9 @@ ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE_KE
 def to_hf_config(
     config: ModelConfig | TrainingConfig, eos_id: int | None = None, bos_id: int | None = None
 ) -> dict[str, Any]:
-    """Return the config.json with which transformers loads our weights: a LlamaForCausalLM, with qk_norm a Qwen3.
+    """Return the config.json with which transformers loads our weights, as a Llama or, with qk_norm, as a Qwen3.
 
-    eos_id: id of the end-of-text token, if the data has one. bos_id: id of the token that begins every document, if
+    eos_id: ID of the end-of-text token, if the data has one. bos_id: ID of the token that begins every document, if
     the data has one.
     """
     model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
@@ -102,91 +101,94 @@ def to_hf_config(
 
 
 def check_hf_config(config: TrainingConfig, folder: Path) -> None:
-    """Compare a Hugging Face folder's config.json with the configuration.
+    """Compare the config.json of a Hugging Face folder with the configuration.
 
-    Errors: ConfigError that names everything our model cannot represent, and every setting that has to change.
+    Errors: ConfigError that names every value our model does not support, and every setting that has to change.
     """
     path = folder / "config.json"
     try:
-        theirs = json.loads(read_text(path))
-        if not isinstance(theirs, dict):
+        hf_config = read_json(path)
+        if not isinstance(hf_config, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
-    rope, problems = _rope_settings(theirs)
-    problems = _unsupported_keys(theirs) + problems
+    rope, problems = _rope_settings(hf_config)
+    problems = _unsupported_values(hf_config) + problems
     missing = [
-        f"{key}: is missing in {path}; give the folder of a Llama or Qwen3"
-        if theirs.get(key) is None
-        else f"{key}: {theirs[key]!r} in {path} is not a positive whole number; give the folder of a Llama or Qwen3"
+        f"{key}: is missing in {path}; give the folder of a Llama or Qwen3 model"
+        if hf_config.get(key) is None
+        else f"{key}: {hf_config[key]!r} in {path} is not a positive whole number; give the folder of a Llama or Qwen3 "
+        "model"
         for key in REQUIRED_HF_KEYS
-        if type(theirs.get(key)) is not int or theirs[key] < 1
+        if type(hf_config.get(key)) is not int or hf_config[key] < 1
     ]
     problems += missing
-    wanted = {} if missing else _required_settings(theirs, rope)
-    ours = config.resolved()
-    for setting, value in wanted.items():
-        if ours[setting] != value:
-            problems.append(f"{setting}: {ours[setting]} here, but {path} has {value}; set {setting} = {value}")
+    needed = {} if missing else _required_settings(hf_config, rope)
+    current = config.resolved()
+    for setting, value in needed.items():
+        if current[setting] != value:
+            problems.append(f"{setting}: is {current[setting]}, but {path} needs {value}; set {setting} = {value}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
 
 
-def _required_settings(theirs: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which our model computes what the model of their config.json computes."""
-    qwen3 = theirs.get("model_type") == "qwen3"
-    # what transformers assumes for keys that config.json does not have
-    wanted = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": theirs["num_attention_heads"]}
-    if qwen3 and "num_key_value_heads" not in theirs:
-        wanted["num_kv_heads"] = 32
-    wanted["head_dim"] = 128 if qwen3 else theirs["hidden_size"] // theirs["num_attention_heads"]
-    wanted |= {setting: theirs[key] for key, setting in SETTING_OF_HF_KEY.items() if theirs.get(key) is not None}
-    wanted["rope_theta"] = rope.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
-    wanted["qk_norm"] = qwen3
+def _required_settings(hf_config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with which our model computes the same as the model of a config.json."""
+    qwen3 = hf_config.get("model_type") == "qwen3"
+    # the defaults of transformers for keys that config.json does not have
+    needed = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": hf_config["num_attention_heads"]}
+    if qwen3 and "num_key_value_heads" not in hf_config:
+        needed["num_kv_heads"] = 32
+    needed["head_dim"] = 128 if qwen3 else hf_config["hidden_size"] // hf_config["num_attention_heads"]
+    needed |= {setting: hf_config[key] for key, setting in SETTING_OF_HF_KEY.items() if hf_config.get(key) is not None}
+    needed["rope_theta"] = rope.get("rope_theta") or hf_config.get("rope_theta") or 10_000.0
+    needed["qk_norm"] = qwen3
     if rope.get("rope_type") == "llama3":
-        wanted |= {setting: rope[key] for key, setting in LLAMA3_ROPE_KEYS.items() if rope.get(key) is not None}
+        needed |= {setting: rope[key] for key, setting in LLAMA3_ROPE_KEYS.items() if rope.get(key) is not None}
     else:
-        wanted |= {"rope_scaling_factor": None, "rope_original_context_len": None}
-    return wanted
+        needed |= {"rope_scaling_factor": None, "rope_original_context_len": None}
+    return needed
 
 
-def _unsupported_keys(theirs: dict[str, Any]) -> list[str]:
-    """Return a sentence for each key of their config.json with a value that our model has no code for."""
+def _unsupported_values(hf_config: dict[str, Any]) -> list[str]:
+    """Return a sentence for each value in a config.json that our model does not support."""
     problems = [
-        f"{key}: {theirs[key]!r} is not supported; this model needs {' or '.join(map(str, allowed))}"
+        f"{key}: {hf_config[key]!r} is not supported; this model needs {' or '.join(map(str, allowed))}"
         for key, allowed in SUPPORTED_VALUES.items()
-        if theirs.get(key) is not None and theirs[key] not in allowed
+        if hf_config.get(key) is not None and hf_config[key] not in allowed
     ]
     problems += [
-        f"{key}: {theirs[key]!r} is not supported; this model has nothing like it"
+        f"{key}: {hf_config[key]!r} is not supported; this model has nothing like it"
         for key in KEYS_OF_OTHER_MODELS
-        if theirs.get(key) not in (None, False, 0, 1)
+        if hf_config.get(key) not in (None, False, 0, 1)
     ]
-    architecture = ARCHITECTURES.get(str(theirs.get("model_type")))
-    if theirs.get("architectures") and architecture and theirs["architectures"] != [architecture]:
-        problems.append(f"architectures: {theirs['architectures']!r} is not supported; this model needs {architecture}")
-    types = theirs.get("layer_types")
+    architecture = ARCHITECTURES.get(str(hf_config.get("model_type")))
+    if hf_config.get("architectures") and architecture and hf_config["architectures"] != [architecture]:
+        problems.append(
+            f"architectures: {hf_config['architectures']!r} is not supported; this model needs {architecture}"
+        )
+    types = hf_config.get("layer_types")
     if types and (not isinstance(types, list) or set(map(str, types)) != {"full_attention"}):
         problems.append(f"layer_types: {types!r} is not supported; this model needs full_attention in every layer")
     # Qwen3 ignores the window unless use_sliding_window is set; a Llama has no such switch.
-    uses_window = theirs.get("use_sliding_window", False if theirs.get("model_type") == "qwen3" else None)
-    if theirs.get("sliding_window") is not None and uses_window is None:
-        problems.append(f"sliding_window: {theirs['sliding_window']!r} is not supported; this model needs null")
+    uses_window = hf_config.get("use_sliding_window", False if hf_config.get("model_type") == "qwen3" else None)
+    if hf_config.get("sliding_window") is not None and uses_window is None:
+        problems.append(f"sliding_window: {hf_config['sliding_window']!r} is not supported; this model needs null")
     return problems
 
 
-def _rope_settings(theirs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the rotary settings of their config.json as one dict, and a sentence for each that cannot be used.
+def _rope_settings(hf_config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the rotary settings of a config.json as one dict, and a sentence for each that cannot be used.
 
     They may be in `rope_parameters` (transformers 5), in `rope_scaling` (before), or in both.
     """
     rope: dict[str, Any] = {}
     origin: dict[str, str] = {}
     problems: list[str] = []
-    if theirs.get("rope_theta") is not None:
-        rope["rope_theta"], origin["rope_theta"] = theirs["rope_theta"], "config.json itself"
+    if hf_config.get("rope_theta") is not None:
+        rope["rope_theta"], origin["rope_theta"] = hf_config["rope_theta"], "config.json itself"
     for place in ("rope_scaling", "rope_parameters"):
-        table = theirs.get(place) or {}
+        table = hf_config.get(place) or {}
         if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
             problems.append(f"{place}: {table!r} is not supported; this model needs one set of values for all layers")
             continue
@@ -204,7 +206,7 @@ def _rope_settings(theirs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _unsupported_rope(rope: dict[str, Any]) -> list[str]:
-    """Return a sentence for each rotary setting that our model has no code for."""
+    """Return a sentence for each rotary setting that our model does not support."""
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "llama3"):
         return [f"rope_type: {rope_type!r} is not supported; this model needs default or llama3"]

@@ -1,4 +1,4 @@
-"""Define the layers that a block and the whole model are made of: norm, matrices, feed-forward, embedding, head.
+"""Define the layers of the model: norm, matrix product, feed-forward, embedding and output head.
 
 Must not know configurations or ranks. Each layer computes in the type of its input.
 """
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, cast to the type of its input."""
+    """A linear layer without bias, whose weight is cast to the type of the input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -57,24 +57,24 @@ class SwiGLU(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """A look-up of token ids; the vectors are cast to `dtype`, the type that the model computes in."""
+    """A table of vectors by token ID. The vectors are cast to `dtype`, the type in which the model computes."""
 
     def __init__(self, vocab_size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(vocab_size, dim)
         self.compute_dtype = dtype
 
     def forward(self, ids_bt: Tensor) -> Tensor:
-        """ids: [b, t]; returns [b, t, d]. The gradient over tokens is summed in the weight's own type, float32."""
+        """ids: [b, t]; returns [b, t, d]. The weight's gradient is summed over tokens in its own type, float32."""
         return F.embedding(ids_bt, self.weight).to(self.compute_dtype)
 
 
 class LMHead(Linear):
-    """The output matrix. Given targets it returns the summed loss, so that all logits need not exist at once."""
+    """The output head. With targets it returns the summed loss, without ever holding the logits of all tokens."""
 
     def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None) -> None:
         super().__init__(d_model, vocab_size)
         self.chunk_tokens = chunk_tokens
-        self.loss_piece = chunk_loss_and_grad  # torch.compile's version of it replaces it in compiled runs
+        self.loss_piece = chunk_loss_and_grad  # a compiled run replaces it with its compiled version
 
     def forward(self, x_btd: Tensor, targets_bt: Tensor | None = None) -> Tensor:
         """x: [b, t, d]; returns logits [b, t, v], or the float32 sum of the losses of targets [b, t]."""

@@ -2,10 +2,10 @@
 
 Must not know ranks, meshes or optimizers; parallelism is applied to the finished model elsewhere.
 
-Shapes in names: b batch, t position, d model width, h head, k key/value head, e head width, v vocabulary.
+The suffix of a tensor's name gives its axes: b batch, t position, d model width, e head width, v vocabulary.
 
-Every layer computes in the type of its input and casts its float32 weight to it. So precision is decided in one place
-(the embedding's output), and the result is the same whether a wrapper has cast the weights before or not.
+Every layer casts its float32 weight to the type of its input, and computes in that type. So one place decides the
+precision: the output of the embedding. The result is the same if a wrapper has already cast the weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward; each is normed before and added to the residual stream."""
+    """Attention, then feed-forward. Each normalizes its input and adds its output to the residual stream."""
 
     def __init__(self, config: ModelConfig | TrainingConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class TransformerBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: everything below the head. dtype: the type that blocks compute in."""
+    """Embedding, blocks and final norm: everything but the output head. dtype: type in which the blocks compute."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class Decoder(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """A Llama (with qk_norm: Qwen3) language model, with its initial weights unless it is made on the meta device.
+    """A Llama (with qk_norm: Qwen3) language model, initialized unless it is created on the meta device.
 
     config: the architecture, or a whole TrainingConfig, which then also gives the defaults of the other arguments.
-    seed: decides the initial weights (default 0).
-    precision: "fp32" (default), "bf16" or a torch type, in which the blocks compute; weights are float32.
+    seed: seed of the initial weights (default 0).
+    precision: type in which the blocks compute: "fp32" (default), "bf16" or a torch type. Weights are float32.
     loss_chunk_tokens: tokens per chunk of output head and loss (None: see `head_loss_sum`).
-    Errors: ConfigError for sizes that do not fit each other; ValueError if the configuration has no vocab_size.
+    Errors: ConfigError for sizes that do not fit together; ValueError if the configuration has no vocab_size.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class TransformerLM(nn.Module):
         if model_config.vocab_size is None:
             raise ValueError("TransformerLM: vocab_size is not set; set it, or take it from the data's meta.json")
         problems = model_config.shape_problems() + model_config.rope_problems()
-        if problems:  # never those of a TrainingConfig, which was checked when it was made
+        if problems:  # not with a TrainingConfig, which was checked when it was created
             raise ConfigError(problems, "the model's configuration")
         dtype = precision if isinstance(precision, torch.dtype) else COMPUTE_DTYPES[precision or "fp32"]
-        self.config = config  # what was given: a TrainingConfig in a training run
+        self.config = config  # as passed: a TrainingConfig in a training run
         self.model_config = model_config
         self.seed = seed or 0
         self.model = Decoder(model_config, model_config.vocab_size, dtype)
@@ -124,11 +124,11 @@ class TransformerLM(nn.Module):
             param.copy_(self.initial_weight(name, param.shape))
 
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
-        """Return the initial value of one parameter: a function of (seed, name) alone, the same on every machine.
+        """Return the initial value of one parameter. It depends on the seed and the name, not on ranks or machine.
 
-        Matrices have standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 num_layers)
-        (as in GPT-2). Vectors are ones. The numbers come from numpy's Philox generator. Unlike torch's, its normal
-        numbers do not depend on the vector width or the device.
+        Matrices have standard deviation 0.02, or 0.02 / sqrt(2 num_layers) if they write to the residual stream (as
+        in GPT-2). Vectors are ones. The numbers come from numpy's Philox generator, because torch's normal numbers
+        depend on the device and on the SIMD width of the CPU.
         """
         if len(shape) < 2:
             return torch.ones(shape)
@@ -147,18 +147,19 @@ class TransformerLM(nn.Module):
     def flops_per_token(self) -> float:
         """Return the floating-point operations of forward and backward for one token at context_len.
 
-        Counted are 6 per weight of a matrix (the embedding is a look-up and costs none), and for causal attention
-        12 x layers x heads x head width x context_len / 2. Source: Chowdhery et al. 2022, PaLM appendix B, with the
-        causal half.
+        A matrix costs 6 per weight; the embedding is a look-up and costs nothing. Attention costs
+        12 x layers x heads x head width x context_len, halved because it is causal. Source: Chowdhery et al. 2022,
+        PaLM appendix B (without the halving).
         """
         config = self.model_config
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.ndim >= 2 and "embed_tokens" not in n)
-        if config.tie_embeddings:  # then the head is no parameter of its own
-            matrices += self.lm_head.weight.numel()
+        matrices = [param for name, param in self.named_parameters() if param.ndim >= 2 and "embed_tokens" not in name]
+        matrix_weights = sum(param.numel() for param in matrices)
+        if config.tie_embeddings:  # then named_parameters does not list the head
+            matrix_weights += self.lm_head.weight.numel()
         attention = 6.0 * config.num_layers * config.num_heads * config.head_width * config.context_len
-        return 6.0 * matrices + attention
+        return 6.0 * matrix_weights + attention
 
 
 def _model_config_of(config: ModelConfig | TrainingConfig) -> ModelConfig:
-    """Return the architecture alone."""
+    """Return the architecture in `config`."""
     return config.model if isinstance(config, TrainingConfig) else config

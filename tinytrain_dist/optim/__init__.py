@@ -1,1 +1,1 @@
-"""The update of the weights: adamw, clipping (gradient norm) and lr_schedule, in this reading order."""
+"""The update of the weights. Reading order: adamw (the optimizer), clipping (of gradients), lr_schedule."""

@@ -1,7 +1,7 @@
 """Clip gradients by their global norm.
 
-Must not know the optimizer or the loop. The training step has its own clipping, on the device; this one is for users'
-own loops.
+Must not know the optimizer or the training loop. The training step has its own clipping, which never reads the norm
+from the device. This function is for training loops that users write themselves.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def clip_gradients(
 ) -> Tensor:
     """Scale all gradients by max_norm / (norm + eps) if their global L2 norm is larger than `max_norm`.
 
-    params: any iterable of parameters, also a generator, or one tensor. Sharded gradients count over all their ranks;
-    then this is a collective, and every rank must call it.
-    error_if_nonfinite: read the norm from the device and raise if it is not finite. If False, gradients are then left
-    as they are, and the caller checks the norm.
+    params: an iterable of parameters (also a generator), or one tensor. The norm of sharded gradients is taken over
+    all their ranks, so every rank must call this function.
+    error_if_nonfinite: read the norm from the device, and raise if it is not finite. If False, gradients with a
+    non-finite norm are left as they are, and the caller must check the norm.
     Returns the norm before clipping, a scalar tensor, the same on every rank.
     Errors: ValueError if max_norm <= 0, or if the norm is not finite (see error_if_nonfinite).
     """
@@ -35,17 +35,20 @@ def clip_gradients(
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
         return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([_total_norm(group) for group in _by_mesh(grads)]))
+    norms = [_total_norm(group) for group in _group_by_mesh(grads)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if error_if_nonfinite and not norm.isfinite():
-        raise ValueError(f"clip_gradients: the gradient norm is {norm.item()}; skip this step or lower the rate")
+        raise ValueError(
+            f"clip_gradients: the gradient norm is {norm.item()}; skip this step or lower the learning rate"
+        )
     factor = torch.where(norm.isfinite(), (max_norm / (norm + eps)).clamp(max=1.0), 1.0)
     for grad in grads:
         local_tensor(grad).mul_(factor)
     return norm
 
 
-def _by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
-    """Return the gradients in groups that torch can treat as one list: plain ones, and those of each mesh."""
+def _group_by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
+    """Return a group of the plain gradients and one of each mesh, because torch cannot mix them in one call."""
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
@@ -55,5 +58,5 @@ def _by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """Return the L2 norm of all `grads` over all ranks of their mesh."""
     norm: Tensor = torch.nn.utils.get_total_norm(grads)
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return whole
+    full_norm: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return full_norm

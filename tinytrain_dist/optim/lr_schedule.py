@@ -11,12 +11,11 @@ from tinytrain_dist.config.schema import TrainingConfig
 
 
 def cosine_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, cosine_iters: int) -> float:
-    """Return the rate of step t: warm-up to `lr_max`, then a cosine to `lr_min`.
+    """Return the learning rate of step t: warm-up to `lr_max`, then a cosine to `lr_min`.
 
-    The warm-up is linear and ends at step `warmup_iters`; the cosine ends at `cosine_iters`, after which the rate is
-    `lr_min`. t counts from 0, where the rate is 0 if there is a warm-up. Errors: ValueError if cosine_iters <
-    warmup_iters, which would make the curve jump, or if a step is negative. Source: Loshchilov & Hutter 2016 (arXiv
-    1608.03983).
+    The warm-up is linear, from 0 at step 0 to `lr_max` at step `warmup_iters`. The cosine ends at step `cosine_iters`;
+    after that the rate is `lr_min`. Errors: ValueError if a step is negative or if cosine_iters < warmup_iters, because
+    the rate would then jump. Source: Loshchilov & Hutter 2016 (arXiv 1608.03983).
     """
     if min(t, warmup_iters) < 0 or cosine_iters < warmup_iters:
         raise ValueError(
@@ -32,9 +31,9 @@ def cosine_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, 
 
 
 def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, decay_iters: int, end: int) -> float:
-    """Return the rate of step t: warm-up, stable at `lr_max`, then a linear decay to `lr_min`.
+    """Return the learning rate of step t: warm-up to `lr_max`, then constant, then a linear decay to `lr_min`.
 
-    The decay takes the last `decay_iters` steps before step `end`, after which the rate is `lr_min`.
+    The decay takes the last `decay_iters` steps before step `end`. After that the rate is `lr_min`.
     Errors: ValueError if warm-up and decay overlap. Source: Hu et al. 2024, MiniCPM (arXiv 2404.06395).
     """
     if min(t, warmup_iters) < 0 or decay_iters < 1 or warmup_iters + decay_iters > end:
@@ -49,7 +48,7 @@ def wsd_lr_schedule(t: int, lr_max: float, lr_min: float, warmup_iters: int, dec
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Return the rate of the update that completes step `step` + 1; the first update (step 0) never has rate 0."""
+    """Return the learning rate of the update after `step` completed steps; for the first update it is not 0."""
     t = step + 1
     warmup = config.warmup_steps
     if config.schedule == "wsd":

@@ -12,7 +12,7 @@ that waits in a collective for a dead rank cannot be reached in any other way.
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import time
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE, abort_file
 from tinytrain_dist.reliability.run_state import write_state
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
+from tinytrain_dist.utils.json_files import is_number, to_json
 
 ErrorRecord = dict[str, Any]  # message, rank, host, step, traceback, time (seconds since 1970), secondary
 AbortRequest = dict[str, Any]  # world (the launch ID), message, hang, state
@@ -33,7 +34,7 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
     path = folder / ERROR_FILE
     with contextlib.suppress(OSError):
         known = read_json_object(path)
-        if known and (known["secondary"], known["time"]) <= (cause["secondary"], cause["time"]):
+        if _rank_of_cause(known) <= _rank_of_cause(cause):
             return
         step = cause["step"]
         if step is None:  # it failed before its first step, so the step in state.json is still valid
@@ -43,7 +44,15 @@ def write_error(folder: Path, cause: ErrorRecord) -> None:
             write_atomically(path, cause)
             return
         with open(path, "x", encoding="utf-8") as file:  # "x": must not replace a first cause written meanwhile
-            json.dump(cause, file)
+            file.write(to_json(cause) + "\n")
+
+
+def _rank_of_cause(cause: ErrorRecord) -> tuple[bool, float]:
+    """Return a value that is less for the cause to keep, the first one; a record that is damaged comes last."""
+    secondary, seconds = cause.get("secondary"), cause.get("time")
+    if isinstance(secondary, bool) and isinstance(seconds, int | float) and is_number(seconds):
+        return secondary, seconds
+    return True, math.inf
 
 
 def read_and_clear_error(folder: Path) -> str:
@@ -72,7 +81,8 @@ def request_abort(folder: Path, launch_id: str, message: str, hang: bool = False
 def read_abort_request(folder: Path, launch_id: str) -> AbortRequest:
     """Return the abort request of this launch; an empty dictionary if there is none."""
     request = read_json_object(abort_file(folder))
-    return request if launch_id and request.get("world") == launch_id else {}
+    is_complete = request.keys() >= {"message", "hang", "state"}  # else it was damaged
+    return request if launch_id and request.get("world") == launch_id and is_complete else {}
 
 
 def report_to_launcher(message: str, may_retry: bool = True) -> bool:
@@ -86,7 +96,7 @@ def report_to_launcher(message: str, may_retry: bool = True) -> bool:
     extra = {"py_callstack": "", "timestamp": str(int(time.time())), MAY_RETRY: may_retry}
     try:
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+            file.write(to_json({"message": {"message": message, "extraInfo": extra}}))
     except OSError:
         return False
     return "TINYTRAIN_AGENT" in os.environ

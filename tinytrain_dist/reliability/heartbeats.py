@@ -14,6 +14,7 @@ from typing import Any
 from tinytrain_dist.config.run_folder import heartbeat_file, heartbeat_folder
 from tinytrain_dist.metrics.phase_timer import PHASE_ORDER
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
+from tinytrain_dist.utils.json_files import is_number, is_whole_number
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats of a rank
 MISSING_RANKS_NAMED = 16  # in a message, of ranks without a heartbeat
@@ -40,10 +41,25 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     heartbeats = []
     for path in sorted(heartbeat_folder(folder).glob("rank-*.json")):
         heartbeat = read_json_object(path)
-        if "phase" in heartbeat:
+        if _is_heartbeat(heartbeat):
             with contextlib.suppress(OSError):
                 heartbeats.append({**heartbeat, "seen": path.stat().st_mtime})
     return [heartbeat for heartbeat in heartbeats if heartbeat["rank"] < heartbeats[0]["world_size"]]
+
+
+def remove_heartbeats(folder: Path, world_size: int) -> None:
+    """Remove the heartbeats of ranks that a run on `world_size` ranks does not have."""
+    for path in heartbeat_folder(folder).glob("rank-*.json"):
+        if path.name > heartbeat_file(folder, world_size - 1).name:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_heartbeat(record: dict[str, Any]) -> bool:
+    """Return whether the content of a file is what a rank writes, and not damaged."""
+    numbers = all(is_whole_number(record.get(name)) for name in ("rank", "world_size", "pid", "step"))
+    texts = all(isinstance(record.get(name), str) for name in ("host", "phase"))
+    return numbers and texts and is_number(record.get("seconds"))
 
 
 def phase_index(heartbeat: Heartbeat) -> int:

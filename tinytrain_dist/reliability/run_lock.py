@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import threading
@@ -22,8 +21,9 @@ from tinytrain_dist.config.run_folder import LOCK_FILE
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.processes import process_start_time
-from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict, to_json
+from tinytrain_dist.utils.leftovers import owner, temporary_path
+from tinytrain_dist.utils.processes import has_ended, process_start_time
 from tinytrain_dist.utils.waiting import WaitNotice
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock
@@ -84,8 +84,8 @@ class RunLock:
 
     def _create_file(self) -> None:
         """Create lock.json. Errors: CheckpointError if another process holds it."""
-        own_file = self.path.with_name(f"lock-{secrets.token_hex(6)}")
-        own_file.write_text(json.dumps(self._record), encoding="utf-8")
+        own_file = self.path.with_name(f"lock-{owner()}-{secrets.token_hex(6)}")
+        own_file.write_text(to_json(self._record), encoding="utf-8")
         try:
             for _ in range(CREATE_ATTEMPTS):
                 try:
@@ -121,7 +121,7 @@ class RunLock:
                 f"{self.path.parent}: {holder_name} is already training in this folder; stop it, or set another "
                 "target_dir"
             )
-        aside = self.path.with_name(f"lock-stale-{secrets.token_hex(6)}")
+        aside = self.path.with_name(f"lock-stale-{owner()}-{secrets.token_hex(6)}")
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             self.path.rename(aside)
             aside.unlink()
@@ -131,11 +131,11 @@ class RunLock:
             if holder == self._record:
                 return True  # this process took it in a start that failed
             if holder["host"] == self._record["host"]:
-                return bool(process_start_time(int(holder["pid"])) != holder["started"])
+                return has_ended(holder["pid"], holder["started"])
             if holder["job"] is not None and holder["job"] == self._record["job"]:
                 return True
         # Compare two times of the file system's clock, because the clocks of hosts may differ.
-        now_file = self.path.with_name(self.path.name + ".now")
+        now_file = temporary_path(self.path)
         now_file.touch()
         age_seconds = now_file.stat().st_mtime - self.path.stat().st_mtime
         now_file.unlink(missing_ok=True)
@@ -149,10 +149,11 @@ class RunLock:
     def _read_holder(self) -> LockRecord | None:
         """Return the content of the lock file; None if it is missing or not a lock."""
         try:
-            record: LockRecord = json.loads(read_text(self.path))
-            return record if record.keys() >= LOCK_KEYS else None
-        except (OSError, ValueError, AttributeError):
+            record: LockRecord = read_json_dict(self.path)
+        except (OSError, ValueError):
             return None
+        is_lock = record.keys() >= LOCK_KEYS and isinstance(record["host"], str) and is_whole_number(record["pid"], 1)
+        return record if is_lock else None
 
     def _keep_touching(self) -> None:
         """Touch the lock until it is released or lost; the body of a thread."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.leftovers import owner
 
 
 def check_shared_storage(folder: Path, context: DistributedContext) -> None:
@@ -21,7 +22,7 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
 
     Errors: CheckpointError naming the folder, and the hosts that do not see it.
     """
-    probe = folder / f".probe-{secrets.token_hex(6)}"
+    probe = folder / f".probe-{owner()}-{secrets.token_hex(6)}"
     nonce = secrets.token_hex(16)
     error = None
     if context.is_main:

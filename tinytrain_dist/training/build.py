@@ -6,7 +6,6 @@ disk is changed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -19,7 +18,13 @@ from tinytrain_dist.checkpoint.hf_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.state import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
-from tinytrain_dist.config.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, PROFILE_FOLDER
+from tinytrain_dist.config.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOGS_FOLDER,
+    PROFILE_FOLDER,
+    heartbeat_folder,
+)
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.collectives import run_on_all_ranks
 from tinytrain_dist.distributed.context import DistributedContext
@@ -34,6 +39,7 @@ from tinytrain_dist.parallel.compile import resolve_compile
 from tinytrain_dist.parallel.replica_check import check_replicas
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.reliability.error_report import read_and_clear_error
+from tinytrain_dist.reliability.heartbeats import remove_heartbeats
 from tinytrain_dist.reliability.rank_consistency import check_rank_consistency
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import claim_run, write_state
@@ -47,6 +53,8 @@ from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 from tinytrain_dist.training.trainer import Trainer
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.json_files import to_json
+from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers
 
 
 @dataclass
@@ -136,7 +144,7 @@ def _load(
     loaded = resume() if automatic else loaded
     if loaded:
         start.source, state, start.changed_settings = loaded
-        start.step, start.record = state["step"], state["report"]
+        start.step, start.record = state["step"], state.get("report", {})
         if state.get("data") != checkpoints.data:
             forget_level(start.record)
         if start.source == checkpoints.folder(start.step):
@@ -166,6 +174,7 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     checkpoint_bytes = sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards)
     if context.is_main:
         checkpoints.remove_leftovers()
+        _remove_leftovers(config, context.world_size)
     existing = len(checkpoints.committed()) if context.is_main else 0
     check_disk_space(config.checkpoints_dir, checkpoint_bytes, config.keep_last + 1, existing, context)
 
@@ -174,6 +183,16 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
         check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
         checkpoints.buffers.copy()  # allocates the buffers now, so that the first save is as fast as the others
     return Start(previous_failure=previous_failure, lock=lock)
+
+
+def _remove_leftovers(config: TrainingConfig, world_size: int) -> None:
+    """Remove and name what killed processes have left in the folders of this run, which this process holds."""
+    run = Path(config.target_dir)
+    folders = {run, run / LOGS_FOLDER, heartbeat_folder(run), config.logs_dir, config.checkpoints_dir}
+    removed = [path for folder in sorted(folders) for path in remove_leftovers(folder)]
+    if removed:
+        print(describe_leftovers(removed), flush=True)
+    remove_heartbeats(run, world_size)  # of an earlier start on more ranks
 
 
 def _write_run_folder(config: TrainingConfig, context: DistributedContext, step: int) -> dict[str, Any]:
@@ -200,7 +219,7 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
     step = start.step
     log.about(step, "batch", "\n".join(_plan_lines(train_step)))
     hosts = Counter(rank["host"] for rank in environment.get("ranks", []))
-    log.about(step, "environment", json.dumps(environment | {"ranks": hosts}, indent=1))
+    log.about(step, "environment", to_json(environment | {"ranks": hosts}, indent=1))
     if start.source is not None:
         changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
         log.event(step, "resumed", f"resumed from {start.source}{changes}")

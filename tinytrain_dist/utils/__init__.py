@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: atomic_files writes small files, text formats numbers for people."""
+"""Helpers for all packages: atomic_files writes and reads small files, text formats values for messages."""

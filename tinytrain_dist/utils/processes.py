@@ -9,15 +9,24 @@ from pathlib import Path
 def process_start_time(pid: int) -> str | None:
     """Return when a process of this host started, in the kernel's units; None if there is no such process.
 
-    The time distinguishes the process from a later one with the same ID. Without /proc, the result is "running" for
-    every process.
+    The time distinguishes the process from a later one with the same ID. Where /proc does not show the process, the
+    result is "running". A process that has ended and that its parent has not waited for (a zombie) counts as none.
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except OSError:
         pass
     try:
         os.kill(pid, 0)
-        return "running"
-    except (ProcessLookupError, PermissionError):
+    except (ProcessLookupError, OverflowError):
         return None
+    except PermissionError:  # it belongs to another user, whose processes /proc may hide
+        return "running"
+    return "running"
+
+
+def has_ended(pid: int, started: str | None) -> bool:
+    """Return whether the process that had this ID and this start time on this host has ended."""
+    current = process_start_time(pid)
+    return current is None or (current != started and "running" not in (current, started))

@@ -45,6 +45,12 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a regular file. Errors: OSError."""
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
 def read_text(path: str | Path, errors: str = "strict") -> str:
     """Return the text of a regular file in UTF-8. Errors: OSError, UnicodeDecodeError."""
     check_regular(path)

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 
 def format_list(values: Sequence[object], limit: int = 12) -> str:
-    """Return the first `limit` values with commas, and ", ..." if there are more."""
-    return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")
+    """Return the first `limit` values separated by commas, followed by ", ..." if there are more."""
+    listed = ", ".join(map(str, values[:limit]))
+    return f"{listed}, ..." if len(values) > limit else listed
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as h:mm:ss; negative ones count as 0."""
+    """Return a duration as h:mm:ss. A negative duration counts as 0."""
     whole = max(0, int(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def format_bytes(count: float) -> str:
-    """Return a size in a unit with which the number is short (decimal units), for example "1.5 GB"."""
+    """Return a size in the decimal unit that gives a number below 1000 (or in TB), for example "1.5 GB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -26,7 +27,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Return an age in seconds, minutes, hours or days; the unit changes after two of the next one."""
+    """Return an age in seconds (below 2 minutes), minutes (below 2 hours), hours (below 2 days) or days."""
     for limit_seconds, unit_seconds, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit_seconds:
             return f"{max(0, seconds) / unit_seconds:.0f} {unit}"

@@ -74,7 +74,7 @@ def test_the_first_json_line_may_be_longer_than_what_is_looked_at(tmp_path: Path
     path = written(tmp_path, "a.json", json.dumps({"text": long}).encode() + b"\n" + JSON_LINES)
     assert documents(path) == [long.encode(), *(story.encode() for story in STORIES)]
     path = written(tmp_path, "b.json", json.dumps({"data": [long]}).encode())
-    assert "lacks the field 'text'" in complaint(path)
+    assert "has no string in the field 'text'" in complaint(path)
 
 
 OTHER_JSON = {

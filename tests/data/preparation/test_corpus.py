@@ -35,7 +35,7 @@ def test_a_folder_gives_its_text_files_and_reports_how_many_it_skips(
         (str(tmp_path / "in"), str(tmp_path / "in" / "README"), str(tmp_path / "in" / "b.txt")), tmp_path / "more"
     )
     assert all_documents(tmp_path / "more") == sorted(["README", "b.txt", "deep/a.PY", "z"])
-    assert "1 of 1 files were named before" in capsys.readouterr().err
+    assert "1 of 1 files were already given" in capsys.readouterr().err
 
 
 def test_the_standard_library_is_read_without_tests_and_files_about_the_machine() -> None:
@@ -54,9 +54,9 @@ def test_the_standard_library_is_read_without_tests_and_files_about_the_machine(
 BAD_SOURCES: list[tuple[tuple[str, ...], str]] = [
     ((), "no source was given"),
     (("missing.txt",), r"missing\.txt: there is no such file or folder"),
-    (("https://example.org/a.txt",), "nothing is downloaded"),
+    (("https://example.org/a.txt",), "URLs are not supported"),
     (("*.nope",), r"\*\.nope: no file matches this glob"),
-    (("empty",), r"empty: the folder holds no \.txt, \.md, \.py, \.jsonl file"),
+    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl file"),
     (("dangling.txt",), r"dangling\.txt: cannot be read \(No such file"),
     (("pipe.txt",), r"pipe\.txt: is not a regular file"),
 ]
@@ -171,9 +171,13 @@ BAD_TEXT: list[tuple[str, bytes, str]] = [
     ("a.txt.gz", gzip.compress(b"ab\xff"), r"byte 0xff at offset 2 of the decompressed text"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl: byte 0xff at offset 24 is not UTF-8"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text" "b"}\n', r"a\.jsonl: line 3 is not JSON.*one JSON object on every line"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": 3}\n', r"line 2 lacks the field 'text'.*body: int; set --text-field"),
-    ("a.jsonl", b'{"text": null}\n', r"line 1 lacks the field 'text' with a string: it has text: NoneType"),
-    ("a.jsonl", b"[1]\n", r"line 1 lacks the field 'text'.*\(no object\): list"),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"body": 3}\n',
+        r"line 2 has no string in the field 'text' \(the line has body: int\); set --text-field",
+    ),
+    ("a.jsonl", b'{"text": null}\n', r"line 1 has no string in the field 'text' \(the line has text: NoneType\)"),
+    ("a.jsonl", b"[1]\n", r"line 1 has no string in the field 'text' \(the line is of type list, not an object\)"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: character 0 of field 'text' is half a surrogate pair"),
 ]
 

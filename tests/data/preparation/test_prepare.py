@@ -154,7 +154,7 @@ def test_a_tokenizer_that_tiktoken_cannot_represent_is_used_with_a_message(
     run_prepare(corpus, tmp_path / "out", tokenizer=str(tmp_path / "lower.json"))
     messages = capsys.readouterr().err
     assert "encoding with tokenizers: tiktoken, which" in messages
-    assert "it normalises text" in messages
+    assert "it normalizes text" in messages
     assert all_documents(tmp_path / "out") == sorted(story(seed).lower() for seed in range(STORIES))
 
 
@@ -164,7 +164,7 @@ def test_a_small_val_file_and_a_small_vocabulary_are_reported(
     meta = run_prepare(corpus, tmp_path / "out", vocab_size=50_000, val_fraction=1e-9)
     messages = capsys.readouterr().err
     assert meta["vocab_size"] < 50_000
-    assert f"{meta['vocab_size']:,} ids and not the 50,000 of --vocab-size" in messages
+    assert f"{meta['vocab_size']:,} IDs, fewer than the 50,000 of --vocab-size" in messages
     assert f"val.npy has only {meta['val_tokens']:,} tokens" in messages
     assert "train.npy has only" not in messages
     assert np.load(tmp_path / "out" / "train.npy").max() < meta["vocab_size"]
@@ -193,6 +193,6 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(
         return threshold(*arguments)
 
     monkeypatch.setattr(preparation, "_threshold", change_source_first)
-    with pytest.raises(DataError, match="a source changed while it was read"):
+    with pytest.raises(DataError, match="a source changed between its first and second reading"):
         run_prepare(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()

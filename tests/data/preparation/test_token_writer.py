@@ -32,7 +32,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 @pytest.mark.multiprocess
 def test_worker_processes_that_end_before_their_work_are_an_error() -> None:
     # The settings name no vocabulary, so each worker process ends at its start.
-    with pytest.raises(DataError, match=r"one of 2 encoding processes was ended from outside.*--workers"):
+    with pytest.raises(DataError, match=r"one of 2 encoding processes was killed.*--workers"):
         list(token_writer.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
 
 
@@ -44,7 +44,7 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
     out.mkdir()  # an empty folder holds nothing to lose
     run_prepare(corpus, out)
     before = content(out)
-    with pytest.raises(DataError, match=r"exists already; pass --overwrite"):
+    with pytest.raises(DataError, match=r"already exists; pass --overwrite"):
         run_prepare(corpus, out, vocab_size=300)
     assert content(out) == before
     (out / "train.npy.range.json").write_text("{}")
@@ -54,7 +54,7 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
 
 
 def test_overwrite_never_deletes_what_prepare_did_not_write(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds 'stories\.txt', which no tinytrain prepare wrote"):
+    with pytest.raises(DataError, match=r"contains 'stories\.txt', which tinytrain prepare did not write"):
         run_prepare(corpus, tmp_path, overwrite=True)
     with pytest.raises(DataError, match="is a file"):
         run_prepare(corpus, corpus, overwrite=True)
@@ -96,7 +96,7 @@ def test_a_failure_between_the_two_renames_loses_nothing(
     assert content(out) == before
     monkeypatch.undo()
     out.rename(old)  # as after a power cut between the two renames
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         run_prepare(corpus, out)
     assert content(out) == before
 

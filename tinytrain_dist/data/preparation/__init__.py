@@ -1,1 +1,1 @@
-"""Turn text into a tokenizer and token files: `corpus` -> `tokenizer` -> `token_writer`, driven by `prepare`."""
+"""Turn text into a tokenizer and token files: `prepare` calls `corpus`, `tokenizer`, `token_writer`."""

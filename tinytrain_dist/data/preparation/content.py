@@ -1,4 +1,4 @@
-"""Recognise what a file holds by its first bytes: text, JSON lines, or something that is no text.
+"""Recognise what a file contains by its first bytes: text, JSON lines, or something that is no text.
 
 Must not know sources, tokenizers or token files.
 """
@@ -61,7 +61,7 @@ _JSON_START = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:|\[\s*(?:\{\s*"|"(?:[^"\\]|
 
 
 class NotTextError(Exception):
-    """What a file holds instead of text, and what to do: two parts of a sentence."""
+    """What a file contains instead of text, and what to do: two parts of a sentence."""
 
 
 def compression(head: bytes) -> Compression | None:
@@ -76,7 +76,7 @@ def text_format(head: bytes, whole: bool, suffix: str, text_field: str, errors: 
         head: its first bytes, decompressed
         whole: whether these are all
         suffix: of its name, without a compression suffix
-        text_field: the field of a JSON line that holds the text
+        text_field: the field of a JSON line that contains the text
         errors: "replace" where bytes that are not UTF-8 are to be replaced
 
     Errors: NotTextError for what is neither text nor JSON lines with that field.
@@ -147,7 +147,7 @@ def _json_format(text: str, whole: bool, suffix: str, text_field: str) -> Format
             return "jsonl"
         fields = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(first.items())[:9])
         raise NotTextError(
-            f"JSON with the fields {fields or '(none)'}", "set --text-field to the one that holds the text"
+            f"JSON with the fields {fields or '(none)'}", "set --text-field to the one that contains the text"
         )
     cut_short = not whole and _JSON_START.match(start)
     if cut_short and not more and start.startswith("{"):

@@ -1,4 +1,4 @@
-"""Turn files into documents: find sources, decompress, decode, separate and cut.
+"""Read documents from files: find the files, decompress and decode them, and split the text into documents.
 
 Must not know tokenizers, token files or processes.
 """
@@ -38,18 +38,23 @@ SEPARATOR = b"<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
-# Blocks of 1 MB cost 140 MB more: glibc then keeps the holes between the documents that stay.
+# Text is read in blocks of this size. Blocks of 1 MB need 140 MB more memory, because they leave gaps between the
+# documents that are kept, and glibc does not return the gaps to the system.
 _BLOCK_BYTES = 1 << 16
-# A line of .jsonl is held whole, as bytes and as text of up to four bytes a character.
+# The longest line of a .jsonl file. A whole line is in memory, as bytes and as text of up to four bytes per character.
 _JSON_LINE_BYTES = 16 << 20
-# A zstd frame can expand 30,000 times; fed this little at once, what comes out stays below 64 MB.
-_ZSTD_FEED_BYTES = 2048
-_STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+# Compressed bytes that are decompressed at once. Zstd can expand them 30,000 times, so the result is below 64 MB.
+_ZSTD_INPUT_BYTES = 2048
+_SKIPPED_STDLIB_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source argument: its name in meta.json and its files in reading order; `tolerant` forgives bad bytes."""
+    """The files of one source argument.
+
+    name: as in meta.json. files: in reading order. root: folder that file names in a digest are relative to.
+    tolerant: bytes that are not UTF-8 are replaced, whatever the settings are.
+    """
 
     name: str
     files: tuple[str, ...]
@@ -59,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """How text becomes documents."""
+    """The settings for splitting text into documents; see `prepare`."""
 
     text_field: str
     split_by: Literal["file", "line"]
@@ -69,14 +74,16 @@ class Reading:
 
 
 class Meter:
-    """A binary file that counts and digests what is read from it, so that hashing needs no further reading."""
+    """A binary file that counts and hashes the bytes read from it, so that it is not read again for its digest."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Read through `file`."""
-        self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
+        """Wrap `file`."""
+        self.file = file
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes, as they are on disk."""
+        """Return at most `size` bytes, as they are on disk (not decompressed)."""
         block = self.file.read(size)
         self.bytes += len(block)
         self.sha256.update(block)
@@ -99,86 +106,100 @@ class _Peekable:
 
 
 def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[Source]:
-    """Return the files behind `stdlib`, files, folders and globs, each file once; DataError where there are none."""
-    sources, seen = [], set[str]()
+    """Return a source for each argument: `stdlib`, a file, a folder or a glob. Each file is in one source only.
+
+    say: prints a message. Errors: DataError if an argument gives no file, or if there is no argument.
+    """
+    sources: list[Source] = []
+    seen: set[str] = set()
     for argument in arguments:
-        source = _standard_library() if argument == "stdlib" else _find(argument, say)
-        places = [os.path.realpath(file) for file in source.files]
-        fresh = {place: file for place, file in zip(places, source.files, strict=True) if place not in seen}
-        if len(fresh) < len(places):
-            say(f"{argument}: {len(places) - len(fresh)} of {len(places)} files were named before; each is used once")
-        seen.update(fresh)
-        if fresh:
-            sources.append(Source(source.name, tuple(fresh.values()), source.root, source.tolerant))
+        source = _standard_library() if argument == "stdlib" else _find_source(argument, say)
+        count = len(source.files)
+        new_files: dict[str, str] = {}
+        for file in source.files:
+            real_path = os.path.realpath(file)
+            if real_path not in seen:
+                new_files[real_path] = file
+        if len(new_files) < count:
+            say(f"{argument}: {count - len(new_files)} of {count} files were already given; each is used once")
+        seen.update(new_files)
+        if new_files:
+            sources.append(Source(source.name, tuple(new_files.values()), source.root, source.tolerant))
     if not sources:
-        raise DataError("no source was given: name stdlib, files, folders or globs")
+        raise DataError("no source was given; give stdlib, files, folders or globs")
     return sources
 
 
-def _find(argument: str, say: Callable[[str], None]) -> Source:
+def _find_source(argument: str, say: Callable[[str], None]) -> Source:
+    """Return the files of one argument that is not `stdlib`. Errors: DataError if there are none."""
     path = os.path.expanduser(argument)
     if os.path.isdir(path):
-        files = tuple(_walk(path, say))
-        wanted = f"{', '.join(TEXT_SUFFIXES)} file, plain or as {', '.join(COMPRESSED_SUFFIXES)}"
+        files = list(_text_files_below(path, say))
         if not files:
-            raise DataError(f"{argument}: the folder holds no {wanted}; name other plain text by file or by glob")
-        return Source(argument, files, root=path)
+            raise DataError(
+                f"{argument}: the folder contains no {', '.join(TEXT_SUFFIXES)} file, plain or compressed as "
+                f"{', '.join(COMPRESSED_SUFFIXES)}; give other text files by name or by glob"
+            )
+        return Source(argument, tuple(files), root=path)
     if os.path.lexists(path):
-        return Source(argument, (_regular(path),))
+        return Source(argument, (_check_regular_file(path),))
     if not glob.has_magic(path):
-        hint = "nothing is downloaded, so fetch it first" if "://" in path else "check the path"
-        raise DataError(f"{argument}: there is no such file or folder; {hint}")
-    found: list[str] = []
+        remedy = "URLs are not supported, so download the file" if "://" in path else "check the path"
+        raise DataError(f"{argument}: there is no such file or folder; {remedy}")
+    files = []
     for match in sorted(glob.glob(path, recursive=True)):
-        found += _walk(match, say) if os.path.isdir(match) else [_regular(match)]
-    if not found:
-        raise DataError(f"{argument}: no file matches this glob; check the pattern (** also enters folders)")
-    return Source(argument, tuple(found))
+        files += _text_files_below(match, say) if os.path.isdir(match) else [_check_regular_file(match)]
+    if not files:
+        raise DataError(f"{argument}: no file matches this glob; check the pattern (** also matches subfolders)")
+    return Source(argument, tuple(files))
 
 
-def _regular(path: str) -> str:
+def _check_regular_file(path: str) -> str:
+    """Return `path` if it is a regular file. Errors: DataError if it is not."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: is not a regular file, and text is read twice; write it to a file first")
+        raise DataError(f"{path}: is not a regular file, but text is read twice; write the text to a file first")
     return path
 
 
-def _walk(folder: str, say: Callable[[str], None]) -> Iterator[str]:
-    """Text files below `folder` in sorted order, without hidden ones and links to folders."""
+def _text_files_below(folder: str, say: Callable[[str], None]) -> Iterator[str]:
+    """Yield the text files below `folder` in sorted order. Hidden files and folders and linked folders are skipped."""
     skipped: Counter[str] = Counter()
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             if text_suffix(name) in TEXT_SUFFIXES:
-                yield _regular(os.path.join(place, name))
+                yield _check_regular_file(os.path.join(parent, name))
             else:
                 skipped[os.path.splitext(name)[1] or name] += 1
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
-        more = ", ..." if len(skipped) > 5 else ""
-        say(f"{folder}: skipped {skipped.total()} files that are not {', '.join(TEXT_SUFFIXES)} ({kinds}{more})")
+        kinds += ", ..." if len(skipped) > 5 else ""
+        say(f"{folder}: skipped {skipped.total()} files that are not {', '.join(TEXT_SUFFIXES)} ({kinds})")
 
 
 def _standard_library() -> Source:
-    """Return the running Python's own source, without tests, compiled modules and files about the machine."""
-    root, files = sysconfig.get_paths()["stdlib"], list[str]()
-    for place, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in _STDLIB_SKIPPED and not f.startswith("config-"))
+    """Return the source files of the running Python, without tests and files that differ between machines."""
+    root = sysconfig.get_paths()["stdlib"]
+    files: list[str] = []
+    for parent, folders, names in os.walk(root):
+        kept_folders = [name for name in folders if name not in _SKIPPED_STDLIB_FOLDERS]
+        folders[:] = sorted(name for name in kept_folders if not name.startswith("config-"))
         for name in sorted(names):
-            path = os.path.join(place, name)
-            of_machine = name.startswith(("_sysconfigdata", "sitecustomize")) or os.path.islink(path)
-            if name.endswith(".py") and not of_machine:
+            path = os.path.join(parent, name)
+            machine_specific = name.startswith(("_sysconfigdata", "sitecustomize")) or os.path.islink(path)
+            if name.endswith(".py") and not machine_specific:
                 files.append(path)
     if not files:
-        raise DataError(f"stdlib: this Python keeps no source files in {root}; name text of your own")
+        raise DataError(f"stdlib: this Python has no source files in {root}; give your own text files")
     return Source(f"stdlib (Python {platform.python_version()})", tuple(files), root, tolerant=True)
 
 
 def text_suffix(name: str) -> str:
-    """Return the lower-case suffix, without a compression suffix: `.jsonl` for `a.JSONL.zst`."""
+    """Return the suffix in lower case, ignoring a compression suffix: `.jsonl` for `a.JSONL.zst`."""
     stem, suffix = os.path.splitext(name.lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED_SUFFIXES else suffix
 
@@ -186,7 +207,7 @@ def text_suffix(name: str) -> str:
 def recognise(sources: Iterable[Source], reading: Reading, say: Callable[[str], None]) -> dict[str, Format]:
     """Return how each file is to be read, by its content where `reading.format` leaves that open.
 
-    Errors: DataError that names the files that hold no text, what they are, and what to do.
+    Errors: DataError that names the files that contain no text, what they are, and what to do.
     """
     formats: dict[str, Format] = {}
     problems: list[str] = []
@@ -221,7 +242,7 @@ def recognise(sources: Iterable[Source], reading: Reading, say: Callable[[str], 
 def _head(path: str) -> tuple[bytes, bool]:
     """Return the first bytes of a file, decompressed, and whether these are all."""
     head = b""
-    with open_source(path) as file, closing(_blocks(path, Meter(file))) as blocks:
+    with open_source(path) as file, closing(_decompressed_blocks(path, Meter(file))) as blocks:
         for block in blocks:
             head += block
             if len(head) > HEAD_BYTES:
@@ -230,36 +251,42 @@ def _head(path: str) -> tuple[bytes, bool]:
 
 
 def open_source(path: str) -> BinaryIO:
-    """Open a source file; DataError where it cannot be, so that OSError is left to mean a failed write."""
+    """Open a source file. Errors: DataError, because `new_folder` reports every OSError as a failed write."""
     try:
         return Path(path).open("rb", buffering=0)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_error(path, error) from error
 
 
 def read_documents(path: str, meter: Meter, reading: Reading, form: Format) -> Iterator[bytes]:
-    """Yield the documents of one file as valid UTF-8, none blank; DataError names the file and offset or line.
+    """Yield the documents of one file as valid UTF-8, without blank documents.
 
-    `form` is what `recognise` found.
-    `<|endoftext|>` ends a document wherever it stands, and the line ends around it belong to it. A document
-    longer than `max_document_bytes` becomes several, cut at line ends (a longer line: between two characters).
+    form: the format that `recognise` found.
+
+    `<|endoftext|>` ends a document anywhere in the text. The line ends around it are dropped. A document longer than
+    `max_document_bytes` becomes several: it is cut at line ends, or between two characters in a line that is too long.
+    Errors: DataError that names the file, and the offset or the line.
     """
-    blocks, limit = _blocks(path, meter), reading.max_document_bytes
+    blocks = _decompressed_blocks(path, meter)
+    limit = reading.max_document_bytes
     if form == "jsonl":
         texts = _json_texts(path, blocks, reading)
     elif reading.split_by == "line":
         lines = cut(blocks, b"\n", limit)
-        texts = (_utf8(path, line, offset, reading).rstrip(b"\r\n") for offset, line, _ in lines)
+        texts = (_to_valid_utf8(path, line, offset, reading).rstrip(b"\r\n") for offset, line, _ in lines)
     else:
         pieces = cut(blocks, SEPARATOR, limit)
-        yield from _strip((_utf8(path, piece, offset, reading), ended) for offset, piece, ended in pieces)
+        yield from _strip((_to_valid_utf8(path, piece, offset, reading), ended) for offset, piece, ended in pieces)
         return
     for text in texts:
         yield from _strip((piece, ended) for _, piece, ended in cut([text], SEPARATOR, limit))
 
 
 def _strip(pieces: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
-    """Drop the line ends around separators, then documents of nothing but white space."""
+    """Yield documents from pieces (text, whether a separator ended it).
+
+    Drops the line ends before and after separators, and documents that are only white space.
+    """
     after_separator = False
     for piece, ended in pieces:
         document = piece.lstrip(b"\r\n") if after_separator else piece
@@ -270,20 +297,23 @@ def _strip(pieces: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
 
 
 def cut(blocks: Iterable[bytes], separator: bytes, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Cut a stream at separators and after at most `limit` bytes: (offset, piece, whether a separator ended it)."""
-    buffer, offset = b"", 0
+    """Cut a stream at separators, and where a piece would be longer than `limit` bytes.
+
+    Yields (offset, piece, whether a separator ended it).
+    """
+    buffer, offset = b"", 0  # `offset` is the position of the buffer in the stream
     for block in blocks:
         buffer += block
         start = 0
         while True:
-            # Look a separator's length past the limit: no cut may fall inside a separator.
+            # Search beyond the limit by the length of a separator, because no cut may be inside a separator.
             end = buffer.find(separator, start, start + limit + len(separator))
             if end < 0 and len(buffer) - start < limit + len(separator):
                 break
             ended = end >= 0
             end = end if ended else _cut_point(buffer, start, limit)
             yield offset + start, buffer[start:end], ended
-            start = end + len(separator) * ended
+            start = end + (len(separator) if ended else 0)
         buffer, offset = buffer[start:], offset + start
     while buffer:
         end = _cut_point(buffer, 0, limit) if len(buffer) > limit else len(buffer)
@@ -292,16 +322,21 @@ def cut(blocks: Iterable[bytes], separator: bytes, limit: int) -> Iterator[tuple
 
 
 def _cut_point(buffer: bytes, start: int, limit: int) -> int:
-    """Return the last line end in the `limit` bytes after `start`, or else the last place between two characters."""
+    """Return the position at which to cut a piece that begins at `start` and is longer than `limit` bytes.
+
+    It is the last one within the limit that follows a line end, or else the last one between two characters.
+    """
     end = start + limit
     line_end = buffer.rfind(b"\n", start, end) + 1
     if line_end > start:
         return line_end
-    starts = (place for place in range(end, end - 4, -1) if buffer[place] & 0xC0 != 0x80)
-    return next(starts, end)  # 0b10xxxxxx continues a character, at most three times
+    # A character of UTF-8 starts with any byte but 0b10xxxxxx, and has at most three bytes of this form.
+    character_starts = (position for position in range(end, end - 4, -1) if buffer[position] & 0xC0 != 0x80)
+    return next(character_starts, end)
 
 
-def _utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:
+def _to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:
+    """Return a piece of a file as valid UTF-8. Errors: DataError unless invalid bytes are to be replaced."""
     if offset == 0:
         piece = piece.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
     if reading.format != "text" and b"\0" in piece:
@@ -317,33 +352,37 @@ def _utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:
         where = " of the decompressed text" if path.lower().endswith(COMPRESSED_SUFFIXES) else ""
         raise DataError(
             f"{path}: byte 0x{piece[error.start]:02x} at offset {offset + error.start}{where} is not UTF-8 "
-            f"({error.reason}); convert the file to UTF-8, or pass --errors replace to put U+FFFD in such places"
+            f"({error.reason}); convert the file to UTF-8, or pass --errors replace to replace such bytes by U+FFFD"
         ) from error
     return piece
 
 
 def _json_texts(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterator[bytes]:
+    """Yield the text in each line of a .jsonl file that is not blank. Errors: DataError that names the line."""
     for number, (offset, line, ended) in enumerate(cut(blocks, b"\n", _JSON_LINE_BYTES), 1):
         where = f"{path}: line {number}"
-        if not ended and len(line) > _JSON_LINE_BYTES - 4:
-            raise DataError(f"{where} is longer than {_JSON_LINE_BYTES:,} bytes, the most a line may have; split it")
-        line = _utf8(path, line, offset, reading)
+        if not ended and len(line) > _JSON_LINE_BYTES - 4:  # `cut` may cut a line up to three bytes before the limit
+            raise DataError(f"{where} is longer than {_JSON_LINE_BYTES:,} bytes, the limit for one line; split it")
+        line = _to_valid_utf8(path, line, offset, reading)
         if line.strip():
             yield _json_text(where, line, reading)
 
 
 def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
+    """Return the text in one line of a .jsonl file. Errors: DataError that begins with `where`."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one JSON object on every line") from error
     text = record.get(reading.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        fields = record.items() if isinstance(record, dict) else [("(no object)", record)]
-        has = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(fields)[:9])
+        found = f"the line is of type {type(record).__name__}, not an object"
+        if isinstance(record, dict):
+            fields = [f"{name}: {type(value).__name__}" for name, value in list(record.items())[:9]]
+            found = f"the line has {', '.join(fields) or 'no fields'}"
         raise DataError(
-            f"{where} lacks the field {reading.text_field!r} with a string: it has {has}; set --text-field to the one "
-            "that holds the text"
+            f"{where} has no string in the field {reading.text_field!r} ({found}); set --text-field to the field with "
+            "the text"
         )
     try:
         return text.encode()
@@ -352,12 +391,12 @@ def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         raise DataError(
             f"{where}: character {error.start} of field {reading.text_field!r} is half a surrogate pair; repair the "
-            "line, or pass --errors replace to put U+FFFD in such places"
+            "line, or pass --errors replace to write U+FFFD in its place"
         ) from error
 
 
-def _blocks(path: str, meter: Meter) -> Generator[bytes, None, None]:
-    """Yield the decompressed bytes of a file in blocks of bounded size; DataError for a damaged one.
+def _decompressed_blocks(path: str, meter: Meter) -> Generator[bytes, None, None]:
+    """Yield the decompressed bytes of a file in blocks of limited size. Errors: DataError if it cannot be read.
 
     The first bytes decide whether it is compressed, and where they do not, its name.
     """
@@ -368,19 +407,19 @@ def _blocks(path: str, meter: Meter) -> Generator[bytes, None, None]:
         if packed == "zstd":
             yield from _zstd_blocks(path, stream)
             return
-        raw = cast(BinaryIO, stream)  # all need nothing but its read
+        raw = cast(BinaryIO, stream)  # the decompressors only call its read()
         plain = raw if packed is None or not stream.first else _STREAMS[packed](raw)
         while block := plain.read(_BLOCK_BYTES):
             yield block
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged_error(path, str(error)) from error
     except OSError as error:
         if error.errno is None:  # from a decompressor and not from the system
-            raise _damaged(path, str(error)) from error
-        raise _unreadable(path, error) from error
+            raise _damaged_error(path, str(error)) from error
+        raise _unreadable_error(path, error) from error
 
 
-# Closing these would close nothing: the file is the caller's.
+# These need not be closed, because the caller closes the file.
 _STREAMS: dict[str, Callable[[BinaryIO], Any]] = {
     "gzip": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
     "bzip2": bz2.BZ2File,
@@ -389,30 +428,34 @@ _STREAMS: dict[str, Callable[[BinaryIO], Any]] = {
 
 
 def _zstd_blocks(path: str, stream: _Peekable) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a zstd file. Errors: DataError if it is damaged or zstandard is missing."""
     try:
         import zstandard
     except ImportError as error:
         raise DataError(
             f"{path}: is compressed with zstd, and the package that reads it is missing; pip install zstandard"
         ) from error
-    # Frame by frame, by hand: zstandard's stream reader takes a file that ends early for a whole one.
+    # Frames are decompressed one by one, because zstandard's stream reader does not report a file that ends early.
     decompressor = zstandard.ZstdDecompressor()
-    frame, pending, whole = decompressor.decompressobj(), b"", True
+    frame = decompressor.decompressobj()
+    unused = b""  # bytes after the end of a frame, which belong to the next one
+    frame_complete = True
     try:
-        while fed := pending or stream.read(_ZSTD_FEED_BYTES):
-            if whole:
+        while compressed := unused or stream.read(_ZSTD_INPUT_BYTES):
+            if frame_complete:
                 frame = decompressor.decompressobj()
-            yield frame.decompress(fed)
-            pending, whole = frame.unused_data if frame.eof else b"", frame.eof
+            yield frame.decompress(compressed)
+            frame_complete = frame.eof
+            unused = frame.unused_data if frame_complete else b""
     except zstandard.ZstdError as error:
-        raise _damaged(path, str(error)) from error
-    if not whole:
-        raise _damaged(path, "it ends in the middle of a frame")
+        raise _damaged_error(path, str(error)) from error
+    if not frame_complete:
+        raise _damaged_error(path, "it ends in the middle of a frame")
 
 
-def _damaged(path: str, reason: str) -> DataError:
-    return DataError(f"{path}: the compressed data is damaged or cut short ({reason}); fetch or write the file again")
+def _damaged_error(path: str, reason: str) -> DataError:
+    return DataError(f"{path}: the compressed data is damaged or cut short ({reason}); get or create the file again")
 
 
-def _unreadable(path: str, error: OSError) -> DataError:
+def _unreadable_error(path: str, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror}); check the path, its permissions and its disk")

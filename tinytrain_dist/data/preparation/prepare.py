@@ -1,13 +1,12 @@
-"""Prepare a corpus: text becomes a tokenizer and token files, the same bytes for any number of workers.
+"""Turn text into a tokenizer and token files, with the same bytes for any number of workers.
 
-Must not know models, training or how a token file is sampled.
+Must not know models, training, or how token files are sampled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import os
 import re
 import sys
@@ -47,87 +46,107 @@ from tinytrain_dist.data.preparation.token_writer import (
 )
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.utils.json_files import to_json
 
 _DEFAULT_VOCAB_SIZE = 8192
-_SMALLEST_VOCAB_SIZE = 257  # every byte and the end of a document
-# Up to here GPT-2's regex survives any run of white space in tiktoken, and tokenizers needs 240 MB for a document.
-_SHORTEST_LIMIT, _LONGEST_LIMIT = 4096, 1_000_000
+_MIN_VOCAB_SIZE = 257  # all bytes and the end-of-document token
+# Bounds of the default for max_document_bytes. No document may be longer than the upper one: up to this length GPT-2's
+# regex in tiktoken can split any run of white space, and tokenizers needs at most 240 MB of memory for a document.
+_MIN_DEFAULT_DOCUMENT_BYTES, _MAX_DOCUMENT_BYTES = 4096, 1_000_000
+# A small corpus gives this much text to validation by default.
 _VAL_BYTES = 500_000
-_PROOF_BYTES, _PROOF_PIECE_BYTES = 1_000_000, 20_000
-# In one piece, a document of 1 MB takes 100 MB to split into words.
-_TRAINING_PIECE_BYTES, _TRAINING_WORD_BYTES = 16_000, 1_500_000
-_LETTERS = re.compile(rb"[A-Za-z\x80-\xff]+")
-_SMALL_TOKENS = 1025  # a common context_len and the token after it
+# Text on which tiktoken must agree with tokenizers: in all, and at most from one document.
+_COMPARED_BYTES, _COMPARED_DOCUMENT_BYTES = 1_000_000, 20_000
+# The trainer gets documents in pieces, because it needs 100 MB to split 1 MB into words.
+_TRAINING_PIECE_BYTES = 16_000
+# The text for training ends when its distinct words have this many bytes; see _training_texts.
+_TRAINING_WORD_BYTES = 1_500_000
+_WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
+# `prepare` warns about a file with fewer tokens than this: a common context_len and the token after it.
+_MIN_TOKENS = 1025
 
 
 def say(message: str) -> None:
-    """Print a line for people on stderr."""
+    """Print a message to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 class Sample:
-    """The different documents with the smallest hashes that fit into `max_bytes`, in whatever order they come."""
+    """The distinct documents with the smallest hashes that fit into `max_bytes` together.
+
+    The sample does not depend on the order in which documents are added.
+    """
 
     def __init__(self, max_bytes: int) -> None:
-        """Hold at most `max_bytes` of text."""
-        self.max_bytes, self.bytes, self.ceiling = max_bytes, 0, 1 << 64
-        self.heap: list[tuple[int, bytes]] = []
+        """Keep at most `max_bytes` of text."""
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self.smallest_dropped = 1 << 64  # a hash; larger than every hash until a document is dropped
+        self.heap: list[tuple[int, bytes]] = []  # (-hash, document), so that the largest hash is popped first
         self.keys: set[int] = set()
 
     def add(self, key: int, document: bytes) -> None:
-        """Consider a document; `key` is its hash."""
-        # A document above one that was refused must not come in later, or the order would matter.
-        if key >= self.ceiling or key in self.keys:
+        """Add a document unless its hash is too large. key: the hash."""
+        # After a document was dropped, none with a larger hash may be added, or the order would matter.
+        if key >= self.smallest_dropped or key in self.keys:
             return
         heapq.heappush(self.heap, (-key, document))
         self.keys.add(key)
         self.bytes += len(document)
         while self.bytes > self.max_bytes:
             negative_key, dropped = heapq.heappop(self.heap)
-            self.ceiling = -negative_key
-            self.keys.remove(self.ceiling)
+            self.smallest_dropped = -negative_key
+            self.keys.remove(self.smallest_dropped)
             self.bytes -= len(dropped)
 
     def documents(self) -> list[bytes]:
-        """Return the documents that were kept, in the order of their hashes."""
+        """Return the documents of the sample, in the order of their hashes."""
         return [document for _, document in sorted(self.heap, reverse=True)]
 
 
 @dataclass
 class Scan:
-    """What the first reading of all sources found."""
+    """The result of the first pass over all sources.
+
+    min_split_key, max_split_key: smallest and largest of the hashes that assign documents to train or val.
+    """
 
     sample: Sample
     documents: int = 0
     bytes: int = 0
-    smallest: int = 1 << 64
-    largest: int = -1
+    min_split_key: int = 1 << 64
+    max_split_key: int = -1
 
 
 @contextmanager
-def _progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the bytes done so far: a bar on a terminal, else a line every five seconds."""
-    console, shown, spoken = Console(stderr=True), 0, time.monotonic()
+def _progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show progress as a bar on a terminal, else as a line every five seconds.
+
+    Yields a function to call with the number of bytes read so far.
+    """
+    console = Console(stderr=True)
+    shown_bytes = 0
+    last_line_time = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total_bytes)
+        task = bar.add_task(title, total=total_bytes)
 
-        def report(done: int) -> None:
-            nonlocal shown, spoken
-            if done - shown < 1_000_000:  # the bar's lock costs as much as reading a document
+        def report(done_bytes: int) -> None:
+            nonlocal shown_bytes, last_line_time
+            if done_bytes - shown_bytes < 1_000_000:  # the bar's lock takes as long as reading a document
                 return
-            shown = done
-            bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - spoken > 5:
-                spoken = time.monotonic()
-                say(f"{what}: {done / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
+            shown_bytes = done_bytes
+            bar.update(task, completed=done_bytes)
+            if bar.disable and time.monotonic() - last_line_time > 5:
+                last_line_time = time.monotonic()
+                say(f"{title}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
 
         yield report
 
 
 @dataclass
 class Corpus:
-    """All documents of all sources, in order, as often as asked for."""
+    """All documents of all sources, in order. They can be read several times."""
 
     sources: list[Source]
     reading: Reading
@@ -135,81 +154,87 @@ class Corpus:
     total_bytes: int
     records: list[dict[str, Any]] = field(default_factory=list)
 
-    def documents(self, what: str) -> Iterator[bytes]:
-        """Read everything once; afterwards `records` says what each source was. `what` names the progress bar."""
-        self.records, done = [], 0
-        with _progress(what, self.total_bytes) as report:
+    def documents(self, title: str) -> Iterator[bytes]:
+        """Yield all documents once. Afterwards, `records` has an entry for each source. title: of the progress bar."""
+        self.records = []
+        done_bytes = 0  # of all sources
+        with _progress(title, self.total_bytes) as report:
             for source in self.sources:
-                listing, size = hashlib.sha256(), 0
+                digest_of_list = hashlib.sha256()
+                source_bytes = 0
                 reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
                 for path in source.files:
                     with open_source(path) as file:
                         meter = Meter(file)
                         for document in read_documents(path, meter, reading, self.formats[path]):
                             yield document
-                            report(done + meter.bytes)
-                    done, size = done + meter.bytes, size + meter.bytes
+                            report(done_bytes + meter.bytes)
+                    done_bytes += meter.bytes
+                    source_bytes += meter.bytes
                     name = os.path.relpath(path, source.root) if source.root else path
-                    listing.update(f"{meter.sha256.hexdigest()}  {name}\n".encode(errors="surrogateescape"))
-                # Of one file its own digest; of several that of the list which sha256sum would print.
-                digest = meter.sha256 if len(source.files) == 1 else listing
+                    line = f"{meter.sha256.hexdigest()}  {name}\n"
+                    digest_of_list.update(line.encode(errors="surrogateescape"))
+                # The digest of a single file, or that of the list which sha256sum would print for several files.
+                digest = meter.sha256 if len(source.files) == 1 else digest_of_list
                 self.records.append(
                     {
                         "path": source.name,
                         "files": len(source.files),
-                        "bytes": size,
+                        "bytes": source_bytes,
                         "sha256": digest.hexdigest(),
                     }
                 )
 
 
 def _scan(corpus: Corpus, sample_bytes: int) -> Scan:
+    """Read all documents once, and keep a sample of at most `sample_bytes`. Errors: DataError if there are none."""
     scan = Scan(Sample(sample_bytes))
     for document in corpus.documents("reading"):
         split_key, sample_key = document_hashes(document)
         scan.documents += 1
         scan.bytes += len(document)
-        scan.smallest, scan.largest = min(scan.smallest, split_key), max(scan.largest, split_key)
+        scan.min_split_key = min(scan.min_split_key, split_key)
+        scan.max_split_key = max(scan.max_split_key, split_key)
         scan.sample.add(sample_key, document)
     if scan.documents == 0:
         files = sum(len(source.files) for source in corpus.sources)
         raise DataError(
-            f"no text: {files} files with {corpus.total_bytes:,} bytes hold only white space; name files with text"
+            f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
         )
     return scan
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    """ConfigError with every setting that is out of range or would have no effect."""
-    vocab_size, fraction, limit = given["vocab_size"], given["val_fraction"], given["max_document_bytes"]
-    longest = limit or _LONGEST_LIMIT
-    checks = {
-        f"vocab_size: {vocab_size} has no effect with tokenizer {given['tokenizer']}; leave one of them out": (
-            vocab_size is not None and given["tokenizer"] is not None
-        ),
-        f"vocab_size: {vocab_size} is below {_SMALLEST_VOCAB_SIZE}, all bytes and the end of a document; set more": (
-            vocab_size is not None and vocab_size < _SMALLEST_VOCAB_SIZE
-        ),
-        f"eos_token: {given['eos_token']} has no effect without tokenizer; leave it out": (
-            given["eos_token"] is not None and given["tokenizer"] is None
-        ),
-        f"special_tokens: {given['special_tokens']} has no effect without tokenizer; leave it out": (
-            given["special_tokens"] != "text" and given["tokenizer"] is None
-        ),
-        f"val_fraction: {fraction} is not between 0 and 1; 0.01 holds out one document in 100": (
-            fraction is not None and not 0 < fraction < 1
-        ),
-        f"max_document_bytes: {limit} is not between 64 and {_LONGEST_LIMIT}; set it so": (
-            limit is not None and not 64 <= limit <= _LONGEST_LIMIT
-        ),
-        f"sample_bytes: {given['sample_bytes']} is below {longest}, the longest document; set at least that": (
-            given["sample_bytes"] < longest
-        ),
-        f"workers: {given['workers']} is below 1; set how many processes encode": (
-            given["workers"] is not None and given["workers"] < 1
-        ),
-    }
-    if problems := [problem for problem, wrong in checks.items() if wrong]:
+    """Raise ConfigError with every setting that is out of range or has no effect. given: arguments of `prepare`."""
+    vocab_size, tokenizer, eos_token = given["vocab_size"], given["tokenizer"], given["eos_token"]
+    fraction, limit = given["val_fraction"], given["max_document_bytes"]
+    sample_bytes, workers, special_tokens = given["sample_bytes"], given["workers"], given["special_tokens"]
+    longest = limit or _MAX_DOCUMENT_BYTES
+    problems = []
+    if vocab_size is not None and tokenizer is not None:
+        problems.append(f"vocab_size: {vocab_size} has no effect with tokenizer {tokenizer}; leave one of them out")
+    if vocab_size is not None and vocab_size < _MIN_VOCAB_SIZE:
+        problems.append(
+            f"vocab_size: {vocab_size} is below {_MIN_VOCAB_SIZE} (all bytes and the end-of-document token); set at "
+            "least that"
+        )
+    if eos_token is not None and tokenizer is None:
+        problems.append(f"eos_token: {eos_token} has no effect without tokenizer; leave it out")
+    if special_tokens != "text" and tokenizer is None:
+        problems.append(f"special_tokens: {special_tokens} has no effect without tokenizer; leave it out")
+    if fraction is not None and not 0 < fraction < 1:
+        problems.append(f"val_fraction: {fraction} is not between 0 and 1; set 0.01, for example, for 1 %")
+    if limit is not None and not 64 <= limit <= _MAX_DOCUMENT_BYTES:
+        problems.append(
+            f"max_document_bytes: {limit} is not between 64 and {_MAX_DOCUMENT_BYTES}; set a number in this range"
+        )
+    if sample_bytes < longest:
+        problems.append(
+            f"sample_bytes: {sample_bytes} is below {longest}, the size of the longest document; set at least that"
+        )
+    if workers is not None and workers < 1:
+        problems.append(f"workers: {workers} is below 1; set the number of encoding processes")
+    if problems:
         raise ConfigError(problems, "the settings of tinytrain prepare")
 
 
@@ -234,29 +259,31 @@ def prepare(
     """Turn text into a tokenizer and token files for training.
 
     Args:
-        sources: `stdlib` (the source of Python's standard library), or files, folders and globs: .txt .md .py
-            .jsonl, each also as .gz .bz2 .xz .zst; other plain text when named. `<|endoftext|>` in a file ends a
-            document.
-        out: Folder to write; it appears complete or not at all.
-        vocab_size: Ids of the tokenizer to train (8192 if neither this nor tokenizer is given).
-        tokenizer: A tokenizer.json, or a folder with one, to use instead of training.
-        eos_token: End-of-document token of that tokenizer, where it is not `<|endoftext|>`.
-        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text, or their ids.
-        val_fraction: Share of documents held out, by a hash of their content (default: 0.01, and up to 0.1 in a
-            small corpus, to hold out about 500 kB).
-        format: What the files are. auto: the content decides between text and JSON lines, and anything else is
+        sources: `stdlib` (the source code of Python's standard library), or files, folders and globs. In a folder,
+            .txt, .md, .py and .jsonl files are read, also if compressed as .gz, .bz2, .xz or .zst. Other text files
+            must be given by name or by glob. `<|endoftext|>` in a file ends a document.
+        out: Folder to write. It appears complete or not at all.
+        vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
+        tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
+        eos_token: End-of-document token of that tokenizer (default: the one in tokenizer_config.json beside it, or
+            `<|endoftext|>`).
+        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text (text), or
+            their IDs (ids).
+        val_fraction: Fraction of the documents to hold out, chosen by a hash of their content (default: 0.01, or up
+            to 0.1 in a small corpus, to hold out about 500 kB).
+        format: What the files contain. auto: the content decides between text and JSON lines, and anything else is
             refused; text: text, whatever it looks like; jsonl: JSON lines.
-        text_field: Field of a JSON line that holds the text.
-        split_by: A file without separators is one document, or each of its lines is.
-        errors: What to do about bytes that are not UTF-8: stop, or put U+FFFD.
-        max_document_bytes: Longer documents become several, cut at line ends (default: a 128th of the corpus,
-            from 4,096 to 1,000,000).
-        sample_bytes: Text on which the tokenizer is trained: documents drawn by a hash of their content.
-        workers: Encoding processes (default: one for each CPU this process may use, at most 16).
-        overwrite: Replace a data set that is already there.
+        text_field: Field with the text in each JSON line.
+        split_by: What is one document in a file without separators: the whole file, or each line.
+        errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
+        max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
+            least 4,096 and at most 1,000,000).
+        sample_bytes: Bytes of text to train the tokenizer on. Documents are chosen by a hash of their content.
+        workers: Number of encoding processes (default: one for each CPU that this process may use, at most 16).
+        overwrite: Replace an existing data set.
 
     Returns the contents of meta.json. Raises DataError for text, tokenizers or folders that cannot be used, and
-    ConfigError for settings that cannot.
+    ConfigError for settings that are out of range or have no effect.
     """
     _check_settings(locals())
     target = Path(os.path.realpath(os.path.expanduser(out)))
@@ -264,7 +291,7 @@ def prepare(
         found = find_sources((sources,) if isinstance(sources, str) else sources, say)
         corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
         scan = _scan(corpus, sample_bytes)
-        threshold = _threshold(scan, val_fraction or min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1))
+        threshold = _threshold(scan, val_fraction or _default_val_fraction(scan))
         if tokenizer is None:
             vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
         else:
@@ -276,35 +303,41 @@ def _corpus(sources: list[Source], reading: Reading) -> Corpus:
     """Look at every file, and choose the longest document where the settings leave it open (0)."""
     formats = recognise(sources, reading, say)
     total_bytes = sum(os.path.getsize(path) for source in sources for path in source.files)
-    limit = reading.max_document_bytes or min(max(total_bytes // 128, _SHORTEST_LIMIT), _LONGEST_LIMIT)
+    limit = reading.max_document_bytes or min(max(total_bytes // 128, _MIN_DEFAULT_DOCUMENT_BYTES), _MAX_DOCUMENT_BYTES)
     return Corpus(sources, replace(reading, max_document_bytes=limit), formats, total_bytes)
 
 
 def _default_workers() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, 16)  # more than that the one process that reads cannot feed
+    usable_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable_cpus, 16)  # the single process that reads cannot keep more of them busy
+
+
+def _default_val_fraction(scan: Scan) -> float:
+    """Return 0.01, or more in a small corpus, so that validation gets about _VAL_BYTES; at most 0.1."""
+    return min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1)
 
 
 def _threshold(scan: Scan, fraction: float) -> int:
-    """Return the hash below which documents are validation: as `fraction` says, but never none and never all."""
-    if scan.smallest == scan.largest:
+    """Return the hash below which documents go to val: about `fraction` of them, but not none and not all."""
+    if scan.min_split_key == scan.max_split_key:
         raise DataError(
-            f"all of the text is one document of {scan.bytes // scan.documents:,} bytes, and train and val need one "
+            f"all of the text is one document of {scan.bytes // scan.documents:,} bytes, but train and val need one "
             "each; give more text, or set --max-document-bytes below half of that to cut it"
         )
-    return min(max(int(fraction * (1 << 64)), scan.smallest + 1), scan.largest)
+    return min(max(int(fraction * (1 << 64)), scan.min_split_key + 1), scan.max_split_key)
 
 
 def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
-    documents = scan.sample.documents()
-    documents = [document for document in documents if document_hashes(document)[0] >= threshold] or documents
-    texts = list(_training_texts(documents))
+    """Train a tokenizer on the documents of the sample that go to train, or on all if none does."""
+    sample = scan.sample.documents()
+    train_documents = [document for document in sample if document_hashes(document)[0] >= threshold]
+    texts = list(_training_texts(train_documents or sample))
     say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.2f} MB of the text")
     vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
     if vocabulary.size < vocab_size:
         say(
-            f"the tokenizer has {vocabulary.size:,} ids and not the {vocab_size:,} of --vocab-size: no further pair of "
-            "tokens occurs twice in the text; continuing with these"
+            f"the tokenizer has {vocabulary.size:,} IDs, fewer than the {vocab_size:,} of --vocab-size, because no "
+            "other pair of tokens occurs twice in the text; continuing with these"
         )
     return vocabulary
 
@@ -325,19 +358,19 @@ def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTok
 
 
 def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
-    """Pieces of the documents until they hold as many different words as training has memory for.
+    """Yield pieces of the documents, until their distinct words reach a limit that bounds the memory of the training.
 
-    Training takes about 110 bytes for each byte of a new word. That is nothing in English or code, whose words come
-    again, and gigabytes in 20 MB of Chinese, where whole clauses count as words.
+    Training needs about 110 bytes of memory for each byte of a distinct word. This is little for English or code,
+    where words recur. It would be gigabytes for 20 MB of Chinese, where a whole clause counts as one word.
     """
     words: set[bytes] = set()
-    size = 0
+    word_bytes = 0
     for document in documents:
         for _, piece, _ in cut([document], SEPARATOR, _TRAINING_PIECE_BYTES):
-            new = set(_LETTERS.findall(piece)) - words
-            words |= new
-            size += sum(map(len, new))
-            if size > _TRAINING_WORD_BYTES:
+            new_words = set(_WORD.findall(piece)) - words
+            words |= new_words
+            word_bytes += sum(map(len, new_words))
+            if word_bytes > _TRAINING_WORD_BYTES:
                 return
             yield piece
 
@@ -345,11 +378,14 @@ def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
 def _write(
     folder: Path, corpus: Corpus, scan: Scan, vocabulary: Vocabulary, threshold: int, workers: int
 ) -> dict[str, Any]:
-    """Encode everything into `folder`; gives the contents of meta.json."""
-    records = corpus.records
-    reason = why_not_fast(vocabulary, _proof_texts(scan))
+    """Encode all documents, write the files of the data set to `folder`, and return the contents of meta.json."""
+    records_of_scan = corpus.records
+    reason = why_not_fast(vocabulary, _comparison_texts(scan))
     if reason:
-        say(f"encoding with tokenizers: tiktoken, which is several times faster, cannot take this one ({reason})")
+        say(
+            "encoding with tokenizers: tiktoken, which is several times faster, cannot be used for this tokenizer "
+            f"({reason})"
+        )
     dtype = "<u2" if vocabulary.size <= 1 << 16 else "<u4"
     with TokenWriter(folder / "train.npy", dtype) as train, TokenWriter(folder / "val.npy", dtype) as val:
         batches = in_batches(corpus.documents("encoding"))
@@ -357,10 +393,10 @@ def _write(
             train.append(parts[0])
             val.append(parts[1])
         digests = {"train.npy": train.finish(), "val.npy": val.finish()}
-    if corpus.records != records:
-        raise DataError("a source changed while it was read, which happens twice; run again when nothing writes to it")
+    if corpus.records != records_of_scan:
+        raise DataError("a source changed between its first and second reading; run again when nothing writes to it")
     digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    write_file(folder / "tokenizer_config.json", json.dumps(vocabulary.config, indent=2) + "\n")
+    write_file(folder / "tokenizer_config.json", to_json(vocabulary.config, indent=2) + "\n")
     files = {"train": train, "val": val}
     meta = {
         "vocab_size": vocabulary.size,
@@ -371,7 +407,7 @@ def _write(
         **{f"{name}_documents": file.documents for name, file in files.items()},
         **{f"{name}_bytes": file.bytes for name, file in files.items()},
         "max_document_bytes": corpus.reading.max_document_bytes,
-        "sources": records,
+        "sources": corpus.records,
         "digests": digests,
         "tokenizer": {
             "kind": vocabulary.kind,
@@ -383,9 +419,9 @@ def _write(
         },
         "tinytrain_dist": __version__,
     }
-    write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    write_file(folder / "meta.json", to_json(meta, indent=2) + "\n")
     for name, file in files.items():
-        if file.tokens < _SMALL_TOKENS:
+        if file.tokens < _MIN_TOKENS:
             say(
                 f"{name}.npy has only {file.tokens:,} tokens: context_len must be smaller than that; give more text or "
                 "another --val-fraction"
@@ -393,10 +429,11 @@ def _write(
     return meta
 
 
-def _proof_texts(scan: Scan) -> Iterator[str]:
-    """Yield the starts of sampled documents, a megabyte in all."""
+def _comparison_texts(scan: Scan) -> Iterator[str]:
+    """Yield the beginnings of sampled documents, about a megabyte in all."""
     size = 0
     for document in scan.sample.documents():
-        if size < _PROOF_BYTES:
-            size += len(document[:_PROOF_PIECE_BYTES])
-            yield document[:_PROOF_PIECE_BYTES].decode(errors="ignore")
+        if size < _COMPARED_BYTES:
+            beginning = document[:_COMPARED_DOCUMENT_BYTES]
+            size += len(beginning)
+            yield beginning.decode(errors="ignore")

@@ -6,7 +6,6 @@ it, special tokens that the text spells, and the names of tokens in tokenizer_co
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, processors
 
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_text
 
 SEPARATOR_TOKEN = "<|endoftext|>"  # ends a document wherever a text spells it, so that no document has it
@@ -29,8 +29,8 @@ _PROBE = "a b"
 class SpecialTokens:
     """What is done with the special tokens of a tokenizer."""
 
-    before: tuple[int, ...]  # ids before each document
-    after: tuple[int, ...]  # ids after each document; the last one ends it
+    before: tuple[int, ...]  # IDs before each document
+    after: tuple[int, ...]  # IDs after each document; the last one ends it
     config: dict[str, Any]  # the content of tokenizer_config.json
     notes: tuple[str, ...]  # lines that say what is done with each
 
@@ -43,9 +43,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = file.with_name(name)
-        content = json.loads(read_text(path)) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise ValueError(f"{name} is not a JSON object")
+        content = read_json_dict(path) if path.exists() else {}
         settings |= {key: value for key, value in content.items() if value is not None}
     template = file.with_name("chat_template.jinja")
     if template.exists():
@@ -149,14 +147,14 @@ def _set_post_processor(
 ) -> bool:
     """Obey add_bos_token and add_eos_token of tokenizer_config.json, and return whether that changed the tokenizer."""
     before, after = now = _tokens_around(tokenizer)
-    wanted = {role: settings.get(f"add_{role}") for role in ("bos_token", "eos_token")}
-    if wanted["bos_token"] is not None:
-        before = (_id(tokenizer, roles["bos_token"]),) if wanted["bos_token"] and "bos_token" in roles else ()
-    if wanted["eos_token"] is not None:
-        after = (_id(tokenizer, roles["eos_token"]),) if wanted["eos_token"] else ()
+    needed = {role: settings.get(f"add_{role}") for role in ("bos_token", "eos_token")}
+    if needed["bos_token"] is not None:
+        before = (_id(tokenizer, roles["bos_token"]),) if needed["bos_token"] and "bos_token" in roles else ()
+    if needed["eos_token"] is not None:
+        after = (_id(tokenizer, roles["eos_token"]),) if needed["eos_token"] else ()
     if (before, after) == now:
         return False
-    said = " and ".join(f"add_{role} = {str(value).lower()}" for role, value in wanted.items() if value is not None)
+    said = " and ".join(f"add_{role} = {str(value).lower()}" for role, value in needed.items() if value is not None)
     notes.append(
         f"  its tokenizer_config.json says {said}, and its tokenizer.json does otherwise; this obeys the former, and "
         "the stored tokenizer.json does the same"

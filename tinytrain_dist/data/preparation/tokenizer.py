@@ -1,4 +1,4 @@
-"""Train, load and run byte-level BPE tokenizers, and prove that two encoders agree.
+"""Train, load and run byte-level BPE tokenizers, and check that two encoders agree.
 
 Must not know where text comes from or where token IDs go.
 """
@@ -29,17 +29,19 @@ from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.regular_files import check_regular
 
 EOS_TOKEN = SEPARATOR_TOKEN
-# GPT-4's split (cl100k) with three changes. No branch for contractions: the first covers them ("don't" -> "don", "'t"),
-# and theirs tears names in code apart ("'self" -> "'s", "elf"). Marks join letters, for scripts that write vowels so.
-# No \s+(?!\S): without looking ahead tiktoken is a quarter faster and survives a million spaces in a row; indented
-# words lose the space before them to the indentation, which costs no tokens in code.
+# The pattern that splits text into words: GPT-4's (cl100k) with three changes.
+# * There is no branch for contractions. The first branch covers them ("don't" -> "don", "'t"), and GPT-4's would split
+#   names in code ("'self" -> "'s", "elf").
+# * Combining marks count as letters, because some scripts write vowels as marks.
+# * There is no look-ahead \s+(?!\S). Without it tiktoken is a quarter faster and can encode a million spaces in a row.
+#   The space before an indented word then belongs to the indentation, which costs no tokens in code.
 SPLIT_REGEX = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-# What the ByteLevel pre-tokenizer does on its own (GPT-2).
+# The pattern that the ByteLevel pre-tokenizer uses by default (GPT-2's).
 _GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# A token seen once in the sample is not worth an id.
+# Pairs of tokens that occur only once in the sample get no ID.
 _MIN_PAIR_COUNT = 2
-# Where encoders that differ would show it: case, marks, digits, white space of every kind, rare planes.
-_PROBE = (
+# Text on which encoders may differ: case, marks, digits, all kinds of white space, rare Unicode planes.
+_DIFFICULT_TEXT = (
     "I'll don't WE'VE 'self x's 1234567 3.14 a\u0301\u0bcd \u0e01\u0e33 ½² \u3000\u00a0\u2003x\u200b\u0085 \r\n\r\n \n"
     "\t\t  end  \n  {}[]=>!= — “q” 日本語テキスト مرحبا हिन्दी \U0001f469\u200d\U0001f467 \U0001d54f"
     " \x00\x1c\x7f \u017f İ\ufeff  "
@@ -48,7 +50,11 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as stored: `text` is tokenizer.json, `size` one more than the largest id."""
+    """A tokenizer as it is stored.
+
+    text: content of tokenizer.json. size: one more than the largest ID. kind: description for meta.json.
+    regex: pattern that splits text into words, if the tokenizer is byte-level.
+    """
 
     text: str
     size: int
@@ -77,7 +83,7 @@ class Vocabulary:
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's map from printable characters to bytes, in which byte-level vocabularies are written."""
+    """Return GPT-2's map from printable characters to the bytes that they represent in byte-level vocabularies."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}
@@ -85,7 +91,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
-    """Train a byte-level BPE with at most `vocab_size` ids; `<|endoftext|>` is id 0, then the 256 bytes."""
+    """Train a byte-level BPE with at most `vocab_size` IDs: 0 for `<|endoftext|>`, then the 256 bytes, then merges."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT_REGEX), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -103,10 +109,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Vocabulary:
 
 
 def load_vocabulary(place: str, eos_token: str | None, spelled: SpelledTokens = "text") -> Vocabulary:
-    """Read a tokenizer.json, or the one in a folder; DataError if it is none or has no end-of-document token.
+    """Read a tokenizer.json, given its path or its folder.
 
-    `eos_token` None means `<|endoftext|>`, or what the tokenizer_config.json beside it says. `spelled`: what special
-    tokens that a text spells become.
+    eos_token: its end-of-document token (None: the one in tokenizer_config.json beside it, or `<|endoftext|>`).
+    spelled: what special tokens that a text spells become.
+    Errors: DataError if the file cannot be used or has no such token.
     """
     path = Path(place).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -118,28 +125,32 @@ def load_vocabulary(place: str, eos_token: str | None, spelled: SpelledTokens = 
         return replace(found, text=text, special=special, spelled=spelled)
     except DataError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for whatever it cannot read
+    except BaseException as error:  # tokenizers raises a plain Exception for a file that it cannot read, and may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(
-            f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json that tokenizers or "
-            "transformers saved, or a folder with one"
+            f"--tokenizer {place}: {file} cannot be used ({error}); give a tokenizer.json saved by tokenizers or "
+            "transformers, or a folder with one"
         ) from error
 
 
 def _describe(text: str, eos_token: str) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json. Errors: DataError if it lacks `eos_token`."""
     tokenizer = Tokenizer.from_str(text)
     eos_id = tokenizer.token_to_id(eos_token)
     if eos_id is None:
-        raise DataError(f"the tokenizer has no token {eos_token!r} to end documents with; name its own by --eos-token")
+        raise DataError(f"the tokenizer has no token {eos_token!r} to end documents; set --eos-token to the one it has")
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     data = json.loads(tokenizer.to_str())
     regex = _split_regex(data["pre_tokenizer"])
-    kind = f"{'byte-level ' if regex else ''}{data['model']['type']}"
+    model_type = data["model"]["type"]
+    kind = f"byte-level {model_type}" if regex else model_type
     return Vocabulary(text, size, eos_token, eos_id, kind, regex)
 
 
-def _split_regex(pre: Any) -> str | None:
-    """Return the regex of a byte-level pre-tokenizer in one of the two usual forms, None for every other."""
-    match pre:
+def _split_regex(pre_tokenizer: Any) -> str | None:
+    """Return the regex of a byte-level pre-tokenizer in one of the two usual forms, or None for all others."""
+    match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return _GPT2_REGEX
         case {
@@ -154,10 +165,13 @@ def _split_regex(pre: Any) -> str | None:
 
 
 class Encoder:
-    """Text to ids with `tokenizers`, or with `tiktoken` where `use_fast` says that both were proven equal."""
+    """Encode text to IDs with `tokenizers`, or with `tiktoken`, which is faster, if `use_fast` is set.
+
+    Set `use_fast` only if `why_not_fast` returned None.
+    """
 
     def __init__(self, vocabulary: Vocabulary, *, use_fast: bool) -> None:
-        """Build from a vocabulary; ValueError if `use_fast` and tiktoken cannot represent it."""
+        """Create an encoder. Errors: ValueError if `use_fast` is set and tiktoken cannot represent the vocabulary."""
         self.slow = Tokenizer.from_str(vocabulary.text)
         encode_as_in_training(self.slow, vocabulary.spelled)
         self.fast = _tiktoken(self.slow, vocabulary) if use_fast else None
@@ -169,45 +183,47 @@ class Encoder:
         try:
             return self.fast.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # Rust's panic (GPT-2's regex gives up on a million spaces in a row) is not an Exception.
+            # A panic in Rust is not an Exception. GPT-2's regex causes one on a million spaces in a row.
             if type(error).__name__ != "PanicException":
                 raise
             return self.encode_slow(text)
 
     def encode_slow(self, text: str) -> NDArray[np.uint32]:
-        """Return the same IDs from `tokenizers`, the definition."""
+        """Return the IDs of `text` from `tokenizers`, which are correct by definition."""
         return np.array(self.slow.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
 
 def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding:
-    """Return the same BPE as a tiktoken encoding; ValueError says why there is none."""
+    """Return a tokenizer as a tiktoken encoding. Errors: ValueError that says why this is impossible."""
     data = json.loads(tokenizer.to_str())
-    model, added = data["model"], data["added_tokens"]
+    model, added_tokens = data["model"], data["added_tokens"]
     if vocabulary.spelled == "ids":
-        raise ValueError("special tokens in the text become ids")
+        raise ValueError("special tokens in the text become IDs")
     if vocabulary.regex is None or model["type"] != "BPE":
         raise ValueError("it is not a byte-level BPE with one split regex")
-    if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added):
-        raise ValueError("it normalises text, drops merges or has added tokens that are not special")
-    special, byte_of = {token["content"] for token in added}, byte_of_character()
-    words = [word for word in model["vocab"] if word not in special]
+    if data["normalizer"] or model["dropout"] or not all(token["special"] for token in added_tokens):
+        raise ValueError("it normalizes text, drops merges at random, or has added tokens that are not special")
+    special_tokens = {token["content"] for token in added_tokens}
+    words = [word for word in model["vocab"] if word not in special_tokens]
+    byte_of = byte_of_character()
     try:
         ranks = {bytes(byte_of[character] for character in word): model["vocab"][word] for word in words}
     except KeyError as error:
-        raise ValueError(f"its vocabulary holds the character {error}, which stands for no byte") from error
-    merged = [model["vocab"][left + right] for left, right in model["merges"]]
-    if sum(len(word) == 1 for word in ranks) < 256 or merged != sorted(merged):
-        raise ValueError("some byte has no id, or its merges are not in the order of their ids")
+        raise ValueError(f"its vocabulary contains the character {error}, which represents no byte") from error
+    merged_ids = [model["vocab"][left + right] for left, right in model["merges"]]
+    bytes_with_id = sum(len(word) == 1 for word in ranks)
+    if bytes_with_id < 256 or merged_ids != sorted(merged_ids):
+        raise ValueError("some byte has no ID, or its merges are not in the order of their IDs")
     return tiktoken.Encoding("prepare", pat_str=vocabulary.regex, mergeable_ranks=ranks, special_tokens={})
 
 
 def why_not_fast(vocabulary: Vocabulary, sample: Iterable[str]) -> str | None:
-    """None if tiktoken gives the ids of `tokenizers` on the probe and the whole sample, else the reason."""
+    """Return None if tiktoken gives the same IDs as `tokenizers` on difficult text and on a sample, else a reason."""
     try:
         encoder = Encoder(vocabulary, use_fast=True)
     except ValueError as error:
         return str(error)
-    for text in (_PROBE, *sample):
+    for text in (_DIFFICULT_TEXT, *sample):
         if not np.array_equal(encoder.encode(text), encoder.encode_slow(text)):
-            return f"its ids differ on {text[:40]!r}..."
+            return f"its IDs differ on {text[:40]!r}..."
     return None

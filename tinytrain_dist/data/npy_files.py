@@ -1,0 +1,61 @@
+"""Check the head of a .npy file before numpy opens it, so that a damaged file is described in a sentence.
+
+Must not know what the numbers in the file mean.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MAX_HEADER_BYTES = 10_000  # numpy's own limit; the header of a token file has 118
+ZIP_MARK = b"PK\x03\x04"
+
+
+def check_npy_file(path: Path) -> None:
+    """Check that a file is one array of plain values, whole and without anything after it.
+
+    Errors: OSError; ValueError with what was found, as the end of a sentence.
+    """
+    with open(path, "rb") as file:
+        form = _read_header(file)
+        shape, dtype = form["shape"], form["dtype"]
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which are never loaded")
+        if not dtype.itemsize or any(length < 0 for length in shape):
+            raise ValueError(f"its header says {dtype} {list(shape)}, which is not an array of numbers")
+        found_bytes = os.fstat(file.fileno()).st_size - file.tell()
+        stated_bytes = math.prod(shape) * dtype.itemsize
+        if found_bytes != stated_bytes:
+            raise ValueError(f"it has {found_bytes:,} bytes of values, but {stated_bytes:,} by its header")
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    """Read the header up to the first value; return "shape" and "dtype". Errors: ValueError."""
+    start = file.read(8)
+    if not start.startswith(np.lib.format.MAGIC_PREFIX):
+        if start.startswith(ZIP_MARK):
+            raise ValueError("it is an .npz archive, which holds several arrays; save one with numpy.save")
+        what = "it is empty" if not start else f"it begins with {start!r}, which is not how such a file begins"
+        raise ValueError(what)
+    version = tuple(start[6:8])
+    readers: dict[tuple[int, ...], tuple[int, Any]] = {
+        (1, 0): (2, np.lib.format.read_array_header_1_0),
+        (2, 0): (4, np.lib.format.read_array_header_2_0),
+    }
+    if version not in readers:
+        raise ValueError(f"it has version {'.'.join(map(str, version))} of the format; save it with numpy.save again")
+    size_bytes, read = readers[version]
+    header_bytes = int.from_bytes(file.read(size_bytes), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {header_bytes:,} bytes by its own account, more than any array needs")
+    file.seek(8)
+    try:
+        shape, _, dtype = read(file)
+    except Exception:  # numpy parses it as Python: also SyntaxError, MemoryError and RecursionError
+        raise ValueError("its header is damaged") from None
+    return {"shape": shape, "dtype": dtype}
