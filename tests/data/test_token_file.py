@@ -129,6 +129,7 @@ def test_an_archive_of_arrays_is_an_error(tmp_path: Path) -> None:
 
 def test_an_array_that_is_not_in_c_order_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # numpy writes every 1-D array in C order, so no file can hold another one.
+    save_tokens(tmp_path / "t.npy", range(10))
     monkeypatch.setattr(np, "load", lambda *_, **__: np.arange(10, dtype=np.uint16)[::2])
     with pytest.raises(DataError, match="is not in C order"):
         load_token_dataset(tmp_path / "t.npy")

@@ -62,16 +62,16 @@ def last_save_error(settings: dict[str, Any]) -> str:
 
 def fail_beside_the_tensors(trainer: Any, where: str) -> None:
     """On rank 0 only, as a stale file handle would: an error between two collectives must not separate the ranks."""
+    from tinytrain_dist.checkpoint import manager
     from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
-    from tinytrain_dist.checkpoint.manager import CheckpointManager
 
-    owner = CheckpointManager if where == "_extra_files" else CheckpointFolder
+    owner: Any = manager if where == "_extra_files" else CheckpointFolder
     plain = getattr(owner, where)
 
-    def fail(self: Any, *args: Any) -> Any:
+    def fail(*args: Any) -> Any:
         if trainer.step in (4, 5):
             raise OSError(116, "Stale file handle")
-        return plain(self, *args)
+        return plain(*args)
 
     setattr(owner, where, fail)
 
