@@ -34,11 +34,11 @@ def resumed_from(folder: Path) -> str:
     return str(Run(folder / "run").values("resumed", "text")[-1]).partition(";")[0]
 
 
-@pytest.mark.parametrize("resume", ["auto", "checkpoint-00000003"])
+@pytest.mark.parametrize("resume", ["auto", "checkpoint-00000002"])
 def test_nothing_is_saved_in_a_streak_and_the_advice_works(tmp_path: Path, resume: str) -> None:
     settings = settings_for(tmp_path, "run", parallel="ddp", **SAVES)
-    if resume != "auto":  # the run is resumed from a checkpoint of its own, which `resume` still names afterwards
-        run_ranks(1, fit, {**settings, "stop_at_step": 3})
+    if resume != "auto":  # `resume` names a checkpoint of the run itself, and a later one lies beside it afterwards
+        run_ranks(1, fit, {**settings, "stop_at_step": 2})
         settings["resume"] = str(tmp_path / "run" / "checkpoints" / resume)
     messages = run_ranks(2, fit_error, settings, functools.partial(poison, steps=range(3, 99)))
     assert messages[0] == messages[1]
