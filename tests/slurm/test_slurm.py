@@ -169,7 +169,7 @@ def test_run_that_fails_at_once_is_not_requeued(cluster: Cluster, data: Path) ->
     wrong = submit(cluster, data, "wrong", "--nodelist=node3", more=("--frob", "1"))
     assert (job.ends(), before.ends(), wrong.ends()) == ("FAILED", "FAILED", "FAILED")
     assert {each.shows("Restarts") for each in (job, before, wrong)} == {"0"}
-    assert "did not come as far as its run folder" in job.output()
+    assert "this attempt ended before it wrote to its run folder" in job.output()
     assert "it failed before its first step" in before.output()
     assert "frob: unknown setting" in wrong.output()
 
@@ -187,11 +187,11 @@ def test_crash_after_progress_is_requeued_but_not_twice_at_one_step(cluster: Clu
     assert "not requeued: MAX_REQUEUES is 0" in capped.output()
     assert state(data / "capped")["state"] == "preempted"
     assert stopped.ends() == "COMPLETED"
-    assert "not requeued: the file stop asked for the end" in stopped.output()
+    assert "not requeued: a file named stop ended the run" in stopped.output()
     assert job.ends() == "FAILED"
     assert job.shows("Restarts") == "1"
     assert "requeued, time 1 of 20" in job.output()
-    assert "not requeued: it failed at step 12 before" in job.output()
+    assert "not requeued: an earlier attempt also failed, at step 12" in job.output()
 
 
 def test_scancel_saves_stays_cancelled_and_leaves_no_process(cluster: Cluster, data: Path) -> None:
@@ -233,7 +233,7 @@ print("ready", flush=True); time.sleep(600)"""
         finally:
             os.killpg(squatter.pid, signal.SIGKILL)
     outputs = [(data / f"sweep-{task}.out").read_text() for task in range(3)]
-    meeting = [int(port) for text in outputs for port in re.findall(r"they meet at \S+:(\d+)", text)]
+    meeting = [int(port) for text in outputs for port in re.findall(r"rendezvous at \S+:(\d+)", text)]
     assert len(set(meeting)) == 3
     assert not set(meeting) & set(ports), "the ports that were taken must have been passed over"
     assert Run(data / "sweep" / "0").digests() == alone
