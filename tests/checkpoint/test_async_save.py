@@ -1,4 +1,4 @@
-"""Host buffers, and the thread of a save."""
+"""Check host buffers and the thread of a save."""
 
 from __future__ import annotations
 

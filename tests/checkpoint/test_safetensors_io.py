@@ -74,7 +74,7 @@ def test_the_index_says_where_each_tensor_lies(tmp_path):
 
 
 def test_nothing_is_fetched_before_there_is_room_for_it(tmp_path, monkeypatch):
-    """A tensor may be as large as memory allows: what is not written yet must not pile up."""
+    """Memory stays small: at most a few chunks are fetched but not yet written."""
     fetched, written, plain = [], [], safetensors_io._write_out
 
     def write_out(file, data):
@@ -165,7 +165,7 @@ def test_rows_are_read_into_a_tensor_of_any_type_and_order(tmp_path, monkeypatch
 
 
 def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
-    """Hugging Face's files name tensors in any order, with metadata; and what is read is exactly what lies there."""
+    """Files of Hugging Face have metadata, and list tensors in any order."""
     tensors = {name: value.contiguous() for name, value in some_tensors().items()}
     save_file(dict(reversed(tensors.items())), tmp_path / "model.safetensors", {"format": "pt", "by": "others"})
     reader = TensorReader(tmp_path, "model")
@@ -239,7 +239,7 @@ def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
 
 
 def test_a_chunk_is_no_longer_read_when_chunks_in_flight_others_were_fetched(tmp_path, monkeypatch):
-    """The buffers are reused: a slow disk must delay the gathering, not lose bytes."""
+    """Buffers are reused, so a slow disk must delay gathering instead of losing bytes."""
     plain, buffers = safetensors_io._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(CHUNKS_IN_FLIGHT)]
 
     def slow(file, data):

@@ -1,4 +1,4 @@
-"""A named pipe in place of a file of a checkpoint is reported at once: opening it would wait for ever."""
+"""Check that a named pipe in place of a file of a checkpoint is reported; opening it would wait for ever."""
 
 from __future__ import annotations
 

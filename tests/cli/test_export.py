@@ -1,4 +1,4 @@
-"""`tinytrain export`: what transformers loads computes the same logits, or nothing is exported."""
+"""`tinytrain export`: transformers computes the same logits from the exported folder, or nothing is exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `tinytrain` command: verbs, mistakes, and what happens when a reader or the system refuses."""
+"""The `tinytrain` command: verbs, mistakes, a reader that closes the pipe, and errors of the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tinytrain plot`: curves are what was recorded, smoothed without a lag."""
+"""`tinytrain plot`: curves show the recorded values, and smoothing does not shift them."""
 
 from __future__ import annotations
 

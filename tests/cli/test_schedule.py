@@ -37,7 +37,7 @@ def test_the_chart_says_the_rates_of_the_schedule() -> None:
     assert top == 6  # 100 of 1,000 steps, in 69 columns
     assert heights[: top + 1] == sorted(heights[: top + 1])
     assert heights[top:] == sorted(heights[top:], reverse=True)
-    assert heights[-1] == 2  # a fifth of eight rows, begun
+    assert heights[-1] == 2  # a fifth of eight rows, rounded up
 
 
 def test_schedule_takes_settings_from_file_and_command_line(tinytrain: Cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Owns what `tinytrain status` says of runs that live, have ended, or died, from nothing but their files."""
+"""`tinytrain status`: what it reports of runs that are alive, have ended or died, from their files alone."""
 
 from __future__ import annotations
 

@@ -84,14 +84,14 @@ def test_checkpoints_are_listed_by_step_and_only_committed_ones_count(tmp_path):
     assert [path.name for path in run.committed()] == ["checkpoint-00000002", "checkpoint-00000010"]
     suffixes = [run_folder.name_suffix(path) for path in run.step_folders()]
     assert suffixes == ["", run_folder.DAMAGED_SUFFIX, "", run_folder.TEMPORARY_SUFFIX]
-    assert run_folder.open_run(folder).folder == tmp_path  # the folder of checkpoints stands for the run
+    assert run_folder.open_run(folder).folder == tmp_path  # the run of a folder of checkpoints
 
 
 def test_what_a_checkpoint_is(tmp_path):
     assert run_folder.is_checkpoint(make_checkpoint(tmp_path, "any-name"))
     (tmp_path / "prefix-00000001").mkdir()
     assert run_folder.is_checkpoint(tmp_path / "prefix-00000001")
-    write(make_checkpoint(tmp_path, "run") / "config.toml", "")  # a run, whatever else is in it
+    write(make_checkpoint(tmp_path, "run") / "config.toml", "")  # a run, even if it contains other files
     assert not run_folder.is_checkpoint(tmp_path / "run")
     (tmp_path / "folder").mkdir()
     assert not run_folder.is_checkpoint(tmp_path / "folder")

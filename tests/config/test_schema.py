@@ -17,7 +17,7 @@ from tinytrain_dist.errors import ConfigError, TinytrainError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# The fields of the notes that this project grew from, in no order: their names are public API.
+# The first settings of this project. Their names are public, so they must stay.
 NOTES = set(
     """batch_size context_len vocab_size num_layers num_heads d_model d_ff rope_theta total_steps log_every eval_every
     ckpt_every lr_max lr_min betas eps weight_decay grad_clip_norm warmup_iters cosine_iters device target_dir ckpt_dir

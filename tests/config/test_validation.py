@@ -33,7 +33,7 @@ def test_some_numbers_are_not_negative(name, value):
 
 
 def test_a_seed_is_one_word():
-    # the draws of evaluation have 1 in the second word of the generator's key
+    # evaluation uses 1 as the second word of the generator's key
     assert problems_of(seed=2**64 - 1) == []
     assert only_problem(seed=2**64).startswith("seed: 18446744073709551616 must be less than 2**64")
 

@@ -1,4 +1,4 @@
-"""The tokenizer beside token files: compared with the files and with the weights to start from."""
+"""Check that the tokenizer stored beside token files is compared with the files and with initial weights."""
 
 from __future__ import annotations
 

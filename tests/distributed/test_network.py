@@ -1,4 +1,4 @@
-"""Names, addresses and ports, as other machines would see them."""
+"""Check names, addresses and ports, as other machines see them."""
 
 from __future__ import annotations
 

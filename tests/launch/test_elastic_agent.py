@@ -1,4 +1,4 @@
-"""The elastic agent: how a run of one or several agents ends and continues when ranks and nodes die or are stopped."""
+"""The elastic agent: how a run ends or continues when ranks or nodes die or are stopped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def phase_of(folder: Path, rank: int = 0) -> str:
 def nodes(
     folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str
 ) -> list[TrainingProcess]:
-    """Two agents on this machine, as if on two nodes; the first one holds the rendezvous."""
+    """Start two agents on this machine, as if on two nodes; the first one serves the rendezvous."""
     port = free_port()
     rendezvous = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     conf = "--rdzv-conf=is_host={},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
@@ -126,7 +126,7 @@ def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> 
         os.killpg(agents[1].process.pid, signal.SIGKILL)
         agents[1].process.wait()
         assert agents[0].wait(180) == 0, agents[0].output()
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both))  # no orphan is left
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both))  # no process is left over
     assert len(both) == 2
     run = Run(tmp_path / "run")
     assert state_of(tmp_path)["state"] == "done"
@@ -181,7 +181,7 @@ def test_a_stop_during_a_long_evaluation_abandons_it_and_saves(tmp_path: Path) -
 def test_a_signal_during_the_start_ends_well_before_the_first_step(tmp_path: Path, moment: str) -> None:
     config = config_file(tmp_path, **ENDLESS)
     with training_process([config], 2, tmp_path, {"TINYTRAIN_ATTEMPT": "9"}, launcher=AGENT) as running:
-        if moment == "agent imports":  # from when it has its handlers; a signal before is the shell's affair
+        if moment == "agent imports":  # wait until the agent has its handlers; before that, signals act on the shell
             wait_until(lambda: _catches(running.process.pid, signal.SIGUSR1), running)
             os.kill(running.process.pid, signal.SIGUSR1)
         else:
@@ -246,7 +246,7 @@ sys.exit(worker.main(sys.argv[1:]))
 
 
 def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: Path) -> None:
-    """A peer that is sent SIGTERM for it would say that it was preempted, and the batch script would queue it again."""
+    """Other ranks get SIGTERM then. If they reported a preemption, the batch script would requeue the job."""
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     attempt = {"TINYTRAIN_ATTEMPT": "9"}

@@ -47,7 +47,7 @@ def test_two_nodes_on_one_machine_train_together_and_a_signal_to_one_stops_both(
     length = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "reproducible": True}
     config = config_file(tmp_path, **length)
     (tmp_path / "tmp").mkdir()
-    # this machine's own name may mean 127.0.1.1, as on Debian
+    # this machine's own name may resolve to 127.0.1.1, as on Debian
     options = ["--head", f"{socket.gethostname()}:{free_port()}"]
     with ExitStack() as stack:
         nodes = [start_node(stack, tmp_path, 0, config, *options)]

@@ -1,6 +1,6 @@
-"""Owns the checks of launch/submit.py: what it refuses, the script it renders, what it keeps, what it shows.
+"""Check launch/submit.py: what it refuses, the script it writes, what it copies, what it shows.
 
-Must not know Slurm: sbatch and squeue are scripts that answer as theirs do. The real ones are met in test_slurm.py.
+Needs no Slurm: sbatch and squeue are scripts that answer like the real ones, which test_slurm.py uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """A folder with commands that answer as Slurm's do; `asked` in it has their arguments."""
+    """A folder with commands that answer like those of Slurm, and record their arguments in the file `asked`."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     commands = {

@@ -1,4 +1,4 @@
-"""What a closed terminal, nohup and a job in the background do to a run and to other long commands."""
+"""Check what a closed terminal, nohup and background jobs do to a run and to other long commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program of one rank: what it reports of an error, and the exit code."""
+"""The program of one rank: what it reports after an error, and its exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the trace of some steps: that it is there, readable, named by step and phase, and absent without the setting."""
+"""Check the trace of some steps: it is readable, has steps and phases by name, and exists only with the setting."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_the_end_token_is_told():
 
 
 def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]:
-    """The problems that check_hf_config names when config.json of `config` has these changes; None takes a key away."""
+    """Return the problems that check_hf_config finds after these changes of config.json; None removes a key."""
     theirs = {**to_hf_config(config), **changes}
     theirs = {key: value for key, value in theirs.items() if value is not None or key not in changes}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
@@ -139,7 +139,7 @@ def test_query_norms_and_scaling_must_agree(tmp_path):
     scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
     problems = fits(tmp_path, SMALL, rope_parameters=scaled)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
-    # and the other way round: a scaling here that the weights were not trained with
+    # the reverse: a scaling is configured here, but the weights were trained without it
     plain = {"rope_type": "default", "rope_theta": 100.0}
     problems = fits(tmp_path, KINDS["llama3"], rope_parameters=plain, rope_scaling=None)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]

@@ -1,6 +1,6 @@
 """Check the loss: the public function against log-sum-exp, and the chunked head against the plain one.
 
-Must not know models. References are taken in float64, so that a bound says how much float32 lost, not which is right.
+Must not know models. References are computed in float64, so an error bound measures the rounding of float32 alone.
 """
 
 import inspect
@@ -27,7 +27,7 @@ def test_two_classes_by_hand():
 
 
 def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax at the target, row by row, in float64."""
+    """Return -log softmax at the target, row by row, in float64."""
     rows, ids = logits.double().reshape(-1, logits.shape[-1]), targets.reshape(-1)
     losses = [rows[i].logsumexp(0) - rows[i, ids[i]] for i in range(len(ids))]
     return torch.stack(losses).reshape(targets.shape)
@@ -146,7 +146,7 @@ def reference(hidden, weight, targets, scale=1.0):
 
 
 def assert_near(found: torch.Tensor, exact: torch.Tensor, relative: float) -> None:
-    """Within `relative` of the largest entry: how far a sum of such entries may be rounded away."""
+    """Check that the difference is within `relative` times the largest entry, which bounds the rounding of a sum."""
     bound = relative * max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
     assert (found.double() - exact).abs().max().item() <= bound
 
@@ -235,7 +235,7 @@ def test_pieces_never_make_all_logits():
     hidden, weight, targets = problem(40, 2, 100, seed=8, ignored=0.0)
     with Watch():
         head_loss_sum(hidden, weight, targets, None)
-    assert max(sizes) == 40 * 100  # the plain way does make them
+    assert max(sizes) == 40 * 100  # the plain method does make all logits
     sizes.clear()
     with Watch():
         loss_and_gradients(hidden, weight, targets, 4)

@@ -1,4 +1,4 @@
-"""Gradients of all ranks become one sum, over the fast paths of the backend."""
+"""Check which collectives of the backend sum the gradients of all ranks."""
 
 from __future__ import annotations
 

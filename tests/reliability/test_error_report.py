@@ -1,4 +1,4 @@
-"""Check that error.json holds the first cause, in whatever order ranks and agents of several nodes report theirs."""
+"""Check that error.json has the first cause, in whatever order the ranks and agents of several nodes report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_what_a_peer_says_never_replaces_a_cause_written_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error_report.write_error(tmp_path, CAUSES["killed"])
-    monkeypatch.setattr(error_report, "read_json_object", lambda path: {})  # it was not there yet when this one looked
+    monkeypatch.setattr(error_report, "read_json_object", lambda path: {})  # it was written after this rank had looked
     error_report.write_error(tmp_path, CAUSES["peer"])
     assert json.loads((tmp_path / "error.json").read_text()) == CAUSES["killed"]
 

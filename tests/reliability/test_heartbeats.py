@@ -1,4 +1,4 @@
-"""Check what is read from heartbeats: the last one of each rank, and for which rank the others wait."""
+"""Check what is read from heartbeats: the newest one of each rank, and the rank that the others wait for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check before step 1 that all ranks agree; the rank that differs is named."""
+"""The check before step 1 that all ranks agree: it names the rank that differs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinytrain_dist.reliability import rank_consistency
 
 
 def check_consistency(settings: dict[str, Any], odd: str) -> str:
-    """On a rank: the check at the start of a run, with something else on rank 2."""
+    """On a rank: run the check with something different on rank 2."""
     context = replace(init_distributed("cpu"), host=f"node{int(os.environ['RANK']) // 2 + 1}")
     if context.rank == 2:
         if odd == "settings":

@@ -1,7 +1,7 @@
-"""Owns what is promised on a cluster, on a real Slurm: stopped, preempted, requeued, cut off, and the same result.
+"""Check runs on a real Slurm that are stopped, preempted, requeued or lose a node: their result stays the same.
 
-Must not know how the templates do it: it looks at jobs, logs and checkpoints. What a run comes to is held against one
-process on one machine. Times are only ever waited for, never expected.
+Must not know how the batch scripts work: tests look at jobs, logs and checkpoints. The result of a run is compared with
+that of one process on one machine. Tests wait for events and assert no durations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.helpers.training import Run, settings_for, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LENGTH = {"reproducible": True, "total_steps": 40, "ckpt_every": 10, "eval_every": 20, "log_every": 1}
-BRAKE = "12:0.5"  # 14 s from step 12 on, in which the first attempt can be hit; a hit run does not wait for it
+BRAKE = "12:0.5"  # slows the first attempt by 14 s from step 12 on, time to send signals; a signal ends the wait
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data: Path) -> dict[str, str]:
-    """Digests of the run by one process on one machine."""
+    """The digests of the same run in one process on one machine."""
     return train(data, "alone", 1, **LENGTH).digests()
 
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, data: Path) -> Job:
-    """A job whose time limit hits, which takes two minutes: it is under way while the other tests run."""
-    env = {"BRAKE": "12:8"}  # longer than the limit, and the run knows how long a step takes
+    """A job that reaches its time limit after two minutes; it runs while the other tests run."""
+    env = {"BRAKE": "12:8"}  # the job takes longer than its limit, and the run knows the duration of a step
     return submit(cluster, data, "limited", "--nodelist=node4", "--time=2", "--signal=B:USR1@10", **env)
 
 
@@ -79,7 +79,7 @@ def state(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.usefixtures("limited")  # only so that it begins first
+@pytest.mark.usefixtures("limited")  # only to start it before the other tests
 def test_two_nodes_of_two_processes_come_to_what_one_process_comes_to(
     cluster: Cluster, data: Path, alone: dict[str, str]
 ) -> None:
@@ -139,7 +139,7 @@ def test_preempted_run_goes_on(cluster: Cluster, data: Path, alone: dict[str, st
     assert job.shows("Restarts") == "1"
     ((stopped, resumed),) = job.stopped_and_resumed()
     assert stopped == resumed > 12
-    assert ("requeued, time 1" in job.output()) == (partition == "grace")  # else Slurm has done it
+    assert ("requeued, time 1" in job.output()) == (partition == "grace")  # otherwise Slurm has requeued it
     assert Run(data / name).digests() == alone
 
 

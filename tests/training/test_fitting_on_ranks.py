@@ -35,7 +35,7 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
-    """On a rank: train where memory is short; what went wrong, if anything did."""
+    """On a rank: train with little memory; return the error, if there is one."""
     from tinytrain_dist.training import fitting
 
     if most is not None:

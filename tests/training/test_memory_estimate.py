@@ -1,4 +1,4 @@
-"""The memory estimate is what a real step takes."""
+"""Check that the memory estimate agrees with what a real step takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves of a run: what each outcome of a save means for the run and its log."""
+"""Check what each outcome of a save means for the run and its log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytrain_dist.training.saving import RunSaver
 
 
 class Log:
-    """Keeps what would be logged."""
+    """A run log that keeps what it is told to log."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, str, str]] = []
@@ -31,7 +31,7 @@ class Log:
 
 
 class Checkpoints:
-    """Stands for a checkpoint manager whose next save ends with `error`."""
+    """A stand-in for a checkpoint manager; its next save ends with `error`."""
 
     def __init__(self, folder: Path, error: BaseException | None) -> None:
         self.config = SimpleNamespace(target_dir=str(folder), ckpt_async=True)

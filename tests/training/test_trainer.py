@@ -1,4 +1,4 @@
-"""Owns what a run does besides being right: skipping, stopping, resuming, refusing, and what it leaves on disk."""
+"""Check what a run does besides computing: skip steps, stop, resume, refuse, and write files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def fit_error(settings: dict[str, Any], prepare: Any = None) -> str:
-    """On a rank: the message of the error that the run ends with; the type must be one of ours."""
+    """On a rank: return the message of the error that ends the run; its type must be one of this project."""
     try:
         fit(settings, prepare)
     except TinytrainError as error:
@@ -120,7 +120,7 @@ def test_ranks_that_draw_the_same_slots_are_refused(tmp_path: Path) -> None:
 
 
 def signal_self(trainer: Any) -> None:
-    """Rank 1 alone hears a signal during step 3 (the third forward of this rank's four micro-steps)."""
+    """Send a signal to rank 1 only, during step 3 (in the third of its four forward passes)."""
     from tinytrain_dist.reliability import stop_requests
 
     stop_requests.install_signal_handlers()
@@ -261,7 +261,7 @@ def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """The launcher's own command, SIGKILL of all ranks in the middle, and the same command again."""
+    """Start the training command, kill all ranks with SIGKILL, and start the same command again."""
     expected = train(tmp_path, "whole", 2, parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
     settings = settings_for(tmp_path, "run", parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
     config = tmp_path / "run.toml"
@@ -293,7 +293,7 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
 
 
 def compile_again(trainer: Any) -> None:
-    """Let steps 1 and 5 find new graphs."""
+    """Make steps 1 and 5 compile new graphs."""
     from tinytrain_dist.training import trainer as module
 
     module.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)

@@ -1,4 +1,4 @@
-"""What `tinytrain prepare` takes for text: the content decides, or the command refuses and names the flag."""
+"""Check which files `tinytrain prepare` reads as text, by their content, and which it refuses."""
 
 from __future__ import annotations
 
