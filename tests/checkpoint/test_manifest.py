@@ -113,7 +113,7 @@ def test_a_manifest_changed_by_hand_is_refused(folder):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"format": 1}'])
-def test_a_manifest_that_is_none_is_refused(folder, text):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
         read_manifest(folder)

@@ -40,7 +40,7 @@ def test_compare_finds_the_first_bit_that_differs(
     assert out.splitlines()[-1] == "different"
 
 
-def test_compare_tells_settings_and_machines_apart(tinytrain: Cli, folder: Path, run: Path) -> None:
+def test_compare_reports_other_settings_and_machines_separately(tinytrain: Cli, folder: Path, run: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     environment["torch"] = "0.1"
     environment["ranks"] *= 2

@@ -87,7 +87,7 @@ def test_under_the_agent(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_mistake_on_the_command_line_is_said_once_for_all_ranks(tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: Path) -> None:
     module = "tinytrain_dist.cli.doctor"
     options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
     done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)

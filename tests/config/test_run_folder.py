@@ -57,7 +57,7 @@ def test_folders_and_prefix_come_from_the_settings_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["seed = \n", "\x00"])
-def test_a_run_with_broken_settings_can_be_looked_at(tmp_path, text):
+def test_a_run_with_broken_settings_can_be_read(tmp_path, text):
     write(tmp_path / "config.toml", text)
     assert run_folder.read_settings(tmp_path) == {}
     assert RunFolder.at(tmp_path) is not None
@@ -99,14 +99,14 @@ def test_what_a_checkpoint_is(tmp_path):
     assert run_folder.name_suffix(tmp_path / "any-name") == ""
 
 
-def test_no_run_is_a_sentence(tmp_path):
+def test_no_run_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="holds neither a run nor a checkpoint"):
         run_folder.open_run(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         run_folder.open_run(tmp_path / "none")
 
 
-def test_records_are_read_but_for_torn_and_foreign_lines(tmp_path):
+def test_incomplete_and_foreign_lines_of_records_are_skipped(tmp_path):
     path = write(
         tmp_path / "metrics.jsonl",
         '{"kind": "train", "step": 1}\n{"step": 2}\n{"kind": "eval"}\n[3]\n{"kind": "eval", "st',

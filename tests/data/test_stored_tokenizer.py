@@ -65,7 +65,7 @@ def test_weights_that_were_trained_with_other_ids_are_a_warning(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
-def test_a_damaged_file_is_a_sentence(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, text: str) -> None:
     folder = data_folder(tmp_path, "gpt2", NEW)
     (folder / "meta.json").write_text(text)
     with pytest.raises(DataError, match=r"meta\.json: cannot be read"):

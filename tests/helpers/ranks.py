@@ -354,7 +354,7 @@ class TrainingProcess:
             ) from None
 
     def wait_for_output(self, text: str, timeout_seconds: float = 120) -> str:
-        """Return all output once it contains `text`. Errors: AssertionError if the process ends before or takes too long."""
+        """Return all output once it contains `text`. Errors: AssertionError if the process ends or is too slow."""
         deadline = time.monotonic() + timeout_seconds
         while text not in (output := self.output()):
             ended = self.process.poll() is not None

@@ -121,7 +121,7 @@ def is_running(pid: int) -> bool:
     return pid in {pid for pid, _ in living_processes()}
 
 
-def test_a_hang_ends_with_all_stacks_and_no_process_left(tmp_path: Path) -> None:
+def test_a_hang_ends_with_all_stacks_and_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         run_ranks(2, hang_on_rank_zero, str(tmp_path), timeout_seconds=0.5)
     message = str(failure.value)
@@ -165,7 +165,7 @@ def return_something_that_cannot_travel() -> threading.Lock:
     return threading.Lock()
 
 
-def test_a_result_that_cannot_be_pickled_is_said() -> None:
+def test_a_result_that_cannot_be_pickled_is_reported() -> None:
     with pytest.raises(AssertionError, match="cannot pickle"):
         run_ranks(1, return_something_that_cannot_travel)
 

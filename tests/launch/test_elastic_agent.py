@@ -76,7 +76,7 @@ def test_signal_to_the_agent_saves_and_ends_well(tmp_path: Path, number: signal.
     assert Run(tmp_path / "run").checkpoint.name == f"checkpoint-{state['step']:08d}"
 
 
-def test_killed_rank_ends_the_others_and_is_the_last_word(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_others_and_is_named_in_the_last_line(tmp_path: Path) -> None:
     config = config_file(tmp_path, total_steps=100_000, ckpt_every=100_000, log_every=5)
     with training_process([config], 2, tmp_path, launcher=AGENT) as running:
         running.wait_for_output("step 5/")
@@ -97,7 +97,7 @@ def test_restart_in_place_resumes_from_the_newest_checkpoint(tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "done", "step": 60}
 
 
-def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_both_nodes_with_the_same_last_line(tmp_path: Path) -> None:
     config = config_file(tmp_path, **ENDLESS)
     with contextlib.ExitStack() as stack:
         agents = nodes(tmp_path, config, stack, "2")
@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -
     assert state_of(tmp_path)["state"] == "failed"
 
 
-def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> None:
+def test_a_run_continues_on_one_node_after_the_other_is_lost(tmp_path: Path) -> None:
     settings = {**ENDLESS, "total_steps": 400, "ckpt_every": 10, "keep_last": 1}
     config = config_file(tmp_path, **settings)
     with contextlib.ExitStack() as stack:
@@ -134,7 +134,7 @@ def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> 
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]) == 1
 
 
-def test_a_restart_in_place_tells_why_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_restart_in_place_reports_why_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     settings = {"total_steps": 40, "ckpt_every": 10, "eval_every": 1000, "log_every": 5}
     config = config_file(tmp_path, **settings)
     with training_process([config], 2, tmp_path, launcher=AGENT, torchrun_args=["--max-restarts=2"]) as running:

@@ -178,7 +178,7 @@ def test_norms_by_layer_add_up_to_the_norm_and_are_those_of_the_weights(runs: di
 
 
 @pytest.mark.multiprocess
-def test_phases_and_goodput_say_where_time_goes(runs: dict[str, Run]) -> None:
+def test_phases_and_goodput_show_where_time_is_spent(runs: dict[str, Run]) -> None:
     for run in runs.values():
         phases = run.values("train", "step_time")
         assert all(list(phase) == list(STEP_PHASES) for phase in phases)

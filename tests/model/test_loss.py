@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tinytrain_dist.model.loss import IGNORE_INDEX, chunk_loss_and_grad, cross_entropy_loss, head_loss_sum
 
 
-def test_the_signature_is_that_of_the_notes():
+def test_the_signature_stays_as_documented():
     parameters = inspect.signature(cross_entropy_loss).parameters
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["logits", "targets"]
     assert [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == ["ignore_index", "reduction"]
@@ -264,7 +264,7 @@ def test_gradients_are_scaled_in_place_and_so_cannot_be_asked_for_twice():
         loss.backward()
 
 
-def test_pieces_work_under_somebodys_autocast():
+def test_chunks_work_inside_autocast():
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     targets, found = torch.randint(0, 7, (8,)), []
     for narrow in (False, True):

@@ -98,7 +98,7 @@ def test_interrupted_run_equals_the_uninterrupted_one(folder: Path) -> None:
     assert run.values("train", "loss") == expected.values("train", "loss"), "each step is recorded once"
 
 
-def test_reproducible_run_goes_on_with_other_ranks_and_modes(folder: Path) -> None:
+def test_a_reproducible_run_continues_with_other_ranks_and_modes(folder: Path) -> None:
     expected = one_process(folder, reproducible=True)
     train(folder, "moving", 4, parallel="fsdp", reproducible=True, stop_at_step=2)
     train(folder, "moving", 2, parallel="ddp", reproducible=True, stop_at_step=4)

@@ -118,7 +118,7 @@ def fit_and_fail(settings: dict[str, Any]) -> tuple[str, bool]:
     return "no error", True
 
 
-def test_nobody_commits_into_a_run_that_another_has_taken(tmp_path: Path) -> None:
+def test_no_process_commits_into_a_run_that_another_has_taken_over(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "run", **{**RUN, "ckpt_every": 2})
     for message, owned in run_ranks(2, fit_and_fail, settings):
         assert message.startswith("TrainingError")

@@ -18,7 +18,7 @@ from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
 from tinytrain_dist.optim.clipping import clip_gradients
 
 
-def test_the_signatures_are_those_of_the_notes():
+def test_the_signatures_stay_as_documented():
     assert positional(AdamW) == ["params", "lr", "betas", "eps", "weight_decay"]
     assert positional(clip_gradients) == ["params", "max_norm", "eps"]
 

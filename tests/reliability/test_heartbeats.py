@@ -39,7 +39,7 @@ def test_who_is_waited_for(heartbeats: list[dict[str, Any]], expected: str) -> N
     assert expected in describe_waiting(heartbeats, 3, since=50.0)
 
 
-def test_torn_heartbeats_and_those_of_a_larger_run_before_are_passed_over(tmp_path: Path) -> None:
+def test_incomplete_heartbeats_and_those_of_an_earlier_larger_run_are_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "heartbeat"
     folder.mkdir(parents=True)
     for rank in (0, 1, 7):

@@ -69,14 +69,14 @@ CODE = rank_consistency.code_digest()
                     "set OMP_NUM_THREADS=1, or give the job more cores (--cpus-per-task)"),
     ],
 )  # fmt: skip
-def test_odd_rank_is_named_on_all_ranks(odd: str, problems: str) -> None:
+def test_a_rank_that_differs_is_named_on_all_ranks(odd: str, problems: str) -> None:
     for said in run_ranks(4, check_consistency, {"batch_size": 4}, odd):
         assert (problems in said) if problems else said == ""
         assert said.count("clock") == (odd == "clock")
         assert said.count("threads") == (2 if odd == "threads" else 0)
 
 
-def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
+def test_with_two_ranks_the_value_of_rank_0_counts_as_usual() -> None:
     assert rank_consistency.find_differences([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
         "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use the same environment on all nodes"
     ]

@@ -80,7 +80,7 @@ def state(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("limited")  # only to start it before the other tests
-def test_two_nodes_of_two_processes_come_to_what_one_process_comes_to(
+def test_two_nodes_with_two_processes_give_the_result_of_one_process(
     cluster: Cluster, data: Path, alone: dict[str, str]
 ) -> None:
     assert "127.0.1.1" in cluster("on", "node1", "getent", "hosts", "node1").stdout  # as Debian has it
@@ -118,7 +118,7 @@ def test_usr1_to_the_batch_script_saves_and_requeues_and_no_step_is_lost(
     assert Run(data / "usr1").digests() == alone
 
 
-def test_requeue_by_hand_goes_on(cluster: Cluster, data: Path, alone: dict[str, str]) -> None:
+def test_a_run_continues_after_a_requeue_by_hand(cluster: Cluster, data: Path, alone: dict[str, str]) -> None:
     job = submit(cluster, data, "requeue", "--nodelist=node3", BRAKE=BRAKE)
     job.wait_for("step 13/")
     cluster("scontrol", "requeue", job.id)
@@ -129,7 +129,7 @@ def test_requeue_by_hand_goes_on(cluster: Cluster, data: Path, alone: dict[str, 
 
 
 @pytest.mark.parametrize("partition", ["main", "grace"])
-def test_preempted_run_goes_on(cluster: Cluster, data: Path, alone: dict[str, str], partition: str) -> None:
+def test_a_preempted_run_continues(cluster: Cluster, data: Path, alone: dict[str, str], partition: str) -> None:
     name = f"preempted-{partition}"
     nodes = ["--nodes=2", "--nodelist=node[1-2]"] if partition == "main" else ["--nodelist=node3"]
     job = submit(cluster, data, name, f"--partition={partition}", *nodes, BRAKE=BRAKE)
@@ -255,7 +255,7 @@ def test_without_torchrun(cluster: Cluster, data: Path, alone: dict[str, str]) -
     assert Run(data / "direct").digests() == alone
 
 
-def test_nodes_without_slurm_meet_and_a_signal_to_one_stops_both(
+def test_nodes_without_slurm_connect_and_a_signal_to_one_stops_both(
     cluster: Cluster, data: Path, alone: dict[str, str]
 ) -> None:
     path, log = config(data, "bare"), data / "bare0.out"
@@ -282,7 +282,7 @@ def test_nodes_without_slurm_meet_and_a_signal_to_one_stops_both(
     assert Run(data / "bare").digests() == alone
 
 
-def test_time_limit_saves_requeues_and_goes_on(
+def test_a_time_limit_saves_requeues_and_continues(
     cluster: Cluster, data: Path, alone: dict[str, str], limited: Job
 ) -> None:
     assert limited.ends() == "COMPLETED", limited.output()

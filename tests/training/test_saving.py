@@ -60,7 +60,7 @@ def test_a_save_that_ended_well_is_the_newest(tmp_path: Path) -> None:
     assert log.flushed == 1
 
 
-def test_waiting_is_said_with_both_steps(tmp_path: Path) -> None:
+def test_waiting_is_reported_with_both_steps(tmp_path: Path) -> None:
     saver, log = collected(tmp_path, None, wait=True)
     assert log.events[0] == (-1, "say", "step 6: waiting for the save of step 4 to end")
     assert saver.phase_timer.phase == "checkpoint"

@@ -178,7 +178,7 @@ def test_resume_refuses_what_makes_it_another_run_and_names_both_values(tmp_path
     assert "train_data" in run_ranks(1, fit_error, {**settings_for(tmp_path, "run"), **data})[0]
 
 
-def test_resume_applies_and_tells_a_changed_learning_rate(tmp_path: Path) -> None:
+def test_resume_applies_and_reports_a_changed_learning_rate(tmp_path: Path) -> None:
     train(tmp_path, "run", 1, stop_at_step=3)
     run = train(tmp_path, "run", 1, lr_max=0.02)
     (text,) = run.values("resumed", "text")
@@ -219,7 +219,7 @@ def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     assert names == [f"checkpoint-{step:08d}" for step in (3, 6, 7)]
 
 
-def test_run_folder_tells_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_folder_records_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     settings = settings_for(tmp_path, "run", parallel="ddp")
     run_ranks(2, fit, settings)
@@ -260,7 +260,7 @@ def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
         return model(ids)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path: Path) -> None:
     """Start the training command, kill all ranks with SIGKILL, and start the same command again."""
     expected = train(tmp_path, "whole", 2, parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
     settings = settings_for(tmp_path, "run", parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
@@ -278,7 +278,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert run.values("train", "loss") == expected.values("train", "loss")
 
 
-def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Path) -> None:
+def test_wrong_settings_are_reported_without_a_traceback(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('weigth_decay = 0.1\ntrain_data = "x.npy"\n[model]\nbatch_size = 3\n')
     done = launch_training([str(config), "--num-heads", "5"], 2, tmp_path)
@@ -299,7 +299,7 @@ def compile_again(trainer: Any) -> None:
     module.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)
 
 
-def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
+def test_a_graph_that_is_compiled_late_is_reported(tmp_path: Path) -> None:
     run_ranks(1, fit, settings_for(tmp_path, "run"), compile_again)
     told = [record for record in Run(tmp_path / "run").records if record["kind"] == "recompiled"]
     assert [record["step"] for record in told] == [5]

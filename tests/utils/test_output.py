@@ -20,7 +20,7 @@ class FullDisk(io.StringIO):
         return super().write(text)
 
 
-def test_lost_output_is_told_once() -> None:
+def test_lost_output_is_reported_once() -> None:
     disk, told = FullDisk(), list[str]()
     stream = TolerantStream(disk, "stdout")
     stream.call_on_loss(told.append)
