@@ -62,7 +62,8 @@ TYPES_OF_DISTRIBUTION = re.compile(
 LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # the launcher starts ranks, but is not a rank
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
 # What a processor can compute is asked below distributed/, in the one file that is about it.
-PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py"), Path(PACKAGE, "model", "matmul.py")}
+PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py")}
+PRIVATE_TORCH |= {Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 

@@ -208,6 +208,11 @@ def fused_attention_ops() -> set[Any]:
     }
 
 
+def float8_matmul_ops() -> set[Any]:
+    """Return the operators that multiply float8 matrices. Versions: _scaled_mm in 2.11 to 2.15, on CPU and CUDA."""
+    return {torch.ops.aten._scaled_mm.default}
+
+
 # ---------------------------------------------------------------- simulation and memory
 
 

@@ -34,7 +34,7 @@ _simulated_device: str | None = None  # see simulate_device
 
 def widens_bf16(precision: str, device: torch.device) -> bool:
     """Return whether a bf16 run on this device computes its products in float32; False for other precisions."""
-    return CPU_LACKS_BF16 and precision == "bf16" and device.type == "cpu"
+    return CPU_LACKS_BF16 and precision in ("bf16", "fp8") and device.type == "cpu"
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

@@ -80,7 +80,7 @@ def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tupl
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
     if not wanted:
         return replace(config, compile=False), ""
-    own_reason = why_not_compile(context.device, config.reproducible and config.precision == "bf16")
+    own_reason = why_not_compile(context.device, config.reproducible and config.precision in ("bf16", "fp8"))
     failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
     if not failures:
         return replace(config, compile=True), "torch.compile is on; the first step takes longer"

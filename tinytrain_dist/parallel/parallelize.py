@@ -73,7 +73,7 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
             _materialize(model, module, context.device, draw=draw)
         model.tie_weights()
         # The weights of embedding and head are gathered in float32, because their gradients are sums over many tokens.
-        in_bf16 = config.precision == "bf16" and unit[0] not in (embed, head)
+        in_bf16 = config.precision in ("bf16", "fp8") and unit[0] not in (embed, head)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
