@@ -29,7 +29,6 @@ from tinytrain_dist.utils.json_files import (
     nulls_to_nan,
     parse_nonfinite,
     read_json_dict,
-    whole_number,
 )
 from tinytrain_dist.utils.output import print_line
 
@@ -107,7 +106,9 @@ def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     record = state.get("report")
     record = record if isinstance(record, dict) else {}
     sound_step = record.get("sound_step")
-    if isinstance(sound_step, int) and sound_step >= whole_number(state.get("step")) - 1:
+    sound_step = sound_step if is_whole_number(sound_step) else None
+    step: Any = state.get("step")
+    if sound_step is not None and is_whole_number(step) and sound_step >= step - 1:
         sound_step = None  # the loss was at its usual level when the newest was saved
     return RetentionRules(
         int(settings.get("keep_last", DEFAULT_KEEP_LAST)),
