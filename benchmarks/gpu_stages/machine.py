@@ -75,9 +75,10 @@ def tests(stage: Stage) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
     # other tests may import packages that this machine lacks; their files are then not collected
     command += ["--continue-on-collection-errors", *(["tests/cuda"] if stage.dry else [])]
+    env = {**os.environ, **({"TINYTRAIN_TEST_DEVICE": "cpu"} if stage.dry else {})}
     log = stage.folder / "tests.log"
     with open(log, "w") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, check=False)
     text = log.read_text(errors="replace")
     lines = text.strip().splitlines()
     print(text[-12000:])
