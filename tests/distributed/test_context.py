@@ -1,4 +1,4 @@
-"""This process among all ranks: its place on the mesh, and what ranks decide and exchange."""
+"""Check the position of a rank on the mesh, and the decisions and values that ranks exchange."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_too_few_gpus_are_an_error_with_both_numbers(monkeypatch: pytest.MonkeyP
 
 
 def talk() -> dict[str, Any]:
-    """On a rank: use every method that communicates."""
+    """On a rank: call every method that communicates."""
     from tinytrain_dist.distributed.context import init_distributed
 
     context = init_distributed("cpu").with_mesh(ParallelDims("hsdp", 2, 2, ""))

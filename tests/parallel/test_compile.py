@@ -13,7 +13,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | None, str]]:
-    """On a rank: what `compile` becomes in each case. Only the last rank's compiler reports a problem."""
+    """On a rank: return the value of `compile` in each case. Only the compiler of the last rank reports a problem."""
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.errors import ConfigError

@@ -1,4 +1,4 @@
-"""The tree of sums: any number of parts, and one order of additions."""
+"""Check the reduction tree: any number of parts, and one order of additions."""
 
 from __future__ import annotations
 
