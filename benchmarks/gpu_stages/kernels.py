@@ -70,8 +70,11 @@ def _fp8_fast_product(m: int, k: int, n: int, device: str) -> Callable[[], Any]:
 
 def loss(stage: Stage) -> None:
     """Measure output head and loss, forward and backward, against plain cross-entropy of all logits at once."""
+    import torch
+
     tokens, width, vocabularies = (128, 32, (500,)) if stage.dry else (16384, 2048, (50304, 128256))
     for vocab in vocabularies:
+        torch.compiler.reset()  # else torch would soon refuse to compile the same function for further sizes
         _loss_of_vocabulary(stage, tokens, width, vocab)
 
 
@@ -162,7 +165,7 @@ def attention(stage: Stage) -> None:
 
             def run(way: Callable[[Any, Any, Any], Any], q: Any = q, k: Any = k, v: Any = v, grad: Any = grad) -> Any:
                 flops = 7 * q.shape[0] * q.shape[1] * q.shape[2] ** 2 * q.shape[3]  # causal, forward and backward
-                ms = milliseconds(lambda: way(q, k, v).backward(grad), device, stage.dry)
+                ms = milliseconds(lambda: torch.autograd.grad(way(q, k, v), (q, k, v), grad), device, stage.dry)
                 return {"ms": round(ms, 3), "TFLOP/s": round(flops / ms / 1e9, 1)}
 
             shape = f"[{b}, {h}{f' / {h // groups}' if groups > 1 else ''}, {t}, {e}]"
