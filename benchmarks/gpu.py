@@ -23,6 +23,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def count_gpus(options: argparse.Namespace) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip()])
-    return max(1, len([p for p in Path("/dev").glob("nvidia*") if p.name.removeprefix("nvidia").isdigit()]))
+    devices = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    return len(devices) or int(shutil.which("nvidia-smi") is not None)
 
 
 def selected(options: argparse.Namespace) -> list[Entry]:
@@ -188,6 +190,8 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    if options.device == "cuda" and not count_gpus(options):
+        sys.exit("--device: cuda needs a GPU, and this machine has none; --dry-run tries all stages on a CPU")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM; --resume continues"))
     sys.exit(1 if run_all(options) else 0)
 

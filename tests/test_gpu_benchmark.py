@@ -14,8 +14,9 @@ PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 TRAINING = "end_to_end:tiny:ours-eager:fp32:4x1"
 
 
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it finds the checkout itself
+def run(*arguments: object, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **variables}
+    env = {name: value for name, value in env.items() if name != "PYTHONPATH"}  # it finds the checkout itself
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300, cwd="/")
     assert done.returncode == 0 or not check, done.stdout + done.stderr
@@ -48,14 +49,25 @@ def test_a_dry_run_measures_resumes_and_reports(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_costs_only_itself(tmp_path: Path) -> None:
-    # without a GPU the stage cannot begin; its error is in the report, and the next stage runs
-    done = run("--device", "cuda", "--out", tmp_path, "--stages", "optimizer,environment", check=False)
+    # the variable promises a GPU that does not exist; the first stage records the versions before it fails
+    stages = "environment,end_to_end:1b:ours:bf16:8x1"
+    arguments = ("--device", "cuda", "--out", tmp_path, "--stages", stages)
+    done = run(*arguments, check=False, CUDA_VISIBLE_DEVICES="99")
+    assert done.returncode == 1
     report = json.loads((tmp_path / "report.json").read_text())["stages"]
-    assert set(report) == {"optimizer", "environment"}
-    if report["environment"]["status"] == "failed":
-        assert done.returncode == 1
-        assert "exit code 1" in report["environment"]["error"]
-        assert "environment:" in (tmp_path / "report.md").read_text()
+    assert [report[name]["status"] for name in stages.split(",")] == ["failed", "failed"]
+    assert "torch" in report["environment"]["values"]["versions"], "what was measured before is kept"
+    text = (tmp_path / "report.md").read_text()
+    assert "| environment | failed |" in text
+    assert "ConfigError" in text
+
+
+def test_without_a_gpu_one_sentence_says_what_to_do() -> None:
+    done = run("--device", "cuda", check=False, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "--device: cuda needs a GPU, and this machine has none; --dry-run tries all stages on a CPU\n"
+    )
 
 
 def test_an_unknown_stage_is_refused_with_the_names() -> None:
