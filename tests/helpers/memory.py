@@ -63,15 +63,18 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
-    """On a rank: return the measured and the estimated peak bytes of a step, and when the estimate has its peak."""
+def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, str]:
+    """On a rank: return the measured and the estimated peak bytes of a step, and when the estimate has its peak.
+
+    context: of this rank, if it has joined the others already.
+    """
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
     from tinytrain_dist.training.memory_estimate import estimate_memory
     from tinytrain_dist.training.train_step import build_train_step
 
-    config, context = TrainingConfig(**settings), init_distributed(settings["device"])
+    config, context = TrainingConfig(**settings), context or init_distributed(settings["device"])
     context = context.with_mesh(choose_parallel_dims(config, context.world_size, context.local_world_size))
     predicted = estimate_memory(config, context)
     _steps(build_train_step(config, context), 1)  # what libraries allocate once and keep does not belong to the step

@@ -96,30 +96,6 @@ def test_between_log_lines_only_finished_copies_are_read_and_one_step_late(
         assert rest == [(5, "DistributedContext.all_gather_numbers"), (9, "DistributedContext.all_gather_numbers")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA to report synchronisations")
-def test_no_step_synchronises_with_the_gpu(tmp_path: Path) -> None:
-    quiet = {"val_data": None, "eval_every": 99, "ckpt_every": 99, "log_every": 4, "total_steps": 10}
-    run_ranks(1, fit_without_synchronising, settings_for(tmp_path, "run", parallel="none", **quiet, device="cuda"))
-
-
-def fit_without_synchronising(settings: dict[str, Any]) -> None:
-    from tinytrain_dist.config.schema import TrainingConfig
-    from tinytrain_dist.distributed.context import init_distributed
-    from tinytrain_dist.training.trainer import Trainer
-
-    trainer = Trainer.build(TrainingConfig(**settings), init_distributed("cuda"))
-    plain = trainer.run_step
-
-    def strict(reason: str) -> Any:
-        torch.cuda.set_sync_debug_mode("error" if trainer.step >= 2 else "default")  # the first steps allocate
-        return plain(reason)
-
-    trainer.run_step = strict  # type: ignore[method-assign]
-    finish = trainer._finish
-    trainer._finish = lambda: (torch.cuda.set_sync_debug_mode("default"), finish())[1]  # type: ignore[method-assign]
-    assert trainer.fit() == "done"
-
-
 def with_tokenizer(folder: Path) -> Path:
     """Make a folder with token files and a tokenizer of 53 words, w0 w1 ..."""
     from tokenizers import Tokenizer, models
