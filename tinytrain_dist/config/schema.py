@@ -124,9 +124,7 @@ class TrainingConfig:
     parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
-    precision: Precision = _setting(
-        "compute", "auto", "compute type (auto: bf16 on GPUs, else fp32; fp8: bf16 with products of blocks in float8)"
-    )
+    precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
         "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"
     )
