@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -96,3 +97,14 @@ def test_float32_products_use_tf32_on_a_gpu_unless_reproducible(float32_products
     assert float32_products() == "high", "a CPU run leaves it alone"
     determinism.choose_float32_products(exact, gpu)
     assert float32_products() == "highest"
+
+
+def test_threads_take_turns_sooner_in_a_run_on_a_gpu() -> None:
+    before = sys.getswitchinterval()
+    try:
+        determinism.switch_threads_sooner(torch.device("cpu"))
+        assert sys.getswitchinterval() == before
+        determinism.switch_threads_sooner(torch.device("cuda"))
+        assert sys.getswitchinterval() == pytest.approx(5e-4)
+    finally:
+        sys.setswitchinterval(before)

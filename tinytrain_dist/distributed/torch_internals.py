@@ -7,7 +7,7 @@ Importing this module imports torch and nothing slower: FSDP, the compiler and t
 needed. The only private operations that other modules use are `torch._foreach_*`, on which torch's own optimizers are
 built.
 
-Sections: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
+Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
 
+EXPANDABLE_SEGMENTS = "expandable_segments:True"  # a value of PYTORCH_ALLOC_CONF
+
 if TYPE_CHECKING:  # at run time __getattr__ imports them on first use: importing FSDP takes seconds
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
@@ -37,6 +39,26 @@ def __getattr__(name: str) -> Any:
     from torch.distributed.fsdp._fully_shard import _fsdp_api
 
     return getattr(_fsdp_api, name)
+
+
+# ---------------------------------------------------------------- memory of a GPU
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator of GPU memory extend its segments, so that free memory does not end up in unusable pieces.
+
+    Call this before memory is allocated. A value that the user has set under either name of the variable is kept.
+    Versions: since 2.9 torch reads PYTORCH_ALLOC_CONF, and warns about the older name. It may have read the variable
+    when it was imported, so it is also told by a call: _accelerator_setAllocatorSettings in 2.13; where that is
+    missing, torch.cuda.memory._set_allocator_settings.
+    """
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
+    call = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    call = call or getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if call is not None:
+        call(EXPANDABLE_SEGMENTS)
 
 
 # ---------------------------------------------------------------- process groups and stores

@@ -50,6 +50,7 @@ from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
+from tinytrain_dist.utils.processes import raise_open_file_limit
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
 TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
@@ -247,6 +248,7 @@ def _has_rank_0(pid: int) -> bool:
 
 def main(args: list[str]) -> int:
     """Run torchrun with its arguments; return 0, the exit code of the first failing rank, or 2 for a wrong setting."""
+    raise_open_file_limit()
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
         of_torchrun = []
