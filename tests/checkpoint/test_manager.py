@@ -92,3 +92,20 @@ def test_an_error_that_will_end_the_run_is_collected_only_when_all_ranks_wait_fo
     assert error == failure
     assert failure_after == ""
     assert collected
+
+
+def update_and_save(settings: dict[str, Any]) -> list[str]:
+    """What happens to the host buffers when the optimizer updates the weights, before and after a save."""
+    manager = new_manager(settings, [])
+    calls: list[str] = []
+    manager.buffers.before_update = lambda: calls.append(f"update of {next(manager.model.parameters()).max():.0f}")
+    save(manager, 5)
+    for param in manager.model.parameters():
+        param.grad = torch.ones_like(param)
+    manager.optimizer.step()
+    return calls
+
+
+def test_every_update_first_waits_for_the_copy_of_a_save(tmp_path: Path) -> None:
+    (calls,) = run_ranks(1, update_and_save, settings_for(tmp_path, "run", vocab_size=VOCABULARY))
+    assert calls == ["update of 5"], "called once, while the weights are still those that are being saved"

@@ -259,3 +259,14 @@ def test_decay_groups_leave_out_frozen_and_count_tied_weights_once():
     model[2].weight.requires_grad_(False)
     groups = weight_decay_groups(model, 0.1)
     assert [len(group["params"]) for group in groups] == [1]  # and no empty group
+
+
+def test_the_kernel_divides_the_gradients_by_the_scale_and_keeps_the_quotients():
+    """The shape does not fill whole SIMD vectors, so the quotients come back from a padded copy."""
+    grad = some((7, 5), 1)
+    scaled, plain = nn.Parameter(some((7, 5), 0)), nn.Parameter(some((7, 5), 0))
+    scaled.grad, plain.grad = grad * 4, grad.clone()
+    AdamW([scaled], lr=0.1).step(grad_scale=torch.tensor(4.0))
+    AdamW([plain], lr=0.1).step()
+    assert torch.equal(scaled, plain)
+    assert torch.equal(scaled.grad, grad)

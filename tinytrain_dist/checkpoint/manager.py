@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinytrain_dist.checkpoint.async_save import HostBuffers, SaveThread
+from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveThread
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.compatibility import (
     check_same_numerics,
@@ -85,7 +85,9 @@ class CheckpointManager:
         self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
         self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
-        self.buffers = HostBuffers(self.shards)
+        on_gpu = context.device.type == "cuda"
+        self.buffers = HostBuffers(self.shards, CopyStream(context.device) if on_gpu else None)
+        optimizer.register_step_pre_hook(lambda *_: self.buffers.before_update())
         self.pending: SaveThread | None = None  # the save that was started and not yet collected
         self.retention_rules = RetentionRules.of(config, {}, None)  # as of the last save
         self.group = collectives.new_background_group()
