@@ -162,12 +162,13 @@ def losses_fp8(context: Any, folder: Path) -> list[float]:
 
 def copies_on_the_host(context: Any, folder: Path) -> dict[str, tuple[bool, bool]]:
     """By tensor: whether its copy on the host is pinned, and whether it is equal."""
-    from tinytrain_dist.checkpoint.async_save import HostBuffers
+    from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers
     from tinytrain_dist.checkpoint.state import collect_shards
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 7)).to(DEVICE)
-    buffers = HostBuffers(collect_shards(model, None)[0])
+    stream = CopyStream(context.device) if DEVICE == "cuda" else None
+    buffers = HostBuffers(collect_shards(model, None)[0], stream)
     found = {}
     for _ in range(2):  # the second copy reuses the buffers
         with torch.no_grad():

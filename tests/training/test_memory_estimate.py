@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from tests.helpers.forecasts import estimated, meta_model, two_nodes
+import pytest
+import torch
+
+from tests.helpers.forecasts import SMALL, estimated, meta_model, two_nodes
 from tests.helpers.memory import CASES, MODEL, measure
 from tests.helpers.ranks import run_ranks
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.training import forecast, memory_estimate
 
 
@@ -43,3 +48,13 @@ def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> No
         assert held["weights"] == pytest.approx(weights / share, rel=0.01)
         assert held["optimizer"] == pytest.approx(2 * weights / share, rel=0.01)
         assert held["gradients"] == pytest.approx(weights / share, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
+def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: DistributedContext, mode: str) -> None:
+    """The mesh of a real run on GPUs is of type cuda; only the type of the device is replaced here."""
+    config = TrainingConfig(**{**SMALL, "parallel": mode, "precision": "bf16"})
+    meshed = world.with_mesh(choose_parallel_dims(config, 4, 2))
+    simulated = memory_estimate.estimate_memory(config, replace(meshed, target_type="cuda"))
+    found = memory_estimate.estimate_memory(config, replace(meshed, device=torch.device("cuda", 0)))
+    assert found.stages == simulated.stages

@@ -216,13 +216,10 @@ def _extrapolate(
 def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
     tracker = MemoryTracker()
     # the simulated run may be on GPUs, where the model takes other branches than on this CPU
-    with (
-        fake_tensor_mode(),
-        simulate_device(context.target_type or context.device.type),
-        tracker,
-        tracker.tracking_resizes(),
-    ):
-        train_step = build_train_step(config, context.on_cpu(), draw=False)
+    device = simulate_device(context.target_type or context.device.type)
+    on_cpu = context.on_cpu()  # before tensors are fake, because it makes a mesh from real ones
+    with fake_tensor_mode(), device, tracker, tracker.tracking_resizes():
+        train_step = build_train_step(config, on_cpu, draw=False)
         for state in train_step.optimizer.state.values():
             for tensor in state.values():
                 tracker.record(tensor, "optimizer")
