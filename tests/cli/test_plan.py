@@ -57,11 +57,11 @@ def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFix
         _, text = run_plan(capsys, *config, "--device", device, *settings)
         assert f"50% of {peak} TFLOP/s" in text
     # one pass over this batch does not fit, so the size is chosen as in a run on a GPU
-    large = (*config, "--batch-size", "65536")
-    code, text = run_plan(capsys, *large, "--device", "l4")
+    large = ("--d-model", "2048", "--num-heads", "16", "--batch-size", "2048", "--device", "l4")
+    code, text = run_plan(capsys, *config, *large)
     assert code == 0, text
-    assert "micro_batch_size 65536 " not in text
-    assert "micro_batch_size 65536 " in run_plan(capsys, *large, "--device", "cpu")[1]
+    assert "batch_size 2048 = micro_batch_size " in text
+    assert "micro_batch_size 2048 " not in text
 
 
 def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
