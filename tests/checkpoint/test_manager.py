@@ -1,4 +1,4 @@
-"""The manager of a run's checkpoints, without a training loop around it."""
+"""Check the manager of a run's checkpoints, without a training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def new_manager(settings: dict[str, Any], warnings: list[str]) -> Any:
-    """A manager of a model whose weights are all 0, and its optimizer."""
+    """Return the manager of a model whose weights are all 0."""
     from tinytrain_dist import AdamW, TrainingConfig, TransformerLM
     from tinytrain_dist.checkpoint.manager import CheckpointManager
     from tinytrain_dist.distributed.context import init_distributed
@@ -75,7 +75,7 @@ def test_warnings_go_to_the_report_and_the_checkpoint_before_a_damaged_one_is_lo
 
 
 def fail_and_collect(settings: dict[str, Any]) -> list[Any]:
-    """How a save stands, before and after it is collected, whose error will end the run."""
+    """Return the state of a failed save before and after it is collected; its error will end the run."""
     manager = new_manager(settings, [])
     next(manager.model.parameters()).data[0, 0] = float("nan")
     manager.save(1, {}).join()
@@ -92,3 +92,20 @@ def test_an_error_that_will_end_the_run_is_collected_only_when_all_ranks_wait_fo
     assert error == failure
     assert failure_after == ""
     assert collected
+
+
+def update_and_save(settings: dict[str, Any]) -> list[str]:
+    """What happens to the host buffers when the optimizer updates the weights, before and after a save."""
+    manager = new_manager(settings, [])
+    calls: list[str] = []
+    manager.buffers.before_update = lambda: calls.append(f"update of {next(manager.model.parameters()).max():.0f}")
+    save(manager, 5)
+    for param in manager.model.parameters():
+        param.grad = torch.ones_like(param)
+    manager.optimizer.step()
+    return calls
+
+
+def test_every_update_first_waits_for_the_copy_of_a_save(tmp_path: Path) -> None:
+    (calls,) = run_ranks(1, update_and_save, settings_for(tmp_path, "run", vocab_size=VOCABULARY))
+    assert calls == ["update of 5"], "called once, while the weights are still those that are being saved"

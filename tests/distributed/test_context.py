@@ -1,4 +1,4 @@
-"""This process among all ranks: its place on the mesh, and what ranks decide and exchange."""
+"""Check the position of a rank on the mesh, and the decisions and values that ranks exchange."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_rank_knows_its_replica_and_shard() -> None:
 
 
 def talk() -> dict[str, Any]:
-    """On a rank: use every method that communicates."""
+    """On a rank: call every method that communicates."""
     from tinytrain_dist.distributed.context import init_distributed
 
     context = init_distributed("cpu").with_mesh(ParallelDims("hsdp", 2, 2, ""))

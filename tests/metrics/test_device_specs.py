@@ -1,4 +1,4 @@
-"""The one table of devices: found by a short name for plans, and by the driver's name for MFU."""
+"""The table of devices: entries are found by a short name for plans, and by the driver's name for MFU."""
 
 from __future__ import annotations
 

@@ -86,3 +86,30 @@ def test_this_rank_computes_its_own_micro_batches(context: DistributedContext) -
     step, _ = built(context)
     assert step.micro_batch_indices == [0, 1, 2, 3]
     assert step.slots == list(range(8))
+
+
+@pytest.mark.parametrize("grad_clip_norm", [1e-3, 1e3, None])
+def test_the_optimizers_kernel_clips_as_a_pass_over_the_gradients_does(
+    context: DistributedContext, grad_clip_norm: float | None
+) -> None:
+    """Clipping in the kernel is for GPUs. The CPU kernel takes the same argument."""
+    weights = []
+    for clip_in_optimizer in (False, True):
+        step, batches = built(context, grad_clip_norm=grad_clip_norm)
+        assert not step.clip_in_optimizer, "runs on a CPU keep their bits"
+        step.clip_in_optimizer = clip_in_optimizer
+        step.run(3, batches)
+        moments = [state["exp_avg"] for state in step.optimizer.state.values()]
+        weights.append([*step.model.parameters(), *moments])
+    is_clipped = grad_clip_norm == 1e-3
+    for by_pass, by_kernel in zip(*weights, strict=True):
+        torch.testing.assert_close(by_pass, by_kernel, rtol=1e-5 if is_clipped else 0, atol=1e-9 if is_clipped else 0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_if_the_kernel_clips(context: DistributedContext) -> None:
+    step, batches = built(context)
+    step.clip_in_optimizer = True
+    before = {name: param.clone() for name, param in step.model.named_parameters()}
+    step.model.register_forward_hook(lambda *results: results[-1] * torch.nan)
+    step.run(0, batches)
+    assert all(torch.equal(param, before[name]) for name, param in step.model.named_parameters())

@@ -1,55 +1,144 @@
 """Copy a rank's shards to host memory, and run a save in a thread while training continues.
 
+On a GPU the copy runs beside the computation. Only the next update of the weights waits for it.
+
 Must not know what a save does: `manager.py` gives the thread a function to run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.state import ShardsByKind
+from tinytrain_dist.distributed.shard_transfer import TensorShard
+from tinytrain_dist.errors import CheckpointError
 
 SLOW_SAVE_SECONDS = 120.0  # a save that takes longer causes a warning
 
 
-class HostBuffers:
-    """Copies of this rank's shards in host memory, reused by every save; pinned if the shards are on a GPU."""
+ALIGNMENT = 512  # bytes; torch aligns its GPU tensors in the same way
 
-    def __init__(self, shards: ShardsByKind) -> None:
-        """`shards`: what to copy each time. The first copy allocates the memory."""
+
+class CopyStream:
+    """A CUDA stream for copies from the GPU to the host, and the pinned memory that they need."""
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        """`cuda`: torch.cuda, or its replacement in a test."""
+        self._cuda = cuda
+        self._device = device
+        self._stream = cuda.Stream(device)
+
+    def run(self, copy: Callable[[], None]) -> Any:
+        """Enqueue `copy` after everything that the GPU has been given so far; return the event of its end."""
+        self._stream.wait_stream(self._cuda.current_stream(self._device))
+        with self._cuda.stream(self._stream):
+            copy()
+        return self._stream.record_event()
+
+    def hold_compute(self, event: Any) -> None:
+        """Let what the GPU is given from now on wait for an event. The CPU does not wait."""
+        self._cuda.current_stream(self._device).wait_event(event)
+
+    def pin(self, memory: Tensor) -> Callable[[], None]:
+        """Lock `memory` into RAM, so that the GPU can copy to it; return the function that unlocks it.
+
+        Torch's own pinned memory would take up to twice the bytes, because its allocator rounds up to powers of two.
+        Errors: CheckpointError if the driver refuses.
+        """
+        runtime = self._cuda.cudart()
+        portable = 1  # pinned for all CUDA contexts
+        result = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, portable))
+        if result != 0:
+            raise CheckpointError(
+                f"ckpt_async: the GPU's driver cannot pin {memory.nbytes / 1e9:.2f} GB of host memory (CUDA error "
+                f"{result}); set ckpt_async = false, or raise the limit on locked memory"
+            )
+
+        def unpin() -> None:
+            runtime.cudaHostUnregister(memory.data_ptr())
+
+        return unpin
+
+
+class HostBuffers:
+    """Copies of this rank's shards in host memory, reused by every save.
+
+    Each kind of state has one flat buffer, and the rows of its shards are views of it.
+    """
+
+    def __init__(self, shards: ShardsByKind, stream: CopyStream | None = None) -> None:
+        """`shards`: what to copy each time. The first copy allocates the memory.
+
+        stream: for shards on a GPU; None for shards on the CPU.
+        """
         self._sources = [shard.rows_to_save for shards_of_kind in shards.values() for shard in shards_of_kind]
-        self._on_gpu = any(source.is_cuda for source in self._sources)
+        self._stream = stream
         self._shards = shards  # after the first copy: the same shards, with rows_to_save in the buffers
         self._copied: list[Tensor] = []
+        self._unfinished: Any = None  # the event of a copy that no update of the weights has waited for
 
-    def copy(self) -> tuple[ShardsByKind, torch.cuda.Event | None]:
-        """Copy the shards to host memory.
+    def copy(self) -> tuple[ShardsByKind, Any]:
+        """Copy the shards to host memory. On a GPU, only enqueue the copy; see `before_update`.
 
-        Returns the shards with `rows_to_save` in host memory, and an event to wait for before reading them (None if no
-        shard is on a GPU). The next call overwrites them.
+        Returns the shards with `rows_to_save` in host memory, and an event to wait for before reading them (None
+        without a stream). The next call overwrites them.
         """
         if not self._copied:
             self._allocate()
-        torch._foreach_copy_(self._copied, self._sources, non_blocking=self._on_gpu)
-        event = torch.cuda.Event() if self._on_gpu else None
-        if event is not None:
-            event.record()
-        return self._shards, event
+        if self._stream is None:
+            torch._foreach_copy_(self._copied, self._sources)
+        else:
+            self._unfinished = self._stream.run(
+                lambda: torch._foreach_copy_(self._copied, self._sources, non_blocking=True)
+            )
+        return self._shards, self._unfinished
+
+    def before_update(self) -> None:
+        """Let the GPU finish the newest copy before it changes the shards. The CPU does not wait."""
+        if self._stream is not None and self._unfinished is not None:
+            self._stream.hold_compute(self._unfinished)
+            self._unfinished = None
 
     def _allocate(self) -> None:
-        self._copied = [torch.empty_like(source, device="cpu", pin_memory=source.is_cuda) for source in self._sources]
-        buffers = iter(self._copied)
-        self._shards = {
-            kind: [replace(shard, rows_to_save=next(buffers)) for shard in shards_of_kind]
-            for kind, shards_of_kind in self._shards.items()
-        }
+        self._shards = {kind: self._with_buffer(shards_of_kind) for kind, shards_of_kind in self._shards.items()}
+        self._copied = [shard.rows_to_save for shards_of_kind in self._shards.values() for shard in shards_of_kind]
+
+    def _with_buffer(self, shards: list[TensorShard]) -> list[TensorShard]:
+        """Return shards whose `rows_to_save` are views of one new buffer."""
+        sizes = [shard.rows_to_save.nbytes for shard in shards]
+        padded_sizes = [size + -size % ALIGNMENT for size in sizes]
+        if self._stream is None:
+            memory = torch.empty(sum(padded_sizes), dtype=torch.uint8)
+        else:
+            memory = _whole_pages(sum(padded_sizes))
+            weakref.finalize(self, self._stream.pin(memory)).atexit = False  # the end of the process unlocks it too
+        placed = []
+        start = 0
+        for shard, size, padded_size in zip(shards, sizes, padded_sizes, strict=True):
+            rows = shard.rows_to_save
+            placed.append(replace(shard, rows_to_save=memory[start : start + size].view(rows.dtype).view(rows.shape)))
+            start += padded_size
+        return placed
+
+
+def _whole_pages(nbytes: int) -> Tensor:
+    """Return memory that shares no page with anything else, because a driver locks whole pages: uint8 [nbytes]."""
+    pages = mmap.mmap(-1, max(1, nbytes))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)  # locking is faster if there are fewer pages
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
 class SaveThread(threading.Thread):

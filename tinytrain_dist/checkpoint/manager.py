@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinytrain_dist.checkpoint.async_save import HostBuffers, SaveThread
+from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveThread
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.compatibility import (
     check_same_numerics,
@@ -41,15 +41,11 @@ from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
 from tinytrain_dist.utils.json_files import read_json_dict, to_json
+from tinytrain_dist.utils.output import print_line
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 
 LoadedState = tuple[dict[str, Any], list[str]]  # trainer_state.json, settings that differ as "name: saved -> present"
-
-
-def print_line(text: str) -> None:
-    """Print a line at once, even if the output is buffered."""
-    print(text, flush=True)
 
 
 class CheckpointManager:
@@ -89,7 +85,9 @@ class CheckpointManager:
         self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
         self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
-        self.buffers = HostBuffers(self.shards)
+        on_gpu = context.device.type == "cuda"
+        self.buffers = HostBuffers(self.shards, CopyStream(context.device) if on_gpu else None)
+        optimizer.register_step_pre_hook(lambda *_: self.buffers.before_update())
         self.pending: SaveThread | None = None  # the save that was started and not yet collected
         self.retention_rules = RetentionRules.of(config, {}, None)  # as of the last save
         self.group = collectives.new_background_group()

@@ -23,7 +23,7 @@ from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
+from tinytrain_dist.optim.adamw import build_optimizer
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,
@@ -73,7 +73,7 @@ def main(args: list[str]) -> int:
         device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
-    context = fake_backend.fake_context(cluster.num_devices, per_node)
+    context = fake_backend.fake_context(cluster.num_devices, per_node, "cpu" if device.name == "cpu" else "cuda")
     try:
         return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
     finally:
@@ -187,9 +187,7 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
 
 def _disk(config: TrainingConfig, model: nn.Module) -> str:
     """Format the size of a checkpoint, and of all checkpoints that are kept at the same time."""
-    optimizer = AdamW(weight_decay_groups(model, config.weight_decay))
-    optimizer.materialize()
-    shards, _ = collect_shards(model, optimizer, config.max_shard_bytes)
+    shards, _ = collect_shards(model, build_optimizer(model, config), config.max_shard_bytes)
     specs_by_kind = [
         [TensorSpec(shard.name, shard.shape, shard.dtype) for shard in shards_of_kind]
         for shards_of_kind in shards.values()

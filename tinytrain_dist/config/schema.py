@@ -20,7 +20,7 @@ from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
 
@@ -124,7 +124,7 @@ class TrainingConfig:
     parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
-    precision: Precision = _setting("compute", "auto", "compute type; weights: float32 (auto: bf16 on GPUs, else fp32)")
+    precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
         "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"
     )

@@ -208,6 +208,17 @@ def compiler_keeps_bf16_rounding() -> bool:
     return version >= (2, 13)
 
 
+def prefer_attention_kernels(*names: str) -> None:
+    """Make scaled_dot_product_attention try these kernels in this order, and no others, from now on.
+
+    names: of torch.nn.attention.SDPBackend. The public sdpa_kernel sets the same flags, but only inside a `with`, which
+    compiled blocks would have to enter one by one. Versions: _sdpa_kernel with set_priority in 2.11 to 2.15.
+    """
+    from torch.nn import attention
+
+    attention._sdpa_kernel([getattr(attention.SDPBackend, name) for name in names], set_priority=True)
+
+
 def fused_attention_ops() -> set[Any]:
     """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
     aten = torch.ops.aten
@@ -217,6 +228,11 @@ def fused_attention_ops() -> set[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
     }
+
+
+def float8_matmul_ops() -> set[Any]:
+    """Return the operators that multiply float8 matrices. Versions: _scaled_mm in 2.11 to 2.15, on CPU and CUDA."""
+    return {torch.ops.aten._scaled_mm.default}
 
 
 # ---------------------------------------------------------------- simulation and memory

@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
-from tinytrain_dist.launch.torchrun_options import with_loopback_address
+from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
 from tinytrain_dist.launch.training_program import training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
@@ -265,7 +265,8 @@ def main(args: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    args = with_loopback_address(args)
+    options = parse_torchrun_options(args)
+    args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     if removed := remove_leftovers(Path(tempfile.gettempdir())):
@@ -283,7 +284,7 @@ def main(args: list[str]) -> int:
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = _out_of_memory_kills()
         _call_before_close(lambda context: _report_first_death(context, folder_note, kills_before))
-        announce_node_waits(args, lambda: any(rank_pids()))
+        announce_node_waits(options, lambda: any(rank_pids()))
         try:
             torchrun(args)
             return 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.dtensor import local_tensor
 
 SIMD_LANES = 16  # float32 values in the widest CPU vector
@@ -58,12 +59,20 @@ class AdamW(torch.optim.Optimizer):
                     }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, skip: Tensor | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        skip: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
         """Update all parameters from the gradients in `.grad`. Parameters without a gradient do not change.
 
         closure: computes the loss again, as for every torch optimizer; its result is returned.
         skip: float32 scalar on the parameters' device; if it is 1, neither weights nor state change. It is never read
         from the device, so that skipping a non-finite step costs no synchronization.
+        grad_scale: float32 scalar on the parameters' device. The kernel divides the gradients by it, and also writes
+        the quotients to `.grad`. This clips the gradients without a pass of its own over them.
         """
         loss = None
         if closure is not None:
@@ -85,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
                 max_exp_avg_sqs=[],
                 state_steps=[self.state[param]["step"] for param in params],
                 fused=True,
+                grad_scale=grad_scale,
                 found_inf=skip,
                 amsgrad=False,
                 maximize=False,
@@ -138,3 +148,14 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
+    """Return the optimizer of a run for `model`, with its whole state as zeros.
+
+    `model` is in its wrappers, so that the parameters are the ones that get gradients.
+    """
+    groups = weight_decay_groups(model, config.weight_decay)
+    optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
+    optimizer.materialize()
+    return optimizer

@@ -260,7 +260,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         data=data.train,
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,
-        layers=train_step.reduction.layers,
+        layers=train_step.reduction.view.layers,
         process_start=PROCESS_START,
     )
 

@@ -21,7 +21,7 @@ from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, StepResult, due
 from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy
-from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
+from tinytrain_dist.optim.adamw import AdamW, build_optimizer
 from tinytrain_dist.optim.lr_schedule import learning_rate
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
@@ -50,8 +50,12 @@ class TrainStep:
         optimizer: AdamW,
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
+        clip_in_optimizer: bool,
     ) -> None:
-        """Combine the parts. plan: divides the global batch. reduction: sums gradients and losses of all ranks."""
+        """Combine the parts. plan: divides the global batch. reduction: sums gradients and losses of all ranks.
+
+        clip_in_optimizer: whether the optimizer's kernel clips the gradients. This saves one pass over them.
+        """
         self.config = config
         self.context = context
         self.plan = plan
@@ -60,6 +64,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
+        self.clip_in_optimizer = clip_in_optimizer
         micro_steps = range(plan.accumulation_steps)
         # the micro-batches of the global batch that this rank computes, and the sample slots in them
         self.micro_batch_indices = [
@@ -85,7 +90,7 @@ class TrainStep:
         self.phase_timer.enter("reduction")
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
-        layer_norms = HostCopy(self.reduction.layer_norms()) if log_norms else None
+        layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
         losses, loss, norm = self._losses_and_norm(loss_sums)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
@@ -136,18 +141,22 @@ class TrainStep:
 
     def _losses_and_norm(self, loss_sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
-        losses = self.reduction.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
+        losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
         return losses, losses.sum() / self.plan.tokens_per_step, self.reduction.squared_norm().sqrt()
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""
-        if self.config.grad_clip_norm is not None:
+        grad_scale = None
+        if self.config.grad_clip_norm is not None and self.clip_in_optimizer:
+            # at least 1: gradients below the limit are divided by 1, which is exact
+            grad_scale = ((norm + CLIP_EPS) / self.config.grad_clip_norm).clamp(min=1.0).float()
+        elif self.config.grad_clip_norm is not None:
             factor = (self.config.grad_clip_norm / (norm + CLIP_EPS)).clamp(max=1.0).float()
             grads = [local_tensor(param.grad) for param in self.model.parameters() if param.grad is not None]
             torch._foreach_mul_(grads, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step(skip=skip)
+        self.optimizer.step(skip=skip, grad_scale=grad_scale)
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -166,9 +175,15 @@ def build_train_step(
     plan = BatchPlan.make(config, context.parallel_dims)
     model = build_model(config, context, draw=draw)
     reduction = build_grad_reduction(model, plan, context, deterministic=config.reproducible)
-    groups = weight_decay_groups(model, config.weight_decay)
-    optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
-    optimizer.materialize()
     on_gpu = context.device.type == "cuda"
-    forward_timer = ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile))
-    return TrainStep(config, context, plan, model, reduction, optimizer, forward_timer, phase_timer or PhaseTimer())
+    return TrainStep(
+        config,
+        context,
+        plan,
+        model,
+        reduction,
+        build_optimizer(model, config),
+        ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile)),
+        phase_timer or PhaseTimer(),
+        clip_in_optimizer=on_gpu,  # on a CPU the two ways round differently, and neither is faster
+    )
