@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinytrain_dist.cli.main import main as tinytrain
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +43,32 @@ def test_if_a_run_does_not_fit_settings_that_fit_are_suggested(capsys: pytest.Ca
     name, value = text.split("; it fits with ")[1].split(":")[0].split(" = ")
     again, text = run_plan(capsys, *args, *big, f"--{name}", value)
     assert again == 0, text
+
+
+def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--vocab-size", "512", "--num-layers", "1", "--d-model", "64", "--num-heads", "2", "--d-ff", "64")
+    config = (str(ROOT / "configs/tinystories.toml"), *small, "--parallel", "none")
+    for device, settings, peak in (
+        ("h100", (), "989"),
+        ("h100-pcie", (), "756"),
+        ("H100", ("--precision", "fp32"), "494"),
+        ("h100", ("--precision", "fp32", "--reproducible", "true", "--micro-batch-size", "8"), "67"),
+    ):
+        _, text = run_plan(capsys, *config, "--device", device, *settings)
+        assert f"50% of {peak} TFLOP/s" in text
+    # one pass over this batch does not fit, so the size is chosen as in a run on a GPU
+    large = ("--d-model", "2048", "--num-heads", "16", "--batch-size", "2048", "--device", "l4")
+    code, text = run_plan(capsys, *config, *large)
+    assert code == 0, text
+    assert "batch_size 2048 = micro_batch_size " in text
+    assert "micro_batch_size 2048 " not in text
+
+
+def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_plan(capsys, "--help")
+    text = capsys.readouterr().out
+    assert all(name in text for name in DEVICE_SPECS)
 
 
 @pytest.mark.parametrize(
