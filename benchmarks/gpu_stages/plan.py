@@ -103,7 +103,8 @@ def _training(group: str, case: Case) -> Entry:
     if case.precision == "fp8" and not fp8_exists():
         why = "this version has no precision = fp8"
     name = f"{group}:{case.size}:{case.system}:{case.precision}:{case.batch}x{case.accumulation}"
-    return Entry(name, 40, "training.end_to_end", case, why)
+    # torch.compile takes minutes for a whole model with all its layers in one graph
+    return Entry(name, 90 if "compiled" in case.system else 40, "training.end_to_end", case, why)
 
 
 def _scaling(dry: bool, gpus: int, size: str) -> list[Entry]:
