@@ -92,6 +92,12 @@ VARIABLES = (
         ("tests/checkpoint/test_damaged_files.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_TEST_DEVICE",
+        "cpu: the tests marked cuda run on the CPU, which tries the tests themselves.",
+        ("user",),
+        ("tests/cuda/runs.py",),
+    ),
+    EnvironmentVariable(
         "TINYTRAIN_REQUIRE_SLURM",
         "1: the test session fails if no test used a real Slurm, or if such a test was skipped.",
         (".ci/run",),
