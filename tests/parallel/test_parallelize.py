@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
+from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.parallel import parallelize
+from tinytrain_dist.parallel.parallelize import bucket_megabytes
 
 
 def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +32,19 @@ def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> di
         "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "weights": gather_full_state_dict(model),
     }
+
+
+def test_ddp_has_larger_buckets_only_between_nodes_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_node, two_nodes = (DistributedContext(0, 0, 4, local, "host", torch.device("cpu")) for local in (4, 2))
+    assert bucket_megabytes(two_nodes, "cuda") == 100
+    assert bucket_megabytes(one_node, "cuda") is None
+    assert bucket_megabytes(two_nodes, "cpu") is None, "the bits of runs on CPUs stay"
+    given = {}
+    monkeypatch.setattr(DistributedContext, "group", lambda *_: None)
+    monkeypatch.setattr(parallelize, "DistributedDataParallel", lambda model, **options: given.update(options))
+    monkeypatch.setattr(parallelize, "bucket_megabytes", lambda context, device_type: (device_type, 7))
+    parallelize.replicate_with_ddp(torch.nn.Linear(2, 2), two_nodes)
+    assert given["bucket_cap_mb"] == ("cpu", 7)
 
 
 @pytest.mark.multiprocess
