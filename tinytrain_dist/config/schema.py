@@ -123,6 +123,12 @@ class TrainingConfig:
     parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
+    reshard_after_forward: bool | None = _setting(
+        "parallel",
+        None,
+        "fsdp, hsdp: free a block's gathered weights after its forward pass, and gather them again for backward (None: "
+        "true, except on GPUs with enough memory to keep them)",
+    )
     precision: Literal["fp32", "bf16"] = _setting("compute", "fp32", "compute type; weights and sums stay float32")
     compile: bool | None = _setting(
         "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"

@@ -89,9 +89,12 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
             param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         # Backward uses the head and the last block right after forward, so their weights stay gathered in between.
-        reshard_after_forward = False if unit in ([head], [blocks[-1]]) else None
+        stays_gathered = head in unit or unit[0] in (blocks if config.reshard_after_forward is False else blocks[-1:])
         fully_shard(
-            unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            unit if len(unit) > 1 else unit[0],
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=False if stays_gathered else None,
         )
     if not config.tie_embeddings:
         embed.set_unshard_in_backward(False)  # the gradient of a look-up does not depend on the weights

@@ -21,6 +21,7 @@ from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
+MAX_GATHERED_SHARE = 0.125  # of the usable memory, for weights that stay gathered between forward and backward
 RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
 
 
@@ -38,6 +39,24 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
         if context.any_rank(needed_bytes > usable_bytes(context)):
             meshed = context.with_mesh(choose_parallel_dims(config, *ranks, fits=False))
     return meshed
+
+
+def with_resharding(config: TrainingConfig, context: DistributedContext, device_type: str) -> TrainingConfig:
+    """Return the settings, with reshard_after_forward = false if it is not set and gathered weights may stay.
+
+    They may stay on GPUs (device_type cuda) if they are a small part of the memory, and the smallest step fits with
+    them. Backward then gathers nothing. On a CPU the setting stays as it is. A collective.
+    """
+    assert context.parallel_dims is not None, "with_mesh comes first"
+    is_sharded = context.parallel_dims.mode in ("fsdp", "hsdp")
+    if config.reshard_after_forward is not None or device_type != "cuda" or not is_sharded:
+        return config
+    kept = replace(config, reshard_after_forward=False)
+    held = estimate_memory(replace(kept, micro_batch_size=config.fixed_micro_batch_size or 1), context)
+    gathered_bytes = max(kinds["gathered"] for kinds in held.stages.values())
+    room = usable_bytes(context)
+    fits = held.nbytes <= room and gathered_bytes <= MAX_GATHERED_SHARE * room
+    return config if context.any_rank(not fits) else kept
 
 
 def usable_bytes(context: DistributedContext) -> float:
