@@ -266,15 +266,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
         """Return a configuration with these settings. Errors: ConfigError with all unknown names and bad values."""
-        problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
-        problems = [problem for problem in problem_of.values() if problem]
-        try:
-            config = cls(**{name: value for name, value in values.items() if not problem_of[name]})
-        except ConfigError as error:
-            raise ConfigError([*problems, *error.problems], source) from None
-        if problems:
-            raise ConfigError(problems, source)
-        return config
+        return _config_from_dict(values, source)
 
     def resolved(self) -> dict[str, Any]:
         """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
@@ -298,6 +290,19 @@ def _convert_setting(name: str, value: Any) -> tuple[Any, str]:
         return convert_value(HINTS[name], value), ""
     except TypeError:
         return None, f"{name}: {value!r} is not {describe_type(HINTS[name])}"
+
+
+def _config_from_dict(values: dict[str, Any], source: str) -> TrainingConfig:
+    """Return a configuration with these settings; see TrainingConfig.from_dict."""
+    problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
+    problems = [problem for problem in problem_of.values() if problem]
+    try:
+        config = TrainingConfig(**{name: value for name, value in values.items() if not problem_of[name]})
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems], source) from None
+    if problems:
+        raise ConfigError(problems, source)
+    return config
 
 
 def _format_toml(values: dict[str, Any]) -> str:

@@ -28,10 +28,10 @@ RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpoin
 def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> DistributedContext:
     """Return the context with the mesh of the configuration. A collective.
 
-    With `parallel = auto` on GPUs, DDP is chosen only if a whole replica fits in the memory of each rank.
+    With `parallel = auto` on GPUs, DDP is chosen only for a small model that fits in the memory of each rank.
     """
     ranks = (context.world_size, context.local_world_size)
-    meshed = context.with_mesh(choose_parallel_dims(config, *ranks))
+    meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
     assert meshed.parallel_dims is not None
     if config.parallel == "auto" and meshed.parallel_dims.mode == "ddp" and context.device.type == "cuda":
         smallest = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
