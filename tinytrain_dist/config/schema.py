@@ -158,7 +158,9 @@ class TrainingConfig:
     ckpt_async: bool = _setting(
         "checkpoint", True, "save in the background; a crash can then also lose the steps computed during a save"
     )
-    ckpt_writers: int = _setting("checkpoint", 1, "number of ranks that write files of a checkpoint at the same time")
+    ckpt_writers: int | None = _setting(
+        "checkpoint", None, "number of ranks that write files of a checkpoint at the same time (None: one on each node)"
+    )
     save_limit: float = _setting(
         "checkpoint", 3600.0, "abort as hung if a step waits longer than this many seconds for a save (0: never)"
     )

@@ -160,7 +160,7 @@ def _load(
 def _claim_run_folder(config: TrainingConfig, context: DistributedContext, checkpoints: CheckpointManager) -> Start:
     """Take the run folder's lock, and check that saving will work: shared, writable, with enough room."""
     folder = Path(config.target_dir)
-    if config.ckpt_writers > context.world_size:
+    if (config.ckpt_writers or 1) > context.world_size:
         raise ConfigError(
             f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks of this run; lower it"
         )

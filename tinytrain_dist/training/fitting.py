@@ -52,7 +52,8 @@ def with_resharding(config: TrainingConfig, context: DistributedContext, device_
     if config.reshard_after_forward is not None or device_type != "cuda" or not is_sharded:
         return config
     kept = replace(config, reshard_after_forward=False)
-    held = estimate_memory(replace(kept, micro_batch_size=config.fixed_micro_batch_size or 1), context)
+    smallest = replace(kept, micro_batch_size=1) if config.micro_batch_size == "auto" else kept
+    held = estimate_memory(smallest, context)
     gathered_bytes = max(kinds["gathered"] for kinds in held.stages.values())
     room = usable_bytes(context)
     fits = held.nbytes <= room and gathered_bytes <= MAX_GATHERED_SHARE * room
