@@ -15,6 +15,7 @@ from tinytrain_dist.distributed.fake_backend import fake_context
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.training import fitting
 from tinytrain_dist.training.fitting import (
+    connect_groups,
     fitting_micro_batch_sizes,
     memory_report,
     smaller_settings,
@@ -79,4 +80,19 @@ def test_gathered_weights_stay_on_gpus_with_enough_memory(
         monkeypatch.setattr(DistributedContext, "any_rank", lambda _, flag: flag)  # fake ranks have no votes
         automatic = replace(config, micro_batch_size="auto")
         assert with_resharding(automatic, context, device_type).reshard_after_forward is chosen
+    shutdown()
+
+
+def test_groups_are_connected_before_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = fake_context(2, 2)
+    calls: list[Any] = []
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda _, tensor, axis: calls.append(axis))
+    connect_groups(context, "cpu")
+    assert calls == [], "gloo has no buffers to allocate"
+    connect_groups(context, "cuda")
+    assert calls == [None, "dp_replicate", "dp_shard"]
+    calls.clear()
+    monkeypatch.setattr(fitting, "connect_groups", lambda context, device_type: calls.append(context.parallel_dims))
+    meshed = fitting.with_fitting_mesh(TrainingConfig(**SMALL), context)
+    assert calls == [meshed.parallel_dims]
     shutdown()

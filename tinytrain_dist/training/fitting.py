@@ -11,7 +11,7 @@ import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
-from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import TrainingError
@@ -33,12 +33,24 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
     ranks = (context.world_size, context.local_world_size)
     meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
     assert meshed.parallel_dims is not None
+    connect_groups(meshed, context.device.type)
     if config.parallel == "auto" and meshed.parallel_dims.mode == "ddp" and context.device.type == "cuda":
         smallest = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
         needed_bytes = estimate_memory(smallest, meshed).nbytes
         if context.any_rank(needed_bytes > usable_bytes(context)):
             meshed = context.with_mesh(choose_parallel_dims(config, *ranks, fits=False))
+            connect_groups(meshed, context.device.type)
     return meshed
+
+
+def connect_groups(context: DistributedContext, device_type: str) -> None:
+    """On GPUs (device_type cuda), run one tiny collective in each process group. A collective.
+
+    NCCL allocates its buffers, up to 1 GB for each group, in the first one. Memory that is measured afterwards is free.
+    """
+    if device_type == "cuda":
+        for axis in (None, REPLICATE, SHARD):
+            context.all_reduce_sum(torch.zeros(1, device=context.device), axis)
 
 
 def with_resharding(config: TrainingConfig, context: DistributedContext, device_type: str) -> TrainingConfig:
