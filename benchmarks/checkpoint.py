@@ -205,15 +205,15 @@ def show(layers: int, found: dict[str, Any]) -> None:
         ratios = sorted(r[disk] / r[ours] for r in rounds)
         return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
 
-    beyond = statistics.median(r["stall"] - r["copy"] for r in rounds) * 1e3
+    rest = statistics.median(r["stall"] - r["copy"] for r in rounds) * 1e3
     print(f"{layers} layers, {gb:.2f} GB")
-    print(f"  stall of a step: {ms('stall')}, of it the bare copy {ms('copy')}, beyond it {beyond:.1f} ms")
-    print(f"  stall with ckpt_async = false {ms('foreground')}; torch's async_save {ms('their stall')}")
-    print(f"  whole save {median['save']:.2f} s; torch's async_save {median['their save']:.2f} s")
+    print(f"  stall of a step: {ms('stall')}; the copy alone {ms('copy')}; median of the differences {rest:.1f} ms")
+    print(f"  stall with ckpt_async = false: {ms('foreground')}; with torch's async_save: {ms('their stall')}")
+    print(f"  duration of a save: {median['save']:.2f} s; of torch's async_save: {median['their save']:.2f} s")
     for ours, disk in (("save", "disk write"), ("load", "disk read")):
         rates = f"{gb / median[ours]:.2f} GB/s, {disk} {gb / median[disk]:.2f} GB/s"
         print(f"  {ours} {rates}, ratio {ratio(ours, disk)}" + (f", {found['cold']}" if ours == "load" else ""))
-    print(f"  load from the page cache {gb / median['load warm']:.2f} GB/s")
+    print(f"  load from the page cache: {gb / median['load warm']:.2f} GB/s")
     print(
         f"  rank 0: {found['own'] / 1e6:.0f} MB of shards in host buffers, and {found['extra'] / 1e6:.0f} MB more at "
         "the peak of a save"

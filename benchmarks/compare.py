@@ -5,13 +5,15 @@
 
 Systems:
 
-* `ours` (DDP with default settings), `ours-eager`, `ours-fsdp`, `ours-reproducible`;
-* `hf`: the Hugging Face Trainer with LlamaForCausalLM;
-* `loop` and `compiled`: a minimal hand-written DDP loop around LlamaForCausalLM, without and with torch.compile.
+* `ours` (DDP with default settings), `ours-eager`, `ours-fsdp`, `ours-hsdp`, `ours-reproducible`;
+* `hf` and `hf-compiled`: the Hugging Face Trainer with LlamaForCausalLM, without and with torch.compile;
+* `loop` and `compiled`: a minimal hand-written loop around LlamaForCausalLM, without and with torch.compile. With
+  several ranks it uses DDP.
 
 In each round every system has one turn. In each turn torchrun starts new processes. The table has these columns:
 
-* tokens/s: the median step of each turn after warm-up; of these the median and the range over all turns;
+* tokens/s: the median step of each turn after warm-up; of these the median and the range over all turns. On a GPU it
+  is the mean of the steps: the processes wait for the GPU only before the first and after the last measured step;
 * ratio: how many times as fast the first system is, in the same round (median and range);
 * of ceiling: the share of the speed of matrix products alone, measured in each round on the same processes (on a GPU
   this is MFU);
@@ -23,6 +25,7 @@ In each round every system has one turn. In each turn torchrun starts new proces
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -41,27 +44,55 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"num_layers": 2, "d_model": 64, "num_heads": 2, "d_ff": 128, "vocab_size": 512, "context_len": 64},
     "small": {"num_layers": 6, "d_model": 256, "num_heads": 8, "d_ff": 704, "vocab_size": 10_000, "context_len": 256},
-    "1b": {"num_layers": 16, "d_model": 2048, "num_heads": 32, "d_ff": 8192, "vocab_size": 50_304, "context_len": 2048},
+    "124m": {
+        "num_layers": 12,
+        "d_model": 768,
+        "num_heads": 12,
+        "d_ff": 2048,
+        "vocab_size": 50_304,
+        "context_len": 1024,
+    },
+    "350m": {
+        "num_layers": 24,
+        "d_model": 1024,
+        "num_heads": 16,
+        "d_ff": 2816,
+        "vocab_size": 50_304,
+        "context_len": 1024,
+    },
+    "1b": {"num_layers": 16, "d_model": 2048, "num_heads": 16, "d_ff": 8192, "vocab_size": 50_304, "context_len": 2048},
 }
 WARM_UP = 3
 Options = argparse.Namespace
 
 
 class Clock:
-    """Record when the steps of this process ended."""
+    """Record when the steps of this process ended.
 
-    def __init__(self, device: str) -> None:
-        self.device, self.ends, self.cpu = device, [0.0], [0.0]
+    On a GPU the process waits for it after the first step, after the warm-up and after the last step, and not between:
+    a wait after each step would stop the process from working ahead. The times of single steps are of CUDA events.
+    """
+
+    def __init__(self, device: str, steps: int) -> None:
+        self.device, self.last = device, steps + WARM_UP + 1
+        self.ends, self.cpu = [0.0], [0.0]
+        self.events: list[Any] = []
 
     def tick(self) -> None:
+        count = len(self.ends)  # of steps that have ended, this one included
         if self.device == "cuda":
             import torch
 
-            torch.cuda.synchronize()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events.append(event)
+            if count in (1, WARM_UP + 1, self.last):
+                torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
-        if len(self.ends) == 2:
+        if count == 1:
             self.first = time.time() - float(os.environ["LAUNCHED_AT"])
 
     def result(self) -> dict[str, Any]:
@@ -69,29 +100,41 @@ class Clock:
 
         steps = np.diff(self.ends)[1 + WARM_UP :].tolist()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found: dict[str, Any] = {}
         if self.device == "cuda":
+            torch.cuda.synchronize()
+            steps = [sum(steps) / len(steps)]
             peak = torch.cuda.max_memory_allocated()
+            pairs = itertools.pairwise(self.events[WARM_UP : self.last])
+            found = {"by_events": [start.elapsed_time(end) / 1000 for start, end in pairs]}
         cpu = np.diff(self.cpu)[1 + WARM_UP :].tolist()
-        return {"steps": steps, "cpu": cpu, "peak": peak, "first": self.first}
+        return {"steps": steps, "cpu": cpu, "peak": peak, "first": self.first, **found}
 
 
-def run_ours(options: Options, folder: str) -> dict[str, Any]:
+def build_ours(options: Options, folder: str, **overrides: Any) -> Any:
+    """Return this project's Trainer for the system in `options`. It never evaluates and saves only on request."""
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 
     kind = options.system.partition("-")[2]
-    other: dict[str, Any] = {**({"compile": False} if kind == "eager" else {}), **sizes(options)}
+    uncompiled = {"compile": False} if kind == "eager" or options.size == "tiny" else {}
+    other: dict[str, Any] = {"stop_at_step": options.steps + WARM_UP + 1, **uncompiled, **sizes(options), **overrides}
+    if kind == "hsdp":
+        other |= {"dp_replicate": 2, "dp_shard": options.ranks // 2}
     config = TrainingConfig(
         target_dir=f"{folder}/run-{os.environ['LAUNCHED_AT']}", train_data=f"{folder}/train.npy", device=options.device,
-        total_steps=10**6, stop_at_step=options.steps + WARM_UP + 1, ckpt_every=10**9, eval_every=10**9, resume="never",
-        batch_size=options.batch * options.ranks, micro_batch_size=options.batch, precision=options.precision,
-        parallel="none" if options.ranks == 1 else "fsdp" if kind == "fsdp" else "ddp",
-        reproducible=kind == "reproducible", **other,
+        total_steps=10**6, ckpt_every=10**9, eval_every=10**9, resume="never",
+        batch_size=options.batch * options.accumulation * options.ranks, micro_batch_size=options.batch,
+        precision=options.precision, reproducible=kind == "reproducible",
+        parallel="none" if options.ranks == 1 else kind if kind in ("fsdp", "hsdp") else "ddp", **other,
     )  # fmt: skip
-    clock = Clock(options.device)
-    context = init_distributed(options.device)
-    trainer = Trainer.build(config, context)
+    return Trainer.build(config, init_distributed(options.device))
+
+
+def run_ours(options: Options, folder: str) -> dict[str, Any]:
+    clock = Clock(options.device, options.steps)
+    trainer = build_ours(options, folder)
     plain = trainer.run_step
 
     def timed() -> Any:
@@ -99,9 +142,9 @@ def run_ours(options: Options, folder: str) -> dict[str, Any]:
         clock.tick()
         return result
 
-    trainer.run_step = timed  # type: ignore[method-assign]
-    trainer.save = lambda: None  # type: ignore[method-assign]
-    trainer.saver.saved_step = config.last_step  # nothing is to be saved here
+    trainer.run_step = timed
+    trainer.save = lambda: None
+    trainer.saver.saved_step = trainer.config.last_step  # nothing is to be saved here
     trainer.fit()
     return clock.result()
 
@@ -135,7 +178,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
             ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
             return {"input_ids": ids, "labels": ids}
 
-    clock = Clock(options.device)
+    clock = Clock(options.device, options.steps)
 
     class Ends(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -143,36 +186,43 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
 
     arguments = TrainingArguments(
         output_dir=f"{folder}/hf", per_device_train_batch_size=options.batch, max_steps=options.steps + WARM_UP + 1,
-        bf16=options.precision == "bf16", use_cpu=options.device == "cpu", logging_steps=10, save_strategy="no",
-        report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=1.0, adam_beta2=0.95,
-        ddp_backend="gloo" if options.device == "cpu" else None,
+        gradient_accumulation_steps=options.accumulation, bf16=options.precision != "fp32",
+        torch_compile=options.system == "hf-compiled", use_cpu=options.device == "cpu", logging_steps=10,
+        save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1,
+        max_grad_norm=1.0, adam_beta2=0.95, ddp_backend="gloo" if options.device == "cpu" else None,
     )  # fmt: skip
     Trainer(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
     return clock.result()
 
 
 def run_loop(options: Options, folder: str) -> dict[str, Any]:
-    """Train with a loop as in a tutorial: DDP, autocast, fused AdamW, clipping, a memory-mapped token file."""
+    """Train with a loop as in a tutorial: autocast, fused AdamW, clipping, a mapped token file; DDP if needed."""
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    clock, length = Clock(options.device), sizes(options)["context_len"]
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    clock, length = Clock(options.device, options.steps), sizes(options)["context_len"]
+    if options.ranks > 1:
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     tokens = np.load(f"{folder}/train.npy", mmap_mode="r")
-    rng = np.random.default_rng(dist.get_rank())
+    rng = np.random.default_rng(int(os.environ.get("RANK", "0")))
     model = llama(options).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if options.ranks > 1 else model
     step: Any = torch.compile(wrapped) if options.system == "compiled" else wrapped
     for _ in range(options.steps + WARM_UP + 1):
-        starts = rng.integers(0, len(tokens) - length, options.batch)
-        ids = torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64)).to(options.device)
-        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = step(input_ids=ids, labels=ids).loss
-        loss.backward()
+        for micro_step in range(options.accumulation):
+            if options.ranks > 1:
+                wrapped.require_backward_grad_sync = micro_step == options.accumulation - 1
+            starts = rng.integers(0, len(tokens) - length, options.batch)
+            rows = torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
+            rows = rows.pin_memory() if options.device == "cuda" else rows
+            ids = rows.to(options.device, non_blocking=True)
+            with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.precision != "fp32"):
+                loss = step(input_ids=ids, labels=ids).loss
+            (loss / options.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -189,7 +239,7 @@ def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
     from tinytrain_dist.model.matmul import matmul_dtype
 
     size = sizes(options)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
     dtype = matmul_dtype(torch.empty(0, dtype=dtype, device=options.device))  # on a CPU without bf16 it is float32
     tokens, best = options.batch * size["context_len"], 0.0
     for rows, inner, width in (
@@ -213,8 +263,8 @@ def run_ceiling(options: Options, folder: str) -> dict[str, Any]:
     return {"flops": best}
 
 
-RUNNERS = {"hf": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_ceiling}
-RUNNERS |= dict.fromkeys(("ours", "ours-eager", "ours-fsdp", "ours-reproducible"), run_ours)
+RUNNERS = {"hf": run_hf, "hf-compiled": run_hf, "loop": run_loop, "compiled": run_loop, "ceiling": run_ceiling}
+RUNNERS |= dict.fromkeys(("ours", "ours-eager", "ours-fsdp", "ours-hsdp", "ours-reproducible"), run_ours)
 
 
 def sizes(options: Options) -> dict[str, int]:
@@ -237,6 +287,7 @@ def turn(options: Options, system: str, precision: str, folder: str) -> list[dic
         path.unlink()
     arguments = ["--worker", folder, "--system", system, "--precision", precision, "--size", options.size]
     arguments += ["--device", options.device, "--ranks", str(options.ranks), "--steps", str(options.steps)]
+    arguments += ["--accumulation", str(options.accumulation)]
     arguments += ["--batch", str(options.batch), "--vocab-size", str(options.vocab_size)]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}", __file__]
     env = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "LAUNCHED_AT": str(time.time())}
@@ -247,7 +298,7 @@ def turn(options: Options, system: str, precision: str, folder: str) -> list[dic
         subprocess.run([sys.executable, *launch, *arguments], stdout=file, stderr=file, check=False, env=env)
     found = [json.loads(path.read_text()) for path in sorted(out.iterdir())]
     if len(found) != options.ranks:
-        sys.exit(f"{system} failed:\n{log.read_text()[-6000:]}")
+        raise SystemExit(f"{system} failed:\n{log.read_text()[-6000:]}")
     return found
 
 
@@ -263,7 +314,7 @@ def compare(options: Options, precision: str, folder: str) -> None:
             line = f"  {precision} {system}: {seconds:.0f} ms per step, {cpu:.0f} ms processor time"
             print(line, file=sys.stderr, flush=True)
     ceiling = max(ceilings)
-    tokens = options.batch * options.ranks * sizes(options)["context_len"]
+    tokens = options.batch * options.accumulation * options.ranks * sizes(options)["context_len"]
     print(
         f"\n{precision}: matmul ceiling {ceiling / 1e9:.0f} GFLOP/s ({min(ceilings) / 1e9:.0f} .. {ceiling / 1e9:.0f})"
     )
@@ -289,10 +340,11 @@ def compare(options: Options, precision: str, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default="ours,hf,loop,compiled", help="systems to compare, with commas")
-    parser.add_argument("--precision", default="bf16,fp32", help="bf16, fp32 or both, with commas (bf16,fp32)")
+    parser.add_argument("--precision", default="bf16,fp32", help="bf16, fp32 or fp8, several with commas (bf16,fp32)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each system (3)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps in each turn (10)")
     parser.add_argument("--batch", type=int, default=4, help="sequences per process (4)")
+    parser.add_argument("--accumulation", type=int, default=1, help="passes of --batch sequences per step (1)")
     parser.add_argument("--ranks", type=int, default=2, help="number of processes (2)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -151,9 +151,7 @@ def main() -> None:
     work = options.work.resolve()
     data = work / "data"
     if work.exists() and any(work.iterdir()) and not (data / "train.npy").is_file():
-        parser.error(
-            f"--work {work} contains files that this program did not write and would delete; name another folder"
-        )
+        parser.error(f"--work: {work} has files that this program did not write and would delete; name another folder")
     shutil.rmtree(work, ignore_errors=True)
     make_data(data)
     found: dict[str, Any] = {"runs": {}}

@@ -3,12 +3,12 @@
 #
 # Usage: launch/local.sh CONFIG.toml [--nproc N] [--dry-run] [--] [SETTINGS]
 #   for example: launch/local.sh configs/quickstart.toml --nproc 2 --total-steps 100
-#   --nproc N   number of processes (default: every GPU; without one the largest power of two up to the usable cores
-#               and up to 8, so that it divides usual batch sizes)
-#   --dry-run   print the command and its environment, start nothing
-#   SETTINGS    --name value, as in the configuration; launch/train.py --help lists them
+#   --nproc N   number of processes (default: one per GPU; without GPUs the largest power of two that is at most 8 and at
+#               most the number of usable cores, because it divides most batch sizes)
+#   --dry-run   print the command and its environment, and start nothing
+#   SETTINGS    --name value, with the names of the configuration file; launch/train.py --help lists them
 #
-# Ctrl-C stops the run after the present step and saves; the same command resumes it.
+# Ctrl-C ends the current step, saves and stops. The same command resumes the run.
 # Several machines: launch/node.sh. Slurm: launch/submit.py.
 set -euo pipefail
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Train on this node as one of several: one torchrun per node; they find each other at the first node (the head).
+# Train on this node as one of several. Each node starts one torchrun, and all of them connect to the first node (the head).
 #
-# Usage: launch/node.sh CONFIG.toml [OPTIONS] [--] [SETTINGS]      the same line on every node, except --node-rank
+# Usage: launch/node.sh CONFIG.toml [OPTIONS] [--] [SETTINGS]      the same command on every node, except for --node-rank
 #   --nnodes N         number of nodes, or MIN:MAX: the run continues while at least MIN nodes are left
-#   --node-rank R      0 on the first node, which must be the head; 1, 2, ... on the others
-#   --head HOST[:PORT] name or address of node 0 as the other nodes reach it, and a free port there (default: 29400)
-#   --nproc P          processes on each node (default: every GPU; without one 1)
-#   --rdzv-id ID       a name for this run, if several runs share one head and port (default: tinytrain)
-#   --max-restarts M   restarts in place after a process has died (default: 3)
-#   --direct           no torchrun: this process is one of the ranks that srun has started on each node
-#   --dry-run          print the command and its environment, start nothing
-#   --print-head       print only HOST:PORT of this node as the other nodes reach it, with a free port
-#   SETTINGS           --name value, as in the configuration; launch/train.py --help lists them
+#   --node-rank R      0 on the head; 1, 2, ... on the other nodes
+#   --head HOST[:PORT] name or address by which the other nodes reach the head, and a free port there (default: 29400)
+#   --nproc P          processes on each node (default: one per GPU; without GPUs 1)
+#   --rdzv-id ID       a name for this run, needed if several runs share a head and port (default: tinytrain)
+#   --max-restarts M   how often all processes are restarted after one has died (default: 3)
+#   --direct           without torchrun: this process is one rank, and srun has started all of them
+#   --dry-run          print the command and its environment, and start nothing
+#   --print-head       print only HOST:PORT: how other nodes reach this node, and a free port
+#   SETTINGS           --name value, with the names of the configuration file; launch/train.py --help lists them
 #
-# Under Slurm (srun launch/node.sh CONFIG.toml) every option gets its value from Slurm. slurm/train.sbatch does that.
-trap '' USR1 # a request to stop must not kill this shell before Python handles it; the deadline repeats the request
+# Under Slurm (srun launch/node.sh CONFIG.toml) every option has a default from Slurm's variables; see slurm/train.sbatch.
+trap '' USR1 # asks for a stop; must not kill this shell before Python handles it (if it is lost, the deadline stops the run)
 set -euo pipefail
 
 usage() { sed -n '2,/^trap/{/^trap/d;s/^# \{0,1\}//;p}' "$0"; }
@@ -62,7 +62,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=$(command -v "$python" || command -v python3) || fail "there is no Python; run launch/setup.sh first."
 names=()
 [ -z "${SLURM_JOB_NODELIST:-}" ] || mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
-# address NODE: the address that Slurm has for a node, or else its name
+# address NODE: print the address that Slurm has for a node, or its name if Slurm has none
 address() { scontrol show node "$1" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | grep . || echo "$1"; }
 
 if [ -n "$print_head" ]; then
@@ -75,21 +75,21 @@ else
     [ -n "$head" ] || head=${names[0]:+$(address "${names[0]}")}
     [ -n "$head" ] || [ "$nnodes" = 1 ] || fail "no --head given; give the name of node 0 as the other nodes reach it."
 fi
-# Below the ports of outgoing connections (from 32768 on Linux), and a different one for each job of a node.
+# The port is below those of outgoing connections (from 32768 on Linux), and differs between the jobs of a node.
 port=29400
 [ -z "$job" ] || port=$((20000 + job % 12000))
 case $head in *:*) port=${head##*:} head=${head%:*} ;; esac
 [[ $port =~ ^[0-9]+$ ]] || fail "--head names the port '$port'; give HOST:PORT."
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
-if [ -n "$direct" ]; then # only rank 0 needs the port, not all tasks of its node; each task has its own cores
+if [ -n "$direct" ]; then # every task is a rank with its own cores; only rank 0 needs the port
     rank=${SLURM_PROCID:-0} cpus=${SLURM_CPUS_PER_TASK:-1} nproc=1
 fi
-# The node that our address must reach: the head, or on the head itself the second node.
+# The node that this node must be able to reach: the head, or, on the head itself, the second node.
 peer=$head
 [ -n "$peer" ] || { [ ${#names[@]} -gt 1 ] && peer=$(address "${names[1]}"); } || peer=127.0.0.1
 
-# The address of this node on the way to the others, and the interface that has it. torch would choose wrong ones where
-# a node's own name resolves to 127.0.1.1 (Debian), or where it has several interfaces.
+# Find the address by which this node reaches the others, and its network interface. torch would choose wrong ones if the
+# node's own name resolves to 127.0.1.1 (Debian), or if the node has several interfaces.
 found=$(
     "$python" - "$peer" "$rank" "$port" "$print_head" "$cpus" <<'PYTHON'
 import contextlib, os, pathlib, socket, struct, sys
@@ -98,7 +98,7 @@ peer, rank, port, print_head, allowed = sys.argv[1:]
 
 
 def source(host):
-    """Return our address on the way to a host; connecting a datagram socket sends nothing."""
+    """Return the address from which this node reaches a host. Connecting a datagram socket sends nothing."""
     family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
@@ -128,7 +128,7 @@ try:
 except OSError as error:
     sys.exit(f"node.sh: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address with --head.")
 if address.startswith("127.") and not peer.startswith("127.") and peer != "localhost":
-    # our own name, which resolves to this machine: take the interface that leads out (no packet is sent)
+    # This node's own name resolves to a loopback address: use an interface that leads to other machines (sends nothing).
     outward = [value for _, value in interfaces() if not value.startswith("127.")]
     with contextlib.suppress(OSError):
         outward.insert(0, source("192.0.2.1"))
@@ -136,12 +136,12 @@ if address.startswith("127.") and not peer.startswith("127.") and peer != "local
 interface = next((name for name, value in interfaces() if value == address), "")
 port = int(port)
 if print_head:
-    # the step of 997 leads jobs with neighbouring numbers, which often start together, to different ports
+    # Jobs with neighbouring numbers often start together. A step of 997 leads them to different ports.
     port = next((p for p in (20000 + (port - 20000 + 997 * k) % 12000 for k in range(100)) if free(p)), port)
 elif rank == "0" and not free(port):
     sys.exit(f"node.sh: port {port} of this node is taken; give another port on every node: --head HOST:PORT.")
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-with contextlib.suppress(OSError, ValueError):  # the share of a container; "max" means no limit
+with contextlib.suppress(OSError, ValueError):  # the CPU limit of a container; "max": no limit
     quota, period = map(int, pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split())
     cores = min(cores, max(1, quota // period))
 print(address, interface or "-", port, min(cores, int(allowed or cores)))
@@ -161,7 +161,7 @@ fi
 threads=$((cores / nproc))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# gloo resolves the node's own name, see above; NCCL chooses an interface by itself (slurm/env.example.sh)
+# gloo would use the node's own name, see above; NCCL chooses an interface itself (slurm/env.example.sh)
 [ "$interface" = - ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 
 if [ -n "$direct" ]; then
@@ -170,7 +170,7 @@ if [ -n "$direct" ]; then
 else
     command=("$python" -P -m tinytrain_dist.agent --nnodes "$nnodes" --nproc-per-node "$nproc" --rdzv-backend c10d)
     command+=(--rdzv-endpoint "${head:-$address}:$port" --local-addr "$address" --max-restarts "$max_restarts")
-    # is_host: torch would guess by names. The time-outs leave time for nodes that import slowly from a shared disk.
+    # is_host: torch would guess it from host names. The time-outs are long, because importing from a shared disk is slow.
     command+=(--rdzv-conf "is_host=$((rank == 0)),join_timeout=600,read_timeout=300")
     command+=(--rdzv-id "${rdzv_id:-${TINYTRAIN_ATTEMPT:-${job:-tinytrain}}}" "$root/launch/train.py" "$config")
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From a fresh machine to a trained model: environment, a corpus, a run on two processes, a sample, a picture.
+# Train a small model on a fresh machine: make an environment, prepare a corpus, train, write a sample, draw the loss.
 #
 # Usage: launch/quickstart.sh [SETTINGS]      for example: launch/quickstart.sh --total-steps 100
-#   SETTINGS   passed on to the run, --name value
+#   SETTINGS   settings of the run, --name value
 #
 # Needs Python 3.11 or newer. Stop it at any time with Ctrl-C: the same command continues where it stopped.
 set -euo pipefail
@@ -39,12 +39,12 @@ trap 'stop HUP 1' HUP # has no effect under nohup: a shell cannot trap what it w
 trap 'stop INT 2' INT
 trap 'stop TERM 15' TERM
 
-step 1 "Environment in .venv: 1 to 3 minutes the first time, then nothing to do"
+step 1 "Environment in .venv: 1 to 3 minutes the first time, nothing to do later"
 run launch/setup.sh prep,plot
 
-step 2 "Corpus in data/stdlib: the source of the Python library as tokens, under a minute the first time"
+step 2 "Corpus in data/stdlib, from the source of the Python library: under a minute the first time"
 if [ -f data/stdlib/meta.json ]; then
-    echo "already there"
+    echo "the corpus exists already"
 else
     run "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
 fi
@@ -52,7 +52,7 @@ fi
 step 3 "Training on 2 processes into $folder: 1 to 4 minutes; continues from the newest checkpoint if there is one"
 run launch/local.sh configs/quickstart.toml --nproc 2 "$@"
 
-step 4 "What the model writes: a few seconds"
+step 4 "A sample of what the model writes: a few seconds"
 run "$tinytrain" sample "$folder" --prompt "def "
 
 step 5 "The loss curve as a picture: a few seconds"

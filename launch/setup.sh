@@ -2,8 +2,8 @@
 # Make the environment .venv of this checkout: Python, torch, the package and its extras, in the tested versions.
 #
 # Usage: launch/setup.sh [EXTRAS]      for example: launch/setup.sh prep,plot
-#   EXTRAS       parts of pyproject.toml's optional dependencies, with commas (default: prep,plot)
-#   PYTHON       environment variable: the Python to use (default: the first one from 3.11 on)
+#   EXTRAS       names of optional dependencies in pyproject.toml, with commas (default: prep,plot)
+#   PYTHON       environment variable: the Python to use (default: the first one found that is 3.11 or newer)
 #   TORCH_BUILD  environment variable: cpu, gpu or auto (default: gpu where nvidia-smi works). Set it to gpu on a
 #                login node without GPUs whose environment the GPU nodes share.
 #
@@ -33,15 +33,15 @@ case $build in
 esac
 
 # ---- nothing to do?
-# One stamp per set of extras. It is a checksum of everything the environment was made from, also of the path of the
-# checkout, which the scripts in the environment contain.
+# There is one stamp per set of extras: a checksum of everything from which the environment was made. The path of the
+# checkout is part of it, because the scripts in the environment contain the path.
 stamp=$venv/.tinytrain-$extras
 wanted=$(printf '%s\n' "$root" "$build" "$extras" && cat pyproject.toml constraints.txt)
 if [ -x "$python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(printf '%s' "$wanted" | cksum)" ]; then
     exit 0
 fi
 
-# ---- the Python
+# ---- find Python
 find_python() {
     local candidate without_venv=
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14 python; do
@@ -68,8 +68,8 @@ fi
 printf '%s\n' "$root" >"$venv/.tinytrain-place"
 
 # ---- torch
-# Alone and without its dependencies, which the package's own installation below takes from the user's index. A CPU
-# build is a tenth of the size of the default build for Linux.
+# torch is installed first, without its dependencies. They are installed with the package below, from the user's index. The
+# CPU build is a tenth of the size of the default build for Linux.
 pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)

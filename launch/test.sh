@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run every check of the project, also in a fresh clone: environment, lint, format, types, shell scripts, tests.
+# Run all checks of the project: lint, format, types, shell scripts, tests. Makes the environment first if needed.
 #
 # Usage: launch/test.sh [--fast] [PYTEST ARGUMENTS]      for example: launch/test.sh --fast -k checkpoint
 #   --fast   skip the tests marked slow
 #
-# All stages run, also after one has failed. Then the exit code is 1, and the last line names the failed stages.
+# If a stage fails, the other stages still run. The exit code is then 1, and the last line names the failed stages.
 set -euo pipefail
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
@@ -34,10 +34,10 @@ shell_scripts() {
 }
 
 number=1
-printf '[1/%d] environment: nothing to do, or 1 to 3 minutes the first time\n' "$stages"
+printf '[1/%d] environment: 1 to 3 minutes the first time, nothing to do later\n' "$stages"
 launch/setup.sh test || exit 1 # without it nothing else can run
 
-# The ranks of one test share the machine: one thread each, or they wait for each other.
+# The ranks of a test share the cores. With more than one thread each, they would wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 step "ruff check" "lint, a second" .venv/bin/ruff check .

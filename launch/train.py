@@ -1,4 +1,4 @@
-"""The program that torchrun starts from a checkout; the same as `python -m tinytrain_dist.train`.
+"""Train as one rank; torchrun starts this program from a checkout. The same as `python -m tinytrain_dist.train`.
 
 torchrun --standalone --nproc_per_node 2 launch/train.py configs/quickstart.toml --total-steps 100
 """

@@ -1,13 +1,13 @@
-"""What all tests share: one thread per process, repeatable examples, text runs, and proof that required tests ran.
+"""Fixtures and settings of all tests: one thread per process, repeatable examples, text runs, required tests.
 
-With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session fails when no test of that marker ran,
-or one was skipped: a green result without them would say nothing about training on many processes.
+With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session fails if no test with that marker ran,
+or one was skipped. Without them, success would say nothing about training on many processes.
 """
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: it reads it once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # must be set before torch is imported, which reads it once
 
 import pytest
 from hypothesis import settings
@@ -24,7 +24,7 @@ skipped: dict[str, list[str]] = {marker: [] for marker in REQUIRED}
 @pytest.fixture(scope="session")
 def text_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs over the same byte-level text: `one`, `split` (many small files) and `other` (another lr)."""
-    from tests.helpers.tools import make_text_runs  # here: most tests need no run
+    from tests.helpers.tools import make_text_runs  # imported here, because most tests need no run
 
     return make_text_runs(tmp_path_factory.mktemp("runs"))
 
@@ -47,7 +47,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def unmet_requirements() -> list[str]:
-    """A sentence for each marker that the environment requires and that did not run in full."""
+    """Return a sentence for each required marker whose tests did not all run."""
     problems = []
     for marker, variable in REQUIRED.items():
         if os.environ.get(variable, "0") in ("", "0"):

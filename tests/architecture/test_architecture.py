@@ -1,7 +1,7 @@
-"""Owns the rules of the house: imports point down, one door to distribution, no pickle, a line budget.
+"""Check the rules for the code: the direction of imports, where collectives are called, no pickle, limits of size.
 
-Must not know what any module does: it reads the syntax tree, so a rule holds for code that no test runs. Each rule is
-a function from a file to complaints, and `test_each_rule_catches` shows each of them a violation.
+Must not know what any module does. It reads the syntax tree, so a rule also holds for code that no test runs. Each rule
+is a function that returns the violations in a file. `test_each_rule_catches` gives each rule a violation.
 """
 
 import ast
@@ -22,8 +22,8 @@ import tinytrain_dist
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "tinytrain_dist"
 
-# From the ground up. A file imports from its own package and from packages of lower layers only; packages of one layer
-# do not know each other. `programs` are the files that are started by name: train.py, agent.py and __main__.py.
+# From the lowest layer to the highest. A file imports only from its own package and from packages of lower layers.
+# `programs` are the files that are started by name: train.py, agent.py and __main__.py.
 LAYERS: list[set[str]] = [
     {"errors", "utils"},
     {"config", "data"},
@@ -55,20 +55,21 @@ COLLECTIVES = re.compile(
     r"|(^|\.)(new_group|new_subgroups|split_group|init_process_group|destroy_process_group|init_device_mesh)"
     r"|_functional_collectives"
 )
-# Sharded tensors have types, and wrappers are functions on a finished model: these modules may name them.
+# Modules in NAME_TYPES_OF_DISTRIBUTION may name these types: those of sharded tensors and of wrapped models.
 TYPES_OF_DISTRIBUTION = re.compile(
     r"torch\.distributed\.(fsdp|tensor|device_mesh|algorithms)\b|torch\.distributed\.(GradBucket|ProcessGroup)$"
 )
-LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # what starts ranks is no rank
+LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # the launcher starts ranks, but is not a rank
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
 # What a processor can compute is asked below distributed/, in the one file that is about it.
-PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py"), Path(PACKAGE, "model", "matmul.py")}
+PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py")}
+PRIVATE_TORCH |= {Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A Python file: its path from the checkout, its text, its tree."""
+    """A Python file: its path in the checkout, its text, its syntax tree."""
 
     path: Path
     text: str
@@ -98,7 +99,7 @@ def files() -> list[File]:
 
 
 def imported_names(file: File) -> Iterator[tuple[ast.stmt, str, str]]:
-    """(statement, local name, full dotted name) of everything the file imports, wherever in the file."""
+    """Return (statement, local name, full dotted name) of everything that the file imports, in functions too."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -111,7 +112,7 @@ def imported_names(file: File) -> Iterator[tuple[ast.stmt, str, str]]:
 
 
 def dotted_names(file: File) -> Iterator[tuple[ast.AST, str]]:
-    """(node, full dotted name) of every import and of every attribute chain that starts at an imported name."""
+    """Return (node, full dotted name) of each import, and of each attribute chain that starts at an imported name."""
     home: dict[str, str] = {}
     for statement, local, full in imported_names(file):
         aliased = isinstance(statement, ast.ImportFrom) or any(alias.asname == local for alias in statement.names)
@@ -128,7 +129,7 @@ def dotted_names(file: File) -> Iterator[tuple[ast.AST, str]]:
 
 
 def functions(file: File) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str, int]]:
-    """(node, qualified name, lines) of every function, nested ones too."""
+    """Return (node, qualified name, lines) of each function, nested ones included."""
 
     def visit(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str, int]]:
         for child in ast.iter_child_nodes(node):
@@ -141,7 +142,7 @@ def functions(file: File) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionD
     return visit(file.tree, "")
 
 
-# ---------------------------------------------------------------- rules: a file -> complaints
+# ---------------------------------------------------------------- rules: file -> violations
 
 
 def has_a_layer(file: File) -> list[str]:
@@ -177,7 +178,7 @@ def own_imports(file: File) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def module_of(full: str) -> str | None:
-    """Which module of ours a dotted import name belongs to; None for the package itself."""
+    """Return the module of this project that a dotted import name belongs to; None for the package itself."""
     root, *rest = full.split(".")
     if root == "launch":
         return "scripts"
@@ -188,7 +189,7 @@ def module_of(full: str) -> str | None:
 
 
 def only_distributed_communicates(file: File) -> list[str]:
-    """Only distributed/ creates groups and calls collectives; few others name types of torch.distributed."""
+    """Only distributed/ creates groups and calls collectives; few other packages name types of torch.distributed."""
     if file.module == "distributed":
         return []
     problems = []
@@ -259,7 +260,7 @@ def fits_its_budget(file: File) -> list[str]:
 
 
 def uses_no_mock_library(file: File) -> list[str]:
-    """A mock in production code replaces what a reader sees by what a reader does not see."""
+    """The package uses no mock library, because a mock makes code do something else than it says."""
     used = [(node, full) for node, full in dotted_names(file) if full.startswith("unittest")]
     return [f"{file.at(node)} imports {full}; pass what changes as an argument" for node, full in used]
 
@@ -370,7 +371,7 @@ def test_no_rule_forbids_what_the_design_allows(path: str, text: str) -> None:
     assert [problem for rule in rules for problem in rule(file_of(path, text))] == []
 
 
-# ---------------------------------------------------------------- rules about the whole
+# ---------------------------------------------------------------- rules about the whole package
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The pages are true: their commands, settings, tools, files and links exist, and the program for own loops runs."""
+"""Check the pages: their commands, settings, verbs, files and links exist, and the program in own_model.md runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *GUIDES, *DECISIONS]
-OF_OTHERS: dict[str, set[str]] = {  # flags of programs that are not ours
+OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the short scripts
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
     "launch/local.sh": {"nproc"},
@@ -28,8 +28,12 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs that are not ours
     "tensorboard": {"logdir"},
 }
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "node-rank", "dry-run", "follow"}
-HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs that are asked what flags they know
-FORMER_OR_OPTIONAL = {"slurm/env.sh", "launch/agent.py", "checkpoint/run_folder.py"}  # named, and not in a checkout
+HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
+FORMER_OR_OPTIONAL = {
+    "slurm/env.sh",
+    "launch/agent.py",
+    "checkpoint/run_folder.py",
+}  # may be named though they are not in a checkout
 
 
 def page_id(page: Path) -> str:
@@ -46,7 +50,7 @@ COMMANDS = [(page_id(page), words) for page in PAGES for words in commands_of(pa
 
 
 def flags_by_help(program: list[str]) -> set[str]:
-    """The flags that a program's --help names."""
+    """Return the flags that a program's --help names."""
     start = [sys.executable] if program[0].endswith(".py") else []
     done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
     return {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-_]*)", done.stdout)}
@@ -98,7 +102,7 @@ def test_links_and_names_in_the_text_exist(page: Path) -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """Return the anchors that GitHub makes from the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -131,7 +135,7 @@ def test_the_glossary_is_short() -> None:
     )
     terms = [term for term, _ in rows[1:]]
     assert len(terms) == len(set(terms))
-    assert 10 <= len(terms) <= 15, "a reader should not have to learn more terms of our own"
+    assert 10 <= len(terms) <= 15, "a reader should not have to learn more terms of this project"
 
 
 def test_every_package_is_on_the_architecture_page() -> None:
@@ -141,7 +145,7 @@ def test_every_package_is_on_the_architecture_page() -> None:
 
 
 def test_every_variable_of_ours_is_in_the_table() -> None:
-    """Tests may make up variables; the list in the code and what package, scripts and CI use must be documented."""
+    """The page lists exactly the variables that package, scripts and CI use. Tests may use others."""
     files = [path for folder in ("tinytrain_dist", "launch", "slurm", ".ci") for path in (ROOT / folder).rglob("*")]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file() and path.suffix != ".pyc"]
     used = {name for text in texts for name in re.findall(r"\bTINYTRAIN_[A-Z_]+[A-Z]\b", text)}

@@ -1,4 +1,4 @@
-"""The README is true: its tree, its links, its public names; test_docs.py checks the commands of all pages."""
+"""Check the README: its file tree, links and public names. test_docs.py checks the commands of all pages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_package_and_every_script_is_in_the_tree() -> None:
 
 
 def test_packages_are_listed_in_reading_order() -> None:
-    """The order in which STYLE and the architecture page ask to read them; utils is looked up when needed."""
+    """From settings and model up to the commands; utils is last, because it is only looked up."""
     listed = [path.removeprefix("tinytrain_dist/").rstrip("/") for path in tree() if path.startswith("tinytrain_dist/")]
     order = "config model data optim distributed parallel metrics reliability checkpoint training launch cli utils"
     assert [name for name in listed if name] == order.split()
@@ -56,7 +56,7 @@ def test_it_fits_on_a_page() -> None:
 
 
 def test_the_pictures_exist() -> None:
-    """One is in the README; the one of the dashboards is on their page."""
+    """README.md and dashboards.md each show a PNG picture."""
     for page in (ROOT / "README.md", ROOT / "docs" / "dashboards.md"):
         pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text(encoding="utf-8"))
         assert pictures, f"{page.name} has no picture"

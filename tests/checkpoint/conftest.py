@@ -1,4 +1,4 @@
-"""Fixtures of several test files: a small folder of tensors, and copies of it that a test may damage."""
+"""Fixtures for several test files: a small folder of tensors, and a copy that a test may damage."""
 
 from __future__ import annotations
 

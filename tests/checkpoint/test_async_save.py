@@ -1,4 +1,4 @@
-"""Host buffers, and the thread of a save."""
+"""Check host buffers and the thread of a save."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_save_runs_when_it_is_started_and_keeps_its_error() -> None:
     assert save.seconds > 0
 
 
-def test_a_slow_save_says_how_long_and_at_which_file_each_time_the_time_has_doubled(
+def test_a_slow_save_is_reported_with_its_file_whenever_its_duration_has_doubled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, end = [1000.0], threading.Event()

@@ -11,9 +11,10 @@ import pytest
 from torch import nn
 
 from tinytrain_dist import CheckpointError
-from tinytrain_dist.checkpoint.discovery import find_checkpoint, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import find_checkpoint, present_rules, quick_problems, read_trainer_state
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
 from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.config.run_folder import open_run
 
 
 @pytest.fixture
@@ -79,6 +80,12 @@ def test_a_state_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(json.dumps({"step": 1})[:-1])
     with pytest.raises(CheckpointError, match=r"trainer_state\.json cannot be read"):
         read_trainer_state(tmp_path)
+
+
+def test_the_sound_checkpoint_stays_if_the_newest_state_has_no_readable_step(run: Path) -> None:
+    state_file = sorted((run / "checkpoints").iterdir())[-1] / "trainer_state.json"
+    state_file.write_text('{"step": "six", "report": {"sound_step": 5}}')
+    assert present_rules(open_run(run), {}).sound_step == 5
 
 
 def test_looking_at_sizes_does_not_import_torch(run: Path) -> None:

@@ -28,7 +28,7 @@ def test_finite_values_with_an_infinite_sum_are_finite():
     assert not all_finite(torch.tensor([math.inf, -math.inf]))
 
 
-def test_blocks_change_no_digest_and_are_all_looked_at(tmp_path, monkeypatch):
+def test_blocks_change_no_digest_and_all_are_checked(tmp_path, monkeypatch):
     whole = write_folder(tmp_path, some_tensors(), name="whole")
     for module in (safetensors_io, verify):
         monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 16)

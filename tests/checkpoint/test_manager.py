@@ -1,4 +1,4 @@
-"""The manager of a run's checkpoints, without a training loop around it."""
+"""Check the manager of a run's checkpoints, without a training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def new_manager(settings: dict[str, Any], warnings: list[str]) -> Any:
-    """A manager of a model whose weights are all 0, and its optimizer."""
+    """Return the manager of a model whose weights are all 0."""
     from tinytrain_dist import AdamW, TrainingConfig, TransformerLM
     from tinytrain_dist.checkpoint.manager import CheckpointManager
     from tinytrain_dist.distributed.context import init_distributed
@@ -75,7 +75,7 @@ def test_warnings_go_to_the_report_and_the_checkpoint_before_a_damaged_one_is_lo
 
 
 def fail_and_collect(settings: dict[str, Any]) -> list[Any]:
-    """How a save stands, before and after it is collected, whose error will end the run."""
+    """Return the state of a failed save before and after it is collected; its error will end the run."""
     manager = new_manager(settings, [])
     next(manager.model.parameters()).data[0, 0] = float("nan")
     manager.save(1, {}).join()

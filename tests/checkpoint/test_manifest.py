@@ -1,4 +1,4 @@
-"""The manifest of a folder and its commit: complete or absent, and no change goes unnoticed."""
+"""Check the manifest of a folder and its commit: a checkpoint is complete or absent, and every change is noticed."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def test_nothing_is_pickled(tmp_path):
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".bin"}
     for path in folder.iterdir():
         data = path.read_bytes()
-        assert not data.startswith((b"\x80", b"PK"))  # a pickle's, and torch.save's, first bytes
+        assert not data.startswith((b"\x80", b"PK"))  # the first bytes of a pickle, and of a file of torch.save
         if path.suffix == ".json":
             json.loads(data)
 
 
 def test_no_bit_of_the_manifest_can_flip_unseen(folder):
     original = (folder / MANIFEST_FILE).read_bytes()
-    end = len(original) - 1  # after the last brace there is a line end, which says nothing
+    end = len(original) - 1  # the line end after the last brace has no meaning
     unseen = []
     for place in range(0, end, 5):
         damaged = bytearray(original)
@@ -113,7 +113,7 @@ def test_a_manifest_changed_by_hand_is_refused(folder):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"format": 1}'])
-def test_a_manifest_that_is_none_is_refused(folder, text):
+def test_a_file_that_is_not_a_manifest_is_refused(folder, text):
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
         read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are deleted, and what is written down so that they stay."""
+"""Check which checkpoints of a run are deleted, and how it is recorded that others must stay."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_safetensors_own_loader_reads_what_is_written(tmp_path, max_bytes):
         assert_same(found[name], expected)
 
 
-def test_the_index_says_where_each_tensor_lies(tmp_path):
+def test_the_index_has_the_file_of_each_tensor(tmp_path):
     tensors = some_tensors()
     folder = write_folder(tmp_path, tensors, 200)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -74,7 +74,7 @@ def test_the_index_says_where_each_tensor_lies(tmp_path):
 
 
 def test_nothing_is_fetched_before_there_is_room_for_it(tmp_path, monkeypatch):
-    """A tensor may be as large as memory allows: what is not written yet must not pile up."""
+    """Memory stays small: at most a few chunks are fetched but not yet written."""
     fetched, written, plain = [], [], safetensors_io._write_out
 
     def write_out(file, data):
@@ -120,12 +120,12 @@ def test_the_reader_gives_specs_rows_and_whole_tensors(tmp_path):
     assert_same(reader.read("layers.0.weight", 3, 3), tensors["layers.0.weight"][3:3])
 
 
-def test_the_reader_takes_a_lone_file(tmp_path):
+def test_the_reader_reads_a_single_file(tmp_path):
     save_file({"x": torch.arange(6).view(3, 2)}, tmp_path / "model.safetensors")
     assert_same(TensorReader(tmp_path, "model").read("x", 1, 3), torch.tensor([[2, 3], [4, 5]]))
 
 
-def test_a_folder_without_readable_weights_is_a_sentence(tmp_path):
+def test_a_folder_without_readable_weights_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="has no readable model weights"):
         TensorReader(tmp_path, "model")
     (tmp_path / "model.safetensors").write_bytes(b"not tensors at all, but long enough to have a header")
@@ -134,13 +134,13 @@ def test_a_folder_without_readable_weights_is_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '"x"'])
-def test_a_broken_index_is_a_sentence(tmp_path, text):
+def test_a_broken_index_is_reported(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="has no readable model weights"):
         TensorReader(tmp_path, "model")
 
 
-def test_a_file_that_the_index_names_and_that_is_gone_is_a_sentence(tmp_path):
+def test_a_missing_file_of_the_index_is_reported(tmp_path):
     folder = write_folder(tmp_path, some_tensors())
     (folder / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors: cannot be read"):
@@ -165,7 +165,7 @@ def test_rows_are_read_into_a_tensor_of_any_type_and_order(tmp_path, monkeypatch
 
 
 def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
-    """Hugging Face's files name tensors in any order, with metadata; and what is read is exactly what lies there."""
+    """Files of Hugging Face have metadata, and list tensors in any order."""
     tensors = {name: value.contiguous() for name, value in some_tensors().items()}
     save_file(dict(reversed(tensors.items())), tmp_path / "model.safetensors", {"format": "pt", "by": "others"})
     reader = TensorReader(tmp_path, "model")
@@ -175,13 +175,13 @@ def test_the_place_of_a_tensor_is_read_from_any_header(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 3, 5), (30,), ()])
-def test_rows_that_do_not_fit_are_a_sentence(tmp_path, shape):
+def test_rows_that_do_not_fit_are_reported(tmp_path, shape):
     save_file({"wide": torch.randn(6, 5), "after": torch.randn(6, 5)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"wide is \[6, 5\], but \[.*\] from row 1 is needed"):
         TensorReader(tmp_path, "model").fill([(torch.zeros(shape), "wide", 1)])
 
 
-def test_a_file_cut_short_meanwhile_is_a_sentence(tmp_path):
+def test_a_file_cut_short_meanwhile_is_reported(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.randn(6, 5)}, path)
     reader, data = TensorReader(tmp_path, "model"), path.read_bytes()
@@ -209,7 +209,7 @@ def header_of(**entry):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("index", [True, False])
-def test_a_broken_header_is_a_sentence(tmp_path, data, index):
+def test_a_broken_header_is_reported(tmp_path, data, index):
     (tmp_path / "model.safetensors").write_bytes(data)
     if index:
         (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
@@ -217,7 +217,7 @@ def test_a_broken_header_is_a_sentence(tmp_path, data, index):
         TensorReader(tmp_path, "model").read("x")
 
 
-def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
+def test_a_tensor_that_is_in_the_index_but_not_in_the_file_is_reported(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "f", "y": "f"}}')
     (tmp_path / "f").write_bytes(header_of(dtype="F8_E4M3", shape=[8]) + bytes(8))
     reader = TensorReader(tmp_path, "model")
@@ -235,7 +235,7 @@ def test_what_the_index_names_and_the_file_has_not_is_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
+def test_values_that_are_not_finite_are_not_written(tmp_path, bad, dtype):
     values = torch.ones(5000, dtype=dtype)
     values[4321] = bad
     with pytest.raises(CheckpointError, match=r"x: is not finite, so nothing is saved"):
@@ -243,7 +243,7 @@ def test_what_must_be_finite_is_not_written_otherwise(tmp_path, bad, dtype):
 
 
 def test_a_chunk_is_no_longer_read_when_chunks_in_flight_others_were_fetched(tmp_path, monkeypatch):
-    """The buffers are reused: a slow disk must delay the gathering, not lose bytes."""
+    """Buffers are reused, so a slow disk must delay gathering instead of losing bytes."""
     plain, buffers = safetensors_io._write_out, [torch.empty(1000, dtype=torch.uint8) for _ in range(CHUNKS_IN_FLIGHT)]
 
     def slow(file, data):

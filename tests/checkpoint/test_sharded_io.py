@@ -1,4 +1,4 @@
-"""Writing and reading one checkpoint folder, without a process group; tests/multiprocess has it with several ranks."""
+"""Check writing and reading one checkpoint folder without a process group; tests/multiprocess uses several ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_model_alone_can_be_written_and_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("forbidden_call", [1, 2])
 def test_a_writer_that_lost_its_permission_does_not_commit(tmp_path: Path, forbidden_call: int) -> None:
-    """It is asked before the folder is made, and before the commit."""
+    """Permission is checked before the folder is made, and again before the commit."""
     calls = 0
 
     def permit() -> None:

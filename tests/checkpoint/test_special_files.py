@@ -1,4 +1,4 @@
-"""A named pipe in place of a file of a checkpoint is reported at once: opening it would wait for ever."""
+"""Check that a named pipe in place of a file of a checkpoint is reported; opening it would wait for ever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def first_value(folder: Path) -> Any:
         ("model-00001-of-*.safetensors", first_value),
     ],
 )
-def test_each_reader_says_so(folder: Path, name: str, read: Callable[[Path], Any]) -> None:
+def test_each_reader_reports_it(folder: Path, name: str, read: Callable[[Path], Any]) -> None:
     path = to_pipe(next(iter(folder.glob(name)), folder / name))
     with pytest.raises(CheckpointError, match=f"{path.name} is a named pipe, not a regular file"):
         read(folder)

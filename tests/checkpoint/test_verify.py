@@ -1,4 +1,4 @@
-"""No damage to a folder of tensors goes unnoticed."""
+"""Check that every damage to a folder of tensors is noticed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinytrain_dist.config.run_folder import MANIFEST_FILE
 
 
 def places(size: int) -> list[int]:
-    """First, last and some bytes between."""
+    """Return positions in a file: the first, the last and some between."""
     return sorted({0, size - 1, *(size * k // 7 for k in range(7))})
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the verbs: three tiny runs, a copy to break, and the command line."""
+"""Fixtures for the tests of the verbs: three tiny runs, a copy that a test may damage, and the command line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tinytrain_dist.cli import main
 
 @pytest.fixture(scope="session")
 def folder(text_runs: Path) -> Path:
-    """The folder with the three runs; tests that break one copy it (see `run`)."""
+    """The folder with the three runs; not to be changed (see `run`)."""
     return text_runs
 
 
 @pytest.fixture
 def run(folder: Path, tmp_path: Path) -> Path:
-    """A copy of `one` that a test may break."""
+    """A copy of the run `one` that a test may damage."""
     return Path(shutil.copytree(folder / "one", tmp_path / "run"))
 
 
 @pytest.fixture
 def tinytrain(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs a command line; its exit code, stdout and stderr."""
+    """A function that runs a command line and returns exit code, stdout and stderr."""
 
     def call(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -17,7 +17,7 @@ def test_compare_finds_nothing_between_equal_runs(tinytrain: Cli, folder: Path) 
     code, out, _ = tinytrain("compare", folder / "one", folder / "split")
     assert code == 0
     assert out.count("identical in every bit") == 5  # loss, norm, eval loss, weights, optimizer
-    assert "max_shard_bytes" in out  # settings are told, and decide nothing
+    assert "max_shard_bytes" in out  # other settings are reported, but do not count as a difference
     assert "target_dir" not in out
 
 
@@ -40,7 +40,7 @@ def test_compare_finds_the_first_bit_that_differs(
     assert out.splitlines()[-1] == "different"
 
 
-def test_compare_tells_settings_and_machines_apart(tinytrain: Cli, folder: Path, run: Path) -> None:
+def test_compare_reports_other_settings_and_machines_separately(tinytrain: Cli, folder: Path, run: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     environment["torch"] = "0.1"
     environment["ranks"] *= 2

@@ -17,7 +17,7 @@ from tinytrain_dist.reliability import rank_consistency
 
 
 def examine(args: list[str], slow_rank: int | None = None, broken: str = "") -> tuple[int, str]:
-    """On a rank: the doctor, quick, and with a slow device where the test wants one."""
+    """On a rank: run the doctor with short measurements, and with a slow device on one rank if the test asks for it."""
     import contextlib
     import io
 
@@ -41,7 +41,7 @@ def test_healthy_ranks() -> None:
     assert "PROBLEM" not in said
     assert said.rstrip().endswith("no problems found")
     assert "inside a node (2 ranks)" in said
-    assert silent == (0, "")  # rank 0 says it for all
+    assert silent == (0, "")  # rank 0 reports for all ranks
 
 
 @pytest.mark.multiprocess
@@ -87,7 +87,7 @@ def test_under_the_agent(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_a_mistake_on_the_command_line_is_said_once_for_all_ranks(tmp_path: Path) -> None:
+def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: Path) -> None:
     module = "tinytrain_dist.cli.doctor"
     options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
     done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)

@@ -1,4 +1,4 @@
-"""`tinytrain export`: what transformers loads computes the same logits, or nothing is exported."""
+"""`tinytrain export`: transformers computes the same logits from the exported folder, or nothing is exported."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_values_that_the_type_cannot_hold_are_refused(tinytrain: Cli, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_export_without_transformers_says_what_was_left_out(
+def test_export_without_transformers_reports_the_missing_check(
     tinytrain: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -11,7 +11,7 @@ from tests.helpers.tools import Cli
 
 
 @pytest.mark.parametrize("args", [["plot", "{run}"], ["schedule", "--out", "{run}/lr.png"]])
-def test_a_picture_without_matplotlib_says_what_to_install(
+def test_a_picture_without_matplotlib_names_what_to_install(
     tinytrain: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, args: list[str]
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:

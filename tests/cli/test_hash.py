@@ -1,4 +1,4 @@
-"""`tinytrain hash`: one digest for equal bits, whatever files they lie in."""
+"""`tinytrain hash`: equal bits have one digest, however they are divided into files."""
 
 from __future__ import annotations
 

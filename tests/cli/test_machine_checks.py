@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def test_own_name_that_is_the_machine_itself_is_noted(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: DEBIAN)
     notes = [text for level, text in machine_checks.check_interfaces("node7") if level == NOTE]
     assert notes[0].startswith("name: node7 resolves to 127.0.1.1 here; with several nodes, export GLOO_SOCKET_IFNAME=")
+
+
+def test_only_a_low_hard_limit_of_open_files_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hard, noted in ((2048, True), (65536, False)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (1024, hard))
+        notes = [text for level, text in machine_checks.check_limits("node") if level == NOTE]
+        assert any(f"allows {hard} open files; many ranks need more" in text for text in notes) == noted

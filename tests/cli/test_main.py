@@ -1,4 +1,4 @@
-"""The `tinytrain` command: verbs, mistakes, and what happens when a reader or the system refuses."""
+"""The `tinytrain` command: verbs, mistakes, a reader that closes the pipe, and errors of the system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_unknown_verb_gets_the_nearest(tinytrain: Cli) -> None:
 
 
 @pytest.mark.parametrize("verb", ["ls", "verify", "hash", "sample", "plot"])
-def test_a_place_without_a_run_is_an_error(tinytrain: Cli, tmp_path: Path, verb: str) -> None:
+def test_a_folder_without_a_run_is_an_error(tinytrain: Cli, tmp_path: Path, verb: str) -> None:
     missing = tmp_path / "nothing-here"
     code, out, err = tinytrain(verb, missing)
     assert (code, out) == (2, "")
@@ -34,7 +34,7 @@ def test_a_place_without_a_run_is_an_error(tinytrain: Cli, tmp_path: Path, verb:
     assert "contains neither a run nor a checkpoint" in err
 
 
-def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(_: list[str]) -> int:
         raise BrokenPipeError
 
@@ -44,7 +44,7 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert main.main(["ls"]) == 141
 
 
-def test_what_the_system_refuses_is_said_without_a_traceback(tinytrain: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_system_are_reported_without_a_traceback(tinytrain: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(_: list[str]) -> int:
         raise PermissionError(13, "Permission denied", "runs")
 

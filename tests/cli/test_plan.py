@@ -33,7 +33,7 @@ def test_every_configuration_fits_the_hardware_it_names(config: Path, capsys: py
     assert "tokens per day" in text
 
 
-def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+def test_if_a_run_does_not_fit_settings_that_fit_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
     args = (str(ROOT / "configs/llama_1b_hsdp.toml"), "--nodes", "1", "--devices-per-node", "8", "--device", "rtx4090")
     big = ("--vocab-size", "32000", "--micro-batch-size", "16", "--activation-checkpointing", "none")
     code, text = run_plan(capsys, *args, *big)
@@ -55,7 +55,7 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
         (("--micro-batch-siz", "4"), "micro_batch_siz: unknown setting; did you mean micro_batch_size?"),
     ],
 )
-def test_what_cannot_run_is_refused_in_the_words_of_a_run(
+def test_what_cannot_run_is_refused_with_the_error_of_a_run(
     args: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), "--vocab-size", "4096", *args)

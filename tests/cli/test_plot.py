@@ -1,4 +1,4 @@
-"""`tinytrain plot`: curves are what was recorded, smoothed without a lag."""
+"""`tinytrain plot`: curves show the recorded values, and smoothing does not shift them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_several_runs_need_a_name_for_the_picture(tinytrain: Cli, folder: Path, 
     assert tinytrain("plot")[0] == 2
 
 
-def test_runs_in_folders_of_one_name_are_told_apart() -> None:
+def test_runs_in_folders_of_one_name_get_different_labels() -> None:
     assert plot._names([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
     assert plot._names([Path("a/one"), Path("b/two")]) == ["one", "two"]
     assert plot._names([Path("a/run"), Path("a/run")])[0].endswith("run")

@@ -1,4 +1,4 @@
-"""`tinytrain replay`: the steps after a checkpoint come out as they were recorded, or the first difference is named."""
+"""`tinytrain replay`: repeated steps agree with the record, or the first difference is named."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def strip_tokenizer(run: Path) -> None:
     write_checkpoint(path, collect_shards(model, None)[0], state, {"config.json": config})
 
 
-def test_a_prompt_that_is_too_long_is_cut_with_a_word(tinytrain: Cli, folder: Path) -> None:
+def test_a_prompt_that_is_too_long_is_cut_and_this_is_reported(tinytrain: Cli, folder: Path) -> None:
     code, _, err = tinytrain("sample", folder / "one", "--prompt", TEXT, "--max-new-tokens", 1)
     assert code == 0
     assert f"sees only the last {TINY['context_len']} (context_len)" in err
@@ -107,7 +107,7 @@ def test_sample_takes_the_newest_valid_checkpoint(tinytrain: Cli, run: Path) -> 
     assert "has no checkpoint yet" in tinytrain("sample", run)[2]
 
 
-def test_text_without_tokenizers_says_what_to_install(
+def test_text_without_tokenizers_names_what_to_install(
     tinytrain: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)

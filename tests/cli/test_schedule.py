@@ -24,7 +24,7 @@ def test_the_chart_fits_a_terminal(schedule: Any, blocks: str, steps: int) -> No
     assert ("".join(lines).isascii()) == (blocks == " #")
 
 
-def test_the_chart_says_the_rates_of_the_schedule() -> None:
+def test_the_chart_shows_the_rates_of_the_schedule() -> None:
     config = TrainingConfig(total_steps=1000, warmup_iters=100, lr_max=1.0, lr_min=0.2)
     lines = chart(config).splitlines()
     assert [line.split()[1:3] for line in lines[-4:]] == [
@@ -37,7 +37,7 @@ def test_the_chart_says_the_rates_of_the_schedule() -> None:
     assert top == 6  # 100 of 1,000 steps, in 69 columns
     assert heights[: top + 1] == sorted(heights[: top + 1])
     assert heights[top:] == sorted(heights[top:], reverse=True)
-    assert heights[-1] == 2  # a fifth of eight rows, begun
+    assert heights[-1] == 2  # a fifth of eight rows, rounded up
 
 
 def test_schedule_takes_settings_from_file_and_command_line(tinytrain: Cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From text to an exported model with a tokenizer that begins every text: the same tokens all the way."""
+"""Check that text, training, checkpoint and export have the same tokens, with a tokenizer that begins every text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test u
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over data of the tokenizer of a Llama 3, and that data."""
+    """A run on data of a Llama 3 tokenizer, and the folder of that data."""
     folder = tmp_path_factory.mktemp("llama")
     lines = (json.dumps({"text": f"{number} {text}"}) + "\n" for number, text in enumerate(TEXTS))
     (folder / "a.jsonl").write_text("".join(lines))
@@ -70,7 +70,7 @@ def test_the_exported_tokenizer_gives_what_the_model_saw(tinytrain: Cli, llama: 
 
 
 def rewritten(checkpoint: Path, out: Path, **texts: str) -> Path:
-    """A copy of a checkpoint in which files have other content."""
+    """Return a copy of a checkpoint in which some files have other content."""
     aside = Path(shutil.copytree(checkpoint, out.with_name("aside")))
     old, manifest = read_manifest(checkpoint), Manifest()
     manifest.files, manifest.tensors = dict(old.files), old.tensors

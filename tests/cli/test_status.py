@@ -1,4 +1,4 @@
-"""Owns what `tinytrain status` says of runs that live, have ended, or died, from nothing but their files."""
+"""`tinytrain status`: what it reports of runs that are alive, have ended or died, from their files alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dead_pid() -> int:
     return done.pid
 
 
-def test_a_run_that_lives(tmp_path: Path) -> None:
+def test_a_running_run(tmp_path: Path) -> None:
     found = read_status(run_folder(tmp_path, pids=(os.getpid(), os.getpid())), NOW)
     lines = lines_of(found)
     assert (found.state, found.step, found.alive) == ("running", 25, True)
@@ -67,7 +67,7 @@ def test_a_run_that_lives(tmp_path: Path) -> None:
     assert lines["waiting"] == f"all wait for rank 0 on {socket.gethostname()} (data after step 25)"
 
 
-def test_goodput_is_time_in_steps_that_count_over_all_time(tmp_path: Path) -> None:
+def test_goodput_is_the_share_of_time_in_steps_that_count(tmp_path: Path) -> None:
     found = read_status(run_folder(tmp_path, pids=(os.getpid(),)), NOW)
     assert found.goodput == pytest.approx(10 * 4.0 / 100)
     dead = read_status(run_folder(tmp_path / "dead"), NOW)
@@ -87,12 +87,14 @@ def test_goodput_is_time_in_steps_that_count_over_all_time(tmp_path: Path) -> No
         ("failed", "gone", 0.0, "failed"),
     ],
 )
-def test_the_word_for_the_state(tmp_path: Path, state: str, pids: str, age: float, expected: str) -> None:
+def test_the_name_of_the_state(tmp_path: Path, state: str, pids: str, age: float, expected: str) -> None:
     pid = {"alive": (os.getpid(),), "gone": (dead_pid(),), "none": ()}[pids]
     assert read_status(run_folder(tmp_path, state, pid), NOW + age).state == expected
 
 
-def test_a_failed_run_says_why_and_the_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_reported_with_its_cause_and_the_exit_code_is_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_folder(tmp_path / "failed", "failed", (dead_pid(),))
     (tmp_path / "failed" / "error.json").write_text(json.dumps({"message": "rank 3 on node7: it broke"}))
     assert main.main(["status", str(tmp_path / "failed")]) == 1
@@ -142,7 +144,7 @@ def test_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_nothing_known_is_nothing_said() -> None:
+def test_what_is_not_known_is_not_printed() -> None:
     nothing = Status("dead", "", 0, 0, [], [], None, NOW, False, 0.0)
     said = {name: text for name, text in lines_of(nothing).items() if text}
     assert said == {"state": "dead", "progress": "step 0 of ?", "checkpoint": "none yet"}

@@ -33,7 +33,7 @@ LISTED = {variable.name for variable in VARIABLES}
 
 
 def test_every_variable_that_is_used_is_listed():
-    assert len(USED) >= 8  # or the search found no files
+    assert len(USED) >= 8  # otherwise the search found no files
     assert not USED - LISTED, f"add {USED - LISTED} to {TABLE}: what it means, who sets it, who reads it"
 
 

@@ -26,7 +26,7 @@ def test_settings_are_read_in_their_sections_or_outside_all(tmp_path):
     assert load_config(None) == TrainingConfig()
 
 
-def test_a_file_with_several_problems_says_them_all(tmp_path):
+def test_all_problems_of_a_file_are_reported(tmp_path):
     text = (
         "seed = 1\n[run]\nseed = 2\nbatch_size = 4\n[optimiser]\nlr_max = 1.0\n[optimizer]\nweigth_decay = 1\neps = 0\n"
     )
@@ -61,7 +61,7 @@ def test_a_file_that_is_not_toml(tmp_path, text):
         load_config(write(tmp_path / "a.toml", text))
 
 
-def test_a_file_of_other_bytes_or_a_missing_file_is_a_sentence(tmp_path):
+def test_a_file_that_is_not_utf8_or_missing_is_reported(tmp_path):
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not TOML"):
         load_config(tmp_path / "b.toml")
@@ -245,7 +245,7 @@ def test_raw_token_files_need_a_vocab_size(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"vocab_size": "many"}', '{"vocab_size": 0}'])
-def test_a_broken_meta_json_is_a_sentence(tmp_path, text):
+def test_a_broken_meta_json_is_reported(tmp_path, text):
     write(tmp_path / "meta.json", text)
     with pytest.raises(ConfigError, match=r"meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=str(tmp_path / "train.npy")))
@@ -266,7 +266,7 @@ def test_the_vocabulary_of_several_files_is_the_largest_and_their_tokenizer_the_
             resolve_vocab_size(config)
 
 
-def test_no_training_data_is_a_sentence():
+def test_no_training_data_is_reported():
     with pytest.raises(ConfigError, match="train_data: not set"):
         resolve_vocab_size(TrainingConfig())
 

@@ -57,7 +57,7 @@ def test_folders_and_prefix_come_from_the_settings_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["seed = \n", "\x00"])
-def test_a_run_with_broken_settings_can_be_looked_at(tmp_path, text):
+def test_a_run_with_broken_settings_can_be_read(tmp_path, text):
     write(tmp_path / "config.toml", text)
     assert run_folder.read_settings(tmp_path) == {}
     assert RunFolder.at(tmp_path) is not None
@@ -84,14 +84,14 @@ def test_checkpoints_are_listed_by_step_and_only_committed_ones_count(tmp_path):
     assert [path.name for path in run.committed()] == ["checkpoint-00000002", "checkpoint-00000010"]
     suffixes = [run_folder.name_suffix(path) for path in run.step_folders()]
     assert suffixes == ["", run_folder.DAMAGED_SUFFIX, "", run_folder.TEMPORARY_SUFFIX]
-    assert run_folder.open_run(folder).folder == tmp_path  # the folder of checkpoints stands for the run
+    assert run_folder.open_run(folder).folder == tmp_path  # the run of a folder of checkpoints
 
 
 def test_what_a_checkpoint_is(tmp_path):
     assert run_folder.is_checkpoint(make_checkpoint(tmp_path, "any-name"))
     (tmp_path / "prefix-00000001").mkdir()
     assert run_folder.is_checkpoint(tmp_path / "prefix-00000001")
-    write(make_checkpoint(tmp_path, "run") / "config.toml", "")  # a run, whatever else is in it
+    write(make_checkpoint(tmp_path, "run") / "config.toml", "")  # a run, even if it contains other files
     assert not run_folder.is_checkpoint(tmp_path / "run")
     (tmp_path / "folder").mkdir()
     assert not run_folder.is_checkpoint(tmp_path / "folder")
@@ -99,14 +99,14 @@ def test_what_a_checkpoint_is(tmp_path):
     assert run_folder.name_suffix(tmp_path / "any-name") == ""
 
 
-def test_no_run_is_a_sentence(tmp_path):
+def test_no_run_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="contains neither a run nor a checkpoint"):
         run_folder.open_run(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         run_folder.open_run(tmp_path / "none")
 
 
-def test_records_are_read_but_for_torn_and_foreign_lines(tmp_path):
+def test_incomplete_and_foreign_lines_of_records_are_skipped(tmp_path):
     path = write(
         tmp_path / "metrics.jsonl",
         '{"kind": "train", "step": 1}\n{"step": 2}\n{"kind": "eval"}\n[3]\n{"kind": "eval", "st',

@@ -17,7 +17,7 @@ from tinytrain_dist.errors import ConfigError, TinytrainError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# The fields of the notes that this project grew from, in no order: their names are public API.
+# The first settings of this project. Their names are public, so they must stay.
 NOTES = set(
     """batch_size context_len vocab_size num_layers num_heads d_model d_ff rope_theta total_steps log_every eval_every
     ckpt_every lr_max lr_min betas eps weight_decay grad_clip_norm warmup_iters cosine_iters device target_dir ckpt_dir
@@ -25,7 +25,7 @@ NOTES = set(
 )
 
 
-def test_every_name_of_the_notes_is_a_field():
+def test_every_original_name_is_a_field():
     assert set(FIELDS) >= NOTES
 
 
@@ -110,12 +110,12 @@ def test_a_wrong_type_is_named_with_the_right_one(key, value, kind):
     assert only_problem(**{key: value}) == f"{key}: {value!r} is not {kind}"
 
 
-def test_whole_numbers_are_taken_where_a_number_is_wanted():
+def test_whole_numbers_are_accepted_where_a_number_is_expected():
     config = TrainingConfig.from_dict({"lr_max": 1, "grad_clip_norm": None})
     assert (config.lr_max, type(config.lr_max), config.grad_clip_norm) == (1.0, float, None)
 
 
-def test_all_problems_are_said_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         TrainingConfig.from_dict({"weigth_decay": 1, "lr_max": "x", "batch_size": 0, "eps": -1.0}, source="my.toml")
     error = caught.value
@@ -146,7 +146,7 @@ def test_toml_has_the_derived_sizes_written_out(tmp_path):
     assert again == dataclasses.replace(config, d_ff=704, num_kv_heads=16, head_dim=16)
 
 
-def test_toml_is_commented_as_ours():
+def test_toml_begins_with_a_comment():
     assert TrainingConfig().to_toml().startswith("# the resolved configuration")
 
 

@@ -32,8 +32,8 @@ def test_some_numbers_are_not_negative(name, value):
     assert only_problem(**{name: value}) == f"{name}: {value} must not be negative"
 
 
-def test_a_seed_is_one_word():
-    # the draws of evaluation have 1 in the second word of the generator's key
+def test_a_seed_has_at_most_64_bits():
+    # evaluation uses 1 as the second word of the generator's key
     assert problems_of(seed=2**64 - 1) == []
     assert only_problem(seed=2**64).startswith("seed: 18446744073709551616 must be less than 2**64")
 

@@ -26,7 +26,7 @@ every_way_to_draw = pytest.mark.parametrize(
 )
 
 
-def test_the_signature_is_that_of_the_notes() -> None:
+def test_the_signature_stays_as_documented() -> None:
     parameters = list(inspect.signature(get_batch).parameters.values())
     assert [parameter.name for parameter in parameters[:4]] == ["data", "batch_size", "context_len", "device"]
     assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters[:4])

@@ -1,4 +1,4 @@
-"""The tokenizer beside token files: compared with the files and with the weights to start from."""
+"""Check that the tokenizer stored beside token files is compared with the files and with initial weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_weights_that_were_trained_with_other_ids_are_a_warning(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
-def test_a_damaged_file_is_a_sentence(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path, text: str) -> None:
     folder = data_folder(tmp_path, "gpt2", NEW)
     (folder / "meta.json").write_text(text)
     with pytest.raises(DataError, match=r"meta\.json: cannot be read"):

@@ -24,7 +24,7 @@ both_ways_to_open = pytest.mark.parametrize("mmap", [True, False], ids=["mapped"
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_that_of_the_notes() -> None:
+def test_the_signature_stays_as_documented() -> None:
     path, mmap, *others = inspect.signature(load_token_dataset).parameters.values()
     assert [(parameter.name, parameter.kind) for parameter in (path, mmap)] == [
         ("path", inspect.Parameter.POSITIONAL_OR_KEYWORD),

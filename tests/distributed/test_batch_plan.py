@@ -1,4 +1,4 @@
-"""Which rank computes which sample slots, and sizes of micro-batches that divide the batch, without processes."""
+"""Check which rank computes which sample slots, and which micro-batch sizes divide the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives that move nothing: for a simulation, and while real ranks run a trial."""
+"""Check collectives that send nothing: in a simulation, and while one rank tries a step alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def record_collectives() -> list[tuple[str, int, tuple[int, ...]]]:
-    """On a lone process: what rank 0 of six ranks, three for each shard group, would send."""
+    """In one process: return what rank 0 of six ranks, in shard groups of three, would send."""
     from tinytrain_dist.distributed import collectives
     from tinytrain_dist.distributed.fake_backend import NoCommunication, fake_context
     from tinytrain_dist.distributed.parallel_dims import ParallelDims
@@ -38,7 +38,7 @@ def test_collectives_are_recorded_with_bytes_and_ranks() -> None:
 
 
 def sum_alone() -> float:
-    """On one of two ranks: a sum that the other rank does not take part in."""
+    """On one of two ranks: start a sum in which the other rank takes no part."""
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.distributed.fake_backend import NoCommunication
 

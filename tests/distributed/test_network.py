@@ -1,4 +1,4 @@
-"""Names, addresses and ports, as other machines would see them."""
+"""Check names, addresses and ports, as other machines see them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinytrain_dist.distributed import network
 DEBIAN = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
 
 
-def test_debians_own_name_is_told_from_an_address() -> None:
+def test_a_loopback_host_name_is_distinguished_from_an_address() -> None:
     assert network.resolve("node7", lambda *_, **__: DEBIAN * 2) == ["127.0.1.1"]
     assert network.is_loopback("127.0.1.1")
     assert network.is_loopback("::1")

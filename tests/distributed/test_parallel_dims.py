@@ -1,4 +1,4 @@
-"""The mesh of every mode, without processes: it is arithmetic."""
+"""Check the mesh of each mode; no processes are needed to compute it."""
 
 from __future__ import annotations
 

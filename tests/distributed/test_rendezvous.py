@@ -1,4 +1,4 @@
-"""Ranks find each other over a store; those that do not arrive, and addresses of no use, are named."""
+"""Check the rendezvous of ranks over a store: missing ranks and unusable addresses are named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinytrain_dist.utils import waiting
 
 
 def join(variables: dict[str, dict[str, str]], seconds: float) -> str:
-    """On a rank: rendezvous with other variables than the launcher gave; return the hosts or the error."""
+    """On a rank: join the rendezvous with changed environment variables; return the hosts or the error."""
     os.environ.update(variables.get(os.environ["RANK"], {}))
     try:
         return " ".join(rendezvous.rendezvous(seconds).hosts)
@@ -39,7 +39,7 @@ def test_rank_that_cannot_reach_the_head_says_where_and_why() -> None:
 
 
 def missing(seconds: float) -> str:
-    """On a rank: only rank 0 takes part."""
+    """On a rank: only rank 0 joins."""
     if os.environ["RANK"] != "0":
         return ""
     return join({}, seconds)
@@ -54,7 +54,7 @@ def test_missing_ranks_are_named_in_time() -> None:
 
 
 def missing_and_heard(seconds: float) -> str:
-    """On a rank: only rank 0 takes part; return what it prints while it waits."""
+    """On a rank: only rank 0 joins; return what it prints while it waits."""
     waiting.FIRST_NOTICE_SECONDS = 0.0
     with contextlib.redirect_stdout(io.StringIO()) as said:
         missing(seconds)
@@ -80,7 +80,7 @@ def test_ranks_of_one_machine_need_no_name(
 
 
 def occupied() -> str:
-    """On rank 0, which serves the store: another program has its port."""
+    """On rank 0, which serves the store: start the rendezvous while another program uses its port."""
     if os.environ["RANK"] != "0":
         return ""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
@@ -96,7 +96,7 @@ def test_port_of_another_job_is_named() -> None:
 
 
 def arrive_as(name_of_rank: dict[str, str], loopback: str) -> str:
-    """On a rank: take part as another host, whose own name resolves to `loopback`."""
+    """On a rank: join as another host, whose own name resolves to `loopback`."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     host = name_of_rank[os.environ["RANK"]]
     rendezvous._describe_own_host = lambda: {"host": host, "loopback": loopback if host == "node2" else ""}  # type: ignore[assignment]

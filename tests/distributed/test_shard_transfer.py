@@ -1,4 +1,4 @@
-"""Shards of tensors reach the rank that writes them, whole and in order, in chunks; and which rows each rank has."""
+"""Check which rows each rank has, and that all shards reach the writing rank in order, in chunks."""
 
 from __future__ import annotations
 

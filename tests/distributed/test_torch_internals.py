@@ -1,4 +1,4 @@
-"""Private parts of torch do what their wrappers promise, in the installed version."""
+"""Check that the wrappers of private torch functions work with the installed version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinytrain_dist.distributed import torch_internals
 
 
 def set_timeout_of_group() -> list[str]:
-    """On a rank: which errors and warnings there are, and that a collective fails by the new timeout."""
+    """On a rank: set another time-out; return errors and warnings, and check that a collective fails after it."""
     import warnings
 
     from tinytrain_dist.distributed.context import init_distributed
@@ -52,7 +52,7 @@ def test_the_public_timeout_is_preferred(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def record() -> bytes:
-    """On a rank: the flight record after one collective."""
+    """On a rank: return the flight record after one collective."""
     from tinytrain_dist.distributed.context import init_distributed
 
     init_distributed("cpu")

@@ -7,7 +7,7 @@ from tinytrain_dist.errors import ConfigError
 
 
 def problems_of(**values: object) -> list[str]:
-    """The sentences with which these settings are refused; [] when they are taken."""
+    """Return the error sentences for these settings; [] if they are accepted."""
     try:
         TrainingConfig.from_dict(values)
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""Owns the measured side of the plan: what a real step takes from the process's allocator, beside the estimate of it.
+"""Measure the memory of a real step, and estimate it as `tinytrain plan` does.
 
-Must not know what is asserted. On the CPU the C library counts every byte that any thread of the process holds,
-whatever asked for it (torch, gloo, numpy); it is read after every operation. torch's profiler would not do: it misses
-what gloo's threads free, so that its sum grows from step to step. On a GPU it is max_memory_allocated.
+Must not know what is asserted. On a CPU, the C library counts all bytes that any thread of the process holds, also
+those of gloo and numpy. The count is read after every operation. torch's profiler cannot be used: it misses what
+gloo's threads free, so its sum grows with each step. On a GPU, max_memory_allocated is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STEPS = 3  # DDP makes its buckets anew in the second
+STEPS = 3  # DDP allocates its buckets again in the second step
 
 # name -> ranks, settings; on top of MODEL
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -47,7 +47,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def allocated_bytes() -> int:
-    """Bytes that this process holds from malloc, in all arenas and in mappings of their own. Needs glibc 2.33."""
+    """Return the bytes that this process holds from malloc, in arenas and in separate mappings. Needs glibc 2.33."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo2
     info = mallinfo2()
@@ -63,18 +63,21 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def measure(settings: dict[str, Any]) -> tuple[int, int, str]:
-    """On a rank: the measured and the estimated bytes of a step at its peak, and the moment of the estimate."""
+def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, str]:
+    """On a rank: return the measured and the estimated peak bytes of a step, and when the estimate has its peak.
+
+    context: of this rank, if it has joined the others already.
+    """
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
     from tinytrain_dist.training.memory_estimate import estimate_memory
     from tinytrain_dist.training.train_step import build_train_step
 
-    config, context = TrainingConfig(**settings), init_distributed(settings["device"])
+    config, context = TrainingConfig(**settings), context or init_distributed(settings["device"])
     context = context.with_mesh(choose_parallel_dims(config, context.world_size, context.local_world_size))
     predicted = estimate_memory(config, context)
-    _steps(build_train_step(config, context), 1)  # what libraries allocate once and keep is none of the step's
+    _steps(build_train_step(config, context), 1)  # what libraries allocate once and keep does not belong to the step
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Make small models of every kind with weights that no mix-up can hide."""
+"""Make small models of every kind, with weights that are all different, so that a mix-up is noticed."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.model.transformer import TransformerLM
 
-# The vocabulary is a prime: nothing may rely on its divisors.
+# The vocabulary is a prime, so that code cannot rely on its divisors.
 SMALL = TrainingConfig(vocab_size=67, num_layers=2, num_heads=4, d_model=32, d_ff=48, context_len=64)
 
 
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def random_model(config: TrainingConfig) -> TransformerLM:
-    """A model whose every parameter differs from its neighbour, norm weights too, so that no mix-up stays unseen."""
+    """Return a model in which all weights differ, those of norms included, so that a mix-up is noticed."""
     model = TransformerLM(config)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

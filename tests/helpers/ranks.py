@@ -1,8 +1,8 @@
-"""Owns the processes of a multi-process test: starts them, collects what they return, and ends them whatever happens.
+"""Run the processes of a multi-process test: start them, collect what they return, and always end them.
 
-Must not know what is trained. `run_ranks` makes a test over several ranks an ordinary function, `launch_training`
-runs the launcher's own command. Ranks are forked from one server process that has imported torch once, so that a call
-costs 0.1 s instead of 3 s a rank, and each call still gets fresh processes: nothing leaks into the next test.
+Must not know what is trained. With `run_ranks`, a test of several ranks is an ordinary function. `launch_training` runs
+the training command itself. Ranks are forked from one server process that has imported torch. A call therefore takes
+0.1 s per rank instead of 3 s. Every call has new processes, so nothing is left over for the next test.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ PRELOAD = [
     "pytest",
     "hypothesis",
 ]
-# Forking a process that imported torch is safe while it has one thread; system libraries promise that on Linux only.
+# Forking a process that imported torch is safe while it has one thread. On other systems, libraries may start threads.
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-STARTING_SECONDS = 120.0  # for imports, before a test's own time limit counts
-# When one rank fails, its peers often fail of it within milliseconds. Wait that long for the true cause to show.
+STARTING_SECONDS = 120.0  # for imports; the time limit of a test begins afterwards
+# When a rank fails, the others often fail within milliseconds because of it. Wait this long to see all errors.
 SETTLING_SECONDS = 0.3
 LATE = "was not done"
-STACK_DUMP_SECONDS = 10.0  # at most, for a late rank to write its stacks before it is killed
+STACK_DUMP_SECONDS = (
+    10.0  # a rank that is not done in time gets at most this long to write its stacks before it is killed
+)
 
 
 @dataclass
 class _Rank:
-    """One rank of one call: its process, what it said, when it failed."""
+    """One rank of one call: its process, its result or error, and when it failed."""
 
     rank: int
     process: BaseProcess
@@ -69,7 +71,7 @@ class _Rank:
             self.error, self.failed_at, self.returned = error, at_seconds, False
 
     def kill(self) -> None:
-        """End the rank and whatever it started; each rank leads a process group of its own."""
+        """End the rank and all processes that it started; each rank leads its own process group."""
         for end in (lambda: os.killpg(self.process.pid or 0, signal.SIGKILL), self.process.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 end()
@@ -102,17 +104,17 @@ def run_ranks(
 
     Each rank is a new process with the variables that torchrun would set (RANK, WORLD_SIZE, MASTER_PORT, ...), the
     caller's environment and working directory, `env` on top, and one torch thread. `function` must be a module-level
-    function; its arguments and result are pickled. A process group that it leaves open is closed only when all ranks
-    have returned.
+    function; its arguments and result are pickled. A process group that it leaves open is closed after all ranks have
+    returned.
 
-    Raises AssertionError when a rank raises, dies, or is not done in time; it names the first failing rank and carries
-    its traceback and output. The other ranks are killed at once, also when the caller is interrupted.
+    Errors: AssertionError if a rank raises, dies or is not done in time. It names the first failing rank and has its
+    traceback and output. All other ranks are killed at once, also if the caller is interrupted.
     """
     if "<locals>" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} cannot be sent to a rank; move it to the top level of its module")
     import torch.distributed as dist
 
-    # The parent serves the store, as torchrun's agent does: the system chooses the port, no rank has to be first.
+    # The parent serves the store, as torchrun's agent does. The system chooses the port, and no rank has to be first.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -192,7 +194,7 @@ def _rank_main(
     call: bytes,
     timeout_seconds: float,
 ) -> None:
-    """The life of a rank: prepare, say ready, run at the parent's word, hand over the result, close at its word."""
+    """Run as a rank: prepare, report ready, wait for the parent, run, send the result, wait again, close."""
     with contextlib.suppress(PermissionError):
         os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -216,7 +218,7 @@ def _rank_main(
         answer = pickle.dumps(("returned", function(*args)))
         faulthandler.cancel_dump_traceback_later()
     except BaseException:
-        # The peers may hang in a collective with this rank. Stay as it is: the parent ends all of them.
+        # Other ranks may hang in a collective with this rank. Do nothing: the parent ends all ranks.
         failed_at = time.monotonic()
         connection.send_bytes(pickle.dumps(("raised", (failed_at, traceback.format_exc()))))
         connection.recv_bytes()
@@ -237,7 +239,7 @@ def _die_with_parent() -> None:
 
 
 def _drive(ranks: list[_Rank], timeout_seconds: float) -> None:
-    """Take all ranks through ready, returned, ended; return early when one of them fails."""
+    """Lead all ranks through the states ready, returned and ended; return early if one of them fails."""
     if not _collect(ranks, time.monotonic() + STARTING_SECONDS, "was not ready to start"):
         return
     _tell(ranks)
@@ -261,7 +263,7 @@ def _tell(ranks: Iterable[_Rank]) -> None:
 
 
 def _collect(ranks: list[_Rank], deadline: float, late: str) -> bool:
-    """Wait until every rank has answered, one has failed, or time is up; True when all have answered well."""
+    """Wait until all ranks have answered, one has failed, or time is up; return whether all answered without error."""
     while waiting := [each for each in ranks if not each.settled]:
         if any(each.error for each in ranks):
             deadline = min(deadline, time.monotonic() + SETTLING_SECONDS)
@@ -278,14 +280,14 @@ def _collect(ranks: list[_Rank], deadline: float, late: str) -> bool:
 
 
 def _await_stacks(late: list[_Rank]) -> None:
-    """Each rank writes its stacks itself when its time is up; on a loaded machine that may be a moment later."""
+    """Wait for ranks to write their stacks, which each does when its time is up, or a little later."""
     deadline = time.monotonic() + STACK_DUMP_SECONDS
     while not all(_has_all_stacks(each) for each in late) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def _has_all_stacks(rank: _Rank) -> bool:
-    """Return whether the stacks are there to the end: the main thread's comes last, its outermost frame is a module."""
+    """Return whether the stacks are complete: they end with the outermost frame of the main thread, a module."""
     _, timeout, stacks = rank.log_tail().partition("Timeout (")
     _, _, outermost_frames = stacks.partition(f"in {_rank_main.__name__}\n")
     return bool(timeout) and "in <module>\n" in outermost_frames
@@ -296,7 +298,7 @@ def _receive(each: _Rank) -> None:
         verb, payload = pickle.loads(each.connection.recv_bytes())
     except (EOFError, ConnectionResetError):
         each.process.join(STACK_DUMP_SECONDS)
-        # A process that died is the cause of what its peers report, even where their report arrives first.
+        # A process that died is the cause of what other ranks report, even if their reports arrive first.
         each.fail(f"died: its process {_ending(each.process)}", float("-inf"))
         return
     if verb == "raised":
@@ -320,7 +322,7 @@ def _describe_failure(ranks: list[_Rank], function: Callable[..., Any]) -> str:
             lines.append(f"then rank {each.rank}: {each.error.rstrip().splitlines()[-1]}")
         elif each is not first:
             lines.append(f"rank {each.rank} {'had returned' if each.returned else 'was killed while it ran'}")
-    # Stacks of a timeout are in the output of every rank, each of them may hold the reason.
+    # After a time-out, the stacks are in the output of every rank, and any of them may show the reason.
     timed_out = (first.error or "").startswith(LATE)
     for each in ranks if timed_out else [first]:
         if output := each.log_tail():
@@ -333,7 +335,7 @@ def _describe_failure(ranks: list[_Rank], function: Callable[..., Any]) -> str:
 
 @dataclass
 class TrainingProcess:
-    """A running `torchrun ... launch/train.py`: its process, and what it has printed so far."""
+    """A running `torchrun ... launch/train.py`: its process and its output so far."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -343,7 +345,7 @@ class TrainingProcess:
         return self.log.read_text(errors="replace")
 
     def wait(self, timeout_seconds: float) -> int:
-        """Return the exit code; AssertionError with the output when it takes longer."""
+        """Wait and return the exit code. Errors: AssertionError with the output if it takes longer."""
         try:
             return self.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -352,7 +354,7 @@ class TrainingProcess:
             ) from None
 
     def wait_for_output(self, text: str, timeout_seconds: float = 120) -> str:
-        """Return all output as soon as it contains `text`; AssertionError when it ends or takes too long before."""
+        """Return all output once it contains `text`. Errors: AssertionError if the process ends or is too slow."""
         deadline = time.monotonic() + timeout_seconds
         while text not in (output := self.output()):
             ended = self.process.poll() is not None
@@ -363,11 +365,11 @@ class TrainingProcess:
         return output
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the ranks (torchrun's children that run the training), to send them signals."""
+        """Return the process IDs of the ranks, to send signals to them."""
         return [pid for pid in descendants(self.process.pid) if "train.py" in _command_line(pid)]
 
     def kill(self) -> None:
-        """End torchrun and its workers; each worker leads a session and would survive a kill of torchrun's group."""
+        """End torchrun and its workers. Each worker leads a session, so killing torchrun's group would not end it."""
         family = [self.process.pid, *descendants(self.process.pid)]
         for pid in family:
             for end in (os.killpg, os.kill):
@@ -377,7 +379,7 @@ class TrainingProcess:
 
 
 def default_signals() -> None:
-    """Give a new process the signals of a login shell, also where the tests run under nohup or in the background."""
+    """Give a new process the signal handling of a login shell, even if the tests run under nohup."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
 
@@ -439,7 +441,7 @@ def launch_training(
     script: Path | str = REPOSITORY / "launch" / "train.py",
     launcher: Sequence[str] = TORCHRUN,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the training command to its end; `returncode` and `stdout` (both streams) are the caller's to judge."""
+    """Run the training command to its end. The caller checks `returncode` and `stdout` (both streams)."""
     with training_process(
         args, nproc, cwd, env, torchrun_args=torchrun_args, script=script, launcher=launcher
     ) as running:
@@ -460,7 +462,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def living_processes() -> list[tuple[int, int]]:
-    """(process id, parent's process id) of all that run; from /proc, because small images have no ps."""
+    """Return (process ID, parent's process ID) of all processes; from /proc, because small images have no ps."""
     if not Path("/proc/self/stat").exists():
         table = subprocess.run(
             ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
@@ -469,10 +471,10 @@ def living_processes() -> list[tuple[int, int]]:
         return [(int(pid), int(parent)) for pid, parent, state in rows if "Z" not in state]
     pairs = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended while we looked
-            # The command's name stands in brackets and may hold blanks: count from the closing bracket.
+        with contextlib.suppress(OSError):  # the process ended while it was read
+            # The name of the command is in brackets and may contain spaces, so count from the closing bracket.
             state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-            if state != "Z":  # ended, and its parent has not asked yet
+            if state != "Z":  # a zombie: it ended, and its parent has not waited for it yet
                 pairs.append((int(stat.parent.name), int(parent)))
     return pairs
 

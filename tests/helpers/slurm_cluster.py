@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 300.0
 
 
 def why_not() -> str:
-    """Why no cluster can be started here; "" if one can."""
+    """Return why no cluster can be started on this machine; "" if it can."""
     if os.geteuid() != 0:
         return "needs root, to give each node a network of its own"
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -38,7 +38,7 @@ def why_not() -> str:
 
 
 def wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
-    """Poll; AssertionError with what() when patience ends."""
+    """Poll until the condition holds. Errors: AssertionError with what() if it takes too long."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s\n{what()}"
@@ -49,7 +49,7 @@ class Cluster:
     """A running cluster of four nodes, and a copy of the checkout for its jobs."""
 
     def __init__(self, folder: Path) -> None:
-        """Start it with its state in folder/state; the code is copied to folder/code."""
+        """Start the cluster with its state in folder/state, and copy the code to folder/code."""
         self.state, self.code = folder / "state", folder / "code"
         for part in ("launch", "tinytrain_dist", "slurm", "configs"):
             shutil.copytree(REPOSITORY / part, self.code / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +58,7 @@ class Cluster:
         self.start()
 
     def start(self) -> None:
-        """Start what is not running, nodes that were powered off included."""
+        """Start all parts that are not running, such as nodes that were powered off."""
         done = subprocess.run([SCRIPTS / "up.sh", self.state], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         self.env = {
@@ -70,16 +70,16 @@ class Cluster:
         }
 
     def stop(self) -> None:
-        """End everything."""
+        """End the cluster."""
         subprocess.run([SCRIPTS / "down.sh", self.state], check=True)
 
     def power_off(self, node: str) -> None:
-        """Cut a node's power, and tell Slurm, which would notice only half a minute later."""
+        """Power off a node, and tell Slurm, which would notice it only half a minute later."""
         subprocess.run([SCRIPTS / "down.sh", "-N", node, self.state], check=True)
         self("scontrol", "update", f"nodename={node}", "state=down", "reason=gone")
 
     def __call__(self, *command: str | Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of the login node, in the copy of the checkout."""
+        """Run a command on the login node, in the copy of the checkout."""
         words = list(map(str, command))
         done = subprocess.run(
             words,
@@ -94,41 +94,41 @@ class Cluster:
         return done
 
     def sbatch(self, log: Path, *args: str | Path, **env: str) -> Job:
-        """Submit a job; it writes to `log`."""
+        """Submit a job whose output goes to `log`."""
         return Job(self, self("sbatch", "--parsable", f"--output={log}", *args, **env).stdout.strip(), log)
 
     def processes(self, node: str) -> list[str]:
-        """Command lines of what runs on a node, but for Slurm's own."""
+        """Return the command lines of all processes on a node, without those of Slurm itself."""
         listing = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline && echo; done 2>/dev/null"
         lines = self("on", node, "bash", "-c", listing, check=False).stdout.splitlines()
         return [line for line in lines if "python" in line or "node.sh" in line or "train.sbatch" in line]
 
     def signal(self, node: str, name: str, pattern: str) -> None:
-        """Send a signal to the processes of a node whose command line matches (with brackets: not this command)."""
+        """Send a signal to the processes of a node whose command line matches; [x]y does not match this command."""
         each = f"tr '\\0' ' ' <$p/cmdline | grep -q '{pattern}' && kill -{name} ${{p#/proc/}}"
         self("on", node, "bash", "-c", f"for p in /proc/[0-9]*; do {each}; done; true")
 
 
 class Job:
-    """A job of the cluster, by its id."""
+    """A job of the cluster, by its ID."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path) -> None:
-        """log: its output file."""
+        """`log`: the output file of the job."""
         self.cluster, self.id, self.log = cluster, number, log
 
     def shows(self, name: str) -> str:
-        """A field of `scontrol show job`."""
+        """Return a field of `scontrol show job`."""
         shown = self.cluster("scontrol", "show", "job", "-o", self.id).stdout
         found = re.search(rf"\b{name}=(\S*)", shown)
         assert found, shown
         return found.group(1)
 
     def output(self) -> str:
-        """What it has printed so far."""
+        """Return the output so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_for(self, text: str) -> None:
-        """Wait for a text in its output; AssertionError if it ends without."""
+        """Wait until the output contains a text. Errors: AssertionError if the job ends before."""
 
         def seen() -> bool:
             ended = self.shows("JobState") in ENDED
@@ -139,12 +139,12 @@ class Job:
         wait_until(seen, lambda: f"for {text!r}\n{self.output()}")
 
     def ends(self) -> str:
-        """Wait for its end; its last state."""
+        """Wait until the job has ended, and return its last state."""
         wait_until(lambda: self.shows("JobState") in ENDED, lambda: self.output())
         return self.shows("JobState")
 
     def stopped_and_resumed(self) -> list[tuple[int, int]]:
-        """For each resume: where the attempt before said that it stopped (-1: it did not), and where it began."""
+        """Return for each resume the step at which the attempt before stopped (-1: not logged), and where it began."""
         pairs, stopped = [], -1
         for line in self.output().splitlines():
             if found := re.match(r"step (\d+): preempted", line):

@@ -1,4 +1,4 @@
-"""Owns a pseudo-terminal and the program in its foreground, for tests of what a closed terminal does to it."""
+"""Run a program in a pseudo-terminal, to test what happens when the terminal is closed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.helpers.ranks import TrainingProcess, default_signals
 
 
 class Terminal(TrainingProcess):
-    """A program that leads the session of a terminal; its output goes to a file unless it is to go to the terminal."""
+    """A program that leads the session of a terminal. Its output goes to a file, or to the terminal if asked."""
 
     master: int
     reader: threading.Thread | None = None  # copies what the terminal shows to the log
     closing = False
 
     def hang_up(self) -> None:
-        """Close the terminal, as a window or a connection that is closed: the kernel sends SIGHUP to the program."""
+        """Close the terminal, like closing a window: the kernel sends SIGHUP to the program."""
         self.closing = True
         if self.reader is not None:
             self.reader.join()  # a read in progress would keep the terminal open
@@ -32,7 +32,7 @@ class Terminal(TrainingProcess):
         self.master = -1
 
     def show(self) -> None:
-        """Copy what the terminal shows to the log, until it is closed; the body of a thread."""
+        """Copy what the terminal shows to the log until it is closed. Runs in a thread."""
         with self.log.open("ab", buffering=0) as log:
             while not self.closing:
                 if select.select([self.master], [], [], 0.05)[0]:

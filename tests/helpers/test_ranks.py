@@ -1,7 +1,7 @@
-"""Owns the proof that the multi-process helper tells the truth: results, failures, deaths, hangs. Knows no training.
+"""Check that the helper for multi-process tests reports results, failures, killed ranks and hangs correctly.
 
-Also the example of how to write a multi-process test: a module-level function for the ranks, and a test that hands it
-to `run_ranks`.
+This file is also the example of a multi-process test: a module-level function that runs on the ranks, and a test that
+passes it to `run_ranks`.
 """
 
 import os
@@ -69,7 +69,7 @@ def fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         print("the last words of rank 1")
         raise ValueError("rank one cannot go on")
-    dist.all_reduce(torch.zeros(1))  # hangs: rank 1 never comes
+    dist.all_reduce(torch.zeros(1))  # hangs, because rank 1 never joins
 
 
 def test_failing_rank_is_reported_while_the_others_hang() -> None:
@@ -121,7 +121,7 @@ def is_running(pid: int) -> bool:
     return pid in {pid for pid, _ in living_processes()}
 
 
-def test_a_hang_ends_with_all_stacks_and_no_process_left(tmp_path: Path) -> None:
+def test_a_hang_ends_with_all_stacks_and_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         run_ranks(2, hang_on_rank_zero, str(tmp_path), timeout_seconds=0.5)
     message = str(failure.value)
@@ -165,7 +165,7 @@ def return_something_that_cannot_travel() -> threading.Lock:
     return threading.Lock()
 
 
-def test_a_result_that_cannot_be_pickled_is_said() -> None:
+def test_a_result_that_cannot_be_pickled_is_reported() -> None:
     with pytest.raises(AssertionError, match="cannot pickle"):
         run_ranks(1, return_something_that_cannot_travel)
 

@@ -1,4 +1,4 @@
-"""Small tokenizers in the forms of well-known families, each as a folder that transformers could have saved.
+"""Make small tokenizers of well-known families, each as a folder that transformers could have saved.
 
 Must not know what is done with them.
 """

@@ -1,4 +1,4 @@
-"""Runs over a small text, and ways to look at them and break them, for the tests of the `tinytrain` verbs.
+"""Make runs on a small text, read them and damage them, for the tests of the `tinytrain` verbs.
 
 Must not know what is asserted.
 """

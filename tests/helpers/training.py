@@ -1,4 +1,4 @@
-"""Owns tiny real runs for tests: a token file, settings, a Trainer on some ranks. Must not know what is compared."""
+"""Make tiny real runs for tests: token files, settings, a Trainer on some ranks. Must not know what is compared."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VOCABULARY = 53
 
 
 def write_tokens(folder: Path, count: int = 4000, vocab_size: int = VOCABULARY) -> dict[str, str]:
-    """A train and a val file in which each id mostly decides the next one, so that there is something to learn."""
+    """Write train and val files in which each token ID mostly determines the next: something to learn."""
     rng = np.random.default_rng(7)
     follow = rng.permutation(vocab_size)
     settings = {}
@@ -56,7 +56,7 @@ def write_tokens(folder: Path, count: int = 4000, vocab_size: int = VOCABULARY) 
 
 
 def settings_for(folder: Path, run: str, **overrides: Any) -> dict[str, Any]:
-    """Settings of a run named `run`; the token files are made on first use."""
+    """Return the settings of a run named `run`; make the token files on first use."""
     data = {"train_data": str(folder / "train.npy"), "val_data": str(folder / "val.npy")}
     if not (folder / "val.npy").exists():
         data = write_tokens(folder)
@@ -64,7 +64,7 @@ def settings_for(folder: Path, run: str, **overrides: Any) -> dict[str, Any]:
 
 
 def config_file(folder: Path, **overrides: Any) -> str:
-    """A TOML file with the settings of a run named `run`, on every rank a replica."""
+    """Write a TOML file with the settings of a run named `run`, with one replica per rank."""
     settings = settings_for(folder, "run", **{"parallel": "ddp", **overrides})
     path = folder / "run.toml"
     path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
@@ -72,7 +72,7 @@ def config_file(folder: Path, **overrides: Any) -> str:
 
 
 def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) -> dict[str, Any]:
-    """On a rank: build, train, and say how it ended. `prepare` may change the trainer first."""
+    """On a rank: build a run, train, and return how it ended. `prepare` may change the trainer first."""
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
@@ -85,7 +85,7 @@ def fit(settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) 
 
 
 class Run:
-    """What a finished run left on disk."""
+    """The files that a finished run left on disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class Run:
         return max((self.folder / "checkpoints").glob("checkpoint-????????"))
 
     def digests(self) -> dict[str, str]:
-        """BLAKE3 of every tensor of the last checkpoint, weights and optimizer state."""
+        """Return the BLAKE3 digest of each tensor of the last checkpoint, weights and optimizer state."""
         manifest = json.loads((self.checkpoint / "manifest.json").read_text())
         return {name: t["blake3"] for kind in manifest["tensors"].values() for name, t in kind.items()}
 
@@ -112,7 +112,7 @@ class Run:
 
 
 def in_older_format(checkpoint: Path, number: int) -> None:
-    """Write its manifest anew as versions with format 1 or 2 did, with sha256 for everything."""
+    """Replace the manifest of a checkpoint by one in format 1 or 2, with sha256 digests."""
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text()) | {"format": number}
     del body["sha256"]
@@ -140,6 +140,6 @@ def in_older_format(checkpoint: Path, number: int) -> None:
 
 
 def train(folder: Path, run: str, world_size: int, **overrides: Any) -> Run:
-    """Train a run on `world_size` ranks and read what it left."""
+    """Train a run on `world_size` ranks and return its files."""
     run_ranks(world_size, fit, settings_for(folder, run, **overrides))
     return Run(folder / run)

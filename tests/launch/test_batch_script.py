@@ -1,4 +1,4 @@
-"""slurm/train.sbatch, run by the test in the place of Slurm. The real Slurm is in tests/slurm."""
+"""Run slurm/train.sbatch without Slurm; tests/slurm uses a real Slurm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAYED = {
 
 
 def batch(folder: Path, config: str, **env: str) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run slurm/train.sbatch as the batch host would; what it printed, and what it asked Slurm for."""
+    """Run slurm/train.sbatch as the batch host would; return its output and its calls of Slurm commands."""
     (folder / "fake").mkdir()
     for name, body in PLAYED.items():
         (folder / "fake" / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -38,7 +38,7 @@ def batch(folder: Path, config: str, **env: str) -> tuple[subprocess.CompletedPr
             "PATH": f"{folder / 'fake'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "SLURM_SUBMIT_DIR": str(REPOSITORY),
-            "SLURM_JOB_ID": str(free_port()),  # two sessions on one machine must not meet
+            "SLURM_JOB_ID": str(free_port()),  # test sessions on one machine must not use the same port
             "SLURM_JOB_NUM_NODES": "1",
             "SLURM_JOB_NODELIST": "node",
             "SLURM_NODEID": "0",

@@ -1,4 +1,4 @@
-"""The elastic agent: how a run of one or several agents ends and continues when ranks and nodes die or are stopped."""
+"""The elastic agent: how a run ends or continues when ranks or nodes die or are stopped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def phase_of(folder: Path, rank: int = 0) -> str:
 def nodes(
     folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str
 ) -> list[TrainingProcess]:
-    """Two agents on this machine, as if on two nodes; the first one holds the rendezvous."""
+    """Start two agents on this machine, as if on two nodes; the first one serves the rendezvous."""
     port = free_port()
     rendezvous = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     conf = "--rdzv-conf=is_host={},last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
@@ -76,7 +76,7 @@ def test_signal_to_the_agent_saves_and_ends_well(tmp_path: Path, number: signal.
     assert Run(tmp_path / "run").checkpoint.name == f"checkpoint-{state['step']:08d}"
 
 
-def test_killed_rank_ends_the_others_and_is_the_last_word(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_others_and_is_named_in_the_last_line(tmp_path: Path) -> None:
     config = config_file(tmp_path, total_steps=100_000, ckpt_every=100_000, log_every=5)
     with training_process([config], 2, tmp_path, launcher=AGENT) as running:
         running.wait_for_output("step 5/")
@@ -97,7 +97,7 @@ def test_restart_in_place_resumes_from_the_newest_checkpoint(tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"state": "done", "step": 60}
 
 
-def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_both_nodes_with_the_same_last_line(tmp_path: Path) -> None:
     config = config_file(tmp_path, **ENDLESS)
     with contextlib.ExitStack() as stack:
         agents = nodes(tmp_path, config, stack, "2")
@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_both_nodes_with_the_same_last_word(tmp_path: Path) -
     assert state_of(tmp_path)["state"] == "failed"
 
 
-def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> None:
+def test_a_run_continues_on_one_node_after_the_other_is_lost(tmp_path: Path) -> None:
     settings = {**ENDLESS, "total_steps": 400, "ckpt_every": 10, "keep_last": 1}
     config = config_file(tmp_path, **settings)
     with contextlib.ExitStack() as stack:
@@ -126,7 +126,7 @@ def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> 
         os.killpg(agents[1].process.pid, signal.SIGKILL)
         agents[1].process.wait()
         assert agents[0].wait(180) == 0, agents[0].output()
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both))  # no orphan is left
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in both))  # no process is left over
     assert len(both) == 2
     run = Run(tmp_path / "run")
     assert state_of(tmp_path)["state"] == "done"
@@ -134,7 +134,7 @@ def test_a_node_that_is_lost_leaves_a_run_that_goes_on_alone(tmp_path: Path) -> 
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]) == 1
 
 
-def test_a_restart_in_place_tells_why_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_restart_in_place_reports_why_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     settings = {"total_steps": 40, "ckpt_every": 10, "eval_every": 1000, "log_every": 5}
     config = config_file(tmp_path, **settings)
     with training_process([config], 2, tmp_path, launcher=AGENT, torchrun_args=["--max-restarts=2"]) as running:
@@ -181,7 +181,7 @@ def test_a_stop_during_a_long_evaluation_abandons_it_and_saves(tmp_path: Path) -
 def test_a_signal_during_the_start_ends_well_before_the_first_step(tmp_path: Path, moment: str) -> None:
     config = config_file(tmp_path, **ENDLESS)
     with training_process([config], 2, tmp_path, {"TINYTRAIN_ATTEMPT": "9"}, launcher=AGENT) as running:
-        if moment == "agent imports":  # from when it has its handlers; a signal before is the shell's affair
+        if moment == "agent imports":  # wait until the agent has its handlers; before that, signals act on the shell
             wait_until(lambda: _catches(running.process.pid, signal.SIGUSR1), running)
             os.kill(running.process.pid, signal.SIGUSR1)
         else:
@@ -246,7 +246,7 @@ sys.exit(worker.main(sys.argv[1:]))
 
 
 def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: Path) -> None:
-    """A peer that is sent SIGTERM for it would say that it was preempted, and the batch script would queue it again."""
+    """Other ranks get SIGTERM then. If they reported a preemption, the batch script would requeue the job."""
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     attempt = {"TINYTRAIN_ATTEMPT": "9"}

@@ -47,7 +47,7 @@ def test_two_nodes_on_one_machine_train_together_and_a_signal_to_one_stops_both(
     length = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "reproducible": True}
     config = config_file(tmp_path, **length)
     (tmp_path / "tmp").mkdir()
-    # this machine's own name may mean 127.0.1.1, as on Debian
+    # this machine's own name may resolve to 127.0.1.1, as on Debian
     options = ["--head", f"{socket.gethostname()}:{free_port()}"]
     with ExitStack() as stack:
         nodes = [start_node(stack, tmp_path, 0, config, *options)]
@@ -67,7 +67,7 @@ def test_two_nodes_on_one_machine_train_together_and_a_signal_to_one_stops_both(
     assert alone.digests() == Run(tmp_path / "run").digests()
 
 
-def test_node_says_what_is_missing(tmp_path: Path) -> None:
+def test_node_reports_what_is_missing(tmp_path: Path) -> None:
     config = config_file(tmp_path)
     for args, sentence in [
         ((), "no configuration given"),
@@ -83,7 +83,7 @@ def test_node_says_what_is_missing(tmp_path: Path) -> None:
         assert sentence in done.stderr
 
 
-def test_port_that_is_taken_is_passed_over_or_told(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_skipped_or_reported(tmp_path: Path) -> None:
     config = config_file(tmp_path)
     slurm = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "1"}
     first = node("--print-head", **slurm).stdout.strip()

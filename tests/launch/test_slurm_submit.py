@@ -1,6 +1,6 @@
-"""Owns the checks of launch/submit.py: what it refuses, the script it renders, what it keeps, what it shows.
+"""Check launch/submit.py: what it refuses, the script it writes, what it copies, what it shows.
 
-Must not know Slurm: sbatch and squeue are scripts that answer as theirs do. The real ones are met in test_slurm.py.
+Needs no Slurm: sbatch and squeue are scripts that answer like the real ones, which test_slurm.py uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """A folder with commands that answer as Slurm's do; `asked` in it has their arguments."""
+    """A folder with commands that answer like those of Slurm, and record their arguments in the file `asked`."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     commands = {
@@ -124,7 +124,7 @@ def test_a_sweep_has_a_configuration_for_each_task(config: Path, slurm: Path, tm
     assert "task 2: batch_size: 7 is not a multiple of micro_batch_size 1 x 4 ranks" in text
 
 
-def test_all_mistakes_are_told_at_once(config: Path, tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no tokens")
     text = refusal(
         config, "--nodes", 3, "--processes-per-node", 2, "--time", "1", "--context-len", 5000, "--val-data",
@@ -155,7 +155,7 @@ def test_all_mistakes_are_told_at_once(config: Path, tmp_path: Path) -> None:
         ([*USUAL, "--array", "mine.txt"], "--array: mine.txt cannot be read"),
     ],
 )
-def test_a_mistake_is_told_on_the_login_node(config: Path, args: list[str], sentence: str) -> None:
+def test_a_mistake_is_reported_on_the_login_node(config: Path, args: list[str], sentence: str) -> None:
     assert sentence in refusal(config, *args)
 
 
@@ -224,7 +224,7 @@ def test_what_slurm_refuses_leaves_nothing_behind(config: Path, slurm: Path, tmp
     assert list((tmp_path / "run" / "submitted").iterdir()) == []
 
 
-def test_without_slurm_it_says_so(config: Path, tmp_path: Path) -> None:
+def test_missing_slurm_is_reported(config: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SUBMIT), str(config), *USUAL],
         env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,

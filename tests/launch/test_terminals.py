@@ -1,4 +1,4 @@
-"""What a closed terminal, nohup and a job in the background do to a run and to other long commands."""
+"""Check what a closed terminal, nohup and background jobs do to a run and to other long commands."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored(tmp_path: Path) -> 
     assert (state["state"], state["reason"]) == ("preempted", "SIGTERM")
 
 
-def test_ctrl_backslash_ends_at_once_and_the_state_says_so(tmp_path: Path) -> None:
+def test_ctrl_backslash_ends_at_once_and_the_state_is_written(tmp_path: Path) -> None:
     command = [*LOCAL, config_file(tmp_path, **ENDLESS), "--nproc", "1"]
     with in_terminal(command, tmp_path, tmp_path / "log", PYTHON_FIRST) as terminal:
         terminal.wait_for_output("step 5/")

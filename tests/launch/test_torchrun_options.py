@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tinytrain_dist.launch.torchrun_options import is_single_node, parse_torchrun_options, with_loopback_address
+from tinytrain_dist.launch.torchrun_options import address_arguments, is_single_node, parse_torchrun_options
 
 
 @pytest.mark.parametrize(
@@ -18,5 +18,6 @@ from tinytrain_dist.launch.torchrun_options import is_single_node, parse_torchru
     ],
 )
 def test_one_machine_is_known_by_its_loopback_address(args: list[str], single_node: bool, adds_address: bool) -> None:
-    assert is_single_node(parse_torchrun_options(args)) == single_node
-    assert with_loopback_address(args) == (["--local-addr=127.0.0.1"] if adds_address else []) + args
+    options = parse_torchrun_options(args)
+    assert is_single_node(options) == single_node
+    assert address_arguments(options) == (["--local-addr=127.0.0.1"] if adds_address else [])

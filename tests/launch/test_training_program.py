@@ -1,4 +1,4 @@
-"""The settings of a run are checked before any process is started, and a mistake is neither repeated nor retried."""
+"""Check that settings are checked before processes start, and that a mistake is reported once and not retried."""
 
 from __future__ import annotations
 

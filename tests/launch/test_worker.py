@@ -1,4 +1,4 @@
-"""The program of one rank: what it reports of an error, and the exit code."""
+"""The program of one rank: what it reports after an error, and its exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytrain_dist.launch import worker
 
 
 @pytest.mark.multiprocess
-def test_users_mistake_is_said_once_and_last(tmp_path: Path) -> None:
+def test_a_users_mistake_is_reported_once_and_last(tmp_path: Path) -> None:
     done = launch_training(["--train-data", "x.npy", "--vocab-size", "9"], 2, tmp_path, launcher=AGENT)
     assert done.returncode == 2
     assert done.stdout.count("x.npy: no such token file") == 1

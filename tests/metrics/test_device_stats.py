@@ -7,7 +7,7 @@ import sys
 import torch
 
 from tinytrain_dist.metrics import device_stats
-from tinytrain_dist.metrics.device_stats import free_memory_bytes, peak_flops, peak_memory_bytes
+from tinytrain_dist.metrics.device_stats import free_memory_bytes, peak_flops, peak_memory_bytes, unknown_peak_warnings
 
 
 def test_memory_is_that_of_this_process():
@@ -17,10 +17,17 @@ def test_memory_is_that_of_this_process():
 
 def test_a_cpu_has_no_peak_and_a_gpu_that_of_its_name(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
+    assert unknown_peak_warnings(torch.device("cpu")) == []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_flops(torch.device("cuda")) == 989e12
+    assert peak_flops(torch.device("cuda"), "tf32") == 989e12 / 2
+    assert peak_flops(torch.device("cuda"), "fp32") == 67e12
+    assert unknown_peak_warnings(torch.device("cuda")) == []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce GTX 1080")
     assert peak_flops(torch.device("cuda")) is None
+    [warning] = unknown_peak_warnings(torch.device("cuda"))
+    assert warning.startswith("mfu: not recorded, because ")
+    assert warning.endswith("does not have the peak of this GPU (NVIDIA GeForce GTX 1080)")
 
 
 def test_a_process_may_use_its_share_of_the_free_memory_of_its_host():

@@ -20,7 +20,7 @@ def test_each_phase_has_its_seconds_and_taking_them_begins_again():
     assert timer.take() == {"data": 0.5}
 
 
-def test_a_follower_is_told_of_each_phase_and_of_the_completed_steps():
+def test_a_follower_is_called_with_each_phase_and_the_completed_steps():
     timer = PhaseTimer()
     told = []
     timer.follower = lambda phase, step: told.append((phase, step))

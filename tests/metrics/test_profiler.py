@@ -1,4 +1,4 @@
-"""Owns the trace of some steps: that it is there, readable, named by step and phase, and absent without the setting."""
+"""Check the trace of some steps: it is readable, has steps and phases by name, and exists only with the setting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_a_run_that_ends_early_still_writes_its_trace(tmp_path: Path) -> None:
     assert path.name == "steps-3-4.pt.trace.json"
 
 
-def test_steps_that_are_over_are_said_to_have_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_before_a_resume_are_reported_to_have_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tmp_path, total_steps=4, stop_at_step=3)
     run(tmp_path, profile="2:3", total_steps=4)
     assert "this process ran no step of 2:3" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def test_records_after_the_step_are_moved_to_another_file(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"kind": "train", "ste', '{"kind": "tra', "{", "{}", "\x00\x00\x00", ""])
-def test_a_torn_line_is_dropped_and_the_next_record_starts_a_line(tmp_path, torn):
+def test_an_incomplete_line_is_dropped_and_the_next_record_starts_a_line(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + "\n" + torn)
     truncate_records(path, 5)
@@ -95,7 +95,7 @@ def test_each_record_is_in_the_file_at_once(tmp_path):
     log.close()
 
 
-def test_the_console_line_says_step_loss_speed_and_what_is_left(tmp_path, capsys):
+def test_the_console_line_has_step_loss_speed_and_time_left(tmp_path, capsys):
     log = RunLog(config_in(tmp_path), True, 0)
     log.train(10, values(1.25), GROUPS, WORK)
     log.close()
@@ -110,7 +110,7 @@ def test_what_is_left_ends_where_the_process_stops(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("0:01:00 left")
 
 
-def test_another_rank_writes_and_says_nothing(tmp_path, capsys):
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     log = RunLog(config_in(tmp_path), False, 0)
     log.train(1, values(1.0), GROUPS, WORK)
     log.evaluation(1, 1.0, 1.0)

@@ -6,7 +6,7 @@ from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 
 
 def named(works: list[list[float]]) -> list[tuple[int, str]]:
-    """(step, start of the sentence) for the work of all ranks at logged steps 1, 2, ..."""
+    """Return (step, first words) of each warning, given the work of all ranks at logged steps 1, 2, ..."""
     detector = SlowRankDetector(["a", "b", "c", "d"])
     warnings = [(step, detector.update([0.0] * len(work), work).warning[:6]) for step, work in enumerate(works, 1)]
     return [(step, text) for step, text in warnings if text]

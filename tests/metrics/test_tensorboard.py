@@ -1,4 +1,4 @@
-"""Check what TensorBoard reads of a run: curves without repeated steps, charts, events, texts and settings."""
+"""Check what TensorBoard reads from a run: curves without repeated steps, charts, events, texts and settings."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ def points(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def as_an_earlier_run(folder: Path) -> None:
-    """Event files are read in the order of the second in their names; a test has no time to wait for the next one."""
+    """Rename event files to an earlier second, by which TensorBoard sorts them, instead of waiting for the next."""
     for path in folder.rglob("events.out.tfevents.*"):
         head, second, rest = path.name.rpartition("tfevents.")[0] + "tfevents", *path.name.split(".", 4)[3:]
         os.rename(path, path.with_name(f"{head}.{int(second) - 100}.{rest}"))
@@ -91,7 +91,7 @@ def test_what_a_person_reads_about_a_run_is_there_from_the_start(tmp_path):
 
 
 def test_every_chart_of_the_layout_has_curves(tmp_path):
-    """A tag that is renamed must not leave an empty chart; patterns match from the start, as TensorBoard does it."""
+    """If a tag is renamed, no chart may become empty. Patterns match from the start of a tag, as in TensorBoard."""
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     log = RunLog(config_in(tmp_path), True, 0)

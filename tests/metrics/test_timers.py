@@ -59,7 +59,7 @@ def test_a_host_copy_of_cpu_values():
     copy = HostCopy(torch.tensor([1.5, 2.5], requires_grad=True), clock)
     clock.now += 5.0
     assert copy.read() == [1.5, 2.5]
-    assert copy.ready_at == 100.0  # they were there when the copy was made, however late they are read
+    assert copy.ready_at == 100.0  # the values are those at the time of the copy, even if they are read later
 
 
 def test_work_is_timed_inside_the_modules_only(monkeypatch):

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test u
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_own_config_is_taken_back(kind, tmp_path):
+def test_a_config_of_transformers_is_read_back(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = KINDS[kind]
     (tmp_path / "ours").mkdir()
@@ -25,13 +25,13 @@ def test_transformers_own_config_is_taken_back(kind, tmp_path):
     check_hf_config(config, tmp_path / "theirs")
 
 
-def test_the_end_token_is_told():
+def test_the_end_token_is_in_the_config():
     assert to_hf_config(SMALL)["eos_token_id"] is None
     assert to_hf_config(SMALL, eos_id=5)["eos_token_id"] == 5
 
 
 def fits(tmp_path: Path, config: TrainingConfig, **changes: object) -> list[str]:
-    """The problems that check_hf_config names when config.json of `config` has these changes; None takes a key away."""
+    """Return the problems that check_hf_config finds after these changes of config.json; None removes a key."""
     theirs = {**to_hf_config(config), **changes}
     theirs = {key: value for key, value in theirs.items() if value is not None or key not in changes}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
@@ -109,7 +109,7 @@ def test_other_rotary_scalings_are_refused(tmp_path, where):
         ("tie_word_embeddings", True, "tie_embeddings", False),
     ],
 )
-def test_a_size_that_differs_says_both_and_what_to_set(tmp_path, key, value, setting, here):
+def test_a_size_that_differs_is_reported_with_both_values_and_the_remedy(tmp_path, key, value, setting, here):
     path = tmp_path / "config.json"
     assert fits(tmp_path, SMALL, **{key: value}) == [
         f"{setting}: is {here}, but {path} needs {value}; set {setting} = {value}"
@@ -123,7 +123,7 @@ def test_the_folder_is_named(tmp_path):
     assert caught.value.source == f"init_from = {tmp_path}"
 
 
-def test_everything_that_differs_is_said_at_once(tmp_path):
+def test_all_differences_are_reported_together(tmp_path):
     rope = {"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 5.0}
     problems = fits(tmp_path, SMALL, vocab_size=1, hidden_act="relu", **rope)
     assert [problem.split(":")[0] for problem in problems] == ["hidden_act", "vocab_size", "rope_theta"]
@@ -139,7 +139,7 @@ def test_query_norms_and_scaling_must_agree(tmp_path):
     scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
     problems = fits(tmp_path, SMALL, rope_parameters=scaled)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
-    # and the other way round: a scaling here that the weights were not trained with
+    # the reverse: a scaling is configured here, but the weights were trained without it
     plain = {"rope_type": "default", "rope_theta": 100.0}
     problems = fits(tmp_path, KINDS["llama3"], rope_parameters=plain, rope_scaling=None)
     assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
@@ -158,7 +158,7 @@ def test_keys_left_out_have_transformers_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, -1, "4", 4.5, True, [4]])
-def test_a_size_that_is_no_size_is_a_sentence(tmp_path, value):
+def test_a_size_that_is_no_size_is_reported(tmp_path, value):
     (problem,) = fits(tmp_path, SMALL, num_attention_heads=value)
     assert "is not a positive whole number" in problem
 
@@ -167,12 +167,12 @@ def test_a_size_that_is_no_size_is_a_sentence(tmp_path, value):
     "text",
     ['{"model_type": "gpt2", "n_embd": 768, "n_head": 12}', "{}", "[]", "{", '{"model_type": "llama"}'],
 )
-def test_a_folder_of_something_else_is_a_sentence(tmp_path, text):
+def test_a_folder_of_something_else_is_reported(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json cannot be read|hidden_size: is missing in"):
         check_hf_config(SMALL, tmp_path)
 
 
-def test_no_folder_is_a_sentence(tmp_path):
+def test_no_folder_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"init_from: .*config\.json cannot be read"):
         check_hf_config(SMALL, tmp_path / "none")

@@ -1,6 +1,6 @@
 """Check the loss: the public function against log-sum-exp, and the chunked head against the plain one.
 
-Must not know models. References are taken in float64, so that a bound says how much float32 lost, not which is right.
+Must not know models. References are computed in float64, so an error bound measures the rounding of float32 alone.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tinytrain_dist.model.loss import IGNORE_INDEX, chunk_loss_and_grad, cross_entropy_loss, head_loss_sum
 
 
-def test_the_signature_is_that_of_the_notes():
+def test_the_signature_stays_as_documented():
     parameters = inspect.signature(cross_entropy_loss).parameters
     assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["logits", "targets"]
     assert [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == ["ignore_index", "reduction"]
@@ -27,7 +27,7 @@ def test_two_classes_by_hand():
 
 
 def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax at the target, row by row, in float64."""
+    """Return -log softmax at the target, row by row, in float64."""
     rows, ids = logits.double().reshape(-1, logits.shape[-1]), targets.reshape(-1)
     losses = [rows[i].logsumexp(0) - rows[i, ids[i]] for i in range(len(ids))]
     return torch.stack(losses).reshape(targets.shape)
@@ -146,7 +146,7 @@ def reference(hidden, weight, targets, scale=1.0):
 
 
 def assert_near(found: torch.Tensor, exact: torch.Tensor, relative: float) -> None:
-    """Within `relative` of the largest entry: how far a sum of such entries may be rounded away."""
+    """Check that the difference is within `relative` times the largest entry, which bounds the rounding of a sum."""
     bound = relative * max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
     assert (found.double() - exact).abs().max().item() <= bound
 
@@ -235,7 +235,7 @@ def test_pieces_never_make_all_logits():
     hidden, weight, targets = problem(40, 2, 100, seed=8, ignored=0.0)
     with Watch():
         head_loss_sum(hidden, weight, targets, None)
-    assert max(sizes) == 40 * 100  # the plain way does make them
+    assert max(sizes) == 40 * 100  # the plain method does make all logits
     sizes.clear()
     with Watch():
         loss_and_gradients(hidden, weight, targets, 4)
@@ -264,7 +264,7 @@ def test_gradients_are_scaled_in_place_and_so_cannot_be_asked_for_twice():
         loss.backward()
 
 
-def test_pieces_work_under_somebodys_autocast():
+def test_chunks_work_inside_autocast():
     hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     targets, found = torch.randint(0, 7, (8,)), []
     for narrow in (False, True):

@@ -1,6 +1,6 @@
-"""Check the network: equal to transformers' Llama and Qwen3, its initial weights, its types and its work.
+"""Check the network against transformers' Llama and Qwen3, and its initial weights, types and FLOPs.
 
-transformers is the reference; without it those tests are skipped, and the others hold alone.
+If transformers is not installed, the tests that compare with it are skipped.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.model.layers import SwiGLU
 from tinytrain_dist.model.transformer import TransformerBlock, TransformerLM
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test uses the network
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +43,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, tmp_path):
     found = ours(ids)
     expected = theirs(ids).logits
     assert found.shape == (3, 48, 67)
-    assert expected.std() > 0.1  # or nearness would say little
+    assert expected.std() > 0.1  # otherwise a small difference would mean little
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
     targets = some_ids(config, length=48).flip(1)
@@ -56,7 +56,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, tmp_path):
 
 
 def test_each_kind_differs_from_plain():
-    # or the comparison above would compare the same model several times
+    # otherwise the test above would compare the same model several times
     ids = some_ids(SMALL, length=48)
     assert len({json.dumps(to_hf_config(config), sort_keys=True) for config in KINDS.values()}) == len(KINDS)
     plain, scaled = (random_model(KINDS[kind])(ids) for kind in ("plain", "llama3"))

@@ -1,4 +1,4 @@
-"""Fixtures of several test files: a folder for runs, and a run that nothing disturbs."""
+"""Fixtures for several test files: a folder for runs, and a run that is not disturbed."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with the settings RUN on two ranks; its token files have the same content in every folder."""
+    """A run with the settings RUN on two ranks. Token files have the same content in every folder."""
     return train(tmp_path_factory.mktemp("undisturbed"), "undisturbed", 2, **RUN)

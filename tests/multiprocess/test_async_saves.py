@@ -1,4 +1,4 @@
-"""Saves beside training: the same bits as in the foreground, and no copy that is not needed."""
+"""Saves in the background: the same bits as in the foreground, and no unnecessary copy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_background_and_foreground_saves_are_the_same(folder: Path, undisturbed:
 
 
 def copies(trainer: Any) -> None:
-    """Note at which steps state is copied for a save."""
+    """Record at which steps the state is copied for a save."""
     buffers, note = trainer.checkpoints.buffers, (trainer.checkpoints.folder(0).parent.parent / "copies.txt").open("a")
     plain = buffers.copy
 

@@ -1,4 +1,4 @@
-"""Damage, values that are not finite and planted pickles in the checkpoints of a run."""
+"""Checkpoints of a run with damage, values that are not finite, or pickles that a test put there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def test_damage_found_by_one_rank_reaches_all(tmp_path: Path) -> None:
-    """Each file is read by one rank: damage in any one of them must reach all."""
+    """Each file is read by one rank. All ranks must learn of damage in any file."""
     run = train(tmp_path, "run", 2, parallel="fsdp", max_shard_bytes=2000, stop_at_step=3)
     for file in sorted(run.checkpoint.iterdir()):
         shutil.copytree(run.folder, tmp_path / "copy")
@@ -36,7 +36,7 @@ def test_damage_found_by_one_rank_reaches_all(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickled, it leaves a mark."""
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -46,7 +46,7 @@ class Trap:
 
 
 def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
-    """Planted in place of each file of a checkpoint, and of the token files; digests made to fit."""
+    """A pickle replaces each file of a checkpoint, with a fitting digest, and the token files."""
     run = train(tmp_path, "run", 1, stop_at_step=3)
     mark = tmp_path / "executed"
     planted = pickle.dumps(Trap(mark))
@@ -79,7 +79,7 @@ def any_end(settings: dict[str, Any]) -> str:
 
 
 def poison(checkpoint: Path, name: str) -> None:
-    """Put a NaN into a tensor, and make every digest fit, as a program that does not check would have written it."""
+    """Put a NaN into a tensor and correct all digests, as if a program without checks had written it."""
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text())
     del body["sha256"]
@@ -116,7 +116,7 @@ def test_checkpoint_that_is_not_finite_is_damaged(folder: Path, undisturbed: Run
 
 
 def state_turns_bad(trainer: Any) -> None:
-    """Memory of rank 1 goes bad between a step and its save."""
+    """Change the state of rank 1 to NaN between a step and its save."""
     plain = trainer.save
 
     def save() -> None:

@@ -1,4 +1,4 @@
-"""Disks that are full, stuck or broken cost a save and not the run."""
+"""If a disk is full, stuck or broken, a save fails and the run continues."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def last_save_error(settings: dict[str, Any]) -> str:
 
 
 def fail_beside_the_tensors(trainer: Any, where: str) -> None:
-    """On rank 0 only, as a stale file handle would: an error between two collectives must not separate the ranks."""
+    """Fail on rank 0 between two collectives, like a stale file handle; the ranks must stay in step."""
     from tinytrain_dist.checkpoint import manager
     from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 
@@ -99,7 +99,7 @@ def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, un
 
 
 def disturb(trainer: Any) -> None:
-    """At step 3 the folder of checkpoints is deleted, and the clock jumps a year back."""
+    """At step 3, delete the folder of checkpoints and set the clock back by a year."""
     import time
 
     real = time.time
@@ -122,7 +122,7 @@ def test_vanished_folder_and_a_clock_that_jumps_back(folder: Path, undisturbed: 
 
 
 def disk_is_stuck(trainer: Any) -> None:
-    """Writes of the save of step 4 block until training waits for it at the next one; those of 8 until its end does."""
+    """Block the writes of the save of step 4 until the next save waits, and those of step 8 until the end waits."""
     import threading
 
     from tinytrain_dist.checkpoint import async_save, manager, safetensors_io
@@ -142,7 +142,7 @@ def disk_is_stuck(trainer: Any) -> None:
         if said:
             print(*words, file=said, flush=True)
         if "step 4 has taken" in words[0] and trainer.step == 6:
-            free.set()  # rank 0 said how long and where, while it waits
+            free.set()  # rank 0 reported how long it waits, and for which file
         if "waiting for the save of step 8" in words[0]:
             end.set()
 

@@ -1,4 +1,4 @@
-"""Owns the specification as equations between runs: modes, ranks, accumulation, interruption, native and canonical."""
+"""Check the equalities between runs: modes, ranks, accumulation, interruption, native and reproducible."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_interrupted_run_equals_the_uninterrupted_one(folder: Path) -> None:
     assert run.values("train", "loss") == expected.values("train", "loss"), "each step is recorded once"
 
 
-def test_reproducible_run_goes_on_with_other_ranks_and_modes(folder: Path) -> None:
+def test_a_reproducible_run_continues_with_other_ranks_and_modes(folder: Path) -> None:
     expected = one_process(folder, reproducible=True)
     train(folder, "moving", 4, parallel="fsdp", reproducible=True, stop_at_step=2)
     train(folder, "moving", 2, parallel="ddp", reproducible=True, stop_at_step=4)
@@ -130,7 +130,7 @@ def test_compiled_runs_have_the_same_bits_on_any_layout(folder: Path, precision:
 
 
 def test_what_does_not_decide_bits_changes_nothing(folder: Path) -> None:
-    """How often is logged, evaluated and saved, in files of what size, and how far ahead data is read."""
+    """These do not change bits: intervals of logging, evaluating and saving, file sizes, reading ahead."""
     expected = one_process(folder, reproducible=True)
     settings = {"log_every": 4, "eval_every": 2, "eval_steps": 3, "ckpt_every": 2, "max_shard_bytes": 300}
     run_ranks(2, fit, settings_for(folder, "else", parallel="fsdp", reproducible=True, **settings), read_ahead)
@@ -150,7 +150,7 @@ LONG = {"reproducible": True, "total_steps": 30, "grad_clip_norm": 0.7, "eval_ev
 
 
 def die(trainer: Any, step: int, in_save: bool) -> None:
-    """SIGKILL this rank in the middle of a step, or of a save."""
+    """Kill this rank with SIGKILL in the middle of a step or of a save."""
     from tinytrain_dist.checkpoint import manifest
 
     def kill(*args: Any) -> None:
@@ -167,7 +167,7 @@ def die(trainer: Any, step: int, in_save: bool) -> None:
 
 
 def test_killed_twice_and_moved_equals_thirty_steps_on_one_rank(folder: Path) -> None:
-    """4 ranks FSDP, SIGKILL; 2 ranks DDP, SIGKILL in the middle of a save; 1 rank to the end."""
+    """4 FSDP ranks until a SIGKILL, then 2 DDP ranks until a SIGKILL during a save, then 1 rank to the end."""
     expected = one_process(folder, **LONG)
     norms = expected.values("train", "grad_norm")
     assert min(norms) < 0.7 < max(norms), "clipping must be active in some steps only"
@@ -216,7 +216,7 @@ def test_golden_curve(tmp_path: Path) -> None:
 
 
 def break_tree(_: Any) -> None:
-    """Sum in the order of ranks, as a ring would."""
+    """Sum in the order of ranks, as a ring all-reduce does."""
     from tinytrain_dist.parallel import tree_reduction
 
     def in_order(parts: torch.Tensor) -> torch.Tensor:
@@ -229,7 +229,7 @@ def break_tree(_: Any) -> None:
 
 
 def break_counter(_: Any) -> None:
-    """Add micro-steps one after the other, as `.grad` does."""
+    """Add micro-batches one after the other, as `.grad` does."""
     from tinytrain_dist.parallel.tree_reduction import BinaryCounter
 
     def add(self: BinaryCounter, leaf: int, tensors: list[torch.Tensor]) -> None:
@@ -242,12 +242,12 @@ def break_counter(_: Any) -> None:
 
 
 def break_sampling(trainer: Any) -> None:
-    """Let the rank decide what is drawn."""
+    """Make the drawn windows depend on the rank."""
     trainer.train_step.slots = [slot + 1000 * trainer.context.rank for slot in trainer.train_step.slots]
 
 
 def break_initial_weights(trainer: Any) -> None:
-    """Let the rank decide the weights, by one unit in the last place or so."""
+    """Make the initial weights depend on the rank, by about one unit in the last place."""
     from tinytrain_dist.distributed.dtensor import local_tensor
 
     with torch.no_grad():
@@ -267,13 +267,13 @@ def break_norm(trainer: Any) -> None:
 
 
 def break_update(_: Any) -> None:
-    """Let torch's fused kernel end a tensor with scalar code."""
+    """Do not pad tensors, so that torch's fused kernel uses scalar code at their ends."""
     from tinytrain_dist.optim import adamw
 
     adamw._pad_to_simd_width = lambda *pieces: lambda: None  # type: ignore[assignment]
 
 
-BREAKS = [  # the tree over ranks needs four of them to have an order, the counter four micro-steps
+BREAKS = [  # with fewer than four ranks or four micro-batches there is only one order of addition
     (break_tree, 4),
     (break_counter, 2),
     (break_sampling, 4),
@@ -285,7 +285,7 @@ BREAKS = [  # the tree over ranks needs four of them to have an order, the count
 
 @pytest.mark.parametrize(("break_it", "ranks"), BREAKS, ids=[function.__name__ for function, _ in BREAKS])
 def test_broken_ingredients_change_the_hash(folder: Path, break_it: Any, ranks: int) -> None:
-    """The equalities above can fail: without any one of the ingredients the bits are others."""
+    """Show that the equalities above can fail: without any one of these parts, the bits differ."""
     name = break_it.__name__
     run_ranks(ranks, fit, settings_for(folder, name, reproducible=True, parallel="fsdp"), break_it)
     assert Run(folder / name).digests() != one_process(folder, reproducible=True).digests()

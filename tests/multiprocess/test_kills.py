@@ -1,4 +1,4 @@
-"""Kills at every stage of a save: the next start continues to the same bits."""
+"""Kill ranks at every stage of a save; the next start ends with the same bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def die_at(trainer: Any, stage: str, ranks: tuple[int, ...]) -> None:
-    """SIGKILL the given ranks when the save of step 4 reaches a stage, or that of step 6 deletes."""
+    """Kill the given ranks when the save of step 4 reaches a stage, or when the save of step 6 deletes a checkpoint."""
     import torch.distributed
 
     from tinytrain_dist.checkpoint import async_save, manifest, sharded_io

@@ -1,4 +1,4 @@
-"""Runs on machines that lack something: an output that can be written, a name that is known."""
+"""Runs whose output cannot be written, or whose machine has a name that nothing resolves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROGRAM = f"{REPOSITORY}/launch/train.py"
 
 
 def can_rename_the_machine() -> bool:
-    """Whether this process may give a command a host name of its own, as a container has one."""
+    """Return whether this process may run a command under another host name, as in a container."""
     if shutil.which("unshare") is None:
         return False
     return subprocess.run(["unshare", "--uts", "hostname", "pod-x"], capture_output=True, check=False).returncode == 0

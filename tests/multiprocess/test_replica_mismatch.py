@@ -1,4 +1,4 @@
-"""A flipped bit in the memory of one rank ends the run before it is saved, however a run saves."""
+"""A flipped bit in the memory of one rank ends the run before the bit is saved, with every way to save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinytrain_dist.parallel.wrappers import unwrap
 
 
 def flip_a_bit(trainer: Any, rank: int) -> None:
-    """During step 5 a bit of one weight of `rank` turns over; not the last one, which an update may round away."""
+    """During step 5, flip a bit of one weight of `rank`; not the lowest bit, which an update may round away."""
 
     def hook(*_: Any) -> None:
         if trainer.context.rank == rank and trainer.step == 4 and not done:
@@ -76,7 +76,7 @@ def test_every_way_to_save_compares_replicas(tmp_path: Path, how: dict[str, Any]
 
 
 def flipped_and_watched(settings: dict[str, Any]) -> tuple[str, int]:
-    """What ends the run, and after which step; each step waits until the save before it has ended."""
+    """Return the error that ends the run, and after which step. Each step waits until the save before it has ended."""
 
     def prepare(trainer: Any) -> None:
         def wait_for_the_save(*_: Any) -> None:

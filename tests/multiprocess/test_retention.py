@@ -1,4 +1,4 @@
-"""What an earlier setting, another run or the user keeps stays, and `tinytrain prune` removes it."""
+"""Checkpoints that an earlier setting, another run or the user kept stay, until `tinytrain prune` removes them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kept_steps(folder: Path) -> list[int]:
 def test_a_resume_applies_other_settings_only_to_new_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Steps 2, 4, 6 by keep_every = 2; then keep_every = 4 keeps 8; then nothing is set. The user has copied step 5."""
+    """keep_every = 2 keeps steps 2, 4, 6; then keep_every = 4 keeps 8; then it is unset. Step 5 is a user's copy."""
     settings = {"ckpt_every": 1, "keep_last": 1, "val_data": None}
     folder = tmp_path / "run" / "checkpoints"
     train(tmp_path, "other", 1, total_steps=5, **settings)

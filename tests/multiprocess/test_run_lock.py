@@ -1,4 +1,4 @@
-"""Two runs in a folder: the second is refused, and a stale lock is recognised."""
+"""If a second run starts in a folder, it is refused, unless the lock is stale."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
 
 @contextlib.contextmanager
 def touched_by_its_holder(lock: Path) -> Iterator[None]:
-    """Touch the lock again and again, as the process that holds it does."""
+    """Touch the lock repeatedly, as the process that holds it does."""
     end = threading.Event()
 
     def touch() -> None:
@@ -93,7 +93,7 @@ def test_lock_of_another_host_is_stale_after_two_minutes(tmp_path: Path) -> None
 
 
 def lose_the_lock(trainer: Any) -> None:
-    """After the save of step 4 another process takes the folder, as Slurm's next attempt does on another node."""
+    """After the save of step 4, take over the folder as another process, like the next attempt of a Slurm job."""
     plain = trainer.run_step
 
     def train_step(*args: Any) -> Any:
@@ -118,7 +118,7 @@ def fit_and_fail(settings: dict[str, Any]) -> tuple[str, bool]:
     return "no error", True
 
 
-def test_nobody_commits_into_a_run_that_another_has_taken(tmp_path: Path) -> None:
+def test_no_process_commits_into_a_run_that_another_has_taken_over(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "run", **{**RUN, "ckpt_every": 2})
     for message, owned in run_ranks(2, fit_and_fail, settings):
         assert message.startswith("TrainingError")

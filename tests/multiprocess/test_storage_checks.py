@@ -63,7 +63,7 @@ def test_too_little_host_memory_is_an_error(folder: Path) -> None:
 
 
 def blind_rank(settings: dict[str, Any]) -> str:
-    """Rank 1 stands for a node whose path leads to another disk."""
+    """Make rank 1 see another disk under the path of the run folder."""
     import dataclasses
 
     from tinytrain_dist.reliability.storage_checks import check_shared_storage

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def send_in_many_parts(_: Any) -> None:
-    """Ranks send a tensor in up to 53 parts, more than are requested ahead: they must not change places."""
+    """Ranks send a tensor in up to 53 parts, more than are requested at once; their order must stay the same."""
     from tinytrain_dist.checkpoint import sharded_io
 
     sharded_io.CHUNK_BYTES = 16

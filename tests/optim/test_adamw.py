@@ -1,7 +1,7 @@
-"""Check AdamW against the formula and torch's own, and that its bits do not depend on how a tensor is cut.
+"""Check AdamW against its formula and torch's AdamW, and that its bits do not depend on how a tensor is cut.
 
-The tests know no ranks: a cut tensor represents a shard, and the update of an element must not depend on which elements
-lie beside it. Sharded parameters are tested with real processes elsewhere.
+No ranks are used: a piece of a tensor represents a shard. The update of an element must not depend on the elements
+around it. tests/multiprocess has sharded parameters on real processes.
 """
 
 import math
@@ -18,13 +18,13 @@ from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
 from tinytrain_dist.optim.clipping import clip_gradients
 
 
-def test_the_signatures_are_those_of_the_notes():
+def test_the_signatures_stay_as_documented():
     assert positional(AdamW) == ["params", "lr", "betas", "eps", "weight_decay"]
     assert positional(clip_gradients) == ["params", "max_norm", "eps"]
 
 
 def textbook(theta: Tensor, grads: list[Tensor], lr: float, betas: tuple[float, float], eps: float, decay: float):
-    """Loshchilov & Hutter 2017, algorithm 2, in float64: decay first, eps after the bias correction."""
+    """AdamW in float64 (Loshchilov & Hutter 2017, algorithm 2): decay first, eps after the bias correction."""
     theta = theta.double()
     m = torch.zeros_like(theta)
     v = torch.zeros_like(theta)
@@ -195,7 +195,7 @@ def test_skip_decides_whether_anything_changes(size):
 
 
 def whole_and_cut(cuts: list[int], size: int, steps: int = 3) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and both moments after some steps: of one tensor, and of its pieces put together again."""
+    """Return weights and both moments after some steps, for one tensor, and for its pieces joined again."""
     values, grads = some((size,), 0), [some((size,), t) for t in range(1, steps + 1)]
     whole = nn.Parameter(values.clone())
     one = AdamW([whole], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)

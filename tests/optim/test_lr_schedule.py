@@ -12,7 +12,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule, learning_rate, wsd_lr_schedule
 
 
-def test_the_signature_is_that_of_the_notes():
+def test_the_signature_stays_as_documented():
     assert list(inspect.signature(cosine_lr_schedule).parameters) == [
         "t", "lr_max", "lr_min", "warmup_iters", "cosine_iters",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recomputation changes neither results nor names, and recomputes what it promises."""
+"""Recomputation changes neither results nor parameter names, and recomputes the intended operators."""
 
 from __future__ import annotations
 

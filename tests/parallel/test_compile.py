@@ -13,7 +13,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def settle_each(cases: list[tuple[str, dict[str, Any]]]) -> list[tuple[bool | None, str]]:
-    """On a rank: what `compile` becomes in each case. Only the last rank's compiler reports a problem."""
+    """On a rank: return the value of `compile` in each case. Only the compiler of the last rank reports a problem."""
     from tinytrain_dist.config.schema import TrainingConfig
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.errors import ConfigError
@@ -75,3 +75,40 @@ def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytes
         monkeypatch.setattr(compile, "CPU_LACKS_BF16", without)
         monkeypatch.setattr(torch, "__version__", version)
         assert ("removes roundings" in compile.why_not_compile(cpu, exact)) == refused
+
+
+def compile_deep_models(cases: list[tuple[str, str]]) -> list[int]:
+    """On a rank: return how many graphs 12 blocks are compiled into, trained and evaluated, in each case.
+
+    A case is activation_checkpointing and precision. The branches are those of a GPU, with grouped queries.
+    """
+    from tinytrain_dist.config.model_config import ModelConfig
+    from tinytrain_dist.model.matmul import simulate_device
+    from tinytrain_dist.model.transformer import TransformerLM
+    from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
+    from tinytrain_dist.parallel.compile import apply_compile, compiled_graph_count
+
+    sizes = ModelConfig(vocab_size=50, num_layers=12, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, context_len=16)
+    ids, targets = torch.randint(0, 50, (2, 2, 16))
+    counts = []
+    for how, precision in cases:
+        torch._dynamo.reset()
+        model: Any = TransformerLM(sizes, precision=precision)  # type: ignore[arg-type]
+        for block in model.model.layers:
+            apply_activation_checkpointing(block, how)
+        apply_compile(model, on_cuda=True)
+        before = compiled_graph_count()
+        with simulate_device("cuda"):
+            for _ in range(2):
+                model(ids, targets).backward()
+            with torch.no_grad():
+                model(ids, targets)
+        counts.append(compiled_graph_count() - before)
+    return counts
+
+
+def test_deep_models_are_compiled_once_and_in_whole_graphs() -> None:
+    cases = [("none", "bf16"), ("selective", "bf16"), ("block", "fp8")]
+    (counts,) = run_ranks(1, compile_deep_models, cases)
+    # block, norm and loss, with gradients and without; not one for each of the 12 blocks
+    assert [count <= 6 for count in counts] == [True, True, True], counts

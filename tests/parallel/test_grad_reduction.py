@@ -1,4 +1,4 @@
-"""Gradients of all ranks become one sum, over the fast paths of the backend."""
+"""Check which collectives of the backend sum the gradients of all ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def where_collectives_go(settings: dict[str, Any]) -> list[str]:
     return sorted(seen)
 
 
-def test_fsdp_on_gloo_takes_the_fast_ways_and_any_number_of_shards(tmp_path: Path) -> None:
+def test_fsdp_on_gloo_uses_the_fast_collectives_for_any_number_of_shards(tmp_path: Path) -> None:
     from tests.helpers.training import Run, settings_for
 
     common = {"total_steps": 3, "batch_size": 6, "micro_batch_size": 1, "eval_every": 100, "ckpt_every": 100}

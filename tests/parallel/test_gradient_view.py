@@ -1,4 +1,4 @@
-"""What a reduction reads from a model: layers, local gradients, norms and losses."""
+"""Check what a gradient reduction reads from a model: layers, local gradients, norms and losses."""
 
 from __future__ import annotations
 

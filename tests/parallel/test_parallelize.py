@@ -1,4 +1,4 @@
-"""The model of each mode: the same weights, and the units and wrappers that the mode needs."""
+"""Check that all modes have the same weights, and each the FSDP units and wrappers that it needs."""
 
 from __future__ import annotations
 

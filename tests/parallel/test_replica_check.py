@@ -19,7 +19,7 @@ from tinytrain_dist.parallel.replica_check import _deviating_ranks, fingerprints
     ids=["CPU", "GPU"],
 )
 def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Tensor], int]) -> None:
-    """Those of a CPU, and those of a GPU, whose sum can be taken anywhere."""
+    """Check fingerprints for CPUs, and those for GPUs, which can also be computed on a CPU."""
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(3, 100_000, generator=generator)  # more than one block of the sum
     expected = of(tensor)

@@ -1,10 +1,11 @@
-"""The tree of sums: any number of parts, and one order of additions."""
+"""Check the reduction tree: any number of parts, and one order of additions."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tinytrain_dist.parallel.tree_reduction import BinaryCounter, tree_sum
+from tinytrain_dist.parallel.tree_reduction import BinaryCounter, halving_row_sums, tree_sum
 
 
 def test_the_tree_takes_any_number_of_parts() -> None:
@@ -27,3 +28,13 @@ def test_the_counter_adds_in_the_order_of_the_tree() -> None:
         total += level
     assert total.item() == tree_sum(torch.tensor(leaves).view(4, 1)).item() == 2.0**24 + 2
     assert counter.pop() == [], "pop empties the counter"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 101])
+def test_a_row_has_the_same_sum_whatever_the_other_rows(width: int):
+    torch.manual_seed(0)
+    values = torch.randn(33, width)
+    whole = halving_row_sums(values.clone())
+    torch.testing.assert_close(whole, values.double().sum(1).float())
+    for start, stop in ((0, 1), (3, 10), (16, 33)):
+        assert torch.equal(halving_row_sums(values[start:stop].clone()), whole[start:stop])

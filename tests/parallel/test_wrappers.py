@@ -55,7 +55,9 @@ def own_loop(wrap: str, param_dtype: torch.dtype | None) -> dict[str, Any]:
     from tinytrain_dist.distributed.parallel_dims import ParallelDims
 
     context = init_distributed("cpu")
-    torch.manual_seed(context.rank)  # a user who forgot the seed: every rank has another model, and rank 0's must win
+    torch.manual_seed(
+        context.rank
+    )  # as if the user forgot the seed: ranks have different models, and all must get that of rank 0
     model: nn.Module = Blocks()
     world = context.world_size
     if wrap == "ddp":
@@ -123,7 +125,7 @@ def test_refusals_say_what_to_do() -> None:
 
 
 def save_under(wrap: str, folder: str) -> int:
-    """save_checkpoint and load_checkpoint are collectives where there is a process group."""
+    """On a rank: save in one mode and load in another. Both functions are collectives in a process group."""
     from tinytrain_dist import AdamW, apply_ddp, apply_fsdp, load_checkpoint, save_checkpoint
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.distributed.parallel_dims import ParallelDims

@@ -1,4 +1,4 @@
-"""Check that error.json holds the first cause, in whatever order ranks and agents of several nodes report theirs."""
+"""Check that error.json has the first cause, in whatever order the ranks and agents of several nodes report."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(CAUSES)))
-def test_a_death_comes_before_what_peers_say_and_then_the_earlier_one(tmp_path: Path, order: Any) -> None:
+def test_a_death_counts_before_errors_of_other_ranks_and_earlier_before_later(tmp_path: Path, order: Any) -> None:
     for name in order:
         error_report.write_error(tmp_path, CAUSES[name])
     assert json.loads((tmp_path / "error.json").read_text()) == CAUSES["killed"]
     assert json.loads((tmp_path / "state.json").read_text())["state"] == "failed"
 
 
-def test_what_a_peer_says_never_replaces_a_cause_written_meanwhile(
+def test_an_error_of_another_rank_never_replaces_a_cause_written_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error_report.write_error(tmp_path, CAUSES["killed"])
-    monkeypatch.setattr(error_report, "read_json_object", lambda path: {})  # it was not there yet when this one looked
+    monkeypatch.setattr(error_report, "read_json_object", lambda path: {})  # it was written after this rank had looked
     error_report.write_error(tmp_path, CAUSES["peer"])
     assert json.loads((tmp_path / "error.json").read_text()) == CAUSES["killed"]
 
 
-def test_taking_the_cause_removes_it_and_a_silent_end_has_a_sentence(tmp_path: Path) -> None:
+def test_reading_the_cause_removes_it_and_an_end_without_a_cause_is_reported(tmp_path: Path) -> None:
     assert error_report.read_and_clear_error(tmp_path) == ""
     error_report.write_error(tmp_path, CAUSES["killed"])
     assert error_report.read_and_clear_error(tmp_path) == "killed"
@@ -46,7 +46,7 @@ def test_taking_the_cause_removes_it_and_a_silent_end_has_a_sentence(tmp_path: P
     assert error_report.read_and_clear_error(tmp_path) == ""
 
 
-def test_a_notice_is_for_one_world_and_the_first_one_stays(tmp_path: Path) -> None:
+def test_an_abort_request_is_for_one_launch_and_the_first_one_stays(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     error_report.request_abort(tmp_path, "a", "first")
     error_report.request_abort(tmp_path, "a", "second")
@@ -55,7 +55,7 @@ def test_a_notice_is_for_one_world_and_the_first_one_stays(tmp_path: Path) -> No
     assert error_report.read_abort_request(tmp_path, "") == {}
 
 
-def test_a_full_disk_is_no_matter(tmp_path: Path) -> None:
+def test_a_full_disk_is_ignored(tmp_path: Path) -> None:
     error_report.write_error(tmp_path / "gone", CAUSES["killed"])
     error_report.request_abort(tmp_path / "gone", "a", "x")
 

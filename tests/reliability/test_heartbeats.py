@@ -1,4 +1,4 @@
-"""Check what is read from heartbeats: the last one of each rank, and for which rank the others wait."""
+"""Check what is read from heartbeats: the newest one of each rank, and the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_who_is_waited_for(heartbeats: list[dict[str, Any]], expected: str) -> N
     assert expected in describe_waiting(heartbeats, 3, since=50.0)
 
 
-def test_torn_heartbeats_and_those_of_a_larger_run_before_are_passed_over(tmp_path: Path) -> None:
+def test_incomplete_heartbeats_and_those_of_an_earlier_larger_run_are_ignored(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "heartbeat"
     folder.mkdir(parents=True)
     for rank in (0, 1, 7):

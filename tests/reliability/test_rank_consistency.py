@@ -1,4 +1,4 @@
-"""The check before step 1 that all ranks agree; the rank that differs is named."""
+"""The check before step 1 that all ranks agree: it names the rank that differs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinytrain_dist.reliability import rank_consistency
 
 
 def check_consistency(settings: dict[str, Any], odd: str) -> str:
-    """On a rank: the check at the start of a run, with something else on rank 2."""
+    """On a rank: run the check with something different on rank 2."""
     context = replace(init_distributed("cpu"), host=f"node{int(os.environ['RANK']) // 2 + 1}")
     if context.rank == 2:
         if odd == "settings":
@@ -69,14 +69,14 @@ CODE = rank_consistency.code_digest()
                     "set OMP_NUM_THREADS=1, or give the job more cores (--cpus-per-task)"),
     ],
 )  # fmt: skip
-def test_odd_rank_is_named_on_all_ranks(odd: str, problems: str) -> None:
+def test_a_rank_that_differs_is_named_on_all_ranks(odd: str, problems: str) -> None:
     for said in run_ranks(4, check_consistency, {"batch_size": 4}, odd):
         assert (problems in said) if problems else said == ""
         assert said.count("clock") == (odd == "clock")
         assert said.count("threads") == (2 if odd == "threads" else 0)
 
 
-def test_of_two_opinions_rank_0_has_the_usual_one() -> None:
+def test_with_two_ranks_the_value_of_rank_0_counts_as_usual() -> None:
     assert rank_consistency.find_differences([{"torch": 1}, {"torch": 2}], ["a", "b"]) == [
         "torch: 2 on rank 1 (b), but 1 on rank 0 (a); use the same environment on all nodes"
     ]

@@ -72,7 +72,7 @@ def test_a_lock_of_another_host_becomes_stale(
     assert lock.waited_seconds >= 1.0, "it does not count as training time"
 
 
-def test_a_process_is_told_from_an_earlier_one_with_its_id() -> None:
+def test_a_process_is_distinguished_from_an_earlier_one_with_its_id() -> None:
     assert process_start_time(os.getpid()) == process_start_time(os.getpid())
     assert process_start_time(os.getpid()) is not None
     assert process_start_time(2**22 + 5) is None

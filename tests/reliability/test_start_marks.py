@@ -1,4 +1,4 @@
-"""An agent may end a rank in its start, or the rank trains, and never both."""
+"""Check that an agent ends a rank only during its start, never after it has begun to train."""
 
 from __future__ import annotations
 

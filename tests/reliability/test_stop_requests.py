@@ -86,7 +86,7 @@ def test_the_stop_file_is_seen_and_named(clock, tmp_path):
     assert requests.reason() == f"stop file {tmp_path / 'stop'}"
 
 
-def test_the_stop_file_is_looked_at_once_a_second(clock, tmp_path):
+def test_the_stop_file_is_checked_once_a_second(clock, tmp_path):
     requests = stop_requests.StopRequests(tmp_path, None, check_file=True)
     requests.reason()
     (tmp_path / "stop").touch()

@@ -71,7 +71,7 @@ def test_a_stopped_process_is_named_by_the_others(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("end", ["limit", "signal"])
 def test_a_rank_that_waits_to_join_ends_at_its_limit_or_at_a_signal(tmp_path: Path, end: str) -> None:
-    """The main thread sits in native code all the time: nobody else joins."""
+    """The main thread is blocked in native code, because no other rank joins."""
     config = config_file(tmp_path, start_limit=2 if end == "limit" else 600)
     script = tmp_path / "alone.py"
     script.write_text(

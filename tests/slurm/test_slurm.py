@@ -1,7 +1,7 @@
-"""Owns what is promised on a cluster, on a real Slurm: stopped, preempted, requeued, cut off, and the same result.
+"""Check runs on a real Slurm that are stopped, preempted, requeued or lose a node: their result stays the same.
 
-Must not know how the templates do it: it looks at jobs, logs and checkpoints. What a run comes to is held against one
-process on one machine. Times are only ever waited for, never expected.
+Must not know how the batch scripts work: tests look at jobs, logs and checkpoints. The result of a run is compared with
+that of one process on one machine. Tests wait for events and assert no durations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.helpers.training import Run, settings_for, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LENGTH = {"reproducible": True, "total_steps": 40, "ckpt_every": 10, "eval_every": 20, "log_every": 1}
-BRAKE = "12:0.5"  # 14 s from step 12 on, in which the first attempt can be hit; a hit run does not wait for it
+BRAKE = "12:0.5"  # slows the first attempt by 14 s from step 12 on, time to send signals; a signal ends the wait
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(data: Path) -> dict[str, str]:
-    """Digests of the run by one process on one machine."""
+    """The digests of the same run in one process on one machine."""
     return train(data, "alone", 1, **LENGTH).digests()
 
 
 @pytest.fixture(scope="module")
 def limited(cluster: Cluster, data: Path) -> Job:
-    """A job whose time limit hits, which takes two minutes: it is under way while the other tests run."""
-    env = {"BRAKE": "12:8"}  # longer than the limit, and the run knows how long a step takes
+    """A job that reaches its time limit after two minutes; it runs while the other tests run."""
+    env = {"BRAKE": "12:8"}  # the job takes longer than its limit, and the run knows the duration of a step
     return submit(cluster, data, "limited", "--nodelist=node4", "--time=2", "--signal=B:USR1@10", **env)
 
 
@@ -79,8 +79,8 @@ def state(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.usefixtures("limited")  # only so that it begins first
-def test_two_nodes_of_two_processes_come_to_what_one_process_comes_to(
+@pytest.mark.usefixtures("limited")  # only to start it before the other tests
+def test_two_nodes_with_two_processes_give_the_result_of_one_process(
     cluster: Cluster, data: Path, alone: dict[str, str]
 ) -> None:
     assert "127.0.1.1" in cluster("on", "node1", "getent", "hosts", "node1").stdout  # as Debian has it
@@ -118,7 +118,7 @@ def test_usr1_to_the_batch_script_saves_and_requeues_and_no_step_is_lost(
     assert Run(data / "usr1").digests() == alone
 
 
-def test_requeue_by_hand_goes_on(cluster: Cluster, data: Path, alone: dict[str, str]) -> None:
+def test_a_run_continues_after_a_requeue_by_hand(cluster: Cluster, data: Path, alone: dict[str, str]) -> None:
     job = submit(cluster, data, "requeue", "--nodelist=node3", BRAKE=BRAKE)
     job.wait_for("step 13/")
     cluster("scontrol", "requeue", job.id)
@@ -129,7 +129,7 @@ def test_requeue_by_hand_goes_on(cluster: Cluster, data: Path, alone: dict[str, 
 
 
 @pytest.mark.parametrize("partition", ["main", "grace"])
-def test_preempted_run_goes_on(cluster: Cluster, data: Path, alone: dict[str, str], partition: str) -> None:
+def test_a_preempted_run_continues(cluster: Cluster, data: Path, alone: dict[str, str], partition: str) -> None:
     name = f"preempted-{partition}"
     nodes = ["--nodes=2", "--nodelist=node[1-2]"] if partition == "main" else ["--nodelist=node3"]
     job = submit(cluster, data, name, f"--partition={partition}", *nodes, BRAKE=BRAKE)
@@ -139,7 +139,7 @@ def test_preempted_run_goes_on(cluster: Cluster, data: Path, alone: dict[str, st
     assert job.shows("Restarts") == "1"
     ((stopped, resumed),) = job.stopped_and_resumed()
     assert stopped == resumed > 12
-    assert ("requeued, time 1" in job.output()) == (partition == "grace")  # else Slurm has done it
+    assert ("requeued, time 1" in job.output()) == (partition == "grace")  # otherwise Slurm has requeued it
     assert Run(data / name).digests() == alone
 
 
@@ -169,7 +169,7 @@ def test_run_that_fails_at_once_is_not_requeued(cluster: Cluster, data: Path) ->
     wrong = submit(cluster, data, "wrong", "--nodelist=node3", more=("--frob", "1"))
     assert (job.ends(), before.ends(), wrong.ends()) == ("FAILED", "FAILED", "FAILED")
     assert {each.shows("Restarts") for each in (job, before, wrong)} == {"0"}
-    assert "did not come as far as its run folder" in job.output()
+    assert "this attempt ended before it wrote to its run folder" in job.output()
     assert "it failed before its first step" in before.output()
     assert "frob: unknown setting" in wrong.output()
 
@@ -187,11 +187,11 @@ def test_crash_after_progress_is_requeued_but_not_twice_at_one_step(cluster: Clu
     assert "not requeued: MAX_REQUEUES is 0" in capped.output()
     assert state(data / "capped")["state"] == "preempted"
     assert stopped.ends() == "COMPLETED"
-    assert "not requeued: the file stop asked for the end" in stopped.output()
+    assert "not requeued: a file named stop ended the run" in stopped.output()
     assert job.ends() == "FAILED"
     assert job.shows("Restarts") == "1"
     assert "requeued, time 1 of 20" in job.output()
-    assert "not requeued: it failed at step 12 before" in job.output()
+    assert "not requeued: an earlier attempt also failed, at step 12" in job.output()
 
 
 def test_scancel_saves_stays_cancelled_and_leaves_no_process(cluster: Cluster, data: Path) -> None:
@@ -233,7 +233,7 @@ print("ready", flush=True); time.sleep(600)"""
         finally:
             os.killpg(squatter.pid, signal.SIGKILL)
     outputs = [(data / f"sweep-{task}.out").read_text() for task in range(3)]
-    meeting = [int(port) for text in outputs for port in re.findall(r"they meet at \S+:(\d+)", text)]
+    meeting = [int(port) for text in outputs for port in re.findall(r"rendezvous at \S+:(\d+)", text)]
     assert len(set(meeting)) == 3
     assert not set(meeting) & set(ports), "the ports that were taken must have been passed over"
     assert Run(data / "sweep" / "0").digests() == alone
@@ -255,7 +255,7 @@ def test_without_torchrun(cluster: Cluster, data: Path, alone: dict[str, str]) -
     assert Run(data / "direct").digests() == alone
 
 
-def test_nodes_without_slurm_meet_and_a_signal_to_one_stops_both(
+def test_nodes_without_slurm_connect_and_a_signal_to_one_stops_both(
     cluster: Cluster, data: Path, alone: dict[str, str]
 ) -> None:
     path, log = config(data, "bare"), data / "bare0.out"
@@ -282,7 +282,7 @@ def test_nodes_without_slurm_meet_and_a_signal_to_one_stops_both(
     assert Run(data / "bare").digests() == alone
 
 
-def test_time_limit_saves_requeues_and_goes_on(
+def test_a_time_limit_saves_requeues_and_continues(
     cluster: Cluster, data: Path, alone: dict[str, str], limited: Job
 ) -> None:
     assert limited.ends() == "COMPLETED", limited.output()

@@ -13,7 +13,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 
 
 def build_error(settings: dict[str, Any], different_slots: bool = False) -> str:
-    """On a rank: what building says."""
+    """On a rank: build a run and return its error."""
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training import build
 

@@ -1,4 +1,4 @@
-"""Owns the checks of stopping by evaluation loss. Must not know how a loss comes about: a script gives them by step."""
+"""Check stopping by evaluation loss. The losses of each step are given by the test."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOSSES = [5.0, 4.0, 4.5, 4.2, 3.0, 3.5, 3.1, 2.0, 2.0, 2.0]  # after steps 1, 2,
 
 
 def scripted(trainer: Any, losses: list[float], other: list[float] | None = None) -> None:
-    """Evaluations of this trainer find `losses` (on ranks above 0 `other`), by step."""
+    """Make the evaluations of this trainer return `losses` by step (`other` on ranks above 0)."""
     mine = other if other is not None and trainer.context.rank else losses
     tokens = trainer.config.eval_steps * trainer.train_step.plan.tokens_per_step
     trainer.evaluator.summed_loss = lambda _: (mine[trainer.step - 1] * tokens, 0)
 
 
 def run(folder: Path, world_size: int = 1, prepare: Any = None, **overrides: Any) -> list[dict[str, Any]]:
-    """A run that evaluates after every step and by itself would never save before the end."""
+    """Make a run that evaluates after every step and, without early stopping, saves only at its end."""
     every = {"eval_every": 1, "ckpt_every": 100, "total_steps": 10, "early_stop_patience": 2, "micro_batch_size": 4}
     prepare = prepare or functools.partial(scripted, losses=LOSSES)
     return run_ranks(world_size, fit, settings_for(folder, "run", **{**every, **overrides}), prepare)
@@ -42,7 +42,7 @@ def test_the_run_ends_as_done_and_its_best_checkpoint_is_there(tmp_path: Path) -
     (text,) = Run(tmp_path / "run").values("stopped", "text")
     assert "done (no better eval loss than 4.0000 in 2 evaluations, early_stop_patience; " in text
     assert "the best is checkpoint-00000002) at step 4 of 10" in text
-    # the best was no multiple of ckpt_every; keep_last is 2, and steps 1 and 2 were each the best when they came
+    # the best step is no multiple of ckpt_every; keep_last is 2; steps 1 and 2 were each the best of their time
     assert "checkpoint-00000002" in checkpoints(tmp_path)
     report = json.loads((Run(tmp_path / "run").checkpoint / "trainer_state.json").read_text())["report"]
     assert (report["best_eval_loss"], report["best_eval_step"], report["evals_since_best"]) == (4.0, 2, 2)

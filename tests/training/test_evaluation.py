@@ -19,7 +19,7 @@ from tinytrain_dist.training.evaluation import EarlyStopping
 
 
 class OneRank:
-    """Stands for a context of one rank."""
+    """A stand-in for the context of a single rank."""
 
     def any_rank(self, flag: bool) -> bool:
         return flag
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_a_number_is_no_better() -> None:
 
 
 def evaluated(settings: dict[str, Any], stop: bool = False) -> tuple[Any, float]:
-    """On a rank: the trainer's evaluation, and the mean loss over all windows computed here."""
+    """On a rank: return the trainer's evaluation, and the mean loss over all windows computed in this test."""
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 

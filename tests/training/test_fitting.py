@@ -1,4 +1,4 @@
-"""Settings that need less memory; that a run picks what fits is tested with real ranks beside the memory estimate."""
+"""Check settings that need less memory; test_fitting_on_ranks.py checks with real ranks that a run uses what fits."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
-    """On a rank: train where memory is short; what went wrong, if anything did."""
+    """On a rank: train with little memory; return the error, if there is one."""
     from tinytrain_dist.training import fitting
 
     if most is not None:
@@ -62,7 +62,7 @@ def test_out_of_memory_on_one_rank_makes_all_fall_back(mode: str, tmp_path: Path
 
 
 @pytest.mark.multiprocess
-def test_auto_takes_what_the_estimate_lets_pass_and_says_so(
+def test_auto_chooses_the_largest_size_within_the_estimate_and_reports_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], world: DistributedContext
 ) -> None:
     settings = settings_for(tmp_path, "auto", parallel="none", micro_batch_size="auto", vocab_size=600)
@@ -89,7 +89,7 @@ def out_of_memory_at_two(trainer: Any) -> None:
 
 
 @pytest.mark.multiprocess
-def test_when_nothing_fits_every_rank_says_so(tmp_path: Path) -> None:
+def test_when_nothing_fits_every_rank_reports_it(tmp_path: Path) -> None:
     auto = settings_for(tmp_path, "auto", parallel="fsdp", micro_batch_size="auto")
     errors = run_ranks(2, fit_small, auto, 0)
     assert all("micro_batch_size: not even 1 fits in memory\nestimated memory of one step" in error for error in errors)

@@ -1,4 +1,4 @@
-"""The forecast: bytes that are sent, and the mode that `auto` takes."""
+"""Check the forecast: bytes that are sent, and the mode that `auto` chooses."""
 
 from __future__ import annotations
 

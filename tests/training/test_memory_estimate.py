@@ -1,4 +1,4 @@
-"""The memory estimate is what a real step takes."""
+"""Check that the memory estimate agrees with what a real step takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_estimate_is_what_a_step_takes(name: str) -> None:
     assert 0.90 < predicted / measured < 1.10, f"predicted {predicted:,} bytes, measured {measured:,}"
 
 
-def test_deep_models_are_drawn_out_exactly(world: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_models_are_extrapolated_exactly(world: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
     for settings in (
         {"parallel": "fsdp", "activation_checkpointing": "block", "micro_batch_size": 2},
         {"parallel": "hsdp", "precision": "bf16", "activation_checkpointing": "selective"},

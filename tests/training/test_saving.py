@@ -1,4 +1,4 @@
-"""Saves of a run: what each outcome of a save means for the run and its log."""
+"""Check what each outcome of a save means for the run and its log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinytrain_dist.training.saving import RunSaver
 
 
 class Log:
-    """Keeps what would be logged."""
+    """A run log that keeps what it is told to log."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, str, str]] = []
@@ -31,7 +31,7 @@ class Log:
 
 
 class Checkpoints:
-    """Stands for a checkpoint manager whose next save ends with `error`."""
+    """A stand-in for a checkpoint manager; its next save ends with `error`."""
 
     def __init__(self, folder: Path, error: BaseException | None) -> None:
         self.config = SimpleNamespace(target_dir=str(folder), ckpt_async=True)
@@ -60,7 +60,7 @@ def test_a_save_that_ended_well_is_the_newest(tmp_path: Path) -> None:
     assert log.flushed == 1
 
 
-def test_waiting_is_said_with_both_steps(tmp_path: Path) -> None:
+def test_waiting_is_reported_with_both_steps(tmp_path: Path) -> None:
     saver, log = collected(tmp_path, None, wait=True)
     assert log.events[0] == (-1, "say", "step 6: waiting for the save of step 4 to end")
     assert saver.phase_timer.phase == "checkpoint"

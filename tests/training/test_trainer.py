@@ -1,4 +1,4 @@
-"""Owns what a run does besides being right: skipping, stopping, resuming, refusing, and what it leaves on disk."""
+"""Check what a run does besides computing: skip steps, stop, resume, refuse, and write files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.multiprocess
 
 
 def fit_error(settings: dict[str, Any], prepare: Any = None) -> str:
-    """On a rank: the message of the error that the run ends with; the type must be one of ours."""
+    """On a rank: return the message of the error that ends the run; its type must be one of this project."""
     try:
         fit(settings, prepare)
     except TinytrainError as error:
@@ -120,7 +120,7 @@ def test_ranks_that_draw_the_same_slots_are_refused(tmp_path: Path) -> None:
 
 
 def signal_self(trainer: Any) -> None:
-    """Rank 1 alone hears a signal during step 3 (the third forward of this rank's four micro-steps)."""
+    """Send a signal to rank 1 only, during step 3 (in the third of its four forward passes)."""
     from tinytrain_dist.reliability import stop_requests
 
     stop_requests.install_signal_handlers()
@@ -178,7 +178,7 @@ def test_resume_refuses_what_makes_it_another_run_and_names_both_values(tmp_path
     assert "train_data" in run_ranks(1, fit_error, {**settings_for(tmp_path, "run"), **data})[0]
 
 
-def test_resume_applies_and_tells_a_changed_learning_rate(tmp_path: Path) -> None:
+def test_resume_applies_and_reports_a_changed_learning_rate(tmp_path: Path) -> None:
     train(tmp_path, "run", 1, stop_at_step=3)
     run = train(tmp_path, "run", 1, lr_max=0.02)
     (text,) = run.values("resumed", "text")
@@ -219,7 +219,7 @@ def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     assert names == [f"checkpoint-{step:08d}" for step in (3, 6, 7)]
 
 
-def test_run_folder_tells_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_folder_records_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     settings = settings_for(tmp_path, "run", parallel="ddp")
     run_ranks(2, fit, settings)
@@ -260,8 +260,8 @@ def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
         return model(ids)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    """The launcher's own command, SIGKILL of all ranks in the middle, and the same command again."""
+def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Start the training command, kill all ranks with SIGKILL, and start the same command again."""
     expected = train(tmp_path, "whole", 2, parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
     settings = settings_for(tmp_path, "run", parallel="ddp", total_steps=40, ckpt_every=10, log_every=5)
     config = tmp_path / "run.toml"
@@ -278,7 +278,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert run.values("train", "loss") == expected.values("train", "loss")
 
 
-def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Path) -> None:
+def test_wrong_settings_are_reported_without_a_traceback(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('weigth_decay = 0.1\ntrain_data = "x.npy"\n[model]\nbatch_size = 3\n')
     done = launch_training([str(config), "--num-heads", "5"], 2, tmp_path)
@@ -293,13 +293,13 @@ def test_wrong_settings_end_with_sentences_and_no_traceback_of_ours(tmp_path: Pa
 
 
 def compile_again(trainer: Any) -> None:
-    """Let steps 1 and 5 find new graphs."""
+    """Make steps 1 and 5 compile new graphs."""
     from tinytrain_dist.training import trainer as module
 
     module.compiled_graph_count = lambda: (trainer.step >= 1) + (trainer.step >= 5)
 
 
-def test_a_graph_that_is_compiled_late_is_told(tmp_path: Path) -> None:
+def test_a_graph_that_is_compiled_late_is_reported(tmp_path: Path) -> None:
     run_ranks(1, fit, settings_for(tmp_path, "run"), compile_again)
     told = [record for record in Run(tmp_path / "run").records if record["kind"] == "recompiled"]
     assert [record["step"] for record in told] == [5]

@@ -1,4 +1,4 @@
-"""Check that output which cannot be written is dropped, that it is told once, and that closed streams are replaced."""
+"""Check that output which cannot be written is dropped and reported once, and that closed streams are replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinytrain_dist.utils.output import TolerantStream
 
 
 class FullDisk(io.StringIO):
-    """A stream on a disk that is full, or has room again."""
+    """A stream on a disk that is full, and may have room again later."""
 
     full = True
 
@@ -20,7 +20,7 @@ class FullDisk(io.StringIO):
         return super().write(text)
 
 
-def test_lost_output_is_told_once() -> None:
+def test_lost_output_is_reported_once() -> None:
     disk, told = FullDisk(), list[str]()
     stream = TolerantStream(disk, "stdout")
     stream.call_on_loss(told.append)

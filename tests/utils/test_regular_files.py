@@ -1,4 +1,4 @@
-"""Only regular files are opened: nothing else may block or read for ever."""
+"""Check that only regular files are opened, because opening or reading others may never end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check when a wait is mentioned, and with which words."""
+"""Check when a wait is reported, and in which words."""
 
 from __future__ import annotations
 

@@ -7,16 +7,16 @@ listing of runs does not need it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
 from tinytrain_dist.config.run_folder import (
     TRAINER_STATE_FILE,
     RunFolder,
-    checkpoint_name,
-    checkpoint_step,
     is_checkpoint,
     open_run,
 )
@@ -30,10 +30,12 @@ from tinytrain_dist.utils.json_files import (
     parse_nonfinite,
     read_json_dict,
 )
+from tinytrain_dist.utils.output import print_line
 
 DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 
 DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
+DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -92,15 +94,21 @@ def _problems(path: Path, kind: str | None) -> list[str]:
     return find_damage(path, names)
 
 
+def own_checkpoints(run: RunFolder, settings: dict[str, Any], warn: Callable[[str], None]) -> CheckpointFolder:
+    """Return the checkpoints of a run with its own prefix. `settings`: those in its config.toml. `warn`: see there."""
+    return CheckpointFolder(run.checkpoints, str(settings.get("ckpt_save_prefix", DEFAULT_PREFIX)), warn)
+
+
 def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
-    prefix = str(settings.get("ckpt_save_prefix", "checkpoint"))
-    own = [path for path in run.committed() if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    own = own_checkpoints(run, settings, print_line).committed()
     state = read_json_object(own[-1] / TRAINER_STATE_FILE) if own else {}
     record = state.get("report")
     record = record if isinstance(record, dict) else {}
     sound_step = record.get("sound_step")
-    if isinstance(sound_step, int) and sound_step >= state.get("step", 0) - 1:
+    sound_step = sound_step if is_whole_number(sound_step) else None
+    step: Any = state.get("step")
+    if sound_step is not None and is_whole_number(step) and sound_step >= step - 1:
         sound_step = None  # the loss was at its usual level when the newest was saved
     return RetentionRules(
         int(settings.get("keep_last", DEFAULT_KEEP_LAST)),

@@ -41,15 +41,11 @@ from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
 from tinytrain_dist.utils.json_files import read_json_dict, to_json
+from tinytrain_dist.utils.output import print_line
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 
 LoadedState = tuple[dict[str, Any], list[str]]  # trainer_state.json, settings that differ as "name: saved -> present"
-
-
-def print_line(text: str) -> None:
-    """Print a line at once, even if the output is buffered."""
-    print(text, flush=True)
 
 
 class CheckpointManager:

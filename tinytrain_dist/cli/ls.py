@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 from rich.text import Text
 
-from tinytrain_dist.checkpoint.discovery import present_rules, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, quick_problems, read_trainer_state
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
@@ -21,7 +21,6 @@ from tinytrain_dist.config.run_folder import (
     TEMPORARY_SUFFIX,
     Record,
     RunFolder,
-    checkpoint_name,
     checkpoint_step,
     is_checkpoint,
     name_suffix,
@@ -32,6 +31,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
+from tinytrain_dist.utils.output import print_line
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -64,7 +64,7 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
         return
     records = read_records(run.records) if run.records.is_file() else []
     evaluations = {record["step"]: record["loss"] for record in _with_loss(records, "eval")}
-    reasons = _reasons_to_stay(run, folders)
+    reasons = _reasons_to_stay(run)
     table = new_table("step", "age", "size", "eval loss", "valid<", "folder<", "stays because of<")
     for path in folders:
         manifest = path / MANIFEST_FILE  # written last
@@ -78,13 +78,14 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
     print_table(table)
 
 
-def _reasons_to_stay(run: RunFolder, folders: list[Path]) -> dict[Path, str]:
+def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
     """Return what keeps each checkpoint of a run; "" where nothing does, so that the next save removes it."""
     settings = read_settings(run.folder)
-    prefix = settings.get("ckpt_save_prefix", "")
-    paths = [path for path in folders if path.name == checkpoint_name(prefix, checkpoint_step(path))]
+    if not settings:  # a checkpoint without its run
+        return {}
+    paths = own_checkpoints(run, settings, print_line).committed()
     found = [read_committed_checkpoint(path) for path in paths]
-    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings)), strict=True)) if found else {}
+    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings)), strict=True))
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:

@@ -107,11 +107,11 @@ def cgroup_limit_bytes(memberships: str, root: Path = CGROUP) -> int | None:
 
 def check_limits(host: str) -> list[Finding]:
     """Check the limit of open files, and of locked memory where RDMA needs it."""
-    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # the hard limit: a run raises the soft one to it
     locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     findings: list[Finding] = []
     if open_files != resource.RLIM_INFINITY and open_files < MIN_OPEN_FILES:
-        text = f"limits: {host} allows {open_files} open files; many ranks need more; run ulimit -n 65536"
+        text = f"limits: {host} allows {open_files} open files; many ranks need more; ask for a hard limit of 65536"
         findings.append((NOTE, text))
     if locked_bytes != resource.RLIM_INFINITY and any(Path("/sys/class/infiniband").glob("*")):
         text = f"limits: {host} has InfiniBand but allows only {locked_bytes / 1e6:.1f} MB of locked memory; "

@@ -6,6 +6,7 @@ Must not know the architecture: see training/forecast.py for where the numbers c
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,10 @@ from tinytrain_dist.distributed import fake_backend
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.metrics.device_specs import find_device_spec
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.adamw import build_optimizer
+from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,
     Forecast,
@@ -38,7 +40,8 @@ OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
 
   --nodes N              number of nodes (default: 1)
   --devices-per-node D   devices on each node, with one process for each (default: 1)
-  --device NAME          h100 (default), h200, a100, a100-40gb, l40s, l4, rtx4090, rtx3090, cpu (this machine)
+  --device NAME          cpu (this machine), or a GPU (default: h100):
+{gpus}
   --network GBIT         bandwidth from a node to other nodes, in Gbit/s (default: see metrics/device_specs.py)
 
 Exit code: 0 if the run fits in memory, 1 if it does not, 2 for a mistake in the settings. Settings:
@@ -51,18 +54,26 @@ def main(args: list[str]) -> int:
     """Print the plan; return 0 if the run fits in memory, else 1. Errors: ConfigError as in the run itself."""
     options, settings = _split_options(args)
     if {"-h", "--help"} & set(settings):
-        print(OPTIONS)
+        indent = " " * 25
+        print(
+            OPTIONS.format(
+                gpus=textwrap.fill(", ".join(DEVICE_SPECS), 100, initial_indent=indent, subsequent_indent=indent)
+            )
+        )
     config = parse_command_line(settings, prog="tinytrain plan")
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
     nodes = _positive_integer(options, "--nodes")
     per_node = _positive_integer(options, "--devices-per-node")
-    device = find_device_spec(options.get("--device", "h100"), per_node, config.precision)
+    device_name = options.get("--device", "h100")
+    on_gpu = device_name.lower() != "cpu"
+    config = set_device_defaults(config, on_gpu=on_gpu, in_bf16=on_gpu)  # every GPU of the table has units for bf16
+    device = find_device_spec(device_name, per_node, config.precision)
     if "--network" in options:
         device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
-    context = fake_backend.fake_context(cluster.num_devices, per_node)
+    context = fake_backend.fake_context(cluster.num_devices, per_node, "cpu" if device.name == "cpu" else "cuda")
     try:
         return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
     finally:

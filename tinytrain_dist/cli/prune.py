@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
-from tinytrain_dist.checkpoint.discovery import present_rules
+from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules
 from tinytrain_dist.checkpoint.retention import (
     RetentionRules,
     read_committed_checkpoint,
@@ -59,7 +59,7 @@ def prune(
         raise CheckpointError(
             f"keep_last: {rules.keep_last} must be at least 1, keep_every: {rules.keep_every} at least 0"
         )
-    checkpoints = CheckpointFolder(folder.checkpoints, settings.get("ckpt_save_prefix", "checkpoint"), _warn)
+    checkpoints = own_checkpoints(folder, settings, _warn)
     reasons = _reasons(folder, checkpoints, rules, bool(settings.get("ckpt_dir")), set_aside)
     return _remove(checkpoints, reasons, dry_run)
 

@@ -39,6 +39,13 @@ VARIABLES = (
         ("tinytrain_dist/launch/elastic_agent.py",),
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
+    EnvironmentVariable(
+        "PYTORCH_ALLOC_CONF",
+        "Settings of torch's allocator of GPU memory. A run on GPUs sets expandable_segments:True, unless this "
+        "variable or PYTORCH_CUDA_ALLOC_CONF, its older name, is set.",
+        ("user", "tinytrain_dist/distributed/torch_internals.py"),
+        ("tinytrain_dist/distributed/torch_internals.py",),
+    ),
     # ---- set for a job or read by its batch script
     EnvironmentVariable(
         "TINYTRAIN_ATTEMPT",

@@ -82,6 +82,17 @@ class ModelConfig:
             )
         return problems
 
+    def fp8_problems(self) -> list[str]:
+        """Return a sentence for each size of a block's matrices that float8 units cannot multiply."""
+        heads, key_heads = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        sizes = {"d_model": self.d_model, "d_ff": self.ffn_dim, "num_heads": heads, "num_kv_heads": key_heads}
+        return [
+            f"{name}: precision = fp8 needs matrices whose sizes are multiples of 16, but this makes one of {size}; "
+            "change it, or set precision = bf16"
+            for name, size in sizes.items()
+            if size % 16
+        ]
+
     def rope_problems(self) -> list[str]:
         """Return a sentence for each setting of the rotary embedding that contradicts another or has no effect."""
         problems = []

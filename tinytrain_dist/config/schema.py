@@ -20,6 +20,7 @@ from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
 
@@ -86,7 +87,7 @@ class TrainingConfig:
     )
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
-        "data", None, "sequences per forward pass of one rank (None: all that it has; auto: as many as fit in memory)"
+        "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
 
@@ -129,7 +130,7 @@ class TrainingConfig:
         "fsdp, hsdp: free a block's gathered weights after its forward pass, and gather them again for backward (None: "
         "true, except on GPUs with enough memory to keep them)",
     )
-    precision: Literal["fp32", "bf16"] = _setting("compute", "fp32", "compute type; weights and sums stay float32")
+    precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
         "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"
     )

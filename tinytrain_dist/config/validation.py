@@ -83,6 +83,8 @@ def _range_problems(config: TrainingConfig) -> list[str]:
 def _shape_problems(config: TrainingConfig) -> list[str]:
     """Return problems of sizes of the model or of a batch that do not fit together."""
     problems = config.model.shape_problems()
+    if config.precision == "fp8" and not problems:
+        problems += config.model.fp8_problems()
     micro_batch_size = config.fixed_micro_batch_size
     if micro_batch_size and config.batch_size % micro_batch_size:
         choices = [size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0]

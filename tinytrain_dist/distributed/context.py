@@ -21,11 +21,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tinytrain_dist.distributed.collectives import Group, all_gather, all_gather_object
+from tinytrain_dist.distributed.devices import claim_device
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
-from tinytrain_dist.distributed.rendezvous import Rendezvous, adopt_slurm_variables, rendezvous
+from tinytrain_dist.distributed.rendezvous import (
+    RENDEZVOUS_SECONDS,
+    Rendezvous,
+    adopt_slurm_variables,
+    rendezvous,
+)
 from tinytrain_dist.distributed.torch_internals import enable_flight_recorder, set_group_timeout
 from tinytrain_dist.distributed.torch_internals import flight_record as flight_record
-from tinytrain_dist.errors import ConfigError
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"  # the names of the mesh axes
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # exists if this Linux supports huge pages
@@ -38,11 +43,12 @@ class DistributedContext:
     * `rank`, `world_size`: index of this process and number of processes, over all nodes.
     * `local_rank`, `local_world_size`: the same on this node.
     * `host`: name of this node.
-    * `device`: where this rank computes: cpu, or cuda with the index `local_rank`.
+    * `device`: where this rank computes: cpu, or cuda with the index `local_rank` (0 if it sees only one GPU).
     * `launch_id`: random ID shared by all ranks of one launch; it changes on every restart.
     * `mesh`: the ranks as a (dp_replicate, dp_shard) grid; None before `with_mesh`.
     * `parallel_dims`: the sizes of that grid, the mode's name and why it was chosen; None before `with_mesh`.
     * `timeout`: time after which a collective fails; None for torch's defaults.
+    * `target_type`: of simulated ranks, the type of their devices, cpu or cuda; otherwise "".
     """
 
     rank: int
@@ -55,6 +61,7 @@ class DistributedContext:
     mesh: DeviceMesh | None = None
     parallel_dims: ParallelDims | None = None
     timeout: timedelta | None = None
+    target_type: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -188,7 +195,7 @@ def init_distributed(
     * `existing_rendezvous`: what `rendezvous` returned, if it has been called already.
     * `traces`: folder to which NCCL's flight recorder writes when a collective times out.
 
-    Errors: ConfigError if this host has too few GPUs for its ranks, and the errors of `rendezvous`.
+    Errors: the errors of `rendezvous` and `claim_device`.
     """
     if traces is not None:
         enable_flight_recorder(traces)
@@ -197,7 +204,7 @@ def init_distributed(
     world_size = len(joined.hosts)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    own_device = _select_device(device, local_rank, local_world_size)
+    own_device = claim_device(device, joined, min(timeout_seconds, RENDEZVOUS_SECONDS))
     timeout = timedelta(seconds=timeout_seconds)
     _init_process_group(joined, own_device, timeout)
     context = DistributedContext(
@@ -219,22 +226,6 @@ def _use_huge_pages() -> None:
     # measured (2-core x86 VM, 2026-11-25): a step on two CPU cores takes 5 % less time
     if HUGE_PAGES.exists():
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def _select_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
-    """Return this rank's device; make a GPU torch's current one. Errors: ConfigError if there are too few GPUs."""
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if not use_cuda:
-        return torch.device("cpu")
-    gpu_count = torch.cuda.device_count()
-    if local_rank >= gpu_count:
-        raise ConfigError(
-            f"device: this host has {gpu_count} GPU(s), but process {local_rank + 1} of {local_world_size} needs one; "
-            "start fewer processes, or set device = cpu"
-        )
-    gpu = torch.device("cuda", local_rank)
-    torch.cuda.set_device(gpu)
-    return gpu
 
 
 def _init_process_group(joined: Rendezvous, device: torch.device, timeout: timedelta) -> None:

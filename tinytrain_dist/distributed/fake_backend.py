@@ -47,8 +47,11 @@ class NoCommunication(TorchDispatchMode):
         """
 
 
-def fake_context(world_size: int, local_world_size: int) -> DistributedContext:
-    """Return the context of rank 0 among `world_size` simulated ranks. Its groups and meshes send nothing."""
+def fake_context(world_size: int, local_world_size: int, device_type: str = "cpu") -> DistributedContext:
+    """Return the context of rank 0 among `world_size` simulated ranks. Its groups and meshes send nothing.
+
+    device_type: of the devices that the simulated ranks have, "cpu" or "cuda".
+    """
     init_fake_process_group(world_size)
     return DistributedContext(
         rank=0,
@@ -57,4 +60,5 @@ def fake_context(world_size: int, local_world_size: int) -> DistributedContext:
         local_world_size=local_world_size,
         host=socket.gethostname(),
         device=torch.device("cpu"),
+        target_type=device_type,
     )

@@ -7,7 +7,7 @@ Importing this module imports torch and nothing slower: FSDP, the compiler and t
 needed. The only private operations that other modules use are `torch._foreach_*`, on which torch's own optimizers are
 built.
 
-Sections: process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
+Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
 
+EXPANDABLE_SEGMENTS = "expandable_segments:True"  # a value of PYTORCH_ALLOC_CONF
+
 if TYPE_CHECKING:  # at run time __getattr__ imports them on first use: importing FSDP takes seconds
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather as AllGather
     from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter as ReduceScatter
@@ -37,6 +39,26 @@ def __getattr__(name: str) -> Any:
     from torch.distributed.fsdp._fully_shard import _fsdp_api
 
     return getattr(_fsdp_api, name)
+
+
+# ---------------------------------------------------------------- memory of a GPU
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator of GPU memory extend its segments, so that free memory does not end up in unusable pieces.
+
+    Call this before memory is allocated. A value that the user has set under either name of the variable is kept.
+    Versions: since 2.9 torch reads PYTORCH_ALLOC_CONF, and warns about the older name. It may have read the variable
+    when it was imported, so it is also told by a call: _accelerator_setAllocatorSettings in 2.13; where that is
+    missing, torch.cuda.memory._set_allocator_settings.
+    """
+    if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
+    call = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    call = call or getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if call is not None:
+        call(EXPANDABLE_SEGMENTS)
 
 
 # ---------------------------------------------------------------- process groups and stores
@@ -186,6 +208,17 @@ def compiler_keeps_bf16_rounding() -> bool:
     return version >= (2, 13)
 
 
+def prefer_attention_kernels(*names: str) -> None:
+    """Make scaled_dot_product_attention try these kernels in this order, and no others, from now on.
+
+    names: of torch.nn.attention.SDPBackend. The public sdpa_kernel sets the same flags, but only inside a `with`, which
+    compiled blocks would have to enter one by one. Versions: _sdpa_kernel with set_priority in 2.11 to 2.15.
+    """
+    from torch.nn import attention
+
+    attention._sdpa_kernel([getattr(attention.SDPBackend, name) for name in names], set_priority=True)
+
+
 def fused_attention_ops() -> set[Any]:
     """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
     aten = torch.ops.aten
@@ -195,6 +228,11 @@ def fused_attention_ops() -> set[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
     }
+
+
+def float8_matmul_ops() -> set[Any]:
+    """Return the operators that multiply float8 matrices. Versions: _scaled_mm in 2.11 to 2.15, on CPU and CUDA."""
+    return {torch.ops.aten._scaled_mm.default}
 
 
 # ---------------------------------------------------------------- simulation and memory

@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
-from tinytrain_dist.launch.torchrun_options import with_loopback_address
+from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
 from tinytrain_dist.launch.training_program import training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
@@ -50,6 +50,7 @@ from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
+from tinytrain_dist.utils.processes import raise_open_file_limit
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
 TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
@@ -247,6 +248,7 @@ def _has_rank_0(pid: int) -> bool:
 
 def main(args: list[str]) -> int:
     """Run torchrun with its arguments; return 0, the exit code of the first failing rank, or 2 for a wrong setting."""
+    raise_open_file_limit()
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
         of_torchrun = []
@@ -263,7 +265,8 @@ def main(args: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    args = with_loopback_address(args)
+    options = parse_torchrun_options(args)
+    args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     if removed := remove_leftovers(Path(tempfile.gettempdir())):
@@ -281,7 +284,7 @@ def main(args: list[str]) -> int:
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = _out_of_memory_kills()
         _call_before_close(lambda context: _report_first_death(context, folder_note, kills_before))
-        announce_node_waits(args, lambda: any(rank_pids()))
+        announce_node_waits(options, lambda: any(rank_pids()))
         try:
             torchrun(args)
             return 0

@@ -1,23 +1,23 @@
-"""Say that this node's agent waits for other nodes. torchrun itself waits for minutes without a word."""
+"""Tell the user when this node's agent waits for other nodes. torchrun itself waits for minutes and prints nothing."""
 
 from __future__ import annotations
 
+import argparse
 import threading
 import time
 from collections.abc import Callable
 
-from tinytrain_dist.launch.torchrun_options import is_single_node, node_range, parse_torchrun_options
+from tinytrain_dist.launch.torchrun_options import is_single_node, node_range
 from tinytrain_dist.utils.waiting import WaitNotice
 
 LOOK_SECONDS = 1.0
 
 
-def announce_node_waits(args: list[str], ranks_run: Callable[[], bool]) -> None:
-    """Print from a thread, as long as the agent lives, whenever it waits for other nodes for more than seconds.
+def announce_node_waits(options: argparse.Namespace, ranks_run: Callable[[], bool]) -> None:
+    """Print a message from a thread whenever the agent has waited for other nodes for some seconds.
 
-    args: torchrun's command line. ranks_run: whether ranks run on this node; while they do, the agent waits for nobody.
+    options: torchrun's. ranks_run: whether ranks run on this node; while they do, the agent waits for nobody.
     """
-    options = parse_torchrun_options(args)
     if is_single_node(options):
         return
     fewest, _ = node_range(options)

@@ -353,7 +353,7 @@ def _print_next_steps(job: Job, slurm_id: str) -> None:
 
 def main(args: list[str]) -> int:
     """Run the command; return 0 if submitted (with --follow: completed), 2 for a mistake, 1 if Slurm refuses."""
-    keep_output_from_failing()  # a submitted job counts, whoever reads what is printed about it
+    keep_output_from_failing()  # the job is submitted, even if its number cannot be printed
     try:
         if args[:1] == ["--print-run"]:  # a batch script that was submitted by hand asks for its run folder
             print(parse_command_line(args[1:]).target_dir)

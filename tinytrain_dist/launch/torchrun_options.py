@@ -24,11 +24,10 @@ def is_single_node(options: argparse.Namespace) -> bool:
     return bool(options.standalone) or node_range(options)[1] == 1
 
 
-def with_loopback_address(args: Sequence[str]) -> list[str]:
-    """Return the arguments, with the loopback address as the address of this machine if there is no other node.
+def address_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the argument that makes the loopback address this machine's own, if there is no other node.
 
-    Otherwise torchrun announces the machine's own name, which nobody knows in many containers.
+    Without it torchrun announces the machine's own name, which nobody knows in many containers.
     """
-    options = parse_torchrun_options(args)
     needs_no_name = is_single_node(options) and not options.local_addr
-    return ["--local-addr=127.0.0.1", *args] if needs_no_name else list(args)
+    return ["--local-addr=127.0.0.1"] if needs_no_name else []

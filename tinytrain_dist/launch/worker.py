@@ -21,6 +21,7 @@ from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS, Watchdog
+from tinytrain_dist.utils.processes import raise_open_file_limit
 
 # in messages of errors that the death of another rank causes on this rank
 PEER_FAILURE = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
@@ -44,6 +45,7 @@ class Failure:
 def main(args: list[str]) -> NoReturn:
     """Train as `[CONFIG.toml] --settings` says, and exit: 0 if done or stopped on request, 2 for a mistake, else 1."""
     watchdog: Watchdog | None = None
+    raise_open_file_limit()
     try:
         config = parse_command_line(args)
         # torch takes seconds to import, and a wrong setting is reported before

@@ -47,6 +47,7 @@ def environment_record(ranks: list[Any]) -> dict[str, Any]:
     submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
     allowed = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
     allowed += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
+    allowed += ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
     return {
         "tinytrain_dist": __version__,
         **library_versions(),

@@ -25,6 +25,7 @@ from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext, Vote
 from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
+from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.loss_level import LossLevel
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES
@@ -268,7 +269,7 @@ class StepMetrics:
             "slowest_rank": float(slowest.rank),
             "slowest_to_median": slowest.ratio,
         }
-        peak = peak_flops(self.context.device)
+        peak = peak_flops(self.context.device, product_type(self.config.precision, self.config.reproducible))
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinytrain_dist.model.fp8 import fp8_linear
 from tinytrain_dist.model.loss import chunk_loss_and_grad, head_loss_sum
 from tinytrain_dist.model.matmul import linear
 
@@ -31,14 +32,15 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose weight is cast to the type of the input."""
+    """A linear layer without bias, whose weight is cast to the type of the input, or both to float8 if `fp8` is set."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features] in x's type."""
-        return linear(x, self.weight)
+        return fp8_linear(x, self.weight) if self.fp8 else linear(x, self.weight)
 
 
 class SwiGLU(nn.Module):

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import Precision, TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import Attention, RotaryEmbedding
-from tinytrain_dist.model.layers import Embedding, LMHead, RMSNorm, SwiGLU
+from tinytrain_dist.model.layers import Embedding, Linear, LMHead, RMSNorm, SwiGLU
 
 INIT_STD = 0.02
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# "auto" is still there only if no run has resolved it, as in a training loop of your own
+COMPUTE_DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 class TransformerBlock(nn.Module):
@@ -79,6 +79,8 @@ class TransformerLM(nn.Module):
     config: the architecture, or a whole TrainingConfig, which then also gives the defaults of the other arguments.
     seed: seed of the initial weights (default 0).
     precision: type in which the blocks compute: "fp32" (default), "bf16" or a torch type. Weights are float32.
+        "fp8" is "bf16" with the matrix products of the blocks in float8. "auto", the default of a TrainingConfig,
+        means "fp32" here.
     loss_chunk_tokens: tokens per chunk of output head and loss (None: see `head_loss_sum`).
     Errors: ConfigError for sizes that do not fit together; ValueError if the configuration has no vocab_size.
     """
@@ -88,7 +90,7 @@ class TransformerLM(nn.Module):
         config: ModelConfig | TrainingConfig,
         *,
         seed: int | None = None,
-        precision: Literal["fp32", "bf16"] | torch.dtype | None = None,
+        precision: Precision | torch.dtype | None = None,
         loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +102,8 @@ class TransformerLM(nn.Module):
         if model_config.vocab_size is None:
             raise ValueError("TransformerLM: vocab_size is not set; set it, or take it from the data's meta.json")
         problems = model_config.shape_problems() + model_config.rope_problems()
+        if precision == "fp8":
+            problems += model_config.fp8_problems()
         if problems:  # not with a TrainingConfig, which was checked when it was created
             raise ConfigError(problems, "the model's configuration")
         dtype = precision if isinstance(precision, torch.dtype) else COMPUTE_DTYPES[precision or "fp32"]
@@ -108,6 +112,10 @@ class TransformerLM(nn.Module):
         self.seed = seed or 0
         self.model = Decoder(model_config, model_config.vocab_size, dtype)
         self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens)
+        if precision == "fp8":
+            for module in self.model.layers.modules():
+                if isinstance(module, Linear):
+                    module.fp8 = True
         self.tie_weights()
         if self.lm_head.weight.device.type != "meta":
             self.init_weights()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tinytrain_dist.distributed.torch_internals import fused_attention_ops
+from tinytrain_dist.distributed.torch_internals import float8_matmul_ops, fused_attention_ops
 
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_MATMULS |= float8_matmul_ops()
 _SAVED_OPS = _MATMULS | fused_attention_ops()  # operators whose results `selective` keeps
 
 

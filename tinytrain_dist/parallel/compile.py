@@ -29,16 +29,21 @@ MIN_CPU_FLOPS = 3e13
 MIN_GPU_FLOPS = 1e17
 
 
-def apply_compile(model: Any) -> None:
+def apply_compile(model: Any, *, on_cuda: bool = False) -> None:
     """Compile a TransformerLM in place: each Transformer block, and the loss of one chunk of tokens.
 
     Each block is compiled by itself. All blocks have the same code, so the compiler runs only once for all of them.
-    Under DDP, blocks are not split at DDP's buckets, because splitting them makes a step 4 % slower.
+    Under DDP, blocks are not split at DDP's buckets, because splitting them makes a step 4 % slower. A block is one
+    graph: code that would split it is an error, and not silently slower.
+
+    on_cuda: also compile the last norm. On a CPU this would change bits, and gains nothing.
     """
     keep_graphs_whole_under_ddp()
-    model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False)
+    model.lm_head.loss_piece = torch.compile(model.lm_head.loss_piece, dynamic=False, fullgraph=True)
     for block in model.model.layers:
-        block.compile()
+        block.compile(dynamic=False, fullgraph=True)
+    if on_cuda:
+        model.model.norm.compile(dynamic=False, fullgraph=True)
 
 
 def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
@@ -75,7 +80,7 @@ def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tupl
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
     if not wanted:
         return replace(config, compile=False), ""
-    own_reason = why_not_compile(context.device, config.reproducible and config.precision == "bf16")
+    own_reason = why_not_compile(context.device, config.reproducible and config.precision in ("bf16", "fp8"))
     failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
     if not failures:
         return replace(config, compile=True), "torch.compile is on; the first step takes longer"

@@ -14,7 +14,6 @@ not know the model's architecture or the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +30,7 @@ from tinytrain_dist.parallel.tree_reduction import (
     BinaryCounter,
     DirectAllGather,
     TreeReduceScatter,
+    halving_row_sums,
     tree_all_reduce,
     tree_sum,
 )
@@ -41,12 +41,10 @@ BUCKET_BYTES = 25 * 1024**2  # as in DDP
 class GradReduction(Protocol):
     """The methods that a training step calls, in this order. Every rank makes every call.
 
-    `params` and `layers`: see GradientView. `units`: the modules that FSDP shards.
+    `view`: what does not depend on the order of the sums, such as the norms by layer and the losses.
     """
 
-    params: list[nn.Parameter]
-    layers: list[str]
-    units: list[FSDPModule]
+    view: GradientView
 
     def before_micro_step(self, micro_step: int) -> None:
         """Prepare for the backward of a micro-step, 0 .. accumulation_steps - 1."""
@@ -59,12 +57,6 @@ class GradReduction(Protocol):
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of the whole gradient: float64 scalar, the same on every rank."""
-
-    def layer_norms(self) -> Tensor:
-        """Return the norms of gradient and weights by layer; see GradientView."""
-
-    def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
-        """Return the loss of every micro-batch on every rank; see GradientView."""
 
 
 def build_grad_reduction(
@@ -85,15 +77,8 @@ class NativeGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.params = self.view.params
-        self.layers = self.view.layers
-        self.units = self.view.units
         self.scatter = TreeReduceScatter()  # used over gloo only
-        sum_without_averaging(self.units)
-        if collectives.uses_gloo():
-            for unit in self.units:
-                unit.set_custom_all_gather(DirectAllGather())
-                unit.set_custom_reduce_scatter(self.scatter)
+        _configure_units(self.view.units, self.scatter if collectives.uses_gloo() else None)
         if isinstance(model, DistributedDataParallel):
             group = context.group(REPLICATE)
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
@@ -128,14 +113,6 @@ class NativeGradReduction:
         total = torch.stack(list(norms)).double().square().sum()
         return self.context.all_reduce_sum(total, SHARD) if self.plan.shard > 1 else total
 
-    def layer_norms(self) -> Tensor:
-        """Return the norms of gradient and weights by layer; see GradientView."""
-        return self.view.layer_norms()
-
-    def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
-        """Return the loss of every micro-batch on every rank; see GradientView."""
-        return self.view.losses(indices, sums, num_micro_batches)
-
 
 class DeterministicGradReduction:
     """Sums along the tree, so that the gradient is the same to the last bit on any number of ranks.
@@ -152,18 +129,11 @@ class DeterministicGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.params = self.view.params
-        self.layers = self.view.layers
-        self.units = self.view.units
         self.scatter = TreeReduceScatter()
         self.counter = BinaryCounter()  # adds the micro-steps
         self.partial_sums: list[dict[nn.Parameter, Tensor]] = []  # DDP: the counter's levels, for the last backward
         self.exchanges: list[tuple[Any, Tensor, Tensor]] = []  # DDP: work, received parts and buffer of each bucket
-        sum_without_averaging(self.units)
-        for unit in self.units:
-            unit.set_custom_reduce_scatter(self.scatter)
-            if collectives.uses_gloo():
-                unit.set_custom_all_gather(DirectAllGather())
+        _configure_units(self.view.units, self.scatter)
         if isinstance(model, DistributedDataParallel):
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
@@ -174,7 +144,7 @@ class DeterministicGradReduction:
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
             if last:
-                self.partial_sums = [dict(zip(self.params, level, strict=True)) for level in self.counter.pop()]
+                self.partial_sums = [dict(zip(self.view.params, level, strict=True)) for level in self.counter.pop()]
         elif isinstance(self.model, FSDPModule):
             # FSDP waits for its own streams only in the "last" backward. The counter reads .grad after every backward,
             # so each one is marked as the last.
@@ -188,7 +158,7 @@ class DeterministicGradReduction:
         self.scatter.settle()
         if not self.view.is_last(micro_step):
             self.counter.add(micro_step, self.view.local_grads())
-            for param in self.params:
+            for param in self.view.params:
                 param.grad = None
         elif not isinstance(self.model, DistributedDataParallel):  # DDP's buckets already include them
             for partial_sums in self.counter.pop():
@@ -197,7 +167,7 @@ class DeterministicGradReduction:
     def finish(self) -> None:
         """Wait for the buckets in flight and sum them (DDP), or sum the replicas (HSDP)."""
         self._sum_exchanged_buckets()
-        if self.units and self.plan.replicate > 1:
+        if self.view.units and self.plan.replicate > 1:
             self._sum_replicas()
 
     def squared_norm(self) -> Tensor:
@@ -209,20 +179,12 @@ class DeterministicGradReduction:
         A collective of the ranks of each replica. Does not wait for the device.
         """
         parts: list[Tensor] = []
-        for param in self.params:
+        for param in self.view.params:
             parts += self._row_squares(param)
         squares = torch.cat(parts)  # float64 [rows of all parameters]
         if self.plan.shard > 1:
             self.context.all_reduce_sum(squares, SHARD)
         return squares.sum()
-
-    def layer_norms(self) -> Tensor:
-        """Return the norms of gradient and weights by layer; see GradientView."""
-        return self.view.layer_norms()
-
-    def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
-        """Return the loss of every micro-batch on every rank; see GradientView."""
-        return self.view.losses(indices, sums, num_micro_batches)
 
     def _row_squares(self, param: nn.Parameter) -> list[Tensor]:
         """Return the squared norm of each row of a gradient, as tensors to concatenate: float64 [rows].
@@ -233,8 +195,13 @@ class DeterministicGradReduction:
         grad = local_tensor(param.grad)
         # The bits that vector_norm returns for a row do not depend on the other rows; those of einsum and bmm do.
         # measured (2-core x86 VM, 2026-11-25): 10M weights, vector_norm 2 ms, sum(dtype=float64) 26 ms
-        norms = torch.linalg.vector_norm(grad.flatten(1), dim=1) if grad.ndim > 1 else grad
-        squares = norms.double().square()
+        # On a GPU, those of vector_norm do as well, so the rows are summed by `halving_row_sums` there.
+        if grad.ndim == 1:
+            squares = grad.double().square()
+        elif grad.is_cuda:
+            squares = halving_row_sums(grad.flatten(1).square()).double()
+        else:
+            squares = torch.linalg.vector_norm(grad.flatten(1), dim=1).double().square()
         if self.plan.shard == 1:
             return [squares]
         rows = param.shape[0]
@@ -286,11 +253,18 @@ class DeterministicGradReduction:
             torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(sums, bucket, strict=True)])
 
 
-def sum_without_averaging(units: list[FSDPModule]) -> None:
-    """Make FSDP sum gradients without dividing: the loss is already divided by the global number of tokens."""
+def _configure_units(units: list[FSDPModule], scatter: TreeReduceScatter | None) -> None:
+    """Make FSDP sum gradients without dividing: the loss is already divided by the global number of tokens.
+
+    `scatter`: what sums them, if not FSDP's own collective. Over gloo, weights are gathered by direct messages.
+    """
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        if scatter is not None:
+            unit.set_custom_reduce_scatter(scatter)
+        if collectives.uses_gloo():
+            unit.set_custom_all_gather(DirectAllGather())
 
 
 def _zeros(like: Tensor, length: int) -> Tensor:

@@ -37,7 +37,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     for block in model.model.layers:
         apply_activation_checkpointing(block, config.activation_checkpointing)
     if config.compile:
-        apply_compile(model)
+        apply_compile(model, on_cuda=context.device.type == "cuda")
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)
@@ -84,7 +84,7 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
             _materialize(model, module, context.device, draw=draw)
         model.tie_weights()
         # The weights of embedding and head are gathered in float32, because their gradients are sums over many tokens.
-        in_bf16 = config.precision == "bf16" and unit[0] not in (embed, head)
+        in_bf16 = config.precision in ("bf16", "fp8") and unit[0] not in (embed, head)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

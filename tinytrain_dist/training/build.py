@@ -29,6 +29,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.collectives import run_on_all_ranks
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError, TrainingError
+from tinytrain_dist.metrics.device_stats import unknown_peak_warnings
 from tinytrain_dist.metrics.environment import environment_record
 from tinytrain_dist.metrics.loss_level import forget_level
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
@@ -36,6 +37,7 @@ from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.step_metrics import StepMetrics
 from tinytrain_dist.parallel.compile import resolve_compile
+from tinytrain_dist.parallel.device_defaults import resolve_device_defaults
 from tinytrain_dist.parallel.replica_check import check_replicas
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.reliability.error_report import read_and_clear_error
@@ -79,7 +81,9 @@ def build_trainer(
     """
     phase_timer = phase_timer or PhaseTimer()
     warnings = check_rank_consistency(config, context)
-    config, compile_note = resolve_compile(resolve_vocab_size(config), context)
+    config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
+    config, compile_note = resolve_compile(config, context)
+    warnings += unknown_peak_warnings(context.device)
 
     phase_timer.enter("open_data")
     data = run_on_all_ranks(lambda: open_run_data(config))
@@ -101,7 +105,8 @@ def build_trainer(
     start = _load(config, context, checkpoints, train_step, phase_timer)
     environment = _write_run_folder(config, context, start.step)
     log = RunLog(config, context.is_main, start.step)
-    log.say("\n".join(filter(None, [*_plan_lines(train_step, fitting_notes), compile_note, *warnings])))
+    notes = [*_plan_lines(train_step, fitting_notes), precision_note, compile_note, *warnings]
+    log.say("\n".join(filter(None, notes)))
     _log_start(log, start, environment, train_step)
     _check_ranks(train_step, data, start.step)
 
@@ -256,7 +261,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         data=data.train,
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,
-        layers=train_step.reduction.layers,
+        layers=train_step.reduction.view.layers,
         process_start=PROCESS_START,
     )
 

@@ -6,15 +6,18 @@ import ctypes
 import gc
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding
+from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding, prefer_attention_kernels
+from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.model.matmul import widens_bf16
 
-ARITHMETIC_VERSION = 4  # increased when a step is computed in another order; checked when a reproducible run resumes
+# Increased when a step is computed in another order on this type of device; checked when a reproducible run resumes.
+ARITHMETIC_VERSION = {"cpu": 4, "cuda": 5}
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -32,6 +35,25 @@ def keep_freed_memory(device: torch.device) -> None:
                 mallopt(option, 2**31 - 1)
 
 
+def switch_threads_sooner(device: torch.device) -> None:
+    """Let the main thread of a run on a GPU wait for Python's lock for at most 0.5 ms instead of 5 ms at a time.
+
+    It takes the lock to launch every kernel. During a save in the background, other threads hold it too.
+    """
+    if device.type == "cuda":
+        sys.setswitchinterval(5e-4)
+
+
+def choose_float32_products(config: TrainingConfig, device: torch.device) -> None:
+    """Compute float32 matrix products on a GPU in TF32, which is several times faster, unless the run is reproducible.
+
+    TF32 rounds the factors to 10 bits after the point. On a CPU, and on a GPU without TF32, this changes nothing.
+    """
+    if device.type == "cuda":
+        in_tf32 = product_type(config.precision, config.reproducible) == "tf32"
+        torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
+
+
 def collect_garbage(first: bool = False) -> None:
     """Collect garbage now, and switch off automatic collection.
 
@@ -45,6 +67,19 @@ def collect_garbage(first: bool = False) -> None:
         gc.freeze()
 
 
+def choose_attention_kernels(device: torch.device, reproducible: bool) -> None:
+    """Set the order in which attention tries its kernels on a GPU; a CPU has no choice.
+
+    On Hopper and newer GPUs cuDNN's kernels come first. measured (H200, 2026-11-27), bf16, forward and backward:
+    [8, 16, 2048, 128] cuDNN 1.09 ms, FlashAttention 2 1.87 ms; [8, 32, 2048, 64] 1.40 and 2.07 ms. Reproducible runs
+    do not use cuDNN, whose backward is not deterministic.
+    """
+    if device.type != "cuda":
+        return
+    fast = ["CUDNN_ATTENTION"] if not reproducible and torch.cuda.get_device_capability(device) >= (9, 0) else []
+    prefer_attention_kernels(*fast, "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
 def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[str, Any]:
     """Choose the kernels that a reproducible run needs, and return what its bits depend on.
 
@@ -52,6 +87,8 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
     when the run resumes.
     """
     keep_freed_memory(device)
+    switch_threads_sooner(device)
+    choose_float32_products(config, device)
     threads = config.cpu_threads or (1 if config.reproducible else None)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -63,12 +100,13 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
             # Without this, a fused kernel that contains a cast to bf16 skips the rounding. DDP casts weights inside
             # the kernel, FSDP before it, so their gradients would differ in bits (measured).
             emulate_eager_rounding()
+    choose_attention_kernels(device, config.reproducible)
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     if widens_bf16(config.precision, device):
         kernels += ", bf16 products in float32"
     settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
     return {
-        "arithmetic": ARITHMETIC_VERSION,
+        "arithmetic": ARITHMETIC_VERSION[device.type],
         **{name: getattr(config, name) for name in settings},
         "torch": torch.__version__,
         "kernels": f"{device.type} {kernels}",

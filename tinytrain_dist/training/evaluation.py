@@ -102,7 +102,7 @@ class Evaluator:
                 num_bytes += int(table[rows[:, 1:].numpy()].sum())
             for ids, targets in split_micro_batches(rows, plan.micro_batch_size, context.device):
                 loss_sums.append(step.model(ids, targets))
-        losses = step.reduction.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
+        losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
         return float(losses.sum()), num_bytes
 
 

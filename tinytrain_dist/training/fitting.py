@@ -17,7 +17,7 @@ from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
-from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS
+from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
@@ -154,7 +154,8 @@ def smaller_settings(config: TrainingConfig, context: DistributedContext) -> lis
     assert context.parallel_dims is not None
     micro_batch_size = BatchPlan.make(config, context.parallel_dims).micro_batch_size
     changes: list[dict[str, Any]] = []
-    if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > MAX_CHUNK_LOGITS:
+    chunk_logits = MAX_CHUNK_LOGITS_ON_CUDA if context.device.type == "cuda" else MAX_CHUNK_LOGITS
+    if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > chunk_logits:
         changes.append({"loss_chunk_tokens": None})
     if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
         sizes = possible_micro_batch_sizes(config, context.parallel_dims)

@@ -16,7 +16,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batc
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec
+from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
 from tinytrain_dist.training.fitting import smaller_settings
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 
@@ -74,7 +74,7 @@ class Forecast:
 
 def peak_flops(config: TrainingConfig, device: DeviceSpec) -> float:
     """Return the device's peak in FLOP/s with the precision of the configuration."""
-    return device.bf16_flops if config.precision == "bf16" else device.fp32_flops
+    return device.peak_flops(product_type(config.precision, config.reproducible))
 
 
 def forecast(config: TrainingConfig, context: DistributedContext, cluster: Cluster, flops_per_token: float) -> Forecast:

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
-from tinytrain_dist.distributed.collectives import uses_gloo
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
-from tinytrain_dist.model import matmul
+from tinytrain_dist.model.matmul import simulate_device
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
@@ -216,9 +215,13 @@ def _extrapolate(
 
 def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
     tracker = MemoryTracker()
-    # the simulated run may be on GPUs, which compute bf16 in another way than this CPU
-    lacks_bf16 = matmul.CPU_LACKS_BF16 and uses_gloo()
-    with fake_tensor_mode(), matmul.assume_cpu_lacks_bf16(lacks_bf16), tracker, tracker.tracking_resizes():
+    # the simulated run may be on GPUs, where the model takes other branches than on this CPU
+    with (
+        fake_tensor_mode(),
+        simulate_device(context.target_type or context.device.type),
+        tracker,
+        tracker.tracking_resizes(),
+    ):
         train_step = build_train_step(config, context.on_cpu(), draw=False)
         for state in train_step.optimizer.state.values():
             for tensor in state.values():

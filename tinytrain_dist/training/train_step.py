@@ -90,7 +90,7 @@ class TrainStep:
         self.phase_timer.enter("reduction")
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
-        layer_norms = HostCopy(self.reduction.layer_norms()) if log_norms else None
+        layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
         losses, loss, norm = self._losses_and_norm(loss_sums)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
@@ -141,7 +141,7 @@ class TrainStep:
 
     def _losses_and_norm(self, loss_sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
-        losses = self.reduction.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
+        losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
         return losses, losses.sum() / self.plan.tokens_per_step, self.reduction.squared_norm().sqrt()
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:

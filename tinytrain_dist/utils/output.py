@@ -13,6 +13,11 @@ from typing import Any, TextIO, cast
 OnLoss = Callable[[str], None]
 
 
+def print_line(text: str) -> None:
+    """Print a line and flush, so that it is seen at once also in a file."""
+    print(text, flush=True)
+
+
 class TolerantStream:
     """A text stream whose writes never fail: what cannot be written is dropped.
 

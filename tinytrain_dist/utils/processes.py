@@ -1,8 +1,10 @@
-"""Tell processes apart. Must not know what they do."""
+"""Tell processes apart, and raise limits of this one. Must not know what processes do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 
@@ -24,6 +26,17 @@ def process_start_time(pid: int) -> str | None:
     except PermissionError:  # it belongs to another user, whose processes /proc may hide
         return "running"
     return "running"
+
+
+def raise_open_file_limit() -> None:
+    """Let this process, and those that it starts, have as many open files as the system administrator allows.
+
+    A run on many ranks has two connections from each rank to each other one. The usual limit of 1,024 is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses an infinite limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def has_ended(pid: int, started: str | None) -> bool:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from tinytrain_dist.utils.output import print_line
+
 FIRST_NOTICE_SECONDS = 5.0
 REPEAT_SECONDS = 60.0
-
-
-def print_line(text: str) -> None:
-    """Print a line and flush, so that it is seen at once also in a file."""
-    print(text, flush=True)
 
 
 class WaitNotice:

@@ -1,4 +1,4 @@
-"""What `tinytrain prepare` takes for text: the content decides, or the command refuses and names the flag."""
+"""Check which files `tinytrain prepare` reads as text, by their content, and which it refuses."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_damaged_bzip2_file_is_named(tmp_path: Path, how: str) -> None:
     assert "the compressed data is damaged or cut short" in complaint(written(tmp_path, "a.txt.bz2", broken[how]))
 
 
-def test_zstd_without_its_package_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zstd_without_its_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, "a.txt", zstandard.compress(PLAIN))
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert "is compressed with zstd, and the package that reads it is missing; pip install zstandard" in complaint(path)

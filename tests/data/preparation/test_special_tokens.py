@@ -1,4 +1,4 @@
-"""What the model sees in training is what the tokenizer beside the data makes of a text, for every special token."""
+"""Check for each special token that training data has what the stored tokenizer produces from the same text."""
 
 from __future__ import annotations
 

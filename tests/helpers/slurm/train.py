@@ -1,7 +1,7 @@
-"""launch/train.py with a brake and a bomb, which the tests put in its place in a copy of the checkout.
+"""Train like launch/train.py, but slow down or fail at a given step; tests put it in a copy of the checkout.
 
-BRAKE="STEP:SECONDS" makes each step of the first attempt from STEP on take that much longer, so that there is time to
-hit it; CRASH="STEP" ends rank 0 of every attempt there by an exception. Must not change what is trained.
+BRAKE="STEP:SECONDS" makes each step from STEP on take that much longer in the first attempt, so that a test can send
+signals in time. CRASH="STEP" raises an exception on rank 0 at that step of every attempt. What is trained is unchanged.
 """
 
 import os
