@@ -109,3 +109,22 @@ def update_and_save(settings: dict[str, Any]) -> list[str]:
 def test_every_update_first_waits_for_the_copy_of_a_save(tmp_path: Path) -> None:
     (calls,) = run_ranks(1, update_and_save, settings_for(tmp_path, "run", vocab_size=VOCABULARY))
     assert calls == ["update of 5"], "called once, while the weights are still those that are being saved"
+
+
+def writers_on(settings: dict[str, Any], local_world_size: int) -> set[int]:
+    """The ranks that write a checkpoint of several files if each node has `local_world_size` of the ranks."""
+    import dataclasses
+
+    from tinytrain_dist.checkpoint.manager import CheckpointManager
+
+    manager = new_manager(settings, [])
+    context = dataclasses.replace(manager.context, local_world_size=local_world_size)
+    of_nodes = CheckpointManager(manager.config, context, manager.model, manager.optimizer, {}, {})
+    return {shard.writer for shard in of_nodes.all_shards}
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, [{0, 1}, {0}]), ({"ckpt_writers": 1}, [{0}, {0}])])
+def test_one_rank_of_each_node_writes(tmp_path: Path, settings: dict[str, Any], expected: list[set[int]]) -> None:
+    config = settings_for(tmp_path, "run", vocab_size=VOCABULARY, max_shard_bytes=3000, **settings)
+    assert run_ranks(2, writers_on, config, 1)[0] == expected[0]
+    assert run_ranks(2, writers_on, config, 2)[0] == expected[1]

@@ -30,6 +30,31 @@ def test_auto_chooses_by_what_fits(world, local, fits, expected):
     assert mesh(TrainingConfig(), world, local, fits) == expected
 
 
+LARGE = {"vocab_size": 50_257, "num_layers": 12, "num_heads": 12, "d_model": 768}  # 163 million parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "local", "fits", "expected"),
+    [
+        (LARGE, 8, 8, True, ("fsdp", 1, 8)),
+        (LARGE, 16, 8, True, ("hsdp", 2, 8)),
+        (LARGE, 16, 8, False, ("hsdp", 2, 8)),
+        (LARGE, 1, 1, True, ("none", 1, 1)),
+        (LARGE, 8, 1, True, ("ddp", 8, 1)),
+        (LARGE, 6, 4, True, ("ddp", 6, 1)),  # nodes that are not equal
+        ({**LARGE, "num_layers": 2}, 8, 8, True, ("ddp", 8, 1)),
+        ({**LARGE, "reproducible": True, "micro_batch_size": 1}, 8, 8, True, ("ddp", 8, 1)),
+        ({**LARGE, "parallel": "ddp"}, 8, 8, True, ("ddp", 8, 1)),
+    ],
+)
+def test_auto_shards_a_large_model_inside_each_node_of_gpus(settings, world, local, fits, expected):
+    config = TrainingConfig(**settings)
+    dims = choose_parallel_dims(config, world, local, fits, "cuda")
+    assert (dims.mode, dims.replicate, dims.shard) == expected
+    if fits and config.parallel == "auto" and world > 1:
+        assert mesh(config, world, local) == ("ddp", world, 1), "on CPUs the choice stays"
+
+
 @pytest.mark.parametrize(
     ("settings", "world", "local", "expected"),
     [

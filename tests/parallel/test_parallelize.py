@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
+from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.parallel import parallelize
+from tinytrain_dist.parallel.parallelize import bucket_megabytes
 
 
 def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -28,17 +31,57 @@ def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> di
         "ddp": isinstance(model, DistributedDataParallel),
         "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "weights": gather_full_state_dict(model),
+        "resharded": resharded_parts(model),
     }
 
 
+def resharded_parts(model: Any) -> list[str]:
+    """The parts of an FSDP model whose weights are not gathered any more after a forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(model, FSDPModule):
+        return []
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    loss = model(ids, ids)
+    parts = {"head": model.lm_head, **{f"block {i}": block for i, block in enumerate(model.model.layers)}}
+    resharded = [name for name, part in parts.items() if isinstance(next(part.parameters()), DTensor)]
+    loss.backward()
+    return resharded
+
+
+def test_ddp_has_larger_buckets_only_between_nodes_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_node, two_nodes = (DistributedContext(0, 0, 4, local, "host", torch.device("cpu")) for local in (4, 2))
+    assert bucket_megabytes(two_nodes, "cuda") == 100
+    assert bucket_megabytes(one_node, "cuda") is None
+    assert bucket_megabytes(two_nodes, "cpu") is None, "the bits of runs on CPUs stay"
+    given = {}
+    monkeypatch.setattr(DistributedContext, "group", lambda *_: None)
+    monkeypatch.setattr(parallelize, "DistributedDataParallel", lambda model, **options: given.update(options))
+    monkeypatch.setattr(parallelize, "bucket_megabytes", lambda context, device_type: (device_type, 7))
+    parallelize.replicate_with_ddp(torch.nn.Linear(2, 2), two_nodes)
+    assert given["bucket_cap_mb"] == ("cpu", 7)
+
+
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("settings", "units"), [({}, 5), ({"tie_embeddings": True}, 5)], ids=["untied", "tied"])
-def test_every_mode_has_the_same_weights_and_its_own_wrapper(settings: dict[str, Any], units: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "units", "resharded"),
+    [
+        ({}, 5, ["block 0"]),
+        ({"tie_embeddings": True}, 5, ["block 0"]),
+        ({"reshard_after_forward": False}, 5, []),
+    ],
+    ids=["untied", "tied", "kept"],
+)
+def test_every_mode_has_the_same_weights_and_its_own_wrapper(
+    settings: dict[str, Any], units: int, resharded: list[str]
+) -> None:
     alone = run_ranks(1, build, "none", 1, 1, settings)[0]
     assert (alone["ddp"], alone["units"]) == (False, 0)
     for mode, replicate, shard in (("ddp", 2, 1), ("fsdp", 1, 2), ("hsdp", 2, 2)):
         for result in run_ranks(replicate * shard, build, mode, replicate, shard, settings):
             assert result["ddp"] == (mode == "ddp")
             assert result["units"] == (0 if mode == "ddp" else units)  # embedding, head, two blocks, the rest
+            assert result["resharded"] == ([] if mode == "ddp" else resharded)
             assert result["weights"].keys() == alone["weights"].keys()
             assert all(torch.equal(result["weights"][name], value) for name, value in alone["weights"].items()), mode

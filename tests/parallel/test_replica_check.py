@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.ranks import run_ranks
 from tinytrain_dist.parallel.replica_check import _deviating_ranks, fingerprints, weighted_bit_sum
@@ -33,6 +34,21 @@ def test_a_fingerprint_sees_every_bit_and_every_exchange(of: Callable[[torch.Ten
     for size in (1, 4_096, 65_536, 131_072):
         blocks = tensor.view(-1)[: 2 * size].view(2, -1)
         assert of(blocks) != of(blocks.flip(0).contiguous()), f"blocks of {size} exchanged"
+
+
+def test_a_fingerprint_on_a_gpu_needs_little_memory() -> None:
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.int64:
+                self.largest = max(self.largest, out.nbytes)
+            return out
+
+    with Sizes() as sizes:
+        weighted_bit_sum(torch.zeros(5 * 2**22 + 1))
+    assert sizes.largest == 32 * 2**20, "not 128 MiB"
 
 
 def test_fingerprints_are_of_what_is_in_a_tensor_not_of_how_it_lies() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.fake_backend import fake_context
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
-from tinytrain_dist.training.fitting import fitting_micro_batch_sizes, memory_report, smaller_settings
+from tinytrain_dist.training import fitting
+from tinytrain_dist.training.fitting import (
+    connect_groups,
+    fitting_micro_batch_sizes,
+    memory_report,
+    smaller_settings,
+    with_resharding,
+)
 from tinytrain_dist.training.memory_estimate import estimate_memory
 
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
@@ -48,3 +56,43 @@ def test_the_report_names_what_is_held_and_what_would_help(two_replicas: Distrib
     for line in ("estimated memory of one step", "master weights", "at the peak (", "with micro_batch_size = 4"):
         assert line in report
     assert report.endswith("micro_batch_size = auto")
+
+
+@pytest.mark.parametrize(
+    ("mode", "device_type", "share", "setting", "expected"),
+    [
+        ("fsdp", "cuda", 1.0, None, False),
+        ("fsdp", "cuda", 0.0, None, None),  # too large a part of the memory
+        ("fsdp", "cuda", 1.0, True, True),
+        ("fsdp", "cpu", 1.0, None, None),
+        ("ddp", "cuda", 1.0, None, None),
+    ],
+)
+def test_gathered_weights_stay_on_gpus_with_enough_memory(
+    monkeypatch: pytest.MonkeyPatch, mode: str, device_type: str, share: float, setting: bool | None, expected: Any
+) -> None:
+    context = fake_context(2, 2).with_mesh(ParallelDims(mode, *((1, 2) if mode == "fsdp" else (2, 1)), ""))
+    monkeypatch.setattr(fitting, "MAX_GATHERED_SHARE", share)
+    config = TrainingConfig(**{**SMALL, "reshard_after_forward": setting})
+    room = estimate_memory(replace(config, micro_batch_size=1, reshard_after_forward=False), context).nbytes
+    for spare, chosen in ((0, expected), (-1, setting)):
+        monkeypatch.setattr(fitting, "usable_bytes", lambda _, spare=spare: room + spare)
+        monkeypatch.setattr(DistributedContext, "any_rank", lambda _, flag: flag)  # fake ranks have no votes
+        automatic = replace(config, micro_batch_size="auto")
+        assert with_resharding(automatic, context, device_type).reshard_after_forward is chosen
+    shutdown()
+
+
+def test_groups_are_connected_before_free_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = fake_context(2, 2)
+    calls: list[Any] = []
+    monkeypatch.setattr(DistributedContext, "all_reduce_sum", lambda _, tensor, axis: calls.append(axis))
+    connect_groups(context, "cpu")
+    assert calls == [], "gloo has no buffers to allocate"
+    connect_groups(context, "cuda")
+    assert calls == [None, "dp_replicate", "dp_shard"]
+    calls.clear()
+    monkeypatch.setattr(fitting, "connect_groups", lambda context, device_type: calls.append(context.parallel_dims))
+    meshed = fitting.with_fitting_mesh(TrainingConfig(**SMALL), context)
+    assert calls == [meshed.parallel_dims]
+    shutdown()

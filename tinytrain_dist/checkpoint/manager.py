@@ -82,7 +82,9 @@ class CheckpointManager:
         self.numerics = numerics
         self.report = report
         # collected only once, because this takes too long to be repeated in each save
-        self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, config.ckpt_writers)
+        one_of_each_node = range(0, context.world_size, context.local_world_size)
+        writers = config.ckpt_writers or one_of_each_node
+        self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
         self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
         on_gpu = context.device.type == "cuda"

@@ -5,6 +5,7 @@ Works with any module and any torch optimizer. Must not know files or folders, e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,10 @@ def _group_settings(group: dict[str, Any], names: dict[int, str]) -> dict[str, A
 
 @torch.no_grad()  # otherwise autograd records each to_local, which takes longer than everything else here
 def collect_shards(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, max_shard_bytes: int = MAX_FILE_BYTES, writers: int = 1
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    max_shard_bytes: int = MAX_FILE_BYTES,
+    writers: int | Sequence[int] = 1,
 ) -> tuple[ShardsByKind, dict[str, Any]]:
     """Return this rank's shards of everything that is saved, without copying, and the optimizer's plain values.
 
@@ -90,7 +94,8 @@ def collect_shards(
         model: the model, in its wrappers
         optimizer: its optimizer; None to save only the model
         max_shard_bytes: size at which a new file begins; `write_checkpoint` must get the same value
-        writers: number of ranks that write; each file is assigned to one of them in turn
+        writers: the ranks that write, or their number (then the lowest ranks); each file is assigned to one of them in
+            turn
 
     Errors: CheckpointError for a type that cannot be saved, and the errors of `model_tensors` and `optimizer_tensors`.
     """
@@ -98,13 +103,14 @@ def collect_shards(
     values: dict[str, Any] = {}
     if optimizer is not None:
         kinds["optimizer"], values = optimizer_tensors(model, optimizer)
+    writing_ranks = range(writers) if isinstance(writers, int) else writers
     shards: ShardsByKind = {}
     file_count = 0  # over all kinds
     for kind, tensors in kinds.items():
         shards[kind] = []
         specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         for file in split_into_files(specs, max_shard_bytes):
-            writer = file_count % writers
+            writer = writing_ranks[file_count % len(writing_ranks)]
             file_count += 1
             for spec in file:
                 shards[kind].append(_shard_to_save(kind, spec.name, tensors[spec.name], writer))

@@ -125,7 +125,8 @@ def _replay_config(
     logging: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None}
     logging |= {"profile": None, "sample_tokens": 0, "fingerprint_every": None}
     checkpoints: dict[str, Any] = {"ckpt_save_prefix": "checkpoint", "ckpt_every": 10**9, "keep_every": None}
-    mesh = {"parallel": "auto", "dp_replicate": None, "dp_shard": None}
+    checkpoints |= {"ckpt_writers": None}
+    mesh = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "reshard_after_forward": None}
     given = dict(map(_parse_setting, settings))
     values = {**saved, **folders, **start, **end, **logging, **checkpoints, **mesh, **given}
     return TrainingConfig.from_dict(values, "the replayed run")

@@ -124,6 +124,12 @@ class TrainingConfig:
     parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
+    reshard_after_forward: bool | None = _setting(
+        "parallel",
+        None,
+        "fsdp, hsdp: free a block's gathered weights after its forward pass, and gather them again for backward (None: "
+        "true, except on GPUs with enough memory to keep them)",
+    )
     precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
         "compute", None, "compile each block and the loss with torch.compile (None: if the run is long enough to gain)"
@@ -153,7 +159,9 @@ class TrainingConfig:
     ckpt_async: bool = _setting(
         "checkpoint", True, "save in the background; a crash can then also lose the steps computed during a save"
     )
-    ckpt_writers: int = _setting("checkpoint", 1, "number of ranks that write files of a checkpoint at the same time")
+    ckpt_writers: int | None = _setting(
+        "checkpoint", None, "number of ranks that write files of a checkpoint at the same time (None: one on each node)"
+    )
     save_limit: float = _setting(
         "checkpoint", 3600.0, "abort as hung if a step waits longer than this many seconds for a save (0: never)"
     )
@@ -261,15 +269,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> TrainingConfig:
         """Return a configuration with these settings. Errors: ConfigError with all unknown names and bad values."""
-        problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
-        problems = [problem for problem in problem_of.values() if problem]
-        try:
-            config = cls(**{name: value for name, value in values.items() if not problem_of[name]})
-        except ConfigError as error:
-            raise ConfigError([*problems, *error.problems], source) from None
-        if problems:
-            raise ConfigError(problems, source)
-        return config
+        return _config_from_dict(values, source)
 
     def resolved(self) -> dict[str, Any]:
         """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
@@ -293,6 +293,19 @@ def _convert_setting(name: str, value: Any) -> tuple[Any, str]:
         return convert_value(HINTS[name], value), ""
     except TypeError:
         return None, f"{name}: {value!r} is not {describe_type(HINTS[name])}"
+
+
+def _config_from_dict(values: dict[str, Any], source: str) -> TrainingConfig:
+    """Return a configuration with these settings; see TrainingConfig.from_dict."""
+    problem_of = {name: _convert_setting(name, value)[1] for name, value in values.items()}
+    problems = [problem for problem in problem_of.values() if problem]
+    try:
+        config = TrainingConfig(**{name: value for name, value in values.items() if not problem_of[name]})
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems], source) from None
+    if problems:
+        raise ConfigError(problems, source)
+    return config
 
 
 def _format_toml(values: dict[str, Any]) -> str:

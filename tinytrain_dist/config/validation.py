@@ -21,12 +21,12 @@ IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last max_shard_bytes max_skipped_steps ckpt_writers".split()
+    "ckpt_every keep_last max_shard_bytes max_skipped_steps".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
-    "fingerprint_every".split()
+    "fingerprint_every ckpt_writers".split()
 )
 POSITIVE_AND_FINITE = ("lr_max", "eps", "norm_eps", "rope_theta", "grad_clip_norm", "time_limit", "rope_scaling_factor")
 NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
+MIN_SHARDED_PARAMETERS = 100_000_000  # of a model that `parallel = auto` shards on GPUs although a replica would fit
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -39,15 +41,16 @@ class ParallelDims:
 
 
 def choose_parallel_dims(
-    config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True
+    config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True, device_type: str = "cpu"
 ) -> ParallelDims:
     """Choose the mesh of a run with `world_size` ranks, `local_world_size` of them on each node.
 
-    `fits`: whether weights, gradients and optimizer state fit on one device. It matters only if `parallel` is auto.
+    `fits`: whether weights, gradients and optimizer state fit on one device. `device_type`: cpu or cuda. Both matter
+    only if `parallel` is auto.
     Errors: ConfigError if the mode cannot be used with this number of ranks. It lists what can be used.
     """
     if config.parallel == "auto":
-        return _choose_mode(world_size, local_world_size, fits)
+        return _choose_mode(world_size, local_world_size, fits, device_type == "cuda" and _gains_from_shards(config))
     if config.parallel == "none" and world_size > 1:
         raise ConfigError(f"parallel: none runs on 1 process, but there are {world_size}; use ddp, fsdp or auto")
     if config.parallel == "hsdp":
@@ -56,15 +59,29 @@ def choose_parallel_dims(
     return ParallelDims(config.parallel, replicate, world_size // replicate, "as configured")
 
 
-def _choose_mode(world_size: int, local_world_size: int, fits: bool) -> ParallelDims:
+def _gains_from_shards(config: TrainingConfig) -> bool:
+    """Return whether GPUs that share a replica compute a step faster than GPUs with a replica each.
+
+    Each GPU then updates only its shard, and sends as many bytes as with DDP. For a small model the update takes less
+    time than FSDP's work on the CPU. With reproducible = true, shards are summed in every micro-step, which costs more.
+    """
+    return config.model.approximate_parameter_count >= MIN_SHARDED_PARAMETERS and not config.reproducible
+
+
+def _choose_mode(world_size: int, local_world_size: int, fits: bool, prefers_shards: bool) -> ParallelDims:
     """Choose the mesh for `parallel = auto`.
 
-    * DDP if weights, gradients and optimizer state fit on one device.
+    * DDP if weights, gradients and optimizer state fit on one device. But if `prefers_shards` is true and a node has
+      several devices: HSDP with one replica on each node, or FSDP on a single node.
     * Otherwise HSDP with one replica on each node, if there are several nodes with several ranks each.
     * Otherwise FSDP over all ranks.
     """
     if world_size == 1:
         return ParallelDims("none", 1, 1, "chosen because there is one process")
+    if fits and prefers_shards and local_world_size > 1 and world_size % local_world_size == 0:
+        nodes = world_size // local_world_size
+        reason = "chosen because the GPUs of a node update a model of this size faster if each holds a shard of it"
+        return ParallelDims("hsdp" if nodes > 1 else "fsdp", nodes, local_world_size, reason)
     if fits:
         return ParallelDims("ddp", world_size, 1, "chosen because the model and its optimizer fit on one device")
     if 1 < local_world_size < world_size:

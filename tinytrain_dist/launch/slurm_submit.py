@@ -169,7 +169,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
         BatchPlan.make(config, choose_parallel_dims(config, nodes * per_node, per_node))
     except ConfigError as error:
         problems += error.problems
-    if config.ckpt_writers > nodes * per_node:
+    if (config.ckpt_writers or 1) > nodes * per_node:
         problems.append(f"ckpt_writers: {config.ckpt_writers} is more than the {nodes * per_node} processes; lower it")
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
         for file in files:

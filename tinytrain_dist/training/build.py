@@ -48,7 +48,7 @@ from tinytrain_dist.reliability.run_state import claim_run, write_state
 from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
 from tinytrain_dist.training.determinism import configure_determinism
-from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh
+from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.saving import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
@@ -94,6 +94,7 @@ def build_trainer(
 
     phase_timer.enter("build")
     context = with_fitting_mesh(config, context)
+    config = with_resharding(config, context, context.device.type)
     train_step, fitting_notes = build_fitting_train_step(config, context, phase_timer)
     config = train_step.config
     checkpoints = CheckpointManager(
@@ -164,7 +165,7 @@ def _load(
 def _claim_run_folder(config: TrainingConfig, context: DistributedContext, checkpoints: CheckpointManager) -> Start:
     """Take the run folder's lock, and check that saving will work: shared, writable, with enough room."""
     folder = Path(config.target_dir)
-    if config.ckpt_writers > context.world_size:
+    if (config.ckpt_writers or 1) > context.world_size:
         raise ConfigError(
             f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks of this run; lower it"
         )

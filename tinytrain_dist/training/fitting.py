@@ -11,7 +11,7 @@ import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
-from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import TrainingError
@@ -21,23 +21,55 @@ from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
+MAX_GATHERED_SHARE = 0.125  # of the usable memory, for weights that stay gathered between forward and backward
 RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
 
 
 def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> DistributedContext:
     """Return the context with the mesh of the configuration. A collective.
 
-    With `parallel = auto` on GPUs, DDP is chosen only if a whole replica fits in the memory of each rank.
+    With `parallel = auto` on GPUs, DDP is chosen only for a small model that fits in the memory of each rank.
     """
     ranks = (context.world_size, context.local_world_size)
-    meshed = context.with_mesh(choose_parallel_dims(config, *ranks))
+    meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
     assert meshed.parallel_dims is not None
+    connect_groups(meshed, context.device.type)
     if config.parallel == "auto" and meshed.parallel_dims.mode == "ddp" and context.device.type == "cuda":
         smallest = replace(config, micro_batch_size=config.fixed_micro_batch_size or 1)
         needed_bytes = estimate_memory(smallest, meshed).nbytes
         if context.any_rank(needed_bytes > usable_bytes(context)):
             meshed = context.with_mesh(choose_parallel_dims(config, *ranks, fits=False))
+            connect_groups(meshed, context.device.type)
     return meshed
+
+
+def connect_groups(context: DistributedContext, device_type: str) -> None:
+    """On GPUs (device_type cuda), run one tiny collective in each process group. A collective.
+
+    NCCL allocates its buffers, up to 1 GB for each group, in the first one. Memory that is measured afterwards is free.
+    """
+    if device_type == "cuda":
+        for axis in (None, REPLICATE, SHARD):
+            context.all_reduce_sum(torch.zeros(1, device=context.device), axis)
+
+
+def with_resharding(config: TrainingConfig, context: DistributedContext, device_type: str) -> TrainingConfig:
+    """Return the settings, with reshard_after_forward = false if it is not set and gathered weights may stay.
+
+    They may stay on GPUs (device_type cuda) if they are a small part of the memory, and the smallest step fits with
+    them. Backward then gathers nothing. On a CPU the setting stays as it is. A collective.
+    """
+    assert context.parallel_dims is not None, "with_mesh comes first"
+    is_sharded = context.parallel_dims.mode in ("fsdp", "hsdp")
+    if config.reshard_after_forward is not None or device_type != "cuda" or not is_sharded:
+        return config
+    kept = replace(config, reshard_after_forward=False)
+    smallest = replace(kept, micro_batch_size=1) if config.micro_batch_size == "auto" else kept
+    held = estimate_memory(smallest, context)
+    gathered_bytes = max(kinds["gathered"] for kinds in held.stages.values())
+    room = usable_bytes(context)
+    fits = held.nbytes <= room and gathered_bytes <= MAX_GATHERED_SHARE * room
+    return config if context.any_rank(not fits) else kept
 
 
 def usable_bytes(context: DistributedContext) -> float:

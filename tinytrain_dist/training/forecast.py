@@ -41,6 +41,11 @@ class Cluster:
         return self.nodes * self.per_node
 
     @property
+    def device_type(self) -> str:
+        """Type of the devices, cpu or cuda."""
+        return "cpu" if self.device.name == "cpu" else "cuda"
+
+    @property
     def room(self) -> float:
         """Bytes that tensors may use on one device."""
         return USABLE_MEMORY * self.device.memory - self.device.context
@@ -78,7 +83,7 @@ def forecast(config: TrainingConfig, context: DistributedContext, cluster: Clust
     context: of a fake process group with as many ranks as the cluster has devices. Errors: ConfigError.
     """
     ranks = (context.world_size, context.local_world_size)
-    dims = choose_parallel_dims(config, *ranks)
+    dims = choose_parallel_dims(config, *ranks, device_type=cluster.device_type)
     result = _forecast_on(dims, config, context, cluster, flops_per_token)
     if config.parallel == "auto" and dims.mode == "ddp" and not result.fits:
         dims = choose_parallel_dims(config, *ranks, fits=False)
@@ -163,7 +168,7 @@ def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingCo
         unset_sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
         changed = replace(config, **unset_sizes, parallel=mode)
         try:
-            dims = choose_parallel_dims(changed, cluster.num_devices, cluster.per_node)
+            dims = choose_parallel_dims(changed, cluster.num_devices, cluster.per_node, device_type=cluster.device_type)
             BatchPlan.make(changed, dims)
         except ConfigError:
             continue
