@@ -88,6 +88,17 @@ def test_one_older_gpu_makes_all_ranks_compute_in_float32(gpu: Callable[[tuple[i
         resolve_device_defaults(TrainingConfig(precision="bf16"), ranks_on("cuda:0"))
 
 
+def test_fp8_needs_a_gpu_with_float8_units(gpu: Callable[[tuple[int, int]], None]) -> None:
+    fp8 = TrainingConfig(precision="fp8")
+    gpu((8, 9))
+    config, note = resolve_device_defaults(fp8, ranks_on("cuda:0"))
+    assert (config.precision, note) == ("fp8", "precision = fp8")
+    gpu(AMPERE)
+    with pytest.raises(ConfigError, match=r"fp8 needs GPUs of .* 8\.9 .* has GPU \(8, 0\); set precision = bf16 or"):
+        resolve_device_defaults(fp8, ranks_on("cuda:0"))
+    assert resolve_device_defaults(fp8, ranks_on("cpu"))[0] == fp8, "torch's kernel for CPUs is slow, but works"
+
+
 def test_float32_products_use_tf32_on_a_gpu_unless_reproducible(float32_products: Callable[[], str]) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     determinism.choose_float32_products(TrainingConfig(precision="fp32"), gpu)

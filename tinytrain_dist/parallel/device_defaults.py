@@ -12,6 +12,7 @@ import torch
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.model import fp8
 
 # A GPU of this compute capability has units for bf16 and TF32. An older one emulates bf16, slower than float32.
 MIN_CAPABILITY = (8, 0)
@@ -38,19 +39,24 @@ def set_device_defaults(config: TrainingConfig, *, on_gpu: bool, in_bf16: bool) 
 def resolve_device_defaults(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
     """Choose `precision` and `micro_batch_size` for all ranks; return them, and a line for the log. A collective.
 
-    Errors: ConfigError if precision = bf16 and the GPU of some rank has no units for it.
+    Errors: ConfigError if precision is bf16 or fp8, and the GPU of some rank has no units for it.
     """
     on_gpu = context.device.type == "cuda"
     if not on_gpu:
         return set_device_defaults(config, on_gpu=False, in_bf16=False), ""
-    own_name = "" if has_tensor_units(context.device) else torch.cuda.get_device_name(context.device)
+    in_fp8 = config.precision == "fp8"
+    needed = fp8.MIN_CAPABILITY if in_fp8 else MIN_CAPABILITY
+    has_units = torch.cuda.get_device_capability(context.device) >= needed
+    own_name = "" if has_units else torch.cuda.get_device_name(context.device)
     older_gpus = [(rank, *found) for rank, found in enumerate(context.all_gather_object((context.host, own_name)))]
     older_gpus = [(rank, host, name) for rank, host, name in older_gpus if name]
-    if older_gpus and config.precision == "bf16":
+    if older_gpus and config.precision in ("bf16", "fp8"):
         rank, host, name = older_gpus[0]
+        newer = "RTX 40, L4, H100 and newer" if in_fp8 else "A100 and newer"
+        instead = "bf16 or auto" if in_fp8 else "fp32 or auto"
         raise ConfigError(
-            f"precision: bf16 needs GPUs of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or higher (A100 "
-            f"and newer), but rank {rank} ({host}) has {name}; set precision = fp32 or auto"
+            f"precision: {config.precision} needs GPUs of compute capability {needed[0]}.{needed[1]} or higher "
+            f"({newer}), but rank {rank} ({host}) has {name}; set precision = {instead}"
         )
     resolved = set_device_defaults(config, on_gpu=True, in_bf16=not older_gpus)
     return resolved, _precision_note(config, resolved, bool(older_gpus))
