@@ -18,11 +18,6 @@ from tinytrain_dist.model import fp8
 MIN_CAPABILITY = (8, 0)
 
 
-def has_tensor_units(device: torch.device) -> bool:
-    """Return whether the device is a GPU with units for bf16 and TF32."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
-
-
 def set_device_defaults(config: TrainingConfig, *, on_gpu: bool, in_bf16: bool) -> TrainingConfig:
     """Return the configuration with the defaults for one kind of device.
 
