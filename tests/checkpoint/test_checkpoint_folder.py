@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
+from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, write_json_file
 from tinytrain_dist.checkpoint.retention import RetentionRules
 
 
@@ -18,12 +18,19 @@ def warnings() -> list[str]:
     return []
 
 
+def write_checkpoint(path: Path) -> None:
+    manifest = Manifest()
+    unfinished = path.with_name("unfinished")
+    unfinished.mkdir(parents=True)
+    write_json_file(unfinished, "trainer_state.json", {"config": {}}, manifest)
+    commit_folder(unfinished, path, manifest)
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path, warnings: list[str]) -> CheckpointFolder:
     folder = CheckpointFolder(tmp_path / "checkpoints", "run", warnings.append)
     for name in ("run-00000002", "run-99999999", "run-100000000", "run-00000004.tmp", "run-00000003.damaged"):
-        (folder.directory / name).mkdir(parents=True)
-        (folder.directory / name / "trainer_state.json").write_text(json.dumps({"config": {}}))
+        write_checkpoint(folder.directory / name)
     for name in ("other-00000001", "run-0001", "notes"):
         (folder.directory / name).mkdir()
     return folder
@@ -91,9 +98,20 @@ def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_the_others_are_dele
 
 
 def test_a_checkpoint_whose_settings_cannot_be_read_is_not_deleted(checkpoints: CheckpointFolder) -> None:
-    (checkpoints.path(2) / "trainer_state.json").unlink()
+    (checkpoints.path(2) / "trainer_state.json").write_text("")
     checkpoints.delete_old(RetentionRules(keep_last=1))
     assert names(checkpoints) == ["run-00000002", "run-100000000"]
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(checkpoints: CheckpointFolder) -> None:
+    rules = RetentionRules(keep_last=2, best_step=99_999_999, sound_step=99_999_999)
+    write_checkpoint(checkpoints.path(5))
+    for path in (checkpoints.path(99_999_999), checkpoints.path(5)):
+        (path / "trainer_state.json").write_text("")
+    write_checkpoint(checkpoints.path(1))
+    checkpoints.delete_old(rules)
+    left = ["run-00000002", "run-00000005", "run-99999999", "run-100000000"]
+    assert names(checkpoints) == left, "step 2 is the second newest that is valid"
 
 
 def test_checkpoints_after_a_step_are_set_aside(checkpoints: CheckpointFolder) -> None:

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.helpers import damage
 from tests.helpers.tools import newest
-from tinytrain_dist.checkpoint.discovery import find_checkpoint, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
-from tinytrain_dist.checkpoint.manifest import read_manifest
+from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.checkpoint.verify import find_damage

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from tinytrain_dist import CheckpointError
-from tinytrain_dist.checkpoint.discovery import find_checkpoint, present_rules, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import find_checkpoint, present_rules, read_trainer_state
+from tinytrain_dist.checkpoint.manifest import quick_problems
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
 from tinytrain_dist.checkpoint.state import collect_shards
 from tinytrain_dist.config.run_folder import open_run
@@ -83,9 +84,14 @@ def test_a_state_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_sound_checkpoint_stays_if_the_newest_state_has_no_readable_step(run: Path) -> None:
-    state_file = sorted((run / "checkpoints").iterdir())[-1] / "trainer_state.json"
-    state_file.write_text('{"step": "six", "report": {"sound_step": 5}}')
+    shards, _ = collect_shards(nn.Linear(3, 2), None)
+    state = {"step": "six", "report": {"sound_step": 5}}
+    write_checkpoint(run / "checkpoints" / "checkpoint-00000006", shards, state)
     assert present_rules(open_run(run), {}).sound_step == 5
+    path = run / "checkpoints" / "checkpoint-00000008"
+    write_checkpoint(path, shards, {"step": 8})
+    (path / "trainer_state.json").write_text("")
+    assert present_rules(open_run(run), {}).sound_step == 5, "a damaged one says nothing"
 
 
 def test_looking_at_sizes_does_not_import_torch(run: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.helpers.tools import Cli, lines_with, newest
+from tests.helpers.tools import Cli, lines_with, newest, weights_file
 
 
 def test_prune_removes_what_was_set_aside_only_when_asked(tinytrain: Cli, run: Path) -> None:
@@ -28,6 +28,26 @@ def test_the_best_and_the_newest_stay(tinytrain: Cli, run: Path) -> None:
     _, out, _ = tinytrain("prune", run, "--keep-last", "1")
     assert "stays: keep_last 1" in lines_with(out, "checkpoint-00000006")[0]
     assert newest(run).is_dir()
+
+
+def test_damaged_checkpoints_count_neither_as_the_newest_nor_as_the_best(tinytrain: Cli, run: Path) -> None:
+    older = run / "checkpoints" / "checkpoint-00000003"
+    weights_file(newest(run)).write_bytes(b"")  # its state is intact, and says that it has the lowest eval loss
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace("keep_last = 2", "keep_last = 1"))
+    _, out, _ = tinytrain("ls", run)
+    assert "DAMAGED" in lines_with(out, "checkpoint-00000006")[0]
+    assert lines_with(out, older.name)[0].rstrip().endswith("keep_last 1")
+    code, out, _ = tinytrain("prune", run)
+    assert code == 0
+    assert "stays: damaged and not counted, else keep_last 1" in lines_with(out, "checkpoint-00000006")[0]
+    assert "stays: keep_last 1" in lines_with(out, older.name)[0]
+    assert older.is_dir()
+
+    (older / "trainer_state.json").write_text("")
+    code, _, err = tinytrain("prune", run, "--keep-last", "1", "--set-aside")
+    assert (code, "none of its 2 checkpoints is valid; nothing is removed" in err) == (2, True)
+    assert older.is_dir()
 
 
 def test_prune_refuses_what_is_no_run(tinytrain: Cli, run: Path, tmp_path: Path) -> None:

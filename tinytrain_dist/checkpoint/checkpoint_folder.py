@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from tinytrain_dist.checkpoint.manifest import is_damaged
 from tinytrain_dist.checkpoint.retention import (
     RetentionRules,
     checkpoints_to_delete,
@@ -102,7 +103,7 @@ class CheckpointFolder:
         """
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
         checkpoints = note_promises(checkpoints, rules)
-        for checkpoint in checkpoints_to_delete(checkpoints, rules):
+        for checkpoint in checkpoints_to_delete(checkpoints, rules, is_damaged):
             try:
                 self.delete(checkpoint.path)
             except OSError as error:

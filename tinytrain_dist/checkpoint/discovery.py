@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
-from tinytrain_dist.checkpoint.manifest import read_manifest
+from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
 from tinytrain_dist.config.run_folder import (
     TRAINER_STATE_FILE,
@@ -36,22 +36,6 @@ DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_
 
 DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
 DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
-
-
-def quick_problems(folder: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, judging by its manifest and file sizes alone; empty if nothing is."""
-    try:
-        files = read_manifest(folder).files
-    except CheckpointError as error:
-        return [str(error)]
-    problems: list[str] = []
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            problems.append(f"{path}: {found}, but {entry['bytes']:,} bytes were written")
-    return problems
 
 
 def find_checkpoint(place: Path, kind: str | None = None) -> Path:
@@ -102,7 +86,8 @@ def own_checkpoints(run: RunFolder, settings: dict[str, Any], warn: Callable[[st
 def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
     own = own_checkpoints(run, settings, print_line).committed()
-    state = read_json_object(own[-1] / TRAINER_STATE_FILE) if own else {}
+    newest = next((path for path in reversed(own) if not quick_problems(path)), None)
+    state = read_json_object(newest / TRAINER_STATE_FILE) if newest else {}
     record = state.get("report")
     record = record if isinstance(record, dict) else {}
     sound_step = record.get("sound_step")

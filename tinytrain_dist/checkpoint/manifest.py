@@ -165,3 +165,24 @@ def _is_dict_of_dicts(value: Any) -> bool:
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def quick_problems(folder: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, judging by its manifest and file sizes alone; empty if nothing is."""
+    try:
+        files = read_manifest(folder).files
+    except CheckpointError as error:
+        return [str(error)]
+    problems: list[str] = []
+    for name, entry in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            problems.append(f"{path}: {found}, but {entry['bytes']:,} bytes were written")
+    return problems
+
+
+def is_damaged(folder: Path) -> bool:
+    """Return whether `quick_problems` finds something."""
+    return bool(quick_problems(folder))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,11 @@ def note_promises(checkpoints: Sequence[CommittedCheckpoint], rules: RetentionRu
     return updated
 
 
-def reasons_to_keep(checkpoints: Sequence[CommittedCheckpoint], rules: RetentionRules) -> list[str]:
+def reasons_to_keep(
+    checkpoints: Sequence[CommittedCheckpoint],
+    rules: RetentionRules,
+    is_damaged: Callable[[Path], bool] = lambda path: False,
+) -> list[str]:
     """Return for each checkpoint why it stays, or "" for one that nothing keeps. `checkpoints`: all, by step.
 
     Kept are, with the present settings or with those of the checkpoint,
@@ -147,32 +151,56 @@ def reasons_to_keep(checkpoints: Sequence[CommittedCheckpoint], rules: Retention
     * the one at `best_step`: its own state need not contain the loss
     * the newest one that is sound
     * one whose settings cannot be read, and one of another run: nobody here can know whether it must stay
+
+    A damaged one stays where an intact one would, but the next one is kept as well. is_damaged: called only for those
+    because of which others are not kept, because it reads files.
     """
+    damaged: dict[Path, str] = {}
+    intact: set[Path] = set()
+    counted = list(checkpoints)
+    while True:
+        chosen = _chosen_by_comparison(counted, rules)
+        found = {path for path in chosen if path not in intact and is_damaged(path)}
+        if not found:
+            break
+        intact |= chosen.keys() - found
+        damaged |= {path: f"damaged and not counted, else {chosen[path]}" for path in found}
+        counted = [checkpoint for checkpoint in counted if checkpoint.path not in found]
+    reasons = damaged | chosen
+    return [reasons.get(checkpoint.path) or _own_reason(checkpoint, rules) for checkpoint in checkpoints]
+
+
+def _chosen_by_comparison(checkpoints: Sequence[CommittedCheckpoint], rules: RetentionRules) -> dict[Path, str]:
+    """Return the checkpoints that stay because of how they compare with the others, each with the reason."""
     best = _best_of_each_evaluation(checkpoints)
     sound = [c.step for c in checkpoints if rules.sound_step is not None and c.step <= rules.sound_step]
 
     def reason(newer: int, checkpoint: CommittedCheckpoint) -> str:
         if newer < rules.keep_last:
             return f"keep_last {rules.keep_last}"
-        if rules.keep_every and checkpoint.step % rules.keep_every == 0:
-            return f"keep_every {rules.keep_every}"
         if checkpoint in best or checkpoint.step == rules.best_step:
             return "best eval loss"
         if checkpoint.step in sound[-1:]:
             return "the newest that training is known to continue well from"
-        if not checkpoint.known:
-            return "its settings cannot be read"
-        if rules.run is not None and Path(checkpoint.run).resolve() != Path(rules.run).resolve():
-            return f"saved by the run {checkpoint.run}"
-        if checkpoint.promised_by_keep_every:
-            return f"keep_every {checkpoint.keep_every}, an earlier setting"
         if newer < checkpoint.keep_last:
             return f"keep_last {checkpoint.keep_last}, an earlier setting"
         return ""
 
-    return [
-        reason(newer, checkpoint) for newer, checkpoint in zip(range(len(checkpoints))[::-1], checkpoints, strict=True)
-    ]
+    reasons = {c.path: reason(newer, c) for newer, c in enumerate(reversed(checkpoints))}
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
+def _own_reason(checkpoint: CommittedCheckpoint, rules: RetentionRules) -> str:
+    """Return why a checkpoint stays whatever the others are, or ""."""
+    if rules.keep_every and checkpoint.step % rules.keep_every == 0:
+        return f"keep_every {rules.keep_every}"
+    if not checkpoint.known:
+        return "its settings cannot be read"
+    if rules.run is not None and Path(checkpoint.run).resolve() != Path(rules.run).resolve():
+        return f"saved by the run {checkpoint.run}"
+    if checkpoint.promised_by_keep_every:
+        return f"keep_every {checkpoint.keep_every}, an earlier setting"
+    return ""
 
 
 def _best_of_each_evaluation(checkpoints: Sequence[CommittedCheckpoint]) -> list[CommittedCheckpoint]:
@@ -187,10 +215,12 @@ def _best_of_each_evaluation(checkpoints: Sequence[CommittedCheckpoint]) -> list
 
 
 def checkpoints_to_delete(
-    checkpoints: Sequence[CommittedCheckpoint], rules: RetentionRules
+    checkpoints: Sequence[CommittedCheckpoint],
+    rules: RetentionRules,
+    is_damaged: Callable[[Path], bool] = lambda path: False,
 ) -> list[CommittedCheckpoint]:
-    """Return the checkpoints that nothing keeps (see `reasons_to_keep`), oldest first. `checkpoints`: all, by step."""
-    reasons = reasons_to_keep(checkpoints, rules)
+    """Return the checkpoints that nothing keeps, oldest first. The arguments: see `reasons_to_keep`."""
+    reasons = reasons_to_keep(checkpoints, rules, is_damaged)
     return [checkpoint for checkpoint, reason in zip(checkpoints, reasons, strict=True) if not reason]
 
 

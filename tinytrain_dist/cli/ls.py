@@ -11,7 +11,8 @@ from pathlib import Path
 import tyro
 from rich.text import Text
 
-from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, quick_problems, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, read_trainer_state
+from tinytrain_dist.checkpoint.manifest import is_damaged, quick_problems
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
@@ -85,7 +86,7 @@ def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
         return {}
     paths = own_checkpoints(run, settings, print_line).committed()
     found = [read_committed_checkpoint(path) for path in paths]
-    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings)), strict=True))
+    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings), is_damaged), strict=True))
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:

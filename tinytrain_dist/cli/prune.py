@@ -14,6 +14,7 @@ import tyro
 
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules
+from tinytrain_dist.checkpoint.manifest import is_damaged
 from tinytrain_dist.checkpoint.retention import (
     RetentionRules,
     read_committed_checkpoint,
@@ -73,9 +74,10 @@ def _reasons(
     if not shared:
         # all in target_dir/checkpoints is of this run, even if it was moved
         rules = replace(rules, run=None)
-    reasons = dict(zip((c.path for c in present), reasons_to_keep(present, rules), strict=True))
+    reasons = dict(zip((c.path for c in present), reasons_to_keep(present, rules, is_damaged), strict=True))
     if not any(reason.startswith("keep_last") for reason in reasons.values()):
-        raise CheckpointError(f"{run.checkpoints}: has no checkpoint of this run; there is nothing to remove")
+        found_text = f"none of its {len(found)} checkpoints is valid" if found else "has no checkpoint of this run"
+        raise CheckpointError(f"{run.checkpoints}: {found_text}; nothing is removed")
     if set_aside:
         reasons |= dict.fromkeys(checkpoints.all_set_aside(), "")
     return reasons
