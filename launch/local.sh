@@ -11,17 +11,20 @@
 # Ctrl-C ends the current step, saves and stops. The same command resumes the run.
 # Several machines: launch/node.sh. Slurm: launch/submit.py.
 set -euo pipefail
+self=${BASH_SOURCE[0]}
+[ ! -L "$self" ] || self=$(command readlink -f -- "$self")
+# shellcheck source=launch/preamble.sh
+. "$(command dirname -- "$self")/preamble.sh"
 
 usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; }
 fail() {
-    printf '%s\n' "local.sh: $*" >&2
+    print_line 'local.sh: %s' "$*" >&2
     exit 2
 }
 
 [ $# -gt 0 ] || fail "no configuration given; try launch/local.sh configs/quickstart.toml (or --help)."
 case $1 in -h | --help) usage && exit 0 ;; esac
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 config=$1
 shift
 case $config in -*) fail "the first argument must be a configuration file, not $config." ;; esac
@@ -82,6 +85,6 @@ if [ -n "$dry_run" ]; then
     printf '\n'
     exit 0
 fi
-printf 'local.sh: %s process(es) on %s, %s thread(s) each\n' \
+print_line 'local.sh: %s process(es) on %s, %s thread(s) each' \
     "$nproc" "$([ "$gpus" -gt 0 ] && echo "$gpus GPU(s)" || echo "$cores CPU core(s)")" "$OMP_NUM_THREADS" >&2
 exec "${command[@]}"

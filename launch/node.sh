@@ -16,15 +16,18 @@
 # Under Slurm (srun launch/node.sh CONFIG.toml) every option has a default from Slurm's variables; see slurm/train.sbatch.
 trap '' USR1 # asks for a stop; must not kill this shell before Python handles it (if it is lost, the deadline stops the run)
 set -euo pipefail
+self=${BASH_SOURCE[0]}
+[ ! -L "$self" ] || self=$(command readlink -f -- "$self")
+# shellcheck source=launch/preamble.sh
+. "$(command dirname -- "$self")/preamble.sh"
 
 usage() { sed -n '2,/^trap/{/^trap/d;s/^# \{0,1\}//;p}' "$0"; }
 fail() {
-    printf '%s\n' "node.sh: $*" >&2
+    print_line 'node.sh: %s' "$*" >&2
     exit 2
 }
 
 [ $# -gt 0 ] || fail "no configuration given; try launch/node.sh --help."
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 config='' dry_run='' direct='' print_head='' settings=()
 job=${SLURM_JOB_ID:-} nnodes=${SLURM_JOB_NUM_NODES:-} rank=${SLURM_NODEID:-} head='' rdzv_id='' max_restarts=${MAX_RESTARTS:-3}
 nproc=${SLURM_GPUS_ON_NODE:-${PROCESSES_PER_NODE:-}}

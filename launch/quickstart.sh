@@ -6,13 +6,17 @@
 #
 # Needs Python 3.11 or newer. Stop it at any time with Ctrl-C: the same command continues where it stopped.
 set -euo pipefail
+self=${BASH_SOURCE[0]}
+[ ! -L "$self" ] || self=$(command readlink -f -- "$self")
+# shellcheck source=launch/preamble.sh
+. "$(command dirname -- "$self")/preamble.sh"
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$root"
 
 folder=runs/quickstart
 tinytrain=.venv/bin/tinytrain
-step() { printf '\n== [%s/5] %s\n' "$1" "$2"; }
+step() { print_line '\n== [%s/5] %s' "$1" "$2"; }
 
 # run COMMAND...: in the background, because a shell that waits for a foreground command handles no signal until it ends.
 # A request to stop this script is passed on, and the command ends in order. set -m gives the command a process group of
@@ -26,7 +30,7 @@ run() {
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap ends a wait early
     wait "$pid" || code=$?
     pid=''
-    [ -z "$stopped" ] || { printf '\nStopped. The same command continues where it stopped.\n' || true; exit "$stopped"; }
+    [ -z "$stopped" ] || { print_line '\nStopped. The same command continues where it stopped.'; exit "$stopped"; }
     return "$code"
 }
 pid='' stopped=''
@@ -44,7 +48,7 @@ run launch/setup.sh prep,plot
 
 step 2 "Corpus in data/stdlib, from the source of the Python library: under a minute the first time"
 if [ -f data/stdlib/meta.json ]; then
-    echo "the corpus exists already"
+    print_line "the corpus exists already"
 else
     run "$tinytrain" prepare stdlib --out data/stdlib --vocab-size 4096
 fi
@@ -58,7 +62,7 @@ run "$tinytrain" sample "$folder" --prompt "def "
 step 5 "The loss curve as a picture: a few seconds"
 run "$tinytrain" plot "$folder"
 
-cat <<END
+cat 2>/dev/null <<END || true
 
 What to look at next
   curves             .venv/bin/tensorboard --logdir $folder/logs

@@ -10,15 +10,21 @@
 # The first run downloads about 0.4 GB (3 GB with GPU libraries) in 1 to 3 minutes. When nothing has changed since, it
 # returns at once and needs no network.
 set -euo pipefail
+self=${BASH_SOURCE[0]}
+[ ! -L "$self" ] || self=$(command readlink -f -- "$self")
+# shellcheck source=launch/preamble.sh
+. "$(command dirname -- "$self")/preamble.sh"
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
 extras=${1:-prep,plot}
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
+cd -- "$root"
+# Its settings for other installations would put the packages elsewhere, or refuse .venv.
+unset PYTHONHOME PYTHONPATH PIP_PREFIX PIP_PYTHON PIP_REQUIRE_VIRTUALENV PIP_ROOT PIP_TARGET
+export PIP_USER=0 # also against a configuration file of pip
 venv=$root/.venv
 python=$venv/bin/python
 
-say() { printf '%s\n' "setup: $*" >&2; }
+say() { print_line 'setup: %s' "$*" >&2; }
 fail() {
     say "$*"
     exit 1
@@ -72,6 +78,17 @@ printf '%s\n' "$root" >"$venv/.tinytrain-place"
 # CPU build is a tenth of the size of the default build for Linux.
 pip_install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
+# try_pip_install ARGUMENTS...: fail if the index does not offer the package. Any other error of pip ends the script.
+pip_errors=''
+try_pip_install() {
+    local errors
+    errors=$(pip_install "$@" 2>&1) && return
+    pip_errors+=${pip_errors:+$'\n'}$errors
+    case $errors in *"No matching distribution found"*) return 1 ;; esac
+    print_line '%s' "$pip_errors" >&2
+    fail "pip could not install ${*: -1}, see above; correct the cause and run launch/setup.sh again."
+}
+
 installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)
 case $build:$installed in
     gpu:*+cpu) right=no ;;
@@ -88,10 +105,11 @@ if [ $right = no ]; then
     else
         say "no GPU here: installing the CPU build of torch $torch_version (about 0.2 GB, a minute); TORCH_BUILD=gpu installs the GPU build"
         cpu_only="torch==$torch_version+cpu"
-        pip_install --no-deps "$cpu_only" 2>/dev/null ||
-            pip_install --no-deps "$cpu_only" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
+        try_pip_install --no-deps "$cpu_only" ||
+            try_pip_install --no-deps "$cpu_only" --index-url https://download.pytorch.org/whl/cpu ||
             {
-                say "no index offers the CPU build: installing the default one (up to 3 GB, 2 to 5 minutes)"
+                print_line '%s' "$pip_errors" >&2
+                say "no index offers the CPU build, see above: installing the default one (up to 3 GB, 2 to 5 minutes)"
                 pip_install --no-deps "torch==$torch_version"
             }
     fi

@@ -6,9 +6,13 @@
 #
 # If a stage fails, the other stages still run. The exit code is then 1, and the last line names the failed stages.
 set -euo pipefail
+self=${BASH_SOURCE[0]}
+[ ! -L "$self" ] || self=$(command readlink -f -- "$self")
+# shellcheck source=launch/preamble.sh
+. "$(command dirname -- "$self")/preamble.sh"
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -- "$root"
 
 pytest_arguments=()
 for argument in "$@"; do
@@ -20,7 +24,7 @@ step() { # step NAME DESCRIPTION COMMAND...
     local name=$1 description=$2
     shift 2
     number=$((number + 1))
-    printf '\n[%d/%d] %s: %s\n' "$number" "$stages" "$name" "$description"
+    print_line '\n[%d/%d] %s: %s' "$number" "$stages" "$name" "$description"
     "$@" || failed+=("$name")
 }
 
@@ -34,7 +38,7 @@ shell_scripts() {
 }
 
 number=1
-printf '[1/%d] environment: 1 to 3 minutes the first time, nothing to do later\n' "$stages"
+print_line '[1/%d] environment: 1 to 3 minutes the first time, nothing to do later' "$stages"
 launch/setup.sh test || exit 1 # without it nothing else can run
 
 # The ranks of a test share the cores. With more than one thread each, they would wait for each other.

@@ -55,8 +55,11 @@ def batch(folder: Path, config: str, **env: str) -> tuple[subprocess.CompletedPr
 
 def test_batch_script_in_a_container_with_apptainer(tmp_path: Path) -> None:
     config = config_file(tmp_path, total_steps=2)
-    python = sys.executable
-    done, asked = batch(tmp_path, config, CONTAINER="image.sif", CONTAINER_MOUNTS="/data", CONTAINER_PYTHON=python)
+    container = {"CONTAINER": "image.sif", "CONTAINER_MOUNTS": "/data", "CONTAINER_PYTHON": sys.executable}
+    # as a login shell sets them: every bash would print a line, and it would be taken for the address of the head
+    (tmp_path / "bashrc").write_text("echo a line of BASH_ENV; set -o noclobber\n")
+    shell = {"BASH_ENV": str(tmp_path / "bashrc"), "CDPATH": "/tmp:."}
+    done, asked = batch(tmp_path, config, **container, **shell)
     assert done.returncode == 0, done.stdout + done.stderr
     prefix = f"apptainer exec --bind {REPOSITORY},{REPOSITORY},/data --pwd {REPOSITORY} image.sif"
     first, step, second = asked.splitlines()
