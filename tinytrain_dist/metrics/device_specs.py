@@ -1,18 +1,21 @@
-"""List memory size, peak speed and link bandwidth of devices, with sources.
+"""List memory size, peak speed and link bandwidth of devices.
 
 Must not know models or runs. What the numbers mean:
 
-- memory: as the driver reports it
+- memory: as nvidia-smi reports it; torch reports a little less (139.8 GiB on an H200)
 - bandwidth of the memory: peak
 - peak FLOP/s: dense (without sparsity), accumulated in float32
 - bandwidth within a node: of one device, in one direction
 - bandwidth of the network: of a whole node, in one direction
 
-Sources: NVIDIA's data sheets, and its Ada and Ampere GPU architecture papers (RTX 4090, RTX 3090). A name without an
-ending is the SXM board. The network is that of DGX H100 for H100, H20 and H200 (eight ports of 400 Gbit/s), of DGX A100
-(eight ports of 200 Gbit/s), DGX B200 (eight of 400), DGX B300 (eight of 800), and of a node with four GB200 or GB300
-(four ports of 400 or 800 Gbit/s). The network of all other devices is assumed to have 100 Gbit/s. `tinytrain plan
---network` overrides these values.
+The numbers are meant to be those of NVIDIA's data sheets and architecture papers, but some rows were written from
+memory. Which rows were compared with these documents was not recorded. The rows of B200, B300, GB200, GB300, GH200, H20
+and of the NVL and PCIe boards are approximate. Compare a row with the data sheet before you rely on it.
+
+A name without an ending is the SXM board. The network is that of DGX H100 for H100, H20 and H200 (eight ports of 400
+Gbit/s), of DGX A100 (eight ports of 200 Gbit/s), DGX B200 (eight of 400), DGX B300 (eight of 800), and of a node with
+four GB200 or GB300 (four ports of 400 or 800 Gbit/s). The network of all other devices is assumed to have 100 Gbit/s.
+`tinytrain plan --network` overrides these values.
 """
 
 from __future__ import annotations
