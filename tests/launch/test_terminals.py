@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -116,7 +117,8 @@ def test_the_quickstart_passes_a_stop_request_on_and_waits(tmp_path: Path, name:
         path.write_text(FAKE_COMMAND)
         path.chmod(0o755)
     script = checkout / "launch" / "quickstart.sh"
-    script.write_bytes((REPOSITORY / "launch" / "quickstart.sh").read_bytes())
+    for name_of_script in (script.name, "preamble.sh"):
+        shutil.copy(REPOSITORY / "launch" / name_of_script, script.parent)
     with in_terminal(["bash", script], tmp_path, tmp_path / "log") as terminal:
         terminal.wait_for_output("trains")
         if name == "SIGHUP":
