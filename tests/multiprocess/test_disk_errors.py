@@ -65,7 +65,7 @@ def fail_beside_the_tensors(trainer: Any, where: str) -> None:
     from tinytrain_dist.checkpoint import manager
     from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 
-    owner: Any = manager if where == "_extra_files" else CheckpointFolder
+    owner: Any = manager if where == "huggingface_files" else CheckpointFolder
     plain = getattr(owner, where)
 
     def fail(*args: Any) -> Any:
@@ -76,7 +76,7 @@ def fail_beside_the_tensors(trainer: Any, where: str) -> None:
     setattr(owner, where, fail)
 
 
-@pytest.mark.parametrize("where", ["_extra_files", "delete_old"])
+@pytest.mark.parametrize("where", ["huggingface_files", "delete_old"])
 def test_error_of_rank_0_beside_the_tensors_does_not_separate_ranks(folder: Path, undisturbed: Run, where: str) -> None:
     settings = settings_for(folder, f"beside{where}", **RUN)
     ends = run_ranks(2, fit, settings, functools.partial(fail_beside_the_tensors, where=where))

@@ -21,14 +21,15 @@ from torch import nn
 
 from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveThread
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
-from tinytrain_dist.checkpoint.compatibility import (
+from tinytrain_dist.checkpoint.discovery import read_trainer_state
+from tinytrain_dist.checkpoint.huggingface_files import huggingface_files
+from tinytrain_dist.checkpoint.manifest import Manifest
+from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
     checkpoints_to_try,
     describe_changes,
 )
-from tinytrain_dist.checkpoint.discovery import read_trainer_state
-from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
@@ -37,10 +38,8 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError, TrainingError
-from tinytrain_dist.model.hf_config import to_hf_config
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
-from tinytrain_dist.utils.json_files import read_json_dict, to_json
 from tinytrain_dist.utils.output import print_line
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
@@ -150,7 +149,7 @@ class CheckpointManager:
         if self.context.is_main:
             try:
                 exists = path.exists()
-                extra_files = _extra_files(self.config)
+                extra_files = huggingface_files(self.config)
             except (OSError, ValueError) as caught:
                 error = OSError(f"{type(caught).__name__}: {caught}")
         collectives.raise_on_all_ranks(error, self.group)
@@ -294,16 +293,3 @@ class CheckpointManager:
             self._checkpoint_folder.delete_old(self.retention_rules)
         except OSError as error:
             self._warn(f"older checkpoints could not be listed ({error}), so none was deleted; they take disk space")
-
-
-def _extra_files(config: TrainingConfig) -> dict[str, bytes]:
-    """Return config.json, and the tokenizer if the data has one: with them the folder is a Hugging Face model."""
-    data_folder = Path(next(iter(config.train_files), "")).parent
-    meta_file = data_folder / "meta.json"
-    meta = read_json_dict(meta_file) if meta_file.is_file() else {}
-    hf_config = to_hf_config(config, meta.get("eos_id"), meta.get("bos_id"))
-    files = {"config.json": (to_json(hf_config, indent=1) + "\n").encode()}
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (data_folder / name).is_file():
-            files[name] = (data_folder / name).read_bytes()
-    return files

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from tinytrain_dist.cli.figures import COLOURS, INK, Numbers, new_figure, save_figure
+from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, save_figure
 from tinytrain_dist.config.run_folder import open_run, read_records
 from tinytrain_dist.errors import ConfigError, TinytrainError
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tinytrain_dist.cli.figures import COLOURS, INK, Numbers, new_figure, save_figure
+from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, save_figure
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError

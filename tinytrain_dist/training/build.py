@@ -48,9 +48,9 @@ from tinytrain_dist.reliability.run_state import claim_run, write_state
 from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
 from tinytrain_dist.training.determinism import configure_determinism
-from tinytrain_dist.training.fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
+from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
-from tinytrain_dist.training.saving import RunSaver
+from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 from tinytrain_dist.training.trainer import Trainer

@@ -12,7 +12,7 @@ from pathlib import Path
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import DivergenceError, TrainingError
 from tinytrain_dist.metrics.step_metrics import StepMetrics
-from tinytrain_dist.training.saving import RunSaver
+from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.utils.text import format_list
 
 LR_DIVISOR = 10.0  # of the learning rate that is given as an example

@@ -17,8 +17,8 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
-from tinytrain_dist.training.fitting import smaller_settings
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
+from tinytrain_dist.training.memory_fitting import smaller_settings
 
 # FLOPs of a step by activation_checkpointing, relative to "none". A third of them are in the forward pass, and "block"
 # computes it twice.

@@ -32,9 +32,9 @@ from tinytrain_dist.reliability.stop_requests import StopRequests, received_sign
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
-from tinytrain_dist.training.fitting import memory_report
+from tinytrain_dist.training.memory_fitting import memory_report
 from tinytrain_dist.training.run_data import RunData
-from tinytrain_dist.training.saving import RunSaver
+from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 

@@ -10,7 +10,7 @@ import pytest
 
 from tinytrain_dist.errors import CheckpointError, ReplicaMismatchError
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
-from tinytrain_dist.training.saving import RunSaver
+from tinytrain_dist.training.run_saver import RunSaver
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""Check settings that need less memory; test_fitting_on_ranks.py checks with real ranks that a run uses what fits."""
+"""Check settings that need less memory; test_memory_fitting_on_ranks.py checks with real ranks that a run uses what fits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.fake_backend import fake_context
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
-from tinytrain_dist.training import fitting
-from tinytrain_dist.training.fitting import (
+from tinytrain_dist.training import memory_fitting
+from tinytrain_dist.training.memory_estimate import estimate_memory
+from tinytrain_dist.training.memory_fitting import (
     connect_groups,
     fitting_micro_batch_sizes,
     memory_report,
     smaller_settings,
     with_resharding,
 )
-from tinytrain_dist.training.memory_estimate import estimate_memory
 
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
 
@@ -72,11 +72,11 @@ def test_gathered_weights_stay_on_gpus_with_enough_memory(
     monkeypatch: pytest.MonkeyPatch, mode: str, device_type: str, share: float, setting: bool | None, expected: Any
 ) -> None:
     context = fake_context(2, 2).with_mesh(ParallelDims(mode, *((1, 2) if mode == "fsdp" else (2, 1)), ""))
-    monkeypatch.setattr(fitting, "MAX_GATHERED_SHARE", share)
+    monkeypatch.setattr(memory_fitting, "MAX_GATHERED_SHARE", share)
     config = TrainingConfig(**{**SMALL, "reshard_after_forward": setting})
     room = estimate_memory(replace(config, micro_batch_size=1, reshard_after_forward=False), context).nbytes
     for spare, chosen in ((0, expected), (-1, setting)):
-        monkeypatch.setattr(fitting, "usable_bytes", lambda _, spare=spare: room + spare)
+        monkeypatch.setattr(memory_fitting, "usable_bytes", lambda _, spare=spare: room + spare)
         monkeypatch.setattr(DistributedContext, "any_rank", lambda _, flag: flag)  # fake ranks have no votes
         automatic = replace(config, micro_batch_size="auto")
         assert with_resharding(automatic, context, device_type).reshard_after_forward is chosen
@@ -92,7 +92,9 @@ def test_groups_are_connected_before_free_memory_is_measured(monkeypatch: pytest
     connect_groups(context, "cuda")
     assert calls == [None, "dp_replicate", "dp_shard"]
     calls.clear()
-    monkeypatch.setattr(fitting, "connect_groups", lambda context, device_type: calls.append(context.parallel_dims))
-    meshed = fitting.with_fitting_mesh(TrainingConfig(**SMALL), context)
+    monkeypatch.setattr(
+        memory_fitting, "connect_groups", lambda context, device_type: calls.append(context.parallel_dims)
+    )
+    meshed = memory_fitting.with_fitting_mesh(TrainingConfig(**SMALL), context)
     assert calls == [meshed.parallel_dims]
     shutdown()

@@ -36,12 +36,12 @@ def out_of_memory_above(most: int, rank: int) -> None:
 
 def fit_small(settings: dict[str, Any], most: int | None, room: float | None = None) -> str:
     """On a rank: train with little memory; return the error, if there is one."""
-    from tinytrain_dist.training import fitting
+    from tinytrain_dist.training import memory_fitting
 
     if most is not None:
         out_of_memory_above(most, rank=1)
     if room is not None:
-        fitting.free_memory_bytes = lambda *_: room / memory_estimate.USABLE_MEMORY
+        memory_fitting.free_memory_bytes = lambda *_: room / memory_estimate.USABLE_MEMORY
     try:
         fit(settings)
     except Exception as error:

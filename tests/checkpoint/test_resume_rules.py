@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.training import settings_for
 from tinytrain_dist import CheckpointError, TrainingConfig
-from tinytrain_dist.checkpoint.compatibility import (
+from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
     checkpoints_to_try,
