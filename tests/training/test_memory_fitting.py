@@ -1,4 +1,4 @@
-"""Check settings that need less memory; test_memory_fitting_on_ranks.py checks with real ranks that a run uses what fits."""
+"""Check settings that need less memory. That real ranks use what fits is in test_memory_fitting_on_ranks.py."""
 
 from __future__ import annotations
 
