@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,8 @@ class FakeCuda:
         return SimpleNamespace(cudaHostRegister=self.register, cudaHostUnregister=self.pinned.pop)
 
     def register(self, address: int, size: int, flags: int) -> int:
+        if size == 0:
+            return 1  # cudaErrorInvalidValue
         assert address % 4096 == 0, "the driver locks whole pages"
         self.pinned[address] = size
         return 0
@@ -127,6 +130,17 @@ def test_each_kind_has_one_pinned_buffer_of_the_size_of_its_rows() -> None:
             assert torch.equal(shard.rows_to_save, shard.local_rows), shard.name
     del buffers
     assert cuda.pinned == {}, "unlocked before the memory is freed"
+
+
+def test_a_rank_with_nothing_to_copy_pins_nothing() -> None:
+    """With DDP, only one rank saves; of the others each shard has no rows."""
+    cuda = FakeCuda()
+    shards = collect_shards(nn.Linear(3, 2), None)[0]
+    empty = [replace(shard, rows_to_save=shard.rows_to_save[:0]) for shard in shards["model"]]
+    buffers = HostBuffers({"model": empty}, CopyStream(torch.device("cuda"), cuda))
+    copied, _ = buffers.copy()
+    assert [shard.rows_to_save.numel() for shard in copied["model"]] == [0, 0]
+    assert cuda.pinned == {}
 
 
 def test_memory_that_the_driver_does_not_pin_is_an_error_that_says_what_to_do() -> None:

@@ -7,7 +7,6 @@ Must not know what a save does: `manager.py` gives the thread a function to run.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 import time
@@ -118,7 +117,7 @@ class HostBuffers:
         """Return shards whose `rows_to_save` are views of one new buffer."""
         sizes = [shard.rows_to_save.nbytes for shard in shards]
         padded_sizes = [size + -size % ALIGNMENT for size in sizes]
-        if self._stream is None:
+        if self._stream is None or not sum(padded_sizes):  # a driver refuses to pin nothing
             memory = torch.empty(sum(padded_sizes), dtype=torch.uint8)
         else:
             memory = _whole_pages(sum(padded_sizes))
@@ -134,11 +133,7 @@ class HostBuffers:
 
 def _whole_pages(nbytes: int) -> Tensor:
     """Return memory that shares no page with anything else, because a driver locks whole pages: uint8 [nbytes]."""
-    pages = mmap.mmap(-1, max(1, nbytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)  # locking is faster if there are fewer pages
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8, count=nbytes)
 
 
 class SaveThread(threading.Thread):
