@@ -67,8 +67,16 @@ def test_products_and_gradients_are_close_to_exact_ones(shape: tuple[int, ...], 
 
 def test_a_rounded_weight_gives_the_same_bits_as_the_float32_weight():
     torch.manual_seed(0)
-    x, weight = torch.randn(16, 32).bfloat16(), torch.randn(48, 32)
-    assert torch.equal(fp8_linear(x, weight), fp8_linear(x, weight.bfloat16()))
+    x, grad = torch.randn(16, 32).bfloat16(), torch.randn(16, 48).bfloat16()
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.linspace(-1, 1, 48 * 32).view(48, 32).to(dtype).requires_grad_()
+        y = fp8_linear(x, weight)
+        y.backward(grad)
+        assert weight.grad is not None
+        results.append((y, weight.grad.float()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_the_linear_layers_of_blocks_use_it_and_the_head_does_not():

@@ -76,8 +76,9 @@ class _Fp8Linear(torch.autograd.Function):
             x8, grad8 = (
                 F.pad(tensor.view(torch.uint8), (0, 0, 0, padding)).view(tensor.dtype) for tensor in (x8, grad8)
             )
-        grad_weight = _product(grad8.t().contiguous(), _column_major(x8), grad_inverse, x_inverse, weight.dtype)
-        return grad_x, grad_weight
+        grad_weight = _product(grad8.t().contiguous(), _column_major(x8), grad_inverse, x_inverse, grad.dtype)
+        # FSDP passes the weight in bf16, DDP in float32; rounded to bf16 first, the gradient is the same with both
+        return grad_x, grad_weight.to(weight.dtype)
 
 
 def _product(
