@@ -81,6 +81,7 @@ def test_settings_that_contradict_each_other_are_refused(values, sentence):
         ({"schedule": "cosine", "decay_iters": 10}, {"schedule": "wsd"}),
         ({"parallel": "ddp", "dp_replicate": 2}, {"parallel": "hsdp"}),
         ({"parallel": "auto", "dp_shard": 2}, {"parallel": "hsdp"}),
+        ({"parallel": "ddp", "reshard_after_forward": True}, {"parallel": "fsdp"}),
         (
             {"rope_low_freq_factor": 2.0},
             {"rope_scaling_factor": 8.0, "rope_original_context_len": 64},

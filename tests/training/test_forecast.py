@@ -39,3 +39,15 @@ def test_auto_shards_when_one_device_is_too_small(world: DistributedContext) -> 
     for memory, mode in ((1e12, "ddp"), (1e3, "hsdp")):
         device = dataclasses.replace(DEVICE_SPECS["h100"], memory=memory, context=0)
         assert forecast.forecast(config, world, forecast.Cluster(2, 2, device), 1.0).parallel_dims.mode == mode
+
+
+def test_gathered_weights_stay_as_in_the_run_that_is_forecast(world: DistributedContext) -> None:
+    config = TrainingConfig(**{**SMALL, "parallel": "fsdp"})
+    kept = forecast.forecast(config, world, two_nodes(), 1e6)
+    assert kept.config.reshard_after_forward is False
+    small = dataclasses.replace(two_nodes(), device=dataclasses.replace(DEVICE_SPECS["h100"], memory=1e3, context=0))
+    assert forecast.forecast(config, world, small, 1e6).config.reshard_after_forward is None
+    cpus = dataclasses.replace(two_nodes(), device=dataclasses.replace(DEVICE_SPECS["h100"], name="cpu"))
+    assert forecast.forecast(config, world, cpus, 1e6).config.reshard_after_forward is None
+    freed = forecast.forecast(dataclasses.replace(config, reshard_after_forward=True), world, two_nodes(), 1e6)
+    assert kept.inside_bytes < freed.inside_bytes, "backward gathers nothing again"

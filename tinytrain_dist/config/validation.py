@@ -151,6 +151,8 @@ def _parallel_problems(config: TrainingConfig) -> list[str]:
             for name in ("dp_replicate", "dp_shard")
             if getattr(config, name) is not None
         ]
+    if config.parallel in ("none", "ddp") and config.reshard_after_forward is not None:
+        problems.append(f"reshard_after_forward: has no effect with parallel = {config.parallel}; leave it out")
     if config.parallel in ("none", "fsdp") and config.fingerprint_every is not None:
         problems.append(f"fingerprint_every: parallel = {config.parallel} has no replicas to compare; leave it out")
     return problems

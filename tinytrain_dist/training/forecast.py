@@ -18,7 +18,7 @@ from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parall
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
-from tinytrain_dist.training.memory_fitting import smaller_settings
+from tinytrain_dist.training.memory_fitting import keep_gathered_weights, smaller_settings
 
 # FLOPs of a step by activation_checkpointing, relative to "none". A third of them are in the forward pass, and "block"
 # computes it twice.
@@ -100,6 +100,8 @@ def _forecast_on(
 ) -> Forecast:
     """Forecast the run on one mesh; micro_batch_size = auto becomes the largest size that fits."""
     meshed = context.with_mesh(dims)
+    if cluster.device_type == "cuda":
+        config = keep_gathered_weights(config, meshed, cluster.room)
     if config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=_largest_fitting_size(config, meshed, cluster.room))
     plan = BatchPlan.make(config, dims)
