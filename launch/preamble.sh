@@ -10,8 +10,11 @@ true >&2 || exec 2>/dev/null
 
 # Settings that SHELLOPTS, BASHOPTS, POSIXLY_CORRECT and BASH_ENV can make, and functions that the environment contains.
 set +o allexport +o keyword +o monitor +o noclobber +o noglob +o posix
-shopt -u failglob lastpipe nocasematch nullglob xpg_echo
-for name in $(compgen -A function); do unset -f "$name"; done
+for name in failglob lastpipe nocasematch nullglob xpg_echo; do
+    shopt -u "$name" 2>/dev/null || true # an older bash has no lastpipe
+done
+# only exported functions: slurm/env.sh may define others
+for name in $(builtin declare -Fx | command sed 's/.* //'); do unset -f "$name"; done
 unset name BASH_ENV CDPATH GLOBIGNORE GREP_OPTIONS POSIXLY_CORRECT
 export -n SHELLOPTS BASHOPTS 2>/dev/null || true
 

@@ -125,7 +125,10 @@ class _SimulatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor) -> Tensor:
-        y_bhte = torch.empty_like(q_bhte)
+        groups = q_bhte.shape[1] // k_bkte.shape[1]
+        k_bhte, v_bhte = k_bkte.repeat_interleave(groups, dim=1), v_bkte.repeat_interleave(groups, dim=1)
+        # an operator of attention, because activation_checkpointing = selective keeps the results of those
+        y_bhte = F.scaled_dot_product_attention(q_bhte, k_bhte, v_bhte, is_causal=True)
         log_sums = torch.empty(q_bhte.shape[:3], dtype=torch.float32, device=q_bhte.device)
         ctx.save_for_backward(q_bhte, k_bkte, v_bkte, y_bhte, log_sums)
         return y_bhte

@@ -78,7 +78,8 @@ class TransformerLM(nn.Module):
 
     config: the architecture, or a whole TrainingConfig, which then also gives the defaults of the other arguments.
     seed: seed of the initial weights (default 0).
-    precision: type in which the blocks compute: "fp32" (default), "bf16" or a torch type. Weights are float32.
+    precision: type in which the blocks compute: "fp32" (default for a ModelConfig), "bf16" or a torch type. Weights are
+        float32.
         "fp8" is "bf16" with the matrix products of the blocks in float8. "auto", the default of a TrainingConfig,
         means "fp32" here.
     loss_chunk_tokens: tokens per chunk of output head and loss (None: see `head_loss_sum`).

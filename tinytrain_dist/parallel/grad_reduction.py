@@ -36,6 +36,7 @@ from tinytrain_dist.parallel.tree_reduction import (
 )
 
 BUCKET_BYTES = 25 * 1024**2  # as in DDP
+ROW_SUM_ELEMENTS = 1 << 24  # whose squares exist at once
 
 
 class GradReduction(Protocol):
@@ -199,7 +200,9 @@ class DeterministicGradReduction:
         if grad.ndim == 1:
             squares = grad.double().square()
         elif grad.is_cuda:
-            squares = halving_row_sums(grad.flatten(1).square()).double()
+            # in blocks, because the squares of a whole embedding would need as much memory as its gradient
+            blocks = grad.flatten(1).split(max(1, ROW_SUM_ELEMENTS // grad.flatten(1).shape[1]))
+            squares = torch.cat([halving_row_sums(block.square()) for block in blocks]).double()
         else:
             squares = torch.linalg.vector_norm(grad.flatten(1), dim=1).double().square()
         if self.plan.shard == 1:
