@@ -8,7 +8,7 @@
 
 `--list` prints all stages. Each stage runs in a process of its own with a time limit, so that a crash costs only that
 stage. What a stage has measured before it fails is kept. A stage that would not fit into --budget is skipped, and the
-report says so. DIR/report.json and DIR/report.md are written anew after each stage; DIR/results has a file per stage,
+report says so. Each stage updates DIR/report.json and DIR/report.md; DIR/results has a file per stage,
 DIR/logs the output of each.
 
 Needs no more than the package's own dependencies. The tests need pytest and hypothesis; the systems that it is compared

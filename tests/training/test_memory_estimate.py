@@ -55,6 +55,6 @@ def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: Distribu
     """The mesh of a real run on GPUs is of type cuda; only the type of the device is replaced here."""
     config = TrainingConfig(**{**SMALL, "parallel": mode, "precision": "bf16"})
     meshed = world.with_mesh(choose_parallel_dims(config, 4, 2))
-    simulated = memory_estimate.estimate_memory(config, replace(meshed, target_type="cuda"))
+    simulated = memory_estimate.estimate_memory(config, replace(meshed, simulated_type="cuda"))
     found = memory_estimate.estimate_memory(config, replace(meshed, device=torch.device("cuda", 0)))
     assert found.stages == simulated.stages

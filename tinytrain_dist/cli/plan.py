@@ -73,7 +73,7 @@ def main(args: list[str]) -> int:
         device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
-    context = fake_backend.fake_context(cluster.num_devices, per_node, "cpu" if device.name == "cpu" else "cuda")
+    context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
     try:
         return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
     finally:

@@ -48,7 +48,7 @@ class DistributedContext:
     * `mesh`: the ranks as a (dp_replicate, dp_shard) grid; None before `with_mesh`.
     * `parallel_dims`: the sizes of that grid, the mode's name and why it was chosen; None before `with_mesh`.
     * `timeout`: time after which a collective fails; None for torch's defaults.
-    * `target_type`: of simulated ranks, the type of their devices, cpu or cuda; otherwise "".
+    * `simulated_type`: of simulated ranks, the type of their devices, cpu or cuda; otherwise "".
     """
 
     rank: int
@@ -61,7 +61,12 @@ class DistributedContext:
     mesh: DeviceMesh | None = None
     parallel_dims: ParallelDims | None = None
     timeout: timedelta | None = None
-    target_type: str = ""
+    simulated_type: str = ""
+
+    @property
+    def target_type(self) -> str:
+        """Return the type of the devices that the run is for: the simulated ones, or this rank's own."""
+        return self.simulated_type or self.device.type
 
     @property
     def is_main(self) -> bool:

@@ -60,5 +60,5 @@ def fake_context(world_size: int, local_world_size: int, device_type: str = "cpu
         local_world_size=local_world_size,
         host=socket.gethostname(),
         device=torch.device("cpu"),
-        target_type=device_type,
+        simulated_type=device_type,
     )

@@ -216,7 +216,7 @@ def _extrapolate(
 def _simulate_step(config: TrainingConfig, context: DistributedContext) -> MemoryTracker:
     tracker = MemoryTracker()
     # the simulated run may be on GPUs, where the model takes other branches than on this CPU
-    device = simulate_device(context.target_type or context.device.type)
+    device = simulate_device(context.target_type)
     on_cpu = context.on_cpu()  # before tensors are fake, because it makes a mesh from real ones
     with fake_tensor_mode(), device, tracker, tracker.tracking_resizes():
         train_step = build_train_step(config, on_cpu, draw=False)

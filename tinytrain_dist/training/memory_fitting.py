@@ -58,7 +58,7 @@ def with_resharding(config: TrainingConfig, context: DistributedContext, device_
 
     On a CPU the setting stays as it is.
     """
-    if config.reshard_after_forward is not None or device_type != "cuda" or not is_sharded(context):
+    if device_type != "cuda":
         return config
     kept = keep_gathered_weights(config, context, usable_bytes(context))
     return config if context.any_rank(kept is config) else kept
@@ -70,19 +70,14 @@ def keep_gathered_weights(config: TrainingConfig, context: DistributedContext, r
     They may stay on a GPU if they are a small part of `room_bytes`, and the smallest step fits with them. Backward then
     gathers nothing.
     """
-    if config.reshard_after_forward is not None or not is_sharded(context):
+    assert context.parallel_dims is not None, "with_mesh comes first"
+    if config.reshard_after_forward is not None or context.parallel_dims.mode not in ("fsdp", "hsdp"):
         return config
     kept = replace(config, reshard_after_forward=False)
     smallest = replace(kept, micro_batch_size=1) if config.micro_batch_size == "auto" else kept
     held = estimate_memory(smallest, context)
     gathered_bytes = max(kinds["gathered"] for kinds in held.stages.values())
     return kept if held.nbytes <= room_bytes and gathered_bytes <= MAX_GATHERED_SHARE * room_bytes else config
-
-
-def is_sharded(context: DistributedContext) -> bool:
-    """Return whether ranks of the context's mesh hold shards of the weights."""
-    assert context.parallel_dims is not None, "with_mesh comes first"
-    return context.parallel_dims.mode in ("fsdp", "hsdp")
 
 
 def usable_bytes(context: DistributedContext) -> float:
@@ -167,8 +162,7 @@ def smaller_settings(config: TrainingConfig, context: DistributedContext) -> lis
     assert context.parallel_dims is not None
     micro_batch_size = BatchPlan.make(config, context.parallel_dims).micro_batch_size
     changes: list[dict[str, Any]] = []
-    on_cuda = (context.target_type or context.device.type) == "cuda"
-    chunk_logits = MAX_CHUNK_LOGITS_ON_CUDA if on_cuda else MAX_CHUNK_LOGITS
+    chunk_logits = MAX_CHUNK_LOGITS_ON_CUDA if context.target_type == "cuda" else MAX_CHUNK_LOGITS
     if (config.loss_chunk_tokens or 0) * (config.vocab_size or 0) > chunk_logits:
         changes.append({"loss_chunk_tokens": None})
     if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
