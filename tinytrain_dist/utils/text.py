@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def format_list(values: Sequence[object], limit: int = 12) -> str:
     """Return the first `limit` values separated by commas, followed by ", ..." if there are more."""
     listed = ", ".join(map(str, values[:limit]))
     return f"{listed}, ..." if len(values) > limit else listed
+
+
+def format_choices(choices: Mapping[str, Sequence[object]]) -> str:
+    """Return values to choose from, by setting: "a 1, 2; or b 4". A setting without values is left out."""
+    return "; or ".join(f"{name} {format_list(values)}" for name, values in choices.items() if values)
 
 
 def format_duration(seconds: float) -> str:
