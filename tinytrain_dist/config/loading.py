@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypedDict
 
 from tinytrain_dist.config.run_folder import parse_toml
 from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.validation import unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_bytes
@@ -76,11 +77,13 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     Errors: ConfigError with every problem of the file and of the overrides.
     """
     values, problems = read_toml(path) if path else ({}, [])
+    values |= overrides or {}
     source = str(path) if path else "the settings"
     try:
-        config = TrainingConfig.from_dict({**values, **(overrides or {})}, source)
+        config = TrainingConfig.from_dict(values, source)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems], source) from None
+    problems += unused_evaluation_settings(config, values)
     if problems:
         raise ConfigError(problems, source)
     return config
