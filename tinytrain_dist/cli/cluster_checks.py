@@ -111,7 +111,7 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
         return
     report.add("train_data", [], str(config.train_data))
     try:
-        check_shared_storage(folder, context)
+        check_shared_storage(folder, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     except TinytrainError as error:
         report.add_problems(_problems_of(error))
         return

@@ -173,7 +173,7 @@ def _possible_sizes(model: ModelConfig, fault: str) -> str:
         candidates["head_dim"] = nearest_multiples(max(width, 2), 2)
 
     def mends(name: str, size: int) -> bool:
-        changed = dataclasses.replace(model, **{name: size})
+        changed = dataclasses.replace(model, **{name: size})  # type: ignore[arg-type]
         remaining = {*_shape_faults(changed), *_fp8_faults(changed)}
         ignored = set() if fault in _fp8_faults(model) else {*_fp8_faults(changed)}
         return fault not in remaining and remaining - ignored <= present
@@ -183,4 +183,8 @@ def _possible_sizes(model: ModelConfig, fault: str) -> str:
 
 
 FIELD_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+# These decide which tensors a model has, and their shapes.
+SHAPE_SETTINGS = frozenset(
+    "vocab_size num_layers num_heads num_kv_heads head_dim d_model d_ff tie_embeddings qk_norm".split()
+)
 MODEL_SETTINGS = tuple(field.name for field in dataclasses.fields(ModelConfig))

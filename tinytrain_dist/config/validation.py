@@ -174,8 +174,8 @@ def _data_problems(config: TrainingConfig) -> list[str]:
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
         repeated = [file for file in files if files.count(file) > 1]
         if repeated:
-            weights = ", and set train_weights to draw more from it"
-            more = weights if name == "train_data" and len(set(files)) > 1 else ""
+            can_be_weighted = name == "train_data" and len(set(files)) > 1
+            more = ", and set train_weights to draw more from it" if can_be_weighted else ""
             problems.append(f"{name}: contains {repeated[0]} twice; list it once{more}")
     if config.train_weights is not None:
         count, weights = len(config.train_files), list(config.train_weights)

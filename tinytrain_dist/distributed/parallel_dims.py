@@ -56,7 +56,7 @@ def choose_parallel_dims(
     if config.parallel == "none" and world_size > 1:
         raise ConfigError(
             f"parallel: none runs on 1 process, but there are {world_size}; start 1 process, or set "
-            f"{_other_modes(config, ('auto', 'ddp', 'fsdp'))}"
+            f"{describe_modes(config, ('auto', 'ddp', 'fsdp'))}"
         )
     if config.parallel == "hsdp":
         return _hsdp_dims(config, world_size, local_world_size)
@@ -132,10 +132,10 @@ def _hsdp_problem(config: TrainingConfig, world_size: int, local_world_size: int
     pairs = [f"{world_size // size} x {size}" for size in range(2, world_size) if world_size % size == 0]
     if pairs:
         return f"{problem}; possible: dp_replicate x dp_shard {', '.join(pairs)}"
-    return f"{problem}; possible: {_other_modes(config, ('ddp', 'fsdp'))}"
+    return f"{problem}; possible: {describe_modes(config, ('ddp', 'fsdp'))}"
 
 
-def _other_modes(config: TrainingConfig, modes: tuple[str, ...]) -> str:
+def describe_modes(config: TrainingConfig, modes: tuple[str, ...]) -> str:
     """Return those of the modes that the other settings allow, and what must be left out with them."""
     names = [name for name in ("dp_replicate", "dp_shard") if getattr(config, name) is not None]
     allowed = [mode for mode in modes if _is_allowed(config, parallel=mode, dp_replicate=None, dp_shard=None)]

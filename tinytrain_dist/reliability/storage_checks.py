@@ -17,10 +17,10 @@ from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.leftovers import owner
 
 
-def check_shared_storage(folder: Path, context: DistributedContext) -> None:
+def check_shared_storage(folder: Path, context: DistributedContext, setting: str = "target_dir") -> None:
     """Check that rank 0 can write, sync and rename in `folder`, and that every rank sees what it wrote. A collective.
 
-    Errors: CheckpointError naming the folder, and the hosts that do not see it.
+    setting: the one that names the folder. Errors: CheckpointError naming the folder, and the hosts that do not see it.
     """
     probe = folder / f".probe-{owner()}-{secrets.token_hex(6)}"
     nonce = secrets.token_hex(16)
@@ -30,7 +30,7 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
             _write_probe(probe, nonce)
         except OSError as caught:
             error = CheckpointError(
-                f"{folder}: cannot be written on {context.host} ({caught.strerror}); set another target_dir or ckpt_dir"
+                f"{folder}: cannot be written on {context.host} ({caught.strerror}); set another {setting}"
             )
     collectives.raise_on_all_ranks(error)
     probe, nonce = context.broadcast_object((probe, nonce))
@@ -44,7 +44,7 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
         probe.unlink(missing_ok=True)
     if blind_hosts:
         raise CheckpointError(
-            f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put target_dir on a "
+            f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put {setting} on a "
             "file system that all nodes share"
         )
 
@@ -72,10 +72,11 @@ def check_disk_space(
         needed_bytes = max(1, wanted - existing) * checkpoint_bytes
         free_bytes = shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
+            fitting = existing + free_bytes // checkpoint_bytes - 1 if free_bytes >= checkpoint_bytes else 0
+            lower = f", or set keep_last = {fitting}" if fitting >= 1 else ""
             error = CheckpointError(
                 f"{folder}: {_format_size(free_bytes)} is free, but {_format_size(needed_bytes)} more is needed for "
-                f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room, or lower "
-                "keep_last"
+                f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room{lower}"
             )
     collectives.raise_on_all_ranks(error)
 

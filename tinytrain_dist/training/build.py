@@ -169,7 +169,7 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
         raise ConfigError(
             f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks of this run; lower it"
         )
-    check_shared_storage(config.checkpoints_dir, context)
+    check_shared_storage(config.checkpoints_dir, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock.acquire(folder, context)

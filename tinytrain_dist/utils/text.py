@@ -16,6 +16,18 @@ def format_choices(choices: Mapping[str, Sequence[object]]) -> str:
     return "; or ".join(f"{name} {format_list(values)}" for name, values in choices.items() if values)
 
 
+def format_changes(changes: Mapping[str, object]) -> str:
+    """Return changes of settings, where None stands for a setting that is left out: "with a = 1, without b"."""
+    given = [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in changes.items()
+        if value is not None
+    ]
+    without = [name for name, value in changes.items() if value is None]
+    parts = [f"with {', '.join(given)}"] if given else []
+    return ", ".join([*parts, f"without {' and '.join(without)}"] if without else parts)
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration as h:mm:ss. A negative duration counts as 0."""
     whole = max(0, int(seconds))
