@@ -20,7 +20,7 @@ from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.reliability import rank_consistency
-from tinytrain_dist.reliability.storage_checks import check_disk_space, check_shared_storage
+from tinytrain_dist.reliability.storage_checks import check_disk_space, check_run_files, check_shared_storage
 
 CHECKPOINT_BYTES_PER_WEIGHT = 12  # the weight and two moments, in float32
 
@@ -111,6 +111,7 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
         return
     report.add("train_data", [], str(config.train_data))
     try:
+        check_run_files(config, context)
         check_shared_storage(folder, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     except TinytrainError as error:
         report.add_problems(_problems_of(error))

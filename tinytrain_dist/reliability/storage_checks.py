@@ -11,10 +11,24 @@ import secrets
 import shutil
 from pathlib import Path
 
+from tinytrain_dist.config.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    ERROR_FILE,
+    LOCK_FILE,
+    LOGS_FOLDER,
+    REPLACED_SUFFIX,
+    STATE_FILE,
+    STOP_FILE,
+    abort_file,
+    records_file,
+)
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.leftovers import owner
+from tinytrain_dist.utils.regular_files import DEAD_LINK, KINDS, kind_of
 
 
 def check_shared_storage(folder: Path, context: DistributedContext, setting: str = "target_dir") -> None:
@@ -47,6 +61,36 @@ def check_shared_storage(folder: Path, context: DistributedContext, setting: str
             f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put {setting} on a "
             "file system that all nodes share"
         )
+
+
+def check_run_files(config: TrainingConfig, context: DistributedContext) -> None:
+    """Check that nothing else is where a run writes its files, or makes its folders. A collective.
+
+    Errors: CheckpointError naming the first such path, what is there, and what to do.
+    """
+    collectives.raise_on_all_ranks(_misplaced(config) if context.is_main else None)
+
+
+def _misplaced(config: TrainingConfig) -> CheckpointError | None:
+    """Return an error for the first path of a run at which there is something else than the run needs there."""
+    run, logs = Path(config.target_dir), config.logs_dir
+    records = records_file(logs, config.log_save_prefix)
+    replaced = [run / name for name in (CONFIG_FILE, ENVIRONMENT_FILE, STATE_FILE, ERROR_FILE, STOP_FILE)]
+    opened = [run / LOCK_FILE, records, records.with_suffix(REPLACED_SUFFIX)]
+    # A file is put in place of anything but a folder. What is opened must not be a pipe or a device.
+    other = {name for _, name in KINDS} - {"a file", "a folder"}
+    wrong = {path: {"a folder"} for path in (*replaced, abort_file(run))}
+    wrong |= {path: {"a folder", *other} for path in opened}
+    wrong |= {path: {"a file", DEAD_LINK, *other} for path in (run, run / LOGS_FOLDER, logs)}
+    for path, kinds in wrong.items():
+        with contextlib.suppress(OSError):  # such as no permission; making the folders reports it
+            if (kind := kind_of(path)) in kinds:
+                expected = "a folder" if DEAD_LINK in kinds else "a file"
+                setting = "log_dir" if config.log_dir and path.is_relative_to(logs) else "target_dir"
+                return CheckpointError(
+                    f"{path}: is {kind}, but the run needs {expected} there; move it away, or set another {setting}"
+                )
+    return None
 
 
 def _write_probe(path: Path, text: str) -> None:

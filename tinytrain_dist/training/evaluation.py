@@ -30,6 +30,9 @@ class Evaluation:
     samples: list[tuple[str, str]]  # (prompt, continuation)
 
 
+EVALUATION_KEYS = ("eval_loss", "eval_step", "best_eval_loss", "best_eval_step", "evals_since_best")
+
+
 class Evaluator:
     """Compute the loss over the evaluation windows: the same windows throughout a run, on any number of ranks."""
 
@@ -106,11 +109,29 @@ class Evaluator:
         return float(losses.sum()), num_bytes
 
 
+def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:
+    """Remove earlier evaluations from `record` if settings of evaluations have changed; return a sentence about it.
+
+    `record`: see EarlyStopping. `changed`: the names of these settings. Losses of other data cannot be compared. The
+    sentence is "" if there is nothing to forget.
+    """
+    best, step = record.get("best_eval_loss"), record.get("best_eval_step")
+    if not changed:
+        return ""
+    for name in EVALUATION_KEYS:
+        record.pop(name, None)
+    if best is None:
+        return ""
+    return (
+        f"the lowest eval loss so far ({best:.4f} at step {step}) no longer counts, because it was measured with "
+        f"another {' and another '.join(changed)}"
+    )
+
+
 class EarlyStopping:
     """Track the best evaluation of a run in `record`, which every checkpoint contains.
 
-    Keys of the record: eval_loss and eval_step (of the newest evaluation), best_eval_loss, best_eval_step, and
-    evals_since_best.
+    Keys of the record: EVALUATION_KEYS, where eval_loss and eval_step are those of the newest evaluation.
     """
 
     def __init__(self, patience: int | None, record: dict[str, Any]) -> None:
