@@ -22,13 +22,13 @@ fail() {
     exit 2
 }
 
-[ $# -gt 0 ] || fail "no configuration given; try launch/local.sh configs/quickstart.toml (or --help)."
+[ $# -gt 0 ] || fail "no configuration given; try ${place}launch/local.sh ${place}configs/quickstart.toml (or --help)."
 case $1 in -h | --help) usage && exit 0 ;; esac
 
 config=$1
 shift
 case $config in -*) fail "the first argument must be a configuration file, not $config." ;; esac
-[ -f "$config" ] || fail "there is no file $config; examples are in configs/."
+[ -f "$config" ] || fail "there is no file $config; examples are in ${place}configs/."
 
 nproc='' dry_run='' settings=()
 while [ $# -gt 0 ]; do
@@ -52,9 +52,9 @@ while [ $# -gt 0 ]; do
 done
 
 python=$root/.venv/bin/python
-[ -x "$python" ] || python=$(command -v python3) || fail "there is no Python; run launch/setup.sh first."
+[ -x "$python" ] || python=$(command -v python3) || fail "there is no Python; run ${place}launch/setup.sh first."
 "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' ||
-    fail "$python has no torch; run launch/setup.sh first."
+    fail "$python has no torch; run ${place}launch/setup.sh first."
 
 gpus=0
 if nvidia-smi -L >/dev/null 2>&1; then

@@ -27,7 +27,7 @@ fail() {
     exit 2
 }
 
-[ $# -gt 0 ] || fail "no configuration given; try launch/node.sh --help."
+[ $# -gt 0 ] || fail "no configuration given; try ${place}launch/node.sh --help."
 config='' dry_run='' direct='' print_head='' settings=()
 job=${SLURM_JOB_ID:-} nnodes=${SLURM_JOB_NUM_NODES:-} rank=${SLURM_NODEID:-} head='' rdzv_id='' max_restarts=${MAX_RESTARTS:-3}
 nproc=${SLURM_GPUS_ON_NODE:-${PROCESSES_PER_NODE:-}}
@@ -62,7 +62,7 @@ while [ $# -gt 0 ]; do
 done
 
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v "$python" || command -v python3) || fail "there is no Python; run launch/setup.sh first."
+[ -x "$python" ] || python=$(command -v "$python" || command -v python3) || fail "there is no Python; run ${place}launch/setup.sh first."
 names=()
 [ -z "${SLURM_JOB_NODELIST:-}" ] || mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
 # address NODE: print the address that Slurm has for a node, or its name if Slurm has none
@@ -72,7 +72,7 @@ if [ -n "$print_head" ]; then
     rank=0 nnodes=${nnodes:-1}
 else
     case $config in '' | -*) fail "the first argument must be a configuration file, not '$config'." ;; esac
-    [ -f "$config" ] || fail "there is no file $config on $(uname -n); examples are in configs/."
+    [ -f "$config" ] || fail "there is no file $config on $(uname -n); examples are in ${place}configs/."
     [[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "--nnodes is '$nnodes'; expected the number of nodes, or MIN:MAX."
     [[ $rank =~ ^[0-9]+$ ]] || fail "--node-rank is '$rank'; expected 0 on the head, and 1, 2, ... on the other nodes."
     [ -n "$head" ] || head=${names[0]:+$(address "${names[0]}")}

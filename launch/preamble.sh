@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Make a script independent of the settings of the user's shell. The scripts in launch/ and slurm/ read this file first.
-# It sets `root`, the folder of the checkout, and defines `print_line`.
+# It sets `root`, the folder of the checkout, and `place`, and defines `print_line`.
 
 # An output that nobody reads or that is closed must not end a script, and no other file may get its number.
 trap '' PIPE
@@ -25,6 +25,9 @@ unset PYTHONINSPECT # Python would wait for input at its end
 
 # shellcheck disable=SC2034
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+# before a path in a command that is advised: nothing in the checkout, its path anywhere else
+place=''
+[ . -ef "$root" ] || place=$(printf '%q/' "$root")
 
 # print_line FORMAT ARGUMENTS...: printf with a newline, that does not fail if the output cannot be written
 print_line() {

@@ -65,9 +65,9 @@ run "$tinytrain" plot "$folder"
 cat 2>/dev/null <<END || true
 
 What to look at next
-  curves             .venv/bin/tensorboard --logdir $folder/logs
-  a crash            run launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
-  your own text      $tinytrain prepare --help
-  all settings       .venv/bin/python launch/train.py --help, and configs/ for complete runs
-  everything else    $tinytrain --help
+  curves             ${place}.venv/bin/tensorboard --logdir ${place}$folder/logs
+  a crash            run ${place}launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
+  your own text      ${place}$tinytrain prepare --help
+  all settings       ${place}.venv/bin/python ${place}launch/train.py --help, and ${place}configs/ for complete runs
+  everything else    ${place}$tinytrain --help
 END

@@ -61,7 +61,7 @@ find_python() {
     if [ -n "$without_venv" ]; then
         fail "$without_venv cannot make environments; install its venv module (on Debian: apt-get install python3-venv)."
     fi
-    fail "no Python 3.11 or newer found; install one, or give its path: PYTHON=/path/to/python3 launch/setup.sh"
+    fail "no Python 3.11 or newer found; install one, or give its path: PYTHON=/path/to/python3 ${place}launch/setup.sh"
 }
 
 moved=
@@ -86,7 +86,7 @@ try_pip_install() {
     pip_errors+=${pip_errors:+$'\n'}$errors
     case $errors in *"No matching distribution found"*) return 1 ;; esac
     print_line '%s' "$pip_errors" >&2
-    fail "pip could not install ${*: -1}, see above; correct the cause and run launch/setup.sh again."
+    fail "pip could not install ${*: -1}, see above; correct the cause and run ${place}launch/setup.sh again."
 }
 
 installed=$("$python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true)

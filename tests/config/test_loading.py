@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.configs import write
 from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
-from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +163,7 @@ def test_unknown_flags_come_together_with_all_other_problems(tmp_path):
         "weigth_decay: unknown setting; did you mean weight_decay?",
         "no_seed: unknown setting; did you mean seed?",
         "dmodel: unknown setting; did you mean d_model?",
-        "no_such: unknown setting; launch/train.py --help lists all of them",
+        f"no_such: unknown setting; {HELP_COMMAND} lists all of them",
         "log_every: 0 must be at least 1",
         "batch_size: 0 must be at least 1",
     ]
@@ -181,10 +181,22 @@ def test_a_negative_value_is_a_value():
         (["--lr-max=1,5"], "lr_max: expected a number, got '1,5'"),
         (["--keep_every", "1.5"], "keep_every: expected a whole number or None, got '1.5'"),
         (["--betas", "a", "b"], "betas: expected two numbers, got 'a b'"),
-        (["--betas", "0.9"], "Missing value for argument '--betas'. Expected 2 values; --help lists all settings"),
-        (["--compile", "maybe"], "Unrecognized options: maybe; --help lists all settings"),
-        (["--seed=1", "stray"], "Unrecognized options: stray; --help lists all settings"),
-        (["--seed=1", "a.toml"], "Unrecognized options: a.toml; --help lists all settings"),
+        (
+            ["--betas", "0.9"],
+            f"Missing value for argument '--betas'. Expected 2 values; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--compile", "maybe"],
+            f"Unrecognized options: maybe; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--seed=1", "stray"],
+            f"Unrecognized options: stray; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--seed=1", "a.toml"],
+            f"Unrecognized options: a.toml; {HELP_COMMAND} lists all settings",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_parsed_is_one_of_the_problems(args, problem, tmp_path, capsys):

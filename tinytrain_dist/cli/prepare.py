@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import shlex
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import tyro
 
+import tinytrain_dist
 from tinytrain_dist.data.preparation.prepare import prepare, say
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.output import keep_output_from_failing
@@ -23,8 +26,19 @@ def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> N
     print(f"{out}: {megabytes:,.1f} MB of text in {seconds:,.1f} s, {meta['vocab_size']:,} ids in the vocabulary")
     for name in ("train", "val"):
         print(f"  {name + '.npy':9} {meta[f'{name}_tokens']:>14,} tokens, {meta[f'{name}_documents']:,} documents")
-    data = f"--train-data {shlex.quote(f'{out}/train.npy')} --val-data {shlex.quote(f'{out}/val.npy')}"
-    print(f"next: launch/local.sh configs/quickstart.toml {data}")
+    print(f"next: {shlex.join(_training_command(Path(out)))}")
+
+
+def _training_command(data: Path) -> list[str]:
+    """Return a command that trains on this data from the present folder, in a run folder of its own."""
+    root = Path(tinytrain_dist.__file__).parents[1]
+    if root == Path.cwd():
+        root = Path()
+    start = [sys.executable, "-m", "tinytrain_dist.train"]  # of an installed package
+    if (root / "launch" / "local.sh").is_file():
+        start = [str(root / "launch" / "local.sh"), str(root / "configs" / "quickstart.toml")]
+    files = ["--train-data", str(data / "train.npy"), "--val-data", str(data / "val.npy")]
+    return [*start, *files, "--target-dir", f"runs/{data.resolve().name}"]
 
 
 def main(args: list[str]) -> int:

@@ -22,6 +22,7 @@ from tinytrain_dist.errors import ConfigError
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
+HELP_COMMAND = "python -m tinytrain_dist.train --help"
 
 
 def _setting(section: str, default: Any, help: str) -> Any:
@@ -321,4 +322,4 @@ def _format_toml(values: dict[str, Any]) -> str:
 def _suggest_name(name: str) -> str:
     """Return the end of the message about an unknown setting: the nearest known name, or where to find all names."""
     nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else "; launch/train.py --help lists all of them"
+    return f"; did you mean {nearest[0]}?" if nearest else f"; {HELP_COMMAND} lists all of them"

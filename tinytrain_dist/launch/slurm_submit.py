@@ -185,6 +185,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     """Return what is wrong with a token file, from its header alone."""
     import numpy as np
 
+    from tinytrain_dist.data.npy_files import missing_tokens
+
     try:
         check_regular(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -196,12 +198,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
             f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integer IDs; make one "
             "with `tinytrain prepare`"
         ]
-    if len(tokens) <= context_len:
-        return [
-            f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower "
-            "context_len"
-        ]
-    return []
+    problem = missing_tokens(len(tokens), context_len)
+    return [f"{path}: {problem}"] if problem else []
 
 
 def check_options(options: argparse.Namespace) -> list[str]:
