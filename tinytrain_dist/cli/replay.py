@@ -73,7 +73,10 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
         replayed = _train_records(records_file(target / LOGS_FOLDER))
         common_steps = sorted(recorded.keys() & replayed.keys())
         if not common_steps:
-            raise CheckpointError(f"{run.records}: none of the steps {start + 1} to {stop} was logged; raise --steps")
+            needed = min(recorded) - start
+            raise CheckpointError(
+                f"{run.records}: none of the steps {start + 1} to {stop} was logged; give --steps {needed}"
+            )
         saved_end = path.with_name(checkpoint_name(path.name.rpartition("-")[0], stop))
         replayed_end = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
         tensors_differ = exact and saved_end.is_dir() and tensor_entries(saved_end) != tensor_entries(replayed_end)

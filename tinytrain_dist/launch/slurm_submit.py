@@ -342,9 +342,11 @@ def submit(job: Job) -> str:
 def _print_next_steps(job: Job, slurm_id: str) -> None:
     base = job.base
     log = job.folder / (f"job-{slurm_id}_0.out" if job.options.array else f"job-{slurm_id}.out")
-    stop_file = "TARGET_DIR/stop of a task" if job.options.array else Path(base.target_dir) / STOP_FILE
+    stop_file = (
+        "TARGET_DIR/stop of a task" if job.options.array else shlex.quote(str(Path(base.target_dir) / STOP_FILE))
+    )
     print(f"job {slurm_id}: {len(job.configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
-    print(f"  watch   tail -F {log}")
+    print(f"  watch   tail -F {shlex.quote(str(log))}")
     print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
     print("  resume  run the same command again; it resumes from the newest checkpoint", flush=True)
 
