@@ -274,7 +274,10 @@ def test_the_vocabulary_of_several_files_is_the_largest_and_their_tokenizer_the_
     with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 in .*/b/meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=(a, b), vocab_size=15))
     for config in (TrainingConfig(train_data=(a, c)), TrainingConfig(train_data=a, val_data=c)):
-        with pytest.raises(ConfigError, match=r"/a and .*/c were made with different tokenizers"):
+        with pytest.raises(
+            ConfigError,
+            match=r"/a and .*/c were made with different tokenizers.*/a --out .*/c --over",
+        ):
             resolve_vocab_size(config)
 
 
@@ -327,3 +330,22 @@ def test_a_byte_order_mark_is_read_and_another_encoding_is_a_sentence(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match="is not TOML"):
             load_config(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval_every", 7), ("eval_steps", 3), ("sample_tokens", 5)])
+def test_a_setting_of_evaluations_has_no_effect_without_val_data(tmp_path: Path, name: str, value: int) -> None:
+    path = write(tmp_path / "a.toml", f"{name} = {value}\n")
+    problem = f"{name}: has no effect without val_data; leave it out, or set val_data"
+    for load in (lambda: load_config(path), lambda: parse_command_line([f"--{name}", str(value)])):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        assert caught.value.problems == [problem]
+    assert load_config(path, {"val_data": "a.npy"}).val_files == ("a.npy",)
+    assert load_config(None) == TrainingConfig(), "a default is no mistake"
+    spelled_out = write(tmp_path / "config.toml", TrainingConfig().to_toml())
+    assert load_config(spelled_out).resolved() == TrainingConfig().resolved(), "nor in the config.toml of a run"
+    assert getattr(TrainingConfig.from_dict({name: value}), name) == value, "an old checkpoint can be read"
+
+
+def test_samples_may_be_disabled_without_evaluations() -> None:
+    assert parse_command_line(["--sample-tokens", "0"]).sample_tokens == 0

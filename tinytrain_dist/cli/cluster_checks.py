@@ -43,7 +43,7 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
         RankFacts(
             host=context.host,
             consistency=rank_consistency.rank_facts(config, context),
-            threads=(config and config.cpu_threads) or torch.get_num_threads(),
+            threads=rank_consistency.threads_of(config),
             cores=rank_consistency.usable_cores(),
             num_gpus=torch.cuda.device_count() if context.device.type == "cuda" else 0,
             machine=report.machine,
@@ -65,7 +65,7 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
     report.add("same on all ranks", differences, versions + num_settings)
 
     threads = [facts.threads for facts in ranks]
-    oversubscribed = rank_consistency.oversubscribed_hosts(threads, [facts.cores for facts in ranks], hosts)
+    oversubscribed = rank_consistency.oversubscribed_hosts(threads, [facts.cores for facts in ranks], hosts, config)
     report.add("threads", oversubscribed, f"each process uses {first.threads} of {len(first.cores)} core(s)")
 
     num_processes = context.local_world_size

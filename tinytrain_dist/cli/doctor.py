@@ -121,7 +121,8 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, TrainingConfig | None]:
     if options.nodes and not 0 <= options.node < options.nodes:
         parser.error(f"--node {options.node} must be in 0 .. {options.nodes - 1}")
     if options.head and not options.head.rpartition(":")[2].isdecimal():
-        parser.error(f"--head {options.head} has no port; give HOST:PORT, such as {options.head}:29400")
+        host = options.head.partition(":")[0] or "HOST"
+        parser.error(f"--head {options.head} has no port; give HOST:PORT, such as {host}:29400")
     if not options.timeout > 0:
         parser.error(f"--timeout {options.timeout:g} must be greater than 0 seconds")
     return options, parse_command_line(settings, "tinytrain doctor") if settings else None

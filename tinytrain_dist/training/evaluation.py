@@ -30,7 +30,8 @@ class Evaluation:
     samples: list[tuple[str, str]]  # (prompt, continuation)
 
 
-EVALUATION_KEYS = ("eval_loss", "eval_step", "best_eval_loss", "best_eval_step", "evals_since_best")
+# of the record of EarlyStopping: what was measured, on the data of that time
+MEASURED_KEYS = ("eval_loss", "best_eval_loss", "best_eval_step", "evals_since_best")
 
 
 class Evaluator:
@@ -118,7 +119,7 @@ def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:
     best, step = record.get("best_eval_loss"), record.get("best_eval_step")
     if not changed:
         return ""
-    for name in EVALUATION_KEYS:
+    for name in MEASURED_KEYS:
         record.pop(name, None)
     if best is None:
         return ""
@@ -131,7 +132,8 @@ def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:
 class EarlyStopping:
     """Track the best evaluation of a run in `record`, which every checkpoint contains.
 
-    Keys of the record: EVALUATION_KEYS, where eval_loss and eval_step are those of the newest evaluation.
+    Keys of the record: eval_loss and eval_step (of the newest evaluation), best_eval_loss, best_eval_step, and
+    evals_since_best.
     """
 
     def __init__(self, patience: int | None, record: dict[str, Any]) -> None:
