@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers.ranks import AGENT, launch_training, run_ranks
 from tests.helpers.training import settings_for
-from tinytrain_dist.cli import doctor, network_checks, speed_checks
+from tinytrain_dist.cli import doctor
+from tinytrain_dist.cli.doctor_checks import network, speed
 from tinytrain_dist.reliability import rank_consistency
 
 
@@ -22,12 +23,12 @@ def examine(args: list[str], slow_rank: int | None = None, broken: str = "") -> 
     import io
 
     rank = int(os.environ["RANK"])
-    speed_checks.MIB = 1024
+    speed.MIB = 1024
     rank_consistency.usable_cores = lambda: set(range(8))
-    speed_checks.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
-    speed_checks.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
+    speed.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
+    speed.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
     if broken == "port" and rank == 0:
-        network_checks.try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
+        network.try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = doctor.main(args)

@@ -11,9 +11,9 @@ from typing import Any
 
 import tyro
 
-from tinytrain_dist.checkpoint.digests import TITLE_OF_KIND, state_digest, tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
+from tinytrain_dist.checkpoint.state_digests import TITLE_OF_KIND, state_digest, tensor_entries
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,

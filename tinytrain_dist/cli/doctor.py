@@ -1,8 +1,8 @@
 """`tinytrain doctor`: find what would go wrong with a run on this machine, or on all nodes together, before it starts.
 
 Must not know how a run is trained. It checks, measures for a few seconds, and names a remedy for each problem. Read
-`main` here, then the checks in the order in which they run: machine_checks, network_checks, cluster_checks,
-speed_checks.
+`main` here, then the checks in the order in which they run: machine, network, cluster, speed in
+`doctor_checks/`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 import time
 from typing import NoReturn
 
-from tinytrain_dist.cli.cluster_checks import check_ranks, check_run
-from tinytrain_dist.cli.doctor_report import Report
-from tinytrain_dist.cli.machine_checks import check_machine
-from tinytrain_dist.cli.network_checks import check_network
-from tinytrain_dist.cli.speed_checks import measure_speed
+from tinytrain_dist.cli.doctor_checks.cluster import check_ranks, check_run
+from tinytrain_dist.cli.doctor_checks.machine import check_machine
+from tinytrain_dist.cli.doctor_checks.network import check_network
+from tinytrain_dist.cli.doctor_checks.report import Report
+from tinytrain_dist.cli.doctor_checks.speed import measure_speed
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown

@@ -32,7 +32,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 VERBS = {
     "prepare": ("tinytrain_dist.cli.prepare:main", "turn text into a tokenizer and token files"),

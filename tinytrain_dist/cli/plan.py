@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_files
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import fake_backend
@@ -23,7 +23,7 @@ from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.optim.adamw import build_optimizer
+from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,

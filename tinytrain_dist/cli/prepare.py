@@ -11,7 +11,7 @@ import tyro
 
 from tinytrain_dist.data.preparation.prepare import prepare, say
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 
 @functools.wraps(prepare)

@@ -27,7 +27,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 from tinytrain_dist.utils.regular_files import check_regular, read_text
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout

@@ -15,7 +15,7 @@ from tinytrain_dist.reliability import stop_requests
 
 stop_requests.install_signal_handlers()
 
-from tinytrain_dist.launch.worker import main  # noqa: E402
+from tinytrain_dist.launch.rank_program import main  # noqa: E402
 from tinytrain_dist.training.trainer import Trainer  # noqa: E402
 
 original = Trainer.run_step
