@@ -49,6 +49,7 @@ RANK_VARIABLES = set(
     """RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE NODE_RANK ROLE_RANK ROLE_WORLD_SIZE
     MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_LOCALID SLURM_NTASKS TORCHELASTIC_RUN_ID""".split()
 )
+RANKS_START_IN = Path("tinytrain_dist/launch/start.py")  # sets these variables for a rank that it starts itself
 COLLECTIVES = re.compile(
     r"all_reduce|all_gather|reduce_scatter|all_to_all|broadcast|scatter_object|gather_object|send_object|recv_object"
     r"|(^|\.)(_?reduce|gather|scatter|barrier|monitored_barrier|send|recv|isend|irecv|batch_isend_irecv|P2POp)$"
@@ -215,7 +216,7 @@ def allowed_type_import(node: ast.AST, full: str) -> bool:
 
 
 def reads_no_rank(file: File) -> list[str]:
-    if file.module == "distributed":
+    if file.module == "distributed" or file.path == RANKS_START_IN:
         return []
     return [
         f"{file.at(node)} names the variable {node.value}; take the number from DistributedContext"

@@ -93,20 +93,20 @@ def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: 
     options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
     done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)
     assert done.returncode == 2
-    assert done.stdout.count("must be greater than 0 seconds") == 1, done.stdout
+    assert done.stdout.count("not greater than 0") == 1, done.stdout
     assert done.stdout.splitlines()[-2:] == [
-        "error: 1 problem in the command line",
-        "  --timeout 0 must be greater than 0 seconds; --help explains the arguments",
+        "error: 1 problem in the arguments of `tinytrain doctor`",
+        "  --timeout: 0 is not greater than 0; give the seconds to wait",
     ]
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--nodes", "2"], "must be given together"),
-        (["--nodes", "2", "--node", "2", "--head", "a:1"], "must be in 0 .. 1"),
+        (["--nodes", "2"], "only some of them are set; give all three"),
+        (["--nodes", "2", "--node", "2", "--head", "a:1"], "--node: 2 is not the number of a node; give 0 .. 1"),
         (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
-        (["--timeout", "0"], "must be greater than 0 seconds"),
+        (["--timeout", "0"], "not greater than 0; give the seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),
         (["no-such-file.toml"], "cannot be read"),
     ],

@@ -66,7 +66,7 @@ def test_the_scripts_find_their_checkout_whatever_the_shell_is_told(tmp_path: Pa
             )
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
-        assert str(REPOSITORY / "launch" / "train.py") in outputs[0]
+        assert "tinytrain_dist.train" in outputs[0]
         assert outputs[1:] == outputs[:1] * 2
 
 
@@ -89,6 +89,7 @@ def test_outputs_that_cannot_be_written_and_the_umask_do_not_end_a_run(tmp_path:
 def test_setup_ignores_settings_of_pip_and_shows_its_errors(tmp_path: Path, error: str) -> None:
     checkout = tmp_path / "a checkout"
     shutil.copytree(REPOSITORY / "launch", checkout / "launch")
+    shutil.copytree(REPOSITORY / "tinytrain_dist" / "launch", checkout / "tinytrain_dist" / "launch")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, checkout / name)
     (tmp_path / "bin").mkdir()
@@ -130,6 +131,7 @@ def test_setup_ignores_settings_of_pip_and_shows_its_errors(tmp_path: Path, erro
 def test_quickstart_goes_on_when_nothing_can_be_printed(tmp_path: Path) -> None:
     checkout = tmp_path / "a checkout"
     shutil.copytree(REPOSITORY / "launch", checkout / "launch")
+    shutil.copytree(REPOSITORY / "tinytrain_dist" / "launch", checkout / "tinytrain_dist" / "launch")
     (checkout / ".venv" / "bin").mkdir(parents=True)
     for script in ("launch/setup.sh", "launch/local.sh", ".venv/bin/tinytrain"):
         (checkout / script).write_text('#!/bin/sh\necho "$0" >>"$CALLS"\n')

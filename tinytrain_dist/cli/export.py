@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
@@ -21,6 +20,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_man
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
 from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES
 from tinytrain_dist.checkpoint.state_digests import tensor_digest
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
@@ -220,4 +220,4 @@ def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
     keep_output_from_failing()  # the folder is what counts
     with exit_on_stop_signals():
-        return tyro.cli(export, prog="tinytrain export", args=args)
+        return call_verb(export, "export", args)

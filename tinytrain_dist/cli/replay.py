@@ -13,10 +13,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.state_digests import tensor_entries
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -170,4 +169,4 @@ def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -
 def main(args: list[str]) -> int:
     """Run `tinytrain replay`."""
     with exit_on_stop_signals():
-        return tyro.cli(replay, prog="tinytrain replay", args=args)
+        return call_verb(replay, "replay", args)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Make a script independent of the settings of the user's shell. The scripts in launch/ and slurm/ read this file first.
-# It sets `root`, the folder of the checkout, and defines `print_line`.
+# It sets `root`, the folder that contains the package, and defines `print_line` and `find_python`.
 
 # An output that nobody reads or that is closed must not end a script, and no other file may get its number.
 trap '' PIPE
@@ -24,10 +24,24 @@ umask u=rwx # the owner must be able to use what is written; other bits stay as 
 unset PYTHONINSPECT # Python would wait for input at its end
 
 # shellcheck disable=SC2034
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # print_line FORMAT ARGUMENTS...: printf with a newline, that does not fail if the output cannot be written
 print_line() {
     # shellcheck disable=SC2059
     { printf "$1\n" "${@:2}" 2>/dev/null; } || true
+}
+
+# find_python: set `python` to the Python of the run, and let it find the package in this folder
+find_python() {
+    python=${PYTHON:-$root/.venv/bin/python}
+    python=$(command -v "$python" || command -v python3) || {
+        print_line '%s: there is no Python; run launch/setup.sh first.' "${0##*/}" >&2
+        exit 2
+    }
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    "$python" -P -c 'import tyro' 2>/dev/null || {
+        print_line '%s: %s lacks packages; run launch/setup.sh first, or set PYTHON.' "${0##*/}" "$python" >&2
+        exit 2
+    }
 }
