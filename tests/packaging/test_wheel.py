@@ -20,7 +20,7 @@ TINY += " --num-layers 2 --num-heads 2 --context-len 32 --log-every 2 --warmup-i
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel. It takes the dependencies from the one that runs the tests, but not the checkout."""
+    """An environment with the wheel. Dependencies come from the environment of the tests, and the checkout does not."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # setuptools writes into the folder that it builds
     files = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "-co", "--exclude-standard"]

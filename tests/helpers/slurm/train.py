@@ -1,4 +1,4 @@
-"""Train like launch/train.py, but slow down or fail at a given step; tests put it in a copy of the checkout.
+"""Train like tinytrain_dist/train.py, but slow down or fail at a given step; tests put it in a copy of the checkout.
 
 BRAKE="STEP:SECONDS" makes each step from STEP on take that much longer in the first attempt, so that a test can send
 signals in time. CRASH="STEP" raises an exception on rank 0 at that step of every attempt. What is trained is unchanged.
@@ -7,9 +7,6 @@ signals in time. CRASH="STEP" raises an exception on rank 0 at that step of ever
 import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinytrain_dist.reliability import stop_requests
 
