@@ -8,8 +8,8 @@
 set -euo pipefail
 self=${BASH_SOURCE[0]}
 [ ! -L "$self" ] || self=$(command readlink -f -- "$self")
-# shellcheck source=launch/preamble.sh
-. "$(command dirname -- "$self")/preamble.sh"
+# shellcheck source=tinytrain_dist/launch/preamble.sh
+. "$(command dirname -- "$self")/../tinytrain_dist/launch/preamble.sh"
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
 cd -- "$root"
@@ -65,9 +65,9 @@ run "$tinytrain" plot "$folder"
 cat 2>/dev/null <<END || true
 
 What to look at next
-  curves             ${place}.venv/bin/tensorboard --logdir ${place}$folder/logs
-  a crash            run ${place}launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
-  your own text      ${place}$tinytrain prepare --help
-  all settings       ${place}.venv/bin/python ${place}launch/train.py --help, and ${place}configs/ for complete runs
-  everything else    ${place}$tinytrain --help
+  curves             .venv/bin/tensorboard --logdir $folder/logs
+  a crash            run launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
+  your own text      $tinytrain prepare --help
+  all settings       .venv/bin/python launch/train.py --help, and configs/ for complete runs
+  everything else    $tinytrain --help
 END

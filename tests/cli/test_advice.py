@@ -79,13 +79,13 @@ def test_one_short_document_cannot_be_cut(tinytrain: Cli, tmp_path: Path) -> Non
 
 
 def test_other_tokens_are_prepared_again_by_the_command_that_is_given(tinytrain: Cli, tmp_path: Path) -> None:
-    """The folders have a space in their names. `next:` trains on the data from any folder."""
+    """The folders have a space in their names."""
     pytest.importorskip("tokenizers")
     texts = {}
     for name, size in (("a b", 300), ("c d", 290)):
         texts[name] = tmp_path / f"{name}.txt"
         texts[name].write_text("".join(f"{number} {name} {TEXT}" for number in range(300)))
-        code, out, err = tinytrain("prepare", texts[name], "--out", tmp_path / name, "--vocab-size", size)
+        code, _, err = tinytrain("prepare", texts[name], "--out", tmp_path / name, "--vocab-size", size)
         assert code == 0, err
     files = ("--train-data", tmp_path / "a b" / "train.npy", "--val-data", tmp_path / "c d" / "val.npy")
     plan = ("plan", *files, "--device", "cpu", "--num-layers", 1, "--context-len", 32)
@@ -94,11 +94,6 @@ def test_other_tokens_are_prepared_again_by_the_command_that_is_given(tinytrain:
     words = shlex.split(advised(err, "`tinytrain (prepare [^`]*)`"))
     assert tinytrain(*(texts["c d"] if word == "TEXT" else word for word in words))[0] == 0
     assert tinytrain(*plan)[0] == 0
-    command = [*shlex.split(advised(out, "next: (.*)")), "--dry-run"]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--target-dir runs/c\\ d" in done.stdout
 
 
 @pytest.mark.multiprocess
@@ -135,26 +130,18 @@ def test_a_replay_of_no_logged_step_says_how_many_are_needed(tmp_path: Path) -> 
 
 
 def test_the_command_that_lists_all_settings_works_from_any_folder(tmp_path: Path) -> None:
-    words = HELP_COMMAND.split()
-    assert words[0] == "python"
+    """Also the program of a checkout, which its documentation names."""
+    program, *words = HELP_COMMAND.split()
+    assert program == "tinytrain"
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    commands = ([sys.executable, *words[1:]], [str(REPOSITORY / "launch" / "train.py"), "--help"])
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    commands = (
+        [sys.executable, "-m", "tinytrain_dist", *words],
+        [str(REPOSITORY / "launch" / "train.py"), "--help"],
+    )
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert (done.returncode, "--max-skipped-steps" in done.stdout) == (0, True), done.stderr
-
-
-@pytest.mark.parametrize("script", ["local.sh", "node.sh"])
-def test_a_launcher_names_commands_that_work_where_the_user_is(tmp_path: Path, script: str) -> None:
-    for place in (tmp_path, REPOSITORY):
-        run = ["bash", str(REPOSITORY / "launch" / script)]
-        done = subprocess.run(run, cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        command = advised(done.stderr, "try ([^(]*?)(?: \\(|\\.\n)").replace(" --help", "").split()
-        assert all((place / word).is_file() for word in command), command
-        done = subprocess.run([*command, "--help"], cwd=place, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout[:7]) == (0, "Train o"), done.stderr
 
 
 def messages() -> list[str]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import functools
 import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import tyro
-
-import tinytrain_dist
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.data.preparation.prepare import prepare, say
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 
 @functools.wraps(prepare)
-def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> None:
+def prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> None:  # noqa: D103 - that of `prepare`
     start = time.monotonic()
     meta = prepare(sources, out, **settings)
     seconds = time.monotonic() - start
@@ -26,19 +22,8 @@ def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> N
     print(f"{out}: {megabytes:,.1f} MB of text in {seconds:,.1f} s, {meta['vocab_size']:,} ids in the vocabulary")
     for name in ("train", "val"):
         print(f"  {name + '.npy':9} {meta[f'{name}_tokens']:>14,} tokens, {meta[f'{name}_documents']:,} documents")
-    print(f"next: {shlex.join(_training_command(Path(out)))}")
-
-
-def _training_command(data: Path) -> list[str]:
-    """Return a command that trains on this data from the present folder, in a run folder of its own."""
-    root = Path(tinytrain_dist.__file__).parents[1]
-    if root == Path.cwd():
-        root = Path()
-    start = [sys.executable, "-m", "tinytrain_dist.train"]  # of an installed package
-    if (root / "launch" / "local.sh").is_file():
-        start = [str(root / "launch" / "local.sh"), str(root / "configs" / "quickstart.toml")]
-    files = ["--train-data", str(data / "train.npy"), "--val-data", str(data / "val.npy")]
-    return [*start, *files, "--target-dir", f"runs/{data.resolve().name}"]
+    data = f"--train-data {shlex.quote(f'{out}/train.npy')} --val-data {shlex.quote(f'{out}/val.npy')}"
+    print(f"next: tinytrain train CONFIG.toml {data}")
 
 
 def main(args: list[str]) -> int:
@@ -48,7 +33,7 @@ def main(args: list[str]) -> int:
         with (
             exit_on_stop_signals()
         ):  # so that a batch system, or a terminal that is closed, leaves nothing half-written
-            tyro.cli(_prepare_and_print, prog="tinytrain prepare", args=args)
+            call_verb(prepare_and_print, "prepare", args)
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         return 130

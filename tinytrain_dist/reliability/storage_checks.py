@@ -27,8 +27,8 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.leftovers import owner
 from tinytrain_dist.utils.regular_files import DEAD_LINK, KINDS, kind_of
+from tinytrain_dist.utils.stale_files import owner
 
 
 def check_shared_storage(folder: Path, context: DistributedContext, setting: str = "target_dir") -> None:
