@@ -49,13 +49,14 @@ dist.destroy_process_group()
 
 def start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
     """Start a rank that waits for a byte: rank 0 at its end, rank 1 before the sum that completes that of rank 0."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
     with (folder / f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(rank), str(folder / "meeting_point")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback},
         )
 
 

@@ -5,7 +5,8 @@ other native code holds such a tensor, the release also frees its Python object,
 An interpreter that has begun its end refuses this by ending the thread. The stack then unwinds through a destructor
 that allows no exception, so the process aborts with "terminate called without an active exception".
 
-This is a fault of torch, and plain FSDP2 has it as well. It only shows if the scheduler stops that thread for long enough.
+This is a fault of torch, and plain FSDP2 has it as well. It only shows if the thread is
+delayed until the interpreter begins its end, as on a busy machine.
 `destroy_process_group` waits for the threads only if nothing else refers to the group. FSDP, DDP and meshes do.
 """
 
@@ -23,8 +24,8 @@ from tinytrain_dist.distributed.torch_internals import hold_in_native_code
 def hold_all_tensors() -> None:
     """Give every tensor a native reference that is never released, so that no thread's release is the last.
 
-    This does not wait, so it also covers collectives that nobody has waited for. The memory is returned when the process
-    ends, which is next.
+    This does not wait, so it also covers collectives that nobody has waited for. The memory is returned when the
+    process ends, which is next.
     """
     gc.unfreeze()  # get_objects leaves out what is frozen
     # issubclass, because isinstance may run code of lazy modules and proxies
