@@ -5,15 +5,16 @@ Must not know how a run is trained. Changes nothing.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
-import tyro
 from rich.text import Text
 
 from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, read_trainer_state
 from tinytrain_dist.checkpoint.manifest import is_damaged, quick_problems
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
@@ -32,7 +33,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -86,7 +87,12 @@ def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
         return {}
     paths = own_checkpoints(run, settings, print_line).committed()
     found = [read_committed_checkpoint(path) for path in paths]
-    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings), is_damaged), strict=True))
+    try:
+        rules = present_rules(run, settings)
+    except CheckpointError as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+        return {}
+    return dict(zip(paths, reasons_to_keep(found, rules, is_damaged), strict=True))
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
@@ -105,14 +111,17 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 
 def _validity(path: Path, full: bool) -> Text:
     """Describe whether a checkpoint is intact, by its sizes or, with `full`, by its bytes."""
-    from tinytrain_dist.checkpoint.verify import find_damage  # torch takes seconds to import
-
     suffix = name_suffix(path)
     if suffix == TEMPORARY_SUFFIX:
         return Text("unfinished: being written, or left by a crash", "yellow")
     if suffix:
         return Text(f"set aside as {suffix}", "yellow")
-    damage = find_damage(path) if full else quick_problems(path)
+    if full:
+        from tinytrain_dist.checkpoint.verify import find_damage  # needs torch, which takes seconds to import
+
+        damage = find_damage(path)
+    else:
+        damage = quick_problems(path)
     if damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         return Text("DAMAGED: " + damage[0].replace(f"{path}/", "") + more, "bold red")
@@ -163,4 +172,4 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain ls`."""
-    return tyro.cli(ls, prog="tinytrain ls", args=args)
+    return call_verb(ls, "ls", args)

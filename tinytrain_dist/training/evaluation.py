@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tinytrain_dist.data.batches import split_micro_batches
-from tinytrain_dist.data.sampling import EVAL_STREAM
 from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.text_samples import TextSampler
@@ -28,6 +28,10 @@ class Evaluation:
     loss: float  # nats per token, the mean over the evaluation files
     others: dict[str, float]  # the loss on each file if there are several, and bits per byte if known
     samples: list[tuple[str, str]]  # (prompt, continuation)
+
+
+# of the record of EarlyStopping: what was measured, on the data of that time
+MEASURED_KEYS = ("eval_loss", "best_eval_loss", "best_eval_step", "evals_since_best")
 
 
 class Evaluator:
@@ -104,6 +108,25 @@ class Evaluator:
                 loss_sums.append(step.model(ids, targets))
         losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
         return float(losses.sum()), num_bytes
+
+
+def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:
+    """Remove earlier evaluations from `record` if settings of evaluations have changed; return a sentence about it.
+
+    `record`: see EarlyStopping. `changed`: the names of these settings. Losses of other data cannot be compared. The
+    sentence is "" if there is nothing to forget.
+    """
+    best, step = record.get("best_eval_loss"), record.get("best_eval_step")
+    if not changed:
+        return ""
+    for name in MEASURED_KEYS:
+        record.pop(name, None)
+    if best is None:
+        return ""
+    return (
+        f"the lowest eval loss so far ({best:.4f} at step {step}) no longer counts, because it was measured with "
+        f"another {' and another '.join(changed)}"
+    )
 
 
 class EarlyStopping:
