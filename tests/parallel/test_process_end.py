@@ -25,6 +25,13 @@ def wait_with_the_gil():
         # PyDLL keeps the GIL, so the thread that releases the tensor waits for it until the interpreter begins its end
         ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
 
+class Output:
+    '''The interpreter flushes sys.stdout once more after it has begun its end. Then let that thread have the GIL.'''
+    def flush(self):
+        if sys.is_finalizing():
+            os.write(1, b"ended\\n")
+            os.read(0, 1)
+
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,6 +46,7 @@ optimizer.step()
 group = dist.group.WORLD  # keeps the group's threads, as the mesh in `model` does
 if rank == 0:
     dist.all_reduce(torch.ones(4), async_op=True)  # a thread waits for rank 1, and then releases the tensor
+    sys.stdout = Output()
     sys.setswitchinterval(1000)  # no thread gets the GIL unless the main thread waits without it
 else:
     os.read(0, 1)
@@ -74,6 +82,8 @@ def test_a_collective_may_finish_while_the_interpreter_ends(tmp_path: Path) -> N
         assert ranks[0].stdout.readline() == b"ending\n", (tmp_path / "rank0.log").read_text()
         let_go_on(ranks[1])
         assert ranks[1].wait(SECONDS) == 0, (tmp_path / "rank1.log").read_text()
+        let_go_on(ranks[0])
+        ranks[0].stdout.readline()
         let_go_on(ranks[0])
         assert ranks[0].wait(SECONDS) == 0, (tmp_path / "rank0.log").read_text()
     finally:
