@@ -5,9 +5,9 @@ other native code holds such a tensor, the release also frees its Python object,
 An interpreter that has begun its end refuses this by ending the thread. The stack then unwinds through a destructor
 that allows no exception, so the process aborts with "terminate called without an active exception".
 
-This is a fault of torch, and plain FSDP2 has it as well. It only shows if the thread is
-delayed until the interpreter begins its end, as on a busy machine.
-`destroy_process_group` waits for the threads only if nothing else refers to the group. FSDP, DDP and meshes do.
+This is a fault of torch, and plain FSDP2 has it as well. It shows only if the thread is delayed until the interpreter
+begins its end, as on a busy machine. `destroy_process_group` waits for the threads only if nothing else refers to the
+group. FSDP, DDP and meshes do.
 """
 
 from __future__ import annotations
