@@ -136,6 +136,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
     assert "train_data: " in text
     assert "has 4000 tokens, but context_len 5000 needs 5001" in text
     assert "val_data: " in text
+    assert "is not a token file (it begins with b'no token', which is not how such a file begins)" in text
     assert "init_from: there is no folder /nowhere" in text
     assert "ckpt_writers: 9 is more than the 6 processes" in text
 

@@ -185,8 +185,11 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     """Return what is wrong with a token file, from its header alone."""
     import numpy as np
 
+    from tinytrain_dist.data.npy_files import check_npy_file
+
     try:
         check_regular(path)
+        check_npy_file(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is not a token file ({error})"
