@@ -40,7 +40,7 @@ from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
-from tinytrain_dist.launch.training_program import training_config
+from tinytrain_dist.launch.training_program import runs_verb, training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
@@ -50,7 +50,7 @@ from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
-from tinytrain_dist.utils.processes import raise_open_file_limit
+from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
 TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
@@ -87,6 +87,7 @@ class AgentState:
     """State that the signal handler and the report of a dead rank share. A process has only one agent."""
 
     run_folder: Path | None = None  # of our training program; None: the ranks run another program
+    runs_verb: bool = False  # the ranks run a verb, which has nothing to save and no signal handlers
     folder_note: Path | None = None  # TINYTRAIN_AGENT
     stopper: threading.Thread | None = None  # ends ranks that hang in their start
     stopped_in_start: bool = False  # it has ended some
@@ -121,12 +122,15 @@ def forward_signal(number: int, _: FrameType | None) -> None:
     if not pids and number != signal.SIGUSR1:
         _exit_now(0)  # no rank runs yet, so there is nothing to save
     _begin_to_stop_hanging_starts()
-    if number == signal.SIGINT:
+    if _state.runs_verb:
+        number = signal.SIGTERM
+    elif number == signal.SIGINT:
         number = _count_interrupt()
     elif number == signal.SIGQUIT:
         number = _kill_at_once("SIGQUIT")
+    end = time.monotonic() + HANDLERS_SECONDS
     for pid in pids:
-        _wait_for_handler(pid, number)
+        _wait_for_handler(pid, number, end)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
@@ -162,11 +166,16 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _wait_for_handler(pid: int, number: int) -> None:
-    """Wait until a rank has installed its signal handlers. Before that, the signal would kill it."""
-    if number == signal.SIGKILL:
+def _wait_for_handler(pid: int, number: int, end: float) -> None:
+    """Wait until a rank has installed its signal handlers. Before that, the signal would kill it.
+
+    end: when to stop waiting, by time.monotonic(). A program that is not ours may have no handlers, so it is not waited
+    for if it has run for some seconds.
+    """
+    if number == signal.SIGKILL or _state.runs_verb:
         return
-    end = time.monotonic() + HANDLERS_SECONDS
+    if _state.run_folder is None:
+        end = min(end, time.monotonic() + HANDLERS_SECONDS - process_age(pid))
     while not _handles(pid, number) and time.monotonic() < end:
         time.sleep(0.02)
 
@@ -279,6 +288,7 @@ def main(args: list[str]) -> int:
         folder_note = Path(scratch) / "run"
         _state.folder_note = folder_note
         _state.run_folder = Path(config.target_dir) if config else None
+        _state.runs_verb = runs_verb(args)
         if "TINYTRAIN_STOP" in os.environ:  # SIGUSR1 came before
             _begin_to_stop_hanging_starts()
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
@@ -357,13 +367,22 @@ def _death_without_restart(
     """Return the death after which a restart in place makes no sense: of a user's mistake, or by a user's wish."""
     if dead and _state.killed_by:
         return _state.first_death
+    stopped_by = os.environ.get("TINYTRAIN_STOP")
     for local_rank in dead:
+        # A program without handlers has ended as it was asked to. Our training program would stop in order when it is
+        # started again.
+        if stopped_by and _state.run_folder is None and -exit_codes[local_rank] in (signal.SIGTERM, _number(stopped_by)):
+            return RankDeath(f"stopped by {stopped_by}", -_number(stopped_by))
         report = _read_report(error_files[local_rank])
         if report.get("extraInfo", {}).get(error_report.MAY_RETRY) is False:
             return RankDeath(str(report["message"]), exit_codes[local_rank])
         if not report and exit_codes[local_rank] == MISTAKE:
             return _state.first_death  # of another program, or of Python itself: a wrong argument, no such file
     return None
+
+
+def _number(name: str) -> int:
+    return int(signal.Signals[name])
 
 
 def _wait_for_end(context: Any, seconds: float) -> None:
