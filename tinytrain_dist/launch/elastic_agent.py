@@ -367,11 +367,11 @@ def _death_without_restart(
     """Return the death after which a restart in place makes no sense: of a user's mistake, or by a user's wish."""
     if dead and _state.killed_by:
         return _state.first_death
-    stopped_by = os.environ.get("TINYTRAIN_STOP")
+    # A program without handlers has ended as it was asked to. Our training program, if it was started again, would stop
+    # in order.
+    stopped_by = os.environ.get("TINYTRAIN_STOP") if _state.run_folder is None else None
     for local_rank in dead:
-        # A program without handlers has ended as it was asked to. Our training program would stop in order when it is
-        # started again.
-        if stopped_by and _state.run_folder is None and -exit_codes[local_rank] in (signal.SIGTERM, _number(stopped_by)):
+        if stopped_by and -exit_codes[local_rank] in (signal.SIGTERM, _number(stopped_by)):
             return RankDeath(f"stopped by {stopped_by}", -_number(stopped_by))
         report = _read_report(error_files[local_rank])
         if report.get("extraInfo", {}).get(error_report.MAY_RETRY) is False:

@@ -5,6 +5,7 @@ Must not know torch: an agent reports a wrong setting before it imports torch, a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,8 @@ def training_arguments(args: Sequence[str]) -> list[str] | None:
 
 def runs_verb(args: Sequence[str]) -> bool:
     """Return whether torchrun's arguments start a verb of ours, such as `-m tinytrain_dist.cli.doctor`."""
-    return any(
-        flag in ("-m", "--module") and module.startswith(VERBS) for flag, module in zip(args, args[1:], strict=False)
-    )
+    pairs = itertools.pairwise(args)
+    return any(flag in ("-m", "--module") and module.startswith(VERBS) for flag, module in pairs)
 
 
 def training_config(args: Sequence[str]) -> TrainingConfig | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 # A rank is slow if its own work takes more than this many times the median, and this much longer per step.
 SLOW_RANK_RATIO = 1.2
-# measured (2-core x86 VM, 2026-11-27): in steps of 10 ms on two equal ranks, one rank often takes 2 ms longer for a while
+# measured (2-core x86 VM, 2026-11-27): in steps of 10 ms on two equal ranks, one often takes 2 ms longer for a while
 SLOW_RANK_SECONDS = 0.01
 
 
