@@ -294,3 +294,23 @@ def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., 
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]
+
+
+def serve_new_store_to_each_round() -> None:
+    """Let torchrun serve the store of the ranks itself, on a port that it has bound, and a new one after each restart.
+
+    By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
+    take the port in between.
+    Versions: DynamicRendezvousHandler with these two attributes in 2.11 to 2.15.
+    """
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    plain = DynamicRendezvousHandler.next_rendezvous
+
+    def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
+        self._shared_tcp_store_server = None
+        self._bootstrap_store_info = None
+        return plain(self)
+
+    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]

@@ -269,11 +269,12 @@ def main(args: list[str]) -> int:
     except TinytrainError as mistake:
         _say(f"error: {mistake}")
         return MISTAKE
-    # torch 2.13 keeps one store across restarts, in which ranks would read the addresses of dead ranks
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round
+
+    serve_new_store_to_each_round()
     options = parse_torchrun_options(args)
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly

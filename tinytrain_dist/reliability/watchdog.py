@@ -39,6 +39,7 @@ from tinytrain_dist.utils.atomic_files import read_json_object
 
 TICK_SECONDS = 1.0  # between two checks
 GRACE_SECONDS = 4.0  # for all ranks to write their stacks and heartbeats after one has noticed a hang
+JOIN_REQUEST_SECONDS = 5.0  # by which a request of another rank may be older than this process; clocks differ, too
 NO_LIMIT_SECONDS = 30 * 86_400.0
 
 
@@ -51,17 +52,20 @@ class Watchdog(threading.Thread):
         identity: tuple[int, int, str],
         report: Callable[[str], None],
         flight_record: Callable[[], bytes],
+        join_id: str = "",
     ) -> None:
         """Prepare to watch this process. Call this in the main thread: from here on, signals wake the watchdog.
 
         identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
-        collectives as JSON.
+        collectives as JSON. join_id: what addresses the ranks of this start until they share a launch ID; "": nothing.
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder = Path(config.target_dir)
         self.phase_timer = PhaseTimer("join")
         self.rank, self.world_size, self.host = identity
         self.launch_id = ""  # known when all ranks have joined
+        self._join_id = join_id
+        self._started = time.time() - (time.monotonic() - stop_requests.PROCESS_START)
         self._report = report
         self._flight_record = flight_record
         # The name and value of the setting that limits each phase; step_limit is for all other phases. 0: no limit.
@@ -85,8 +89,13 @@ class Watchdog(threading.Thread):
         seconds = [limit for _, limit in (*self._limits.values(), self._default_limit)]
         return max(seconds) if all(seconds) else NO_LIMIT_SECONDS
 
+    @property
+    def address(self) -> str:
+        """The ID that a request to all ranks must have; "" if they cannot be reached yet."""
+        return self.launch_id or self._join_id
+
     def set_launch_id(self, launch_id: str) -> None:
-        """Set the launch ID, which all ranks of this launch share. From now on, abort requests reach this rank."""
+        """Set the launch ID, which all ranks of this launch share. From now on, it addresses the ranks."""
         self.launch_id = launch_id
         self.heartbeat()
 
@@ -117,7 +126,7 @@ class Watchdog(threading.Thread):
                 "phase": self.phase_timer.phase,
                 "seconds": round(seconds_in_phase, 1),
                 "time": time.time(),
-                "world": self.launch_id,
+                "world": self.address,
                 "attempt": os.environ.get("TINYTRAIN_ATTEMPT", ""),
             },
         )
@@ -153,7 +162,7 @@ class Watchdog(threading.Thread):
         setting, limit = self._limits.get(phase, self._default_limit)
         if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._agent_pid:
             os._exit(1)  # the agent has ended, and nothing else would end this rank together with the others
-        if request := error_report.read_abort_request(self.folder, self.launch_id):
+        if request := self._read_request(phase):
             self._end(request)
         elif self._signal and phase in START_PHASES:
             self._end_all(f"{self._signal} during the start", state="preempted")
@@ -163,14 +172,25 @@ class Watchdog(threading.Thread):
         elif time.monotonic() > self._next_heartbeat or self._left_start_phase(phase):
             self.heartbeat(seconds_in_phase)
 
+    def _read_request(self, phase: str) -> error_report.AbortRequest:
+        """Return the request that this rank must end; {} if there is none."""
+        request = error_report.read_abort_request(self.folder, self.launch_id)
+        if not request and self._join_id and phase in START_PHASES:
+            request = error_report.read_abort_request(self.folder, self._join_id)
+            with contextlib.suppress(OSError):
+                # an earlier start may have had the same ID
+                if abort_file(self.folder).stat().st_mtime < self._started - JOIN_REQUEST_SECONDS:
+                    return {}
+        return request
+
     def _left_start_phase(self, phase: str) -> bool:
         """Return whether the last heartbeat shows an earlier phase of the start. Such a change is written at once."""
         return self._written_phase in START_PHASES and phase != self._written_phase
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
         """Ask all ranks to end, and end this process."""
-        if self.launch_id:
-            error_report.request_abort(self.folder, self.launch_id, message, hang, state)
+        if self.address:
+            error_report.request_abort(self.folder, self.address, message, hang, state)
         self._end({"message": message, "hang": hang, "state": state}, noticed_here=True)
 
     def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:
@@ -212,10 +232,10 @@ class Watchdog(threading.Thread):
         noticed_at = time.time()
         time.sleep(GRACE_SECONDS)
         heartbeats = read_heartbeats(self.folder)
-        if self.launch_id:
+        if self.address:
             # a rank that still reacts has written a heartbeat after the request
             since = abort_file(self.folder).stat().st_mtime
-        else:  # there is no request before all ranks have joined
+        else:  # there is no request
             since = max(heartbeat["seen"] for heartbeat in heartbeats) - 3 * HEARTBEAT_SECONDS
         message += f"; {describe_waiting(heartbeats, self.world_size, since)}"
         message += f"; stacks are in {self.folder / LOGS_FOLDER / STACKS_FOLDER}"
