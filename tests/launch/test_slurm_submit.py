@@ -10,14 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.training import settings_for
+from tinytrain_dist.cli.arguments import parse_options
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.launch.slurm_submit import Job, check, parse, seconds_of
+from tinytrain_dist.launch.slurm_submit import Job, SubmitOptions, check, seconds_of
 
 SUBMIT = REPOSITORY / "launch" / "submit.py"
 USUAL = ("--nodes", "2", "--processes-per-node", "2", "--time", "30")
@@ -64,7 +66,7 @@ def refusal(*args: object) -> str:
 
 
 GOLDEN = """\
-# ---- filled in by launch/submit.py
+# ---- filled in by tinytrain submit
 #SBATCH --job-name=run
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node={tasks}
@@ -125,6 +127,13 @@ def test_a_sweep_has_a_configuration_for_each_task(config: Path, slurm: Path, tm
     assert "task 2: batch_size: 7 is not a multiple of micro_batch_size 1 x 4 ranks" in text
 
 
+def parse(args: list[str]) -> tuple[SubmitOptions, list[str]]:
+    """Parse a command line as tinytrain submit does."""
+    end = args.index("--sbatch") if "--sbatch" in args else len(args)
+    options, settings = parse_options(SubmitOptions, "submit", args[:end])
+    return replace(options, sbatch=tuple(args[end + 1 :])), settings
+
+
 def problems_of(*args: object) -> str:
     """What is wrong with a command line, as text; "" if nothing is."""
     try:
@@ -146,7 +155,7 @@ def test_an_own_template_gets_the_configuration_of_its_task_and_keeps_its_number
         options, settings = parse([str(config), *USUAL, "--array", str(sweep), "--template", str(template)])
         base, configs = check(options, settings)
         script = Job(options, configs, base, template, tmp_path / "job").script().splitlines()
-        ours = script.index("# ---- filled in by launch/submit.py")
+        ours = script.index("# ---- filled in by tinytrain submit")
         assert f"#SBATCH --ntasks-per-node={tasks}" in script[ours:]
         assert "#SBATCH --array=0-1" in script[ours : script.index('srun train "$@"')], "sbatch must read it"
         assert f"set -- {tmp_path}/job/config-$SLURM_ARRAY_TASK_ID.toml" in script[ours:]
@@ -246,7 +255,7 @@ def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Pa
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     (checkout / "slurm" / "env.sh").write_text("export NCCL_DEBUG=INFO\n")
-    (checkout / "launch" / "train.py").write_text("changed and not committed\n")
+    (checkout / "tinytrain_dist" / "train.py").write_text("changed and not committed\n")
     (checkout / "tinytrain_dist" / "new.py").write_text("not added yet\n")
     (checkout / "data").mkdir()
     (checkout / "data" / "huge.npy").write_text("not code")
@@ -255,8 +264,8 @@ def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Pa
     folder = tmp_path / "run" / "submitted" / "1"
     assert "job 77: 1 run(s)" in done.stdout
     assert (folder / "job_id").read_text() == "77\n"
-    (checkout / "launch" / "train.py").write_text("changed again\n")
-    assert (folder / "code" / "launch" / "train.py").read_text() == "changed and not committed\n"
+    (checkout / "tinytrain_dist" / "train.py").write_text("changed again\n")
+    assert (folder / "code" / "tinytrain_dist" / "train.py").read_text() == "changed and not committed\n"
     assert (folder / "code" / "tinytrain_dist" / "new.py").exists()
     assert (folder / "code" / "slurm" / "env.sh").exists()
     assert not (folder / "code" / "data").exists()
@@ -272,7 +281,7 @@ def test_follow_shows_the_log_to_the_end(config: Path, slurm: Path) -> None:
     done = submit(config, *USUAL, "--follow", path=slurm)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("hello from the job\n") == 2
-    assert done.stdout.endswith("submit.py: job 77 has ended: COMPLETED\n")
+    assert done.stdout.endswith("job 77 has ended: COMPLETED\n")
 
 
 def test_what_slurm_refuses_leaves_nothing_behind(config: Path, slurm: Path, tmp_path: Path) -> None:
