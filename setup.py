@@ -1,4 +1,4 @@
-"""Put the example configurations and the batch scripts of the checkout into the wheel. pyproject.toml has everything else."""
+"""Put example configurations and batch scripts of the checkout into the wheel. pyproject.toml has everything else."""
 
 import shutil
 from pathlib import Path

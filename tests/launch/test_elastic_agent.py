@@ -264,14 +264,14 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tinytrain_dist.reliability import stop_requests
 stop_requests.install_signal_handlers()
 from tinytrain_dist.distributed import context
-from tinytrain_dist.launch import worker
+from tinytrain_dist.launch import rank_program
 join = context.rendezvous
 def join_late():
     if os.environ["RANK"] == "1":
         time.sleep(1000)
     return join()
 context.rendezvous = join_late
-sys.exit(worker.main(sys.argv[1:]))
+sys.exit(rank_program.main(sys.argv[1:]))
 """
 
 

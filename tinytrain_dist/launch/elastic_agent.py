@@ -95,6 +95,7 @@ class AgentState:
     first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
     killed_by: str = ""  # what has ended the ranks without saving: a second Ctrl-C, or SIGQUIT
     scratch: str = ""  # folder of this agent
+    rendezvous_store: Any = None  # kept, because torchrun uses its server
     first_death: RankDeath | None = None  # since the last restart
     over: RankDeath | None = None  # a death after which there is no restart
 
@@ -272,10 +273,11 @@ def main(args: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round
+    from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round, serve_rendezvous
 
     serve_new_store_to_each_round()
     options = parse_torchrun_options(args)
+    _state.rendezvous_store = serve_rendezvous(options.rdzv_endpoint)
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)

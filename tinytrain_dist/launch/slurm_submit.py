@@ -77,7 +77,7 @@ class SubmitOptions:
     array: OptionalFile = None
     """File of a sweep: a line of settings for each task of a job array."""
     template: OptionalFile = None
-    """Batch script; its only argument is the configuration file. Default: train.sbatch, which comes with the package."""
+    """Batch script; its only argument is the configuration. Default: train.sbatch, which comes with the package."""
     max_requeues: Number = None
     """How often the job may requeue itself. Default: 20."""
     dry_run: bool = False
@@ -307,7 +307,7 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
         prefix = "" if line is None else f"task {task}: "
         try:
             task_settings = [] if line is None else split_settings(line)
-            config = parse_command_line([options.config, *settings, *task_settings], prog=PROGRAM)
+            config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
             if line is not None and not re.search(r"--target[-_]dir\b", line):
                 config = replace(config, target_dir=f"{config.target_dir}/{task}")
             configs.append(config)

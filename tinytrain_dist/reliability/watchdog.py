@@ -65,7 +65,7 @@ class Watchdog(threading.Thread):
         self.rank, self.world_size, self.host = identity
         self.launch_id = ""  # known when all ranks have joined
         self._join_id = join_id
-        self._started = time.time() - (time.monotonic() - stop_requests.PROCESS_START)
+        self._process_start = time.time() - (time.monotonic() - stop_requests.PROCESS_START)
         self._report = report
         self._flight_record = flight_record
         # The name and value of the setting that limits each phase; step_limit is for all other phases. 0: no limit.
@@ -179,7 +179,7 @@ class Watchdog(threading.Thread):
             request = error_report.read_abort_request(self.folder, self._join_id)
             with contextlib.suppress(OSError):
                 # an earlier start may have had the same ID
-                if abort_file(self.folder).stat().st_mtime < self._started - JOIN_REQUEST_SECONDS:
+                if abort_file(self.folder).stat().st_mtime < self._process_start - JOIN_REQUEST_SECONDS:
                     return {}
         return request
 
