@@ -91,7 +91,7 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     _report(failure.message, is_reporter or isinstance(error, RendezvousError), failure.may_retry)
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
-        error_report.request_abort(watchdog.folder, watchdog.address, failure.message)
+        error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
     os._exit(2 if failure.user_mistake else 1)
 
 

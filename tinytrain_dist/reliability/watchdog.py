@@ -57,7 +57,7 @@ class Watchdog(threading.Thread):
         """Prepare to watch this process. Call this in the main thread: from here on, signals wake the watchdog.
 
         identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
-        collectives as JSON. join_id: what addresses the ranks of this start until they share a launch ID; "": nothing.
+        collectives as JSON. join_id: what ranks of several nodes share before they have joined, for stop requests; else "".
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder = Path(config.target_dir)
@@ -89,13 +89,8 @@ class Watchdog(threading.Thread):
         seconds = [limit for _, limit in (*self._limits.values(), self._default_limit)]
         return max(seconds) if all(seconds) else NO_LIMIT_SECONDS
 
-    @property
-    def address(self) -> str:
-        """The ID that a request to all ranks must have; "" if they cannot be reached yet."""
-        return self.launch_id or self._join_id
-
     def set_launch_id(self, launch_id: str) -> None:
-        """Set the launch ID, which all ranks of this launch share. From now on, it addresses the ranks."""
+        """Set the launch ID, which all ranks of this launch share. From now on, abort requests reach this rank."""
         self.launch_id = launch_id
         self.heartbeat()
 
@@ -126,7 +121,7 @@ class Watchdog(threading.Thread):
                 "phase": self.phase_timer.phase,
                 "seconds": round(seconds_in_phase, 1),
                 "time": time.time(),
-                "world": self.address,
+                "world": self.launch_id or self._join_id,
                 "attempt": os.environ.get("TINYTRAIN_ATTEMPT", ""),
             },
         )
@@ -189,8 +184,9 @@ class Watchdog(threading.Thread):
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
         """Ask all ranks to end, and end this process."""
-        if self.address:
-            error_report.request_abort(self.folder, self.address, message, hang, state)
+        # After a failure the ranks may be started again, and on a fixed port they would have the same join ID.
+        if address := self.launch_id or (self._join_id if state == "preempted" else ""):
+            error_report.request_abort(self.folder, address, message, hang, state)
         self._end({"message": message, "hang": hang, "state": state}, noticed_here=True)
 
     def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:
@@ -232,10 +228,10 @@ class Watchdog(threading.Thread):
         noticed_at = time.time()
         time.sleep(GRACE_SECONDS)
         heartbeats = read_heartbeats(self.folder)
-        if self.address:
+        if self.launch_id:
             # a rank that still reacts has written a heartbeat after the request
             since = abort_file(self.folder).stat().st_mtime
-        else:  # there is no request
+        else:  # there is no request before all ranks have joined
             since = max(heartbeat["seen"] for heartbeat in heartbeats) - 3 * HEARTBEAT_SECONDS
         message += f"; {describe_waiting(heartbeats, self.world_size, since)}"
         message += f"; stacks are in {self.folder / LOGS_FOLDER / STACKS_FOLDER}"
