@@ -57,7 +57,8 @@ class Watchdog(threading.Thread):
         """Prepare to watch this process. Call this in the main thread: from here on, signals wake the watchdog.
 
         identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
-        collectives as JSON. join_id: what ranks of several nodes share before they have joined, for stop requests; else "".
+        collectives as JSON. join_id: what ranks of several nodes share before they have joined; a stop request on one
+        of them then reaches the others.
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder = Path(config.target_dir)
