@@ -43,7 +43,7 @@ def create_trackers(config: TrainingConfig) -> dict[str, Tracker]:
 
 
 def start_trackers(trackers: dict[str, Tracker], config: TrainingConfig, resumed_step: int) -> list[Sink]:
-    """Start the trackers of a run that starts at `resumed_step`, each in its own thread. This does not wait for them."""
+    """Start the trackers of a run that starts at `resumed_step`, each in its own thread, without waiting for them."""
     sinks: list[Sink] = []
     for name, tracker in trackers.items():
         run = TrackedRun(
@@ -76,8 +76,8 @@ def _create(name: str) -> Tracker:
         tracker_class = getattr(importlib.import_module(module), class_name)
     except Exception as error:  # code of the user or of a library may raise anything
         raise ConfigError(
-            f"trackers: {name} cannot be imported from {os.getcwd()} ({type(error).__name__}: {error}); fix the module, "
-            f"or take {name} off the list"
+            f"trackers: {name} cannot be imported from {os.getcwd()} ({type(error).__name__}: {error}); fix the "
+            f"module, or take {name} off the list"
         ) from None
     if not (isinstance(tracker_class, type) and issubclass(tracker_class, Tracker)):
         raise ConfigError(f"trackers: {name} is not derived from tinytrain_dist.Tracker; see docs/trackers.md")
