@@ -5,6 +5,7 @@ Must not know how training works. The first failing rank's error is the last lin
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -101,7 +102,8 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException, trainer: Traine
     if watchdog and not failure.user_mistake:
         error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
     if trainer is not None:
-        trainer.log.close("failed")
+        with contextlib.suppress(Exception):  # the error that was reported counts
+            trainer.log.close("failed")
     os._exit(2 if failure.user_mistake else 1)
 
 

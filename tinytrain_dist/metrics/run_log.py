@@ -16,7 +16,7 @@ from typing import Any
 from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.trackers import create_trackers, start_trackers
-from tinytrain_dist.metrics.trackers.background import FINISH_SECONDS, Call, Sink
+from tinytrain_dist.metrics.trackers.background import FINISH_SECONDS, START_SECONDS, Call, Sink
 from tinytrain_dist.metrics.trackers.base import Status
 from tinytrain_dist.metrics.trackers.tags import TAGS
 from tinytrain_dist.utils.atomic_files import write_atomically
@@ -51,6 +51,15 @@ class RunLog:
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
         call_on_lost_output(self._record_lost_output)
+
+    def wait_for_trackers(self) -> None:
+        """Wait a limited time until the trackers have started, so that their start does not slow down step 1."""
+        if not self.main:
+            return
+        deadline = time.monotonic() + START_SECONDS
+        for sink in self._sinks:
+            sink.wait_started(deadline)
+        self._report_trackers()
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one. All output of a run goes through here."""

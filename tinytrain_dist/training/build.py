@@ -114,6 +114,7 @@ def build_trainer(
 
     sampler = TextSampler(config, context, data.evaluation_prompts)
     metrics = _step_metrics(train_step, data, log, start)
+    log.wait_for_trackers()
     assert start.lock is not None, "_load has taken it"
     training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
     stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)

@@ -15,6 +15,9 @@ from typing import Protocol
 from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
 
 QUEUE_SIZE = 1000  # calls; a logged step is two
+# Before step 1, how long to wait for all trackers together. The start of a tracker computes for seconds, for example
+# when MLflow makes its database, and would slow down the first steps of this rank.
+START_SECONDS = 10.0
 UNRESPONSIVE_SECONDS = 60.0  # a call that takes longer is reported
 # At the end, how long to wait for all trackers together. A run that was asked to stop may be killed soon.
 FINISH_SECONDS: dict[Status, float] = {"finished": 60.0, "stopped": 10.0, "failed": 5.0}
@@ -24,6 +27,9 @@ Call = Callable[[Tracker], object]
 
 class Sink(Protocol):
     """A tracker as the run log uses it. The run log calls all methods in the thread that trains."""
+
+    def wait_started(self, deadline: float) -> None:
+        """Wait until the tracker has started or failed to, or until `deadline` by time.monotonic()."""
 
     def send(self, call: Call) -> None:
         """Let the tracker do `call`."""
@@ -56,6 +62,9 @@ class DirectSink:
         self._tracker = tracker
         tracker.start(run)
 
+    def wait_started(self, deadline: float) -> None:
+        """Do nothing: the tracker has started."""
+
     def send(self, call: Call) -> None:
         """Let the tracker do `call` now. Errors: those of the call."""
         call(self._tracker)
@@ -81,7 +90,7 @@ class DirectSink:
 
 
 class BackgroundSink:
-    """Call a tracker in a thread, in the order of `send`. No method waits, except `join`."""
+    """Call a tracker in a thread, in the order of `send`. Only `wait_started` and `join` wait."""
 
     def __init__(self, name: str, tracker: Tracker, run: TrackedRun) -> None:
         """Begin to start the tracker. name: as in the setting `trackers`."""
@@ -91,6 +100,7 @@ class BackgroundSink:
         self._changed = threading.Condition()  # guards everything below; no call of the tracker is made under it
         self._waiting: deque[Call] = deque()
         self._ending: Status | None = None  # set by `end`
+        self._started = threading.Event()  # or failed to
         self._usable = True  # False if the tracker did not start
         self._busy_since: float | None = None  # by time.monotonic(): when the call in progress began
         self._lost = 0  # calls that raised, or did not fit into the queue
@@ -100,6 +110,10 @@ class BackgroundSink:
         # A daemon, so that a tracker that blocks for ever cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
+
+    def wait_started(self, deadline: float) -> None:
+        """Wait until the tracker has started or failed to, or until `deadline` by time.monotonic()."""
+        self._started.wait(max(0.0, deadline - time.monotonic()))
 
     def send(self, call: Call) -> None:
         """Put a call into the queue, or drop it if the queue is full."""
@@ -149,11 +163,14 @@ class BackgroundSink:
 
     def _work(self) -> None:
         """Start the tracker, do the calls, and finish it. This is the body of the thread."""
-        if not self._do(self._start):
-            with self._changed:
+        started = self._do(self._start)
+        with self._changed:
+            if not started:
                 self._usable = False
                 self._lost += len(self._waiting)
                 self._waiting.clear()
+        self._started.set()
+        if not started:
             return
         while (call := self._next()) is not None:
             self._do(call)
@@ -180,7 +197,7 @@ class BackgroundSink:
             call(self._tracker)
         except BaseException as error:  # a library that calls sys.exit must not end the thread
             with self._changed:
-                self._lost += 1
+                self._lost += call != self._start  # nothing is lost yet if the start fails
                 self._report(f"failed ({type(error).__name__}: {_first_line(error)})")
             return False
         finally:
