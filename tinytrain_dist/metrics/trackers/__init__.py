@@ -6,7 +6,6 @@ Read `base.py` first: a tracker is a class with a few methods. Then `background.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from tinytrain_dist.metrics.trackers.base import TrackedRun, Tracker
 
 # The class of each tracker of this package, and the optional library that it needs.
 CLASSES = {
-    "tensorboard": ("tinytrain_dist.metrics.trackers.tensorboard", "TensorBoardTracker", None),
+    "tensorboard": ("tinytrain_dist.metrics.trackers.tensorboard", "TensorBoardTracker", ""),
     "wandb": ("tinytrain_dist.metrics.trackers.wandb", "WandbTracker", "wandb"),
     "mlflow": ("tinytrain_dist.metrics.trackers.mlflow", "MlflowTracker", "mlflow"),
 }
@@ -61,24 +60,17 @@ def start_trackers(trackers: dict[str, Tracker], config: TrainingConfig, resumed
 
 def _create(name: str) -> Tracker:
     """Return a tracker by name. Errors: ConfigError."""
-    if name in CLASSES:
-        module, class_name, library = CLASSES[name]
-        if library and importlib.util.find_spec(library) is None:
-            raise ConfigError(
-                f"trackers: {name} needs a library that is not installed; pip install 'tinytrain_dist[{library}]', or "
-                f"take {name} off the list"
-            )
-    else:
-        module, _, class_name = name.partition(":")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # at the end, so that no file of the user hides a library
+    module, class_name, library = CLASSES.get(name) or (*name.split(":"), "")
+    if name not in CLASSES and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end, so that no file of the user hides a library
     try:
         tracker_class = getattr(importlib.import_module(module), class_name)
     except Exception as error:  # code of the user or of a library may raise anything
-        raise ConfigError(
-            f"trackers: {name} cannot be imported from {os.getcwd()} ({type(error).__name__}: {error}); fix the "
-            f"module, or take {name} off the list"
-        ) from None
+        if library and isinstance(error, ModuleNotFoundError) and error.name == library:
+            problem = f"needs a library that is not installed; pip install 'tinytrain_dist[{library}]'"
+        else:
+            problem = f"cannot be imported from {os.getcwd()} ({type(error).__name__}: {error}); fix the module"
+        raise ConfigError(f"trackers: {name} {problem}, or take {name} off the list") from None
     if not (isinstance(tracker_class, type) and issubclass(tracker_class, Tracker)):
         raise ConfigError(f"trackers: {name} is not derived from tinytrain_dist.Tracker; see docs/trackers.md")
     try:

@@ -24,6 +24,8 @@ class TrackerState:
         state = {} if run.is_new else read_json_object(self._path)
         self.id = str(state.get("id") or "")
         self.service = str(state.get("service") or "")
+        rows = state.get("rows")
+        self._rows = rows if is_whole_number(rows) else 0
         steps = state.get("last_steps")
         steps = steps if self.id and isinstance(steps, dict) else {}
         # by group: training and evaluation log different tags at the same step
@@ -38,7 +40,7 @@ class TrackerState:
     def begin(self, run_id: str, service: str = "") -> None:
         """Keep the ID of the tracker's run. service: where the run is. Another run or service begins without steps."""
         if (run_id, service) != (self.id, self.service):
-            self._last_steps, self._sent_before = {}, {}
+            self._last_steps, self._sent_before, self._rows = {}, {}, 0
         self.id, self.service = run_id, service
         self._write()
 
@@ -50,6 +52,12 @@ class TrackerState:
             self._write()
         return new
 
+    def next_row(self) -> int:
+        """Return 0, 1, 2, ... over all processes of this run, for services that order points by such a number."""
+        self._rows += 1
+        self._write()
+        return self._rows - 1
+
     def describe_repeated(self, run: TrackedRun, service: str) -> str:
         """Return a sentence on the steps that are computed again after a resume; "" if there are none."""
         if self.last_step <= run.resumed_step:
@@ -60,7 +68,7 @@ class TrackerState:
         )
 
     def _write(self) -> None:
-        state = {"id": self.id, "service": self.service, "last_steps": self._last_steps}
+        state = {"id": self.id, "service": self.service, "rows": self._rows, "last_steps": self._last_steps}
         write_atomically(self._path, state)
 
 

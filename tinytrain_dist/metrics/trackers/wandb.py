@@ -20,6 +20,7 @@ from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS
 PROJECT = "tinytrain"  # unless WANDB_PROJECT is set
 INIT_SECONDS = 60.0  # then the run is kept offline
 UPLOAD_SECONDS = 30.0  # to wait for the last points at the end
+FLUSH_SECONDS = 1.0  # a killed process loses at most the points of this many seconds
 
 
 class WandbTracker(Tracker):
@@ -62,6 +63,15 @@ class WandbTracker(Tracker):
 
     def _init(self, run: TrackedRun, run_id: str, mode: Any) -> None:
         """Open the run. mode: None for the one of the environment."""
+        settings = wandb.Settings(
+            allow_val_change=True,  # a resume may change settings
+            console="off",  # the run's output is not wandb's
+            silent=True,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=UPLOAD_SECONDS,
+        )
+        if hasattr(settings, "x_transaction_log_flush_interval"):  # not public, and 15 seconds by default
+            settings.x_transaction_log_flush_interval = FLUSH_SECONDS
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             id=run_id,
@@ -71,29 +81,23 @@ class WandbTracker(Tracker):
             resume=None if mode else "allow",  # offline, wandb cannot know whether the run exists
             mode=mode,
             reinit="create_new",  # leave alone the runs of a program that uses wandb itself
-            settings=wandb.Settings(
-                allow_val_change=True,  # a resume may change settings
-                console="off",  # the run's output is not wandb's
-                silent=True,
-                init_timeout=INIT_SECONDS,
-                finish_timeout=UPLOAD_SECONDS,
-            ),
+            settings=settings,
         )
 
     def log_numbers(self, step: int, numbers: dict[str, float], time: float) -> None:
         """Add a point to each number's chart."""
         new = self._state.unsent(step, numbers)
         if new:
-            self._run.log({"step": step, **new})
+            self._log(step, new)
 
     def log_histogram(self, step: int, tag: str, values: list[float]) -> None:
         """Add the distribution of `values`."""
         if self._state.unsent(step, {tag: 0.0}):
-            self._run.log({"step": step, tag: wandb.Histogram(values)})
+            self._log(step, {tag: wandb.Histogram(values)})
 
     def log_event(self, step: int, kind: str, text: str, time: float) -> None:
         """Add a dot in the row of its kind, and the text."""
-        self._run.log({"step": step, f"events/{kind}": EVENT_ROWS.get(kind, 0), f"event_texts/{kind}": text})
+        self._log(step, {f"events/{kind}": EVENT_ROWS.get(kind, 0), f"event_texts/{kind}": text})
 
     def log_text(self, step: int, tag: str, text: str) -> None:
         """Add a text to the configuration of the run."""
@@ -104,7 +108,7 @@ class WandbTracker(Tracker):
         if self._state.unsent(step, {"samples": 0.0}):
             rows = [[step, prompt, continuation] for prompt, continuation in texts]
             table = wandb.Table(columns=["step", "prompt", "continuation"], data=rows)
-            self._run.log({"step": step, "samples": table})
+            self._log(step, {"samples": table})
 
     def finish(self, status: Status) -> None:
         """End the run, and the process that wandb has started, unless the program has runs of its own."""
@@ -112,3 +116,7 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=1 if status == "failed" else 0)
         if wandb.run is None:
             wandb.teardown()
+
+    def _log(self, step: int, row: dict[str, Any]) -> None:
+        """Add a row to the history. wandb counts rows from 0 in each process that is offline, so they are numbered."""
+        self._run.log({"step": step, **row}, step=self._state.next_row(), commit=True)
