@@ -28,7 +28,9 @@ def warnings(capsys):
 
 
 def failures(folder):
-    return [record["text"] for record in records(folder / "logs" / "metrics.jsonl") if record["kind"] == "tracker_failed"]
+    return [
+        record["text"] for record in records(folder / "logs" / "metrics.jsonl") if record["kind"] == "tracker_failed"
+    ]
 
 
 def test_a_tracker_gets_all_points_in_order_in_its_own_thread(tmp_path, open_log, capsys):

@@ -58,6 +58,7 @@ class WandbTracker(Tracker):
                 why = "there is no API key, see `wandb login`"
             except Exception as error:  # there may be no network on this node
                 why = f"the service cannot be used ({type(error).__name__}: {error})".splitlines()[0]
+                wandb.teardown()  # the ID of the run is in use otherwise
         self._init(run, run_id, "offline")
         return f"{why}, so the run is kept offline; upload it with: wandb sync {run.folder}/offline-run-*-{run_id}"
 
