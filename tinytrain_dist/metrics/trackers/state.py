@@ -25,7 +25,7 @@ class TrackerState:
         self.id = str(state.get("id") or "")
         self.service = str(state.get("service") or "")
         rows = state.get("rows")
-        self._rows = rows if is_whole_number(rows) else 0
+        self._rows: int = rows if rows is not None and is_whole_number(rows) else 0
         steps = state.get("last_steps")
         steps = steps if self.id and isinstance(steps, dict) else {}
         # by group: training and evaluation log different tags at the same step
