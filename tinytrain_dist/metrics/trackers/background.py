@@ -97,7 +97,7 @@ class BackgroundSink:
         self.name = name
         self._tracker = tracker
         self._run = run
-        self._changed = threading.Condition()  # guards everything below; no call of the tracker is made under it
+        self._changed = threading.Condition()  # guards what is below, except _busy_since; no call is made under it
         self._waiting: deque[Call] = deque()
         self._ending: Status | None = None  # set by `end`
         self._started = threading.Event()  # or failed to
@@ -118,7 +118,8 @@ class BackgroundSink:
     def send(self, call: Call) -> None:
         """Put a call into the queue, or drop it if the queue is full."""
         with self._changed:
-            if self._busy_since is not None and time.monotonic() - self._busy_since > UNRESPONSIVE_SECONDS:
+            busy_since = self._busy_since  # read once, because the thread sets it to None at any time
+            if busy_since is not None and time.monotonic() - busy_since > UNRESPONSIVE_SECONDS:
                 self._report(f"has not answered for {UNRESPONSIVE_SECONDS:g} s")
             if not self._usable:
                 self._lost += 1
