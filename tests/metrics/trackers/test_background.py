@@ -10,6 +10,7 @@ from tests.helpers.trackers import Blocking, Raising, Recorder, Unstartable
 from tinytrain_dist.metrics import run_log
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.trackers import background
+from tinytrain_dist.metrics.trackers.base import TrackedRun
 
 
 @pytest.fixture
@@ -147,3 +148,24 @@ def test_a_full_disk_does_not_keep_points_from_a_tracker(open_log):
     log.train(1, values(1.0), GROUPS, WORK)
     log.close()
     assert ("numbers", 1, 1.0) in tracker.calls
+
+
+def test_a_tracker_may_become_idle_while_it_is_examined(tmp_path):
+    class Sink(background.BackgroundSink):
+        reads = 0
+
+        @property
+        def _busy_since(self):
+            self.reads += 1
+            return 0.0 if self.reads == 1 else None  # None from the second time on
+
+        @_busy_since.setter
+        def _busy_since(self, value):
+            pass
+
+    tracker = Recorder()
+    sink = Sink("own", tracker, TrackedRun("run", tmp_path, tmp_path, {}, "", 0, False))
+    sink.send(lambda tracker: tracker.flush())
+    sink.end("finished")
+    sink.join(time.monotonic() + 60)
+    assert tracker.calls[1:] == [("flush",), ("finish", "finished")]
