@@ -22,7 +22,6 @@ from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS
 from tinytrain_dist.utils.json_files import to_json
 
 EXPERIMENT = "tinytrain"  # unless MLFLOW_EXPERIMENT_NAME is set
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # MLflow shows the page of training runs
 DATABASE = "mlflow.db"
 # The most that a server accepts in one request.
 MAX_METRICS, MAX_PARAMS, MAX_TAG_LENGTH = 1000, 100, 8000
@@ -71,7 +70,7 @@ class MlflowTracker(Tracker):
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return str(self._client.create_experiment(name, artifacts, tags=EXPERIMENT_TAGS))
+                return str(self._client.create_experiment(name, artifact_location=artifacts))
             except MlflowException:  # another run may have created it just now
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:
