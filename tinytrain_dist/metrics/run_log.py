@@ -162,7 +162,7 @@ class RunLog:
                 sink.end(status)
         for sink in self._sinks:
             sink.join(deadline)
-        self._report_trackers()
+        self._report_trackers(silent=status == "failed")
         with self._surviving_disk_errors():
             self._file.close()
 
