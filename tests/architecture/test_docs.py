@@ -26,6 +26,7 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the sh
     "launch/local.sh": {"nproc"},
     "launch/test.sh": {"fast"},
     "tensorboard": {"logdir"},
+    "mlflow": {"backend_store_uri"},
 }
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
