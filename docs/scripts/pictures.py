@@ -37,7 +37,7 @@ STYLE = """
 """
 
 LEAVES = 8
-LAYOUTS = [("1 process", 1, 1), ("DDP, 2 ranks", 2, 1), ("FSDP, 4 ranks", 1, 4), ("HSDP, 2 × 2 ranks", 2, 2)]
+LAYOUTS = [("1 process", 1, 1), ("DDP, 2 ranks", 2, 1), ("FSDP, 4 ranks", 1, 4), ("HSDP, 2 x 2 ranks", 2, 2)]
 
 
 def svg(width: int, height: int, title: str, shapes: list[str]) -> str:
