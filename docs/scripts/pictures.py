@@ -80,7 +80,7 @@ def rank_of_micro_batch(replicate: int, shard: int) -> list[int]:
 def reduction_tree() -> str:
     """Return the picture of the order in which the gradients of eight micro-batches are added."""
     left, gap, leaf_y = 190, 66, 250
-    centers = [[left + gap * leaf for leaf in range(LEAVES)]]
+    centers = [[float(left + gap * leaf) for leaf in range(LEAVES)]]
     while len(centers[-1]) > 1:
         below = centers[-1]
         centers.append([(a + b) / 2 for a, b in zip(below[::2], below[1::2], strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import tinytrain_dist
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -81,3 +84,14 @@ def test_an_unknown_name_in_the_reference_fails_the_build(tmp_path: Path) -> Non
     done = build(tmp_path)
     assert done.returncode != 0
     assert "tinytrain_dist.nowhere could not be found" in done.stdout, done.stdout
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: tinytrain_dist\.(\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(tinytrain_dist.__all__)
+    built = html_of(site, ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in tinytrain_dist.__all__:
+        assert f'id="tinytrain_dist.{name}"' in built
+        description = (getattr(tinytrain_dist, name).__doc__ or "").splitlines()[0].split("`")[0].strip()
+        assert description in html.unescape(re.sub(r"<[^>]+>", "", built)), f"the reference of {name} has no description"
