@@ -167,7 +167,7 @@ class Measurement:
         """Time async_save of torch.distributed.checkpoint; it computes no digests and gathers nothing."""
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
-        from tinytrain_dist.checkpoint.state import model_tensors, optimizer_tensors
+        from tinytrain_dist.checkpoint.state_collection import model_tensors, optimizer_tensors
 
         model, optimizer = self.trainer.train_step.model, self.trainer.train_step.optimizer
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)[0]}

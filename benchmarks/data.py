@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tinytrain_dist.data.sampling import window_starts
 from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.data.token_file import load_token_dataset, read_windows
+from tinytrain_dist.data.window_sampling import window_starts
 
 
 def _sparse(path: Path, tokens: int) -> Path:

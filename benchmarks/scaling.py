@@ -46,9 +46,9 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from tinytrain_dist.checkpoint.state import collect_shards
+    from tinytrain_dist.checkpoint.state_collection import collect_shards
     from tinytrain_dist.config.schema import TrainingConfig
-    from tinytrain_dist.data.sampling import window_starts
+    from tinytrain_dist.data.window_sampling import window_starts
     from tinytrain_dist.distributed.batch_plan import BatchPlan
     from tinytrain_dist.distributed.parallel_dims import ParallelDims
     from tinytrain_dist.model.transformer import TransformerLM

@@ -8,8 +8,8 @@
 set -euo pipefail
 self=${BASH_SOURCE[0]}
 [ ! -L "$self" ] || self=$(command readlink -f -- "$self")
-# shellcheck source=launch/preamble.sh
-. "$(command dirname -- "$self")/preamble.sh"
+# shellcheck source=tinytrain_dist/launch/preamble.sh
+. "$(command dirname -- "$self")/../tinytrain_dist/launch/preamble.sh"
 
 case "${1:-}" in -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;; esac
 cd -- "$root"

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors find the names here; at run time __getattr__ imports them
-    from tinytrain_dist.checkpoint.save_load import load_checkpoint as load_checkpoint
-    from tinytrain_dist.checkpoint.save_load import save_checkpoint as save_checkpoint
+    from tinytrain_dist.checkpoint.own_training_loop import load_checkpoint as load_checkpoint
+    from tinytrain_dist.checkpoint.own_training_loop import save_checkpoint as save_checkpoint
     from tinytrain_dist.config.loading import load_config as load_config
     from tinytrain_dist.config.schema import TrainingConfig as TrainingConfig
     from tinytrain_dist.data.batches import get_batch as get_batch
@@ -59,8 +59,8 @@ _HOME = {  # the module that defines each public name
     "apply_ddp": "parallel.wrappers",
     "apply_fsdp": "parallel.wrappers",
     "gather_full_state_dict": "parallel.wrappers",
-    "save_checkpoint": "checkpoint.save_load",
-    "load_checkpoint": "checkpoint.save_load",
+    "save_checkpoint": "checkpoint.own_training_loop",
+    "load_checkpoint": "checkpoint.own_training_loop",
     "Trainer": "training.trainer",
 }
 __all__ = sorted(_HOME)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from tinytrain_dist.launch.elastic_agent import main
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 if __name__ == "__main__":
     keep_output_from_failing()

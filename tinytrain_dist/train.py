@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tinytrain_dist.reliability.start_marks import begin_start
 from tinytrain_dist.reliability.stop_requests import install_signal_handlers
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 
 def main() -> NoReturn:
@@ -20,9 +20,9 @@ def main() -> NoReturn:
     install_signal_handlers()  # before torch is imported: that takes seconds, in which a signal would kill this process
     begin_start()
     keep_output_from_failing()
-    from tinytrain_dist.launch.worker import main as run_worker
+    from tinytrain_dist.launch.rank_program import main as run_rank
 
-    run_worker(sys.argv[1:])
+    run_rank(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import nn
 from tinytrain_dist.checkpoint import async_save
 from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveThread
 from tinytrain_dist.checkpoint.manifest import Manifest
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.errors import CheckpointError
 
 

@@ -33,11 +33,11 @@ from tinytrain_dist.cli.sample import end_id, load_tokenizer
 from tinytrain_dist.cli.status import status
 from tinytrain_dist.config.loading import load_config, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.token_bytes import bytes_per_token
+from tinytrain_dist.data.bytes_per_token import bytes_per_token
 from tinytrain_dist.data.token_file import load_token_dataset
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.metrics.run_log import truncate_records
-from tinytrain_dist.model.hf_config import check_hf_config
+from tinytrain_dist.model.huggingface_config import check_hf_config
 from tinytrain_dist.reliability.error_report import read_abort_request, read_and_clear_error, write_error
 from tinytrain_dist.reliability.run_lock import RunLock
 

@@ -14,7 +14,7 @@ from tinytrain_dist import CheckpointError
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, present_rules, read_trainer_state
 from tinytrain_dist.checkpoint.manifest import quick_problems
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.config.run_folder import open_run
 
 

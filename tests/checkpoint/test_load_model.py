@@ -10,7 +10,7 @@ import torch
 from tinytrain_dist import CheckpointError, TransformerLM
 from tinytrain_dist.checkpoint import load_model
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 
 
 @pytest.fixture(scope="module")

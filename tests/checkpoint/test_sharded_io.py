@@ -11,7 +11,7 @@ from torch import nn
 from tinytrain_dist import CheckpointError, TrainingError
 from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.sharded_io import check_same_tensors, read_checkpoint, write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.checkpoint.verify import find_damage
 
 

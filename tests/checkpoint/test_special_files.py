@@ -13,7 +13,7 @@ from tinytrain_dist.checkpoint import discovery, manifest, verify
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.config.run_folder import MANIFEST_FILE, TRAINER_STATE_FILE
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.model.hf_config import check_hf_config
+from tinytrain_dist.model.huggingface_config import check_hf_config
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers.ranks import AGENT, launch_training, run_ranks
 from tests.helpers.training import settings_for
-from tinytrain_dist.cli import doctor, network_checks, speed_checks
+from tinytrain_dist.cli import doctor
+from tinytrain_dist.cli.doctor_checks import network, speed
 from tinytrain_dist.reliability import rank_consistency
 
 
@@ -22,12 +23,12 @@ def examine(args: list[str], slow_rank: int | None = None, broken: str = "") -> 
     import io
 
     rank = int(os.environ["RANK"])
-    speed_checks.MIB = 1024
+    speed.MIB = 1024
     rank_consistency.usable_cores = lambda: set(range(8))
-    speed_checks.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
-    speed_checks.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
+    speed.matmul_rate = lambda *_: 3e9 if rank == slow_rank else 1e10  # type: ignore[assignment]
+    speed.best_seconds = lambda action, *_: (action(), 1e-3)[1]  # type: ignore[assignment]
     if broken == "port" and rank == 0:
-        network_checks.try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
+        network.try_peers = lambda host, _: [f"network: {host} cannot reach node2"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = doctor.main(args)
@@ -92,20 +93,20 @@ def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: 
     options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
     done = launch_training(["--timeout", "0"], 2, tmp_path, script=module, **options)
     assert done.returncode == 2
-    assert done.stdout.count("must be greater than 0 seconds") == 1, done.stdout
+    assert done.stdout.count("not greater than 0") == 1, done.stdout
     assert done.stdout.splitlines()[-2:] == [
-        "error: 1 problem in the command line",
-        "  --timeout 0 must be greater than 0 seconds; --help explains the arguments",
+        "error: 1 problem in the arguments of `tinytrain doctor`",
+        "  --timeout: 0 is not greater than 0; give the seconds to wait",
     ]
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--nodes", "2"], "must be given together"),
-        (["--nodes", "2", "--node", "2", "--head", "a:1"], "must be in 0 .. 1"),
+        (["--nodes", "2"], "only some of them are set; give all three"),
+        (["--nodes", "2", "--node", "2", "--head", "a:1"], "--node: 2 is not the number of a node; give 0 .. 1"),
         (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
-        (["--timeout", "0"], "must be greater than 0 seconds"),
+        (["--timeout", "0"], "not greater than 0; give the seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),
         (["no-such-file.toml"], "cannot be read"),
     ],

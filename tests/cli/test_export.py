@@ -15,9 +15,9 @@ from tests.helpers.tools import TEXT, Cli, flip_bit, newest, weights_file
 from tests.helpers.training import TINY
 from tinytrain_dist import TrainingConfig, TransformerLM
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli import sample
-from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.model.huggingface_config import to_hf_config
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -9,9 +9,9 @@ import torch
 
 from tests.helpers.tools import Cli, flip_bit, newest, weights_file
 from tests.helpers.training import in_older_format
-from tinytrain_dist.checkpoint import digests
+from tinytrain_dist.checkpoint import state_digests as digests
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 
 
 def test_the_hash_does_not_depend_on_files(tinytrain: Cli, folder: Path) -> None:

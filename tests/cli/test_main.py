@@ -13,8 +13,10 @@ from tinytrain_dist.cli import ls, main
 
 
 def test_every_verb_has_an_entry() -> None:
-    for module, _, entry in (home.partition(":") for home, _ in main.VERBS.values()):
-        assert callable(getattr(import_module(module), entry))
+    for verb in main.VERBS.values():
+        module = import_module(verb.module_name())
+        assert callable(module.main)
+        assert callable(getattr(module, verb.arguments))
 
 
 def test_an_unknown_verb_gets_the_nearest(tinytrain: Cli) -> None:

@@ -75,8 +75,8 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
     ("args", "sentence"),
     [
         (("--device", "h10"), "device: 'h10' is unknown; the nearest names are h100"),
-        (("--nodes", "0"), "--nodes: '0' must be a whole number, at least 1"),
-        (("--devices-per-node", "three"), "--devices-per-node: 'three' must be a whole number"),
+        (("--nodes", "0"), "--nodes: 0 must be at least 1"),
+        (("--devices-per-node", "three"), "--devices-per-node: got 'three'; give a number"),
         (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),
         (("--devices-per-node", "4", "--parallel", "none"), "parallel: none runs on 1 process, but there are 4"),
         (("--micro-batch-siz", "4"), "micro_batch_siz: unknown setting; did you mean micro_batch_size?"),

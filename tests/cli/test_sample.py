@@ -14,7 +14,7 @@ from tests.helpers.tools import EOS, TEXT, Cli, flip_bit, newest, weights_file
 from tests.helpers.training import TINY
 from tinytrain_dist.checkpoint import discovery, load_model
 from tinytrain_dist.checkpoint.sharded_io import write_checkpoint
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
 
 
 def test_the_same_seed_gives_the_same_text(tinytrain: Cli, folder: Path) -> None:

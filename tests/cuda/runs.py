@@ -163,7 +163,7 @@ def losses_fp8(context: Any, folder: Path) -> list[float]:
 def copies_on_the_host(context: Any, folder: Path) -> dict[str, tuple[bool, bool]]:
     """By tensor: whether its copy on the host is pinned, and whether it is equal."""
     from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers
-    from tinytrain_dist.checkpoint.state import collect_shards
+    from tinytrain_dist.checkpoint.state_collection import collect_shards
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 7)).to(DEVICE)

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.helpers.threads import TIMEOUT_SECONDS, call_in_time
 from tests.helpers.token_files import save_tokens
 from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
-from tinytrain_dist.data.sampling import window_starts
 from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
 # --- random windows ------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.token_files import mapped_mib, needs_linux_memory_figures, save_sparse_tokens, save_tokens
-from tinytrain_dist.data.sampling import window_starts
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 from tinytrain_dist.data.token_file import read_windows
+from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
 CONTEXT_LEN = 7

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.model.huggingface_config import to_hf_config
 from tinytrain_dist.model.transformer import TransformerLM
 
 # The vocabulary is a prime, so that code cannot rely on its divisors.

@@ -1,6 +1,6 @@
 """Run a real Slurm for tests: start the cluster of tests/helpers/slurm, submit jobs, and wait for their end.
 
-Jobs run a copy of the checkout, with tests/helpers/slurm/train.py in place of launch/train.py.
+Jobs run a copy of the checkout, with tests/helpers/slurm/train.py in place of tinytrain_dist/train.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Cluster:
         self.state, self.code = folder / "state", folder / "code"
         for part in ("launch", "tinytrain_dist", "slurm", "configs"):
             shutil.copytree(REPOSITORY / part, self.code / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(SCRIPTS / "train.py", self.code / "launch" / "train.py")
+        shutil.copyfile(SCRIPTS / "train.py", self.code / "tinytrain_dist" / "train.py")
         self.env: dict[str, str] = {}
         self.start()
 
@@ -101,7 +101,7 @@ class Cluster:
         """Return the command lines of all processes on a node, without those of Slurm itself."""
         listing = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline && echo; done 2>/dev/null"
         lines = self("on", node, "bash", "-c", listing, check=False).stdout.splitlines()
-        return [line for line in lines if "python" in line or "node.sh" in line or "train.sbatch" in line]
+        return [line for line in lines if "python" in line or "train.sbatch" in line]
 
     def signal(self, node: str, name: str, pattern: str) -> None:
         """Send a signal to the processes of a node whose command line matches; [x]y does not match this command."""

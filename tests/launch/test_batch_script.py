@@ -63,8 +63,10 @@ def test_batch_script_in_a_container_with_apptainer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     prefix = f"apptainer exec --bind {REPOSITORY},{REPOSITORY},/data --pwd {REPOSITORY} image.sif"
     first, step, second = asked.splitlines()
-    assert first == f"{prefix} {sys.executable} {REPOSITORY}/launch/submit.py --print-run {config}"
-    assert step.startswith(f"srun --kill-on-bad-exit=1 --cpus-per-task=2 {prefix} {REPOSITORY}/launch/node.sh {config}")
+    assert first == f"{prefix} {sys.executable} -P -m tinytrain_dist.launch.slurm_job --peer  {config}"
+    assert step.startswith(f"srun --kill-on-bad-exit=1 --cpus-per-task=2 {prefix} bash -c trap")
+    assert f"{sys.executable} -P -m tinytrain_dist train --slurm --head 127.0.0.1:" in step
+    assert step.endswith(config)
     assert second == step.removeprefix("srun --kill-on-bad-exit=1 --cpus-per-task=2 ")
     assert "done at step 2, began at 0" in done.stdout
 
@@ -80,9 +82,9 @@ def test_batch_script_in_a_container_with_pyxis_and_a_deadline(tmp_path: Path) -
     options += f"--container-mounts={REPOSITORY}:{REPOSITORY},{REPOSITORY}:{REPOSITORY}"
     first, step, requeue = asked.splitlines()
     assert first.startswith(
-        f"srun --nodes=1 --ntasks=1 {options} {sys.executable} {REPOSITORY}/launch/submit.py --print-run"
+        f"srun --nodes=1 --ntasks=1 {options} {sys.executable} -P -m tinytrain_dist.launch.slurm_job --peer"
     )
-    assert step.startswith(f"srun --kill-on-bad-exit=1 --cpus-per-task=2 {options} {REPOSITORY}/launch/node.sh")
+    assert step.startswith(f"srun --kill-on-bad-exit=1 --cpus-per-task=2 {options} bash -c trap")
     assert requeue == "requeue"
     assert "15 s left" in done.stdout
     assert "preempted (time_limit)" in done.stdout

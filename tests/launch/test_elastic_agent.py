@@ -233,7 +233,7 @@ import os, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from tinytrain_dist.reliability import stop_requests
 stop_requests.install_signal_handlers()
-from tinytrain_dist.launch import worker
+from tinytrain_dist.launch import rank_program
 from tinytrain_dist.training import train_step
 build = train_step.build_model
 def build_or_die(*arguments, **rest):
@@ -241,7 +241,7 @@ def build_or_die(*arguments, **rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return build(*arguments, **rest)
 train_step.build_model = build_or_die
-sys.exit(worker.main(sys.argv[1:]))
+sys.exit(rank_program.main(sys.argv[1:]))
 """
 
 

@@ -32,14 +32,18 @@ SETTINGS = {
     "TMPDIR": "/nonexistent/a b",
 }
 # In place of Python: it makes environments that contain itself, and writes down how pip is called.
-FAKE_PYTHON = """#!/bin/sh
+FAKE_PYTHON = """#!/bin/bash
 case "$*" in
     *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     *"-m pip"*)
         echo "$* target=$PIP_TARGET user=$PIP_USER virtualenv=$PIP_REQUIRE_VIRTUALENV path=$PYTHONPATH" >>"$CALLS"
         case "$*" in *+cpu*) echo "ERROR: $PIP_SAYS" >&2 && exit 1 ;; esac
         ;;
-    *--version*) echo "Python 3.12" ;;
+    *launch/environment.py*)
+        # the real script, which takes this program for the Python that runs it
+        exec "$REAL_PYTHON" -c "import runpy, sys; sys.executable = '$0'; sys.argv = ['environment.py', *sys.argv[1:]]
+runpy.run_path('$2', run_name='__main__')" "${@:3}"
+        ;;
     *importlib*) exit 1 ;;
 esac
 exit 0
@@ -66,7 +70,7 @@ def test_the_scripts_find_their_checkout_whatever_the_shell_is_told(tmp_path: Pa
             )
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
-        assert str(REPOSITORY / "launch" / "train.py") in outputs[0]
+        assert "tinytrain_dist.train" in outputs[0]
         assert outputs[1:] == outputs[:1] * 2
 
 
@@ -89,6 +93,7 @@ def test_outputs_that_cannot_be_written_and_the_umask_do_not_end_a_run(tmp_path:
 def test_setup_ignores_settings_of_pip_and_shows_its_errors(tmp_path: Path, error: str) -> None:
     checkout = tmp_path / "a checkout"
     shutil.copytree(REPOSITORY / "launch", checkout / "launch")
+    shutil.copytree(REPOSITORY / "tinytrain_dist" / "launch", checkout / "tinytrain_dist" / "launch")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, checkout / name)
     (tmp_path / "bin").mkdir()
@@ -108,12 +113,14 @@ def test_setup_ignores_settings_of_pip_and_shows_its_errors(tmp_path: Path, erro
             **settings,
             "CALLS": str(tmp_path / "calls"),
             "PIP_SAYS": error,
+            "REAL_PYTHON": sys.executable,
         },
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert (tmp_path / "calls").exists(), done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert all(call.endswith(" target= user=0 virtualenv= path=") for call in calls), calls
     assert f"ERROR: {error}" in done.stderr
@@ -130,6 +137,7 @@ def test_setup_ignores_settings_of_pip_and_shows_its_errors(tmp_path: Path, erro
 def test_quickstart_goes_on_when_nothing_can_be_printed(tmp_path: Path) -> None:
     checkout = tmp_path / "a checkout"
     shutil.copytree(REPOSITORY / "launch", checkout / "launch")
+    shutil.copytree(REPOSITORY / "tinytrain_dist" / "launch", checkout / "tinytrain_dist" / "launch")
     (checkout / ".venv" / "bin").mkdir(parents=True)
     for script in ("launch/setup.sh", "launch/local.sh", ".venv/bin/tinytrain"):
         (checkout / script).write_text('#!/bin/sh\necho "$0" >>"$CALLS"\n')

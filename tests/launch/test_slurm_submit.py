@@ -63,7 +63,7 @@ def refusal(*args: object) -> str:
 
 
 GOLDEN = """\
-# ---- filled in by launch/submit.py
+# ---- filled in by tinytrain submit
 #SBATCH --job-name=run
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node={tasks}
@@ -187,7 +187,7 @@ def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Pa
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     (checkout / "slurm" / "env.sh").write_text("export NCCL_DEBUG=INFO\n")
-    (checkout / "launch" / "train.py").write_text("changed and not committed\n")
+    (checkout / "tinytrain_dist" / "train.py").write_text("changed and not committed\n")
     (checkout / "tinytrain_dist" / "new.py").write_text("not added yet\n")
     (checkout / "data").mkdir()
     (checkout / "data" / "huge.npy").write_text("not code")
@@ -196,8 +196,8 @@ def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Pa
     folder = tmp_path / "run" / "submitted" / "1"
     assert "job 77: 1 run(s)" in done.stdout
     assert (folder / "job_id").read_text() == "77\n"
-    (checkout / "launch" / "train.py").write_text("changed again\n")
-    assert (folder / "code" / "launch" / "train.py").read_text() == "changed and not committed\n"
+    (checkout / "tinytrain_dist" / "train.py").write_text("changed again\n")
+    assert (folder / "code" / "tinytrain_dist" / "train.py").read_text() == "changed and not committed\n"
     assert (folder / "code" / "tinytrain_dist" / "new.py").exists()
     assert (folder / "code" / "slurm" / "env.sh").exists()
     assert not (folder / "code" / "data").exists()
@@ -213,7 +213,7 @@ def test_follow_shows_the_log_to_the_end(config: Path, slurm: Path) -> None:
     done = submit(config, *USUAL, "--follow", path=slurm)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("hello from the job\n") == 2
-    assert done.stdout.endswith("submit.py: job 77 has ended: COMPLETED\n")
+    assert done.stdout.endswith("job 77 has ended: COMPLETED\n")
 
 
 def test_what_slurm_refuses_leaves_nothing_behind(config: Path, slurm: Path, tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def test_the_quickstart_passes_a_stop_request_on_and_waits(tmp_path: Path, name:
         path.write_text(FAKE_COMMAND)
         path.chmod(0o755)
     script = checkout / "launch" / "quickstart.sh"
-    for name_of_script in (script.name, "preamble.sh"):
-        shutil.copy(REPOSITORY / "launch" / name_of_script, script.parent)
+    (checkout / "tinytrain_dist" / "launch").mkdir(parents=True)
+    for path in ("launch/quickstart.sh", "tinytrain_dist/launch/preamble.sh"):
+        shutil.copy(REPOSITORY / path, checkout / path)
     with in_terminal(["bash", script], tmp_path, tmp_path / "log") as terminal:
         terminal.wait_for_output("trains")
         if name == "SIGHUP":

@@ -17,7 +17,7 @@ from tests.helpers.models import KINDS, SMALL, random_model, some_ids, write_fol
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import RotaryEmbedding
-from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.model.huggingface_config import to_hf_config
 from tinytrain_dist.model.layers import SwiGLU
 from tinytrain_dist.model.transformer import TransformerBlock, TransformerLM
 

@@ -14,8 +14,8 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import TINY, VOCABULARY, Run, train
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.sampling import EVAL_STREAM
 from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.errors import TinytrainError
 
 pytestmark = pytest.mark.multiprocess

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.helpers.tensors import positional, some
 from tinytrain_dist.optim import adamw
-from tinytrain_dist.optim.adamw import AdamW, weight_decay_groups
+from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.clipping import clip_gradients
 
 
@@ -242,23 +242,6 @@ def test_a_transposed_parameter_is_updated_in_place(shape):
     run(AdamW([viewed], lr=0.1), [viewed], [[g] for g in grads])
     assert not viewed.is_contiguous()
     assert torch.equal(viewed.detach(), expected.detach())
-
-
-def test_decay_groups_put_matrices_apart_from_vectors():
-    model = nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 5))
-    groups = weight_decay_groups(model, 0.1)
-    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
-        (0.1, [(5, 3), (5, 3)]),
-        (0.0, [(3,), (3,), (5,)]),
-    ]
-
-
-def test_decay_groups_leave_out_frozen_and_count_tied_weights_once():
-    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(3, 3, bias=False))
-    model[1].weight = model[0].weight
-    model[2].weight.requires_grad_(False)
-    groups = weight_decay_groups(model, 0.1)
-    assert [len(group["params"]) for group in groups] == [1]  # and no empty group
 
 
 def test_the_kernel_divides_the_gradients_by_the_scale_and_keeps_the_quotients():

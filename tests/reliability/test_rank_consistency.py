@@ -86,7 +86,7 @@ def test_with_two_ranks_the_value_of_rank_0_counts_as_usual() -> None:
 def test_run_with_different_settings_on_its_ranks_does_not_start(tmp_path: Path) -> None:
     script = tmp_path / "odd.py"
     script.write_text(
-        "import os, sys\nfrom tinytrain_dist.launch.worker import main\n"
+        "import os, sys\nfrom tinytrain_dist.launch.rank_program import main\n"
         "main([*sys.argv[1:], '--seed', os.environ['RANK']])\n"
     )
     settings = settings_for(tmp_path, "run")

@@ -23,7 +23,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from tinytrain_dist.reliability import stop_requests
 stop_requests.install_signal_handlers()
 from tinytrain_dist.data.token_dataset import TokenDataset
-from tinytrain_dist.launch import worker
+from tinytrain_dist.launch import rank_program
 read, calls = TokenDataset.read, []
 def read_or_hang(*arguments):
     calls.append(1)
@@ -31,7 +31,7 @@ def read_or_hang(*arguments):
         threading.Event().wait()
     return read(*arguments)
 TokenDataset.read = read_or_hang
-sys.exit(worker.main(sys.argv[1:]))
+sys.exit(rank_program.main(sys.argv[1:]))
 """
 
 
@@ -85,7 +85,7 @@ def test_a_rank_that_waits_to_join_ends_at_its_limit_or_at_a_signal(tmp_path: Pa
         "[os.environ.pop(name) for name in list(os.environ) if name.startswith('TORCHELASTIC')]\n"
         "from tinytrain_dist.reliability import stop_requests\n"
         "stop_requests.install_signal_handlers()\n"
-        "from tinytrain_dist.launch.worker import main\n"
+        "from tinytrain_dist.launch.rank_program import main\n"
         "main(sys.argv[1:])\n"
     )
     heartbeat = tmp_path / "run" / "logs" / "heartbeat" / "rank-00000.json"

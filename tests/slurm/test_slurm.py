@@ -197,7 +197,7 @@ def test_crash_after_progress_is_requeued_but_not_twice_at_one_step(cluster: Clu
 def test_scancel_saves_stays_cancelled_and_leaves_no_process(cluster: Cluster, data: Path) -> None:
     job = submit(cluster, data, "cancel", "--nodes=2", "--nodelist=node[1-2]", BRAKE=BRAKE)
     job.wait_for("step 13/")
-    assert any("train.py" in line for line in cluster.processes("node2"))
+    assert any("tinytrain_dist.train" in line for line in cluster.processes("node2"))
     cluster("scancel", job.id)
     assert job.ends() == "CANCELLED"
     wait_until(

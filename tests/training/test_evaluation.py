@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import settings_for
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.training.evaluation import EarlyStopping
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.training import settings_for
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.training.run_data import RunData, open_run_data
 

@@ -92,7 +92,7 @@ def spoiled_save(settings: dict[str, Any]) -> str:
 
 
 def differ(trainer: Any) -> None:
-    from tinytrain_dist.checkpoint.state import model_tensors
+    from tinytrain_dist.checkpoint.state_collection import model_tensors
     from tinytrain_dist.parallel.replica_check import check_replicas
 
     if trainer.context.rank == 1:
@@ -250,7 +250,7 @@ def test_checkpoint_is_a_hugging_face_model_and_can_be_started_from(tmp_path: Pa
 def logits_of(checkpoint: str, ids: torch.Tensor) -> torch.Tensor:
     from tinytrain_dist.checkpoint.safetensors_io import TensorReader
     from tinytrain_dist.checkpoint.sharded_io import load_tensors
-    from tinytrain_dist.checkpoint.state import model_tensors
+    from tinytrain_dist.checkpoint.state_collection import model_tensors
     from tinytrain_dist.model.transformer import TransformerLM
 
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())

@@ -2,8 +2,9 @@
 
 Reading order:
 
-* What is on disk: `manifest` (the format), `hashing`, `safetensors_io` (one file of tensors), `verify`.
-* What is saved, and how all ranks write and read it: `state`, `sharded_io`, `async_save`.
-* The checkpoints of one run: `compatibility`, `retention`, `checkpoint_folder`, `manager`.
-* For users of the library and for commands: `save_load`, `discovery`, `load_model`, `hf_import`, `digests`.
+* What is on disk: `manifest` (the format), `file_digests`, `safetensors_io` (one file of tensors), `verify`.
+* What is saved, and how all ranks write and read it: `state_collection`, `sharded_io`, `async_save`.
+* The checkpoints of one run: `resume_rules`, `retention`, `checkpoint_folder`, `manager`.
+* For users of the library and for commands: `own_training_loop`, `discovery`, `load_model`, `huggingface_import`,
+  `huggingface_files`, `state_digests`.
 """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.checkpoint.manifest import Manifest
-from tinytrain_dist.checkpoint.state import ShardsByKind
+from tinytrain_dist.checkpoint.state_collection import ShardsByKind
 from tinytrain_dist.distributed.shard_transfer import TensorShard
 from tinytrain_dist.errors import CheckpointError
 

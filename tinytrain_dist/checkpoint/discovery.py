@@ -30,7 +30,7 @@ from tinytrain_dist.utils.json_files import (
     parse_nonfinite,
     read_json_dict,
 )
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 
 DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.model.huggingface_config import to_hf_config
 from tinytrain_dist.utils.json_files import read_json_dict, to_json
 
 

@@ -12,7 +12,7 @@ import torch
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.manifest import read_manifest
 from tinytrain_dist.checkpoint.sharded_io import check_same_tensors, read_checkpoint
-from tinytrain_dist.checkpoint.state import model_tensors
+from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.model.transformer import TransformerLM

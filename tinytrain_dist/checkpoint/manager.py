@@ -32,7 +32,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
 )
 from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
-from tinytrain_dist.checkpoint.state import ShardsByKind, collect_shards, optimizer_tensors
+from tinytrain_dist.checkpoint.state_collection import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
@@ -40,7 +40,7 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 

@@ -27,7 +27,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, all_finite, file_digest
+from tinytrain_dist.checkpoint.file_digests import HASH_BLOCK_BYTES, all_finite, file_digest
 from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError

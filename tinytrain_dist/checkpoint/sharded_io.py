@@ -28,7 +28,7 @@ from tinytrain_dist.checkpoint.safetensors_io import (
     write_index,
     write_tensors,
 )
-from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES, ShardsByKind, model_tensors, optimizer_tensors
+from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES, ShardsByKind, model_tensors, optimizer_tensors
 from tinytrain_dist.config.run_folder import TEMPORARY_SUFFIX, TRAINER_STATE_FILE
 from tinytrain_dist.distributed import collectives, shard_transfer
 from tinytrain_dist.distributed.collectives import Group

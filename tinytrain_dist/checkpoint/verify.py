@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tinytrain_dist.checkpoint.hashing import HASH_BLOCK_BYTES, HASH_FUNCTIONS, all_finite, file_digest
+from tinytrain_dist.checkpoint.file_digests import HASH_BLOCK_BYTES, HASH_FUNCTIONS, all_finite, file_digest
 from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME, THREADS_PER_RANK, read_exactly
 from tinytrain_dist.config.run_folder import MANIFEST_FILE

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from tinytrain_dist.checkpoint.digests import TITLE_OF_KIND, state_digest, tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
+from tinytrain_dist.checkpoint.state_digests import TITLE_OF_KIND, state_digest, tensor_entries
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,
@@ -207,4 +206,4 @@ def _print_differences(name: str, values_a: dict[str, Any], values_b: dict[str, 
 
 def main(args: list[str]) -> int:
     """Run `tinytrain compare`."""
-    return tyro.cli(compare, prog="tinytrain compare", args=args)
+    return call_verb(compare, "compare", args)

@@ -1,49 +1,87 @@
 """`tinytrain doctor`: find what would go wrong with a run on this machine, or on all nodes together, before it starts.
 
 Must not know how a run is trained. It checks, measures for a few seconds, and names a remedy for each problem. Read
-`main` here, then the checks in the order in which they run: machine_checks, network_checks, cluster_checks,
-speed_checks.
+`main` here, then the checks in the order in which they run: machine, network, cluster, speed in
+`doctor_checks/`.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import socket
 import sys
 import time
-from typing import NoReturn
 
-from tinytrain_dist.cli.cluster_checks import check_ranks, check_run
-from tinytrain_dist.cli.doctor_report import Report
-from tinytrain_dist.cli.machine_checks import check_machine
-from tinytrain_dist.cli.network_checks import check_network
-from tinytrain_dist.cli.speed_checks import measure_speed
+from tinytrain_dist.cli.arguments import UsageError, parse_options
+from tinytrain_dist.cli.doctor_checks.cluster import check_ranks, check_run
+from tinytrain_dist.cli.doctor_checks.machine import check_machine
+from tinytrain_dist.cli.doctor_checks.network import check_network
+from tinytrain_dist.cli.doctor_checks.report import Report
+from tinytrain_dist.cli.doctor_checks.speed import measure_speed
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.distributed.rendezvous import Rendezvous, rendezvous, set_launcher_variables
 from tinytrain_dist.errors import ConfigError, RendezvousError, TinytrainError
 from tinytrain_dist.reliability import error_report
+from tinytrain_dist.utils.option_types import Number, Text
 from tinytrain_dist.utils.text import format_list
 
-HELP = """Find what would go wrong with a run, before it starts.
-With CONFIG.toml, also check its settings, data and run folder.
 
-On this machine alone:
-  tinytrain doctor [CONFIG.toml] [SETTINGS]
-On all devices of this machine, with one process for each:
-  python -m tinytrain_dist.agent --standalone --nproc_per_node 8 -m tinytrain_dist.cli.doctor CONFIG.toml
-On all nodes of a Slurm job (slurm/doctor.sbatch does this):
-  export MASTER_ADDR=$(scontrol show hostnames | head -n1) MASTER_PORT=29400
-  srun --ntasks-per-node=8 --cpus-per-task=8 python -m tinytrain_dist.cli.doctor CONFIG.toml
-On several nodes without a launcher: start this on each node, with --node 0 on HEAD and --node 1 on the next node:
-  tinytrain doctor CONFIG.toml --nodes 2 --node 0 --head HEAD:29400
-On several nodes with torchrun: start this on each node (checks begin when all torchrun processes have connected):
-  torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HEAD:29400 \\
+@dataclasses.dataclass(frozen=True)
+class DoctorOptions:
+    """Find what would go wrong with a run, before it starts.
+
+    With CONFIG.toml, also check its settings, data and run folder.
+
+    On this machine alone:
+
+    tinytrain doctor [CONFIG.toml] [SETTINGS]
+
+    On all devices of this machine, with one process for each:
+
+    torchrun --standalone --nproc_per_node 8 -m tinytrain_dist.cli.doctor CONFIG.toml
+
+    On all nodes of a Slurm job:
+
+    sbatch --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 5 slurm/doctor.sbatch CONFIG.toml
+
+    On several nodes without a launcher, on each node with its own number:
+
+    tinytrain doctor CONFIG.toml --nodes 2 --node 0 --head HEAD:29400
+
+    On several nodes with torchrun, on each node (the checks begin when all have connected):
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HEAD:29400 \\
     -m tinytrain_dist.cli.doctor CONFIG.toml
 
-Exit code: 0 if there is no problem, 1 if there are problems, 2 for a mistake on the command line or in CONFIG.toml.
-The bus bandwidth of an all-reduce over n ranks is 2 (n - 1) / n x bytes / seconds. It does not depend on n."""
+    Exit code: 0 if there is no problem, 1 if there are problems, 2 for a mistake on the command line or in CONFIG.toml.
+    The bus bandwidth of an all-reduce over n ranks is 2 (n - 1) / n x bytes / seconds. It does not depend on n.
+    """
+
+    timeout: float = 60.0
+    """Seconds to wait for the other ranks."""
+    nodes: Number = None
+    """Number of nodes (only without a launcher)."""
+    node: Number = None
+    """Number of this node, from 0 (only without a launcher)."""
+    head: Text = None
+    """HOST:PORT at which all nodes reach node 0 (only without a launcher)."""
+
+    def problem(self) -> str:
+        """Return what is wrong with the options, as a sentence; "" if nothing is."""
+        given = [self.nodes is not None, self.node is not None, self.head is not None]
+        if any(given) and not all(given):
+            return "--nodes, --node, --head: only some of them are set; give all three, or none"
+        if self.nodes is not None and self.nodes < 1:
+            return f"--nodes: {self.nodes} is not a number of nodes; give at least 1"
+        if self.nodes is not None and self.node is not None and not 0 <= self.node < self.nodes:
+            return f"--node: {self.node} is not the number of a node; give 0 .. {self.nodes - 1}"
+        if self.head and not self.head.rpartition(":")[2].isdecimal():
+            return f"--head: {self.head} has no port; give HOST:PORT, such as {self.head}:29400"
+        if not self.timeout > 0:
+            return f"--timeout: {self.timeout:g} is not greater than 0; give the seconds to wait"
+        return ""
 
 
 def main(args: list[str]) -> int:
@@ -70,9 +108,9 @@ def main(args: list[str]) -> int:
     return report.exit_code
 
 
-def _find_all_ranks(options: argparse.Namespace, report: Report) -> Rendezvous:
+def _find_all_ranks(options: DoctorOptions, report: Report) -> Rendezvous:
     """Wait for all ranks, and return them. Errors: ConfigError naming the ranks that did not arrive."""
-    if options.nodes:
+    if options.nodes is not None and options.node is not None and options.head is not None:
         head, _, port = options.head.rpartition(":")
         set_launcher_variables(options.node, options.nodes, head, int(port))
     started = time.perf_counter()
@@ -94,36 +132,11 @@ def _run_collective_checks(report: Report, config: TrainingConfig | None, meetin
     shutdown()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake like every other one, so that of several ranks only one prints it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"{message}; --help explains the arguments", "the command line")
-
-
-def _parse(args: list[str]) -> tuple[argparse.Namespace, TrainingConfig | None]:
-    """Split the arguments into options of the doctor and the configuration, if one is given."""
-    parser = _Parser(
-        prog="tinytrain doctor [CONFIG.toml] [SETTINGS]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for the other ranks (default: 60)")
-    parser.add_argument("--nodes", type=int, default=0, help="number of nodes (only without a launcher)")
-    parser.add_argument("--node", type=int, help="number of this node, from 0 (only without a launcher)")
-    parser.add_argument("--head", help="HOST:PORT at which all nodes reach node 0 (only without a launcher)")
-    options, settings = parser.parse_known_args(args)
-    given = (options.nodes > 0, options.node is not None, options.head is not None)
-    if any(given) and not all(given):
-        parser.error("--nodes, --node and --head must be given together")
-    if options.nodes and not 0 <= options.node < options.nodes:
-        parser.error(f"--node {options.node} must be in 0 .. {options.nodes - 1}")
-    if options.head and not options.head.rpartition(":")[2].isdecimal():
-        parser.error(f"--head {options.head} has no port; give HOST:PORT, such as {options.head}:29400")
-    if not options.timeout > 0:
-        parser.error(f"--timeout {options.timeout:g} must be greater than 0 seconds")
+def _parse(args: list[str]) -> tuple[DoctorOptions, TrainingConfig | None]:
+    """Return the options of the doctor and the configuration, if one is given. Errors: ConfigError."""
+    options, settings = parse_options(DoctorOptions, "doctor", args)
+    if problem := options.problem():
+        raise UsageError(problem, "doctor")
     return options, parse_command_line(settings, "tinytrain doctor") if settings else None
 
 

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
-from tinytrain_dist.checkpoint.digests import tensor_digest
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
-from tinytrain_dist.checkpoint.state import MAX_FILE_BYTES
+from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES
+from tinytrain_dist.checkpoint.state_digests import tensor_digest
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import read_json_dict
-from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers, temporary_path
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
+from tinytrain_dist.utils.stale_files import describe_leftovers, remove_leftovers, temporary_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
@@ -220,4 +220,4 @@ def main(args: list[str]) -> int:
     """Run `tinytrain export`."""
     keep_output_from_failing()  # the folder is what counts
     with exit_on_stop_signals():
-        return tyro.cli(export, prog="tinytrain export", args=args)
+        return call_verb(export, "export", args)

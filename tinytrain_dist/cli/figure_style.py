@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinytrain_dist.errors import ConfigError, TinytrainError
-from tinytrain_dist.utils.leftovers import remove_leftovers, temporary_path
+from tinytrain_dist.utils.stale_files import remove_leftovers, temporary_path
 
 Numbers = NDArray[np.float64]
 # Okabe and Ito, "Color Universal Design": distinct for any colour vision, and in print

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import tyro
-
-from tinytrain_dist.checkpoint.digests import TITLE_OF_KIND, state_digest, tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
+from tinytrain_dist.checkpoint.state_digests import TITLE_OF_KIND, state_digest, tensor_entries
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 
@@ -37,4 +36,4 @@ def print_digests(place: PathArgument, recompute: bool = False) -> int:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain hash`."""
-    return tyro.cli(print_digests, prog="tinytrain hash", args=args)
+    return call_verb(print_digests, "hash", args)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import tyro
 from rich.text import Text
 
 from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, read_trainer_state
 from tinytrain_dist.checkpoint.manifest import is_damaged, quick_problems
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
@@ -32,7 +32,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -163,4 +163,4 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain ls`."""
-    return tyro.cli(ls, prog="tinytrain ls", args=args)
+    return call_verb(ls, "ls", args)

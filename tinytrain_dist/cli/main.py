@@ -1,4 +1,7 @@
-"""Run the `tinytrain` command: find the verb, run it, and print errors without a traceback."""
+"""Run the `tinytrain` command: find the verb, run it, and print errors without a traceback.
+
+Must not import a verb before it is asked for, so that `tinytrain --help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +9,80 @@ import difflib
 import io
 import os
 import sys
-from importlib import import_module
+from dataclasses import dataclass
+from importlib import import_module, metadata
 
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
-VERBS = {
-    "prepare": ("tinytrain_dist.cli.prepare:main", "turn text into a tokenizer and token files"),
-    "schedule": ("tinytrain_dist.cli.schedule:main", "show the learning rate of a configuration"),
-    "plan": (
-        "tinytrain_dist.cli.plan:main",
-        "show whether a run fits in memory, what it needs, and how fast it can be",
+
+@dataclass(frozen=True)
+class Verb:
+    """A subcommand. Its module in this package has its name, a `main(args) -> int` and `arguments`."""
+
+    name: str
+    summary: str
+    arguments: str  # name in the module: the function or dataclass whose parameters are the options
+
+    def module_name(self) -> str:
+        """Return the name of the module that implements the verb."""
+        return f"tinytrain_dist.cli.{self.name}"
+
+
+# By the moment at which a user needs them.
+GROUPS = {
+    "Prepare": (
+        Verb("new", "make a folder for a run, with a commented configuration", "new"),
+        Verb("prepare", "turn text into a tokenizer and token files", "prepare_and_print"),
+        Verb("config", "show every setting of a configuration, and where its value comes from", "ConfigOptions"),
+        Verb("schedule", "show the learning rate of a configuration", "ScheduleOptions"),
+        Verb("plan", "show whether a run fits in memory, what it needs, and how fast it can be", "PlanOptions"),
+        Verb("doctor", "find problems on this machine, or on all nodes together", "DoctorOptions"),
     ),
-    "doctor": ("tinytrain_dist.cli.doctor:main", "find problems on this machine, or on all nodes together"),
-    "status": ("tinytrain_dist.cli.status:main", "show what a run is doing, or why it stopped"),
-    "ls": ("tinytrain_dist.cli.ls:main", "list the checkpoints of a run, or the runs in a folder"),
-    "prune": ("tinytrain_dist.cli.prune:main", "remove checkpoints that only earlier settings of a run keep"),
-    "plot": ("tinytrain_dist.cli.plot:main", "draw the loss curves of runs"),
-    "sample": ("tinytrain_dist.cli.sample:main", "generate text with a trained model"),
-    "export": ("tinytrain_dist.cli.export:main", "write weights as a Hugging Face folder"),
-    "verify": ("tinytrain_dist.cli.verify:main", "read every byte of checkpoints and report damage"),
-    "hash": ("tinytrain_dist.cli.hash:main", "print one digest of weights and one of optimizer state"),
-    "replay": (
-        "tinytrain_dist.cli.replay:main",
-        "train the steps after a checkpoint again, and compare them with the records",
+    "Train": (
+        Verb("train", "train on this machine, or as one of several nodes", "TrainOptions"),
+        Verb("submit", "check a run, and submit it to Slurm", "SubmitOptions"),
     ),
-    "compare": ("tinytrain_dist.cli.compare:main", "find where two runs or checkpoints differ"),
+    "Watch": (
+        Verb("status", "show what a run is doing, or why it stopped", "status"),
+        Verb("ls", "list the checkpoints of a run, or the runs in a folder", "ls"),
+        Verb("plot", "draw the loss curves of runs", "plot"),
+        Verb("compare", "find where two runs or checkpoints differ", "compare"),
+        Verb("replay", "train the steps after a checkpoint again, and compare them with the records", "replay"),
+    ),
+    "Use": (
+        Verb("sample", "generate text with a trained model", "Options"),
+        Verb("export", "write weights as a Hugging Face folder", "export"),
+        Verb("verify", "read every byte of checkpoints and report damage", "verify"),
+        Verb("hash", "print one digest of weights and one of optimizer state", "print_digests"),
+        Verb("prune", "remove checkpoints that only earlier settings of a run keep", "prune"),
+    ),
+    "Other": (Verb("completion", "print a script that completes commands in your shell", "completion"),),
 }
+VERBS = {verb.name: verb for verbs in GROUPS.values() for verb in verbs}
+
+
+def usage() -> str:
+    """Return the help of the command: all verbs, by the moment at which a user needs them."""
+    width = max(map(len, VERBS))
+    lines = ["usage: tinytrain VERB [--help] ...", "       tinytrain --version"]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {verb.name:<{width}}  {verb.summary}" for verb in verbs)]
+    return "\n".join(lines)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one verb; return its exit code, or 2 for a user's mistake."""
     args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        width = max(map(len, VERBS))
-        print("usage: tinytrain VERB [--help] ...\n")
-        print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in VERBS.items()))
-        return 0 if args else 2
+    if not args:
+        print(usage(), file=sys.stderr)
+        return 2
+    if args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"tinytrain_dist {metadata.version('tinytrain_dist')}")
+        return 0
     if args[0] not in VERBS:
         close = difflib.get_close_matches(args[0], VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
@@ -51,9 +91,8 @@ def main(args: list[str] | None = None) -> int:
     keep_output_from_failing("stderr")  # progress and warnings; what a verb is asked for goes to stdout
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of a model's text
-    module, _, entry = VERBS[args[0]][0].partition(":")
     try:
-        return int(getattr(import_module(module), entry)(args[1:]))
+        return int(import_module(VERBS[args[0]].module_name()).main(args[1:]))
     except TinytrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,16 +5,18 @@ Must not know the architecture: see training/forecast.py for where the numbers c
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import textwrap
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import nn
 
 from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_files
-from tinytrain_dist.checkpoint.state import collect_shards
+from tinytrain_dist.checkpoint.state_collection import collect_shards
+from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import fake_backend
@@ -23,7 +25,7 @@ from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.optim.adamw import build_optimizer
+from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,
@@ -36,41 +38,61 @@ from tinytrain_dist.training.forecast import (
 )
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
 
-OPTIONS = """usage: tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
-
-  --nodes N              number of nodes (default: 1)
-  --devices-per-node D   devices on each node, with one process for each (default: 1)
-  --device NAME          cpu (this machine), or a GPU (default: h100):
-{gpus}
-  --network GBIT         bandwidth from a node to other nodes, in Gbit/s (default: see metrics/device_specs.py)
-
-Exit code: 0 if the run fits in memory, 1 if it does not, 2 for a mistake in the settings. Settings:
-"""
 SECONDS_PER_DAY = 86_400
 MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """See `PlanOptions.__doc__`, which is set below, because it lists the devices."""
+
+    nodes: int = 1
+    """Number of nodes."""
+    devices_per_node: int = 1
+    """Number of devices on each node; there is one process for each."""
+    device: str = "h100"
+    """A GPU of the list above, or cpu (this machine)."""
+    network: Annotated[float | None, tyro.conf.arg(metavar="GBIT", help_behavior_hint="")] = None
+    """Bandwidth from a node to other nodes, in Gbit/s. Default: what nodes with this device usually have."""
+
+    def check(self) -> None:
+        """Raise ConfigError with all problems."""
+        problems = [
+            f"--{name.replace('_', '-')}: {value} must be at least {least}"
+            for name, value, least in (
+                ("nodes", self.nodes, 1),
+                ("devices_per_node", self.devices_per_node, 1),
+                ("network", 1 if self.network is None else self.network, 1),
+            )
+            if value < least
+        ]
+        if problems:
+            raise ConfigError(problems, "the settings of plan")
+
+
+PlanOptions.__doc__ = f"""Show whether a run fits in memory, what it sends and saves, and how fast it can be.
+
+tinytrain plan CONFIG.toml [OPTIONS] [SETTINGS]
+
+Exit code: 0 if the run fits in memory, 1 if it does not, 2 for a mistake in the settings. {SETTINGS_HELP}
+
+GPUs: {", ".join(DEVICE_SPECS)}
+"""
+
+
 def main(args: list[str]) -> int:
     """Print the plan; return 0 if the run fits in memory, else 1. Errors: ConfigError as in the run itself."""
-    options, settings = _split_options(args)
-    if {"-h", "--help"} & set(settings):
-        indent = " " * 25
-        print(
-            OPTIONS.format(
-                gpus=textwrap.fill(", ".join(DEVICE_SPECS), 100, initial_indent=indent, subsequent_indent=indent)
-            )
-        )
+    options, settings = parse_options(PlanOptions, "plan", args)
+    options.check()
     config = parse_command_line(settings, prog="tinytrain plan")
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
-    nodes = _positive_integer(options, "--nodes")
-    per_node = _positive_integer(options, "--devices-per-node")
-    device_name = options.get("--device", "h100")
-    on_gpu = device_name.lower() != "cpu"
+    nodes, per_node = options.nodes, options.devices_per_node
+    on_gpu = options.device.lower() != "cpu"
     config = set_device_defaults(config, on_gpu=on_gpu, in_bf16=on_gpu)  # every GPU of the table has units for bf16
-    device = find_device_spec(device_name, per_node, config.precision)
-    if "--network" in options:
-        device = replace(device, network=_positive_integer(options, "--network") * 1e9 / 8)
+    device = find_device_spec(options.device, per_node, config.precision)
+    if options.network is not None:
+        device = replace(device, network=options.network * 1e9 / 8)
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
     context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
@@ -78,29 +100,6 @@ def main(args: list[str]) -> int:
         return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
     finally:
         shutdown()
-
-
-def _split_options(args: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the arguments into options of `plan` and settings of the run."""
-    names = {"--nodes", "--devices-per-node", "--device", "--network"}
-    options: dict[str, str] = {}
-    settings: list[str] = []
-    remaining = iter(args)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        if flag in names:
-            options[flag] = value if equals else next(remaining, "")
-        else:
-            settings.append(word)
-    return options, settings
-
-
-def _positive_integer(options: dict[str, str], name: str) -> int:
-    text = options.get(name, "1")
-    if not (text.isdecimal() and int(text) >= 1):
-        raise ConfigError(f"{name}: {text!r} must be a whole number, at least 1", "the settings of plan")
-    return int(text)
 
 
 def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cluster, source: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, save_figure
 from tinytrain_dist.config.run_folder import open_run, read_records
 from tinytrain_dist.errors import ConfigError, TinytrainError
@@ -160,4 +161,4 @@ def _loss_limits(curves: list[Curve]) -> tuple[float, float]:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain plot`."""
-    return tyro.cli(plot, prog="tinytrain plot", args=args)
+    return call_verb(plot, "plot", args)

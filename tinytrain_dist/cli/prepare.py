@@ -7,15 +7,14 @@ import shlex
 import time
 from typing import Any
 
-import tyro
-
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.data.preparation.prepare import prepare, say
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 
 @functools.wraps(prepare)
-def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> None:
+def prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> None:  # noqa: D103 - that of `prepare`
     start = time.monotonic()
     meta = prepare(sources, out, **settings)
     seconds = time.monotonic() - start
@@ -24,7 +23,7 @@ def _prepare_and_print(sources: tuple[str, ...], out: str, **settings: Any) -> N
     for name in ("train", "val"):
         print(f"  {name + '.npy':9} {meta[f'{name}_tokens']:>14,} tokens, {meta[f'{name}_documents']:,} documents")
     data = f"--train-data {shlex.quote(f'{out}/train.npy')} --val-data {shlex.quote(f'{out}/val.npy')}"
-    print(f"next: launch/local.sh configs/quickstart.toml {data}")
+    print(f"next: tinytrain train CONFIG.toml {data}")
 
 
 def main(args: list[str]) -> int:
@@ -34,7 +33,7 @@ def main(args: list[str]) -> int:
         with (
             exit_on_stop_signals()
         ):  # so that a batch system, or a terminal that is closed, leaves nothing half-written
-            tyro.cli(_prepare_and_print, prog="tinytrain prepare", args=args)
+            call_verb(prepare_and_print, "prepare", args)
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         return 130

@@ -21,6 +21,7 @@ from tinytrain_dist.checkpoint.retention import (
     reasons_to_keep,
     without_earlier_settings,
 )
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import new_table, print_table
 from tinytrain_dist.config.run_folder import CONFIG_FILE, RunFolder, open_run, read_settings
 from tinytrain_dist.errors import CheckpointError
@@ -113,4 +114,4 @@ def _warn(text: str) -> None:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain prune`."""
-    return tyro.cli(prune, prog="tinytrain prune", args=args)
+    return call_verb(prune, "prune", args)

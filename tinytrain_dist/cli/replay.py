@@ -13,10 +13,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from tinytrain_dist.checkpoint.digests import tensor_entries
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
+from tinytrain_dist.checkpoint.state_digests import tensor_entries
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -31,7 +30,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import whole_number
-from tinytrain_dist.utils.leftovers import describe_leftovers, hold_folder, owner, remove_leftovers
+from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, owner, remove_leftovers
 
 COMPARED_KEYS = ("loss", "grad_norm")
 NATIVE_TOLERANCE = 1e-3  # relative; another order of sums changes a loss by less over a few hundred steps
@@ -170,4 +169,4 @@ def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -
 def main(args: list[str]) -> int:
     """Run `tinytrain replay`."""
     with exit_on_stop_signals():
-        return tyro.cli(replay, prog="tinytrain replay", args=args)
+        return call_verb(replay, "replay", args)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import nn
 
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.errors import CheckpointError, ConfigError, TinytrainError
@@ -72,7 +72,7 @@ class Options:
 
 def main(args: list[str]) -> int:
     """Print the prompt and the text that the model generates after it, token by token."""
-    options = tyro.cli(Options, prog="tinytrain sample", args=args)
+    options = call_verb(Options, "sample", args)
     options.check()
     checkpoint = find_checkpoint(options.checkpoint, "model")
     tokenizer = load_tokenizer(checkpoint)

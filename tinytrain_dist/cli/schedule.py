@@ -5,18 +5,20 @@ Must not know training: it calls the schedule of a configuration.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
+from tinytrain_dist.cli.arguments import parse_options
 from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, save_figure
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.optim.lr_schedule import learning_rate
 
 CHART_WIDTH = 80
@@ -26,48 +28,31 @@ SAMPLES_PER_COLUMN = 16
 NUM_POINTS = 2000  # of a picture
 BLOCKS = " ▁▂▃▄▅▆▇█"  # from an empty to a full cell
 ASCII_BLOCKS = " #"  # for terminals without UTF-8
-OPTIONS = """\
-usage: tinytrain schedule [CONFIG.toml] [--out FILE.png] [--text] [SETTINGS]
 
-  --out FILE.png   draw a picture (needs matplotlib)
-  --text           print a chart in the terminal (default without --out)
 
-Settings:
-"""
+@dataclasses.dataclass(frozen=True)
+class ScheduleOptions:
+    """Show the learning rate of every step of a configuration, as text or as a picture.
+
+    tinytrain schedule [CONFIG.toml] [OPTIONS] [SETTINGS]
+    """
+
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
+    """Draw a picture (needs matplotlib)."""
+    text: bool = False
+    """Print a chart in the terminal. This is the default without --out."""
 
 
 def main(args: list[str]) -> int:
     """Show the learning rate of every step, as text or as a picture."""
-    settings, out, text = _split_options(args)
-    if {"-h", "--help"} & set(settings):
-        print(OPTIONS)
+    options, settings = parse_options(ScheduleOptions, "schedule", args)
     config = parse_command_line(settings, prog="tinytrain schedule")
-    if out is not None:
-        draw_schedule(config, out)
-    if text or out is None:
+    if options.out is not None:
+        draw_schedule(config, options.out)
+    if options.text or options.out is None:
         encoding = (sys.stdout.encoding or "").lower().replace("-", "")
         print(chart(config, BLOCKS if encoding.startswith("utf") else ASCII_BLOCKS))
     return 0
-
-
-def _split_options(args: list[str]) -> tuple[list[str], Path | None, bool]:
-    """Return the arguments that belong to the configuration, then the values of --out and --text."""
-    settings: list[str] = []
-    out: Path | None = None
-    text = False
-    remaining = iter(args)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
-        if flag == "--out":
-            value = value if equals else next(remaining, "")
-            if not value or value.startswith("--"):
-                raise ConfigError("out: no file is named; add --out FILE.png", "the settings of schedule")
-            out = Path(value)
-        elif word == "--text":
-            text = True
-        else:
-            settings.append(word)
-    return settings, out, text
 
 
 def landmarks(config: TrainingConfig) -> list[tuple[str, int]]:

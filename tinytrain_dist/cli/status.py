@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_console, new_table, print_table
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
@@ -256,4 +256,4 @@ def status(run: PathArgument, watch: bool = False) -> int:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain status`."""
-    return tyro.cli(status, prog="tinytrain status", args=args)
+    return call_verb(status, "status", args)

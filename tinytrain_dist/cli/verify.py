@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import tyro
-
+from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import is_checkpoint, name_suffix, open_run
 from tinytrain_dist.errors import CheckpointError
@@ -50,4 +49,4 @@ def _verify_checkpoint(path: Path) -> bool:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain verify`."""
-    return tyro.cli(verify, prog="tinytrain verify", args=args)
+    return call_verb(verify, "verify", args)

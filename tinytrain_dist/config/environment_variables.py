@@ -55,7 +55,7 @@ VARIABLES = (
         (
             "tinytrain_dist/reliability/run_state.py",
             "tinytrain_dist/reliability/watchdog.py",
-            "launch/node.sh",
+            "tinytrain_dist/launch/start.py",
             "slurm/train.sbatch",
         ),
     ),
@@ -74,7 +74,7 @@ VARIABLES = (
     ),
     EnvironmentVariable(
         "TINYTRAIN_RUN",
-        "Run folder of a job, which contains state.json (default: what launch/submit.py --print-run prints).",
+        "Run folder of a job, which contains state.json (default: target_dir of the configuration and settings).",
         ("user",),
         ("slurm/train.sbatch",),
     ),
@@ -108,7 +108,12 @@ VARIABLES = (
         "PYTHON",
         "The Python interpreter to use (default: the one in .venv; for launch/setup.sh: the first from 3.11 on).",
         ("user", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
-        ("launch/setup.sh", "launch/node.sh", "tinytrain_dist/launch/slurm_submit.py", "slurm/train.sbatch"),
+        (
+            "launch/setup.sh",
+            "tinytrain_dist/launch/preamble.sh",
+            "tinytrain_dist/launch/slurm_submit.py",
+            "slurm/train.sbatch",
+        ),
     ),
     EnvironmentVariable(
         "TORCH_BUILD",
@@ -120,7 +125,7 @@ VARIABLES = (
         "PROCESSES_PER_NODE",
         "Number of processes on each node without GPUs (default: 1).",
         ("user", "tinytrain_dist/launch/slurm_submit.py"),
-        ("launch/node.sh", "slurm/doctor.sbatch"),
+        ("tinytrain_dist/launch/start.py", "slurm/doctor.sbatch"),
     ),
     EnvironmentVariable(
         "MAX_REQUEUES",
@@ -132,7 +137,7 @@ VARIABLES = (
         "MAX_RESTARTS",
         "How many times torchrun restarts the processes of a node after one of them has died (default: 3).",
         ("user",),
-        ("launch/node.sh",),
+        ("tinytrain_dist/launch/start.py",),
     ),
     EnvironmentVariable(
         "CONTAINER",

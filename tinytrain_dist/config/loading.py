@@ -91,10 +91,15 @@ def parse_command_line(
     prog: str = "launch/train.py",
     description: str = "Train a language model. The first argument is a configuration (.toml); settings override it.",
 ) -> TrainingConfig:
-    """Read `[CONFIG.toml] --any-setting value ...`; dashes and underscores in names are interchangeable.
+    """Return the configuration of `[CONFIG.toml] --any-setting value ...`; see `read_command_line`."""
+    return load_config(*read_command_line(args, prog, description))
 
-    Errors: ConfigError with all problems, among them values that cannot be parsed, and unknown settings with the
-    nearest known name. --help ends the process.
+
+def read_command_line(args: list[str], prog: str, description: str = "") -> tuple[str | None, dict[str, Any]]:
+    """Return the path of the TOML file (None: there is none) and the settings on the command line, by name.
+
+    Dashes and underscores in names are interchangeable. Errors: ConfigError with all problems, among them values that
+    cannot be parsed, and unknown settings with the nearest known name. --help ends the process.
     """
     import tyro  # imported here, because the import takes longer than reading a configuration
 
@@ -103,7 +108,9 @@ def parse_command_line(
     hints: dict[str, Any] = {}
     for name, setting in FIELDS.items():
         help_text = f"{setting.metadata['help']} (default: {setting.default})"
-        hints[name] = Annotated[bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text)]
+        hints[name] = Annotated[
+            bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text, help_behavior_hint="")
+        ]
     settings: Any = TypedDict("settings", hints, total=False)  # type: ignore[misc]  # made from the fields
     printed = io.StringIO()
     try:
@@ -118,14 +125,20 @@ def parse_command_line(
         except ConfigError as error:
             problems += error.problems
         raise ConfigError(problems, "the command line") from None
-    return load_config(path, {**overrides, **dict.fromkeys(names_without_value)})
+    return path, {**overrides, **dict.fromkeys(names_without_value)}
 
 
-def _describe_parsing_error(printed: str, args: list[str]) -> str:
-    """Return what tyro printed as a sentence: it prints a title, the error, a line of dashes and more help."""
+def parsing_error_text(printed: str) -> str:
+    """Return the error in what tyro printed, on one line: it prints a title, the error, a line of dashes, more help."""
     lines = [line.strip(" │|") for line in printed.strip().splitlines()]
     end = next((index for index, line in enumerate(lines) if index > 1 and line and not line.strip("─-")), len(lines))
     text = " ".join(line for line in lines[1:end] if line.strip("─-")) or printed.strip()
+    return text.rstrip(".")
+
+
+def _describe_parsing_error(printed: str, args: list[str]) -> str:
+    """Return what tyro printed as a sentence."""
+    text = parsing_error_text(printed)
     if value_error := re.match(r"Error parsing (--[\w-]+):", text):
         flag = value_error[1].replace("-", "_").replace("__", "--", 1)
         hint = HINTS.get(flag[2:])
@@ -133,7 +146,7 @@ def _describe_parsing_error(printed: str, args: list[str]) -> str:
             start = len(args) - args[::-1].index(flag)
             values = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), args[start:]))
             return f"{flag[2:]}: expected {VALUE_NAMES.get(hint, hint)}, got {values!r}"
-    return f"{text.rstrip('.')}; --help lists all settings"
+    return f"{text}; --help lists all settings"
 
 
 def _is_flag(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Define all settings of a run: `TrainingConfig`, one flat frozen dataclass that is checked when it is created.
 
 Must not know torch, files, ranks or devices, so that a login node can check a run in a tenth of a second. The
-architecture of the model is in model_config.py, the checks of values in validation.py, their types in conversion.py.
+architecture of the model is in model_config.py, the checks of values are in validation.py, and their types in
+type_conversion.py.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from tinytrain_dist.config.conversion import convert_value, describe_type, to_toml_value
 from tinytrain_dist.config.model_config import MODEL_SETTINGS, ModelConfig
 from tinytrain_dist.config.run_folder import CHECKPOINTS_FOLDER, LOGS_FOLDER
+from tinytrain_dist.config.type_conversion import convert_value, describe_type, to_toml_value
 from tinytrain_dist.config.validation import IDENTITY_SETTINGS as IDENTITY_SETTINGS
 from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
+BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
 

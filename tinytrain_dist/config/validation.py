@@ -1,6 +1,6 @@
 """Check the values of a configuration: ranges, pairs of settings that contradict each other, settings without effect.
 
-Must not know types (conversion.py), ranks or files. A problem is one sentence: the setting, what is expected, the
+Must not know types (type_conversion.py), ranks or files. A problem is one sentence: the setting, what is expected, the
 value, what to do.
 """
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinytrain_dist.data.sampling import window_starts
 from tinytrain_dist.data.token_file import Tokens, num_windows, read_windows
+from tinytrain_dist.data.window_sampling import window_starts
 
 
 def get_batch(

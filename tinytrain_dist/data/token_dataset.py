@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinytrain_dist.data.sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.data.token_file import (
     dataset_fingerprint,
     load_token_dataset,
     num_windows,
     torch_compatible_dtype,
 )
+from tinytrain_dist.data.window_sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.regular_files import open_regular
 

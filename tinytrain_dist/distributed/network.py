@@ -1,17 +1,22 @@
-"""Look up host names and try ports, before any rank has connected to another.
+"""Look up host names, addresses of this machine and ports, before any rank has connected to another.
 
 Must not know torch or ranks: functions return reasons as text, and their callers add the rank and the host.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import ipaddress
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
 
 UNKNOWN_NAME_SECONDS = 10.0  # how long to repeat a failed look-up: a name server may need a second query
+GET_INTERFACE_ADDRESS = 0x8915  # the ioctl SIOCGIFADDR of Linux
+DOCUMENTATION_ADDRESS = "192.0.2.1"  # belongs to no machine; the way to it leads out of this machine (RFC 5737)
 Resolver = Callable[..., list[Any]]
 
 
@@ -68,3 +73,48 @@ def why_unreachable(host: str, port: int, seconds: float, after_attempt: Callabl
         if after_attempt is not None:
             after_attempt()
         time.sleep(min(0.1, seconds_left))
+
+
+def address_towards(host: str) -> str:
+    """Return the address by which this machine reaches a host, and by which the host reaches this machine.
+
+    It is a loopback address only if `host` is one. Errors: OSError if the name is unknown or there is no route.
+    """
+    address = _source_address(host)
+    asked_for_loopback = host == "localhost" or (is_ip_address(host) and is_loopback(host))
+    if is_loopback(address) and not asked_for_loopback:
+        # the own name of this machine resolves to a loopback address (Debian: 127.0.1.1)
+        outward = [value for value in interface_addresses().values() if not is_loopback(value)]
+        with contextlib.suppress(OSError):
+            outward.insert(0, _source_address(DOCUMENTATION_ADDRESS))
+        address = (outward or [address])[0]
+    return address
+
+
+def _source_address(host: str) -> str:
+    """Return the address from which a datagram to `host` would leave. Connecting a datagram socket sends nothing."""
+    family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def interface_addresses() -> dict[str, str]:
+    """Return the IPv4 address of each network interface of this machine that has one, by the interface's name."""
+    addresses = {}
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            reply = fcntl.ioctl(probe, GET_INTERFACE_ADDRESS, struct.pack("256s", name.encode()))
+            addresses[name] = socket.inet_ntoa(reply[20:24])
+    return addresses
+
+
+def is_free(port: int) -> bool:
+    """Return whether a program could listen on a TCP port of this machine now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

@@ -125,7 +125,7 @@ def rendezvous(seconds: float = RENDEZVOUS_SECONDS) -> Rendezvous:
         return Rendezvous(in_process_store(), 0, [socket.gethostname()])
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise RendezvousError(
-            f"{', '.join(missing)}: not set, but RANK is {rank}; start with launch/local.sh or torchrun"
+            f"{', '.join(missing)}: not set, but RANK is {rank}; start with `tinytrain train` or torchrun"
         )
     head, port = _head_address(), int(os.environ["MASTER_PORT"])
     if _all_on_one_node():

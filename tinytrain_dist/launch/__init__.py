@@ -2,7 +2,7 @@
 
 Read in this order:
 
-- `worker.py`: what every rank runs
+- `rank_program.py`: what every rank runs
 - `elastic_agent.py`: what starts and watches the ranks of one node
 - `slurm_submit.py`: what submits a run to the queue of a cluster
 """

@@ -39,8 +39,8 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
+from tinytrain_dist.launch.settings_check import training_config
 from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
-from tinytrain_dist.launch.training_program import training_config
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
@@ -49,8 +49,8 @@ from tinytrain_dist.reliability.start_marks import claim
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
-from tinytrain_dist.utils.leftovers import describe_leftovers, owner, remove_leftovers
 from tinytrain_dist.utils.processes import raise_open_file_limit
+from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
 TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored

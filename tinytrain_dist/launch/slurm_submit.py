@@ -1,6 +1,6 @@
 """Check a run on the login node, keep a copy of code and settings, and submit it to Slurm: one job per call.
 
-    launch/submit.py configs/llama_1b_hsdp.toml --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00
+    tinytrain submit config.toml --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00
 
 Must not import torch: a mistake is reported in half a second, and login nodes have few resources. The queued job runs
 the code and settings as they were submitted, even if the checkout has changed since.
@@ -8,7 +8,6 @@ the code and settings as they were submitted, even if the checkout has changed s
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import re
@@ -20,6 +19,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import tyro
+
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
@@ -27,13 +28,12 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
-from tinytrain_dist.utils.output import keep_output_from_failing
+from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, Text
+from tinytrain_dist.utils.package_files import PACKAGE, package_folder
 from tinytrain_dist.utils.regular_files import check_regular, read_text
 
-ROOT = Path(__file__).resolve().parents[2]  # the checkout
-PROGRAM = "launch/submit.py"
-CODE = ("launch", "tinytrain_dist", "slurm", "configs", "pyproject.toml", "constraints.txt")  # what a job runs
-SITE_FILE = "slurm/env.sh"  # git ignores this file, but the job needs it
+PROGRAM = "tinytrain submit"
+SITE_FILE = Path("slurm") / "env.sh"  # of the current folder or the checkout; git ignores it, but the job needs it
 WARNING_SECONDS = 180  # from Slurm's signal to the time limit: enough for the last save
 MIN_TIME_SECONDS = 120  # a run needs about this long to start and save
 FOLLOW_SECONDS = 0.5  # between two reads of the log
@@ -44,10 +44,57 @@ class SubmitError(Exception):
 
 
 @dataclass(frozen=True)
+class SubmitOptions:
+    """Check a run for the given processes, copy code and settings, and submit the run to Slurm.
+
+    The copies are in TARGET_DIR/submitted. The job saves before its time limit, requeues itself and resumes.
+    All other options are settings of the run; `tinytrain config --help` lists them. Everything after --sbatch is passed
+    to sbatch unchanged.
+    """
+
+    config: ConfigFile
+    """Configuration of the run."""
+    time: str
+    """Time limit of one job, as Slurm writes it: 30, 8:00:00, 2-0."""
+    nodes: int = 1
+    """Number of nodes."""
+    gpus_per_node: Number = None
+    """GPUs of each node; each GPU gets one process."""
+    processes_per_node: Number = None
+    """Processes on each node, for a run without GPUs."""
+    cpus_per_task: Number = None
+    """Cores for all processes of a node (srun.sbatch: for each process)."""
+    partition: Text = None
+    """Slurm partition."""
+    account: Text = None
+    """Slurm account."""
+    qos: Text = None
+    """Slurm quality of service."""
+    job_name: Text = None
+    """Name of the job. Default: name of the run folder."""
+    array: OptionalFile = None
+    """File of a sweep: a line of settings for each task of a job array."""
+    template: OptionalFile = None
+    """Batch script. Default: train.sbatch, which comes with the package."""
+    max_requeues: Number = None
+    """How often the job may requeue itself. Default: 20."""
+    dry_run: bool = False
+    """Only print the script and the command."""
+    follow: bool = False
+    """Show the log until the job has ended; Ctrl-C only stops showing it."""
+    sbatch: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    @property
+    def batch_script(self) -> Path:
+        """The template of the job."""
+        return self.template or package_folder("slurm") / "train.sbatch"
+
+
+@dataclass(frozen=True)
 class Job:
     """A checked job: one run, or one run for each task of an array, and how to start it."""
 
-    options: argparse.Namespace
+    options: SubmitOptions
     configs: list[TrainingConfig]  # one for each task of an array; otherwise a single one
     base: TrainingConfig  # without the settings of single tasks
     template: Path
@@ -106,38 +153,6 @@ class Job:
             name = f"config-{number}.toml" if self.options.array else "config.toml"
             write_atomically(self.folder / name, config.to_toml())
         write_atomically(self.folder / "job.sbatch", self.script())
-
-
-def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the arguments into options of this command and settings of the run."""
-    end = args.index("--sbatch") if "--sbatch" in args else len(args)
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Check a run for the given processes, copy code and settings, and submit the run to Slurm.",
-        epilog="All other options are settings of the run; launch/train.py --help lists them. "
-        "Everything after --sbatch is passed to sbatch unchanged.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("config", help="configuration file (.toml)")
-    add("--nodes", type=int, default=1, help="number of nodes (default: 1)")
-    add("--gpus-per-node", type=int, help="GPUs of each node; each GPU gets one process")
-    add("--processes-per-node", type=int, help="processes on each node, for a run without GPUs")
-    add("--cpus-per-task", type=int, help="cores for all processes of a node (srun.sbatch: for each process)")
-    add("--time", required=True, help="time limit of one job, as Slurm writes it: 30, 8:00:00, 2-0")
-    add("--partition", help="Slurm partition")
-    add("--account", help="Slurm account")
-    add("--qos", help="Slurm quality of service")
-    add("--job-name", help="name of the job (default: name of the run folder)")
-    add("--array", type=Path, metavar="FILE", help="file of a sweep: a line of settings for each task")
-    default_template = ROOT / "slurm" / "train.sbatch"
-    add("--template", type=Path, default=default_template, help="batch script (default: slurm/train.sbatch)")
-    add("--max-requeues", type=int, help="how often the job may requeue itself (default: 20)")
-    add("--dry-run", action="store_true", help="only print the script and the command")
-    add("--follow", action="store_true", help="show the log until the job has ended; Ctrl-C only stops showing it")
-    options, settings = parser.parse_known_args(args[:end])
-    options.sbatch = args[end + 1 :]
-    return options, settings
 
 
 def seconds_of(limit: str) -> int:
@@ -204,7 +219,7 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     return []
 
 
-def check_options(options: argparse.Namespace) -> list[str]:
+def check_options(options: SubmitOptions) -> list[str]:
     """Return what is wrong with the options of this command, as sentences."""
     problems = []
     if not (options.gpus_per_node or options.processes_per_node):
@@ -218,8 +233,10 @@ def check_options(options: argparse.Namespace) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if not options.template.is_file():
-        problems.append(f"--template: there is no file {options.template}; the templates are in slurm/")
+    if not options.batch_script.is_file():
+        problems.append(
+            f"--template: there is no file {options.batch_script}; the templates are in {package_folder('slurm')}"
+        )
     try:
         if seconds_of(options.time) < MIN_TIME_SECONDS:
             problems.append(f"--time: {options.time} is less than two minutes, too short to start and save; raise it")
@@ -228,7 +245,7 @@ def check_options(options: argparse.Namespace) -> list[str]:
     return problems
 
 
-def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingConfig, list[TrainingConfig]]:
+def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, list[TrainingConfig]]:
     """Return the run without the settings of single tasks, and the run of each task (without --array: one).
 
     Errors: ConfigError with all problems at once.
@@ -245,7 +262,7 @@ def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingCon
         task_settings = [] if line is None else shlex.split(line)
         prefix = "" if line is None else f"task {task}: "
         try:
-            config = parse_command_line([options.config, *settings, *task_settings], prog=PROGRAM)
+            config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
             if line is not None and not re.search(r"--target[-_]dir\b", line):
                 config = replace(config, target_dir=f"{config.target_dir}/{task}")
             configs.append(config)
@@ -256,8 +273,8 @@ def check(options: argparse.Namespace, settings: list[str]) -> tuple[TrainingCon
     if shared := sorted({folder for folder in folders if folders.count(folder) > 1}):
         problems.append(f"--array: several tasks have the target_dir {', '.join(shared)}; give each task its own")
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)), options.config)  # tasks share most problems
-    return parse_command_line([options.config, *settings]), configs
+        raise ConfigError(list(dict.fromkeys(problems)), str(options.config))  # tasks share most problems
+    return parse_command_line([str(options.config), *settings]), configs
 
 
 def read_sweep(path: Path) -> list[str]:
@@ -273,23 +290,19 @@ def read_sweep(path: Path) -> list[str]:
 
 
 def copy_code(target: Path) -> None:
-    """Copy the code that a job runs from the checkout, with changes that are not committed."""
-    git = ["git", "-C", str(ROOT)]
-    ls_files = [*git, "ls-files", "-co", "--exclude-standard", "-z", "--", *CODE]  # tracked, and new but not ignored
-    listed = subprocess.run(ls_files, capture_output=True, text=True, check=False)
-    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-    if not names:  # git is not installed, or this is not a git checkout
-        paths = [path for part in CODE for path in (ROOT / part, *(ROOT / part).rglob("*"))]
-        names = [str(path.relative_to(ROOT)) for path in paths if path.is_file() and path.suffix != ".pyc"]
-    if (ROOT / SITE_FILE).is_file():
-        names.append(SITE_FILE)
-    for name in names:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
-    if listed.returncode == 0:
+    """Copy what a job runs: the package as it is now, the batch scripts, and the site's settings."""
+    root = PACKAGE.parent
+    git = ["git", "-C", str(root)]
+    shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "configs", "slurm"))
+    shutil.copytree(package_folder("slurm"), target / "slurm", ignore=shutil.ignore_patterns(SITE_FILE.name))
+    for folder in (Path.cwd(), root):
+        if (folder / SITE_FILE).is_file():
+            shutil.copy2(folder / SITE_FILE, target / SITE_FILE)
+            break
+    status = subprocess.run([*git, "status", "--porcelain", "--", PACKAGE.name], capture_output=True, check=False)
+    if status.returncode == 0:  # a checkout
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-        status = subprocess.run([*git, "status", "--porcelain", "--", *CODE], capture_output=True, check=False).stdout
-        write_atomically(target / "COMMIT", commit.strip() + (" with changes" if status else "") + "\n")
+        write_atomically(target / "COMMIT", commit.strip() + (" with changes" if status.stdout else "") + "\n")
 
 
 def follow(slurm_id: str, folder: Path) -> int:
@@ -304,7 +317,7 @@ def follow(slurm_id: str, folder: Path) -> int:
         # an empty answer means that the job has ended only if the controller has answered
         ended = not states and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
         if states and states[0] != state and not states[0].startswith("RUNNING"):
-            print(f"submit.py: job {slurm_id}: {states[0]}")
+            print(f"job {slurm_id}: {states[0]}")
         state = states[0] if states else state
         _print_logs(folder, positions)
         time.sleep(FOLLOW_SECONDS)
@@ -312,7 +325,7 @@ def follow(slurm_id: str, folder: Path) -> int:
     job_record = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     final_states = sorted(set(re.findall(r"JobState=(\w+)", job_record)))
     how = ", ".join(final_states) or "Slurm no longer knows in which state; see the log"
-    print(f"submit.py: job {slurm_id} has ended: {how}")
+    print(f"job {slurm_id} has ended: {how}")
     return 0 if final_states == ["COMPLETED"] else 1
 
 
@@ -351,21 +364,15 @@ def _print_next_steps(job: Job, slurm_id: str) -> None:
     print("  resume  run the same command again; it resumes from the newest checkpoint", flush=True)
 
 
-def main(args: list[str]) -> int:
-    """Run the command; return 0 if submitted (with --follow: completed), 2 for a mistake, 1 if Slurm refuses."""
-    keep_output_from_failing()  # the job is submitted, even if its number cannot be printed
-    try:
-        if args[:1] == ["--print-run"]:  # a batch script that was submitted by hand asks for its run folder
-            print(parse_command_line(args[1:]).target_dir)
-            return 0
-        options, settings = parse(args)
-        base, configs = check(options, settings)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def submit_run(options: SubmitOptions, settings: list[str]) -> int:
+    """Check and submit a run; return 0 if submitted (with `follow`: completed), 1 if Slurm refuses.
+
+    Errors: ConfigError with everything that is wrong.
+    """
+    base, configs = check(options, settings)
     submissions = Path(base.target_dir).absolute() / SUBMITTED_FOLDER
     number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
-    job = Job(options, configs, base, options.template, submissions / str(number))
+    job = Job(options, configs, base, options.batch_script, submissions / str(number))
     if options.dry_run:
         print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(job.command())}")
         return 0

@@ -27,6 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from tinytrain_dist.config.schema import BF16_PRECISIONS
 from tinytrain_dist.errors import ConfigError
 
 ProductType = Literal["bf16", "tf32", "fp32"]  # of matrix products
@@ -90,7 +91,7 @@ DEVICE_SPECS = {
 
 def product_type(precision: str, reproducible: bool) -> ProductType:
     """Return the type in which a GPU computes the matrix products of a run. A reproducible run does not use TF32."""
-    if precision in ("bf16", "fp8"):  # by convention the MFU of float8 is also a share of the bf16 peak
+    if precision in BF16_PRECISIONS:  # by convention the MFU of float8 is also a share of the bf16 peak
         return "bf16"
     return "fp32" if reproducible else "tf32"
 
@@ -126,7 +127,7 @@ def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
     import torch
 
     size = 512
-    matrix = torch.ones(size, size, dtype=torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32)
+    matrix = torch.ones(size, size, dtype=torch.bfloat16 if precision in BF16_PRECISIONS else torch.float32)
     best_seconds = 1e9
     for _ in range(5):
         start = time.perf_counter()

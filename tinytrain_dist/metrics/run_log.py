@@ -18,7 +18,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
-from tinytrain_dist.utils.output import call_on_lost_output
+from tinytrain_dist.utils.lost_output import call_on_lost_output
 from tinytrain_dist.utils.text import format_duration
 
 

@@ -31,7 +31,7 @@ from tinytrain_dist.metrics.loss_level import LossLevel
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
-from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy, StepTimer
+from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
 LAYER_NORMS_EVERY = 10  # norms by layer are recorded once in this many logged steps

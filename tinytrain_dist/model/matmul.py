@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinytrain_dist.config.schema import BF16_PRECISIONS
+
 
 def _cpu_lacks_bf16() -> bool:
     """Return whether this is an x86 CPU without bf16 instructions; other CPUs are assumed to have them."""
@@ -34,7 +36,7 @@ _simulated_device: str | None = None  # see simulate_device
 
 def widens_bf16(precision: str, device: torch.device) -> bool:
     """Return whether a bf16 run on this device computes its products in float32; False for other precisions."""
-    return CPU_LACKS_BF16 and precision in ("bf16", "fp8") and device.type == "cpu"
+    return CPU_LACKS_BF16 and precision in BF16_PRECISIONS and device.type == "cpu"
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

@@ -1,1 +1,4 @@
-"""The update of the weights. Reading order: adamw (the optimizer), clipping (of gradients), lr_schedule."""
+"""The update of the weights.
+
+Reading order: build (the optimizer of a run), adamw, clipping (of gradients), lr_schedule.
+"""

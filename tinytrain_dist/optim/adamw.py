@@ -1,4 +1,4 @@
-"""Update weights with AdamW, and decide which parameters decay.
+"""Update weights with AdamW.
 
 Must not know ranks or process groups: it works on the local part of each parameter, a shard or a whole tensor.
 """
@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.dtensor import local_tensor
 
 SIMD_LANES = 16  # float32 values in the widest CPU vector
@@ -135,27 +134,3 @@ def _pad_to_simd_width(*tensor_lists: list[Tensor]) -> Callable[[], None]:
             tensor.copy_(padded[: tensor.numel()].view(tensor.shape))
 
     return write_back
-
-
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices (two or more axes) decay, vectors such as norm weights do not.
-
-    Frozen parameters are in neither group. An empty group is left out.
-    """
-    params = [param for param in model.parameters() if param.requires_grad]
-    groups = [
-        {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
-    """Return the optimizer of a run for `model`, with its whole state as zeros.
-
-    `model` is in its wrappers, so that the parameters are the ones that get gradients.
-    """
-    groups = weight_decay_groups(model, config.weight_decay)
-    optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
-    optimizer.materialize()
-    return optimizer

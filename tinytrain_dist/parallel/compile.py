@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.distributed.torch_internals import (
@@ -80,7 +80,7 @@ def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tupl
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
     if not wanted:
         return replace(config, compile=False), ""
-    own_reason = why_not_compile(context.device, config.reproducible and config.precision in ("bf16", "fp8"))
+    own_reason = why_not_compile(context.device, config.reproducible and config.precision in BF16_PRECISIONS)
     failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
     if not failures:
         return replace(config, compile=True), "torch.compile is on; the first step takes longer"

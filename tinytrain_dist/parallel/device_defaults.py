@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model import fp8
@@ -45,7 +45,7 @@ def resolve_device_defaults(config: TrainingConfig, context: DistributedContext)
     own_name = "" if has_units else torch.cuda.get_device_name(context.device)
     older_gpus = [(rank, *found) for rank, found in enumerate(context.all_gather_object((context.host, own_name)))]
     older_gpus = [(rank, host, name) for rank, host, name in older_gpus if name]
-    if older_gpus and config.precision in ("bf16", "fp8"):
+    if older_gpus and config.precision in BF16_PRECISIONS:
         rank, host, name = older_gpus[0]
         newer = "RTX 40, L4, H100 and newer" if in_fp8 else "A100 and newer"
         instead = "bf16 or auto" if in_fp8 else "fp32 or auto"

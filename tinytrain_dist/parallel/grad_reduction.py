@@ -25,7 +25,7 @@ from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_rows
-from tinytrain_dist.parallel.gradient_view import GradientView
+from tinytrain_dist.parallel.grad_view import GradientView
 from tinytrain_dist.parallel.tree_reduction import (
     BinaryCounter,
     DirectAllGather,

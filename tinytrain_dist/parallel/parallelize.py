@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.torch_internals import unshard_asynchronously
@@ -84,7 +84,7 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
             _materialize(model, module, context.device, draw=draw)
         model.tie_weights()
         # The weights of embedding and head are gathered in float32, because their gradients are sums over many tokens.
-        in_bf16 = config.precision in ("bf16", "fp8") and unit[0] not in (embed, head)
+        in_bf16 = config.precision in BF16_PRECISIONS and unit[0] not in (embed, head)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

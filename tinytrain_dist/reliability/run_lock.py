@@ -22,8 +22,8 @@ from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict, to_json
-from tinytrain_dist.utils.leftovers import owner, temporary_path
 from tinytrain_dist.utils.processes import has_ended, process_start_time
+from tinytrain_dist.utils.stale_files import owner, temporary_path
 from tinytrain_dist.utils.waiting import WaitNotice
 
 TOUCH_SECONDS = 10.0  # between two touches of a lock

@@ -33,7 +33,8 @@ _received_signals: list[str] = []
 def handle_unless_ignored(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> None:
     """Install a handler for signals, except for those that this process was started to ignore.
 
-    SIGUSR1 is handled in any case: only this project sends it, and launch/node.sh ignores it until Python handles it.
+    SIGUSR1 is handled in any case: only this project sends it, and what starts a rank ignores
+    it until Python handles it.
     """
     for number in numbers:
         if number == signal.SIGUSR1 or signal.getsignal(number) != signal.SIG_IGN:

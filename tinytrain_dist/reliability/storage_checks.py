@@ -14,7 +14,7 @@ from pathlib import Path
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.leftovers import owner
+from tinytrain_dist.utils.stale_files import owner
 
 
 def check_shared_storage(folder: Path, context: DistributedContext) -> None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinytrain_dist.checkpoint.hf_import import init_from_hf_folder
+from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
-from tinytrain_dist.checkpoint.state import model_tensors
+from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,
@@ -56,7 +56,7 @@ from tinytrain_dist.training.train_step import TrainStep
 from tinytrain_dist.training.trainer import Trainer
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import to_json
-from tinytrain_dist.utils.leftovers import describe_leftovers, remove_leftovers
+from tinytrain_dist.utils.stale_files import describe_leftovers, remove_leftovers
 
 
 @dataclass

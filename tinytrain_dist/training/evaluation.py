@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tinytrain_dist.data.batches import split_micro_batches
-from tinytrain_dist.data.sampling import EVAL_STREAM
 from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.text_samples import TextSampler

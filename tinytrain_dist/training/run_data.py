@@ -10,10 +10,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.sampling import EVAL_STREAM
+from tinytrain_dist.data.bytes_per_token import bytes_per_token
 from tinytrain_dist.data.stored_tokenizer import check_source_of_weights, check_tokenizer
-from tinytrain_dist.data.token_bytes import bytes_per_token
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
+from tinytrain_dist.data.window_sampling import EVAL_STREAM
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, StepResult, due
-from tinytrain_dist.metrics.timers import ForwardTimer, HostCopy
-from tinytrain_dist.optim.adamw import AdamW, build_optimizer
+from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy
+from tinytrain_dist.optim.adamw import AdamW
+from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.optim.lr_schedule import learning_rate
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model

@@ -22,7 +22,7 @@ from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.step_metrics import StepMetrics, StepResult, due
-from tinytrain_dist.metrics.timers import HostCopy
+from tinytrain_dist.metrics.step_timer import HostCopy
 from tinytrain_dist.parallel.compile import compiled_graph_count
 from tinytrain_dist.parallel.replica_check import fingerprints
 from tinytrain_dist.reliability.run_lock import RunLock

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.utils.json_files import read_json_dict, to_json
-from tinytrain_dist.utils.leftovers import remove_leftovers, temporary_path
+from tinytrain_dist.utils.stale_files import remove_leftovers, temporary_path
 
 _written: set[Path] = set()  # by this process
 

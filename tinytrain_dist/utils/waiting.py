@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from tinytrain_dist.utils.output import print_line
+from tinytrain_dist.utils.lost_output import print_line
 
 FIRST_NOTICE_SECONDS = 5.0
 REPEAT_SECONDS = 60.0

@@ -18,7 +18,7 @@ from tests.helpers.models import KINDS
 from tests.helpers.tokenizers import FAMILIES, TEXTS, write_tokenizer
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.errors import ConfigError, DataError
-from tinytrain_dist.model.hf_config import to_hf_config
+from tinytrain_dist.model.huggingface_config import to_hf_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test uses the network
 

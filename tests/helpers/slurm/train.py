@@ -1,4 +1,4 @@
-"""Train like launch/train.py, but slow down or fail at a given step; tests put it in a copy of the checkout.
+"""Train like tinytrain_dist/train.py, but slow down or fail at a given step; tests put it in a copy of the checkout.
 
 BRAKE="STEP:SECONDS" makes each step from STEP on take that much longer in the first attempt, so that a test can send
 signals in time. CRASH="STEP" raises an exception on rank 0 at that step of every attempt. What is trained is unchanged.
@@ -7,15 +7,12 @@ signals in time. CRASH="STEP" raises an exception on rank 0 at that step of ever
 import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinytrain_dist.reliability import stop_requests
 
 stop_requests.install_signal_handlers()
 
-from tinytrain_dist.launch.worker import main  # noqa: E402
+from tinytrain_dist.launch.rank_program import main  # noqa: E402
 from tinytrain_dist.training.trainer import Trainer  # noqa: E402
 
 original = Trainer.run_step

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from tinytrain_dist.data.preparation.content import (
+from tinytrain_dist.data.preparation.content_type import (
     HEAD_BYTES,
     JSON_LINES_SUFFIXES,
     Compression,

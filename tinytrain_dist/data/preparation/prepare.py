@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinytrain_dist import __version__
-from tinytrain_dist.data.preparation.content import Format
+from tinytrain_dist.data.preparation.content_type import Format
 from tinytrain_dist.data.preparation.corpus import (
     SEPARATOR,
     Meter,

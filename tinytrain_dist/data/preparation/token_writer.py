@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tinytrain_dist.data.preparation.tokenizer import Encoder, Vocabulary
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import fsync_folder
-from tinytrain_dist.utils.leftovers import describe_leftovers, hold_folder, owner, remove_leftovers
+from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, owner, remove_leftovers
 
 _BATCH_BYTES = 1 << 20  # text that a worker encodes at once
 _DATA_SET_FILES = {"train.npy", "val.npy", "tokenizer.json", "tokenizer_config.json", "meta.json"}

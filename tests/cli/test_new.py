@@ -1,0 +1,52 @@
+"""`tinytrain new`: what the folder contains, and that nothing that exists is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tools import Cli
+from tinytrain_dist.config.loading import load_config
+from tinytrain_dist.utils.package_files import package_folder
+
+CONFIGS = sorted(path.stem for path in package_folder("configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_new_folder_has_all_that_a_user_edits(tinytrain: Cli, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "a run"
+    code, out, err = tinytrain("new", folder, "--from", name)
+    assert code == 0, err
+    assert str(folder) in out
+    assert sorted(path.name for path in folder.iterdir()) == [".gitignore", "README.md", "config.toml", "slurm"]
+    original = load_config(package_folder("configs") / f"{name}.toml")
+    assert load_config(folder / "config.toml") == original
+    readme = (folder / "README.md").read_text()
+    assert original.target_dir in readme
+    assert "configs/" not in readme + (folder / "config.toml").read_text()
+    assert original.train_files[0].rpartition("/")[0] in readme, "the command that makes the data names their folder"
+
+
+def test_a_prefix_of_a_name_is_enough_and_an_unknown_name_is_refused(tinytrain: Cli, tmp_path: Path) -> None:
+    assert tinytrain("new", tmp_path / "a", "--from", "gpt2")[0] == 0
+    code, _, err = tinytrain("new", tmp_path / "b", "--from", "llama")
+    assert code == 2
+    assert "give one of " + ", ".join(CONFIGS) in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_exists_is_left_alone(tinytrain: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert tinytrain("new", tmp_path / "empty")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "empty").rglob("*") if path.is_file()}
+    (tmp_path / "file").write_text("mine")
+    for existing in ("empty", "file"):
+        code, _, err = tinytrain("new", tmp_path / existing)
+        assert code == 2
+        assert "exists already" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "empty").rglob("*") if path.is_file()}
+    (tmp_path / "file" / "..").resolve()
+    code, _, err = tinytrain("new", tmp_path / "file" / "inside")
+    assert code in (1, 2)
+    assert "error: " in err

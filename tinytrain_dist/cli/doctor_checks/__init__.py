@@ -1,0 +1,1 @@
+"""The checks of `tinytrain doctor`, one file for each group, and their report."""

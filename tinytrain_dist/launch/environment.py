@@ -1,0 +1,178 @@
+"""Make the environment .venv of a checkout: torch, the package and its extras, in the tested versions.
+
+    python tinytrain_dist/launch/environment.py [EXTRAS]
+
+launch/setup.sh runs this file by its path, before anything is installed, so it may import only Python's own library.
+When nothing has changed since the last call, it returns at once and needs no network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout
+DEFAULT_EXTRAS = "prep,plot"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Variables for other installations, which would put the packages elsewhere or refuse .venv.
+UNWANTED = ("PYTHONHOME", "PYTHONPATH", "PIP_PREFIX", "PIP_PYTHON", "PIP_REQUIRE_VIRTUALENV", "PIP_ROOT", "PIP_TARGET")
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the message is a sentence for the user."""
+
+
+def say(text: str) -> None:
+    """Print a line on stderr. An output that cannot be written must not end the installation."""
+    with contextlib.suppress(OSError):
+        print(f"setup: {text}", file=sys.stderr, flush=True)
+
+
+class Environment:
+    """The environment of one checkout."""
+
+    def __init__(self, root: Path, base_python: str) -> None:
+        """base_python: the Python from which the environment is made."""
+        self.root = root
+        self.base_python = base_python
+        self.folder = root / ".venv"
+        self.python = self.folder / "bin" / "python"
+        self._place = self.folder / ".tinytrain-place"  # the path of the checkout, which scripts in the folder contain
+
+    def make(self, extras: str, build: str) -> None:
+        """Make it, or bring it up to date. build: of torch, "cpu" or "gpu". Errors: SetupError, or pip's own error."""
+        stamp = self.folder / f".tinytrain-{extras}"
+        wanted = self._checksum(extras, build)
+        if self.python.exists() and stamp.is_file() and stamp.read_text().strip() == wanted:
+            return
+        self._make_folder()
+        self._install_torch(build)
+        say(f"installing tinytrain_dist[{extras}] and its dependencies (up to 0.2 GB, about a minute)")
+        self._pip("-c", "constraints.txt", "-e", f".[{extras}]")
+        stamp.write_text(wanted + "\n")
+        say(f"ready: {self.folder}")
+
+    def _checksum(self, extras: str, build: str) -> str:
+        """Return a checksum of everything from which the environment is made."""
+        files = (self.root / name for name in ("pyproject.toml", "constraints.txt"))
+        content = "\n".join([str(self.root), build, extras, *(file.read_text(encoding="utf-8") for file in files)])
+        return str(zlib.crc32(content.encode()))
+
+    def _make_folder(self) -> None:
+        moved = self._place.is_file() and self._place.read_text().strip() != str(self.root)
+        if moved or not self._succeeds("-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
+            say(f"making .venv with {self.base_python}")
+            command = [self.base_python, "-m", "venv", *(["--clear"] if moved else []), str(self.folder)]
+            subprocess.run(command, check=True, cwd=self.root, env=_variables())
+        self._place.write_text(f"{self.root}\n")
+
+    def _install_torch(self, build: str) -> None:
+        """Install torch first, without its dependencies. They come with the package, from the user's index.
+
+        The CPU build is a tenth of the size of the default build for Linux.
+        """
+        pins = (self.root / "constraints.txt").read_text(encoding="utf-8")
+        found = re.search(r"^torch==(\S+)", pins, re.MULTILINE)
+        if found is None:
+            raise SetupError("constraints.txt: has no line torch==VERSION; restore the file")
+        version = found[1]
+        installed = self._output("-c", "import importlib.metadata as m; print(m.version('torch'))")
+        is_right_version = installed == version or installed.startswith(f"{version}+")
+        if is_right_version and not (build == "gpu" and installed.endswith("+cpu")):
+            return
+        if build == "gpu":
+            say(f"installing torch {version} with GPU libraries (about 3 GB, 2 to 5 minutes)")
+            self._pip("--no-deps", "--force-reinstall", f"torch=={version}")
+        elif sys.platform != "linux":
+            say(f"installing torch {version} (about 0.1 GB, a minute)")
+            self._pip("--no-deps", f"torch=={version}")
+        else:
+            say(
+                f"no GPU here: installing the CPU build of torch {version} (about 0.2 GB, a minute); TORCH_BUILD=gpu "
+                "installs the GPU build"
+            )
+            self._install_cpu_build(version)
+
+    def _install_cpu_build(self, version: str) -> None:
+        errors = ""
+        for index in ([], ["--index-url", CPU_INDEX]):
+            package = [f"torch=={version}+cpu", *index]
+            done = _run_captured(self._pip_command("--no-deps", *package), self.root)
+            if done.returncode == 0:
+                return
+            errors += done.stderr + done.stdout
+            if "No matching distribution found" not in errors:
+                _print_errors(errors)
+                raise SetupError(
+                    f"pip could not install {package[-1]}, see above; correct the cause and run launch/setup.sh again"
+                )
+        _print_errors(errors)
+        say("no index offers the CPU build, see above: installing the default one (up to 3 GB, 2 to 5 minutes)")
+        self._pip("--no-deps", f"torch=={version}")
+
+    def _pip_command(self, *arguments: str) -> list[str]:
+        return [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+
+    def _pip(self, *arguments: str) -> None:
+        """Run pip. Its own output tells what is wrong, so nothing is added to it."""
+        subprocess.run(self._pip_command(*arguments), check=True, cwd=self.root, env=_variables())
+
+    def _output(self, *arguments: str) -> str:
+        return _run_captured([str(self.python), *arguments], self.root).stdout.strip()
+
+    def _succeeds(self, *arguments: str) -> bool:
+        if not self.python.exists():
+            return False
+        return _run_captured([str(self.python), *arguments], self.root).returncode == 0
+
+
+def _variables() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    return {**kept, "PIP_USER": "0"}  # also against a configuration file of pip
+
+
+def _run_captured(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=_variables())
+
+
+def _print_errors(errors: str) -> None:
+    with contextlib.suppress(OSError):
+        print(errors.strip(), file=sys.stderr, flush=True)
+
+
+def torch_build(asked: str) -> str:
+    """Return "cpu" or "gpu" for the value of TORCH_BUILD. auto: gpu where nvidia-smi works. Errors: SetupError."""
+    if asked in ("cpu", "gpu"):
+        return asked
+    if asked != "auto":
+        raise SetupError(f"TORCH_BUILD is '{asked}'; expected cpu, gpu or auto.")
+    try:
+        return (
+            "gpu" if subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0 else "cpu"
+        )
+    except OSError:
+        return "cpu"
+
+
+def main(args: Sequence[str], root: Path = ROOT, base_python: str = sys.executable) -> int:
+    """Make the environment with the extras in `args`; return 0, or 1 if it cannot be made."""
+    try:
+        build = torch_build(os.environ.get("TORCH_BUILD") or "auto")
+        Environment(root, base_python).make(args[0] if args else DEFAULT_EXTRAS, build)
+    except SetupError as error:
+        say(str(error))
+        return 1
+    except subprocess.CalledProcessError as error:
+        say(f"failed: {' '.join(map(str, error.cmd[1:]))}; correct the cause above and run launch/setup.sh again")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

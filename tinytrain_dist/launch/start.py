@@ -1,0 +1,265 @@
+"""Start the ranks of this machine: find cores, GPUs, addresses and ports, then become the agent or a rank.
+
+Must not import torch or read settings: the agent does both. Read `local_command`, for all ranks on this machine, and
+`node_command`, for one of several nodes. Both return a command, which `run` executes in place of this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from tinytrain_dist.distributed.network import address_towards, interface_addresses, is_free
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.launch.machine import usable_cores, visible_gpus
+
+RANK_MODULE = "tinytrain_dist.train"
+AGENT_MODULE = "tinytrain_dist.agent"
+MOST_CPU_RANKS = 8  # that are started on one machine without GPUs, if the user gives no number
+MAX_RESTARTS = 3
+# Ports for the rendezvous are below those of outgoing connections, which begin at 32768 on Linux.
+DEFAULT_PORT = 29400  # as torchrun's
+FIRST_JOB_PORT = 20_000
+NUM_JOB_PORTS = 12_000
+PORT_STEP = 997  # jobs with neighbouring numbers often start together, and this leads them to different ports
+# Importing from a shared disk can take minutes, and differs between nodes.
+JOIN_SECONDS = 600
+READ_SECONDS = 300
+SHOWN_VARIABLES = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+class StartError(ConfigError):
+    """The ranks cannot be started as asked for."""
+
+    def __init__(self, problem: str) -> None:
+        """problem: a sentence that begins with the name of the option."""
+        super().__init__(problem, "the command line")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and the environment variables that it needs in addition."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    summary: str = ""  # one line for the user
+
+    def describe(self) -> str:
+        """Return the variables, one per line, and the command as a shell would read it."""
+        shown = [f"{name}={self.environment[name]}" for name in SHOWN_VARIABLES if name in self.environment]
+        return "\n".join([*shown, shlex.join(self.arguments)])
+
+    def run(self) -> NoReturn:
+        """Become this command: the process stays the same, so signals reach what it starts."""
+        # asks for a stop; must not kill this process before the program handles it (it does so in any case)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if self.summary:
+            with contextlib.suppress(OSError):
+                print(self.summary, file=sys.stderr, flush=True)
+        os.execvpe(self.arguments[0], self.arguments, {**os.environ, **self.environment})
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """How this node takes part in a run on several nodes. None: by Slurm's variables, if there are any."""
+
+    nnodes: str | None = None  # "N", or "MIN:MAX"
+    node_rank: int | None = None
+    head: str | None = None  # HOST or HOST:PORT
+    nproc: int | None = None
+    rdzv_id: str | None = None
+    max_restarts: int | None = None
+    direct: bool = False  # this process is one rank, and srun has started all of them
+
+
+def check_config_file(config: Path) -> None:
+    """Check that there is such a file on this machine. Errors: StartError."""
+    if not config.is_file():
+        raise StartError(
+            f"CONFIG: there is no file {config} on {socket.gethostname()}; `tinytrain new FOLDER` makes one"
+        )
+
+
+def local_command(
+    config: Path, settings: Sequence[str], nproc: int | None = None, max_restarts: int | None = None
+) -> Command:
+    """Return the command that starts all ranks on this machine.
+
+    nproc: their number; None: one for each GPU. max_restarts: how often they are started again; None: never.
+    Errors: StartError.
+    """
+    check_config_file(config)
+    gpus, cores = visible_gpus(), usable_cores()
+    if nproc is None:
+        # a power of two divides most batch sizes
+        nproc = gpus or min(MOST_CPU_RANKS, 1 << (cores.bit_length() - 1))
+    threads = _threads_per_rank(_checked_nproc(nproc), cores)
+    restarts = [] if max_restarts is None else ["--max-restarts", str(max_restarts)]
+    where = f"{gpus} GPU(s)" if gpus else f"{cores} CPU core(s)"
+    return Command(
+        [*_python("-m", AGENT_MODULE), "--standalone", *restarts, *_rank_arguments(nproc, config, settings)],
+        {"OMP_NUM_THREADS": threads},
+        f"tinytrain train: {nproc} process(es) on {where}, {threads} thread(s) each",
+    )
+
+
+def node_command(config: Path, settings: Sequence[str], options: NodeOptions) -> Command:
+    """Return the command that starts the ranks of this node, or with `direct` the single rank of this task.
+
+    Errors: StartError if an option is missing or wrong, the head cannot be reached, or its port is taken.
+    """
+    check_config_file(config)
+    slurm = os.environ
+    nodes = SlurmNodes.of(slurm)
+    nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
+    rank = slurm.get("SLURM_NODEID", "") if options.node_rank is None else str(options.node_rank)
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
+        raise StartError(f"--nnodes: {nnodes!r} is not a number of nodes; give a whole number, or MIN:MAX")
+    if not rank.isdecimal():
+        raise StartError(f"--node-rank: {rank!r} is not a node's number; give 0 on the head, 1, 2, ... on the others")
+    head, port = _split_head(options.head or (nodes.address(0) if nodes.names else ""), job_port(slurm))
+    if not head and nnodes != "1":
+        raise StartError("--head: not set; give the name or address of node 0 as the other nodes reach it")
+    if options.direct:  # every task is a rank with its own cores; only rank 0 needs the port
+        rank = slurm.get("SLURM_PROCID", "0")
+    peer = head or (nodes.address(1) if len(nodes.names) > 1 else "127.0.0.1")
+    address = _own_address(peer)
+    if rank == "0" and not is_free(port):
+        raise StartError(f"--head: port {port} of this node is taken; give another one on every node: HOST:PORT")
+    nproc = 1 if options.direct else _processes_of_node(options.nproc, slurm)
+    environment = {
+        "OMP_NUM_THREADS": _threads_per_rank(nproc, _cores_of_task(options.direct, slurm)),
+        "PYTHONUNBUFFERED": "1",
+        **_gloo_interface(address),
+    }
+    if options.direct:
+        environment |= {"MASTER_ADDR": head or address, "MASTER_PORT": str(port)}
+        return Command([*_python("-m", RANK_MODULE), str(config), *settings], environment)
+    restarts = options.max_restarts
+    if restarts is None:
+        restarts = int(slurm.get("MAX_RESTARTS") or MAX_RESTARTS)
+    attempt = options.rdzv_id or slurm.get("TINYTRAIN_ATTEMPT") or slurm.get("SLURM_JOB_ID") or "tinytrain"
+    # is_host: torch would guess it from host names
+    conf = f"is_host={int(rank == '0')},join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head or address}:{port}", "--rdzv-conf", conf]
+    rendezvous += ["--rdzv-id", attempt, "--local-addr", address]
+    agent = [*_python("-m", AGENT_MODULE), "--nnodes", nnodes, "--max-restarts", str(restarts), *rendezvous]
+    return Command([*agent, *_rank_arguments(nproc, config, settings)], environment)
+
+
+def head_endpoint(peer: str | None) -> str:
+    """Return HOST:PORT, how other nodes of a Slurm job reach this node and a free port of it.
+
+    peer: the name or address of another node of the job; None: as Slurm knows it. Errors: StartError.
+    """
+    nodes = SlurmNodes.of(os.environ)
+    peer = peer or (nodes.address(1) if len(nodes.names) > 1 else "127.0.0.1")
+    first = job_port(os.environ)
+    ports = [FIRST_JOB_PORT + (first - FIRST_JOB_PORT + PORT_STEP * k) % NUM_JOB_PORTS for k in range(100)]
+    return f"{_own_address(peer)}:{next(filter(is_free, ports), first)}"
+
+
+@dataclass(frozen=True)
+class SlurmNodes:
+    """The nodes of a Slurm job, in the order of their ranks."""
+
+    names: list[str]
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> SlurmNodes:
+        """Return the nodes that Slurm's variables name; none outside a job, or where scontrol is missing."""
+        nodelist = environment.get("SLURM_JOB_NODELIST")
+        return cls(_scontrol("show", "hostnames", nodelist).split() if nodelist else [])
+
+    def address(self, number: int) -> str:
+        """Return the address that Slurm has for a node, or its name if Slurm has none."""
+        record = _scontrol("show", "node", self.names[number])
+        found = re.search(r"NodeAddr=(\S+)", record)
+        return found[1] if found else self.names[number]
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def job_port(environment: Mapping[str, str]) -> int:
+    """Return the port of the rendezvous: of a Slurm job one by its number, else torchrun's."""
+    job = environment.get("SLURM_JOB_ID", "")
+    return FIRST_JOB_PORT + int(job) % NUM_JOB_PORTS if job.isdecimal() else DEFAULT_PORT
+
+
+def _split_head(head: str, port: int) -> tuple[str, int]:
+    """Return host and port of HOST or HOST:PORT; `port` if it names none. Errors: StartError."""
+    host, colon, text = head.rpartition(":")
+    if not colon:
+        return head, port
+    if not text.isdecimal():
+        raise StartError(f"--head: {text!r} is not a port; give HOST:PORT")
+    return host, int(text)
+
+
+def _own_address(peer: str) -> str:
+    try:
+        return address_towards(peer)
+    except OSError as error:
+        raise StartError(
+            f"--head: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address of node 0 that "
+            "this node knows"
+        ) from None
+
+
+def _gloo_interface(address: str) -> dict[str, str]:
+    """Return the variable that names the interface with this address, unless the user has set it.
+
+    gloo would use this machine's own name, which may resolve to another interface. NCCL chooses one itself.
+    """
+    name = next((name for name, value in interface_addresses().items() if value == address), "")
+    return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or name} if name else {}
+
+
+def _processes_of_node(nproc: int | None, environment: Mapping[str, str]) -> int:
+    if nproc is None:
+        given = environment.get("SLURM_GPUS_ON_NODE") or environment.get("PROCESSES_PER_NODE") or ""
+        nproc = int(given) if given.isdecimal() else visible_gpus() or 1
+    return _checked_nproc(nproc)
+
+
+def _checked_nproc(nproc: int) -> int:
+    if nproc < 1:
+        raise StartError(f"--nproc: {nproc} is not a number of processes; give at least 1")
+    return nproc
+
+
+def _cores_of_task(direct: bool, environment: Mapping[str, str]) -> int:
+    """Return the number of cores for this task, at most those that Slurm has given to it."""
+    given = environment.get("SLURM_CPUS_PER_TASK") or ("1" if direct else environment.get("SLURM_CPUS_ON_NODE", ""))
+    cores = usable_cores()
+    return min(cores, int(given)) if given.isdecimal() else cores
+
+
+def _threads_per_rank(nproc: int, cores: int) -> str:
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // nproc))
+
+
+def _python(*arguments: str) -> list[str]:
+    """Return a command of this Python. -P: modules in the current folder must not hide installed ones."""
+    return [sys.executable, "-P", *arguments]
+
+
+def _rank_arguments(nproc: int, config: Path, settings: Sequence[str]) -> list[str]:
+    """Return torchrun's arguments for the ranks of one node."""
+    program = [*_python("-u", "-m", RANK_MODULE), str(config), *settings]
+    return ["--nproc-per-node", str(nproc), "--no-python", *program]

@@ -1,0 +1,37 @@
+"""Make the optimizer of a run: decide which parameters decay, and choose the class.
+
+Must not know ranks or process groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.optim.adamw import AdamW
+
+
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two parameter groups: matrices (two or more axes) decay, vectors such as norm weights do not.
+
+    Frozen parameters are in neither group. An empty group is left out.
+    """
+    params = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
+    """Return the optimizer of a run for `model`, with its whole state as zeros.
+
+    `model` is in its wrappers, so that the parameters are the ones that get gradients.
+    """
+    groups = weight_decay_groups(model, config.weight_decay)
+    optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
+    optimizer.materialize()
+    return optimizer
