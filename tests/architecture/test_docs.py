@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -61,7 +62,8 @@ COMMANDS = [(page_id(page), words) for page in PAGES for words in commands_of(pa
 def flags_by_help(program: list[str]) -> set[str]:
     """Return the flags that a program's --help names."""
     start = [sys.executable] if program[0].endswith(".py") else []
-    done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    env = {**os.environ, "PYTHON": sys.executable}  # for the scripts in a checkout without an environment
+    done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     return {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-_]*)", done.stdout)}
 
 

@@ -25,7 +25,8 @@ def texts_of_code() -> str:
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
-    scripts = [path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.sh")]
+    folders = (ROOT / "launch", ROOT / "tinytrain_dist" / "launch")
+    scripts = [path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.sh")]
     return "\n".join([*texts, *scripts])
 
 
