@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-MESSAGES = [block.strip() for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)]
+MESSAGES = [block.strip() for block in re.findall(r"```output\n(.*?)```", PAGE, re.DOTALL)]
 HOLE = "…"  # stands for a value, in a message on the page and here
 
 
