@@ -1,4 +1,4 @@
-"""Put the example configurations and the batch scripts of the checkout into the wheel. pyproject.toml has everything else."""
+"""Put the example configurations and batch scripts of a checkout into the wheel; see pyproject.toml for the rest."""
 
 import shutil
 from pathlib import Path

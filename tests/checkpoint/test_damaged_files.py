@@ -22,6 +22,7 @@ from tests.helpers import damage
 from tests.helpers.tools import newest
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.checkpoint.load_tokenizer import end_id, load_tokenizer
 from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
@@ -29,7 +30,6 @@ from tinytrain_dist.checkpoint.verify import find_damage
 from tinytrain_dist.cli.compare import compare
 from tinytrain_dist.cli.ls import ls
 from tinytrain_dist.cli.plot import read_curve
-from tinytrain_dist.cli.sample import end_id, load_tokenizer
 from tinytrain_dist.cli.status import status
 from tinytrain_dist.config.loading import load_config, resolve_vocab_size
 from tinytrain_dist.config.schema import TrainingConfig

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-import sys
 import time
 
 from tinytrain_dist.cli.arguments import UsageError, parse_options
@@ -18,12 +17,12 @@ from tinytrain_dist.cli.doctor_checks.machine import check_machine
 from tinytrain_dist.cli.doctor_checks.network import check_network
 from tinytrain_dist.cli.doctor_checks.report import Report
 from tinytrain_dist.cli.doctor_checks.speed import measure_speed
+from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.distributed.rendezvous import Rendezvous, rendezvous, set_launcher_variables
-from tinytrain_dist.errors import ConfigError, RendezvousError, TinytrainError
-from tinytrain_dist.reliability import error_report
+from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.utils.option_types import Number, Text
 from tinytrain_dist.utils.text import format_list
 
@@ -149,9 +148,4 @@ def _describe_broken_collective(error: RuntimeError) -> str:
 
 
 if __name__ == "__main__":  # torchrun and srun start this module by its name
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except TinytrainError as mistake:
-        if not error_report.report_to_launcher(str(mistake), may_retry=False) and launcher_rank()[0] == 0:
-            print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    run_rank(main)

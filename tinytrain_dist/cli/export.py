@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
 from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
 from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES
 from tinytrain_dist.checkpoint.state_digests import tensor_digest
 from tinytrain_dist.cli.arguments import call_verb
-from tinytrain_dist.cli.sample import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals

@@ -113,6 +113,13 @@ def local_command(
     )
 
 
+def module_command(module: str, arguments: Sequence[str], nproc: int) -> Command:
+    """Return the command that starts a module of this package on several processes of this machine."""
+    agent = [*_python("-m", AGENT_MODULE), "--standalone", "--nproc-per-node", str(nproc)]
+    threads = _threads_per_rank(_checked_nproc(nproc), usable_cores())
+    return Command([*agent, "-m", module, *arguments], {"OMP_NUM_THREADS": threads})
+
+
 def node_command(config: Path, settings: Sequence[str], options: NodeOptions) -> Command:
     """Return the command that starts the ranks of this node, or with `direct` the single rank of this task.
 

@@ -1,0 +1,158 @@
+"""`tinytrain evaluate`: the loss of a checkpoint on a token file or a text, in which every token counts once.
+
+With --nproc the ranks share the windows; every rank holds the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import tyro
+
+from tinytrain_dist.checkpoint.discovery import find_checkpoint
+from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
+from tinytrain_dist.cli.arguments import UsageError, call_verb
+from tinytrain_dist.cli.progress import progress_bar
+from tinytrain_dist.cli.rank_program import run_rank
+from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.data.bytes_per_token import bytes_per_token
+from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
+from tinytrain_dist.errors import DataError
+from tinytrain_dist.launch.start import module_command
+from tinytrain_dist.training.scoring import Score, Window, sliding_windows, summarize, window_losses
+from tinytrain_dist.utils.option_types import Number
+from tinytrain_dist.utils.regular_files import read_text
+
+WINDOWS_AT_ONCE = 16  # a rank takes this many windows in a row, so that they share forward passes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is scored: token IDs, the first of which is only context."""
+
+    ids: npt.NDArray[Any]
+    num_bytes: int | None  # of the text that the other tokens stand for; None: not known
+
+
+def evaluate(
+    checkpoint: PathArgument,
+    data: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    stride: Number = None,
+    nproc: Number = None,
+) -> int:
+    """Print loss, perplexity and bits per byte of a checkpoint on a token file or a text.
+
+    Every token of the file is predicted once, so the numbers do not depend on sampling. The model computes in float32.
+
+    Args:
+        checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
+        data: A token file (.npy) made with the tokenizer of the model, or a text file (UTF-8).
+        stride: Tokens that each window predicts. The tokens before them in the window are context, so a smaller stride
+            gives more context and takes longer. Default: context_len, that is windows without overlap.
+        nproc: Number of processes. Default: 1.
+    """
+    if nproc is not None and nproc < 1:
+        raise UsageError(f"--nproc: {nproc} is not a number of processes; give at least 1", "evaluate")
+    if nproc is not None and nproc > 1 and launcher_rank()[1] == 1:
+        _start_ranks(checkpoint, data, stride, nproc)
+    context = init_distributed()
+    try:
+        folder = find_checkpoint(checkpoint, "model")
+        model = load_model(folder, context.device)
+        context_len = model.model_config.context_len
+        stride = context_len if stride is None else stride
+        if not 1 <= stride <= context_len:
+            raise UsageError(f"--stride: {stride} is not in 1 .. {context_len} (context_len of the model)", "evaluate")
+        tokens = _read_tokens(data, folder, model.model_config.vocab_size or 1)
+        windows = sliding_windows(len(tokens.ids), context_len, stride)
+        # blocks of windows, so that the forward passes are the same for any number of ranks
+        blocks = [windows[at : at + WINDOWS_AT_ONCE] for at in range(0, len(windows), WINDOWS_AT_ONCE)]
+        mine = blocks[context.rank :: context.world_size]
+        with progress_bar("windows", sum(map(len, mine)), shown=context.is_main) as advance:
+            losses = [window_losses(model, tokens.ids, block, context.device, advance) for block in mine]
+        gathered = context.all_gather_object(losses)
+        if context.is_main:
+            _print(folder, data, stride, _in_order(gathered, len(blocks)), windows, tokens)
+    finally:
+        shutdown()
+    return 0
+
+
+def _in_order(gathered: list[list[list[float]]], num_blocks: int) -> list[float]:
+    """Return the losses of all windows in their order. gathered: by rank, the losses of each of its blocks."""
+    world_size = len(gathered)
+    return [loss for block in range(num_blocks) for loss in gathered[block % world_size][block // world_size]]
+
+
+def _start_ranks(checkpoint: Path, data: Path, stride: int | None, nproc: int) -> NoReturn:
+    """Become the command that runs this verb on several processes."""
+    options = [] if stride is None else ["--stride", str(stride)]
+    module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", str(data), *options], nproc).run()
+
+
+def _read_tokens(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
+    """Return the tokens of a token file or a text. Errors: DataError, or UsageError if there is no tokenizer."""
+    if path.suffix == ".npy":
+        ids = load_token_dataset(path, vocab_size=vocab_size)
+        _check_length(path, len(ids))
+        folders: list[Path] = [path.parent, checkpoint]
+        tables = (bytes_per_token(folder, vocab_size) for folder in folders)
+        table = next((table for table in tables if table is not None), None)
+        num_bytes = None if table is None else _sum_of_bytes(table, ids)
+        return Tokens(ids, num_bytes)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UsageError(
+            f"--data: {checkpoint} has no tokenizer.json to read a text with; give a token file (.npy)", "evaluate"
+        )
+    try:
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data: {path} cannot be read ({error}); give a token file (.npy) or a text file") from None
+    before = ids_before_document(checkpoint, tokenizer)
+    found = tokenizer.encode(text, add_special_tokens=False).ids
+    _check_length(path, len(before) + len(found))
+    unscored = tokenizer.decode(found[:1]) if not before else ""  # the first token of the text is not predicted
+    return Tokens(np.array([*before[-1:], *found]), len(text.encode()) - len(unscored.encode()))
+
+
+def _check_length(path: Path, num_tokens: int) -> None:
+    if num_tokens < 2:
+        raise DataError(f"--data: {path} has {num_tokens} token(s), but at least 2 are needed; give a longer text")
+
+
+def _sum_of_bytes(table: npt.NDArray[np.int64], ids: npt.NDArray[Any], at_once: int = 2**24) -> int:
+    """Return the bytes of all tokens but the first, without loading the whole file."""
+    return sum(int(table[ids[at : at + at_once]].sum()) for at in range(1, len(ids), at_once))
+
+
+def _print(
+    checkpoint: Path, data: Path, stride: int, losses: list[float], windows: list[Window], tokens: Tokens
+) -> None:
+    score: Score = summarize(losses, windows)
+    low, high = (math.exp(score.loss + sign * score.standard_error) for sign in (-1, 1))
+    print(f"{checkpoint} on {data}: {score.tokens:,} tokens in {score.windows:,} windows, stride {stride}")
+    print(f"loss           {score.loss:.5f} ± {score.standard_error:.5f} nats per token (± one standard error)")
+    print(f"perplexity     {score.perplexity:.4f} ({low:.4f} .. {high:.4f})")
+    if tokens.num_bytes:
+        per_byte = score.bits_per_byte(tokens.num_bytes)
+        error = score.standard_error / score.loss * per_byte
+        print(f"bits per byte  {per_byte:.5f} ± {error:.5f}, over {tokens.num_bytes:,} bytes")
+    else:
+        print("bits per byte  not known: the bytes of a token are not (no tokenizer.json, no token_bytes.npy)")
+
+
+def main(args: list[str]) -> int:
+    """Run `tinytrain evaluate`."""
+    return call_verb(evaluate, "evaluate", args)
+
+
+if __name__ == "__main__":  # the agent starts this module by its name
+    run_rank(main)
