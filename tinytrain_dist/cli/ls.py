@@ -5,6 +5,7 @@ Must not know how a run is trained. Changes nothing.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -86,7 +87,12 @@ def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
         return {}
     paths = own_checkpoints(run, settings, print_line).committed()
     found = [read_committed_checkpoint(path) for path in paths]
-    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings), is_damaged), strict=True))
+    try:
+        rules = present_rules(run, settings)
+    except CheckpointError as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+        return {}
+    return dict(zip(paths, reasons_to_keep(found, rules, is_damaged), strict=True))
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
