@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
 
 # A resume is refused if the checkpoint has another value of one of these settings, or other data.
 IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
+# A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
+# only how results are rounded.
+ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
