@@ -25,6 +25,7 @@ OTHER_VALUES: dict[str, Any] = {
     "log_every": 2,
     "eval_every": 2,
     "eval_steps": 2,
+    "trackers": (),
     "early_stop_patience": 50,
     "sample_tokens": 0,
     "profile": "2:3",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tinytrain_dist.metrics.tensorboard import EVENTS
 
 from tests.helpers.training import Run
+from tinytrain_dist.metrics.trackers.tags import EVENTS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "dashboards.md").read_text(encoding="utf-8")
 
