@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from tinytrain_dist import (
     AdamW,
@@ -28,8 +29,7 @@ from tinytrain_dist import (
     load_token_dataset,
     save_checkpoint,
 )
-from tinytrain_dist.distributed.context import DistributedContext, init_distributed, shutdown
-from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.distributed import DistributedContext, init_distributed, shutdown
 
 VOCAB_SIZE = 97
 BATCH_SIZE, CONTEXT_LEN, SEED = 8, 32, 0  # sequences over all processes; tokens; of the batches
@@ -44,13 +44,14 @@ class GatedConvolutionLM(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB_SIZE, width)
         self.blocks = nn.ModuleList(GatedConvolution(width) for _ in range(num_blocks))
-        self.head = nn.Linear(width, VOCAB_SIZE)
+        self.head = nn.Linear(width, VOCAB_SIZE, bias=False)
+        self.bias = nn.Parameter(torch.zeros(VOCAB_SIZE))
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.embedding(ids)
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        return self.head(hidden)
+        return self.head(hidden) + self.bias
 
 
 class GatedConvolution(nn.Module):
@@ -74,12 +75,11 @@ def build_model(context: DistributedContext, mode: str) -> nn.Module:
     model = GatedConvolutionLM().to(context.device)
     if mode == "ddp":
         return apply_ddp(model)
-    mesh = context.with_mesh(ParallelDims("fsdp", 1, context.world_size)).mesh
-    return apply_fsdp(model, mesh)
+    return apply_fsdp(model, init_device_mesh(context.device.type, (context.world_size,)))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint. A folder with that name is complete: it appears by one rename."""
+    """Return the newest checkpoint, or None. A folder with such a name is complete: it gets the name at the end."""
     return max(folder.glob("step-*[0-9]"), default=None)
 
 
@@ -94,22 +94,23 @@ def main() -> None:
     options = parser.parse_args()
 
     context = init_distributed("auto")
-    data = (
-        np.arange(20_000, dtype=np.uint16) ** 2 % VOCAB_SIZE
-        if options.data is None
-        else load_token_dataset(options.data)
-    )
+    if BATCH_SIZE % context.world_size:
+        raise SystemExit(f"BATCH_SIZE {BATCH_SIZE} cannot be shared by {context.world_size} processes; start 1, 2 or 4")
+    if options.data is None:
+        data = (np.arange(20_000) ** 2 % VOCAB_SIZE).astype(np.uint16)  # two tokens determine the next
+    else:
+        data = load_token_dataset(options.data, vocab_size=VOCAB_SIZE)
     model = build_model(context, options.mode)
     optimizer = AdamW(model.parameters(), LR_MAX, (0.9, 0.95), 1e-8, 0.1)
-    resumed_from = newest_checkpoint(options.folder)
+    resumed_from = context.broadcast_object(newest_checkpoint(options.folder))  # every process takes the same one
     first = load_checkpoint(model, optimizer, resumed_from) if resumed_from else 0
 
     per_rank = BATCH_SIZE // context.world_size
     slots = range(per_rank * context.rank, per_rank * (context.rank + 1))  # this process's part of the batch
-    last = min(options.steps, options.stop_at or options.steps)
+    last = max(first, min(options.steps, options.stop_at or options.steps))
     for step in range(first, last):
         for group in optimizer.param_groups:
-            group["lr"] = cosine_lr_schedule(step, LR_MAX, LR_MIN, WARMUP_STEPS, options.steps)
+            group["lr"] = cosine_lr_schedule(step, LR_MAX, LR_MIN, min(WARMUP_STEPS, options.steps), options.steps)
         ids, targets = get_batch(data, per_rank, CONTEXT_LEN, context.device, seed=SEED, step=step, slots=slots)
         loss = cross_entropy_loss(model(ids), targets)
         loss.backward()
@@ -122,10 +123,9 @@ def main() -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
             save_checkpoint(model, optimizer, step + 1, options.folder / f"step-{step + 1:06d}")
 
-    weights = gather_full_state_dict(model)  # full tensors under their original names, on every process
+    weights = gather_full_state_dict(model)  # whole tensors under their original names, on every process
     if context.is_main:
-        total = sum(float(tensor.double().abs().sum()) for tensor in weights.values())
-        print(f"done at step {last}: {len(weights)} tensors, sum of magnitudes {total!r}")
+        print(f"done at step {last}: {sum(tensor.numel() for tensor in weights.values()):,} weights")
     shutdown()
 
 
