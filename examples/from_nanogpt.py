@@ -8,8 +8,8 @@ LayerNorm, GELU, biases), and the model of this trainer is like Llama, so it can
 that transformers loads with the same logits, for example to evaluate, to publish or to compare.
 
 ckpt.pt is a pickle, and a pickle can run any program when it is read. Here only tensors and plain containers are read
-from it; everything else is refused. meta.pkl, which nanoGPT writes beside token files of characters, is not read at all:
-give its number of characters as --vocab-size.
+from it; everything else is refused. meta.pkl, which nanoGPT writes beside token files of characters, is not read: give
+its number of characters as --vocab-size.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise SystemExit(
-            f"{path} was not read: it is damaged, or has other things than tensors and plain containers, which could run "
-            f"a program on this machine ({type(error).__name__}: {reason}). Nothing in it was run. Convert a ckpt.pt as "
-            "nanoGPT writes it"
+            f"{path} was not read, and nothing in it was run: it is damaged, or has more than tensors and plain "
+            f"containers, which could run a program ({type(error).__name__}: {reason}); give a ckpt.pt of nanoGPT"
         ) from None
     content = content if isinstance(content, dict) else {}
     found = [content.get(key) for key in ("model", "model_args")]

@@ -1,0 +1,35 @@
+"""Find the examples and run them as users do. Must not know what a test asserts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def load_example(name: str) -> ModuleType:
+    """Import an example that is a Python program; its `main` does not run."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, arguments: list[object], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell example with a `tinytrain` command that starts this checkout."""
+    commands = cwd / "commands"
+    commands.mkdir(exist_ok=True)
+    tinytrain = commands / "tinytrain"
+    tinytrain.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinytrain_dist "$@"\n', encoding="utf-8")
+    tinytrain.chmod(0o755)
+    env = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["bash", str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300)
