@@ -22,18 +22,22 @@ from tinytrain_dist.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *GUIDES, *DECISIONS]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", ROOT / "examples" / "README.md"]
+PAGES += [*GUIDES, *DECISIONS]
 REPOSITORY = "https://github.com/tinytrain-dist/tinytrain_dist/blob/main/"  # links of the site to files outside docs/
 OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the short scripts
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
     "launch/local.sh": {"nproc"},
     "launch/test.sh": {"fast"},
+    "lm_eval": {"model", "device", "tasks", "model_args"},
     "tensorboard": {"logdir"},
     "mlflow": {"backend_store_uri"},
     "zensical": {"strict"},
 }
-PROGRAMS_OF_OTHERS = set("cd git pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split())
+PROGRAMS_OF_OTHERS = set(
+    "cd git lm_eval pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split()
+)
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
@@ -164,7 +168,9 @@ def test_every_page_is_in_the_list_of_its_folder(pages: list[Path]) -> None:
     assert listed == {page.name for page in pages} - {"README.md"}
 
 
-@pytest.mark.parametrize("page", [*GUIDES, ROOT / "benchmarks" / "README.md"], ids=page_id)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name in "docs benchmarks examples"], ids=page_id
+)
 def test_a_page_begins_with_its_purpose(page: Path) -> None:
     first = page.read_text(encoding="utf-8").split("\n\n")[1]
     assert re.match(r"This page (shows|lists|describes)\b", first), f"{page.name} begins: {first[:80]}"

@@ -23,13 +23,13 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-def run_script(name: str, arguments: list[object], cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, arguments: list[object], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a shell example with a `tinytrain` command that starts this checkout."""
     commands = cwd / "commands"
     commands.mkdir(exist_ok=True)
     tinytrain = commands / "tinytrain"
     tinytrain.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinytrain_dist "$@"\n', encoding="utf-8")
     tinytrain.chmod(0o755)
-    env = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **variables}
     command = ["bash", str(EXAMPLES / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300)
