@@ -44,7 +44,7 @@ def environment_record(ranks: list[Any]) -> dict[str, Any]:
     Environment variables are recorded only if they are on an allow-list, because others may hold passwords and keys.
     """
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
-    submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
+    submitted = PACKAGE.parent / "COMMIT"  # `tinytrain submit` writes it into its copy of the code
     allowed = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
     allowed += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
     allowed += ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
