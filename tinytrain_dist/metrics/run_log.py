@@ -35,6 +35,7 @@ class RunLog:
         self._progress: Any = None  # a progress bar, if the output is a terminal
         self._warned = False  # whether `_surviving_disk_errors` has printed its warning
         self._step = resumed_step  # of the last record
+        self._saved_step = resumed_step  # of the newest checkpoint; 0: none yet
         if not main:
             return
         folder = config.logs_dir
@@ -82,7 +83,7 @@ class RunLog:
             f"{values['tokens_per_second']:,.0f} tok/s"
         )
         if self._progress:
-            self._progress.update(self._task, completed=step, numbers=text)
+            self._progress.update(self._task, completed=step, numbers=self._live_numbers(values, seconds_left))
         else:
             self.say(f"step {step}/{self.config.total_steps} | {text} | {format_duration(seconds_left)} left")
 
@@ -126,6 +127,8 @@ class RunLog:
         with self._surviving_disk_errors():
             self._record(kind, step, {"text": text})
             self._tensorboard.add_event(kind, text, step)
+        if kind == "saved":
+            self._saved_step = step
 
     def flush(self) -> None:
         """Write everything that is still in memory to the files."""
@@ -165,17 +168,28 @@ class RunLog:
             self._tensorboard.add_event("output_lost", text, self._step)
 
     def _start_progress(self, step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
 
+        one_line = Column(no_wrap=True, overflow="ellipsis")  # a narrow terminal cuts the numbers, not the step
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[numbers]}", table_column=one_line),
         )
         self._task = self._progress.add_task("steps", total=self.config.last_step, completed=step, numbers="")
         self._progress.start()
+
+    def _live_numbers(self, values: dict[str, float], seconds_left: float) -> str:
+        """Return the text of the live line beside the step, the most important numbers first."""
+        numbers = [f"loss {values['loss']:.4f}", f"{values['tokens_per_second']:,.0f} tok/s"]
+        if "mfu" in values:
+            numbers.append(f"MFU {100 * values['mfu']:.1f} %")
+        numbers.append(f"{format_duration(seconds_left)} left")
+        if self._saved_step:
+            numbers.append(f"saved {self._saved_step}")
+        return " | ".join(numbers)
 
 
 def truncate_records(path: Path, step: int) -> None:
