@@ -89,3 +89,41 @@ def test_changes_are_described_with_both_values(tmp_path: Path) -> None:
         f"lr_max: 0.5 -> {config.lr_max}"
     ]
     assert describe_changes({}, config) == []
+
+
+def refusal(state: dict[str, Any], config: TrainingConfig) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(Path("x"), state, config, DATA)
+    return str(caught.value).partition(":\n")[0]
+
+
+def test_what_may_be_allowed_is_given_as_it_is_set(tmp_path: Path) -> None:
+    config = config_for(tmp_path, allow="norm_eps")
+    state = saved_state(config, seed=7, context_len=11)
+    advice = refusal(state, config).partition("set allow = ")[2]
+    assert advice == "context_len,norm_eps,seed"
+    check_same_run(tmp_path, state, config_for(tmp_path, allow=advice), DATA)
+    assert "allow" not in refusal(saved_state(config, num_layers=7, seed=7), config), "the weights would not fit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "start a new run with another target_dir"),
+        ({"ckpt_dir": "c", "log_dir": "l"}, "start a new run with another target_dir and ckpt_dir and log_dir"),
+        ({"resume": "x/checkpoint-00000003"}, "start a new run with another target_dir, without resume"),
+        (
+            {"ckpt_path_to_resume": "x/checkpoint-00000003"},
+            "start a new run with another target_dir, without ckpt_path_to_resume",
+        ),
+    ],
+)
+def test_a_new_run_needs_other_folders_and_no_checkpoint(tmp_path: Path, settings: Any, advice: str) -> None:
+    config = config_for(tmp_path, **settings)
+    assert f"restore these settings, or {advice}" in refusal(saved_state(config, num_layers=7), config)
+
+
+def test_another_folder_of_checkpoints_is_advised_where_that_one_is_full(tmp_path: Path) -> None:
+    config = config_for(tmp_path, resume="never", ckpt_dir=str(tmp_path / "shared"))
+    with pytest.raises(CheckpointError, match=r"or another target_dir and ckpt_dir$"):
+        checkpoints_to_try(config, own_checkpoints(config))

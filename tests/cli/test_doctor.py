@@ -105,7 +105,8 @@ def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: 
     [
         (["--nodes", "2"], "only some of them are set; give all three"),
         (["--nodes", "2", "--node", "2", "--head", "a:1"], "--node: 2 is not the number of a node; give 0 .. 1"),
-        (["--nodes", "2", "--node", "1", "--head", "a"], "has no port"),
+        (["--nodes", "2", "--node", "1", "--head", "a"], "has no port; give HOST:PORT, such as a:29400"),
+        (["--nodes", "2", "--node", "1", "--head", "a:b"], "has no port; give HOST:PORT, such as a:29400"),
         (["--timeout", "0"], "not greater than 0; give the seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),
         (["no-such-file.toml"], "cannot be read"),

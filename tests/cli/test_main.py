@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,35 @@ def test_every_verb_has_an_entry() -> None:
         module = import_module(verb.module_name())
         assert callable(module.main)
         assert callable(getattr(module, verb.arguments))
+
+
+def test_verbs_that_need_no_torch_do_not_import_it(folder: Path, tmp_path: Path) -> None:
+    """Importing torch takes seconds, and these verbs are to answer at once."""
+    run, config = folder / "one", folder / "one" / "config.toml"
+    commands = [
+        ["--help"], ["--version"], ["new", tmp_path / "new"], ["config", config], ["schedule", config, "--text"],
+        ["train", config, "--dry-run"], ["submit", config, "--time", "30", "--processes-per-node", "1", "--dry-run"],
+        ["status", run], ["ls", run], ["ls", folder], ["plot", run, "--out", tmp_path / "loss.png"],
+        ["prune", "--help"], ["verify", "--help"], ["prepare", "--help"], ["completion", "--help"],
+    ]  # fmt: skip
+    script = (
+        "import sys\nfrom tinytrain_dist.cli.main import main\n"
+        "def call(args):\n    try: return main(args)\n    except SystemExit as end: return end.code or 0\n"
+        f"for args in {[[str(word) for word in command] for command in commands]!r}:\n"
+        "    code = call(args)\n    print(args, code, 'torch' in sys.modules, file=sys.stderr)\n"
+        "    assert code == 0 and 'torch' not in sys.modules, args\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_lists_every_verb_once(tinytrain: Cli) -> None:
+    code, out, _ = tinytrain("--help")
+    assert code == 0
+    for verb in main.VERBS.values():
+        assert out.count(f"\n  {verb.name} ") == 1
+        assert verb.summary in out
+    assert tinytrain()[0] == 2
 
 
 def test_an_unknown_verb_gets_the_nearest(tinytrain: Cli) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.tools import Cli, lines_with, newest, weights_file
 
 
@@ -58,3 +60,23 @@ def test_prune_refuses_what_is_no_run(tinytrain: Cli, run: Path, tmp_path: Path)
     (run / "config.toml").unlink()
     code, _, err = tinytrain("prune", run)
     assert (code, "has no config.toml" in err) == (2, True)
+
+
+@pytest.mark.parametrize("value", ['"x"', "[2]", "-1", "0", "true", "2.5", "inf"])
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_a_setting_that_is_no_number_is_named_and_can_be_given(
+    tinytrain: Cli, run: Path, name: str, value: str
+) -> None:
+    if (name, value) == ("keep_every", "0"):  # none
+        return
+    settings = run / "config.toml"
+    lines = [line for line in settings.read_text().splitlines() if not line.startswith(name)]
+    settings.write_text("\n".join([*lines, f"{name} = {value}\n"]))
+    code, _, err = tinytrain("prune", run)
+    assert (code, f"config.toml: {name} is " in err) == (2, True), err
+    assert err.count("\n") == 1
+    code, out, err = tinytrain("ls", run)
+    assert (code, f"WARNING: {settings}: {name} is " in err) == (0, True)
+    assert "checkpoint-00000006" in out
+    code, out, _ = tinytrain("prune", run, f"--{name.replace('_', '-')}", "2")
+    assert (code, "removed 0 of 2 checkpoints" in out) == (0, True)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.configs import write
 from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
-from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, SECTIONS, TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,7 +163,7 @@ def test_unknown_flags_come_together_with_all_other_problems(tmp_path):
         "weigth_decay: unknown setting; did you mean weight_decay?",
         "no_seed: unknown setting; did you mean seed?",
         "dmodel: unknown setting; did you mean d_model?",
-        "no_such: unknown setting; launch/train.py --help lists all of them",
+        f"no_such: unknown setting; {HELP_COMMAND} lists all of them",
         "log_every: 0 must be at least 1",
         "batch_size: 0 must be at least 1",
     ]
@@ -181,10 +181,22 @@ def test_a_negative_value_is_a_value():
         (["--lr-max=1,5"], "lr_max: expected a number, got '1,5'"),
         (["--keep_every", "1.5"], "keep_every: expected a whole number or None, got '1.5'"),
         (["--betas", "a", "b"], "betas: expected two numbers, got 'a b'"),
-        (["--betas", "0.9"], "Missing value for argument '--betas'. Expected 2 values; --help lists all settings"),
-        (["--compile", "maybe"], "Unrecognized options: maybe; --help lists all settings"),
-        (["--seed=1", "stray"], "Unrecognized options: stray; --help lists all settings"),
-        (["--seed=1", "a.toml"], "Unrecognized options: a.toml; --help lists all settings"),
+        (
+            ["--betas", "0.9"],
+            f"Missing value for argument '--betas'. Expected 2 values; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--compile", "maybe"],
+            f"Unrecognized options: maybe; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--seed=1", "stray"],
+            f"Unrecognized options: stray; {HELP_COMMAND} lists all settings",
+        ),
+        (
+            ["--seed=1", "a.toml"],
+            f"Unrecognized options: a.toml; {HELP_COMMAND} lists all settings",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_parsed_is_one_of_the_problems(args, problem, tmp_path, capsys):
@@ -262,7 +274,10 @@ def test_the_vocabulary_of_several_files_is_the_largest_and_their_tokenizer_the_
     with pytest.raises(ConfigError, match=r"vocab_size: 15 is less than the 20 in .*/b/meta\.json"):
         resolve_vocab_size(TrainingConfig(train_data=(a, b), vocab_size=15))
     for config in (TrainingConfig(train_data=(a, c)), TrainingConfig(train_data=a, val_data=c)):
-        with pytest.raises(ConfigError, match=r"/a and .*/c were made with different tokenizers"):
+        with pytest.raises(
+            ConfigError,
+            match=r"/a and .*/c were made with different tokenizers.*/a --out .*/c --over",
+        ):
             resolve_vocab_size(config)
 
 
@@ -315,3 +330,22 @@ def test_a_byte_order_mark_is_read_and_another_encoding_is_a_sentence(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match="is not TOML"):
             load_config(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval_every", 7), ("eval_steps", 3), ("sample_tokens", 5)])
+def test_a_setting_of_evaluations_has_no_effect_without_val_data(tmp_path: Path, name: str, value: int) -> None:
+    path = write(tmp_path / "a.toml", f"{name} = {value}\n")
+    problem = f"{name}: has no effect without val_data; leave it out, or set val_data"
+    for load in (lambda: load_config(path), lambda: parse_command_line([f"--{name}", str(value)])):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        assert caught.value.problems == [problem]
+    assert load_config(path, {"val_data": "a.npy"}).val_files == ("a.npy",)
+    assert load_config(None) == TrainingConfig(), "a default is no mistake"
+    spelled_out = write(tmp_path / "config.toml", TrainingConfig().to_toml())
+    assert load_config(spelled_out).resolved() == TrainingConfig().resolved(), "nor in the config.toml of a run"
+    assert getattr(TrainingConfig.from_dict({name: value}), name) == value, "an old checkpoint can be read"
+
+
+def test_samples_may_be_disabled_without_evaluations() -> None:
+    assert parse_command_line(["--sample-tokens", "0"]).sample_tokens == 0

@@ -79,7 +79,7 @@ def test_an_unknown_setting_comes_with_the_nearest_name(wrong, right):
 
 
 def test_an_unknown_setting_like_no_other_points_to_help():
-    assert only_problem(zzzzzz=1) == "zzzzzz: unknown setting; launch/train.py --help lists all of them"
+    assert only_problem(zzzzzz=1) == "zzzzzz: unknown setting; tinytrain config --help lists all of them"
 
 
 @pytest.mark.parametrize(

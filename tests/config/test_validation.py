@@ -26,10 +26,16 @@ def test_scales_are_positive_and_finite(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr_min", -0.1), ("weight_decay", float("nan")), ("seed", -1), ("warmup_iters", -1)]
+    ("name", "value"), [("lr_min", -0.1), ("weight_decay", -1.0), ("seed", -1), ("warmup_iters", -1)]
 )
 def test_some_numbers_are_not_negative(name, value):
     assert only_problem(**{name: value}) == f"{name}: {value} must not be negative"
+
+
+@pytest.mark.parametrize("name", ["lr_min", "weight_decay", "start_limit", "step_limit", "save_limit"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_negative_can_still_be_wrong(name, value):
+    assert only_problem(**{name: value}) == f"{name}: {value} must be a finite number"
 
 
 def test_a_seed_has_at_most_64_bits():
@@ -42,8 +48,11 @@ def test_a_seed_has_at_most_64_bits():
     ("values", "sentence"),
     [
         ({"d_model": 100, "num_heads": 3}, "d_model: 100 is not a multiple of num_heads 3"),
-        ({"d_model": 12, "num_heads": 4}, "d_model: head width 3 is odd, but rotary embeddings need an even one"),
-        ({"head_dim": 5}, "d_model: head width 5 is odd"),
+        (
+            {"d_model": 12, "num_heads": 4},
+            "d_model: 12 / num_heads 4 = 3 is odd, but rotary embeddings need an even width",
+        ),
+        ({"head_dim": 5}, "head_dim: 5 is odd, but rotary embeddings need an even width; possible: head_dim 4, 6"),
         ({"num_heads": 8, "num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 8"),
         (
             {"batch_size": 12, "micro_batch_size": 5},
@@ -66,8 +75,8 @@ def test_a_seed_has_at_most_64_bits():
         ),
         ({"total_steps": 10, "stop_at_step": 11}, "stop_at_step: 11 is beyond total_steps 10"),
         ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
-        ({"log_save_prefix": "a/b"}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
-        ({"ckpt_save_prefix": ""}, "ckpt_save_prefix, log_save_prefix: must be plain names"),
+        ({"log_save_prefix": "a/b"}, "log_save_prefix: 'a/b' must be a plain name"),
+        ({"ckpt_save_prefix": ""}, "ckpt_save_prefix: '' must be a plain name"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values, sentence):

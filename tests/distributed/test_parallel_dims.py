@@ -82,18 +82,41 @@ def test_none_on_several_processes_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("settings", "world", "local", "product"),
+    ("settings", "world", "local", "sentence"),
     [
-        ({"dp_replicate": 3, "dp_shard": 4}, 8, 8, "3 x 4 = 12, but there are 8 processes; possible: 4 x 2, 2 x 4"),
-        ({"dp_shard": 3}, 8, 8, "2 x 3 = 6, but there are 8 processes; possible: 4 x 2, 2 x 4"),
-        ({}, 6, 4, "1 x 4 = 4, but there are 6 processes; possible: 3 x 2, 2 x 3"),
-        ({"dp_replicate": 5}, 3, 3, "5 x 0 = 0, but there are 3 processes; possible: none, use ddp or fsdp"),
+        (
+            {"dp_replicate": 3, "dp_shard": 4}, 8, 8,
+            "dp_replicate x dp_shard: 3 x 4 = 12, but there are 8 processes; possible: dp_replicate x dp_shard 4 x 2, "
+            "2 x 4",
+        ),
+        (
+            {"dp_shard": 3}, 8, 8,
+            "dp_shard: 3 does not divide the 8 processes; possible: dp_replicate x dp_shard 4 x 2, 2 x 4",
+        ),
+        (
+            {}, 6, 4,
+            "parallel: hsdp makes each node a replica, but 6 processes are not 4 on each node, as here; possible: "
+            "dp_replicate x dp_shard 3 x 2, 2 x 3",
+        ),
+        (
+            {"dp_replicate": 5}, 3, 3,
+            "dp_replicate: 5 does not divide the 3 processes; possible: parallel = ddp or fsdp without dp_replicate",
+        ),
+        (
+            {"dp_shard": 2, "fingerprint_every": 1}, 3, 3,
+            "dp_shard: 2 does not divide the 3 processes; possible: parallel = ddp without dp_shard",
+        ),
+        (
+            {"fingerprint_every": 1, "reshard_after_forward": True}, 3, 2,
+            "parallel: hsdp makes each node a replica, but 3 processes are not 2 on each node, as here; possible: "
+            "parallel = ddp without reshard_after_forward and fingerprint_every",
+        ),
     ],
-)
-def test_a_mesh_that_does_not_cover_the_world_lists_those_that_do(settings, world, local, product):
+)  # fmt: skip
+def test_a_mesh_that_does_not_cover_the_world_lists_those_that_do(settings, world, local, sentence):
     with pytest.raises(ConfigError) as caught:
         choose_parallel_dims(TrainingConfig(parallel="hsdp", **settings), world, local)
-    assert caught.value.problems == [f"dp_replicate x dp_shard: {product}"]
+    assert caught.value.problems == [sentence]
 
 
 def test_the_mesh_and_its_reason_are_printed():

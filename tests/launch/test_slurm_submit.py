@@ -132,9 +132,15 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     assert text.startswith(f"error: 6 problems in {config}\n")
     assert "--time: 1 is less than two minutes" in text
-    assert "batch_size: 8 is not a multiple of micro_batch_size 1 x 6 ranks = 6; possible: ranks 1, 2, 4, 8" in text
+    assert (
+        "batch_size: 8 is not a multiple of micro_batch_size 1 x 6 ranks = 6; possible: ranks 1, 2, 4, 8; or batch_size"
+        in text
+    )
     assert "train_data: " in text
-    assert "has 4000 tokens, but context_len 5000 needs 5001" in text
+    assert (
+        "has 4000 tokens, but context_len 5000 needs at least 5001; 1001 more are needed, or set context_len to at most"
+        in text
+    )
     assert "val_data: " in text
     assert "init_from: there is no folder /nowhere" in text
     assert "ckpt_writers: 9 is more than the 6 processes" in text

@@ -112,7 +112,7 @@ def test_other_rotary_scalings_are_refused(tmp_path, where):
 def test_a_size_that_differs_is_reported_with_both_values_and_the_remedy(tmp_path, key, value, setting, here):
     path = tmp_path / "config.json"
     assert fits(tmp_path, SMALL, **{key: value}) == [
-        f"{setting}: is {here}, but {path} needs {value}; set {setting} = {value}"
+        f"{setting}: is {here}, but {path} needs {value}; set {setting} = {json.dumps(value)}"
     ]
 
 

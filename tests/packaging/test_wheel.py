@@ -80,6 +80,7 @@ def test_a_first_run_without_the_checkout(installed: Path, tmp_path: Path) -> No
     assert "done" in tinytrain("status runs/quickstart", mine)
     assert "ok " in tinytrain("verify runs/quickstart", mine)
     assert tinytrain("sample runs/quickstart --prompt The --max-new-tokens 5", mine).startswith("The")
+    assert "perplexity" in tinytrain("evaluate runs/quickstart --data text.txt", mine)
     tinytrain("export runs/quickstart exported --no-check", mine)
     assert list((mine / "exported").glob("model*.safetensors"))
     assert tinytrain("config config.toml --changed", mine)

@@ -66,14 +66,14 @@ CODE = rank_consistency.code_digest()
         ("shape", f"processes per node: 7 on rank 2 (node2), but 4 on {REST}; start the same number"),
         ("clock", "clock: node2 is 100.0 s behind node1; synchronize them (chrony)"),
         ("threads", "threads: 2 process(es) on node1 run 8 threads on 2 core(s) and slow each other down; "
-                    "set OMP_NUM_THREADS=1, or give the job more cores (--cpus-per-task)"),
+                    "set cpu_threads = 1, or give the job more cores (--cpus-per-task)"),
     ],
 )  # fmt: skip
 def test_a_rank_that_differs_is_named_on_all_ranks(odd: str, problems: str) -> None:
     for said in run_ranks(4, check_consistency, {"batch_size": 4}, odd):
         assert (problems in said) if problems else said == ""
         assert said.count("clock") == (odd == "clock")
-        assert said.count("threads") == (2 if odd == "threads" else 0)
+        assert said.count("threads:") == (odd == "threads")
 
 
 def test_with_two_ranks_the_value_of_rank_0_counts_as_usual() -> None:
@@ -110,3 +110,19 @@ def test_a_clock_is_wrong_only_beyond_the_error_of_the_measurement() -> None:
         "clock: b is 3.0 s ahead of a; synchronize them (chrony)",
         "clock: d is 50.0 s behind a; synchronize them (chrony)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [({}, "set OMP_NUM_THREADS=2,"), ({"cpu_threads": 3}, "set cpu_threads = 2,")],
+)
+def test_the_setting_that_decides_the_threads_is_named(settings: dict[str, Any], remedy: str) -> None:
+    config = TrainingConfig(**settings)
+    (warning,) = rank_consistency.oversubscribed_hosts([3, 3], [{0, 1, 2, 3}] * 2, ["here"] * 2, config)
+    assert remedy in warning
+
+
+def test_a_reproducible_run_has_one_thread_whatever_torch_has_now() -> None:
+    config = TrainingConfig(reproducible=True, micro_batch_size=1)
+    assert rank_consistency.threads_of(config) == 1
+    assert rank_consistency.threads_of(TrainingConfig()) == torch.get_num_threads() == rank_consistency.threads_of(None)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.ranks import run_ranks
@@ -66,6 +67,22 @@ def test_the_count_survives_a_resume(tmp_path: Path) -> None:
     assert (end["state"], end["step"]) == ("done", 3)
     (end,) = run(tmp_path)
     assert (end["state"], end["step"]) == ("done", 4)
+
+
+def test_the_best_loss_on_other_data_does_not_count(tmp_path: Path) -> None:
+    (end,) = run(tmp_path, stop_at_step=3)  # the best is 4.0
+    assert end["state"] == "done"
+    np.save(tmp_path / "other.npy", np.load(tmp_path / "val.npy")[::-1])
+    harder = functools.partial(scripted, losses=[0.0, 0.0, 0.0, 9.7, 9.6, 9.5, 9.4, 9.3, 9.2, 9.1])
+    (end,) = run(tmp_path, prepare=harder, val_data=str(tmp_path / "other.npy"))
+    assert (end["state"], end["step"]) == ("done", 10), "each loss is lower than the one before, on the new data"
+    (text,) = Run(tmp_path / "run").values("resumed", "text")
+    assert text.endswith(
+        "; the lowest eval loss so far (4.0000 at step 2) no longer counts, because it was measured with another "
+        "val_data"
+    )
+    report = json.loads((Run(tmp_path / "run").checkpoint / "trainer_state.json").read_text())["report"]
+    assert (report["best_eval_loss"], report["best_eval_step"]) == (9.1, 10)
 
 
 def test_an_evaluation_out_of_turn_does_not_count(tmp_path: Path) -> None:

@@ -15,16 +15,18 @@ from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
 from tinytrain_dist.config.run_folder import (
+    CONFIG_FILE,
     TRAINER_STATE_FILE,
     RunFolder,
     is_checkpoint,
     open_run,
 )
-from tinytrain_dist.config.schema import FIELDS
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import (
     describe_json_type,
+    is_number,
     is_whole_number,
     nulls_to_nan,
     parse_nonfinite,
@@ -34,7 +36,7 @@ from tinytrain_dist.utils.lost_output import print_line
 
 DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 
-DEFAULT_KEEP_LAST = FIELDS["keep_last"].default
+DEFAULT_KEEP_LAST = TrainingConfig.keep_last
 DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
 
 
@@ -84,7 +86,12 @@ def own_checkpoints(run: RunFolder, settings: dict[str, Any], warn: Callable[[st
 
 
 def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
-    """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml."""
+    """Return what keeps the checkpoints of a run with its present settings. `settings`: those in its config.toml.
+
+    Errors: CheckpointError if one of them is not valid.
+    """
+    keep_last = _count(run, settings, "keep_last", 1)
+    keep_every = _count(run, settings, "keep_every", 0)
     own = own_checkpoints(run, settings, print_line).committed()
     newest = next((path for path in reversed(own) if not quick_problems(path)), None)
     state = read_json_object(newest / TRAINER_STATE_FILE) if newest else {}
@@ -95,14 +102,26 @@ def present_rules(run: RunFolder, settings: dict[str, Any]) -> RetentionRules:
     step: Any = state.get("step")
     if sound_step is not None and is_whole_number(step) and sound_step >= step - 1:
         sound_step = None  # the loss was at its usual level when the newest was saved
+    best_step, best_loss = record.get("best_eval_step"), record.get("best_eval_loss")
     return RetentionRules(
-        int(settings.get("keep_last", DEFAULT_KEEP_LAST)),
-        settings.get("keep_every"),
-        record.get("best_eval_step"),
-        record.get("best_eval_loss"),
+        keep_last or DEFAULT_KEEP_LAST,
+        keep_every,
+        best_step if is_whole_number(best_step) else None,
+        best_loss if is_number(best_loss) else None,
         evaluation_key(settings),
         sound_step,
         run=str(settings.get("target_dir", "")),
+    )
+
+
+def _count(run: RunFolder, settings: dict[str, Any], name: str, least: int) -> int | None:
+    """Return a setting that is a number, or None if it is not set: a user may have changed the file."""
+    value = settings.get(name)
+    if value is None or (is_whole_number(value) and value >= least):
+        return value
+    raise CheckpointError(
+        f"{run.folder / CONFIG_FILE}: {name} is {value!r}, but must be a whole number, at least {least}; correct it, "
+        f"or give another --{name.replace('_', '-')} to `tinytrain prune`"
     )
 
 

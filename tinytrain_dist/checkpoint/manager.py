@@ -29,6 +29,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
     check_same_run,
     checkpoints_to_try,
     describe_changes,
+    how_to_start_anew,
 )
 from tinytrain_dist.checkpoint.retention import RetentionRules
 from tinytrain_dist.checkpoint.sharded_io import bytes_to_read, read_checkpoint, write_checkpoint
@@ -241,7 +242,7 @@ class CheckpointManager:
         if candidates:
             raise CheckpointError(
                 f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
-                "start a new run with another target_dir"
+                f"{how_to_start_anew(self.config)}"
             )
         return None
 

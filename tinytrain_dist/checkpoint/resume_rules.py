@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 
@@ -24,7 +25,7 @@ def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
         if own:
             raise CheckpointError(
                 f"{config.checkpoints_dir}: holds {len(own)} checkpoint(s), but resume = never starts a new run; "
-                "set resume = auto, or another target_dir"
+                f"set resume = auto, or {other_folders(config)}"
             )
         return []
     path = Path(config.resume_from)
@@ -36,7 +37,7 @@ def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
     if path.name in names and later:
         raise CheckpointError(
             f"resume = {path}: its folder also holds {len(later)} later checkpoint(s), up to {later[-1]}, and would "
-            "mix two histories; set another target_dir, or move the later ones away"
+            f"mix two histories; set {other_folders(config)}, or move the later ones away"
         )
     return [path]
 
@@ -53,18 +54,33 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
     Errors: CheckpointError that lists all differences, with both values.
     """
     allowed = config.allowed_changes
-    refused = [
-        f"{name}: {saved} in the checkpoint, {now} now"
+    refused = {
+        name: f"{name}: {saved} in the checkpoint, {now} now"
         for name, saved, now in _changed_settings(state, config)
         if name in IDENTITY_SETTINGS and name not in allowed
-    ]
+    }
     if state.get("data") != data and "train_data" not in allowed:
-        refused.append(f"train_data: {state.get('data')} in the checkpoint, {data} now")
+        refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now"
     if refused:
+        remedies = ["restore these settings", how_to_start_anew(config)]
+        if not refused.keys() & SHAPE_SETTINGS:  # otherwise the weights do not fit, whatever is allowed
+            remedies.append(f"set allow = {','.join(sorted(allowed | refused.keys()))}")
         raise CheckpointError(
-            f"{path}: belongs to another run; start a new one (another target_dir), restore these settings, or name "
-            "those that may change in `allow`:\n  " + "\n  ".join(refused)
+            f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())
         )
+
+
+def other_folders(config: TrainingConfig) -> str:
+    """Return the settings that must have other values so that the checkpoints and logs of a run go elsewhere."""
+    names = ["target_dir", *(name for name in ("ckpt_dir", "log_dir") if getattr(config, name))]
+    return f"another {' and '.join(names)}"
+
+
+def how_to_start_anew(config: TrainingConfig) -> str:
+    """Return what to do to train from step 0, with the checkpoints of this folder left as they are."""
+    named = [name for name in ("resume", "ckpt_path_to_resume") if getattr(config, name) not in ("auto", None)]
+    without = f", without {' and '.join(named)}" if named else ""
+    return f"start a new run with {other_folders(config)}{without}"
 
 
 def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfig, numerics: dict[str, Any]) -> None:

@@ -79,6 +79,12 @@ def evaluation_key(settings: Mapping[str, Any]) -> str:
     return json.dumps([settings.get(name) for name in EVALUATION_SETTINGS])
 
 
+def changed_evaluation_settings(state: Mapping[str, Any], config: TrainingConfig) -> list[str]:
+    """Return the settings because of which the eval losses of a trainer_state.json cannot be compared with new ones."""
+    saved, present = state.get("config", {}), config.resolved()
+    return [name for name in EVALUATION_SETTINGS if name in saved and saved[name] != present[name]]
+
+
 def read_committed_checkpoint(path: Path) -> CommittedCheckpoint:
     """Read what decides whether a checkpoint stays; what cannot be read counts as not evaluated and not known."""
     state = read_json_object(path / TRAINER_STATE_FILE)

@@ -82,8 +82,8 @@ def _compare_records(run_a: RunFolder, run_b: RunFolder) -> bool:
     if not num_compared:
         spans = f"{_span(records_a)} and {_span(records_b)}"
         raise TinytrainError(
-            f"{run_a.records} and {run_b.records}: no step was logged in both ({spans}); "
-            "train both with the same log_every"
+            f"{run_a.records} and {run_b.records}: no step was logged in both ({spans}); train them over common steps, "
+            "with the same log_every"
         )
     end_a = max(record["step"] for record in records_a)
     end_b = max(record["step"] for record in records_b)

@@ -77,7 +77,8 @@ class DoctorOptions:
         if self.nodes is not None and self.node is not None and not 0 <= self.node < self.nodes:
             return f"--node: {self.node} is not the number of a node; give 0 .. {self.nodes - 1}"
         if self.head and not self.head.rpartition(":")[2].isdecimal():
-            return f"--head: {self.head} has no port; give HOST:PORT, such as {self.head}:29400"
+            host = self.head.partition(":")[0] or "HOST"
+            return f"--head: {self.head} has no port; give HOST:PORT, such as {host}:29400"
         if not self.timeout > 0:
             return f"--timeout: {self.timeout:g} is not greater than 0; give the seconds to wait"
         return ""

@@ -5,6 +5,7 @@ Must not know how a run is trained. Changes nothing.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -86,7 +87,12 @@ def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
         return {}
     paths = own_checkpoints(run, settings, print_line).committed()
     found = [read_committed_checkpoint(path) for path in paths]
-    return dict(zip(paths, reasons_to_keep(found, present_rules(run, settings), is_damaged), strict=True))
+    try:
+        rules = present_rules(run, settings)
+    except CheckpointError as error:
+        print(f"WARNING: {error}", file=sys.stderr)
+        return {}
+    return dict(zip(paths, reasons_to_keep(found, rules, is_damaged), strict=True))
 
 
 def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
@@ -105,14 +111,17 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 
 def _validity(path: Path, full: bool) -> Text:
     """Describe whether a checkpoint is intact, by its sizes or, with `full`, by its bytes."""
-    from tinytrain_dist.checkpoint.verify import find_damage  # torch takes seconds to import
-
     suffix = name_suffix(path)
     if suffix == TEMPORARY_SUFFIX:
         return Text("unfinished: being written, or left by a crash", "yellow")
     if suffix:
         return Text(f"set aside as {suffix}", "yellow")
-    damage = find_damage(path) if full else quick_problems(path)
+    if full:
+        from tinytrain_dist.checkpoint.verify import find_damage  # needs torch, which takes seconds to import
+
+        damage = find_damage(path)
+    else:
+        damage = quick_problems(path)
     if damage:
         more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
         return Text("DAMAGED: " + damage[0].replace(f"{path}/", "") + more, "bold red")

@@ -52,16 +52,10 @@ def prune(
     settings = read_settings(folder.folder)
     if not settings:
         raise CheckpointError(f"{folder.folder}: has no {CONFIG_FILE} that can be read; give a run (its target_dir)")
-    rules = present_rules(folder, settings)
-    rules = replace(
-        rules,
-        keep_last=rules.keep_last if keep_last is None else keep_last,
-        keep_every=rules.keep_every if keep_every is None else keep_every,
-    )
-    if rules.keep_last < 1 or (rules.keep_every or 0) < 0:
-        raise CheckpointError(
-            f"keep_last: {rules.keep_last} must be at least 1, keep_every: {rules.keep_every} at least 0"
-        )
+    if (keep_last is not None and keep_last < 1) or (keep_every is not None and keep_every < 0):
+        raise CheckpointError(f"keep_last: {keep_last} must be at least 1, keep_every: {keep_every} at least 0")
+    given = {"keep_last": keep_last, "keep_every": keep_every}
+    rules = present_rules(folder, settings | {name: value for name, value in given.items() if value is not None})
     checkpoints = own_checkpoints(folder, settings, _warn)
     reasons = _reasons(folder, checkpoints, rules, bool(settings.get("ckpt_dir")), set_aside)
     return _remove(checkpoints, reasons, dry_run)

@@ -26,7 +26,7 @@ from tinytrain_dist.config.run_folder import (
     read_records,
     records_file,
 )
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import whole_number
@@ -72,7 +72,10 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
         replayed = _train_records(records_file(target / LOGS_FOLDER))
         common_steps = sorted(recorded.keys() & replayed.keys())
         if not common_steps:
-            raise CheckpointError(f"{run.records}: none of the steps {start + 1} to {stop} was logged; raise --steps")
+            needed = min(recorded) - start
+            raise CheckpointError(
+                f"{run.records}: none of the steps {start + 1} to {stop} was logged; give --steps {needed}"
+            )
         saved_end = path.with_name(checkpoint_name(path.name.rpartition("-")[0], stop))
         replayed_end = next(iter((target / CHECKPOINTS_FOLDER).iterdir()))
         tensors_differ = exact and saved_end.is_dir() and tensor_entries(saved_end) != tensor_entries(replayed_end)
@@ -123,6 +126,7 @@ def _replay_config(
     # log every step to metrics.jsonl, save only at the end, and leave out what does not affect training
     logging: dict[str, Any] = {"log_every": 1, "log_save_prefix": "metrics", "val_data": None}
     logging |= {"profile": None, "sample_tokens": 0, "fingerprint_every": None}
+    logging |= {name: FIELDS[name].default for name in ("eval_every", "eval_steps")}  # no effect without val_data
     checkpoints: dict[str, Any] = {"ckpt_save_prefix": "checkpoint", "ckpt_every": 10**9, "keep_every": None}
     checkpoints |= {"ckpt_writers": None}
     mesh = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "reshard_after_forward": None}

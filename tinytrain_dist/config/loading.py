@@ -12,11 +12,13 @@ import difflib
 import io
 import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from tinytrain_dist.config.run_folder import parse_toml
-from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, HINTS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.validation import unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_bytes
@@ -76,11 +78,13 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     Errors: ConfigError with every problem of the file and of the overrides.
     """
     values, problems = read_toml(path) if path else ({}, [])
+    values |= overrides or {}
     source = str(path) if path else "the settings"
     try:
-        config = TrainingConfig.from_dict({**values, **(overrides or {})}, source)
+        config = TrainingConfig.from_dict(values, source)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems], source) from None
+    problems += unused_evaluation_settings(config, values)
     if problems:
         raise ConfigError(problems, source)
     return config
@@ -146,7 +150,7 @@ def _describe_parsing_error(printed: str, args: list[str]) -> str:
             start = len(args) - args[::-1].index(flag)
             values = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), args[start:]))
             return f"{flag[2:]}: expected {VALUE_NAMES.get(hint, hint)}, got {values!r}"
-    return f"{text}; --help lists all settings"
+    return f"{text.rstrip('.')}; {HELP_COMMAND} lists all settings"
 
 
 def _is_flag(name: str) -> bool:
@@ -199,20 +203,16 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
     if not config.train_files:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
     meta_by_size: dict[int, Path] = {}
-    folder_by_tokenizer: dict[str, Path] = {}
+    folders_by_tokenizer: dict[str, set[str]] = {}
     for file in (*config.train_files, *config.val_files):
         meta = Path(file).parent / "meta.json"
         size, tokenizer = _read_data_meta(meta)
         if size and file in config.train_files:
             meta_by_size[size] = meta
         if tokenizer:
-            folder_by_tokenizer[tokenizer] = meta.parent
-    if len(folder_by_tokenizer) > 1:
-        first, second, *_ = sorted(map(str, folder_by_tokenizer.values()))
-        raise ConfigError(
-            f"train_data, val_data: {first} and {second} were made with different tokenizers, so the same ID means "
-            f"different tokens in them; make one of them again with `tinytrain prepare --tokenizer {first}`"
-        )
+            folders_by_tokenizer.setdefault(tokenizer, set()).add(str(meta.parent))
+    if len(folders_by_tokenizer) > 1:
+        raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
     if config.vocab_size is None:
         if not meta_by_size:
             meta = Path(config.train_files[0]).parent / "meta.json"
@@ -224,6 +224,19 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
             f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; leave it out"
         )
     return config
+
+
+def _tokenizer_problem(right: list[str], *others: list[str]) -> str:
+    """Return what to do about folders that were made with other tokenizers than the first ones."""
+    folders = [folder for group in others for folder in group]
+    commands = [
+        f"`tinytrain prepare TEXT --tokenizer {shlex.quote(right[0])} --out {shlex.quote(folder)} --overwrite`"
+        for folder in folders
+    ]
+    return (
+        f"train_data, val_data: {right[0]} and {', '.join(folders)} were made with different tokenizers, so the same "
+        f"ID means different tokens in them; prepare the same text again: {' and '.join(commands)}"
+    )
 
 
 def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from tinytrain_dist.config.batch_sizes import divisors, nearest_multiples
+from tinytrain_dist.utils.text import format_choices
 
 
 @dataclass(frozen=True)
@@ -66,31 +70,14 @@ class ModelConfig:
 
     def shape_problems(self) -> list[str]:
         """Return a sentence for each pair of sizes that do not fit together. All sizes must be at least 1."""
-        problems = []
-        if self.head_dim is None and self.d_model % self.num_heads:
-            problems.append(
-                f"d_model: {self.d_model} is not a multiple of num_heads {self.num_heads}; change one, or set head_dim"
-            )
-        elif self.head_width % 2:
-            problems.append(
-                f"d_model: head width {self.head_width} is odd, but rotary embeddings need an even one; "
-                "change d_model or num_heads, or set head_dim to an even number"
-            )
-        if self.num_heads % self.kv_heads:
-            problems.append(
-                f"num_kv_heads: {self.kv_heads} does not divide num_heads {self.num_heads}; change one of them"
-            )
-        return problems
+        return [_shape_sentence(self, fault) for fault in _shape_faults(self)]
 
     def fp8_problems(self) -> list[str]:
         """Return a sentence for each size of a block's matrices that float8 units cannot multiply."""
-        heads, key_heads = self.num_heads * self.head_width, self.kv_heads * self.head_width
-        sizes = {"d_model": self.d_model, "d_ff": self.ffn_dim, "num_heads": heads, "num_kv_heads": key_heads}
         return [
-            f"{name}: precision = fp8 needs matrices whose sizes are multiples of 16, but this makes one of {size}; "
-            "change it, or set precision = bf16"
-            for name, size in sizes.items()
-            if size % 16
+            f"{name}: precision = fp8 needs matrices whose sizes are multiples of {FP8_MULTIPLE}, but this makes one "
+            f"of {size}; possible: {_possible_sizes(self, name)}; or precision = bf16"
+            for name, size in _fp8_faults(self).items()
         ]
 
     def rope_problems(self) -> list[str]:
@@ -98,12 +85,106 @@ class ModelConfig:
         problems = []
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if (self.rope_scaling_factor is None) != (self.rope_original_context_len is None):
-            problems.append("rope_scaling_factor: needs rope_original_context_len, and vice versa; set both")
-        if self.rope_scaling_factor is None and (low, high) != (1.0, 4.0):
-            problems.append("rope_low_freq_factor: has no effect without rope_scaling_factor; leave it out")
-        if low >= high:
-            problems.append(f"rope_low_freq_factor: {low} must be below rope_high_freq_factor {high}; change one")
+            problems.append(
+                "rope_scaling_factor: needs rope_original_context_len, and vice versa; set both, or leave both out"
+            )
+        bands = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+        if self.rope_scaling_factor is None:
+            problems += [
+                f"{name}: has no effect without rope_scaling_factor; leave it out"
+                for name, default in bands.items()
+                if getattr(self, name) != default
+            ]
+        elif math.isnan(low) or math.isnan(high):
+            problems.append(f"rope_low_freq_factor, rope_high_freq_factor: {low}, {high} must both be numbers")
+        elif low >= high:
+            problems.append(
+                f"rope_low_freq_factor: {_value(self, 'rope_low_freq_factor')} must be below rope_high_freq_factor "
+                f"{_value(self, 'rope_high_freq_factor')}; lower the former, or raise the latter"
+            )
         return problems
 
 
+FP8_MULTIPLE = 16  # float8 units multiply matrices whose sizes are multiples of this
+
+
+def _value(model: ModelConfig, name: str) -> str:
+    """Return the value of a setting, marked if it is the default, which the user may not have set."""
+    value = getattr(model, name)
+    return f"{value} (the default)" if value == FIELD_DEFAULTS[name] else str(value)
+
+
+def _shape_sentence(model: ModelConfig, fault: str) -> str:
+    """Return the message about a fault."""
+    heads, d_model = _value(model, "num_heads"), _value(model, "d_model")
+    if fault == "heads":
+        problem = f"d_model: {d_model} is not a multiple of num_heads {heads}"
+    elif fault == "key heads":
+        problem = f"num_kv_heads: {model.kv_heads} does not divide num_heads {heads}"
+    elif model.head_dim is not None:
+        problem = f"head_dim: {model.head_dim} is odd, but rotary embeddings need an even width"
+    else:
+        problem = f"d_model: {d_model} / num_heads {heads} = {model.head_width} is odd, but rotary embeddings need an "
+        problem += "even width"
+    return f"{problem}; possible: {_possible_sizes(model, fault)}"
+
+
+def _shape_faults(model: ModelConfig) -> list[str]:
+    """Return which rules the sizes break: heads, width, key heads."""
+    faults = []
+    if model.head_dim is None and model.d_model % model.num_heads:
+        faults.append("heads")
+    elif model.head_width % 2:
+        faults.append("width")
+    if model.num_heads % model.kv_heads:
+        faults.append("key heads")
+    return faults
+
+
+def _fp8_faults(model: ModelConfig) -> dict[str, int]:
+    """Return, by the setting that decides it, each size of a block's matrices that is not a multiple of 16."""
+    heads, key_heads = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    sizes = {"d_model": model.d_model, "d_ff": model.ffn_dim, "num_kv_heads": key_heads}
+    if model.head_dim is not None:  # otherwise the heads together are as wide as the model
+        sizes["head_dim"] = heads
+    if key_heads == heads:
+        del sizes["num_kv_heads"]
+    return {name: size for name, size in sizes.items() if size % FP8_MULTIPLE}
+
+
+def _possible_sizes(model: ModelConfig, fault: str) -> str:
+    """Return the values of single settings that mend this fault and make no new one."""
+    present = {*_shape_faults(model), *_fp8_faults(model)}
+    heads, width = model.num_heads, model.head_width
+    exact = math.lcm(FP8_MULTIPLE, 2 * heads)  # a d_model that also makes an even width
+    widths = nearest_multiples(model.d_model, 2 * heads)
+    candidates = {
+        "heads": {"num_heads": divisors(model.d_model), "d_model": widths},
+        "width": {"num_heads": divisors(model.d_model), "d_model": widths},
+        "key heads": {"num_kv_heads": divisors(heads), "num_heads": nearest_multiples(heads, model.kv_heads)},
+        "d_model": {
+            "d_model": [*nearest_multiples(model.d_model, exact), *nearest_multiples(model.d_model, 16 * heads)]
+        },
+        "d_ff": {"d_ff": nearest_multiples(model.ffn_dim, FP8_MULTIPLE)},
+        "num_kv_heads": {"num_kv_heads": divisors(heads)},
+        "head_dim": {"head_dim": nearest_multiples(width, FP8_MULTIPLE)},
+    }[fault]
+    if fault in ("heads", "width"):
+        candidates["head_dim"] = nearest_multiples(max(width, 2), 2)
+
+    def mends(name: str, size: int) -> bool:
+        changed = dataclasses.replace(model, **{name: size})  # type: ignore[arg-type]
+        remaining = {*_shape_faults(changed), *_fp8_faults(changed)}
+        ignored = set() if fault in _fp8_faults(model) else {*_fp8_faults(changed)}
+        return fault not in remaining and remaining - ignored <= present
+
+    offers = {name: sorted({s for s in sizes if mends(name, s)}) for name, sizes in candidates.items()}
+    return format_choices(offers)
+
+
+FIELD_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+# These decide which tensors a model has, and their shapes.
+SHAPE_SETTINGS = frozenset(
+    "vocab_size num_layers num_heads num_kv_heads head_dim d_model d_ff tie_embeddings qk_norm".split()
+)
 MODEL_SETTINGS = tuple(field.name for field in dataclasses.fields(ModelConfig))

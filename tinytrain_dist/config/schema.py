@@ -24,6 +24,7 @@ Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
+HELP_COMMAND = "tinytrain config --help"
 
 
 def _setting(section: str, default: Any, help: str) -> Any:
@@ -323,4 +324,4 @@ def _format_toml(values: dict[str, Any]) -> str:
 def _suggest_name(name: str) -> str:
     """Return the end of the message about an unknown setting: the nearest known name, or where to find all names."""
     nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else "; launch/train.py --help lists all of them"
+    return f"; did you mean {nearest[0]}?" if nearest else f"; {HELP_COMMAND} lists all of them"

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
-from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.text import format_choices, format_list
 
 if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
@@ -64,7 +66,8 @@ def _range_problems(config: TrainingConfig) -> list[str]:
     for name in NONE_OR_AT_LEAST_ONE:
         value = config.fixed_micro_batch_size if name == "micro_batch_size" else getattr(config, name)
         if value is not None and value < 1:
-            problems.append(f"{name}: {value} must be at least 1 (leave it out for the default)")
+            default = "" if _must_be_set(config, name) else " (leave it out for the default)"
+            problems.append(f"{name}: {value} must be at least 1{default}")
     for name in POSITIVE_AND_FINITE:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:  # true for NaN as well
@@ -72,12 +75,29 @@ def _range_problems(config: TrainingConfig) -> list[str]:
     for name in NOT_NEGATIVE:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
-            problems.append(f"{name}: {value} must not be negative")
+            problems.append(f"{name}: {value} must {'not be negative' if value < 0 else 'be a finite number'}")
     if config.seed >= 1 << 64:
         problems.append(
             f"seed: {config.seed} must be less than 2**64 (one 64-bit word of the generator's key); use a smaller one"
         )
     return problems
+
+
+def _must_be_set(config: TrainingConfig, name: str) -> bool:
+    """Return whether another setting needs this one, so that it cannot be left out."""
+    if name == "micro_batch_size":
+        return config.reproducible
+    return name == "rope_original_context_len" and config.rope_scaling_factor is not None
+
+
+def _value(config: TrainingConfig, name: str, used: object = None) -> str:
+    """Return the value of a setting for a message, marked if it is the default, which the user may not have set.
+
+    used: the value that follows from a default of None.
+    """
+    value = getattr(config, name)
+    default = " (the default)" if value == type(config).__dataclass_fields__[name].default else ""
+    return f"{value if used is None else used}{default}"
 
 
 def _shape_problems(config: TrainingConfig) -> list[str]:
@@ -87,7 +107,7 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
         problems += config.model.fp8_problems()
     micro_batch_size = config.fixed_micro_batch_size
     if micro_batch_size and config.batch_size % micro_batch_size:
-        choices = [size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0]
+        choices = micro_batch_sizes(config.batch_size, 1, config.reproducible)
         problems.append(
             f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size}; "
             f"micro_batch_size can be {format_list(choices)}"
@@ -99,17 +119,53 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
     """Return problems of the learning-rate schedule and the optimizer."""
     problems = []
     if config.lr_min > config.lr_max:
-        problems.append(f"lr_min: {config.lr_min} is greater than lr_max {config.lr_max}; swap them")
+        problems.append(
+            f"lr_min: {_value(config, 'lr_min')} is greater than lr_max {_value(config, 'lr_max')}; set lr_min to at "
+            f"most {config.lr_max}, or lr_max to at least {config.lr_min}"
+        )
     if not all(0 <= beta < 1 for beta in config.betas):
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
     if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
-        problems.append(f"cosine_iters: {config.cosine_end} is less than warmup_iters {config.warmup_steps}; raise it")
+        problems.append(_cosine_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
-        problems.append(
-            f"decay_iters: {config.decay_steps} + warmup_iters {config.warmup_steps} is more than "
-            f"total_steps {config.total_steps}; lower one of them"
-        )
+        problems.append(_wsd_problem(config))
     return problems
+
+
+def _cosine_problem(config: TrainingConfig) -> str:
+    """Return why the cosine ends before the warm-up, and what can be changed."""
+    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters it ends with the run
+    warmup, last = config.warmup_steps, config.cosine_end
+    return (
+        f"{end}: {_value(config, end)} is less than warmup_iters {_value(config, 'warmup_iters', warmup)}; set {end} "
+        f"to at least {warmup}, or warmup_iters to at most {last}"
+    )
+
+
+def _wsd_problem(config: TrainingConfig) -> str:
+    """Return why warm-up and decay do not fit in the run, and what can be changed."""
+    warmup, decay, total = config.warmup_steps, config.decay_steps, config.total_steps
+    changes = []
+    if decay <= total:
+        changes.append(f"warmup_iters to at most {total - decay}")
+    if warmup < total:
+        changes.append(f"decay_iters to at most {total - warmup}")
+    longer = total
+    while (needed := _replaced_total(config, longer)) > longer:  # defaults grow with total_steps, but less than it
+        longer = needed
+    changes.append(f"total_steps to at least {longer}")
+    return (
+        f"decay_iters: {_value(config, 'decay_iters', decay)} + warmup_iters {_value(config, 'warmup_iters', warmup)} "
+        f"is more than total_steps {_value(config, 'total_steps')}; set {', or '.join(changes)}"
+    )
+
+
+def _replaced_total(config: TrainingConfig, total: int) -> int:
+    """Return how many steps warm-up and decay take together in a run of `total` steps."""
+    kind = type(config)
+    longer = object.__new__(kind)  # not checked
+    longer.__dict__.update(vars(config), total_steps=total)
+    return longer.warmup_steps + longer.decay_steps
 
 
 def _data_problems(config: TrainingConfig) -> list[str]:
@@ -118,9 +174,9 @@ def _data_problems(config: TrainingConfig) -> list[str]:
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
         repeated = [file for file in files if files.count(file) > 1]
         if repeated:
-            problems.append(
-                f"{name}: contains {repeated[0]} twice; list it once, and set train_weights to draw more from it"
-            )
+            can_be_weighted = name == "train_data" and len(set(files)) > 1
+            more = ", and set train_weights to draw more from it" if can_be_weighted else ""
+            problems.append(f"{name}: contains {repeated[0]} twice; list it once{more}")
     if config.train_weights is not None:
         count, weights = len(config.train_files), list(config.train_weights)
         if count < 2:
@@ -174,7 +230,8 @@ def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
     if config.profile is not None:
         last = config.last_step
         if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", config.profile):
-            problems.append(f"profile: {config.profile!r} must be START:STOP, two step numbers, for example 20:25")
+            example = f"{min(20, last)}:{min(25, last)}"
+            problems.append(f"profile: {config.profile!r} must be START:STOP, two step numbers, for example {example}")
         elif not (config.profiled_steps and 1 <= config.profiled_steps[0] <= last):
             problems.append(f"profile: {config.profile} must be START:STOP with 1 <= START <= STOP and START <= {last}")
     return problems
@@ -194,11 +251,34 @@ def _evaluation_and_retention_problems(config: TrainingConfig) -> list[str]:
     if config.early_stop_patience is not None and not config.val_files:
         problems.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
     if config.keep_every is not None and config.keep_every % config.ckpt_every:
+        choices = {
+            "keep_every": nearest_multiples(config.keep_every, config.ckpt_every),
+            "ckpt_every": [size for size in divisors(config.keep_every) if size <= config.ckpt_every][-3:],
+        }
         problems.append(
-            f"keep_every: {config.keep_every} is not a multiple of ckpt_every {config.ckpt_every}, so most of "
-            "these steps have no checkpoint; change one of them"
+            f"keep_every: {config.keep_every} is not a multiple of ckpt_every {_value(config, 'ckpt_every')}, so some "
+            f"of these steps have no checkpoint; possible: {format_choices(choices)}"
         )
     return problems
+
+
+EVALUATION_SETTINGS = ("eval_every", "eval_steps", "sample_tokens")
+
+
+def unused_evaluation_settings(config: TrainingConfig, names: Container[str]) -> list[str]:
+    """Return a problem for each of the settings `names` that only an evaluation uses, if the run has none.
+
+    A default is no mistake, nor is it when it is spelled out, as in the config.toml of a run. Not among the problems of
+    every configuration: that of an old checkpoint must stay readable.
+    """
+    if config.val_files:
+        return []
+    fields = type(config).__dataclass_fields__
+    return [
+        f"{name}: has no effect without val_data; leave it out, or set val_data"
+        for name in EVALUATION_SETTINGS
+        if name in names and getattr(config, name) not in (fields[name].default, 0)
+    ]
 
 
 def _reproducible_problems(config: TrainingConfig) -> list[str]:
@@ -208,14 +288,16 @@ def _reproducible_problems(config: TrainingConfig) -> list[str]:
         problems.append("allow_drift: has no effect with reproducible = false; leave it out")
     if config.reproducible and config.fixed_micro_batch_size is None:
         problems.append(
-            "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it"
+            "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it; "
+            f"possible: {format_list(micro_batch_sizes(config.batch_size, 1, config.reproducible))}"
         )
     return problems
 
 
 def _name_problems(config: TrainingConfig) -> list[str]:
-    """Return a problem if a prefix of file names is empty or contains a slash."""
-    prefixes = (config.ckpt_save_prefix, config.log_save_prefix)
-    if not all(prefixes) or any("/" in prefix for prefix in prefixes):
-        return ["ckpt_save_prefix, log_save_prefix: must be plain names, not empty and without /"]
-    return []
+    """Return a problem for each prefix of file names that is no part of a file name."""
+    return [
+        f"{name}: {value!r} must be a plain name, not empty and without /"
+        for name in ("ckpt_save_prefix", "log_save_prefix")
+        if not (value := getattr(config, name)) or "/" in value
+    ]

@@ -59,3 +59,14 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
     except Exception:  # numpy parses it as Python: also SyntaxError, MemoryError and RecursionError
         raise ValueError("its header is damaged") from None
     return {"shape": shape, "dtype": dtype}
+
+
+def missing_tokens(count: int, context_len: int) -> str:
+    """Return why `count` tokens hold no window of context_len tokens and the token after them; "" if they do."""
+    if count > context_len:
+        return ""
+    shorter = f", or set context_len to at most {count - 1}" if count > 1 else ""
+    return (
+        f"has {count} tokens, but context_len {context_len} needs at least {context_len + 1}; "
+        f"{context_len + 1 - count} more are needed{shorter}"
+    )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinytrain_dist.data.npy_files import check_npy_file
+from tinytrain_dist.data.npy_files import check_npy_file, missing_tokens
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import read_json_dict
@@ -120,13 +120,9 @@ def num_windows(tokens: Tokens, context_len: int, name: str = "the token file") 
     name: what the error message calls the file.
     Errors: DataError saying how many tokens are missing, if there is no window.
     """
-    windows = len(tokens) - context_len
-    if windows < 1:
-        raise DataError(
-            f"{name}: has {len(tokens)} tokens, but context_len {context_len} needs at least {context_len + 1}; "
-            f"{1 - windows} more are needed, or a smaller context_len"
-        )
-    return windows
+    if problem := missing_tokens(len(tokens), context_len):
+        raise DataError(f"{name}: {problem}")
+    return len(tokens) - context_len
 
 
 def torch_compatible_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

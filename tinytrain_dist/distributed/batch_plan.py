@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tinytrain_dist.config.batch_sizes import divides, divisors, micro_batch_sizes, nearest_batch_sizes, rank_counts
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.text import format_choices, format_list
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ class BatchPlan:
         """
         ranks = dims.replicate * dims.shard
         micro_batch_size = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
-        _check_divides(config, micro_batch_size, ranks)
-        if config.reproducible:
-            _check_power_of_two(config, micro_batch_size)
+        if not divides(config.batch_size, micro_batch_size, ranks, config.reproducible):
+            raise ConfigError(_division_problem(config, micro_batch_size, dims))
         return cls(config.batch_size, micro_batch_size, config.context_len, dims.replicate, dims.shard)
 
     @property
@@ -92,40 +92,49 @@ def possible_micro_batch_sizes(config: TrainingConfig, dims: ParallelDims) -> li
     """
     # without a micro_batch_size, a rank computes its whole part of the batch in one pass
     largest = BatchPlan.make(replace(config, micro_batch_size=None), dims).micro_batch_size
-    return [size for size in range(1, largest + 1) if largest % size == 0]
+    return divisors(largest)
 
 
-def _check_divides(config: TrainingConfig, micro_batch_size: int, ranks: int) -> None:
-    """Check that every rank gets the same whole number of micro-batches. Errors: ConfigError."""
-    sequences_per_pass = micro_batch_size * ranks  # over all ranks
-    if config.batch_size % sequences_per_pass == 0:
-        return
-    num_micro_batches = config.batch_size // micro_batch_size
-    rank_counts = [count for count in range(1, num_micro_batches + 1) if num_micro_batches % count == 0]
-    most_per_rank = config.batch_size // ranks
-    sizes = [size for size in range(1, most_per_rank + 1) if config.batch_size % (size * ranks) == 0]
-    raise ConfigError(
-        f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size} x {ranks} ranks = "
-        f"{sequences_per_pass}; possible: ranks {format_list(rank_counts)}"
-        + (f"; or micro_batch_size {format_list(sizes)}" if sizes else "")
-    )
+def _division_problem(config: TrainingConfig, micro_batch_size: int, dims: ParallelDims) -> str:
+    """Return why the batch cannot be divided on this mesh, and what can be used instead."""
+    batch_size, ranks = config.batch_size, dims.replicate * dims.shard
+    given = config.fixed_micro_batch_size
+    num_micro_batches = batch_size // micro_batch_size
+    if given is None:
+        problem = f"batch_size: {batch_size} cannot be divided evenly among {ranks} ranks"
+    elif not divides(batch_size, given, ranks):
+        problem = f"batch_size: {batch_size} is not a multiple of micro_batch_size {given} x {ranks} ranks = "
+        problem += str(given * ranks)
+    else:
+        problem = (
+            f"reproducible: batch_size {batch_size} / micro_batch_size {given} = {num_micro_batches} is not a power "
+            "of two, which the binary tree of gradient sums requires"
+        )
+    return f"{problem}; possible: {_possible_changes(config, ranks)}"
 
 
-def _check_power_of_two(config: TrainingConfig, micro_batch_size: int) -> None:
-    """Check that the number of micro-batches is a power of two. Errors: ConfigError.
+def _possible_changes(config: TrainingConfig, ranks: int) -> str:
+    """Return the changes with which the batch can be divided: of one setting, or of several if one is not enough."""
+    batch_size, given, exact = config.batch_size, config.fixed_micro_batch_size, config.reproducible
+    choices = {
+        "ranks": [count for count in rank_counts(batch_size, given, exact) if _allows_ranks(config, count)],
+        "micro_batch_size": micro_batch_sizes(batch_size, ranks, exact),
+        "batch_size": nearest_batch_sizes(batch_size, given or 1, ranks, exact),
+    }
+    if text := format_choices(choices):
+        return text
+    # only in reproducible mode, if the number of ranks is no power of two
+    counts = [1 << exponent for exponent in range(ranks.bit_length())]
+    for count in reversed([count for count in counts if _allows_ranks(config, count)]):
+        if sizes := micro_batch_sizes(batch_size, count, exact):
+            return f"ranks {count} with micro_batch_size {format_list(sizes)}"
+    return "a number of ranks that is a power of two, with another dp_replicate and dp_shard"
 
-    The number of ranks divides the number of micro-batches, so it is then a power of two as well.
-    """
-    num_micro_batches = config.batch_size // micro_batch_size
-    if _is_power_of_two(num_micro_batches):
-        return
-    sizes = [size for size in range(1, config.batch_size + 1) if _is_power_of_two(config.batch_size / size)]
-    raise ConfigError(
-        f"reproducible: batch_size {config.batch_size} / micro_batch_size {micro_batch_size} = {num_micro_batches} is "
-        "not a power of two, which the binary tree of gradient sums requires; possible: micro_batch_size "
-        f"{format_list(sizes)}"
-    )
 
-
-def _is_power_of_two(number: float) -> bool:
-    return number == int(number) and int(number) & (int(number) - 1) == 0
+def _allows_ranks(config: TrainingConfig, ranks: int) -> bool:
+    """Return whether the configured mode can be used with this number of ranks, on one node."""
+    try:
+        choose_parallel_dims(config, ranks, ranks)
+    except ConfigError:
+        return False
+    return True

@@ -13,12 +13,14 @@ Must not know torch: a login node without torch makes the same choice as the ran
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
 MIN_SHARDED_PARAMETERS = 100_000_000  # of a model that `parallel = auto` shards on GPUs although a replica would fit
+SETTINGS_OF_SOME_MODES = ("reshard_after_forward", "fingerprint_every")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ def choose_parallel_dims(
     if config.parallel == "auto":
         return _choose_mode(world_size, local_world_size, fits, device_type == "cuda" and _gains_from_shards(config))
     if config.parallel == "none" and world_size > 1:
-        raise ConfigError(f"parallel: none runs on 1 process, but there are {world_size}; use ddp, fsdp or auto")
+        raise ConfigError(
+            f"parallel: none runs on 1 process, but there are {world_size}; start 1 process, or set "
+            f"{describe_modes(config, ('auto', 'ddp', 'fsdp'))}"
+        )
     if config.parallel == "hsdp":
         return _hsdp_dims(config, world_size, local_world_size)
     replicate = world_size if config.parallel == "ddp" else 1
@@ -102,13 +107,48 @@ def _hsdp_dims(config: TrainingConfig, world_size: int, local_world_size: int) -
         shard = world_size // config.dp_replicate
     replicate = config.dp_replicate or world_size // max(1, shard)
     if replicate * shard != world_size:
-        pairs = [f"{world_size // size} x {size}" for size in range(2, world_size) if world_size % size == 0]
-        raise ConfigError(
-            f"dp_replicate x dp_shard: {replicate} x {shard} = {replicate * shard}, but there are {world_size} "
-            f"processes; possible: {', '.join(pairs) or 'none, use ddp or fsdp'}"
-        )
+        raise ConfigError(_hsdp_problem(config, world_size, local_world_size))
     if shard == 1:
         return ParallelDims("ddp", replicate, 1, "hsdp with one shard is ddp")
     if replicate == 1:
         return ParallelDims("fsdp", 1, shard, "hsdp with one replica is fsdp")
     return ParallelDims("hsdp", replicate, shard, "as configured")
+
+
+def _hsdp_problem(config: TrainingConfig, world_size: int, local_world_size: int) -> str:
+    """Return why hsdp cannot divide these ranks, and what can be used instead."""
+    replicate, shard = config.dp_replicate, config.dp_shard
+    if replicate and shard:
+        problem = f"dp_replicate x dp_shard: {replicate} x {shard} = {replicate * shard}, but there are {world_size} "
+        problem += "processes"
+    elif replicate or shard:
+        name = "dp_replicate" if replicate else "dp_shard"
+        problem = f"{name}: {replicate or shard} does not divide the {world_size} processes"
+    else:
+        problem = (
+            f"parallel: hsdp makes each node a replica, but {world_size} processes are not {local_world_size} on each "
+            "node, as here"
+        )
+    pairs = [f"{world_size // size} x {size}" for size in range(2, world_size) if world_size % size == 0]
+    if pairs:
+        return f"{problem}; possible: dp_replicate x dp_shard {', '.join(pairs)}"
+    return f"{problem}; possible: {describe_modes(config, ('ddp', 'fsdp'))}"
+
+
+def describe_modes(config: TrainingConfig, modes: tuple[str, ...]) -> str:
+    """Return those of the modes that the other settings allow, and what must be left out with them."""
+    names = [name for name in ("dp_replicate", "dp_shard") if getattr(config, name) is not None]
+    allowed = [mode for mode in modes if _is_allowed(config, parallel=mode, dp_replicate=None, dp_shard=None)]
+    if not allowed:
+        allowed = [modes[0]]
+        names += [name for name in SETTINGS_OF_SOME_MODES if getattr(config, name) is not None]
+    return f"parallel = {' or '.join(allowed)}" + (f" without {' and '.join(names)}" if names else "")
+
+
+def _is_allowed(config: TrainingConfig, **changes: Any) -> bool:
+    """Return whether the configuration is valid with these changes."""
+    try:
+        replace(config, **changes)
+    except ConfigError:
+        return False
+    return True

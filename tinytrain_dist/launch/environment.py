@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
 DEFAULT_EXTRAS = "prep,plot"
+# What pip says if an index does not offer a version; the second where a constraint of the user names the package, too.
+NOT_OFFERED = ("No matching distribution found", "ResolutionImpossible")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Variables for other installations, which would put the packages elsewhere or refuse .venv.
 UNWANTED = ("PYTHONHOME", "PYTHONPATH", "PIP_PREFIX", "PIP_PYTHON", "PIP_REQUIRE_VIRTUALENV", "PIP_ROOT", "PIP_TARGET")
@@ -107,7 +109,7 @@ class Environment:
             if done.returncode == 0:
                 return
             errors += done.stderr + done.stdout
-            if "No matching distribution found" not in errors:
+            if not any(reason in errors for reason in NOT_OFFERED):
                 _print_errors(errors)
                 raise SetupError(
                     f"pip could not install {package[-1]}, see above; correct the cause and run launch/setup.sh again"

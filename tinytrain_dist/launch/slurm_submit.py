@@ -200,6 +200,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     """Return what is wrong with a token file, from its header alone."""
     import numpy as np
 
+    from tinytrain_dist.data.npy_files import missing_tokens
+
     try:
         check_regular(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -211,12 +213,8 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
             f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integer IDs; make one "
             "with `tinytrain prepare`"
         ]
-    if len(tokens) <= context_len:
-        return [
-            f"{path}: has {len(tokens)} tokens, but context_len {context_len} needs {context_len + 1}; lower "
-            "context_len"
-        ]
-    return []
+    problem = missing_tokens(len(tokens), context_len)
+    return [f"{path}: {problem}"] if problem else []
 
 
 def check_options(options: SubmitOptions) -> list[str]:
@@ -357,9 +355,11 @@ def submit(job: Job) -> str:
 def _print_next_steps(job: Job, slurm_id: str) -> None:
     base = job.base
     log = job.folder / (f"job-{slurm_id}_0.out" if job.options.array else f"job-{slurm_id}.out")
-    stop_file = "TARGET_DIR/stop of a task" if job.options.array else Path(base.target_dir) / STOP_FILE
+    stop_file = (
+        "TARGET_DIR/stop of a task" if job.options.array else shlex.quote(str(Path(base.target_dir) / STOP_FILE))
+    )
     print(f"job {slurm_id}: {len(job.configs)} run(s) into {base.target_dir}; code, settings and log in {job.folder}")
-    print(f"  watch   tail -F {log}")
+    print(f"  watch   tail -F {shlex.quote(str(log))}")
     print(f"  stop    scancel {slurm_id}, or touch {stop_file}; both save first")
     print("  resume  run the same command again; it resumes from the newest checkpoint", flush=True)
 

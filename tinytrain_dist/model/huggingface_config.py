@@ -10,6 +10,7 @@ from typing import Any
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json
 
@@ -127,7 +128,8 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     current = config.resolved()
     for setting, value in needed.items():
         if current[setting] != value:
-            problems.append(f"{setting}: is {current[setting]}, but {path} needs {value}; set {setting} = {value}")
+            remedy = "leave it out" if value is None else f"set {setting} = {to_toml_value(value)}"
+            problems.append(f"{setting}: is {current[setting]}, but {path} needs {value}; {remedy}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
 

@@ -96,8 +96,20 @@ def usable_cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[str]) -> list[str]:
-    """Return a sentence for each host whose ranks run more threads than they have cores. All arguments are by rank."""
+def threads_of(config: TrainingConfig | None) -> int:
+    """Return how many CPU threads this rank runs; see `configure_determinism`."""
+    chosen = config and (config.cpu_threads or (1 if config.reproducible else None))
+    return chosen or torch.get_num_threads()
+
+
+def oversubscribed_hosts(
+    threads: list[int], cores: list[set[int]], hosts: list[str], config: TrainingConfig | None = None
+) -> list[str]:
+    """Return a sentence for each host whose ranks run more threads than they have cores.
+
+    The lists are by rank. config: decides which setting the advice names.
+    """
+    setting = "cpu_threads = " if config and config.cpu_threads else "OMP_NUM_THREADS="
     warnings = []
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, rank_host in enumerate(hosts) if rank_host == host]
@@ -105,7 +117,7 @@ def oversubscribed_hosts(threads: list[int], cores: list[set[int]], hosts: list[
         num_threads = sum(threads[rank] for rank in ranks)
         if num_threads > num_cores:
             cores_per_rank = num_cores // len(ranks)
-            remedy = f"set OMP_NUM_THREADS={cores_per_rank}" if cores_per_rank else "start fewer processes"
+            remedy = f"set {setting}{cores_per_rank}" if cores_per_rank else "start fewer processes"
             warnings.append(
                 f"threads: {len(ranks)} process(es) on {host} run {num_threads} threads on {num_cores} core(s) and "
                 f"slow each other down; {remedy}, or give the job more cores (--cpus-per-task)"
@@ -148,12 +160,11 @@ def check_rank_consistency(config: TrainingConfig, context: DistributedContext) 
 
     Errors: ConfigError with every fact on which ranks differ, and the deviating ranks.
     """
-    own_threads = config.cpu_threads or (1 if config.reproducible else torch.get_num_threads())
-    by_rank = context.all_gather_object((context.host, rank_facts(config, context), own_threads, usable_cores()))
+    by_rank = context.all_gather_object((context.host, rank_facts(config, context), threads_of(config), usable_cores()))
     hosts, facts, threads, cores = (list(column) for column in zip(*by_rank, strict=True))
     if differences := find_differences(facts, hosts):
         raise ConfigError(differences, f"the comparison of {context.world_size} ranks")
-    warnings = oversubscribed_hosts(threads, cores, hosts)
+    warnings = oversubscribed_hosts(threads, cores, hosts, config)
     if widens_bf16(config.precision, context.device):
         warnings.append(
             "precision: this CPU has no bf16 instructions, so bf16 computes products in float32; fp32 is about as fast"

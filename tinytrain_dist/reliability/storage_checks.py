@@ -11,16 +11,30 @@ import secrets
 import shutil
 from pathlib import Path
 
+from tinytrain_dist.config.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    ERROR_FILE,
+    LOCK_FILE,
+    LOGS_FOLDER,
+    REPLACED_SUFFIX,
+    STATE_FILE,
+    STOP_FILE,
+    abort_file,
+    records_file,
+)
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.regular_files import DEAD_LINK, KINDS, kind_of
 from tinytrain_dist.utils.stale_files import owner
 
 
-def check_shared_storage(folder: Path, context: DistributedContext) -> None:
+def check_shared_storage(folder: Path, context: DistributedContext, setting: str = "target_dir") -> None:
     """Check that rank 0 can write, sync and rename in `folder`, and that every rank sees what it wrote. A collective.
 
-    Errors: CheckpointError naming the folder, and the hosts that do not see it.
+    setting: the one that names the folder. Errors: CheckpointError naming the folder, and the hosts that do not see it.
     """
     probe = folder / f".probe-{owner()}-{secrets.token_hex(6)}"
     nonce = secrets.token_hex(16)
@@ -30,7 +44,7 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
             _write_probe(probe, nonce)
         except OSError as caught:
             error = CheckpointError(
-                f"{folder}: cannot be written on {context.host} ({caught.strerror}); set another target_dir or ckpt_dir"
+                f"{folder}: cannot be written on {context.host} ({caught.strerror}); set another {setting}"
             )
     collectives.raise_on_all_ranks(error)
     probe, nonce = context.broadcast_object((probe, nonce))
@@ -44,9 +58,39 @@ def check_shared_storage(folder: Path, context: DistributedContext) -> None:
         probe.unlink(missing_ok=True)
     if blind_hosts:
         raise CheckpointError(
-            f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put target_dir on a "
+            f"{folder}: files that rank 0 writes there cannot be seen on {', '.join(blind_hosts)}; put {setting} on a "
             "file system that all nodes share"
         )
+
+
+def check_run_files(config: TrainingConfig, context: DistributedContext) -> None:
+    """Check that nothing else is where a run writes its files, or makes its folders. A collective.
+
+    Errors: CheckpointError naming the first such path, what is there, and what to do.
+    """
+    collectives.raise_on_all_ranks(_misplaced(config) if context.is_main else None)
+
+
+def _misplaced(config: TrainingConfig) -> CheckpointError | None:
+    """Return an error for the first path of a run at which there is something else than the run needs there."""
+    run, logs = Path(config.target_dir), config.logs_dir
+    records = records_file(logs, config.log_save_prefix)
+    replaced = [run / name for name in (CONFIG_FILE, ENVIRONMENT_FILE, STATE_FILE, ERROR_FILE, STOP_FILE)]
+    opened = [run / LOCK_FILE, records, records.with_suffix(REPLACED_SUFFIX)]
+    # A file is put in place of anything but a folder. What is opened must not be a pipe or a device.
+    other = {name for _, name in KINDS} - {"a file", "a folder"}
+    wrong = {path: {"a folder"} for path in (*replaced, abort_file(run))}
+    wrong |= {path: {"a folder", *other} for path in opened}
+    wrong |= {path: {"a file", DEAD_LINK, *other} for path in (run, run / LOGS_FOLDER, logs)}
+    for path, kinds in wrong.items():
+        with contextlib.suppress(OSError):  # such as no permission; making the folders reports it
+            if (kind := kind_of(path)) in kinds:
+                expected = "a folder" if DEAD_LINK in kinds else "a file"
+                setting = "log_dir" if config.log_dir and path.is_relative_to(logs) else "target_dir"
+                return CheckpointError(
+                    f"{path}: is {kind}, but the run needs {expected} there; move it away, or set another {setting}"
+                )
+    return None
 
 
 def _write_probe(path: Path, text: str) -> None:
@@ -72,10 +116,11 @@ def check_disk_space(
         needed_bytes = max(1, wanted - existing) * checkpoint_bytes
         free_bytes = shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
+            fitting = existing + free_bytes // checkpoint_bytes - 1 if free_bytes >= checkpoint_bytes else 0
+            lower = f", or set keep_last = {fitting}" if fitting >= 1 else ""
             error = CheckpointError(
                 f"{folder}: {_format_size(free_bytes)} is free, but {_format_size(needed_bytes)} more is needed for "
-                f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room, or lower "
-                "keep_last"
+                f"keep_last + 1 = {wanted} checkpoints of {_format_size(checkpoint_bytes)}; make room{lower}"
             )
     collectives.raise_on_all_ranks(error)
 

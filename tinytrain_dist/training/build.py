@@ -16,6 +16,7 @@ from typing import Any
 
 from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
+from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.run_folder import (
@@ -46,8 +47,14 @@ from tinytrain_dist.reliability.rank_consistency import check_rank_consistency
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import claim_run, write_state
 from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
-from tinytrain_dist.reliability.storage_checks import check_disk_space, check_host_memory, check_shared_storage
+from tinytrain_dist.reliability.storage_checks import (
+    check_disk_space,
+    check_host_memory,
+    check_run_files,
+    check_shared_storage,
+)
 from tinytrain_dist.training.determinism import configure_determinism
+from tinytrain_dist.training.evaluation import forget_evaluations
 from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.run_saver import RunSaver
@@ -68,6 +75,7 @@ class Start:
     saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
     source: Path | None = None  # the loaded checkpoint
     changed_settings: list[str] = field(default_factory=list)
+    forgotten: str = ""  # a sentence about evaluations that no longer count, if there are any
     previous_failure: str = ""  # why the previous run in this folder failed; "" if it did not
     lock: RunLock | None = None
 
@@ -104,7 +112,7 @@ def build_trainer(
     phase_timer.enter("load")
     start = _load(config, context, checkpoints, train_step, phase_timer)
     environment = _write_run_folder(config, context, start.step)
-    log = RunLog(config, context.is_main, start.step)
+    log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
     notes = [*_plan_lines(train_step, fitting_notes), precision_note, compile_note, *warnings]
     log.say("\n".join(filter(None, notes)))
     _log_start(log, start, environment, train_step)
@@ -153,6 +161,7 @@ def _load(
         start.step, start.record = state["step"], state.get("report", {})
         if state.get("data") != checkpoints.data:
             forget_level(start.record)
+        start.forgotten = forget_evaluations(start.record, changed_evaluation_settings(state, config))
         if start.source == checkpoints.folder(start.step):
             start.saved_step = start.step
     elif config.init_from:
@@ -169,7 +178,8 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
         raise ConfigError(
             f"ckpt_writers: {config.ckpt_writers} is more than the {context.world_size} ranks of this run; lower it"
         )
-    check_shared_storage(config.checkpoints_dir, context)
+    check_run_files(config, context)
+    check_shared_storage(config.checkpoints_dir, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock.acquire(folder, context)
@@ -215,6 +225,16 @@ def _write_run_folder(config: TrainingConfig, context: DistributedContext, step:
     return environment
 
 
+def _open_log(config: TrainingConfig, main: bool, step: int) -> RunLog:
+    """Open the logs of a run. Errors: TrainingError if they cannot be written."""
+    try:
+        return RunLog(config, main, step)
+    except OSError as error:
+        raise TrainingError(
+            f"{config.logs_dir}: cannot be written ({error}); make room, or set another log_dir"
+        ) from None
+
+
 def _plan_lines(train_step: TrainStep, notes: Sequence[str] = ()) -> list[str]:
     """Describe the mesh and how the global batch is divided, with `notes` in between."""
     return [str(train_step.context.parallel_dims), *notes, str(train_step.plan)]
@@ -228,7 +248,8 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
     log.about(step, "environment", to_json(environment | {"ranks": hosts}, indent=1))
     if start.source is not None:
         changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
-        log.event(step, "resumed", f"resumed from {start.source}{changes}")
+        forgotten = f"; {start.forgotten}" if start.forgotten else ""
+        log.event(step, "resumed", f"resumed from {start.source}{changes}{forgotten}")
     if start.previous_failure:
         log.event(step, "restarted", f"restarted, because {start.previous_failure}")
 

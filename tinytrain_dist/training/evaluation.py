@@ -30,6 +30,10 @@ class Evaluation:
     samples: list[tuple[str, str]]  # (prompt, continuation)
 
 
+# of the record of EarlyStopping: what was measured, on the data of that time
+MEASURED_KEYS = ("eval_loss", "best_eval_loss", "best_eval_step", "evals_since_best")
+
+
 class Evaluator:
     """Compute the loss over the evaluation windows: the same windows throughout a run, on any number of ranks."""
 
@@ -104,6 +108,25 @@ class Evaluator:
                 loss_sums.append(step.model(ids, targets))
         losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
         return float(losses.sum()), num_bytes
+
+
+def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:
+    """Remove earlier evaluations from `record` if settings of evaluations have changed; return a sentence about it.
+
+    `record`: see EarlyStopping. `changed`: the names of these settings. Losses of other data cannot be compared. The
+    sentence is "" if there is nothing to forget.
+    """
+    best, step = record.get("best_eval_loss"), record.get("best_eval_step")
+    if not changed:
+        return ""
+    for name in MEASURED_KEYS:
+        record.pop(name, None)
+    if best is None:
+        return ""
+    return (
+        f"the lowest eval loss so far ({best:.4f} at step {step}) no longer counts, because it was measured with "
+        f"another {' and another '.join(changed)}"
+    )
 
 
 class EarlyStopping:

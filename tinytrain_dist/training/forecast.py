@@ -19,6 +19,7 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 from tinytrain_dist.training.memory_fitting import keep_gathered_weights, smaller_settings
+from tinytrain_dist.utils.text import format_changes
 
 # FLOPs of a step by activation_checkpointing, relative to "none". A third of them are in the forward pass, and "block"
 # computes it twice.
@@ -168,8 +169,8 @@ def other_modes(config: TrainingConfig, cluster: Cluster) -> Iterator[TrainingCo
     for mode in get_args(Mode):
         # dp_replicate and dp_shard are meant for the configured mode only
         unset_sizes: dict[str, Any] = {} if mode == config.parallel else {"dp_replicate": None, "dp_shard": None}
-        changed = replace(config, **unset_sizes, parallel=mode)
         try:
+            changed = replace(config, **unset_sizes, parallel=mode)
             dims = choose_parallel_dims(changed, cluster.num_devices, cluster.per_node, device_type=cluster.device_type)
             BatchPlan.make(changed, dims)
         except ConfigError:
@@ -194,18 +195,23 @@ def suggest_change(
         else:
             changed = forecast(replace(fixed, **change), context, cluster, flops_per_token)
         if changed.fits:
-            return f"fits with {format_settings(change)}: {format_gib(changed.estimate.nbytes)} of tensors"
+            return f"fits {format_changes(change)}: {format_gib(changed.estimate.nbytes)} of tensors"
     for other in others:
         if other.fits:
-            return f"fits with parallel = {other.parallel_dims.mode}: {format_gib(other.estimate.nbytes)} of tensors"
+            changes = format_changes(_mode_changes(now.config, other.config))
+            return f"fits {changes}: {format_gib(other.estimate.nbytes)} of tensors"
     all_changes = _all_changes(fixed, [now, *others])
-    if all_changes.get("parallel", "hsdp") != "hsdp":
-        fixed = replace(fixed, parallel="auto", dp_replicate=None, dp_shard=None)
     smallest = forecast(replace(fixed, **all_changes), context, cluster, flops_per_token)
     needed = format_gib(smallest.estimate.nbytes)
     if smallest.fits:
-        return f"fits with {format_settings(all_changes)}: {needed} of tensors"
-    return f"does not fit even with {format_settings(all_changes)}: {needed}; use more or larger devices"
+        return f"fits {format_changes(all_changes)}: {needed} of tensors"
+    return f"does not fit even {format_changes(all_changes)}: {needed}; use more or larger devices"
+
+
+def _mode_changes(config: TrainingConfig, other: TrainingConfig) -> dict[str, Any]:
+    """Return which settings of a mode `other` has different."""
+    names = ("parallel", "dp_replicate", "dp_shard")
+    return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
 
 
 def _all_changes(config: TrainingConfig, forecasts: list[Forecast]) -> dict[str, Any]:
@@ -214,15 +220,8 @@ def _all_changes(config: TrainingConfig, forecasts: list[Forecast]) -> dict[str,
     if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
         changes["micro_batch_size"] = 1
     changes["loss_chunk_tokens"] = min(SMALL_CHUNK_TOKENS, config.loss_chunk_tokens or SMALL_CHUNK_TOKENS)
-    smallest_mode = min(forecasts, key=lambda each: each.estimate.nbytes).config.parallel
-    if smallest_mode != forecasts[0].config.parallel:
-        changes["parallel"] = smallest_mode
-    return changes
-
-
-def format_settings(change: dict[str, Any]) -> str:
-    """Format settings as `name = value, ...`."""
-    return ", ".join(f"{name} = {value}" for name, value in change.items())
+    smallest = min(forecasts, key=lambda each: each.estimate.nbytes).config
+    return changes | _mode_changes(config, smallest)
 
 
 def format_gib(nbytes: float) -> str:

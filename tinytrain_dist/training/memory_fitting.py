@@ -13,13 +13,14 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.fake_backend import NoCommunication
-from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
+from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims, describe_modes
 from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
+from tinytrain_dist.utils.text import format_changes
 
 MAX_GATHERED_SHARE = 0.125  # of the usable memory, for weights that stay gathered between forward and backward
 RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
@@ -145,16 +146,20 @@ def fitting_micro_batch_sizes(
 
 def memory_report(config: TrainingConfig, context: DistributedContext) -> str:
     """Describe the memory that a rank needs at its peak, and what it would need with other settings."""
+    assert context.parallel_dims is not None
     current = estimate_memory(config, context)
     lines = ["estimated memory of one step on one rank (without fragmentation and libraries):", current.table()]
+    remedies = []
     for change in smaller_settings(config, context):
         nbytes = estimate_memory(replace(config, **change), context).nbytes
         if nbytes < current.nbytes:
-            text = ", ".join(f"{name} = {value}" for name, value in change.items())
-            lines.append(memory_row(f"with {text}", nbytes))
-    return "\n".join(
-        [*lines, "use a setting that fits, use more devices with parallel = fsdp, or set micro_batch_size = auto"]
-    )
+            lines.append(memory_row(format_changes(change), nbytes))
+            remedies = ["use a setting that fits"]
+    sharded = context.parallel_dims.mode == "fsdp"
+    remedies.append("use more devices" + ("" if sharded else f" with {describe_modes(config, ('fsdp',))}"))
+    if config.fixed_micro_batch_size != 1 and config.micro_batch_size != "auto" and not config.reproducible:
+        remedies.append("set micro_batch_size = auto")
+    return "\n".join([*lines, ", or ".join(remedies)])
 
 
 def smaller_settings(config: TrainingConfig, context: DistributedContext) -> list[dict[str, Any]]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 KINDS = (
+    (stat.S_ISREG, "a file"),
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+DEAD_LINK = "a link to nothing"
 
 
 class NotAFileError(OSError):
@@ -26,6 +28,17 @@ class NotAFileError(OSError):
     def __str__(self) -> str:
         """Return a sentence without an error number."""
         return f"{self.filename} {self.strerror}"
+
+
+def kind_of(path: str | Path) -> str:
+    """Return what is at a path in words: "a file", "a folder", "a named pipe", ..., or "" if there is nothing.
+
+    A link counts as what it leads to. Errors: OSError if that cannot be found out.
+    """
+    try:
+        return _kind(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return DEAD_LINK if os.path.islink(path) else ""
 
 
 def check_regular(path: str | Path) -> None:
@@ -59,5 +72,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 def _check_mode(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "something else")
-        raise NotAFileError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+        raise NotAFileError(errno.EINVAL, f"is {_kind(mode)}, not a regular file", str(path))
+
+
+def _kind(mode: int) -> str:
+    return next((name for is_kind, name in KINDS if is_kind(mode)), "something else")

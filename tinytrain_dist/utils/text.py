@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def format_list(values: Sequence[object], limit: int = 12) -> str:
     """Return the first `limit` values separated by commas, followed by ", ..." if there are more."""
     listed = ", ".join(map(str, values[:limit]))
     return f"{listed}, ..." if len(values) > limit else listed
+
+
+def format_choices(choices: Mapping[str, Sequence[object]]) -> str:
+    """Return values to choose from, by setting: "a 1, 2; or b 4". A setting without values is left out."""
+    return "; or ".join(f"{name} {format_list(values)}" for name, values in choices.items() if values)
+
+
+def format_changes(changes: Mapping[str, object]) -> str:
+    """Return changes of settings, where None stands for a setting that is left out: "with a = 1, without b"."""
+    given = [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in changes.items()
+        if value is not None
+    ]
+    without = [name for name, value in changes.items() if value is None]
+    parts = [f"with {', '.join(given)}"] if given else []
+    return ", ".join([*parts, f"without {' and '.join(without)}"] if without else parts)
 
 
 def format_duration(seconds: float) -> str:

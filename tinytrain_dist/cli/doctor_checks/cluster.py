@@ -20,7 +20,7 @@ from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.reliability import rank_consistency
-from tinytrain_dist.reliability.storage_checks import check_disk_space, check_shared_storage
+from tinytrain_dist.reliability.storage_checks import check_disk_space, check_run_files, check_shared_storage
 
 CHECKPOINT_BYTES_PER_WEIGHT = 12  # the weight and two moments, in float32
 
@@ -43,7 +43,7 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
         RankFacts(
             host=context.host,
             consistency=rank_consistency.rank_facts(config, context),
-            threads=(config and config.cpu_threads) or torch.get_num_threads(),
+            threads=rank_consistency.threads_of(config),
             cores=rank_consistency.usable_cores(),
             num_gpus=torch.cuda.device_count() if context.device.type == "cuda" else 0,
             machine=report.machine,
@@ -65,7 +65,7 @@ def check_ranks(report: Report, config: TrainingConfig | None, context: Distribu
     report.add("same on all ranks", differences, versions + num_settings)
 
     threads = [facts.threads for facts in ranks]
-    oversubscribed = rank_consistency.oversubscribed_hosts(threads, [facts.cores for facts in ranks], hosts)
+    oversubscribed = rank_consistency.oversubscribed_hosts(threads, [facts.cores for facts in ranks], hosts, config)
     report.add("threads", oversubscribed, f"each process uses {first.threads} of {len(first.cores)} core(s)")
 
     num_processes = context.local_world_size
@@ -111,7 +111,8 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
         return
     report.add("train_data", [], str(config.train_data))
     try:
-        check_shared_storage(folder, context)
+        check_run_files(config, context)
+        check_shared_storage(folder, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     except TinytrainError as error:
         report.add_problems(_problems_of(error))
         return

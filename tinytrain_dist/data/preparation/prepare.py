@@ -46,6 +46,7 @@ from tinytrain_dist.utils.json_files import to_json
 from tinytrain_dist.utils.progress import progress_bar
 
 _DEFAULT_VOCAB_SIZE = 8192
+_MIN_DOCUMENT_BYTES = 64
 _MIN_VOCAB_SIZE = 257  # all bytes and the end-of-document token
 # Bounds of the default for max_document_bytes. No document may be longer than the upper one: up to this length GPT-2's
 # regex in tiktoken can split any run of white space, and tokenizers needs at most 240 MB of memory for a document.
@@ -195,9 +196,10 @@ def _check_settings(given: dict[str, Any]) -> None:
         problems.append(f"special_tokens: {special_tokens} has no effect without tokenizer; leave it out")
     if fraction is not None and not 0 < fraction < 1:
         problems.append(f"val_fraction: {fraction} is not between 0 and 1; set 0.01, for example, for 1 %")
-    if limit is not None and not 64 <= limit <= _MAX_DOCUMENT_BYTES:
+    if limit is not None and not _MIN_DOCUMENT_BYTES <= limit <= _MAX_DOCUMENT_BYTES:
         problems.append(
-            f"max_document_bytes: {limit} is not between 64 and {_MAX_DOCUMENT_BYTES}; set a number in this range"
+            f"max_document_bytes: {limit} is not between {_MIN_DOCUMENT_BYTES} and {_MAX_DOCUMENT_BYTES}; set a number "
+            "in this range"
         )
     if sample_bytes < longest:
         problems.append(
@@ -291,9 +293,11 @@ def _default_val_fraction(scan: Scan) -> float:
 def _threshold(scan: Scan, fraction: float) -> int:
     """Return the hash below which documents go to val: about `fraction` of them, but not none and not all."""
     if scan.min_split_key == scan.max_split_key:
+        size = scan.bytes // scan.documents
+        half = size // 2 - 1
+        cut = f", or set --max-document-bytes {half} to cut it" if half >= _MIN_DOCUMENT_BYTES else ""
         raise DataError(
-            f"all of the text is one document of {scan.bytes // scan.documents:,} bytes, but train and val need one "
-            "each; give more text, or set --max-document-bytes below half of that to cut it"
+            f"all of the text is one document of {size:,} bytes, but train and val need one each; give more text{cut}"
         )
     return min(max(int(fraction * (1 << 64)), scan.min_split_key + 1), scan.max_split_key)
 
