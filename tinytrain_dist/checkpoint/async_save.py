@@ -175,6 +175,8 @@ class SaveThread(threading.Thread):
         self._last_line = now
         seconds = now - self._created_at
         what = f"saving step {self.step}"
+        if manifest.bytes_written >= manifest.bytes_to_write:
+            return f"{what}: {manifest.bytes_written / 1e6:,.0f} MB written; waiting for the disk and the other ranks"
         return progress.progress_text(what, manifest.bytes_written, manifest.bytes_to_write, seconds, "bytes")
 
     def run(self) -> None:

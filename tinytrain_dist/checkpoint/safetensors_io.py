@@ -107,7 +107,6 @@ def write_tensors(
     Errors: OSError from the disk; CheckpointError for a value that is not finite in a tensor that must be finite.
     """
     files = [(name, group) for name, group in _named_files(kind, specs, max_bytes) if mine(group[0])]
-    manifest.bytes_to_write += sum(spec.nbytes for _, group in files for spec in group)
     digests = _stream_to_disk(folder, files, chunks, manifest)
     _record(kind, files, digests, manifest)
 

@@ -127,6 +127,10 @@ def _write_own_files(
     all_shards = list(itertools.chain(*shards.values()))
     chunks = shard_transfer.recv_shards(all_shards, CHUNKS_IN_FLIGHT, CHUNK_BYTES, group)
     sends = shard_transfer.isend_shards(all_shards, CHUNK_BYTES, group)
+    all_specs = itertools.chain(*specs.values())
+    manifest.bytes_to_write = sum(
+        spec.nbytes for spec, shard in zip(all_specs, all_shards, strict=True) if shard.writer == rank
+    )
 
     def write() -> None:
         try:

@@ -54,8 +54,7 @@ def progress_lines(what: str, total: float, write: Callable[[str], None], unit: 
             if now - last_line < LINE_SECONDS or done >= total:
                 return
             last_line = now
-            line = progress_text(what, done, total, now - started, unit)
-        write(line)
+            write(progress_text(what, done, total, now - started, unit))
 
     return advance
 
