@@ -93,16 +93,18 @@ def test_nothing_done_yet_has_no_time_left() -> None:
     assert progress_text("loading", 0, 5e6, 3.0, "bytes") == "loading: 0 of 5 MB"
 
 
-@pytest.mark.parametrize("verb", ["verify", "hash", "export"])
+@pytest.mark.parametrize("verb", ["verify", "hash", "export", "ls"])
 def test_verbs_show_their_progress(
     tinytrain: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     checkpoint = newest(run)
-    options = {"verify": [], "hash": ["--recompute"], "export": [tmp_path / "out", "--no-check"]}[verb]
+    options = {"verify": [], "hash": ["--recompute"], "export": [tmp_path / "out", "--no-check"], "ls": ["--full"]}[
+        verb
+    ]
     code, out, err = tinytrain(verb, checkpoint, *options)
     assert code == 0
-    what = {"verify": f"verifying {checkpoint.name}", "hash": "hashing", "export": "exporting weights"}[verb]
+    what = {"hash": "hashing", "export": "exporting weights"}.get(verb, f"verifying {checkpoint.name}")
     assert re.search(rf"^{what}: \d+ of \d+ MB, about \d+ s left$", err, re.MULTILINE)
     assert " MB, about" not in out
 

@@ -286,6 +286,9 @@ def test_smoothing_does_not_shift_a_line() -> None:
     assert smoothed(line)[:96] == pytest.approx(line[:96])
     assert smoothed([None, 1.0]) == [None, 1.0]
     assert smoothed([]) == []
+    spike: list[float | None] = [1.0] * 100
+    spike[50] = 1e20
+    assert smoothed(spike)[90] == 1.0, "a huge value leaves the others their digits"
 
 
 def test_kinds_of_events_are_bounded() -> None:

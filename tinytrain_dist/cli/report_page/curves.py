@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LARGEST = 1e300  # greater values count as infinite, so that sums and differences of values are finite
 SMOOTHED_SHARE = 0.04  # of all points of a curve, on each side of a point
 
 
@@ -27,7 +28,7 @@ class Point:
         """Add a point. A value that is not finite only counts."""
         self.x_sum += x
         self.count += 1
-        if math.isfinite(y):
+        if abs(y) < LARGEST:  # also not NaN
             self.y_sum += y
             self.finite += 1
             self.low = min(self.low, y)
@@ -52,10 +53,7 @@ class Point:
     @property
     def y(self) -> float | None:
         """The mean of the finite values; None if there is none."""
-        if not self.finite:
-            return None
-        mean = self.y_sum / self.finite
-        return mean if math.isfinite(mean) else self.low / 2 + self.high / 2  # the sum may overflow
+        return self.y_sum / self.finite if self.finite else None
 
 
 class Curve:
@@ -79,7 +77,7 @@ class Curve:
                 self._points_in_each *= 2
             self.points.append(Point())
         self.points[-1].add(x, y)
-        if math.isfinite(y):
+        if abs(y) < LARGEST:  # also not NaN
             self.last = y
         else:
             self.not_finite += 1
@@ -108,13 +106,10 @@ def smoothed(values: Sequence[float | None]) -> list[float | None]:
     The window is centred, so that the curve does not lag; at the start, where a loss falls steeply, it is narrower.
     """
     width = int(len(values) * SMOOTHED_SHARE)
-    sums, counts = [0.0], [0]
-    for value in values:
-        sums.append(sums[-1] + (value or 0.0))
-        counts.append(counts[-1] + (value is not None))
     result: list[float | None] = []
     for index in range(len(values)):
-        low, high = index - min(index, width), min(len(values), index + min(index, width) + 1)
-        count = counts[high] - counts[low]
-        result.append((sums[high] - sums[low]) / count if count else None)
+        half = min(index, width)
+        # not by differences of running sums: after one huge value, these have no digits left for the others
+        around = [value for value in values[index - half : index + half + 1] if value is not None]
+        result.append(sum(around) / len(around) if around else None)
     return result

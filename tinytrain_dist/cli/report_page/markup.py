@@ -49,8 +49,7 @@ def number_text(value: float | None, digits: int = 4) -> str:
     """Return a number for a table or an axis; "" for None."""
     if value is None or not math.isfinite(value):
         return "" if value is None else "not finite"
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= unit:
-            scale = min(unit, 1e3) if name == "k" else unit
-            return f"{value / scale:.{digits}g}{name}" if abs(value) < 1e15 else f"{value:.{digits}g}"
+    for least, unit, name in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if least <= abs(value) < 1e15:
+            return f"{value / unit:.{digits}g}{name}"
     return f"{value:.{digits}g}"

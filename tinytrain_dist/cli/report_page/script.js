@@ -59,15 +59,10 @@
   function smooth(values, share) {
     const width = Math.floor(values.length * share);
     if (!width) return values;
-    const sums = [0], counts = [0];
-    for (const value of values) {
-      sums.push(sums.at(-1) + (value ?? 0));
-      counts.push(counts.at(-1) + (value !== null));
-    }
     return values.map((_, index) => {
-      const low = index - Math.min(index, width), high = Math.min(values.length, index + Math.min(index, width) + 1);
-      const count = counts[high] - counts[low];
-      return count ? (sums[high] - sums[low]) / count : null;
+      const half = Math.min(index, width);
+      const around = values.slice(index - half, index + half + 1).filter((value) => value !== null);
+      return around.length ? around.reduce((sum, value) => sum + value) / around.length : null;
     });
   }
 
