@@ -99,9 +99,8 @@ def test_verbs_show_their_progress(
 ) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     checkpoint = newest(run)
-    options = {"verify": [], "hash": ["--recompute"], "export": [tmp_path / "out", "--no-check"], "ls": ["--full"]}[
-        verb
-    ]
+    export = [tmp_path / "out", "--no-check"]
+    options = {"verify": [], "hash": ["--recompute"], "export": export, "ls": ["--full"]}[verb]
     code, out, err = tinytrain(verb, checkpoint, *options)
     assert code == 0
     what = {"hash": "hashing", "export": "exporting weights"}.get(verb, f"verifying {checkpoint.name}")

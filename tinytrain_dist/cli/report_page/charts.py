@@ -201,9 +201,9 @@ def draw_events(runs: Sequence[RunData]) -> str:
     for number, run in enumerate(runs):
         for event in run.events.kept():
             title = f"{run.name}, step {event.step}: {event.text}"
-            y = rows[event.kind] + row_offset(number, len(runs))
+            below = rows[event.kind] + row_offset(number, len(runs))
             dots.append(
-                f'<circle class="{style_of(number)}" cx="{axes.x(event.step):.1f}" cy="{y:.1f}" r="3.5">'
+                f'<circle class="{style_of(number)}" cx="{axes.x(event.step):.1f}" cy="{below:.1f}" r="3.5">'
                 f"<title>{escaped(title)}</title></circle>"
             )
     return _frame("chart-events", "Events", axes, "\n".join(dots), "".join(labels), height)

@@ -89,8 +89,8 @@ def _named(runs: Sequence[RunData]) -> list[tuple[str, RunData]]:
 
 
 def _summary(runs: Sequence[RunData]) -> str:
-    columns = ("run", "state", "step", "tokens", "train loss", "eval loss", "least eval loss")
-    columns += ("tokens/s", "MFU", "memory", "time")
+    columns = ["run", "state", "step", "tokens", "train loss", "eval loss", "least eval loss"]
+    columns += ["tokens/s", "MFU", "memory", "time"]
     rows = [(name, *_summary_cells(run)) for name, run in _named(runs)]
     endings = "\n".join(
         f"<li>{name}: {_state(run)}{escaped(': ' + run.reason if run.reason else '')}"
