@@ -24,7 +24,7 @@ from tinytrain_dist.cli.report_page.markup import script_data
 from tinytrain_dist.cli.report_page.run_data import FIRST_EVENTS, LAST_EVENTS, MAX_KINDS, Event, Events, read_run
 from tinytrain_dist.config.run_folder import iter_records, read_records
 
-VOID = {"meta", "input", "rect", "line", "circle", "path", "polygon"}  # closed by themselves, in HTML or in SVG
+VOID = {"meta", "input"}  # the elements of HTML that have no end; those of SVG end with />
 ATTACK = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&'"
 
 

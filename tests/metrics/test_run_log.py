@@ -148,7 +148,7 @@ def test_the_live_line_has_the_numbers_of_the_step(tmp_path, monkeypatch):
     log = RunLog(config_in(tmp_path), True, 0)
     log.train(10, values(1.25) | {"mfu": 0.412}, GROUPS, WORK)
     log._progress.refresh()
-    assert "loss 1.2500 | 1,234 tok/s | MFU 41.2 % | 0:03:00 left" in terminal.getvalue()
+    assert "step 10/100 loss 1.2500 | 1,234 tok/s | MFU 41.2 % | 0:03:00 left" in terminal.getvalue()
     assert "| saved" not in terminal.getvalue(), "there is no checkpoint yet"
     log.event(20, "saved", "saved x")
     log.train(20, values(1.0), GROUPS, WORK)

@@ -168,16 +168,13 @@ class RunLog:
             self._tensorboard.add_event("output_lost", text, self._step)
 
     def _start_progress(self, step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
 
-        one_line = Column(no_wrap=True, overflow="ellipsis")  # a narrow terminal cuts the numbers, not the step
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[numbers]}", table_column=one_line),
-        )
+        # one column, because rich cuts all columns evenly on a narrow terminal, and this text begins with the step
+        text = "step {task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}"
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        self._progress = Progress(BarColumn(bar_width=12), TextColumn(text, table_column=one_line))
         self._task = self._progress.add_task("steps", total=self.config.last_step, completed=step, numbers="")
         self._progress.start()
 
