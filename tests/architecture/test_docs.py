@@ -27,7 +27,7 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the sh
     "launch/test.sh": {"fast"},
     "tensorboard": {"logdir"},
 }
-OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "node-rank", "dry-run", "follow"}
+OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
 FORMER_OR_OPTIONAL = {
     "slurm/env.sh",

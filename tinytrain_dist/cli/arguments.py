@@ -101,7 +101,7 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
     if invalid := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", text):
         return f"{invalid[2]}: is {invalid[1]!r}; give one of {invalid[3].rstrip(',').replace(chr(39), '')}"
     if wrong := re.match(r"Error parsing (\S+?):", text):
-        values = re.search(r"\[(.*?)\]", text)
+        values = re.search(r"\[(.*?)\]", text) or re.search(r": ('[^']*')$", text)
         kind = "a number" if re.search(r"\b(int|float)\b", text, re.IGNORECASE) else "another value"
         return f"{wrong[1]}: {'got ' + values[1] if values else 'cannot be read'}; give {kind} (--help explains it)"
     return f"{text}; --help lists the options"

@@ -5,7 +5,8 @@ that a login node can compute a batch plan without importing torch. `start` and 
 version 0.1.
 
 Reading order: `parallel_dims` and `batch_plan` (arithmetic without torch), `network` and `rendezvous` (used before a
-process group exists), `context`, `collectives`, `dtensor`, `shard_transfer`, `fake_backend`, `torch_internals`.
+process group exists), `context`, `collectives`, `dtensor`, `shard_transfer`, `fake_backend`, `process_end`,
+`torch_internals`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinytrain_dist.distributed import process_end  # noqa: F401 - registers what the end of a process needs
 from tinytrain_dist.distributed.torch_internals import all_gather_into
 from tinytrain_dist.errors import TinytrainError
 

@@ -86,6 +86,15 @@ def all_gather_into(output: Tensor, input: Tensor | None, group: dist.ProcessGro
     return gather(output, input, group=group, async_op=async_op)
 
 
+def hold_in_native_code(tensors: list[Tensor]) -> Any:
+    """Return an object that refers to `tensors` from native code, as autograd and collectives do; see `process_end`.
+
+    Versions: ScriptList in 2.13. Where it is missing, nothing is held.
+    """
+    make_list = getattr(torch._C, "ScriptList", None)
+    return make_list(tensors) if make_list is not None and tensors else None
+
+
 def in_process_store() -> Any:
     """Return a key-value store for a single process. Versions: HashStore in 2.11 to 2.15, without types."""
     return dist.HashStore()  # type: ignore[attr-defined]
