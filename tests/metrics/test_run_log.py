@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -162,7 +163,7 @@ def test_the_live_line_is_one_line_on_a_narrow_terminal(tmp_path, monkeypatch):
     log = RunLog(config_in(tmp_path), True, 0)
     log.train(10, values(1.25) | {"mfu": 0.412}, GROUPS, WORK)
     log.close()
-    last = terminal.getvalue().rstrip("\n").rpartition("\r")[2]
+    last = re.sub(r"\x1b\[[\d?]*\w", "", terminal.getvalue()).rstrip("\n").rpartition("\r")[2]
     assert "10/100" in last
     assert "\n" not in last
 

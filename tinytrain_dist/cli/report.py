@@ -15,7 +15,7 @@ from tinytrain_dist.cli.report_page.run_data import read_run
 from tinytrain_dist.config.run_folder import distinct_names
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.utils.atomic_files import write_atomically
-from tinytrain_dist.utils.regular_files import open_regular
+from tinytrain_dist.utils.regular_files import NotAFileError, open_regular
 from tinytrain_dist.utils.text import format_bytes
 
 MAX_POINTS = 800  # of a curve
@@ -61,8 +61,10 @@ def _check_replaceable(out: Path) -> None:
             start = file.read(MARK_BYTES)
     except FileNotFoundError:
         return
+    except NotAFileError as error:
+        raise TinytrainError(f"out: {error}; give another path with --out") from None
     except OSError as error:
-        raise TinytrainError(f"out: {out} {error.strerror}; give another path with --out") from None
+        raise TinytrainError(f"out: {out} cannot be written ({error.strerror}); give another path with --out") from None
     if MARK.encode() not in start:
         raise TinytrainError(
             f"out: {out} exists and is not a report (it has no {MARK}), so it is not replaced; give another path with "
