@@ -263,10 +263,8 @@ class CheckpointManager:
     def load(self, path: Path, advance: Advance = no_progress) -> LoadedState:
         """Load `path` into model and optimizer; return the saved state, and a text for each setting that differs.
 
-        advance: called with the numbers of bytes that were read.
-
-        Errors: CheckpointError if the checkpoint belongs to another run, if its tensors do not fit, or if a
-        reproducible run would not compute the same bits from it.
+        advance: called with the numbers of bytes that were read. Errors: CheckpointError if the checkpoint belongs to
+        another run, if its tensors do not fit, or if a reproducible run would not compute the same bits from it.
         """
         state = read_trainer_state(path)
         check_same_run(path, state, self.config, self.data)
