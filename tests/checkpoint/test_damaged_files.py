@@ -39,7 +39,7 @@ from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.metrics.run_log import truncate_records
 from tinytrain_dist.model.huggingface_config import check_hf_config
 from tinytrain_dist.reliability.error_report import read_abort_request, read_and_clear_error, write_error
-from tinytrain_dist.reliability.run_lock import RunLock
+from tinytrain_dist.reliability.run_lock import LockFile
 
 CASES = int(os.environ.get("TINYTRAIN_DAMAGE_CASES", "12"))
 CAUSE = {"message": "m", "rank": 0, "host": "h", "step": 1, "traceback": "", "time": 1.0, "secondary": True}
@@ -138,7 +138,7 @@ def read_failures(place: Path) -> None:
 
 def read_locks(place: Path) -> None:
     record = {"host": socket.gethostname(), "pid": os.getpid(), "started": "2", "job": None}
-    lock = RunLock(place / RUN / "lock.json", record, holds_file=True)
+    lock = LockFile(place / RUN / "lock.json", record)
     lock.taken_over()
     lock._is_stale(lock._read_holder())
 

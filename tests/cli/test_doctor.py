@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import AGENT, launch_training, run_ranks
+from tests.helpers.ranks import AGENT, descendants, launch_training, run_ranks, training_process
 from tests.helpers.training import settings_for
 from tinytrain_dist.cli import doctor
 from tinytrain_dist.cli.doctor_checks import network, speed
@@ -85,6 +88,27 @@ def test_under_the_agent(tmp_path: Path) -> None:
     assert "on 2 ranks of" in done.stdout
     assert re.search(r"matmul bf16: .* TFLOP/s", done.stdout)
     assert done.returncode == (0 if "no problems found" in done.stdout else 1)  # a busy machine has a slow rank
+
+
+@pytest.mark.multiprocess
+def test_a_stop_signal_to_the_agent_ends_it_at_once_and_for_good(tmp_path: Path) -> None:
+    def ranks() -> list[int]:
+        found = []
+        for pid in descendants(running.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                found += [pid] if os.getsid(pid) == pid else []
+        return found
+
+    options = {"torchrun_args": ["--max-restarts=1", "-m"], "launcher": AGENT}
+    with training_process([], 2, tmp_path, script="tinytrain_dist.cli.doctor", **options) as running:
+        while len(pids := ranks()) < 2:
+            assert running.process.poll() is None, running.output()
+            time.sleep(0.01)
+        os.kill(running.process.pid, signal.SIGTERM)
+        assert running.wait(60) == 128 + signal.SIGTERM, running.output()
+        assert running.output().splitlines()[-1] == "error: stopped by SIGTERM"
+        assert "tinytrain doctor on" not in running.output(), "it had not ended by itself"
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.multiprocess

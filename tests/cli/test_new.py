@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,23 @@ def test_what_exists_is_left_alone(tinytrain: Cli, tmp_path: Path) -> None:
     code, _, err = tinytrain("new", tmp_path / "file" / "inside")
     assert code in (1, 2)
     assert "error: " in err
+
+
+def test_a_model_folder_gives_its_sizes(tinytrain: Cli, tmp_path: Path) -> None:
+    from tests.helpers.models import KINDS
+    from tinytrain_dist.model.huggingface_config import check_hf_config, to_hf_config
+
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(to_hf_config(KINDS["qwen3"])))
+    code, _, err = tinytrain("new", tmp_path / "tune", "--from", model)
+    assert code == 0, err
+    config = load_config(tmp_path / "tune" / "config.toml")
+    check_hf_config(config, model)  # raises an error if a size does not fit
+    assert config.init_from == str(model)
+    assert f"--tokenizer '{model}'" in (tmp_path / "tune" / "README.md").read_text()
+    (model / "config.json").write_text(json.dumps({**to_hf_config(KINDS["qwen3"]), "model_type": "gemma"}))
+    code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
+    assert code == 2
+    assert "model_type: 'gemma' is not supported" in err
+    assert not (tmp_path / "other").exists()

@@ -406,7 +406,7 @@ def training_process(
     full_env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if tuple(launcher) == TORCHRUN else {}),
         "PYTHONUNBUFFERED": "1",
         **(env or {}),
     }

@@ -20,6 +20,7 @@ from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability.start_marks import claim
 
 pytestmark = pytest.mark.multiprocess
+TRAIN = REPOSITORY / "launch" / "train.py"
 ENDLESS = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
 
 
@@ -43,7 +44,7 @@ def phase_of(folder: Path, rank: int = 0) -> str:
 
 
 def nodes(
-    folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str
+    folder: Path, config: str, stack: contextlib.ExitStack, nnodes: str, *arguments: str, script: Path = TRAIN
 ) -> list[TrainingProcess]:
     """Start two agents on this machine, as if on two nodes; the first one serves the rendezvous."""
     port = free_port()
@@ -56,6 +57,7 @@ def nodes(
                 1,
                 folder,
                 launcher=AGENT,
+                script=script,
                 rendezvous=[*rendezvous, conf.format(int(node == 0)), "--local-addr=127.0.0.1", *arguments],
             )
         )
@@ -254,6 +256,65 @@ def test_a_rank_that_dies_in_the_start_is_a_failure_and_no_preemption(tmp_path: 
         assert running.wait(60) == 128 + signal.SIGKILL, running.output()
         assert "was killed by SIGKILL" in running.output().rstrip().splitlines()[-1]
     assert state_of(tmp_path).get("state") != "preempted"
+
+
+LATE = f"""
+import os, sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tinytrain_dist.reliability import stop_requests
+stop_requests.install_signal_handlers()
+from tinytrain_dist.distributed import context
+from tinytrain_dist.launch import rank_program
+join = context.rendezvous
+def join_late():
+    if os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return join()
+context.rendezvous = join_late
+sys.exit(rank_program.main(sys.argv[1:]))
+"""
+
+
+def test_a_stop_on_one_node_before_all_ranks_have_joined_ends_the_other_node_too(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    config = config_file(tmp_path, **ENDLESS)
+    with contextlib.ExitStack() as stack:
+        agents = nodes(tmp_path, config, stack, "2", script=script)
+        wait_until(lambda: phase_of(tmp_path, 0) == phase_of(tmp_path, 1) == "join", agents[0])
+        late = json.loads((tmp_path / "run/logs/heartbeat/rank-00001.json").read_text())["pid"]
+        os.kill(late, signal.SIGTERM)
+        assert [agent.wait(60) for agent in agents] == [0, 0], agents[0].output()
+        assert "error:" not in agents[0].output() + agents[1].output()
+
+
+STORE_USER = """
+import os, socket, sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+port = int(os.environ["MASTER_PORT"])
+with socket.socket() as thief:
+    thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        thief.bind(("", port))
+        sys.exit(f"another process could take port {port} before rank 0 uses it")
+    except OSError:
+        pass
+store = TCPStore(os.environ["MASTER_ADDR"], port, 1, False, timedelta(seconds=60), wait_for_workers=False)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    store.set("address of a dead rank", "")
+    sys.exit(1)
+print("found of the last round:", store.check(["address of a dead rank"]))
+"""
+
+
+def test_the_agent_holds_the_port_of_the_ranks_and_serves_a_new_store_after_a_restart(tmp_path: Path) -> None:
+    script = tmp_path / "store_user.py"
+    script.write_text(STORE_USER)
+    options = {"launcher": AGENT, "torchrun_args": ["--max-restarts=1"]}
+    with training_process([], 1, tmp_path, script=script, **options) as running:
+        assert running.wait(60) == 0, running.output()
+        assert "found of the last round: False" in running.output()
 
 
 def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.helpers.ranks import AGENT, REPOSITORY, TORCHRUN, launch_training
 from tests.helpers.training import config_file
 from tests.launch.test_elastic_agent import nodes
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.launch.settings_check import training_arguments, training_config
+from tinytrain_dist.launch.settings_check import runs_verb, training_arguments, training_config
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 
@@ -32,6 +32,12 @@ TRAIN = str(REPOSITORY / "launch" / "train.py")
 )
 def test_our_program_is_found_among_the_arguments(args: list[str], settings: list[str] | None) -> None:
     assert training_arguments(args) == settings
+
+
+def test_a_verb_is_found_among_the_arguments() -> None:
+    assert runs_verb(["--standalone", "-m", "tinytrain_dist.cli.doctor", "a.toml"])
+    assert not runs_verb(["-m", "tinytrain_dist.train", "a.toml"])
+    assert not runs_verb(["own.py", "tinytrain_dist.cli.doctor"])
 
 
 def test_the_script_is_found_by_a_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:

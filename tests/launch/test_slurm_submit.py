@@ -10,13 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.training import settings_for
-from tinytrain_dist.launch.slurm_submit import seconds_of
+from tinytrain_dist.cli.arguments import parse_options
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.launch.slurm_submit import Job, SubmitOptions, check, seconds_of
 
 SUBMIT = REPOSITORY / "launch" / "submit.py"
 USUAL = ("--nodes", "2", "--processes-per-node", "2", "--time", "30")
@@ -120,8 +123,72 @@ def test_a_sweep_has_a_configuration_for_each_task(config: Path, slurm: Path, tm
     assert f'target_dir = "{tmp_path}/wide"\n' in second
     sweep.write_text("--target-dir same\n--target-dir same\n--batch-size 7\n")
     text = refusal(config, *USUAL, "--array", sweep)
-    assert "several tasks have the target_dir same" in text
+    assert f"several tasks have the target_dir {REPOSITORY}/same; give each" in text
     assert "task 2: batch_size: 7 is not a multiple of micro_batch_size 1 x 4 ranks" in text
+
+
+def parse(args: list[str]) -> tuple[SubmitOptions, list[str]]:
+    """Parse a command line as tinytrain submit does."""
+    end = args.index("--sbatch") if "--sbatch" in args else len(args)
+    options, settings = parse_options(SubmitOptions, "submit", args[:end])
+    return replace(options, sbatch=tuple(args[end + 1 :])), settings
+
+
+def problems_of(*args: object) -> str:
+    """What is wrong with a command line, as text; "" if nothing is."""
+    try:
+        check(*parse([*map(str, args)]))
+    except ConfigError as error:
+        return "\n".join(error.problems)
+    return ""
+
+
+def test_an_own_template_gets_the_configuration_of_its_task_and_keeps_its_number_of_tasks(
+    config: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--seed 1\n--seed 2\n")
+    template = tmp_path / "mine.sbatch"
+    lines = ["#!/bin/bash", "# ours", 'srun train "$@"', "#SBATCH --comment=too-late"]
+    for own, tasks in ([], 1), (["#SBATCH --ntasks-per-node=4"], 4), (["#SBATCH --mem=0", "DIRECT=yes"], 2):
+        template.write_text("\n".join([lines[0], *own, *lines[1:]]))
+        options, settings = parse([str(config), *USUAL, "--array", str(sweep), "--template", str(template)])
+        base, configs = check(options, settings)
+        script = Job(options, configs, base, template, tmp_path / "job").script().splitlines()
+        ours = script.index("# ---- filled in by tinytrain submit")
+        assert f"#SBATCH --ntasks-per-node={tasks}" in script[ours:]
+        assert "#SBATCH --array=0-1" in script[ours : script.index('srun train "$@"')], "sbatch must read it"
+        assert f"set -- {tmp_path}/job/config-$SLURM_ARRAY_TASK_ID.toml" in script[ours:]
+        del script[ours : script.index("# ----") + 1]
+        assert script == template.read_text().splitlines(), "nothing else of the template may change"
+
+
+def test_what_an_array_or_a_template_cannot_do_is_refused(config: Path, tmp_path: Path) -> None:
+    sweep, template = tmp_path / "sweep.txt", tmp_path / "mine.sbatch"
+    sweep.write_text("--seed 1\n--seed 2\n")
+    array, own = ("--array", sweep), ("--template", template)
+    both = "array.sbatch reads a sweep by itself"
+    assert both in problems_of(config, *USUAL, *array, "--template", REPOSITORY / "slurm" / "array.sbatch")
+    for text, expected in (
+        (b"srun x\n", "does not begin with #!"),
+        (b"#!/bin/sh\n\xff", "cannot be read"),
+        (b"#!/bin/sh\n#SBATCH --array=0-3\n", "whose tasks would all train the same run"),
+    ):
+        template.write_bytes(text)
+        assert expected in problems_of(config, *USUAL, *own)
+    assert problems_of(config, *USUAL, *array, *own) == "", "the lines of the sweep replace that array"
+    same_run = "would make all tasks train the same run"
+    assert same_run in problems_of(config, *USUAL, "--sbatch", "--array=0-3")
+    assert same_run in problems_of(config, *USUAL, "--sbatch", "-a", "0")
+    assert problems_of(config, *USUAL, *array, "--sbatch", "--array=0-1%1") == ""
+    assert "has task 2, but the sweep has tasks 0 .. 1" in problems_of(config, *USUAL, *array, "--sbatch", "--array=2")
+    kept = ("--ckpt-dir", tmp_path / "kept")
+    text = problems_of(config, *USUAL, *array, *kept)
+    assert f"several tasks have the ckpt_dir {tmp_path}/kept and the ckpt_save_prefix checkpoint" in text
+    sweep.write_text("--ckpt-save-prefix a\n--ckpt-save-prefix b\n")
+    assert problems_of(config, *USUAL, *array, *kept) == ""
+    sweep.write_text('--seed "1\n')
+    assert "has a quote without its end" in problems_of(config, *USUAL, *array)
 
 
 def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> None:
@@ -142,6 +209,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         in text
     )
     assert "val_data: " in text
+    assert "is not a token file (it begins with b'no token', which is not how such a file begins)" in text
     assert "init_from: there is no folder /nowhere" in text
     assert "ckpt_writers: 9 is more than the 6 processes" in text
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from tests.helpers.launching import free_port
 from tests.helpers.ranks import REPOSITORY, TrainingProcess
 from tests.helpers.training import Run, config_file, train
+from tinytrain_dist.distributed.network import is_free
+from tinytrain_dist.distributed.torch_internals import serve_rendezvous, tcp_store
 from tinytrain_dist.launch import start
 
 pytestmark = pytest.mark.multiprocess
@@ -106,6 +109,33 @@ def test_a_port_that_is_taken_is_skipped_or_reported(tmp_path: Path, monkeypatch
         options = start.NodeOptions(nnodes="2", node_rank=0, head=f"localhost:{port}")
         with pytest.raises(start.StartError, match=f"port {port} of this node is taken"):
             start.node_command(config, [], options)
+
+
+class Became(Exception):
+    """What this process would have become: the environment of the new program."""
+
+
+def test_the_port_of_the_head_is_bound_before_the_agent_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def become(_: str, __: object, environment: dict[str, str]) -> None:
+        raise Became(environment)
+
+    monkeypatch.setattr(start.os, "execvpe", become)
+    port = free_port()
+    command = start.Command(["agent"], {}, port=port)
+    handler = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(Became) as became:
+        command.run()
+    signal.signal(signal.SIGUSR1, handler)
+    assert not is_free(port), "no other process can take it"
+    with pytest.raises(start.StartError, match=f"port {port} of this node is taken"):
+        command.run()
+    monkeypatch.setenv("TINYTRAIN_LISTENER", became.value.args[0]["TINYTRAIN_LISTENER"])
+    agents = serve_rendezvous(f"node0:{port}")
+    torchruns = tcp_store("127.0.0.1", port, None, True, timedelta(seconds=60))
+    agents.set("key", "value")
+    assert torchruns.get("key") == b"value", "torchrun uses the server of the agent"
+    assert "TINYTRAIN_LISTENER" not in os.environ
+    assert serve_rendezvous(f"node0:{port}") is None
 
 
 def test_the_command_of_a_node_under_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

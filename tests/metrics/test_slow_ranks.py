@@ -23,6 +23,12 @@ def test_a_slow_rank_is_named_at_the_second_time_and_again_only_after_it_recover
     assert named([[0.0, 0.0], [0.0, 0.0]]) == []
 
 
+def test_a_difference_of_a_few_milliseconds_is_noise() -> None:
+    assert named([[0.006, 0.015], [0.006, 0.015]]) == []
+    assert named([[0.006, 0.017], [0.006, 0.017]]) == [(2, "rank 1")]
+    assert named([[0.1, 0.13], [0.1, 0.109], [0.1, 0.13]]) == [], "it begins again after an interval without"
+
+
 def test_the_warning_has_the_host_and_all_three_times() -> None:
     detector = SlowRankDetector(["a", "b", "c"])
     detector.update([0.0, 0.5, 0.0], [1.0, 2.0, 1.0])

@@ -20,23 +20,27 @@ from tests.training.test_trainer import fit_error
 pytestmark = pytest.mark.multiprocess
 
 
-def second_run(settings: dict[str, Any]) -> str:
-    """Another process holds the lock."""
+def second_run(settings: dict[str, Any], path: str) -> str:
+    """Another process holds the lock at `path`."""
     from tinytrain_dist.utils.processes import process_start_time
 
     parent = os.getppid()
     lock = {"host": os.uname().nodename, "pid": parent, "started": process_start_time(parent), "job": None}
-    Path(settings["target_dir"]).mkdir()
-    (Path(settings["target_dir"]) / "lock.json").write_text(json.dumps(lock))
+    Path(path).parent.mkdir()
+    Path(path).write_text(json.dumps(lock))
     return fit_error(settings)
 
 
-def test_second_run_in_a_folder_is_refused(folder: Path) -> None:
-    message = run_ranks(1, second_run, settings_for(folder, "twice"))[0]
-    assert "is already training in this folder" in message
-    lock = json.loads((folder / "twice" / "lock.json").read_text())
-    assert str(lock["pid"]) in message
-    assert not (folder / "twice" / "state.json").exists(), "the run in the folder is another process's to judge"
+@pytest.mark.parametrize("shared", ["run folder", "checkpoints"])
+def test_second_run_in_a_folder_is_refused(folder: Path, shared: str) -> None:
+    place, name = folder / shared, "lock.json" if shared == "run folder" else "checkpoint.lock.json"
+    overrides = {"target_dir": str(place)} if shared == "run folder" else {"ckpt_dir": str(place)}
+    message = run_ranks(1, second_run, settings_for(folder, "twice", **overrides), str(place / name))[0]
+    expected = "is already training in this folder" if shared == "run folder" else "already saves checkpoints of this"
+    assert expected in message
+    assert str(json.loads((place / name).read_text())["pid"]) in message
+    assert not (folder / "twice" / "lock.json").exists()
+    assert not list(folder.glob("*/state.json")), "the run in the folder is another process's to judge"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinytrain_dist.reliability.heartbeats import describe_waiting, read_heartbeats, write_heartbeat
+from tinytrain_dist.reliability.heartbeats import describe_progress, describe_waiting, read_heartbeats, write_heartbeat
 
 
 def heartbeat(rank: int, step: int = 5, phase: str = "reduction", seen: float = 100.0) -> dict[str, Any]:
@@ -38,6 +38,30 @@ def heartbeat(rank: int, step: int = 5, phase: str = "reduction", seen: float = 
 )
 def test_who_is_waited_for(heartbeats: list[dict[str, Any]], expected: str) -> None:
     assert expected in describe_waiting(heartbeats, 3, since=50.0)
+
+
+def progressing(*ranks: tuple[int, float, float]) -> str:
+    """What is said of ranks with a (step, age of the heartbeat, seconds without progress before it)."""
+    beats = [
+        {**heartbeat(rank, step, seen=100.0 - age), "seconds": seconds}
+        for rank, (step, age, seconds) in enumerate(ranks)
+    ]
+    return describe_progress(beats, len(ranks), since=40.0)
+
+
+def test_a_rank_of_a_healthy_run_is_not_named_because_its_heartbeat_is_some_seconds_older() -> None:
+    nobody = "no rank has kept the others waiting"
+    assert progressing((51, 0.1, 0.0), (50, 0.9, 0.0), (12, 9.9, 0.0)) == nobody
+    assert progressing((51, 0.0, 0.4), (50, 0.0, 0.4), (50, 0.0, 0.4)) == nobody, "they take turns"
+    assert progressing((51, 0.0, 9.0), (50, 9.5, 3.0), (51, 0.0, 9.0)) == nobody, "it may have moved on since"
+    assert progressing((5, 0.0, 0.0), (5, 9.0, 0.0)).startswith("all 2 rank(s) are in reduction")
+
+
+def test_a_rank_that_was_still_behind_when_others_had_waited_is_named() -> None:
+    assert progressing((51, 0.0, 9.0), (50, 1.0, 8.0), (51, 5.0, 4.0)).startswith("all wait for rank 1 on node1")
+    assert progressing((51, 9.0, 0.0), (50, 1.0, 30.0), (51, 9.0, 0.0)).startswith("all wait for rank 1 on node1")
+    assert "no heartbeat since" in progressing((51, 0.0, 0.0), (50, 70.0, 0.0)), "whatever the others do"
+    assert "never wrote" in describe_progress([heartbeat(0), heartbeat(1, 4)], 3, since=40.0)
 
 
 def test_incomplete_heartbeats_and_those_of_an_earlier_larger_run_are_ignored(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -41,6 +42,49 @@ def test_the_lock_of_a_live_process_is_respected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         RunLock.acquire(tmp_path, ALONE)
     assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_checkpoints_of_one_name_are_saved_by_one_run_only(tmp_path: Path) -> None:
+    mine, other, shared = (tmp_path / name for name in ("mine", "other", "shared"))
+    for folder in (mine, other, shared):
+        folder.mkdir()
+    path = write_lock(shared, started=process_start_time(os.getppid()), run=str(other))
+    path.rename(shared / "model.lock.json")
+    message = rf"shared: process {os.getppid()} on here already saves checkpoints of this name here for the run {other}"
+    with pytest.raises(CheckpointError, match=message):
+        RunLock.acquire(mine, ALONE, (shared, "model"))
+    assert list(mine.iterdir()) == [], "none is taken, or all"
+    assert [path.name for path in shared.iterdir()] == ["model.lock.json"]
+    lock = RunLock.acquire(mine, ALONE, (shared, "other"))
+    taken = [json.loads(path.read_text())["run"] for path in (mine / "lock.json", shared / "other.lock.json")]
+    assert taken == [str(mine)] * 2
+    lock.release()
+    assert list(mine.iterdir()) == []
+    assert [path.name for path in shared.iterdir()] == ["model.lock.json"]
+
+
+def test_a_step_of_the_same_slurm_job_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr(run_lock.time, "sleep", lambda _: os.utime(tmp_path / "model.lock.json"))
+    path = write_lock(tmp_path, host="elsewhere", started="1", job="77", run="/other")
+    path.rename(tmp_path / "model.lock.json")
+    with pytest.raises(CheckpointError, match="on elsewhere already saves"):
+        RunLock.acquire(tmp_path, ALONE, (tmp_path, "model"))
+
+
+def test_a_file_system_without_hard_links_or_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(run_lock.os, "link", refuse)
+    lock = RunLock.acquire(tmp_path, ALONE)
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    write_lock(tmp_path, started=process_start_time(os.getppid()))
+    with pytest.raises(CheckpointError, match="is already training in this folder"):
+        RunLock.acquire(tmp_path, ALONE)
+    lock.release()
+    with pytest.raises(CheckpointError, match=r"lock\.json: cannot be written \(Not a directory\); free disk space"):
+        RunLock.acquire(tmp_path / "lock.json", ALONE)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:

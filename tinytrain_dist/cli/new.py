@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from tinytrain_dist.cli.arguments import UsageError, call_verb
+from tinytrain_dist.config.type_conversion import to_toml_value
+from tinytrain_dist.model.huggingface_config import settings_of_hf_folder
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.package_files import package_folder
 from tinytrain_dist.utils.text import format_list
@@ -24,6 +28,49 @@ README = """\
 4. Slurm: edit `slurm/env.sh`; `tinytrain submit config.toml --nodes 2 --gpus-per-node 8 --time 24:00:00`
 5. Use: `tinytrain sample {run} --prompt "Once upon a time"`; all commands: `tinytrain --help`
 """
+FINE_TUNING = """\
+# Fine-tuning of {model}.
+#
+# data       {prepare}
+# command    tinytrain train config.toml
+
+[run]
+target_dir = "runs/fine_tuned"
+init_from = {init_from}        # its weights are read once, at the start; a resumed run does not need them
+total_steps = 200
+log_every = 10
+eval_every = 50
+eval_steps = 4
+
+[data]
+train_data = "data/mine/train.npy"
+val_data = "data/mine/val.npy"
+batch_size = 16
+micro_batch_size = 1            # higher is faster, if memory allows
+context_len = {context_len}             # the model was made for up to {longest}
+
+[model]                         # what {model}/config.json says; other values do not fit the weights
+{sizes}
+
+[optimizer]
+lr_max = 2e-5                   # much lower than for training from random weights
+lr_min = 2e-6
+warmup_iters = 20
+weight_decay = 0.0
+
+[checkpoint]
+ckpt_every = 100
+"""
+FINE_TUNING_CONTEXT = 1024  # tokens; the model may have been made for more
+
+
+@dataclass(frozen=True)
+class Template:
+    """A configuration to begin with, and the command that makes its data."""
+
+    config: str
+    prepare: str
+    run: str
 
 
 def new(
@@ -35,37 +82,60 @@ def new(
     Args:
         folder: The folder to make. It may exist if it is empty.
         source: The configuration to begin with: quickstart, tinystories, gpt2_124m_ddp, llama_350m_fsdp, llama_1b_hsdp.
+            Or the folder of a Hugging Face model (Llama or Qwen3), to fine-tune it.
     """
-    config = _config_named(source)
+    template = _of_model(Path(source)) if Path(source).is_dir() else _of_package(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"DIR: {folder} exists already; give the name of a new or empty folder", "new")
-    content = config.read_text(encoding="utf-8").replace(f"configs/{config.name}", "config.toml")
-    run = re.search(r'^target_dir = "(.*)"', content, re.MULTILINE)
-    prepare = re.search(r"tinytrain prepare .*", content)
-    readme = README.format(
-        name=folder.resolve().name,
-        prepare=prepare[0] if prepare else "tinytrain prepare TEXT.txt --out data/mine",
-        run=run[1] if run else "runs/default",
-    )
+    readme = README.format(name=folder.resolve().name, prepare=template.prepare, run=template.run)
     (folder / "slurm").mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.toml", content)
+    write_atomically(folder / "config.toml", template.config)
     write_atomically(folder / "README.md", readme)
     write_atomically(folder / ".gitignore", GITIGNORE)
     shutil.copyfile(package_folder("slurm") / "env.example.sh", folder / "slurm" / "env.sh")
     print(f"{folder}: config.toml (from {source}), slurm/env.sh, README.md, .gitignore")
-    print(f"next: cd {folder}, then the commands in README.md")
+    print(f"next: cd {shlex.quote(str(folder))}, then the commands in README.md")
     return 0
 
 
-def _config_named(name: str) -> Path:
-    """Return the configuration of this name that comes with the package. A prefix of its name is enough."""
+def _of_package(name: str) -> Template:
+    """Return the configuration of this name that comes with the package. The beginning of its name is enough."""
     configs = {path.stem: path for path in sorted(package_folder("configs").glob("*.toml"))}
     found = [path for stem, path in configs.items() if stem == name] or [
         path for stem, path in configs.items() if stem.startswith(name)
     ]
     if len(found) != 1:
-        raise UsageError(f"--from: there is no configuration {name!r}; give one of {format_list(list(configs))}", "new")
-    return found[0]
+        raise UsageError(
+            f"--from: there is no configuration or folder {name!r}; give one of {format_list(list(configs))}, or the "
+            "folder of a Hugging Face model",
+            "new",
+        )
+    content = found[0].read_text(encoding="utf-8").replace(f"configs/{found[0].name}", "config.toml")
+    run = re.search(r'^target_dir = "(.*)"', content, re.MULTILINE)
+    prepare = re.search(r"tinytrain prepare .*", content)
+    return Template(
+        content,
+        prepare[0] if prepare else "tinytrain prepare TEXT.txt --out data/mine",
+        run[1] if run else "runs/default",
+    )
+
+
+def _of_model(model: Path) -> Template:
+    """Return a configuration that fine-tunes the model in a Hugging Face folder. Errors: ConfigError."""
+    model = model.resolve()
+    settings: dict[str, Any] = settings_of_hf_folder(model)
+    longest = settings.pop("context_len", FINE_TUNING_CONTEXT)
+    prepare = f"tinytrain prepare TEXT.txt --tokenizer {shlex.quote(str(model))} --out data/mine"
+    sizes = (f"{name} = {to_toml_value(value)}" for name, value in settings.items() if value is not None)
+    content = FINE_TUNING.format(
+        model=model,
+        prepare=prepare,
+        init_from=to_toml_value(str(model)),
+        context_len=min(longest, FINE_TUNING_CONTEXT),
+        longest=longest,
+        sizes="\n".join(sizes),
+    )
+    return Template(content, prepare, "runs/fine_tuned")
 
 
 def main(args: list[str]) -> int:

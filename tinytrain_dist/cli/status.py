@@ -34,7 +34,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.reliability.heartbeats import (
     HEARTBEAT_SECONDS,
     Heartbeat,
-    describe_waiting,
+    describe_progress,
     phase_index,
     read_heartbeats,
 )
@@ -191,7 +191,7 @@ def lines_of(status: Status) -> dict[str, str]:
     waiting = ""
     if status.alive and status.heartbeats:
         world_size = status.heartbeats[0]["world_size"]
-        waiting = describe_waiting(status.heartbeats, world_size, status.now - SILENT_SECONDS)
+        waiting = describe_progress(status.heartbeats, world_size, status.now - SILENT_SECONDS)
     return {
         "state": status.state + (f": {status.reason}" if status.reason else ""),
         "progress": f"step {status.step} of {status.last_step or '?'}{share}{left}",

@@ -40,6 +40,13 @@ VARIABLES = (
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_LISTENER",
+        "File descriptor of a socket that listens on the port of the rendezvous. The program that starts the ranks has "
+        "bound the port and then becomes the agent, or the rank, that serves there.",
+        ("tinytrain_dist/distributed/network.py",),
+        ("tinytrain_dist/distributed/network.py",),
+    ),
+    EnvironmentVariable(
         "PYTORCH_ALLOC_CONF",
         "Settings of torch's allocator of GPU memory. A run on GPUs sets expandable_segments:True, unless this "
         "variable or PYTORCH_CUDA_ALLOC_CONF, its older name, is set.",
@@ -56,6 +63,7 @@ VARIABLES = (
             "tinytrain_dist/reliability/run_state.py",
             "tinytrain_dist/reliability/watchdog.py",
             "tinytrain_dist/launch/start.py",
+            "tinytrain_dist/distributed/context.py",
             "slurm/train.sbatch",
         ),
     ),

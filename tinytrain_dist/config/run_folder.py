@@ -22,6 +22,7 @@ All code that reads or writes a file of a run takes the name of the file from th
         nccl_trace_rank_0                NCCL's last collectives, written when one times out
         ending.json                      a request that all ranks end; it names the launch that it applies to
       checkpoints/                       ckpt_dir
+        checkpoint.lock.json             PREFIX.lock.json: the process that saves checkpoints of this prefix
         checkpoint-00001000/             PREFIX-STEP; ckpt_save_prefix gives PREFIX; created by one rename
           config.json, tokenizer.json    a Hugging Face folder
           model-*, optimizer-*           tensors, with an index each
@@ -114,6 +115,11 @@ def records_file(logs: Path, prefix: str = DEFAULT_RECORDS_PREFIX) -> Path:
 def checkpoint_name(prefix: str, step: int) -> str:
     """Return the name of a checkpoint's folder. prefix: ckpt_save_prefix."""
     return f"{prefix}-{step:08d}"
+
+
+def checkpoint_lock_file(checkpoints: Path, prefix: str) -> Path:
+    """Return the file that names the process that saves checkpoints of a prefix. prefix: ckpt_save_prefix."""
+    return checkpoints / f"{prefix}.lock.json"
 
 
 @dataclass(frozen=True)

@@ -256,3 +256,14 @@ def launcher_rank() -> tuple[int, int, str]:
     """Return the rank and the number of ranks that the launcher has set, and the host. Needs no process group."""
     adopt_slurm_variables()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), socket.gethostname()
+
+
+def join_id() -> str:
+    """Return an ID of this start that ranks on several nodes share before they have joined; "" on a single node.
+
+    A later start may have the same ID, if its port is fixed.
+    """
+    env = os.environ
+    names = ("TORCHELASTIC_RUN_ID", "TINYTRAIN_ATTEMPT", "MASTER_ADDR", "MASTER_PORT")
+    on_several_nodes = "MASTER_PORT" in env and env.get("LOCAL_WORLD_SIZE") != env.get("WORLD_SIZE")
+    return " ".join(["join", *(env.get(name, "-") for name in names)]) if on_several_nodes else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 import time
@@ -17,6 +18,7 @@ from typing import Any
 UNKNOWN_NAME_SECONDS = 10.0  # how long to repeat a failed look-up: a name server may need a second query
 GET_INTERFACE_ADDRESS = 0x8915  # the ioctl SIOCGIFADDR of Linux
 DOCUMENTATION_ADDRESS = "192.0.2.1"  # belongs to no machine; the way to it leads out of this machine (RFC 5737)
+LISTENER_VARIABLE = "TINYTRAIN_LISTENER"
 Resolver = Callable[..., list[Any]]
 
 
@@ -107,6 +109,32 @@ def interface_addresses() -> dict[str, str]:
             reply = fcntl.ioctl(probe, GET_INTERFACE_ADDRESS, struct.pack("256s", name.encode()))
             addresses[name] = socket.inet_ntoa(reply[20:24])
     return addresses
+
+
+def listen(port: int) -> socket.socket:
+    """Listen on a TCP port of all addresses of this machine. Errors: OSError if another program does."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def hand_over(listener: socket.socket) -> dict[str, str]:
+    """Return the environment with which the program that replaces this process finds a listening socket."""
+    listener.set_inheritable(True)
+    return {LISTENER_VARIABLE: str(listener.detach())}
+
+
+def take_over_listener(port: int) -> int | None:
+    """Return the file descriptor of the socket that listens on `port`, if this process was given one; else None."""
+    descriptor = os.environ.get(LISTENER_VARIABLE, "")
+    with contextlib.suppress(OSError, ValueError):
+        with socket.socket(fileno=os.dup(int(descriptor))) as listener:
+            fits = listener.getsockname()[1] == port
+        if fits:
+            del os.environ[LISTENER_VARIABLE]  # a socket has one owner
+            os.set_inheritable(int(descriptor), False)
+            return int(descriptor)
+    return None
 
 
 def is_free(port: int) -> bool:

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
 
+from tinytrain_dist.distributed.network import LISTENER_VARIABLE, take_over_listener
+
 EXPANDABLE_SEGMENTS = "expandable_segments:True"  # a value of PYTORCH_ALLOC_CONF
 
 if TYPE_CHECKING:  # at run time __getattr__ imports them on first use: importing FSDP takes seconds
@@ -100,15 +102,26 @@ def in_process_store() -> Any:
     return dist.HashStore()  # type: ignore[attr-defined]
 
 
-def tcp_store(host: str, port: int, world_size: int, is_server: bool, timeout: timedelta) -> Any:
+def tcp_store(host: str, port: int, world_size: int | None, is_server: bool, timeout: timedelta) -> Any:
     """Connect to the key-value store at host:port, or serve it there. Does not wait for other ranks to connect.
+
+    A server uses the listening socket of the port, if this process was given one.
 
     `multi_tenant`: a second store of this process on the same port shares the first one's server.
     Versions: TCPStore with multi_tenant in 2.11 to 2.15, without types.
     Errors: RuntimeError if the port cannot be used or reached.
     """
-    wait_for_workers = False
-    return dist.TCPStore(host, port, world_size, is_server, timeout, wait_for_workers, multi_tenant=True)  # type: ignore[attr-defined]
+    listener = take_over_listener(port) if is_server else None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        world_size,
+        is_server,
+        timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener,
+    )
 
 
 def prefix_store(prefix: str, store: Any) -> Any:
@@ -303,3 +316,34 @@ def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., 
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]
+
+
+def serve_new_store_to_each_round() -> None:
+    """Let torchrun serve the store of the ranks itself, on a port that it has bound, and a new one after each restart.
+
+    By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
+    take the port in between.
+    Versions: DynamicRendezvousHandler with these two attributes in 2.11 to 2.15.
+    """
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    plain = DynamicRendezvousHandler.next_rendezvous
+
+    def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
+        self._shared_tcp_store_server = None
+        self._bootstrap_store_info = None
+        return plain(self)
+
+    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
+
+
+def serve_rendezvous(endpoint: str) -> Any:
+    """Serve torchrun's rendezvous at HOST:PORT on the listening socket that this process was given, if there is one.
+
+    torchrun shares this server with its own store of the same port (multi_tenant). Returns the store, to keep.
+    """
+    port = endpoint.rpartition(":")[2]
+    if not (port.isdecimal() and LISTENER_VARIABLE in os.environ):
+        return None
+    return tcp_store("127.0.0.1", int(port), None, True, timedelta(seconds=60))

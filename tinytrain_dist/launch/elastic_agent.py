@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.node_wait import announce_node_waits
-from tinytrain_dist.launch.settings_check import training_config
+from tinytrain_dist.launch.settings_check import runs_verb, training_config
 from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
@@ -49,7 +49,7 @@ from tinytrain_dist.reliability.start_marks import claim
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
-from tinytrain_dist.utils.processes import raise_open_file_limit
+from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
@@ -87,6 +87,7 @@ class AgentState:
     """State that the signal handler and the report of a dead rank share. A process has only one agent."""
 
     run_folder: Path | None = None  # of our training program; None: the ranks run another program
+    runs_verb: bool = False  # the ranks run a verb, which has nothing to save and no signal handlers
     folder_note: Path | None = None  # TINYTRAIN_AGENT
     stopper: threading.Thread | None = None  # ends ranks that hang in their start
     stopped_in_start: bool = False  # it has ended some
@@ -94,6 +95,7 @@ class AgentState:
     first_interrupt: float | None = None  # time.monotonic() of the first Ctrl-C
     killed_by: str = ""  # what has ended the ranks without saving: a second Ctrl-C, or SIGQUIT
     scratch: str = ""  # folder of this agent
+    rendezvous_store: Any = None  # kept, because torchrun uses its server
     first_death: RankDeath | None = None  # since the last restart
     over: RankDeath | None = None  # a death after which there is no restart
 
@@ -121,12 +123,15 @@ def forward_signal(number: int, _: FrameType | None) -> None:
     if not pids and number != signal.SIGUSR1:
         _exit_now(0)  # no rank runs yet, so there is nothing to save
     _begin_to_stop_hanging_starts()
-    if number == signal.SIGINT:
+    if _state.runs_verb:
+        number = signal.SIGTERM
+    elif number == signal.SIGINT:
         number = _count_interrupt()
     elif number == signal.SIGQUIT:
         number = _kill_at_once("SIGQUIT")
+    end = time.monotonic() + HANDLERS_SECONDS
     for pid in pids:
-        _wait_for_handler(pid, number)
+        _wait_for_handler(pid, number, end)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
@@ -162,11 +167,16 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _wait_for_handler(pid: int, number: int) -> None:
-    """Wait until a rank has installed its signal handlers. Before that, the signal would kill it."""
-    if number == signal.SIGKILL:
+def _wait_for_handler(pid: int, number: int, end: float) -> None:
+    """Wait until a rank has installed its signal handlers. Before that, the signal would kill it.
+
+    end: when to stop waiting, by time.monotonic(). A program that is not ours may have no handlers, so it is not waited
+    for if it has run for some seconds.
+    """
+    if number == signal.SIGKILL or _state.runs_verb:
         return
-    end = time.monotonic() + HANDLERS_SECONDS
+    if _state.run_folder is None:
+        end = min(end, time.monotonic() + HANDLERS_SECONDS - process_age(pid))
     while not _handles(pid, number) and time.monotonic() < end:
         time.sleep(0.02)
 
@@ -260,12 +270,14 @@ def main(args: list[str]) -> int:
     except TinytrainError as mistake:
         _say(f"error: {mistake}")
         return MISTAKE
-    # torch 2.13 keeps one store across restarts, in which ranks would read the addresses of dead ranks
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round, serve_rendezvous
+
+    serve_new_store_to_each_round()
     options = parse_torchrun_options(args)
+    _state.rendezvous_store = serve_rendezvous(options.rdzv_endpoint)
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
@@ -279,6 +291,7 @@ def main(args: list[str]) -> int:
         folder_note = Path(scratch) / "run"
         _state.folder_note = folder_note
         _state.run_folder = Path(config.target_dir) if config else None
+        _state.runs_verb = runs_verb(args)
         if "TINYTRAIN_STOP" in os.environ:  # SIGUSR1 came before
             _begin_to_stop_hanging_starts()
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
@@ -357,13 +370,22 @@ def _death_without_restart(
     """Return the death after which a restart in place makes no sense: of a user's mistake, or by a user's wish."""
     if dead and _state.killed_by:
         return _state.first_death
+    # A program without handlers has ended as it was asked to. Our training program, if it was started again, would stop
+    # in order.
+    stopped_by = os.environ.get("TINYTRAIN_STOP") if _state.run_folder is None else None
     for local_rank in dead:
+        if stopped_by and -exit_codes[local_rank] in (signal.SIGTERM, _number(stopped_by)):
+            return RankDeath(f"stopped by {stopped_by}", -_number(stopped_by))
         report = _read_report(error_files[local_rank])
         if report.get("extraInfo", {}).get(error_report.MAY_RETRY) is False:
             return RankDeath(str(report["message"]), exit_codes[local_rank])
         if not report and exit_codes[local_rank] == MISTAKE:
             return _state.first_death  # of another program, or of Python itself: a wrong argument, no such file
     return None
+
+
+def _number(name: str) -> int:
+    return int(signal.Signals[name])
 
 
 def _wait_for_end(context: Any, seconds: float) -> None:

@@ -49,11 +49,11 @@ def main(args: list[str]) -> NoReturn:
     try:
         config = parse_command_line(args)
         # torch takes seconds to import, and a wrong setting is reported before
-        from tinytrain_dist.distributed.context import flight_record, init_distributed, launcher_rank, shutdown
+        from tinytrain_dist.distributed.context import flight_record, init_distributed, join_id, launcher_rank, shutdown
         from tinytrain_dist.training.trainer import Trainer
 
         faulthandler.enable()  # a crash in native code leaves a stack too
-        watchdog = Watchdog(config, launcher_rank(), _report, flight_record)
+        watchdog = Watchdog(config, launcher_rank(), _report, flight_record, join_id())
         watchdog.start()
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
         watchdog.set_launch_id(context.launch_id)

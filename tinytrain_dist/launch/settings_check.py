@@ -5,6 +5,7 @@ Must not know torch: an agent reports a wrong setting before it imports torch, a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 
 MODULE = "tinytrain_dist.train"
+VERBS = "tinytrain_dist.cli."  # modules that begin with this save nothing when they are stopped
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"  # of a checkout
 
 
@@ -22,6 +24,12 @@ def training_arguments(args: Sequence[str]) -> list[str] | None:
         if is_module or (not arg.startswith("-") and Path(arg).resolve() == SCRIPT):
             return list(args[position + 1 :])
     return None
+
+
+def runs_verb(args: Sequence[str]) -> bool:
+    """Return whether torchrun's arguments start a verb of ours, such as `-m tinytrain_dist.cli.doctor`."""
+    pairs = itertools.pairwise(args)
+    return any(flag in ("-m", "--module") and module.startswith(VERBS) for flag, module in pairs)
 
 
 def training_config(args: Sequence[str]) -> TrainingConfig | None:

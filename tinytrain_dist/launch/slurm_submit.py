@@ -9,6 +9,7 @@ the code and settings as they were submitted, even if the checkout has changed s
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +77,7 @@ class SubmitOptions:
     array: OptionalFile = None
     """File of a sweep: a line of settings for each task of a job array."""
     template: OptionalFile = None
-    """Batch script. Default: train.sbatch, which comes with the package."""
+    """Batch script; its only argument is the configuration. Default: train.sbatch, which comes with the package."""
     max_requeues: Number = None
     """How often the job may requeue itself. Default: 20."""
     dry_run: bool = False
@@ -104,8 +106,11 @@ class Job:
         """Return the options of sbatch, each once."""
         options = self.options
         processes = options.gpus_per_node or options.processes_per_node
-        # train.sbatch starts one torchrun on each node, srun.sbatch every process
-        tasks = processes if self.template.name == "srun.sbatch" else 1
+        # train.sbatch starts one torchrun on each node, srun.sbatch (DIRECT) every process
+        template = read_text(self.template)
+        own_tasks = re.search(r"^#SBATCH +--ntasks-per-node[= ](\d+)", template, re.MULTILINE)
+        is_direct = re.search(r"^(export )?DIRECT=.", template, re.MULTILINE)
+        tasks = own_tasks[1] if own_tasks else processes if is_direct else 1
         warning_seconds = min(WARNING_SECONDS, seconds_of(options.time) // 4)
         output = "job-%A_%a.out" if options.array else "job-%j.out"
         named = {
@@ -133,8 +138,10 @@ class Job:
         if self.options.max_requeues is not None:
             variables["MAX_REQUEUES"] = self.options.max_requeues
         task = "-$SLURM_ARRAY_TASK_ID" if self.options.array else ""
-        lines = self.template.read_text(encoding="utf-8").splitlines()
-        last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+        lines = read_text(self.template).splitlines()
+        # sbatch reads options up to the first command
+        head = itertools.takewhile(lambda line: not line.strip() or line.startswith("#"), lines)
+        last = max(number for number, line in enumerate(head) if line.startswith(("#SBATCH", "#!")))
         added = [f"# ---- filled in by {PROGRAM}"]
         added += [f"#SBATCH {shlex.quote(flag)}" for flag in self.flags()]
         added += [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
@@ -200,10 +207,11 @@ def check_tokens(path: Path, context_len: int) -> list[str]:
     """Return what is wrong with a token file, from its header alone."""
     import numpy as np
 
-    from tinytrain_dist.data.npy_files import missing_tokens
+    from tinytrain_dist.data.npy_files import check_npy_file, missing_tokens
 
     try:
         check_regular(path)
+        check_npy_file(path)
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is not a token file ({error})"
@@ -231,16 +239,51 @@ def check_options(options: SubmitOptions) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if not options.batch_script.is_file():
-        problems.append(
-            f"--template: there is no file {options.batch_script}; the templates are in {package_folder('slurm')}"
-        )
+    problems += check_template(options)
     try:
         if seconds_of(options.time) < MIN_TIME_SECONDS:
             problems.append(f"--time: {options.time} is less than two minutes, too short to start and save; raise it")
     except ConfigError as error:
         problems += error.problems
     return problems
+
+
+def check_template(options: SubmitOptions) -> list[str]:
+    """Return why the batch script cannot run the job, as sentences."""
+    template = options.batch_script
+    if not template.is_file():
+        return [f"--template: there is no file {template}; the templates are in {package_folder('slurm')}"]
+    try:
+        text = read_text(template)
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"--template: {template} cannot be read ({error}); give a batch script"]
+    if not text.startswith("#!"):
+        return [f"--template: {template} does not begin with #!, so sbatch would refuse it; add #!/usr/bin/env bash"]
+    if template.name == "array.sbatch":
+        return [
+            "--template: array.sbatch reads a sweep by itself, so it cannot run what is submitted here; give --array "
+            "FILE without --template, or submit array.sbatch with sbatch"
+        ]
+    if not options.array and re.search(r"^#SBATCH +(--array|-a)", text, re.MULTILINE):
+        return [
+            f"--template: {template} asks for an array, whose tasks would all train the same run; give --array FILE, "
+            "or remove that line"
+        ]
+    return []
+
+
+def check_array_option(options: SubmitOptions, num_tasks: int) -> list[str]:
+    """Return what is wrong with an --array among the options for sbatch, which replaces that of the sweep."""
+    given = re.findall(r"(?:^| )(?:--array[= ]|-a ?)([\w,:%-]+)", " ".join(options.sbatch))
+    if not given:
+        return []
+    if not options.array:
+        return ["--sbatch: its --array would make all tasks train the same run; give --array FILE before --sbatch"]
+    wanted = given[-1].partition("%")[0]
+    largest = max(map(int, re.findall(r"(?<!:)\b\d+", wanted)), default=0)
+    if largest >= num_tasks:
+        return [f"--sbatch: --array={given[-1]} has task {largest}, but the sweep has tasks 0 .. {num_tasks - 1}"]
+    return []
 
 
 def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, list[TrainingConfig]]:
@@ -257,9 +300,9 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
             problems.append(f"--array: {options.array} has no line with settings; write a line for each task")
     configs: list[TrainingConfig] = []
     for task, line in enumerate(lines):
-        task_settings = [] if line is None else shlex.split(line)
         prefix = "" if line is None else f"task {task}: "
         try:
+            task_settings = [] if line is None else split_settings(line)
             config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
             if line is not None and not re.search(r"--target[-_]dir\b", line):
                 config = replace(config, target_dir=f"{config.target_dir}/{task}")
@@ -267,12 +310,33 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
             problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
         except ConfigError as error:
             problems += [prefix + problem for problem in error.problems]
-    folders = [config.target_dir for config in configs]
-    if shared := sorted({folder for folder in folders if folders.count(folder) > 1}):
-        problems.append(f"--array: several tasks have the target_dir {', '.join(shared)}; give each task its own")
+    problems += shared_places(configs)
+    if lines:
+        problems += check_array_option(options, len(lines))
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)), str(options.config))  # tasks share most problems
     return parse_command_line([str(options.config), *settings]), configs
+
+
+def shared_places(configs: list[TrainingConfig]) -> list[str]:
+    """Return what tasks of one sweep would write to the same place, as sentences."""
+    folders = Counter(os.path.abspath(config.target_dir) for config in configs)
+    if shared := sorted(folder for folder, tasks in folders.items() if tasks > 1):
+        return [f"--array: several tasks have the target_dir {', '.join(shared)}; give each task its own"]
+    places = Counter((os.path.abspath(config.checkpoints_dir), config.ckpt_save_prefix) for config in configs)
+    return [
+        f"--array: several tasks have the ckpt_dir {folder} and the ckpt_save_prefix {prefix}; give each task its own"
+        for (folder, prefix), tasks in sorted(places.items())
+        if tasks > 1
+    ]
+
+
+def split_settings(line: str) -> list[str]:
+    """Return the words of a line of a sweep, as a shell would. Errors: ConfigError."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"--array: the line {line!r} has a quote without its end ({error}); close it") from None
 
 
 def read_sweep(path: Path) -> list[str]:

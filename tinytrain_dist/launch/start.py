@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tinytrain_dist.distributed.network import address_towards, interface_addresses, is_free
+from tinytrain_dist.distributed.network import address_towards, hand_over, interface_addresses, is_free, listen
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.launch.machine import usable_cores, visible_gpus
 
@@ -53,6 +53,7 @@ class Command:
     arguments: list[str]
     environment: dict[str, str]
     summary: str = ""  # one line for the user
+    port: int | None = None  # on which the command listens; None: on none, or on one that it chooses
 
     def describe(self) -> str:
         """Return the variables, one per line, and the command as a shell would read it."""
@@ -60,13 +61,23 @@ class Command:
         return "\n".join([*shown, shlex.join(self.arguments)])
 
     def run(self) -> NoReturn:
-        """Become this command: the process stays the same, so signals reach what it starts."""
+        """Become this command: the process stays the same, so signals reach what it starts.
+
+        The port is bound here, and handed over: the command takes seconds until it could bind the port.
+        Errors: StartError if the port is taken.
+        """
+        environment = {**os.environ, **self.environment}
+        if self.port is not None:
+            try:
+                environment |= hand_over(listen(self.port))
+            except OSError:
+                raise _port_is_taken(self.port) from None
         # asks for a stop; must not kill this process before the program handles it (it does so in any case)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self.summary:
             with contextlib.suppress(OSError):
                 print(self.summary, file=sys.stderr, flush=True)
-        os.execvpe(self.arguments[0], self.arguments, {**os.environ, **self.environment})
+        os.execvpe(self.arguments[0], self.arguments, environment)
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,8 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     peer = head or (nodes.address(1) if len(nodes.names) > 1 else "127.0.0.1")
     address = _own_address(peer)
     if rank == "0" and not is_free(port):
-        raise StartError(f"--head: port {port} of this node is taken; give another one on every node: HOST:PORT")
+        raise _port_is_taken(port)
+    own_port = port if rank == "0" else None
     nproc = 1 if options.direct else _processes_of_node(options.nproc, slurm)
     environment = {
         "OMP_NUM_THREADS": _threads_per_rank(nproc, _cores_of_task(options.direct, slurm)),
@@ -151,7 +163,7 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     }
     if options.direct:
         environment |= {"MASTER_ADDR": head or address, "MASTER_PORT": str(port)}
-        return Command([*_python("-m", RANK_MODULE), str(config), *settings], environment)
+        return Command([*_python("-m", RANK_MODULE), str(config), *settings], environment, port=own_port)
     restarts = options.max_restarts
     if restarts is None:
         restarts = int(slurm.get("MAX_RESTARTS") or MAX_RESTARTS)
@@ -161,7 +173,11 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head or address}:{port}", "--rdzv-conf", conf]
     rendezvous += ["--rdzv-id", attempt, "--local-addr", address]
     agent = [*_python("-m", AGENT_MODULE), "--nnodes", nnodes, "--max-restarts", str(restarts), *rendezvous]
-    return Command([*agent, *_rank_arguments(nproc, config, settings)], environment)
+    return Command([*agent, *_rank_arguments(nproc, config, settings)], environment, port=own_port)
+
+
+def _port_is_taken(port: int) -> StartError:
+    return StartError(f"--head: port {port} of this node is taken; give another one on every node: HOST:PORT")
 
 
 def head_endpoint(peer: str | None) -> str:

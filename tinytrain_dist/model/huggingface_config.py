@@ -106,6 +106,30 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
 
     Errors: ConfigError that names every value our model does not support, and every setting that has to change.
     """
+    needed, problems = _read_hf_config(folder)
+    current = config.resolved()
+    for setting, value in needed.items():
+        if current[setting] != value:
+            remedy = "leave it out" if value is None else f"set {setting} = {to_toml_value(value)}"
+            problems.append(f"{setting}: is {current[setting]}, but {folder / 'config.json'} needs {value}; {remedy}")
+    if problems:
+        raise ConfigError(problems, f"init_from = {folder}")
+
+
+def settings_of_hf_folder(folder: Path) -> dict[str, Any]:
+    """Return the settings of the model in a Hugging Face folder, and the longest context_len that it was made for.
+
+    Errors: ConfigError that names every value our model does not support.
+    """
+    needed, problems = _read_hf_config(folder)
+    if problems:
+        raise ConfigError(problems, str(folder))
+    longest = read_json(folder / "config.json").get("max_position_embeddings")
+    return {**needed, **({"context_len": longest} if type(longest) is int and longest > 0 else {})}
+
+
+def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a Hugging Face folder needs, and what our model does not support, as sentences."""
     path = folder / "config.json"
     try:
         hf_config = read_json(path)
@@ -123,15 +147,7 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
         for key in REQUIRED_HF_KEYS
         if type(hf_config.get(key)) is not int or hf_config[key] < 1
     ]
-    problems += missing
-    needed = {} if missing else _required_settings(hf_config, rope)
-    current = config.resolved()
-    for setting, value in needed.items():
-        if current[setting] != value:
-            remedy = "leave it out" if value is None else f"set {setting} = {to_toml_value(value)}"
-            problems.append(f"{setting}: is {current[setting]}, but {path} needs {value}; {remedy}")
-    if problems:
-        raise ConfigError(problems, f"init_from = {folder}")
+    return {} if missing else _required_settings(hf_config, rope), problems + missing
 
 
 def _required_settings(hf_config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 from tinytrain_dist.utils.json_files import is_number, is_whole_number
 
 HEARTBEAT_SECONDS = 10.0  # between two heartbeats of a rank
+WAITING_SECONDS = 5.0  # a rank that others wait for has kept them waiting for at least this long
 MISSING_RANKS_NAMED = 16  # in a message, of ranks without a heartbeat
 WAITED_FOR_RANKS_NAMED = 4  # in a message, of ranks that the others wait for
 
@@ -67,8 +68,38 @@ def phase_index(heartbeat: Heartbeat) -> int:
     return PHASE_ORDER.index(heartbeat["phase"]) if heartbeat["phase"] in PHASE_ORDER else 0
 
 
+def describe_progress(heartbeats: Sequence[Heartbeat], world_size: int, since: float) -> str:
+    """Describe which ranks the others wait for in a run that may be healthy, as `describe_waiting` does.
+
+    The heartbeats of a healthy run are from different moments of the last ten seconds, so its ranks seem to be at
+    different steps. A rank is named only if it was still behind when another rank had waited for some seconds.
+    """
+    equal = len(set(map(_progress, heartbeats))) == 1
+    silent = any(heartbeat["seen"] < since for heartbeat in heartbeats)
+    if equal or silent or len(heartbeats) < world_size:
+        return describe_waiting(heartbeats, world_size, since)
+    waited_for = [heartbeat for heartbeat in heartbeats if _keeps_waiting(heartbeat, heartbeats)]
+    least = min(map(_progress, waited_for), default=None)
+    behind = [heartbeat for heartbeat in waited_for if _progress(heartbeat) == least]
+    return f"all wait for {_format_ranks(behind)}" if behind else "no rank has kept the others waiting"
+
+
+def _progress(heartbeat: Heartbeat) -> tuple[int, int]:
+    """Return how far a rank was: after how many steps, and in which phase."""
+    return heartbeat["step"], phase_index(heartbeat)
+
+
+def _keeps_waiting(heartbeat: Heartbeat, others: Sequence[Heartbeat]) -> bool:
+    """Return whether a rank was seen behind another one that had been in its phase for some seconds by then."""
+    return any(
+        _progress(heartbeat) < _progress(other)
+        and heartbeat["seen"] - (other["seen"] - other["seconds"]) >= WAITING_SECONDS
+        for other in others
+    )
+
+
 def describe_waiting(heartbeats: Sequence[Heartbeat], world_size: int, since: float) -> str:
-    """Describe which ranks the others wait for, as part of a sentence.
+    """Describe which ranks the others wait for in a run that hangs, as part of a sentence.
 
     Names the first of these groups that is not empty:
 
@@ -82,7 +113,7 @@ def describe_waiting(heartbeats: Sequence[Heartbeat], world_size: int, since: fl
     silent = [heartbeat for heartbeat in heartbeats if heartbeat["seen"] < since]
     if silent:
         return f"all wait for {_format_ranks(silent)}: no heartbeat since then"
-    progress = [(heartbeat["step"], phase_index(heartbeat)) for heartbeat in heartbeats]
+    progress = [_progress(heartbeat) for heartbeat in heartbeats]
     least = min(progress)
     behind = [heartbeat for heartbeat, reached in zip(heartbeats, progress, strict=True) if reached == least]
     if len(behind) == len(heartbeats):

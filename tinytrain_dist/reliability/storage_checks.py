@@ -21,6 +21,7 @@ from tinytrain_dist.config.run_folder import (
     STATE_FILE,
     STOP_FILE,
     abort_file,
+    checkpoint_lock_file,
     records_file,
 )
 from tinytrain_dist.config.schema import TrainingConfig
@@ -76,7 +77,8 @@ def _misplaced(config: TrainingConfig) -> CheckpointError | None:
     run, logs = Path(config.target_dir), config.logs_dir
     records = records_file(logs, config.log_save_prefix)
     replaced = [run / name for name in (CONFIG_FILE, ENVIRONMENT_FILE, STATE_FILE, ERROR_FILE, STOP_FILE)]
-    opened = [run / LOCK_FILE, records, records.with_suffix(REPLACED_SUFFIX)]
+    checkpoint_lock = checkpoint_lock_file(config.checkpoints_dir, config.ckpt_save_prefix)
+    opened = [run / LOCK_FILE, checkpoint_lock, records, records.with_suffix(REPLACED_SUFFIX)]
     # A file is put in place of anything but a folder. What is opened must not be a pipe or a device.
     other = {name for _, name in KINDS} - {"a file", "a folder"}
     wrong = {path: {"a folder"} for path in (*replaced, abort_file(run))}

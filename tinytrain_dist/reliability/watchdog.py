@@ -39,6 +39,7 @@ from tinytrain_dist.utils.atomic_files import read_json_object
 
 TICK_SECONDS = 1.0  # between two checks
 GRACE_SECONDS = 4.0  # for all ranks to write their stacks and heartbeats after one has noticed a hang
+JOIN_REQUEST_SECONDS = 5.0  # by which a request of another rank may be older than this process; clocks differ, too
 NO_LIMIT_SECONDS = 30 * 86_400.0
 
 
@@ -51,17 +52,21 @@ class Watchdog(threading.Thread):
         identity: tuple[int, int, str],
         report: Callable[[str], None],
         flight_record: Callable[[], bytes],
+        join_id: str = "",
     ) -> None:
         """Prepare to watch this process. Call this in the main thread: from here on, signals wake the watchdog.
 
         identity: rank, number of ranks, host. report: prints the final error. flight_record: returns the last
-        collectives as JSON.
+        collectives as JSON. join_id: what ranks of several nodes share before they have joined; a stop request on one
+        of them then reaches the others.
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder = Path(config.target_dir)
         self.phase_timer = PhaseTimer("join")
         self.rank, self.world_size, self.host = identity
         self.launch_id = ""  # known when all ranks have joined
+        self._join_id = join_id
+        self._process_start = time.time() - (time.monotonic() - stop_requests.PROCESS_START)
         self._report = report
         self._flight_record = flight_record
         # The name and value of the setting that limits each phase; step_limit is for all other phases. 0: no limit.
@@ -117,7 +122,7 @@ class Watchdog(threading.Thread):
                 "phase": self.phase_timer.phase,
                 "seconds": round(seconds_in_phase, 1),
                 "time": time.time(),
-                "world": self.launch_id,
+                "world": self.launch_id or self._join_id,
                 "attempt": os.environ.get("TINYTRAIN_ATTEMPT", ""),
             },
         )
@@ -153,7 +158,7 @@ class Watchdog(threading.Thread):
         setting, limit = self._limits.get(phase, self._default_limit)
         if "TINYTRAIN_AGENT" in os.environ and os.getppid() != self._agent_pid:
             os._exit(1)  # the agent has ended, and nothing else would end this rank together with the others
-        if request := error_report.read_abort_request(self.folder, self.launch_id):
+        if request := self._read_request(phase):
             self._end(request)
         elif self._signal and phase in START_PHASES:
             self._end_all(f"{self._signal} during the start", state="preempted")
@@ -163,14 +168,26 @@ class Watchdog(threading.Thread):
         elif time.monotonic() > self._next_heartbeat or self._left_start_phase(phase):
             self.heartbeat(seconds_in_phase)
 
+    def _read_request(self, phase: str) -> error_report.AbortRequest:
+        """Return the request that this rank must end; {} if there is none."""
+        request = error_report.read_abort_request(self.folder, self.launch_id)
+        if not request and self._join_id and phase in START_PHASES:
+            request = error_report.read_abort_request(self.folder, self._join_id)
+            with contextlib.suppress(OSError):
+                # an earlier start may have had the same ID
+                if abort_file(self.folder).stat().st_mtime < self._process_start - JOIN_REQUEST_SECONDS:
+                    return {}
+        return request
+
     def _left_start_phase(self, phase: str) -> bool:
         """Return whether the last heartbeat shows an earlier phase of the start. Such a change is written at once."""
         return self._written_phase in START_PHASES and phase != self._written_phase
 
     def _end_all(self, message: str, hang: bool = False, state: str = "failed") -> None:
         """Ask all ranks to end, and end this process."""
-        if self.launch_id:
-            error_report.request_abort(self.folder, self.launch_id, message, hang, state)
+        # After a failure the ranks may be started again, and on a fixed port they would have the same join ID.
+        if address := self.launch_id or (self._join_id if state == "preempted" else ""):
+            error_report.request_abort(self.folder, address, message, hang, state)
         self._end({"message": message, "hang": hang, "state": state}, noticed_here=True)
 
     def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:

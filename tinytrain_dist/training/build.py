@@ -172,7 +172,7 @@ def _load(
 
 
 def _claim_run_folder(config: TrainingConfig, context: DistributedContext, checkpoints: CheckpointManager) -> Start:
-    """Take the run folder's lock, and check that saving will work: shared, writable, with enough room."""
+    """Take the locks of run folder and checkpoints, and check that saving will work: shared, writable, enough room."""
     folder = Path(config.target_dir)
     if (config.ckpt_writers or 1) > context.world_size:
         raise ConfigError(
@@ -182,7 +182,7 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     check_shared_storage(config.checkpoints_dir, context, "ckpt_dir" if config.ckpt_dir else "target_dir")
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    lock = RunLock.acquire(folder, context)
+    lock = RunLock.acquire(folder, context, (config.checkpoints_dir, config.ckpt_save_prefix))
     claim_run(folder, lock.taken_over)
     previous_failure = read_and_clear_error(folder) if context.is_main else ""
 

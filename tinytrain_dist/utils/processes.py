@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
+import time
 from pathlib import Path
 
 
@@ -26,6 +28,15 @@ def process_start_time(pid: int) -> str | None:
     except PermissionError:  # it belongs to another user, whose processes /proc may hide
         return "running"
     return "running"
+
+
+def process_age(pid: int) -> float:
+    """Return for how many seconds a process of this host has run; infinity where /proc does not show that."""
+    try:
+        ticks = int(process_start_time(pid) or "")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (ValueError, AttributeError, OSError):  # AttributeError: not on Linux
+        return math.inf
 
 
 def raise_open_file_limit() -> None:
