@@ -278,6 +278,10 @@ def test_merged_points_keep_mean_and_range() -> None:
     assert (second.x, second.y, second.low, second.high) == (6.5, 6.5, 5, 8)
     assert third.y is None
     assert (curve.not_finite, curve.first_not_finite, curve.last, curve.low) == (1, 9, 8.0, 1.0)
+    falling = Curve(4)
+    for x in range(1, 9):
+        falling.add(x, -x)
+    assert [(point.low, point.high) for point in falling.points] == [(-2, -1), (-4, -3), (-6, -5), (-8, -7)]
 
 
 def test_smoothing_does_not_shift_a_line() -> None:
