@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # type checkers and editors find the names here; at run time 
     from tinytrain_dist.errors import ConfigError as ConfigError
     from tinytrain_dist.errors import DataError as DataError
     from tinytrain_dist.errors import TrainingError as TrainingError
+    from tinytrain_dist.metrics.trackers.base import Tracker as Tracker
     from tinytrain_dist.model.attention import RotaryEmbedding as RotaryEmbedding
     from tinytrain_dist.model.attention import apply_rotary_pos_emb as apply_rotary_pos_emb
     from tinytrain_dist.model.layers import RMSNorm as RMSNorm
@@ -61,6 +62,7 @@ _HOME = {  # the module that defines each public name
     "gather_full_state_dict": "parallel.wrappers",
     "save_checkpoint": "checkpoint.own_training_loop",
     "load_checkpoint": "checkpoint.own_training_loop",
+    "Tracker": "metrics.trackers.base",
     "Trainer": "training.trainer",
 }
 __all__ = sorted(_HOME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,20 +15,27 @@ from tests.helpers.ranks import AGENT
 from tinytrain_dist import __version__
 from tinytrain_dist.cli.main import VERBS
 from tinytrain_dist.config.environment_variables import VARIABLES
+from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import FIELDS
+from tinytrain_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *GUIDES, *DECISIONS]
+REPOSITORY = "https://github.com/tinytrain-dist/tinytrain_dist/blob/main/"  # links of the site to files outside docs/
 OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the short scripts
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
     "launch/local.sh": {"nproc"},
     "launch/test.sh": {"fast"},
     "tensorboard": {"logdir"},
+    "mlflow": {"backend_store_uri"},
+    "zensical": {"strict"},
 }
+PROGRAMS_OF_OTHERS = set("cd git pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split())
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
+OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
 FORMER_OR_OPTIONAL = {
     "slurm/env.sh",
@@ -40,9 +48,13 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def blocks_of(text: str) -> list[str]:
+    """Return the shell blocks of a page."""
+    return re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+
+
 def commands_of(text: str) -> list[list[str]]:
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.strip() for block in blocks_of(text) for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -52,7 +64,8 @@ COMMANDS = [(page_id(page), words) for page in PAGES for words in commands_of(pa
 def flags_by_help(program: list[str]) -> set[str]:
     """Return the flags that a program's --help names."""
     start = [sys.executable] if program[0].endswith(".py") else []
-    done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    env = {**os.environ, "PYTHON": sys.executable}  # for the scripts in a checkout without an environment
+    done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     return {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-_]*)", done.stdout)}
 
 
@@ -82,12 +95,50 @@ def test_commands_name_files_settings_and_tools_that_exist(page: str, words: lis
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_shell_blocks_are_marked_and_can_be_parsed(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"^ *```(sh|shell|console|shell-session)\b", text, re.MULTILINE), "mark it as bash"
+    for block in blocks_of(text):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page.name}: {done.stderr}\n{block}"
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{page} {words[0]}" for page, words in COMMANDS])
+def test_programs_exist_and_settings_have_possible_values(page: str, words: list[str]) -> None:
+    program = words[0].removeprefix(".venv/bin/")
+    assert (ROOT / program).is_file() or program in PROGRAMS_OF_OTHERS, f"{page} starts {program}"
+    configurations = [word for word in words if re.match(r"configs/[\w.]+\.toml$", word)]
+    if program != "tinytrain" and configurations:
+        parse_command_line([str(ROOT / configurations[0]), *settings_of(words)])
+
+
+def settings_of(words: list[str]) -> list[str]:
+    """Return the settings among the words of a command, with their values. The rest is for the launcher."""
+    settings: list[str] = []
+    is_setting = False
+    for word in words:
+        if flag := re.match(r"--(?:no-)?([a-z][\w-]*)", word):
+            is_setting = flag[1].replace("-", "_") in FIELDS
+        settings += [word] if is_setting else []
+    return settings
+
+
+def test_wrong_values_and_broken_blocks_are_noticed() -> None:
+    (words,) = commands_of("```bash\nlaunch/local.sh configs/quickstart.toml --nproc 2 --lr-max -1\n```\n")
+    with pytest.raises(ConfigError, match="lr_max"):
+        test_programs_exist_and_settings_have_possible_values("a page", words)
+    with pytest.raises(AssertionError, match="starts lunch"):
+        test_programs_exist_and_settings_have_possible_values("a page", ["lunch/local.sh"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_and_names_in_the_text_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text):
-        if "://" in target:
+        in_repository = target.removeprefix(REPOSITORY) if target.startswith(REPOSITORY) else ""
+        if "://" in target and not in_repository:
             continue
-        linked = page.parent / target if target else page
+        linked = ROOT / in_repository if in_repository else page.parent / target if target else page
         assert linked.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors_of(linked), f"{page.name} links to {target}{anchor}"
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)

@@ -19,6 +19,7 @@ from tinytrain_dist.config.type_conversion import convert_value, describe_type, 
         (int | Literal["auto"] | None, "auto", "auto"),
         (tuple[float, float], [1, 0.5], (1.0, 0.5)),
         (tuple[str, ...], ["a", "b", "c"], ("a", "b", "c")),
+        (tuple[str, ...], [], ()),
     ],
 )
 def test_values_that_fit_are_converted(hint, value, expected):
@@ -38,7 +39,7 @@ def test_values_that_fit_are_converted(hint, value, expected):
         (int, None),
         (Literal["a", "b"], "c"),
         (tuple[float, float], [1.0]),
-        (tuple[str, ...], []),
+        (tuple[str, ...] | None, []),
         (str | None, 3),
     ],
 )

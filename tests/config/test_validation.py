@@ -126,3 +126,11 @@ def test_settings_of_files_and_evaluation_that_do_not_fit_are_refused(values: di
 @pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
 def test_steps_to_profile_are_two_numbers_within_the_run(profile):
     assert only_problem(profile=profile, total_steps=10).startswith(f"profile: {profile!r}"[:9])
+
+
+def test_trackers_are_known_names_or_classes_and_each_is_there_once():
+    assert problems_of(trackers=[]) == problems_of(trackers=["mlflow", "a.b_c:Own"]) == []
+    assert problems_of(trackers=["wandn"]) == ["trackers: 'wandn' is unknown; did you mean wandb?"]
+    expected = "use tensorboard, wandb, mlflow or package.module:ClassName"
+    assert problems_of(trackers=["a-b:Own"]) == [f"trackers: 'a-b:Own' is unknown; {expected}"]
+    assert problems_of(trackers=["wandb", "wandb"]) == ["trackers: contains wandb twice; list it once"]

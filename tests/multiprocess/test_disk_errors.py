@@ -89,7 +89,8 @@ def records_fail(trainer: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if trainer.context.is_main:
-        trainer.log._tensorboard._writer.add_scalar = full
+        (sink,) = trainer.log._sinks
+        sink._tracker._writer.add_scalar = full
 
 
 def test_records_that_cannot_be_written_do_not_end_the_training(folder: Path, undisturbed: Run) -> None:

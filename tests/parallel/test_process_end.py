@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.multiprocess
 
-SECONDS = 60
+SECONDS = 25
 SCRIPT = """
 import atexit, ctypes, os, sys
 
@@ -55,12 +55,12 @@ dist.destroy_process_group()
 """
 
 
-def start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
+def start(rank: int, folder: Path, script: str = SCRIPT) -> subprocess.Popen[bytes]:
     """Start a rank that waits for a byte: rank 0 at its end, rank 1 before the sum that completes that of rank 0."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     with (folder / f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(folder / "meeting_point")],
+            [sys.executable, "-c", script, str(rank), str(folder / "meeting_point")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -86,6 +86,49 @@ def test_a_collective_may_finish_while_the_interpreter_ends(tmp_path: Path) -> N
         ranks[0].stdout.readline()
         let_go_on(ranks[0])
         assert ranks[0].wait(SECONDS) == 0, (tmp_path / "rank0.log").read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+# A collective is pending when the model is freed. Freeing the last reference to its group would wait for the thread of
+# gloo that runs the collective, and hold the GIL, for which the thread waits at its end.
+FREES_THE_MODEL = f"""
+import faulthandler, os, sys
+import torch, torch.distributed as dist
+from torch import nn
+from tinytrain_dist import apply_ddp
+
+faulthandler.dump_traceback_later({SECONDS}, exit=True)  # needs no GIL
+rank, meeting_point = int(sys.argv[1]), sys.argv[2]
+
+def train():
+    model = apply_ddp(nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    if rank == 0:
+        dist.all_reduce(torch.ones(4), async_op=True)
+        dist.destroy_process_group()
+
+dist.init_process_group("gloo", init_method=f"file://{{meeting_point}}", rank=rank, world_size=2)
+train()
+if rank == 0:
+    os.write(1, b"freed\\n")
+os.read(0, 1)
+if rank == 1:
+    dist.all_reduce(torch.ones(4))
+    dist.destroy_process_group()
+"""
+
+
+def test_freeing_a_model_with_ddp_waits_for_no_collective(tmp_path: Path) -> None:
+    ranks = [start(rank, tmp_path, FREES_THE_MODEL) for rank in range(2)]
+    try:
+        assert ranks[0].stdout is not None
+        assert ranks[0].stdout.readline() == b"freed\n", (tmp_path / "rank0.log").read_text()
+        for rank in (1, 0):
+            let_go_on(ranks[rank])
+            assert ranks[rank].wait(SECONDS) == 0, (tmp_path / f"rank{rank}.log").read_text()
     finally:
         for process in ranks:
             process.kill()

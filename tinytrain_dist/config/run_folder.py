@@ -16,6 +16,8 @@ All code that reads or writes a file of a run takes the name of the file from th
         metrics.jsonl                    the records, one per line; log_save_prefix replaces `metrics`
         metrics.replaced.jsonl           records that a resume from an earlier step has replaced
         events.out.tfevents.*            TensorBoard
+        wandb/, mlflow/                  files of these trackers, see the setting `trackers`
+          run.json                       the ID of the tracker's run, which a resume continues
         profile/                         traces of profiled steps
         heartbeat/rank-00000.json        step and phase of a rank, for the other ranks and for `tinytrain status`
         stacks/rank-00000.txt            the stacks of all threads of a rank, written when the run hangs
@@ -68,6 +70,7 @@ STACKS_FOLDER = "stacks"
 ABORT_FILE = "ending.json"
 DEFAULT_RECORDS_PREFIX = "metrics"
 REPLACED_SUFFIX = ".replaced.jsonl"  # in place of .jsonl
+TRACKER_STATE_FILE = "run.json"  # in the folder of a tracker
 
 # In each checkpoint.
 MANIFEST_FILE = "manifest.json"

@@ -68,6 +68,7 @@ class TrainingConfig:
     profile: str | None = _setting("run", None, "START:STOP: rank 0 traces these steps to log_dir/profile (None: off)")
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
+    trackers: tuple[str, ...] = _setting("run", ("tensorboard",), "any of tensorboard, wandb, mlflow, MODULE:CLASS")
     resume: str = _setting(
         "run",
         "auto",

@@ -18,7 +18,11 @@ def convert_value(hint: Any, value: Any) -> Any:
 
     hint: int, float, str, bool, None, a Literal, a tuple of one type, or a union of these. In a union, the first
     option that fits is used. Errors: TypeError if no option fits.
+
+    An empty list fits only a tuple that is not in a union: where None is possible, it already means "nothing".
     """
+    if get_origin(hint) is tuple and value in ([], ()) and get_args(hint)[-1] is Ellipsis:
+        return ()
     options = get_args(hint) if is_optional(hint) else (hint,)
     for option in options:
         with contextlib.suppress(TypeError):

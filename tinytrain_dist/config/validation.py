@@ -6,6 +6,7 @@ value, what to do.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Container
@@ -20,6 +21,11 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
 
 # A resume is refused if the checkpoint has another value of one of these settings, or other data.
 IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
+# A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
+# only how results are rounded.
+ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
@@ -52,6 +58,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _evaluation_and_retention_problems,
         _reproducible_problems,
         _name_problems,
+        _tracker_problems,
     )
     return [problem for check in checks for problem in check(config)]
 
@@ -301,3 +308,17 @@ def _name_problems(config: TrainingConfig) -> list[str]:
         for name in ("ckpt_save_prefix", "log_save_prefix")
         if not (value := getattr(config, name)) or "/" in value
     ]
+
+
+def _tracker_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem for each tracker that is unknown or listed twice. Whether it can be used is checked later."""
+    problems = []
+    for name in dict.fromkeys(config.trackers):
+        if config.trackers.count(name) > 1:
+            problems.append(f"trackers: contains {name} twice; list it once")
+        if name in TRACKERS or re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name):
+            continue
+        nearest = difflib.get_close_matches(name.lower(), TRACKERS, n=1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(TRACKERS)} or package.module:ClassName"
+        problems.append(f"trackers: {name!r} is unknown; {remedy}")
+    return problems

@@ -1,4 +1,4 @@
-"""Let a process end cleanly although gloo's threads still hold tensors; importing this module registers that.
+"""Let models and processes end cleanly although gloo's threads still hold tensors; importing this registers it.
 
 A thread of gloo releases the tensors of a collective after it has told the caller that the collective is done. If no
 other native code holds such a tensor, the release also frees its Python object, for which the thread must take the GIL.
@@ -15,10 +15,25 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import weakref
+from typing import Any
 
 import torch
 
 from tinytrain_dist.distributed.torch_internals import hold_in_native_code
+
+_kept_groups: list[tuple[weakref.ref[Any], Any]] = []  # (model, its process group)
+
+
+def keep_group(model: Any, group: Any) -> None:
+    """Keep a process group at least until `model`, which DDP wraps, is gone.
+
+    Otherwise the C++ part of DDP can hold the last reference to the group. It is freed with the GIL held, and then
+    waits for gloo's threads, which may wait for the GIL. Python's reference is released without the GIL.
+    """
+    # of models that are gone; not when a model goes, because its C++ part is freed after that
+    _kept_groups[:] = [(kept_for, kept) for kept_for, kept in _kept_groups if kept_for() is not None]
+    _kept_groups.append((weakref.ref(model), group))
 
 
 def hold_all_tensors() -> None:

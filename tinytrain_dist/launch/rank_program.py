@@ -5,6 +5,7 @@ Must not know how training works. The first failing rank's error is the last lin
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
@@ -22,6 +23,9 @@ from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS, Watchdog
 from tinytrain_dist.utils.processes import raise_open_file_limit
+
+if TYPE_CHECKING:
+    from tinytrain_dist.training.trainer import Trainer
 
 # in messages of errors that the death of another rank causes on this rank
 PEER_FAILURE = re.compile(r"(?i)gloo|nccl|connection|socket|broken pipe|tcpstore")
@@ -45,6 +49,7 @@ class Failure:
 def main(args: list[str]) -> NoReturn:
     """Train as `[CONFIG.toml] --settings` says, and exit: 0 if done or stopped on request, 2 for a mistake, else 1."""
     watchdog: Watchdog | None = None
+    trainer: Trainer | None = None
     raise_open_file_limit()
     try:
         config = parse_command_line(args)
@@ -57,11 +62,12 @@ def main(args: list[str]) -> NoReturn:
         watchdog.start()
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
         watchdog.set_launch_id(context.launch_id)
-        Trainer.build(config, context, watchdog.phase_timer).fit()
+        trainer = Trainer.build(config, context, watchdog.phase_timer)
+        trainer.fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise
-        _end_failed(watchdog, error)
+        _end_failed(watchdog, error, trainer)
     watchdog.close()
     shutdown()
     # End without the interpreter's own clean-up: native threads of stores and groups can outlive it, and then abort a
@@ -78,8 +84,11 @@ def _report(message: str, may_print: bool = True, may_retry: bool = True) -> Non
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
-    """Report the error and end immediately: an orderly end of the process group would wait for ranks that hang."""
+def _end_failed(watchdog: Watchdog | None, error: BaseException, trainer: Trainer | None) -> NoReturn:
+    """Report the error and end immediately: an orderly end of the process group would wait for ranks that hang.
+
+    trainer: the run, if it was built; its trackers get a few seconds, after everything else was reported.
+    """
     failure = _describe(watchdog, error)
     if watchdog and failure.caused_by_peer:
         # the cause is reported within moments, and then the watchdog ends this rank as well
@@ -92,6 +101,9 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException) -> NoReturn:
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
         error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)
+    if trainer is not None:
+        with contextlib.suppress(Exception):  # the error that was reported counts
+            trainer.log.close("failed")
     os._exit(2 if failure.user_mistake else 1)
 
 

@@ -1,6 +1,6 @@
-"""Write the output of a run: console lines, metrics.jsonl and TensorBoard files.
+"""Write the output of a run: console lines and metrics.jsonl. Send everything to the trackers, such as TensorBoard.
 
-Must not know how the numbers are computed. Only rank 0 writes; every rank calls the same methods.
+Must not know how the numbers are computed, or any tracker. Only rank 0 writes; every rank calls the same methods.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 
 from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.metrics.tensorboard import TensorBoardWriter, indented_code
+from tinytrain_dist.metrics.trackers import create_trackers, start_trackers
+from tinytrain_dist.metrics.trackers.background import FINISH_SECONDS, START_SECONDS, Call, Sink
+from tinytrain_dist.metrics.trackers.base import Status
+from tinytrain_dist.metrics.trackers.tags import TAGS
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
 from tinytrain_dist.utils.lost_output import call_on_lost_output
@@ -23,17 +26,19 @@ from tinytrain_dist.utils.text import format_duration
 
 
 class RunLog:
-    """Write records to metrics.jsonl and TensorBoard, and lines to the console. Ranks other than 0 write nothing."""
+    """Write records to metrics.jsonl and the trackers, and lines to the console. Ranks other than 0 write nothing."""
 
     def __init__(self, config: TrainingConfig, main: bool, resumed_step: int) -> None:
-        """Open the files. main: whether this is rank 0; on other ranks the methods have no effect.
+        """Open the files and start the trackers. main: whether this is rank 0; on other ranks, methods have no effect.
 
-        Removes records after `resumed_step` and hides TensorBoard's points after it, so that no step appears twice.
+        Removes records after `resumed_step`, so that no step appears twice. Errors: ConfigError if a tracker cannot be
+        created.
         """
         self.config = config
         self.main = main
         self._progress: Any = None  # a progress bar, if the output is a terminal
         self._warned = False  # whether `_surviving_disk_errors` has printed its warning
+        self._closed = False
         self._step = resumed_step  # of the last record
         self._saved_step = resumed_step  # of the newest checkpoint; 0: none yet
         if not main:
@@ -43,10 +48,19 @@ class RunLog:
         self.path = records_file(folder, config.log_save_prefix)
         truncate_records(self.path, resumed_step)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        self._tensorboard = TensorBoardWriter(config, resumed_step)
+        self._sinks: list[Sink] = start_trackers(create_trackers(config), config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
         call_on_lost_output(self._record_lost_output)
+
+    def wait_for_trackers(self) -> None:
+        """Wait a limited time until the trackers have started, so that their start does not slow down step 1."""
+        if not self.main:
+            return
+        deadline = time.monotonic() + START_SECONDS
+        for sink in self._sinks:
+            sink.wait_started(deadline)
+        self._report_trackers()
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar if there is one. All output of a run goes through here."""
@@ -66,7 +80,7 @@ class RunLog:
     ) -> None:
         """Record a logged step.
 
-        values: numbers by name, see TAG_GROUPS in tensorboard.py. groups: further numbers by name, for each group of
+        values: numbers by name, see TAG_GROUPS in trackers/tags.py. groups: further numbers by name, for each group of
         related numbers. work_by_rank: seconds per step that each rank spent on its own work.
         """
         if not self.main:
@@ -74,9 +88,12 @@ class RunLog:
         tokens = step * self.config.batch_size * self.config.context_len
         with self._surviving_disk_errors():
             self._record("train", step, {"tokens": tokens, **values, **groups, "work_seconds_by_rank": work_by_rank})
-            self._tensorboard.add_numbers(step, values, groups)
-            self._tensorboard.add_loss("train", step, values["loss"])
-            self._tensorboard.add_histogram("by_rank/work_seconds", work_by_rank, step)
+        numbers = {TAGS[name]: value for name, value in values.items() if name in TAGS}
+        for group, others in groups.items():
+            numbers |= {f"{group}/{name}": value for name, value in others.items()}
+        now = time.time()
+        self._track(lambda tracker: tracker.log_numbers(step, numbers, now))
+        self._track(lambda tracker: tracker.log_histogram(step, "by_rank/work_seconds", work_by_rank))
         seconds_left = (self.config.last_step - step) * values["step_seconds"]
         text = (
             f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
@@ -98,8 +115,9 @@ class RunLog:
             return
         with self._surviving_disk_errors():
             self._record("eval", step, {**numbers, "seconds": seconds})
-            self._tensorboard.add_numbers(step, {}, {"eval": numbers})
-            self._tensorboard.add_loss("eval", step, loss)
+        now = time.time()
+        tagged = {f"eval/{name}": value for name, value in numbers.items()}
+        self._track(lambda tracker: tracker.log_numbers(step, tagged, now))
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Record the texts generated at an evaluation, as (prompt, continuation)."""
@@ -107,45 +125,49 @@ class RunLog:
             return
         with self._surviving_disk_errors():
             self._record("samples", step, {"texts": texts})
-            parts = [
-                f"**prompt**\n\n{indented_code(prompt)}\n\n**continuation**\n\n{indented_code(continuation)}"
-                for prompt, continuation in texts
-            ]
-            self._tensorboard.add_text("samples", "\n\n---\n\n".join(parts), step)
+        self._track(lambda tracker: tracker.log_samples(step, texts))
 
     def about(self, step: int, topic: str, text: str) -> None:
-        """Add a text about the run to TensorBoard. topic: what it is about, such as the environment."""
+        """Send a text about the run to the trackers. topic: what it is about, such as the environment."""
         if self.main:
-            with self._surviving_disk_errors():
-                self._tensorboard.add_text(f"about/{topic}", indented_code(text), step)
+            self._track(lambda tracker: tracker.log_text(step, f"about/{topic}", text))
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """Record an event. kind: one of EVENTS in tensorboard.py."""
+        """Record an event. kind: one of EVENTS in trackers/tags.py."""
         self.say(f"step {step}: {text}")
-        if not self.main:
-            return
-        with self._surviving_disk_errors():
-            self._record(kind, step, {"text": text})
-            self._tensorboard.add_event(kind, text, step)
+        if self.main:
+            self._record_event(step, kind, text)
         if kind == "saved":
             self._saved_step = step
 
     def flush(self) -> None:
-        """Write everything that is still in memory to the files."""
+        """Write everything that is still in memory to the files. Trackers in a thread do it later."""
         if not self.main:
             return
-        with self._surviving_disk_errors():
-            self._tensorboard.flush()
+        for sink in self._sinks:
+            with self._surviving_disk_errors():
+                sink.flush()
+        self._report_trackers()
 
-    def close(self) -> None:
-        """Flush and close all files."""
-        if not self.main:
+    def close(self, status: Status = "finished") -> None:
+        """Flush and close all files, and wait a limited time for the trackers. Only the first call has an effect.
+
+        status: of the run. If it failed, nothing more is printed, because the error is the last line of the log.
+        """
+        if not self.main or self._closed:
             return
+        self._closed = True
         if self._progress:
             self._progress.stop()
-        for output in (self._tensorboard, self._file):
+        deadline = time.monotonic() + FINISH_SECONDS[status]
+        for sink in self._sinks:
             with self._surviving_disk_errors():
-                output.close()
+                sink.end(status)
+        for sink in self._sinks:
+            sink.join(deadline)
+        self._report_trackers(silent=status == "failed")
+        with self._surviving_disk_errors():
+            self._file.close()
 
     @contextlib.contextmanager
     def _surviving_disk_errors(self) -> Iterator[None]:
@@ -162,10 +184,33 @@ class RunLog:
         # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
         self._file.write(to_json({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
-    def _record_lost_output(self, text: str) -> None:
+    def _record_event(self, step: int, kind: str, text: str) -> None:
         with self._surviving_disk_errors():
-            self._record("output_lost", self._step, {"text": text})
-            self._tensorboard.add_event("output_lost", text, self._step)
+            self._record(kind, step, {"text": text})
+        now = time.time()
+        self._track(lambda tracker: tracker.log_event(step, kind, text, now))
+
+    def _record_lost_output(self, text: str) -> None:
+        self._record_event(self._step, "output_lost", text)
+
+    def _track(self, call: Call) -> None:
+        """Let each tracker do `call`, and report what went wrong with earlier calls."""
+        for sink in self._sinks:
+            with self._surviving_disk_errors():
+                sink.send(call)
+        self._report_trackers()
+
+    def _report_trackers(self, silent: bool = False) -> None:
+        """Print and record what the trackers' threads have to say. silent: only record it."""
+        for sink in self._sinks:
+            for line in sink.lines():
+                if not silent:
+                    self.say(line)
+            for text in sink.warnings():
+                if not silent:
+                    self.warn(text)
+                with self._surviving_disk_errors():
+                    self._record("tracker_failed", self._step, {"text": text})
 
     def _start_progress(self, step: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
+from tinytrain_dist.distributed.process_end import keep_group
 from tinytrain_dist.distributed.torch_internals import unshard_asynchronously
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
@@ -47,7 +48,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
 
 def replicate_with_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataParallel:
     """Wrap a model for DDP over the axis dp_replicate. The model must have its weights already."""
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         process_group=context.group(REPLICATE),
         device_ids=[context.device] if context.device.type == "cuda" else None,
@@ -55,6 +56,8 @@ def replicate_with_ddp(model: nn.Module, context: DistributedContext) -> Distrib
         gradient_as_bucket_view=True,  # no second copy of the gradients; DeterministicGradReduction relies on it
         init_sync=False,  # weights are equal by construction, and replica_check.check_replicas verifies it
     )
+    keep_group(wrapped, wrapped.process_group)
+    return wrapped
 
 
 def bucket_megabytes(context: DistributedContext, device_type: str) -> int | None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.distributed import collectives
+from tinytrain_dist.distributed.process_end import keep_group
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -24,9 +25,11 @@ def apply_ddp(model: nn.Module, mesh: DeviceMesh | None = None) -> DistributedDa
     """
     if mesh is not None and mesh.ndim != 1:
         raise ValueError(f"apply_ddp: needs a mesh with one axis, got {mesh.ndim} axes; pass mesh['dp_replicate']")
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model, process_group=mesh.get_group() if mesh is not None else None, gradient_as_bucket_view=True
     )
+    keep_group(wrapped, wrapped.process_group)
+    return wrapped
 
 
 def apply_fsdp(

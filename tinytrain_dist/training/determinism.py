@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.validation import ROUNDING_SETTINGS
 from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding, prefer_attention_kernels
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.model.matmul import widens_bf16
@@ -104,10 +105,9 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     if widens_bf16(config.precision, device):
         kernels += ", bf16 products in float32"
-    settings = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
     return {
         "arithmetic": ARITHMETIC_VERSION[device.type],
-        **{name: getattr(config, name) for name in settings},
+        **{name: getattr(config, name) for name in ROUNDING_SETTINGS},
         "torch": torch.__version__,
         "kernels": f"{device.type} {kernels}",
         "threads": torch.get_num_threads() if device.type == "cpu" else None,

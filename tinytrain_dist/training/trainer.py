@@ -266,10 +266,11 @@ class Trainer:
         ended = f"{state} ({why})" if why else state
         self.log.event(self.step, "stopped", f"{ended} at step {self.step} of {self.config.total_steps}")
         self.stop_requests.clear()
-        self.log.close()
         folder = Path(self.config.target_dir)
         if self.context.is_main and owns_run(folder):
             write_state(folder, state, self.step, reason)
+        # Last, because it may wait for trackers, and a run that was asked to stop may be killed meanwhile.
+        self.log.close("finished" if state == "done" else "stopped")
         self.lock.release()
         return state
 

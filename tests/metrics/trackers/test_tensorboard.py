@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.helpers.run_log import GROUPS, WORK, config_in, records, values
 from tinytrain_dist.metrics.run_log import RunLog
-from tinytrain_dist.metrics.tensorboard import EVENT_ROWS
+from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS
 
 
 def board(folder: Path) -> EventAccumulator:

@@ -1,6 +1,6 @@
 """Write the TensorBoard files of a run: curves, charts, texts, histograms and markers of events.
 
-Must not know how the numbers are computed, or which rank writes: the run log creates a writer only on rank 0.
+Must not know how the numbers are computed, or which rank writes: the run log creates a tracker only on rank 0.
 """
 
 from __future__ import annotations
@@ -11,21 +11,9 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
+from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS, EVENTS
 
-# The numbers of a logged step, by the part of their tag before the name.
-TAG_GROUPS = {
-    "train": ("loss", "lr", "grad_norm"),
-    "speed": ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_gib", "mfu", "goodput"),
-    "health": ("skipped_steps", "slowest_to_median", "slowest_rank"),
-}
-TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
-# In the chart of events, each kind is a row of dots, one at the step of each event.
-EVENTS = (
-    "resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled",
-    "output_lost",
-)  # fmt: skip
-EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}
 # The settings by which the HPARAMS tab compares runs. By default it shows the first five in alphabetical order.
 COMPARED_SETTINGS = tuple(
     "batch_size context_len d_model d_ff lr_max lr_min num_heads num_layers parallel precision schedule seed "
@@ -64,16 +52,16 @@ CUSTOM_SCALARS = {
 }
 
 
-class TensorBoardWriter:
+class TensorBoardTracker(Tracker):
     """Write the TensorBoard files of a run.
 
     Hides old points after the step at which the run resumes, so that no step appears twice.
     """
 
-    def __init__(self, config: TrainingConfig, step: int) -> None:
+    def start(self, run: TrackedRun) -> None:
         """Open the files, and write the charts, the configuration and the settings by which to compare runs."""
-        folder = config.logs_dir
-        self._tokens_per_step = config.batch_size * config.context_len
+        folder, step = run.logs, run.resumed_step
+        self._tokens_per_step = run.settings["batch_size"] * run.settings["context_len"]
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_SECONDS)
         self._file_writer: Any = self._writer._get_file_writer()
         # Curves by tokens need a folder of their own, because TensorBoard compares purge_step with the x value of every
@@ -82,54 +70,58 @@ class TensorBoardWriter:
             str(folder / "by_tokens"), purge_step=step * self._tokens_per_step + 1, flush_secs=FLUSH_SECONDS
         )
         self._writer.add_custom_scalars(CUSTOM_SCALARS)
-        self.add_text("about/configuration", indented_code(config.to_toml()), step)
-        self._session_end = self._begin_session(config)
+        self.log_text(step, "about/configuration", run.config_toml)
+        self._session_end = self._begin_session(run.settings)
 
-    def _begin_session(self, config: TrainingConfig) -> Any:
+    def _begin_session(self, settings: dict[str, Any]) -> Any:
         """Write the settings for the HPARAMS tab, and return the summary that marks the run as ended."""
-        resolved = config.resolved()
-        settings = {name: resolved[name] for name in COMPARED_SETTINGS if resolved[name] is not None}
+        compared = {name: settings[name] for name in COMPARED_SETTINGS if settings[name] is not None}
         # the tab shows the latest point of this curve, so it has a value even during the run and after a crash
-        metrics = {"eval/loss" if config.val_data else "train/loss": 0.0}
-        experiment, session_start, session_end = hparams(settings, metrics)
+        metrics = {"eval/loss" if settings["val_data"] else "train/loss": 0.0}
+        experiment, session_start, session_end = hparams(compared, metrics)
         self._file_writer.add_summary(experiment)
         self._file_writer.add_summary(session_start)
         return session_end
 
-    def add_numbers(self, step: int, values: dict[str, float], groups: dict[str, dict[str, float]]) -> None:
-        """Add a point to each number's curve: `values` that are in TAGS, and all `groups`, with the tag GROUP/NAME."""
-        for name, value in values.items():
-            if name in TAGS:
-                self._writer.add_scalar(TAGS[name], value, step)
-        for group, numbers in groups.items():
-            for name, value in numbers.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+    def log_numbers(self, step: int, numbers: dict[str, float], time: float) -> None:
+        """Add a point to each number's curve, and to the curves of losses by tokens."""
+        for tag, value in numbers.items():
+            self._writer.add_scalar(tag, value, step)
+        for kind in ("train", "eval"):
+            if f"{kind}/loss" in numbers:
+                tokens = step * self._tokens_per_step
+                self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", numbers[f"{kind}/loss"], tokens)
 
-    def add_loss(self, kind: str, step: int, loss: float) -> None:
-        """Add a point to the curve of a loss by tokens. kind: train or eval."""
-        self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", loss, step * self._tokens_per_step)
-
-    def add_histogram(self, tag: str, values: list[float], step: int) -> None:
+    def log_histogram(self, step: int, tag: str, values: list[float]) -> None:
         """Add the distribution of `values`."""
         self._writer.add_histogram(tag, np.asarray(values), step)
 
-    def add_event(self, kind: str, text: str, step: int) -> None:
+    def log_event(self, step: int, kind: str, text: str, time: float) -> None:
         """Add a text, and a dot in the row of its kind; row 0 for a kind that is not in EVENTS."""
-        self.add_text(f"events/{kind}", text, step)
+        self._writer.add_text(f"events/{kind}", text, step)
         self._writer.add_scalar(f"events/{kind}", EVENT_ROWS.get(kind, 0), step)
 
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        """Add a text in Markdown."""
-        self._writer.add_text(tag, text, step)
+    def log_text(self, step: int, tag: str, text: str) -> None:
+        """Add a text as a block of code."""
+        self._writer.add_text(tag, indented_code(text), step)
+
+    def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """Add the texts generated at an evaluation."""
+        parts = [
+            f"**prompt**\n\n{indented_code(prompt)}\n\n**continuation**\n\n{indented_code(continuation)}"
+            for prompt, continuation in texts
+        ]
+        self._writer.add_text("samples", "\n\n---\n\n".join(parts), step)
 
     def flush(self) -> None:
         """Write everything that is still in memory to the files."""
         self._writer.flush()
         self._by_tokens.flush()
 
-    def close(self) -> None:
-        """Mark the run as ended, flush and close the files."""
-        self._file_writer.add_summary(self._session_end)
+    def finish(self, status: Status) -> None:
+        """Mark the run as ended unless it failed, flush and close the files."""
+        if status != "failed":
+            self._file_writer.add_summary(self._session_end)
         self._writer.close()
         self._by_tokens.close()
 
