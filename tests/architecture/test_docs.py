@@ -33,7 +33,9 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the sh
     "mlflow": {"backend_store_uri"},
     "zensical": {"strict"},
 }
-PROGRAMS_OF_OTHERS = set("cd git pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split())
+PROGRAMS_OF_OTHERS = set(
+    "cd git pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split()
+)
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
