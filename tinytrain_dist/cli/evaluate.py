@@ -18,7 +18,6 @@ from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.arguments import UsageError, call_verb
-from tinytrain_dist.cli.progress import progress_bar
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
@@ -28,6 +27,7 @@ from tinytrain_dist.errors import DataError
 from tinytrain_dist.launch.start import module_command
 from tinytrain_dist.training.scoring import Score, Window, sliding_windows, summarize, window_losses
 from tinytrain_dist.utils.option_types import Number
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.regular_files import read_text
 
 WINDOWS_AT_ONCE = 16  # a rank takes this many windows in a row, so that they share forward passes

@@ -47,6 +47,7 @@ GROUPS = {
         Verb("status", "show what a run is doing, or why it stopped", "status"),
         Verb("ls", "list the checkpoints of a run, or the runs in a folder", "ls"),
         Verb("plot", "draw the loss curves of runs", "plot"),
+        Verb("report", "write one HTML file about runs, to share", "report"),
         Verb("compare", "find where two runs or checkpoints differ", "compare"),
         Verb("replay", "train the steps after a checkpoint again, and compare them with the records", "replay"),
     ),
