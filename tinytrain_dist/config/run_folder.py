@@ -11,7 +11,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
-      submitted/1/                       code, configuration and script of the first job that `tinytrain submit` submitted
+      submitted/1/                       code, configuration and script of the first job that was submitted
       logs/                              log_dir; heartbeat, stacks and ending.json are always in RUN/logs
         metrics.jsonl                    the records, one per line; log_save_prefix replaces `metrics`
         metrics.replaced.jsonl           records that a resume from an earlier step has replaced
