@@ -68,6 +68,6 @@ What to look at next
   curves             .venv/bin/tensorboard --logdir $folder/logs
   a crash            run launch/quickstart.sh --total-steps 1000000, press Ctrl-C or kill it, run it again: it resumes
   your own text      $tinytrain prepare --help
-  all settings       .venv/bin/python launch/train.py --help, and configs/ for complete runs
+  all settings       $tinytrain config --help, and configs/ for complete runs
   everything else    $tinytrain --help
 END

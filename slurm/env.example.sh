@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Settings of your site. Copy this file to slurm/env.sh and keep the lines that your site needs. Every job reads slurm/env.sh
-# first, and launch/submit.py copies it with the code.
+# first, and tinytrain submit copies it with the code.
 
 # Modules: a batch shell does not have the modules that your login shell has loaded.
 # module load cuda/12.8

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import re
 import shlex
@@ -13,7 +16,7 @@ import pytest
 
 from tests.helpers.ranks import AGENT
 from tinytrain_dist import __version__
-from tinytrain_dist.cli.main import VERBS
+from tinytrain_dist.cli.main import VERBS, main
 from tinytrain_dist.config.environment_variables import VARIABLES
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import FIELDS
@@ -36,7 +39,8 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the sh
     "zensical": {"strict"},
 }
 PROGRAMS_OF_OTHERS = set(
-    "cd git lm_eval pip mlflow pre-commit printf python sbatch tensorboard tinytrain torchrun wandb zensical".split()
+    """cd git lm_eval pip mlflow pre-commit printf python sbatch source tensorboard tinytrain torchrun wandb
+    zensical""".split()
 )
 OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
@@ -65,12 +69,20 @@ def commands_of(text: str) -> list[list[str]]:
 COMMANDS = [(page_id(page), words) for page in PAGES for words in commands_of(page.read_text(encoding="utf-8"))]
 
 
-def flags_by_help(program: list[str]) -> set[str]:
-    """Return the flags that a program's --help names."""
-    start = [sys.executable] if program[0].endswith(".py") else []
-    env = {**os.environ, "PYTHON": sys.executable}  # for the scripts in a checkout without an environment
-    done = subprocess.run([*start, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
-    return {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-_]*)", done.stdout)}
+@functools.cache
+def flags_by_help(program: str, verb: str = "") -> set[str]:
+    """Return the flags that the --help of a script or of a verb of tinytrain names."""
+    if verb:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([verb, "--help"])
+        text = printed.getvalue()
+    else:
+        start = [sys.executable] if program.endswith(".py") else []
+        env = {**os.environ, "PYTHON": sys.executable}  # for the scripts in a checkout without an environment
+        command = [*start, program, "--help"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env).stdout
+    return {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z0-9-_]*)", text)}
 
 
 def test_there_are_commands() -> None:
@@ -86,9 +98,9 @@ def test_commands_name_files_settings_and_tools_that_exist(page: str, words: lis
     known = set(FIELDS) | OF_OTHERS.get(program, set())
     if program == "tinytrain":
         assert words[1] in VERBS, f"{page} uses tinytrain {words[1]}"
-        known |= flags_by_help([sys.executable, "-m", "tinytrain_dist", words[1]])
+        known |= flags_by_help(program, words[1])
     elif program in HELP:
-        known |= flags_by_help([program])
+        known |= flags_by_help(program)
     for word in words:
         if re.match(r"(launch|configs|slurm|benchmarks)/", word):
             assert (ROOT / word).is_file(), f"{page} uses {word}"

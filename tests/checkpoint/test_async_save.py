@@ -190,3 +190,31 @@ def test_a_slow_save_is_reported_with_its_file_whenever_its_duration_has_doubled
     assert "480 s" in warnings[4]
     now[0] = 9999.0
     assert save.slow_save_warning() == "", "it has ended"
+
+
+def test_a_save_that_is_waited_for_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, end = [1000.0], threading.Event()
+    monkeypatch.setattr(async_save, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def wait(manifest: Manifest) -> None:
+        assert end.wait(60)
+
+    save = SaveThread(4, wait)
+    save.manifest.bytes_to_write = 4_000_000
+    save.start()
+    lines = []
+    for seconds, written in ((11, 0), (20, 1_000_000), (25, 2_000_000), (30, 3_000_000), (40, 4_000_000)):
+        now[0] = 1000.0 + seconds
+        save.manifest.bytes_written = written
+        lines.append(save.progress_line())
+    end.set()
+    save.join()
+    assert lines == [
+        "",
+        "saving step 4: 1 of 4 MB, about 60 s left",
+        "",
+        "saving step 4: 3 of 4 MB, about 10 s left",
+        "saving step 4: 4 MB written; waiting for the disk and the other ranks",
+    ]
+    now[0] = 9999.0
+    assert save.progress_line() == "", "it has ended"

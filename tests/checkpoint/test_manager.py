@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import VOCABULARY, settings_for
+from tinytrain_dist.utils import progress
 
 pytestmark = pytest.mark.multiprocess
 
@@ -52,13 +53,17 @@ def damage_and_resume(settings: dict[str, Any]) -> dict[str, Any]:
         newest = manager.folder(3) / "model-00001-of-00001.safetensors"
         newest.write_bytes(newest.read_bytes()[:-1])
         path, state, changes = manager.resume()
+        num_warnings = len(warnings)
+        progress.LINE_SECONDS = 0.0  # in this process of the test alone
+        manager.resume()
     return {
+        "progress": warnings[num_warnings:],
         "kept": kept,
         "path": path.name,
         "step": state["step"],
         "changes": changes,
         "weights": {value for param in manager.model.parameters() for value in param.unique().tolist()},
-        "warnings": warnings,
+        "warnings": warnings[:num_warnings],
         "printed": printed.getvalue(),
     }
 
@@ -72,6 +77,8 @@ def test_warnings_go_to_the_report_and_the_checkpoint_before_a_damaged_one_is_lo
     assert warning.startswith("WARNING: damaged checkpoint, renamed to checkpoint-00000003.damaged: ")
     assert "bytes, but" in warning
     assert end["printed"] == "", "the report is the only way to print"
+    assert len(end["progress"]) > 2
+    assert all(line.startswith("verifying and loading checkpoint-00000002: ") for line in end["progress"])
 
 
 def fail_and_collect(settings: dict[str, Any]) -> list[Any]:

@@ -88,8 +88,10 @@ def test_values_that_are_not_finite_are_damage_though_every_digest_fits(tmp_path
 
 def test_shares_of_a_check_are_disjoint_and_together_everything(folder, monkeypatch):
     plain, seen = verify._ByteRange.problem, []
-    monkeypatch.setattr(verify._ByteRange, "problem", lambda span, buffer: seen.append(span) or plain(span, buffer))
-    find_damage(folder)
+    monkeypatch.setattr(verify._ByteRange, "problem", lambda span, *args: seen.append(span) or plain(span, *args))
+    amounts: list[float] = []
+    find_damage(folder, advance=amounts.append)
+    assert sum(amounts) == sum(span.nbytes for span in seen), "progress counts every byte that is read"
     everything = sorted((str(span.path), span.start, span.nbytes) for span in seen if span.nbytes)
     assert sum(nbytes for _, _, nbytes in everything) > 1000
     seen.clear()

@@ -55,7 +55,7 @@ def test_an_unknown_verb_gets_the_nearest(tinytrain: Cli) -> None:
     assert "did you mean verify?" in err
 
 
-@pytest.mark.parametrize("verb", ["ls", "verify", "hash", "sample", "plot"])
+@pytest.mark.parametrize("verb", ["ls", "verify", "hash", "sample", "plot", "report"])
 def test_a_folder_without_a_run_is_an_error(tinytrain: Cli, tmp_path: Path, verb: str) -> None:
     missing = tmp_path / "nothing-here"
     code, out, err = tinytrain(verb, missing)

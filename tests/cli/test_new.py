@@ -33,6 +33,10 @@ def test_a_prefix_of_a_name_is_enough_and_an_unknown_name_is_refused(tinytrain: 
     assert tinytrain("new", tmp_path / "a", "--from", "gpt2")[0] == 0
     code, _, err = tinytrain("new", tmp_path / "b", "--from", "llama")
     assert code == 2
+    assert "'llama' fits llama_1b_hsdp, llama_350m_fsdp; give more of the name" in err
+    (tmp_path / "gemma").mkdir()
+    code, _, err = tinytrain("new", tmp_path / "b", "--from", tmp_path / "gemma")
+    assert code == 2
     assert "give one of " + ", ".join(CONFIGS) in err
     assert not (tmp_path / "b").exists()
 

@@ -43,9 +43,9 @@ def test_several_runs_need_a_name_for_the_picture(tinytrain: Cli, folder: Path, 
 
 
 def test_runs_in_folders_of_one_name_get_different_labels() -> None:
-    assert plot._names([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
-    assert plot._names([Path("a/one"), Path("b/two")]) == ["one", "two"]
-    assert plot._names([Path("a/run"), Path("a/run")])[0].endswith("run")
+    assert run_folder.distinct_names([Path("a/run"), Path("b/run")]) == ["a/run", "b/run"]
+    assert run_folder.distinct_names([Path("a/one"), Path("b/two")]) == ["one", "two"]
+    assert run_folder.distinct_names([Path("a/run"), Path("a/run")])[0].endswith("run")
 
 
 def test_losses_that_are_not_finite_are_left_out(tinytrain: Cli, run: Path) -> None:

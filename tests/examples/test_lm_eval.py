@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -47,12 +48,15 @@ def likelihood(checkpoint: Path, choice: str) -> float:
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; see docs/evaluation.md")
 def test_it_scores_a_checkpoint_as_it_is(text_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(text_checkpoint, tmp_path / "checkpoint"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}  # as `prepare` writes them
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
     data = tmp_path / "tiny.jsonl"
     data.write_text(json.dumps({"question": QUESTION, "choices": CHOICES, "answer": 0}) + "\n")
     (tmp_path / "tiny.yaml").write_text(TASK.replace("FILE", str(data)))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "tiny_code"]
-    command += ["--model_args", f"pretrained={text_checkpoint},dtype=float32", "--include_path", str(tmp_path)]
+    command += ["--model_args", f"pretrained={checkpoint},dtype=float32", "--include_path", str(tmp_path)]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
     done = subprocess.run(
         command, env={**os.environ, **offline}, capture_output=True, text=True, check=False, timeout=300

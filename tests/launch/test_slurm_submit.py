@@ -257,6 +257,7 @@ def test_the_job_runs_what_was_submitted(config: Path, slurm: Path, tmp_path: Pa
     checkout = tmp_path / "checkout"
     for part in ("launch", "tinytrain_dist", "slurm", "configs"):
         shutil.copytree(REPOSITORY / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", checkout)
     git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)

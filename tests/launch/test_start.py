@@ -80,6 +80,8 @@ def test_node_reports_what_is_missing(tmp_path: Path) -> None:
         ((config, "--nnodes", "2"), "--node-rank: ''"),
         ((config, "--nnodes", "2", "--node-rank", "1"), "--head: not set"),
         ((config, "--nnodes", "2", "--node-rank", "0", "--head", "localhost:x"), "--head: 'x' is not a port"),
+        ((config, "--nnodes", "2", "--node-rank", "0", "--head", "localhost:99999"), "--head: '99999' is not a port"),
+        ((config, "--nnodes", "2", "--node-rank", "0", "--head", "::1"), "--head: '::1' is an IPv6 address"),
         ((config, "--nnodes", "2", "--node-rank", "1", "--head", "no.such.host.invalid"), "cannot be reached from"),
         ((config, "--nnodes", "1", "--node-rank", "0", "--nproc", "0"), "--nproc: 0 is not a number of processes"),
         ((config, "--nnodes", "1", "--node-rank", "x"), "--node-rank: got 'x'; give a number"),
@@ -156,7 +158,7 @@ def test_the_command_of_a_node_under_slurm(tmp_path: Path, monkeypatch: pytest.M
         "TINYTRAIN_ATTEMPT": "12000.3",
     }.items():
         monkeypatch.setenv(name, value)
-    command = start.node_command(config, ["--seed", "5"], start.NodeOptions())
+    command = start.node_command(config, ["--seed", "5"], start.NodeOptions(slurm=True))
     assert command.environment == {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     python = sys.executable
     assert command.arguments == [
@@ -165,6 +167,11 @@ def test_the_command_of_a_node_under_slurm(tmp_path: Path, monkeypatch: pytest.M
         *"--rdzv-id 12000.3 --local-addr 127.0.0.1 --nproc-per-node 2 --no-python".split(),
         *f"{python} -P -u -m tinytrain_dist.train {config} --seed 5".split(),
     ]
+    monkeypatch.setenv("MAX_RESTARTS", "x")
+    with pytest.raises(start.StartError, match="MAX_RESTARTS: 'x' is not a whole number"):
+        start.node_command(config, [], start.NodeOptions(slurm=True))
+    with pytest.raises(start.StartError, match="--max-restarts: -1 is negative"):
+        start.node_command(config, [], start.NodeOptions(slurm=True, max_restarts=-1))
     direct = start.node_command(config, [], start.NodeOptions(direct=True))
     assert direct.environment["MASTER_ADDR"] == "127.0.0.1"
     assert direct.environment["MASTER_PORT"] == "20000"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -140,6 +141,31 @@ def test_on_a_terminal_there_is_a_bar_and_text_is_not_markup(tmp_path, monkeypat
     assert "a [red]word[/red]" in text
     assert "10/100" in text
     assert len(records(tmp_path / "logs" / "metrics.jsonl")) == 1
+
+
+def test_the_live_line_has_the_numbers_of_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    log = RunLog(config_in(tmp_path), True, 0)
+    log.train(10, values(1.25) | {"mfu": 0.412}, GROUPS, WORK)
+    log._progress.refresh()
+    assert "step 10/100 loss 1.2500 | 1,234 tok/s | MFU 41.2 % | 0:03:00 left" in terminal.getvalue()
+    assert "| saved" not in terminal.getvalue(), "there is no checkpoint yet"
+    log.event(20, "saved", "saved x")
+    log.train(20, values(1.0), GROUPS, WORK)
+    log.close()
+    assert "loss 1.0000 | 1,234 tok/s | 0:02:40 left | saved 20" in terminal.getvalue()
+
+
+def test_the_live_line_is_one_line_on_a_narrow_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "50")
+    log = RunLog(config_in(tmp_path), True, 0)
+    log.train(10, values(1.25) | {"mfu": 0.412}, GROUPS, WORK)
+    log.close()
+    last = re.sub(r"\x1b\[[\d?]*\w", "", terminal.getvalue()).rstrip("\n").rpartition("\r")[2]
+    assert "10/100" in last
+    assert "\n" not in last
 
 
 def test_a_full_disk_costs_the_records_and_is_reported_once(tmp_path, capsys):

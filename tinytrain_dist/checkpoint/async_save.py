@@ -22,6 +22,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest
 from tinytrain_dist.checkpoint.state_collection import ShardsByKind
 from tinytrain_dist.distributed.shard_transfer import TensorShard
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils import progress
 
 SLOW_SAVE_SECONDS = 120.0  # a save that takes longer causes a warning
 
@@ -148,6 +149,7 @@ class SaveThread(threading.Thread):
         self.manifest = Manifest()
         self._work = work
         self._created_at = time.monotonic()
+        self._last_line = self._created_at  # when progress_line has returned one
         self._warned_after_seconds = 0.0  # how long it had taken at the last warning
 
     def slow_save_warning(self) -> str:
@@ -163,6 +165,19 @@ class SaveThread(threading.Thread):
         files = list(self.manifest.files_in_progress)
         waiting_for = f"{files[0]} is being written" if files else "waiting for other ranks"
         return f"the save of step {self.step} has taken {seconds:.0f} s and has not ended; {waiting_for}"
+
+    def progress_line(self) -> str:
+        """Return a line with the bytes that this rank has written, or "" if none is due; for a caller that waits."""
+        now = time.monotonic()
+        manifest = self.manifest
+        if not self.is_alive() or not manifest.bytes_written or now - self._last_line < progress.LINE_SECONDS:
+            return ""
+        self._last_line = now
+        seconds = now - self._created_at
+        what = f"saving step {self.step}"
+        if manifest.bytes_written >= manifest.bytes_to_write:
+            return f"{what}: {manifest.bytes_written / 1e6:,.0f} MB written; waiting for the disk and the other ranks"
+        return progress.progress_text(what, manifest.bytes_written, manifest.bytes_to_write, seconds, "bytes")
 
     def run(self) -> None:
         """Perform the save, and store its error and its duration."""

@@ -23,7 +23,7 @@ from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveTh
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.huggingface_files import huggingface_files
-from tinytrain_dist.checkpoint.manifest import Manifest
+from tinytrain_dist.checkpoint.manifest import Manifest, file_bytes
 from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
@@ -32,7 +32,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
     how_to_start_anew,
 )
 from tinytrain_dist.checkpoint.retention import RetentionRules
-from tinytrain_dist.checkpoint.sharded_io import read_checkpoint, write_checkpoint
+from tinytrain_dist.checkpoint.sharded_io import bytes_to_read, read_checkpoint, write_checkpoint
 from tinytrain_dist.checkpoint.state_collection import ShardsByKind, collect_shards, optimizer_tensors
 from tinytrain_dist.checkpoint.verify import find_damage
 from tinytrain_dist.config.schema import TrainingConfig
@@ -42,6 +42,7 @@ from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 from tinytrain_dist.reliability.run_state import lost_run
 from tinytrain_dist.utils.lost_output import print_line
+from tinytrain_dist.utils.progress import Advance, no_progress, progress_lines
 
 POLL_SECONDS = 5.0  # how often to check whether a slow save needs a warning, while waiting for it
 
@@ -199,6 +200,8 @@ class CheckpointManager:
         while wait and save.is_alive():
             save.join(POLL_SECONDS)
             self._report_if_slow(save)
+            if self.context.is_main and (line := save.progress_line()):
+                self.report(line)
         if not wait and (save.is_alive() or self.failure):
             return None
         save.join()
@@ -249,23 +252,24 @@ class CheckpointManager:
         The two run together because each finds in the page cache what the other has read. Each rank verifies a share of
         the bytes, so that every byte is verified once.
         """
+        advance = _loading_progress(path, self) if self.context.is_main else no_progress
         with ThreadPoolExecutor(1) as background:
-            loading = background.submit(self.load, path)
-            own_problems = find_damage(path, part=self.context.rank, parts=self.context.world_size)
+            loading = background.submit(self.load, path, advance)
+            own_problems = find_damage(path, None, self.context.rank, self.context.world_size, advance)
             problems_by_rank = self.context.all_gather_object(own_problems)
         problems = list(dict.fromkeys(itertools.chain.from_iterable(problems_by_rank)))  # without duplicates, in order
         return problems, loading
 
-    def load(self, path: Path) -> LoadedState:
+    def load(self, path: Path, advance: Advance = no_progress) -> LoadedState:
         """Load `path` into model and optimizer; return the saved state, and a text for each setting that differs.
 
-        Errors: CheckpointError if the checkpoint belongs to another run, if its tensors do not fit, or if a
-        reproducible run would not compute the same bits from it.
+        advance: called with the numbers of bytes that were read. Errors: CheckpointError if the checkpoint belongs to
+        another run, if its tensors do not fit, or if a reproducible run would not compute the same bits from it.
         """
         state = read_trainer_state(path)
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
-        read_checkpoint(path, self.model, self.optimizer)
+        read_checkpoint(path, self.model, self.optimizer, advance)
         return state, describe_changes(state, self.config)
 
     # ---------------------------------------------------------------- the folder
@@ -294,3 +298,10 @@ class CheckpointManager:
             self._checkpoint_folder.delete_old(self.retention_rules)
         except OSError as error:
             self._warn(f"older checkpoints could not be listed ({error}), so none was deleted; they take disk space")
+
+
+def _loading_progress(path: Path, manager: CheckpointManager) -> Advance:
+    """Return a function that reports how many bytes of a checkpoint this rank has verified and loaded."""
+    to_verify = file_bytes(path) / manager.context.world_size
+    total = to_verify + bytes_to_read(manager.model, manager.optimizer)
+    return progress_lines(f"verifying and loading {path.name}", total, manager.report, "bytes")

@@ -65,6 +65,9 @@ class Manifest:
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     # names of the files that are started but not yet synced to disk, to show what a stuck save waits for
     files_in_progress: list[str] = field(default_factory=list)
+    # of the tensors that this rank writes, to show how far a save is
+    bytes_to_write: int = 0
+    bytes_written: int = 0
     hashed: str = "blake3"  # hash function of its digests, and their key; a name in HASH_FUNCTIONS
 
 
@@ -131,6 +134,14 @@ def read_manifest(folder: Path) -> Manifest:
     if problem := _structure_problem(body["files"], body["tensors"], hashed):
         raise CheckpointError(f"{path}: {problem}; use another checkpoint")
     return Manifest(body["files"], body["tensors"], hashed=hashed)
+
+
+def file_bytes(folder: Path) -> int:
+    """Return the size of all files of a folder by its manifest; 0 if the manifest cannot be read."""
+    try:
+        return sum(file["bytes"] for file in read_manifest(folder).files.values())
+    except CheckpointError:
+        return 0
 
 
 def _structure_problem(files: Any, tensors: Any, hashed: str) -> str:

@@ -32,6 +32,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, write_json_file
 from tinytrain_dist.distributed.dtensor import tensor_bytes
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.json_files import is_file_name, parse_json, read_json_dict
+from tinytrain_dist.utils.progress import Advance, no_progress
 from tinytrain_dist.utils.regular_files import check_regular, open_regular
 
 CHUNK_BYTES = 4 * 1024**2  # tensors are hashed and written in chunks that stay in a core's share of the cache
@@ -181,6 +182,7 @@ class _WritePipeline:
         self._in_flight.append((hashed, self._last_write))
         if len(self._in_flight) == CHUNKS_IN_FLIGHT:
             _wait_for_all(self._in_flight.popleft())
+        self._manifest.bytes_written += chunk.nbytes
 
     def sync(self, file: BinaryIO) -> None:
         """Queue the file for syncing after its last write. The next file can be written during the sync."""
@@ -309,25 +311,25 @@ class TensorReader:
         found = [(name, file) for file in files for name in self._header(file)]
         return [(name, file) for name, file in found if self.files.get(name) != file]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows start .. stop - 1 of one tensor, or all of it."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, advance: Advance = no_progress) -> Tensor:
+        """Read rows start .. stop - 1 of one tensor, or all of it. advance: called with numbers of bytes read."""
         shape, dtype = self.spec(name)
         rows = [len(range(*slice(start, stop).indices(shape[0])))] if shape else []
         value = torch.empty((*rows, *shape[1:]), dtype=DTYPE_OF_NAME[dtype])
-        self._fill(value, name, start)
+        self._fill(value, name, start, advance)
         return value
 
-    def fill(self, wanted: Iterable[tuple[Tensor, str, int]]) -> None:
+    def fill(self, wanted: Iterable[tuple[Tensor, str, int]], advance: Advance = no_progress) -> None:
         """Fill each of the given tensors with rows of a tensor on disk.
 
         `wanted`: (tensor to fill, name of the tensor on disk, first row). The number of rows is that of the tensor to
         fill, which may have another type, device or memory layout. Errors: CheckpointError if a file cannot be read or
-        rows do not fit. Other tensors may then have been filled.
+        rows do not fit. Other tensors may then have been filled. `advance`: called with numbers of bytes read.
         """
         with ThreadPoolExecutor(THREADS_PER_RANK) as pool:
-            _wait_for_all([pool.submit(self._fill, into, name, start) for into, name, start in wanted])
+            _wait_for_all([pool.submit(self._fill, into, name, start, advance) for into, name, start in wanted])
 
-    def _fill(self, into: Tensor, name: str, start: int) -> None:
+    def _fill(self, into: Tensor, name: str, start: int, advance: Advance) -> None:
         entry = self._entry(name)
         into = into.detach()
         path, shape, dtype = entry["path"], entry["shape"], DTYPE_OF_NAME[entry["dtype"]]
@@ -345,6 +347,7 @@ class TensorReader:
                     values = part if read_in_place else torch.empty(part.shape, dtype=dtype)
                     read_exactly(file, tensor_bytes(values))
                     part.copy_(values)  # does nothing if `values` is `part`
+                    advance(values.nbytes)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use another folder") from None
         if not into.is_contiguous():

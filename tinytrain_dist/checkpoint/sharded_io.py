@@ -35,6 +35,7 @@ from tinytrain_dist.distributed.collectives import Group
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_range
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.json_files import spell_nonfinite
+from tinytrain_dist.utils.progress import Advance, no_progress
 
 
 def write_checkpoint(
@@ -126,6 +127,10 @@ def _write_own_files(
     all_shards = list(itertools.chain(*shards.values()))
     chunks = shard_transfer.recv_shards(all_shards, CHUNKS_IN_FLIGHT, CHUNK_BYTES, group)
     sends = shard_transfer.isend_shards(all_shards, CHUNK_BYTES, group)
+    all_specs = itertools.chain(*specs.values())
+    manifest.bytes_to_write = sum(
+        spec.nbytes for spec, shard in zip(all_specs, all_shards, strict=True) if shard.writer == rank
+    )
 
     def write() -> None:
         try:
@@ -160,10 +165,14 @@ def _merge(manifests: list[Manifest], specs: dict[str, list[TensorSpec]]) -> tup
     return dict(sorted(files.items())), in_order
 
 
-def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, advance: Advance = no_progress
+) -> dict[str, Any]:
     """Load a folder into model and optimizer, each rank its own rows, and return the saved trainer_state.json.
 
-    optimizer: its state must exist already (AdamW.materialize); None to load only the model.
+    optimizer: its state must exist already (AdamW.materialize); None to load only the model. advance: called with the
+    numbers of bytes that this rank has read.
+
     Errors: CheckpointError naming the tensors that are missing, surplus, or of another shape or type, with the saved
     and the present shape and type. Nothing has been changed then.
     """
@@ -175,8 +184,14 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for kind, tensors in kinds.items():
         check_same_tensors(path, kind, manifest.tensors.get(kind, {}), tensors)
     for kind, tensors in kinds.items():
-        load_tensors(TensorReader(path, kind), tensors)
+        load_tensors(TensorReader(path, kind), tensors, advance)
     return state
+
+
+def bytes_to_read(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return how many bytes `read_checkpoint` reads on this rank."""
+    tensors = [*model_tensors(model).values(), *optimizer_tensors(model, optimizer)[0].values()]
+    return sum(local_tensor(tensor).nbytes for tensor in tensors)
 
 
 def check_same_tensors(path: Path, kind: str, saved: dict[str, Any], wanted: dict[str, Tensor]) -> None:
@@ -201,11 +216,11 @@ def check_same_tensors(path: Path, kind: str, saved: dict[str, Any], wanted: dic
 
 
 @torch.no_grad()
-def load_tensors(reader: TensorReader, tensors: dict[str, Tensor]) -> None:
-    """Read this rank's rows of each tensor from disk into the tensor."""
+def load_tensors(reader: TensorReader, tensors: dict[str, Tensor], advance: Advance = no_progress) -> None:
+    """Read this rank's rows of each tensor from disk into the tensor. advance: called with numbers of bytes read."""
     wanted: list[tuple[Tensor, str, int]] = []
     for name, tensor in tensors.items():
         rows = local_tensor(tensor)
         if rows.numel():
             wanted.append((rows, name, shard_range(tensor)[0]))
-    reader.fill(wanted)
+    reader.fill(wanted, advance)

@@ -22,10 +22,17 @@ from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME, THREADS_PER_RANK, read_exactly
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.progress import Advance, no_progress
 from tinytrain_dist.utils.regular_files import open_regular
 
 
-def find_damage(folder: Path, files: Iterable[str] | None = None, part: int = 0, parts: int = 1) -> list[str]:
+def find_damage(
+    folder: Path,
+    files: Iterable[str] | None = None,
+    part: int = 0,
+    parts: int = 1,
+    advance: Advance = no_progress,
+) -> list[str]:
     """Read every byte and return a sentence for each difference from the manifest; empty if nothing is damaged.
 
     A value that is not finite is damage as well, unless the manifest allows it.
@@ -35,6 +42,7 @@ def find_damage(folder: Path, files: Iterable[str] | None = None, part: int = 0,
         files: names of the files to read, instead of all
         part: index of the share to read, 0 .. parts - 1
         parts: number of shares, of about equal size; together they cover every byte
+        advance: called with the number of bytes that were read since its last call
     """
     try:
         manifest = read_manifest(folder)
@@ -50,7 +58,7 @@ def find_damage(folder: Path, files: Iterable[str] | None = None, part: int = 0,
             ranges_of_file, problem = [], _unreadable(path, error)
         ranges += ranges_of_file
         problems.append(problem)
-    problems += _check_ranges(_share(ranges, part, parts))
+    problems += _check_ranges(_share(ranges, part, parts), advance)
     return [problem for problem in problems if problem]
 
 
@@ -66,7 +74,7 @@ class _ByteRange:
     tensor: str = ""  # the name of the tensor; empty for a whole file
     finite_dtype: torch.dtype | None = None  # set if the bytes are floats of this type, which must be finite
 
-    def problem(self, buffer: bytearray) -> str:
+    def problem(self, buffer: bytearray, advance: Advance) -> str:
         """Return what is wrong with these bytes, read through `buffer`; empty if nothing. Errors: OSError."""
         name = f"{self.path}: {self.tensor}" if self.tensor else str(self.path)
         digest = HASH_FUNCTIONS[self.hashed]()
@@ -85,6 +93,7 @@ class _ByteRange:
                 digest.update(block)
                 if finite and self.finite_dtype is not None:
                     finite = all_finite(torch.frombuffer(block, dtype=self.finite_dtype))
+                advance(len(block))
         if digest.hexdigest() != self.digest:
             return f"{name} has {self.hashed} {digest.hexdigest()[:12]}..., but {self.digest[:12]}... was written"
         return "" if finite else f"{name} is not finite, and was not when it was written"
@@ -131,14 +140,14 @@ def _share(ranges: list[_ByteRange], part: int, parts: int) -> list[_ByteRange]:
     return [item for item, start in zip(ranges, starts, strict=True) if start * parts // total == part]
 
 
-def _check_ranges(ranges: list[_ByteRange]) -> list[str]:
+def _check_ranges(ranges: list[_ByteRange], advance: Advance) -> list[str]:
     """Return the problem of each range ("" if it is intact). One thread reads while another one hashes."""
     buffers = deque(bytearray(HASH_BLOCK_BYTES) for _ in range(THREADS_PER_RANK))
 
     def check(item: _ByteRange) -> str:
         buffer = buffers.pop()  # there is one for each thread
         try:
-            return item.problem(buffer)
+            return item.problem(buffer, advance)
         except OSError as error:
             return _unreadable(item.path, error)
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import inspect
 import io
 import re
 from collections.abc import Callable
@@ -38,19 +37,19 @@ def call_verb(function: Callable[..., Parsed], verb: str, args: list[str]) -> Pa
         return functools.partial(function, *values, **named)
 
     bound: Callable[[], Parsed] = _parse(bind, verb, args, with_settings=False)[0]
-    return bound()  # outside of tyro: what the verb itself prints and raises is not the parser's
+    return bound()  # outside tyro, so that output and errors of the verb are not taken for parsing errors
 
 
 def parse_options(
-    options: Callable[..., Parsed], verb: str, args: list[str], help_goes_on: bool = False
+    options: Callable[..., Parsed], verb: str, args: list[str], pass_on_help: bool = False
 ) -> tuple[Parsed, list[str]]:
     """Return the options of a verb, and the arguments that are settings of the run: all others, in their order.
 
-    options: a dataclass. Everything after the word `--` is a setting. --help ends the process; with help_goes_on it
+    options: a dataclass. Everything after the word `--` is a setting. --help ends the process; with pass_on_help it
     becomes a setting, so that the help of the settings follows. Errors: UsageError.
     """
     end = args.index("--") if "--" in args else len(args)
-    if help_goes_on and {"-h", "--help"} & set(args[:end]):
+    if pass_on_help and {"-h", "--help"} & set(args[:end]):
         with contextlib.suppress(SystemExit):
             _parse(options, verb, ["--help"], with_settings=True)
         return _parse(options, verb, [], with_settings=True)[0], ["--help"]
@@ -90,7 +89,7 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
             f"{no_value[1]}: needs {'a value' if no_value[2] == '1' else no_value[2] + ' values'}; --help explains it"
         )
     if unknown := re.match(r"Unrecognized options: ([^\s,]+)", text):
-        flags = [f"--{name.replace('_', '-')}" for name in inspect.signature(target).parameters]
+        flags = _flags(target)
         close = difflib.get_close_matches(unknown[1], flags, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the options"
         return (
@@ -105,3 +104,11 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
         kind = "a number" if re.search(r"\b(int|float)\b", text, re.IGNORECASE) else "another value"
         return f"{wrong[1]}: {'got ' + values[1] if values else 'cannot be read'}; give {kind} (--help explains it)"
     return f"{text}; --help lists the options"
+
+
+def _flags(target: Callable[..., Any]) -> list[str]:
+    """Return the options of a function or dataclass, as users write them."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.cli(target, args=["--help"])
+    return sorted(set(re.findall(r"--[a-z][\w-]*", printed.getvalue())))

@@ -33,7 +33,7 @@ class ConfigOptions:
 
 def main(args: list[str]) -> int:
     """Print the resolved configuration with the origin of each value."""
-    options, settings = parse_options(ConfigOptions, "config", args, help_goes_on=True)
+    options, settings = parse_options(ConfigOptions, "config", args, pass_on_help=True)
     path, overrides = read_command_line(settings, "tinytrain config")
     config = load_config(path, overrides)
     origins = {name: "default" for name in FIELDS}

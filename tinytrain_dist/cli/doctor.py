@@ -23,8 +23,9 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.distributed.rendezvous import Rendezvous, rendezvous, set_launcher_variables
 from tinytrain_dist.errors import ConfigError, RendezvousError
+from tinytrain_dist.launch.start import DEFAULT_PORT, split_head
 from tinytrain_dist.utils.option_types import Number, Text
-from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.text import first_line, format_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +89,21 @@ def main(args: list[str]) -> int:
     """Run `tinytrain doctor`, alone or as one rank of a launcher; return 0 without problems, else 1."""
     options, config = _parse(args)
     report = Report(check_machine(), title=f"tinytrain doctor on {socket.gethostname()}")
-    meeting: Rendezvous | None = None
+    joined: Rendezvous | None = None
     unreachable = False  # whether this rank cannot reach rank 0
     try:
-        meeting = _find_all_ranks(options, report)
+        joined = _find_all_ranks(options, report)
         network_problems: list[str] = []
-        if len(meeting.hosts) > 1:
-            network_problems, ok_text = check_network(meeting, options.timeout)
+        if len(joined.hosts) > 1:
+            network_problems, ok_text = check_network(joined, options.timeout)
             report.add("network", network_problems, ok_text)
         if not network_problems:  # else the first collective would hang
-            _run_collective_checks(report, config, meeting, options.timeout)
+            _run_collective_checks(report, config, joined, options.timeout)
     except (RuntimeError, ConfigError) as error:  # a collective that failed, or a rank that did not arrive
         rank, world_size, host = launcher_rank()
         report.title = f"tinytrain doctor on rank {rank} of {world_size} ({host})"
         report.add_problems(error.problems if isinstance(error, ConfigError) else [_describe_broken_collective(error)])
-        unreachable = meeting is None and isinstance(error, RendezvousError)
+        unreachable = joined is None and isinstance(error, RendezvousError)
     if launcher_rank()[0] == 0 or unreachable:  # rank 0 prints for all ranks that can reach it
         report.print()
     return report.exit_code
@@ -111,20 +112,20 @@ def main(args: list[str]) -> int:
 def _find_all_ranks(options: DoctorOptions, report: Report) -> Rendezvous:
     """Wait for all ranks, and return them. Errors: ConfigError naming the ranks that did not arrive."""
     if options.nodes is not None and options.node is not None and options.head is not None:
-        head, _, port = options.head.rpartition(":")
-        set_launcher_variables(options.node, options.nodes, head, int(port))
+        head, port = split_head(options.head, DEFAULT_PORT)
+        set_launcher_variables(options.node, options.nodes, head, port)
     started = time.perf_counter()
-    meeting = rendezvous(options.timeout)
-    if len(meeting.hosts) > 1:
-        host_names = list(dict.fromkeys(meeting.hosts))
-        report.title = f"tinytrain doctor on {len(meeting.hosts)} ranks of {format_list(host_names)}"
+    joined = rendezvous(options.timeout)
+    if len(joined.hosts) > 1:
+        host_names = list(dict.fromkeys(joined.hosts))
+        report.title = f"tinytrain doctor on {len(joined.hosts)} ranks of {format_list(host_names)}"
         report.add("rendezvous", [], f"all ranks arrived within {time.perf_counter() - started:.1f} s")
-    return meeting
+    return joined
 
 
-def _run_collective_checks(report: Report, config: TrainingConfig | None, meeting: Rendezvous, seconds: float) -> None:
+def _run_collective_checks(report: Report, config: TrainingConfig | None, joined: Rendezvous, seconds: float) -> None:
     """Run the checks that need collectives."""
-    context = init_distributed(config.device if config else "auto", seconds, meeting)
+    context = init_distributed(config.device if config else "auto", seconds, joined)
     hosts = check_ranks(report, config, context)
     if config:
         check_run(report, config, context)
@@ -141,10 +142,10 @@ def _parse(args: list[str]) -> tuple[DoctorOptions, TrainingConfig | None]:
 
 
 def _describe_broken_collective(error: RuntimeError) -> str:
-    first_line = str(error).splitlines()[0][:200]
+    reason = first_line(error)[:200]
     return (
-        f"collective: failed ({first_line}); a rank died or lost its connection; look for the first message of the "
-        "other ranks"
+        f"collective: failed ({reason}); a rank died or lost its connection; look for the first message of the other "
+        "ranks"
     )
 
 

@@ -18,7 +18,6 @@ from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.arguments import UsageError, call_verb
-from tinytrain_dist.cli.progress import progress_bar
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
@@ -26,8 +25,16 @@ from tinytrain_dist.data.token_file import load_token_dataset
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.launch.start import module_command
-from tinytrain_dist.training.scoring import Score, Window, sliding_windows, summarize, window_losses
+from tinytrain_dist.training.scoring import (
+    Score,
+    Window,
+    perplexity_of,
+    sliding_windows,
+    summarize,
+    window_losses,
+)
 from tinytrain_dist.utils.option_types import Number
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.regular_files import read_text
 
 WINDOWS_AT_ONCE = 16  # a rank takes this many windows in a row, so that they share forward passes
@@ -119,8 +126,11 @@ def _read_tokens(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
     before = ids_before_document(checkpoint, tokenizer)
     found = tokenizer.encode(text, add_special_tokens=False).ids
     _check_length(path, len(before) + len(found))
-    unscored = tokenizer.decode(found[:1]) if not before else ""  # the first token of the text is not predicted
-    return Tokens(np.array([*before[-1:], *found]), len(text.encode()) - len(unscored.encode()))
+    num_bytes = len(text.encode())
+    if not before:  # then the first token of the text is not predicted
+        table = bytes_per_token(checkpoint, vocab_size)
+        num_bytes -= int(table[found[0]]) if table is not None else len(tokenizer.decode(found[:1]).encode())
+    return Tokens(np.array([*before[-1:], *found]), num_bytes)
 
 
 def _check_length(path: Path, num_tokens: int) -> None:
@@ -137,14 +147,17 @@ def _print(
     checkpoint: Path, data: Path, stride: int, losses: list[float], windows: list[Window], tokens: Tokens
 ) -> None:
     score: Score = summarize(losses, windows)
-    low, high = (math.exp(score.loss + sign * score.standard_error) for sign in (-1, 1))
-    print(f"{checkpoint} on {data}: {score.tokens:,} tokens in {score.windows:,} windows, stride {stride}")
-    print(f"loss           {score.loss:.5f} ± {score.standard_error:.5f} nats per token (± one standard error)")
-    print(f"perplexity     {score.perplexity:.4f} ({low:.4f} .. {high:.4f})")
+    error = score.standard_error
+    low, high = perplexity_of(score.loss - error), perplexity_of(score.loss + error)
+    several = score.windows > 1  # else there is no standard error
+    print(f"{checkpoint} on {data}: {score.tokens:,} tokens in {score.windows:,} window(s), stride {stride}")
+    margin = f" ± {error:.5f} nats per token (± one standard error)" if several else " nats per token"
+    print(f"loss           {score.loss:.5f}{margin}")
+    print(f"perplexity     {score.perplexity:.4f}" + (f" ({low:.4f} .. {high:.4f})" if several else ""))
     if tokens.num_bytes:
-        per_byte = score.bits_per_byte(tokens.num_bytes)
-        error = score.standard_error / score.loss * per_byte
-        print(f"bits per byte  {per_byte:.5f} ± {error:.5f}, over {tokens.num_bytes:,} bytes")
+        error_per_byte = error * score.tokens / math.log(2) / tokens.num_bytes
+        margin = f" ± {error_per_byte:.5f}" if several else ""
+        print(f"bits per byte  {score.bits_per_byte(tokens.num_bytes):.5f}{margin}, over {tokens.num_bytes:,} bytes")
     else:
         print("bits per byte  not known: the bytes of a token are not (no tokenizer.json, no token_bytes.npy)")
 

@@ -27,6 +27,7 @@ from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.stale_files import describe_leftovers, remove_leftovers, temporary_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -78,9 +79,10 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     saved_tensors = manifest.tensors["model"]
     reader = TensorReader(source, "model")
     description = _description(source, dtype)
+    saved_bytes = sum(file["bytes"] for name, file in manifest.files.items() if name.startswith("model"))
 
     def fetch(spec: TensorSpec) -> Tensor:
-        value = reader.read(spec.name)
+        value = reader.read(spec.name, advance=advance)
         if tensor_digest(value, manifest.hashed) != saved_tensors[spec.name][manifest.hashed]:
             raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
         cast = value.to(dtype)
@@ -98,7 +100,8 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
     try:
         aside.mkdir(parents=True)
         specs = [TensorSpec(name, tuple(entry["shape"]), dtype) for name, entry in saved_tensors.items()]
-        write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, new_manifest)
+        with progress_bar("exporting weights", saved_bytes, unit="bytes") as advance:
+            write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, new_manifest)
         write_index(aside, "model", specs, MAX_FILE_BYTES, new_manifest)
         write_json_file(aside, "config.json", description, new_manifest)
         for name in TOKENIZER_FILES:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
+from tinytrain_dist.checkpoint.manifest import file_bytes
 from tinytrain_dist.checkpoint.state_digests import TITLE_OF_KIND, state_digest, tensor_entries
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
+from tinytrain_dist.utils.progress import no_progress, progress_bar
 
 MAX_SHOWN_TENSORS = 5  # damaged tensors named on stderr
 
@@ -24,8 +26,10 @@ def print_digests(place: PathArgument, recompute: bool = False) -> int:
     """
     checkpoint = find_checkpoint(place)
     print(checkpoint, file=sys.stderr)
-    in_manifest = tensor_entries(checkpoint)
-    entries = tensor_entries(checkpoint, recompute=True) if recompute else in_manifest
+    with progress_bar("hashing", file_bytes(checkpoint), unit="bytes") as advance:
+        # a checkpoint of an older format is read in any case
+        in_manifest = tensor_entries(checkpoint, advance=no_progress if recompute else advance)
+        entries = tensor_entries(checkpoint, recompute=True, advance=advance) if recompute else in_manifest
     for kind, entries_of_kind in entries.items():
         print(f"{TITLE_OF_KIND[kind]:<9}  {state_digest(entries_of_kind)}  {len(entries_of_kind)} tensors")
     damaged = [name for kind in entries for name in entries[kind] if entries[kind][name] != in_manifest[kind][name]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.text import Text
 
 from tinytrain_dist.checkpoint.discovery import own_checkpoints, present_rules, read_trainer_state
-from tinytrain_dist.checkpoint.manifest import is_damaged, quick_problems
+from tinytrain_dist.checkpoint.manifest import file_bytes, is_damaged, quick_problems
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
@@ -34,6 +34,7 @@ from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.lost_output import print_line
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 
@@ -119,7 +120,8 @@ def _validity(path: Path, full: bool) -> Text:
     if full:
         from tinytrain_dist.checkpoint.verify import find_damage  # needs torch, which takes seconds to import
 
-        damage = find_damage(path)
+        with progress_bar(f"verifying {path.name}", file_bytes(path), unit="bytes") as advance:
+            damage = find_damage(path, advance=advance)
     else:
         damage = quick_problems(path)
     if damage:

@@ -10,8 +10,9 @@ import io
 import os
 import sys
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import import_module
 
+from tinytrain_dist import __version__
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
@@ -47,6 +48,7 @@ GROUPS = {
         Verb("status", "show what a run is doing, or why it stopped", "status"),
         Verb("ls", "list the checkpoints of a run, or the runs in a folder", "ls"),
         Verb("plot", "draw the loss curves of runs", "plot"),
+        Verb("report", "write one HTML file about runs, to share", "report"),
         Verb("compare", "find where two runs or checkpoints differ", "compare"),
         Verb("replay", "train the steps after a checkpoint again, and compare them with the records", "replay"),
     ),
@@ -75,25 +77,13 @@ def usage() -> str:
 def main(args: list[str] | None = None) -> int:
     """Run one verb; return its exit code, or 2 for a user's mistake."""
     args = sys.argv[1:] if args is None else args
-    if not args:
-        print(usage(), file=sys.stderr)
-        return 2
-    if args[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if args[0] in ("-V", "--version"):
-        print(f"tinytrain_dist {metadata.version('tinytrain_dist')}")
-        return 0
-    if args[0] not in VERBS:
-        close = difflib.get_close_matches(args[0], VERBS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
-        print(f"error: unknown verb {args[0]!r}; {hint}", file=sys.stderr)
-        return 2
     keep_output_from_failing("stderr")  # progress and warnings; what a verb is asked for goes to stdout
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of a model's text
     try:
-        return int(import_module(VERBS[args[0]].module_name()).main(args[1:]))
+        code = _run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except TinytrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -105,6 +95,25 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:  # no permission, a full disk, a missing file: the system's message names it
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _run(args: list[str]) -> int:
+    """Run one verb. Errors: what the verb raises."""
+    if not args:
+        print(usage(), file=sys.stderr)
+        return 2
+    if args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"tinytrain_dist {__version__}")
+        return 0
+    if args[0] not in VERBS:
+        close = difflib.get_close_matches(args[0], VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
+        print(f"error: unknown verb {args[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    return int(import_module(VERBS[args[0]].module_name()).main(args[1:]))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def new(
         source: The configuration to begin with: quickstart, tinystories, gpt2_124m_ddp, llama_350m_fsdp, llama_1b_hsdp.
             Or the folder of a Hugging Face model (Llama or Qwen3), to fine-tune it.
     """
-    template = _of_model(Path(source)) if Path(source).is_dir() else _of_package(source)
+    is_model = (Path(source) / "config.json").is_file()
+    template = _of_model(Path(source)) if is_model else _of_package(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"DIR: {folder} exists already; give the name of a new or empty folder", "new")
     readme = README.format(name=folder.resolve().name, prepare=template.prepare, run=template.run)
@@ -104,10 +105,13 @@ def _of_package(name: str) -> Template:
     found = [path for stem, path in configs.items() if stem == name] or [
         path for stem, path in configs.items() if stem.startswith(name)
     ]
-    if len(found) != 1:
+    if len(found) > 1:
+        fitting = format_list([path.stem for path in found])
+        raise UsageError(f"--from: {name!r} fits {fitting}; give more of the name", "new")
+    if not found:
         raise UsageError(
-            f"--from: there is no configuration or folder {name!r}; give one of {format_list(list(configs))}, or the "
-            "folder of a Hugging Face model",
+            f"--from: {name!r} is neither a configuration nor a folder with a config.json; give one of "
+            f"{format_list(list(configs))}, or the folder of a Hugging Face model",
             "new",
         )
     content = found[0].read_text(encoding="utf-8").replace(f"configs/{found[0].name}", "config.toml")

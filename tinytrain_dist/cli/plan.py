@@ -97,9 +97,14 @@ def main(args: list[str]) -> int:
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
     context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
     try:
-        return _print_plan(config, context, cluster, source=settings[0] if settings else "the settings")
+        return _print_plan(config, context, cluster, source=_source(settings))
     finally:
         shutdown()
+
+
+def _source(settings: list[str]) -> str:
+    has_file = bool(settings) and not settings[0].startswith("-")
+    return settings[0] if has_file else "the settings"
 
 
 def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cluster, source: str) -> int:

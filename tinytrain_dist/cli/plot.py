@@ -6,7 +6,6 @@ Must not know training: it reads metrics.jsonl.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ import tyro
 
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, save_figure
-from tinytrain_dist.config.run_folder import open_run, read_records
+from tinytrain_dist.config.run_folder import distinct_names, open_run, read_records
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 
@@ -37,7 +36,7 @@ def plot(
         raise ConfigError("runs: no run is given; give at least one (its target_dir)", "the settings of plot")
     if out is None and (len(runs) > 1 or runs[0].is_file()):
         raise ConfigError(f"out: not set for {len(runs)} run(s) or file(s); add --out FILE.png", "the settings of plot")
-    curves = [read_curve(run, name, x) for run, name in zip(runs, _names(runs), strict=True)]
+    curves = [read_curve(run, name, x) for run, name in zip(runs, distinct_names(runs), strict=True)]
     draw_curves(curves, x, out or runs[0] / "loss.png")
     return 0
 
@@ -60,16 +59,6 @@ def draw_curves(curves: list[Curve], x: str, out: Path) -> None:
     top.legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.align_ylabels()
     save_figure(figure, out)
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Return the folder names, with enough parent folders to make them different."""
-    paths = [path.resolve().parts for path in runs]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    return names
 
 
 @dataclass(frozen=True)

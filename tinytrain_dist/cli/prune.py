@@ -25,6 +25,7 @@ from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import new_table, print_table
 from tinytrain_dist.config.run_folder import CONFIG_FILE, RunFolder, open_run, read_settings
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.text import format_bytes
 
 
@@ -82,20 +83,23 @@ def _remove(checkpoints: CheckpointFolder, reasons: dict[Path, str], dry_run: bo
     """Remove what has no reason to stay, and show all; return the exit code."""
     table = new_table("checkpoint<", "size", "<")
     removed_bytes = num_removed = num_failed = 0
-    for path, reason in reasons.items():
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        outcome = f"stays: {reason}"
-        if not reason:
-            outcome = "would be removed" if dry_run else "removed"
-            try:
-                if not dry_run:
-                    checkpoints.delete(path)
-                num_removed += 1
-                removed_bytes += size
-            except OSError as error:
-                num_failed += 1
-                outcome = f"COULD NOT BE REMOVED: {error}"
-        table.add_row(path.name, format_bytes(size), outcome)
+    to_remove = sum(not reason for reason in reasons.values())
+    with progress_bar("removing checkpoints", to_remove, shown=not dry_run) as advance:
+        for path, reason in reasons.items():
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            outcome = f"stays: {reason}"
+            if not reason:
+                outcome = "would be removed" if dry_run else "removed"
+                try:
+                    if not dry_run:
+                        checkpoints.delete(path)
+                    num_removed += 1
+                    removed_bytes += size
+                except OSError as error:
+                    num_failed += 1
+                    outcome = f"COULD NOT BE REMOVED: {error}"
+                advance(1)
+            table.add_row(path.name, format_bytes(size), outcome)
     print_table(table)
     verb = "would remove" if dry_run else "removed"
     print(f"{checkpoints.directory}: {verb} {num_removed} of {len(reasons)} checkpoints, {format_bytes(removed_bytes)}")

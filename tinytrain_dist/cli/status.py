@@ -90,11 +90,15 @@ class Status:
         return (self.last_step - self.step) * step_seconds if self.alive and step_seconds is not None else None
 
 
-def read_status(run: RunFolder, now: float | None = None) -> Status:
-    """Read the status of a run. Missing or incomplete files are no error, because a crash may leave them."""
+def read_status(run: RunFolder, now: float | None = None, records: list[Record] | None = None) -> Status:
+    """Read the status of a run. Missing or incomplete files are no error, because a crash may leave them.
+
+    records: the records, or the last of them, if the caller has read them already.
+    """
     now = time.time() if now is None else now
     settings = read_settings(run.folder)
-    records = read_records(run.records) if run.records.is_file() else []
+    if records is None:
+        records = read_records(run.records) if run.records.is_file() else []
     heartbeats = read_heartbeats(run.folder)
     signs = [heartbeat["seen"] for heartbeat in heartbeats] + [record["time"] for record in records if "time" in record]
     last_sign = max(signs, default=0.0)

@@ -22,17 +22,17 @@ class TrainOptions:
     """Number of processes on each node. Default: one for each GPU. Without GPUs: on one machine the largest power of
     two that is at most 8 and at most the number of cores, on several nodes 1."""
     nnodes: Text = None
-    """Number of nodes, or MIN:MAX: the run goes on while at least MIN nodes are left."""
+    """Number of nodes, or MIN:MAX: the run continues while at least MIN nodes are left."""
     node_rank: Number = None
     """0 on the head; 1, 2, ... on the other nodes."""
     head: Text = None
     """HOST or HOST:PORT: how the other nodes reach node 0, and a free port there (default: 29400)."""
     rdzv_id: Text = None
-    """A name for this run. Needed if several runs share a head and a port."""
+    """A name for this run, so that nodes of another run cannot join it by mistake."""
     max_restarts: Number = None
     """How often the processes are started again after one has died (default: 3; on one machine 0)."""
     slurm: bool = False
-    """Take nodes, node rank, head and processes from Slurm's variables. For a command that srun starts on each node."""
+    """Take the options that are not given from Slurm's variables. For a command that srun starts on each node."""
     direct: bool = False
     """Without torchrun: this process is one rank, and srun has started all of them."""
     dry_run: bool = False
@@ -56,8 +56,9 @@ def main(args: list[str]) -> int:
         options.rdzv_id,
         options.max_restarts,
         options.direct,
+        options.slurm,
     )
-    on_one_machine = not options.slurm and dataclasses.replace(node, nproc=None, max_restarts=None) == NodeOptions()
+    on_one_machine = dataclasses.replace(node, nproc=None, max_restarts=None) == NodeOptions()
     if on_one_machine:
         command = local_command(options.config, settings, options.nproc, options.max_restarts)
     else:

@@ -9,6 +9,7 @@ from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.run_folder import is_checkpoint, name_suffix, open_run
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.text import format_bytes
 
 
@@ -33,16 +34,17 @@ def verify(place: PathArgument) -> int:
 
 def _verify_checkpoint(path: Path) -> bool:
     """Read a checkpoint and print what is damaged; return whether it is intact."""
-    from tinytrain_dist.checkpoint.manifest import read_manifest
+    from tinytrain_dist.checkpoint.manifest import file_bytes
     from tinytrain_dist.checkpoint.verify import find_damage
 
     started = time.perf_counter()
-    damage = find_damage(path)
+    num_bytes = file_bytes(path)
+    with progress_bar(f"verifying {path.name}", num_bytes, unit="bytes") as advance:
+        damage = find_damage(path, advance=advance)
     seconds = max(time.perf_counter() - started, 1e-9)
     if damage:
         print(f"DAMAGED  {path}\n  " + "\n  ".join(damage))
         return False
-    num_bytes = sum(file["bytes"] for file in read_manifest(path).files.values())
     print(f"ok       {path}  {format_bytes(num_bytes)}, {num_bytes / seconds / 1e9:.2f} GB/s", flush=True)
     return True
 

@@ -44,7 +44,7 @@ def nearest_batch_sizes(batch_size: int, micro_batch_size: int, ranks: int, repr
     below = batch_size // step * step
     sizes = [below, below + step]
     if reproducible:
-        exponent = max(1, batch_size // micro_batch_size).bit_length() - 1
+        exponent = max(ranks, batch_size // micro_batch_size, 1).bit_length() - 1
         sizes = [micro_batch_size << exponent, micro_batch_size << exponent + 1]
     return [size for size in sizes if size >= 1 and divides(size, micro_batch_size, ranks, reproducible)]
 

@@ -92,7 +92,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 def parse_command_line(
     args: list[str],
-    prog: str = "launch/train.py",
+    prog: str = "tinytrain_dist.train",
     description: str = "Train a language model. The first argument is a configuration (.toml); settings override it.",
 ) -> TrainingConfig:
     """Return the configuration of `[CONFIG.toml] --any-setting value ...`; see `read_command_line`."""

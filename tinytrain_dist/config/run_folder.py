@@ -11,7 +11,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
-      submitted/1/                       code, configuration and script of the first job that launch/submit.py submitted
+      submitted/1/                       code, configuration and script of the first job that was submitted
       logs/                              log_dir; heartbeat, stacks and ending.json are always in RUN/logs
         metrics.jsonl                    the records, one per line; log_save_prefix replaces `metrics`
         metrics.replaced.jsonl           records that a resume from an earlier step has replaced
@@ -42,13 +42,15 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
 from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
-from tinytrain_dist.utils.regular_files import read_bytes
+from tinytrain_dist.utils.progress import Advance, no_progress
+from tinytrain_dist.utils.regular_files import open_regular, read_bytes
 
 # In RUN.
 CONFIG_FILE = "config.toml"
@@ -214,6 +216,16 @@ def name_suffix(path: Path) -> str:
     return (match[2] or "") if match else ""
 
 
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """Return the folder names, with enough parent folders to make them different."""
+    paths = [path.resolve().parts for path in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
 def open_run(place: Path) -> RunFolder:
     """Return the run at `place`. Errors: CheckpointError if there is neither a run nor a checkpoint."""
     run = RunFolder.at(place)
@@ -229,22 +241,33 @@ def read_records(path: Path) -> list[Record]:
     A number that was not finite is written as null, and is NaN here.
     Errors: TinytrainError if the file cannot be read.
     """
-    try:
-        lines = read_bytes(path).split(b"\n")
-    except (OSError, ValueError) as error:  # ValueError: such a name is not possible
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise TinytrainError(
-            f"{path}: no records of a run ({reason}); give the target_dir of a run that has started"
-        ) from None
-    records = []
-    for line in lines:
+    return list(iter_records(path))
+
+
+def iter_records(path: Path, advance: Advance = no_progress) -> Iterator[Record]:
+    """Yield what `read_records` returns, one record at a time: a long run's records may not fit into memory.
+
+    advance: called with the numbers of bytes that were read.
+    """
+    for line in _iter_lines(path):
+        advance(len(line))
         try:
             record = parse_json(line)
         except ValueError:
             continue
         if isinstance(record, dict) and _is_record(record):
-            records.append(nulls_to_nan(record) if b"null" in line else record)
-    return records
+            yield nulls_to_nan(record) if b"null" in line else record
+
+
+def _iter_lines(path: Path) -> Iterator[bytes]:
+    try:
+        with open_regular(path) as file:
+            yield from file
+    except (OSError, ValueError) as error:  # ValueError: such a name is not possible
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TinytrainError(
+            f"{path}: no records of a run ({reason}); give the target_dir of a run that has started"
+        ) from None
 
 
 def _is_record(record: Record) -> bool:

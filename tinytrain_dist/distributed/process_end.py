@@ -31,7 +31,7 @@ def keep_group(model: Any, group: Any) -> None:
     Otherwise the C++ part of DDP can hold the last reference to the group. It is freed with the GIL held, and then
     waits for gloo's threads, which may wait for the GIL. Python's reference is released without the GIL.
     """
-    # of models that are gone; not when a model goes, because its C++ part is freed after that
+    # Drop the groups of models that are gone. When a model is freed would be too early: its C++ part is freed later.
     _kept_groups[:] = [(kept_for, kept) for kept_for, kept in _kept_groups if kept_for() is not None]
     _kept_groups.append((weakref.ref(model), group))
 

@@ -28,7 +28,7 @@ from tinytrain_dist.distributed.torch_internals import (
     tcp_store,
 )
 from tinytrain_dist.errors import ConfigError, RendezvousError
-from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.text import first_line, format_list
 from tinytrain_dist.utils.waiting import WaitNotice
 
 LOOK_SECONDS = 1.0  # how often to check whether a rank has joined
@@ -185,7 +185,7 @@ def _connect(rank: int, world_size: int, head: str, port: int, seconds: float) -
     except RuntimeError as error:
         raise RendezvousError(
             f"MASTER_PORT: rank {rank} on {socket.gethostname()} cannot use {head}:{port} "
-            f"({str(error).splitlines()[0]}); choose another port, and set MASTER_ADDR to the host of rank 0"
+            f"({first_line(error)}); choose another port, and set MASTER_ADDR to the host of rank 0"
         ) from None
 
 

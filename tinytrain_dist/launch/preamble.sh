@@ -34,9 +34,9 @@ print_line() {
 
 # find_python: set `python` to the Python of the run, and let it find the package in this folder
 find_python() {
-    python=${PYTHON:-$root/.venv/bin/python}
-    python=$(command -v "$python" || command -v python3) || {
-        print_line '%s: there is no Python; run launch/setup.sh first.' "${0##*/}" >&2
+    local asked=${PYTHON:-}
+    python=$(command -v "${asked:-$root/.venv/bin/python}" || { [ -z "$asked" ] && command -v python3; }) || {
+        print_line '%s: there is no Python %s; run launch/setup.sh first, or correct PYTHON.' "${0##*/}" "$asked" >&2
         exit 2
     }
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -30,6 +30,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.git import git_output
 from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, Text
 from tinytrain_dist.utils.package_files import PACKAGE, package_folder
 from tinytrain_dist.utils.regular_files import check_regular, read_text
@@ -353,18 +354,16 @@ def read_sweep(path: Path) -> list[str]:
 
 def copy_code(target: Path) -> None:
     """Copy what a job runs: the package as it is now, the batch scripts, and the site's settings."""
-    root = PACKAGE.parent
-    git = ["git", "-C", str(root)]
     shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "configs", "slurm"))
     shutil.copytree(package_folder("slurm"), target / "slurm", ignore=shutil.ignore_patterns(SITE_FILE.name))
-    for folder in (Path.cwd(), root):
+    for folder in (Path.cwd(), PACKAGE.parent):
         if (folder / SITE_FILE).is_file():
             shutil.copy2(folder / SITE_FILE, target / SITE_FILE)
             break
-    status = subprocess.run([*git, "status", "--porcelain", "--", PACKAGE.name], capture_output=True, check=False)
-    if status.returncode == 0:  # a checkout
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
-        write_atomically(target / "COMMIT", commit.strip() + (" with changes" if status.stdout else "") + "\n")
+    commit = git_output("rev-parse", "HEAD")
+    if commit is not None:
+        changes = git_output("status", "--porcelain", "--", PACKAGE.name)
+        write_atomically(target / "COMMIT", commit.strip() + (" with changes" if changes else "") + "\n")
 
 
 def follow(slurm_id: str, folder: Path) -> int:

@@ -29,13 +29,13 @@ MOST_CPU_RANKS = 8  # that are started on one machine without GPUs, if the user 
 MAX_RESTARTS = 3
 # Ports for the rendezvous are below those of outgoing connections, which begin at 32768 on Linux.
 DEFAULT_PORT = 29400  # as torchrun's
+LARGEST_PORT = 65_535
 FIRST_JOB_PORT = 20_000
 NUM_JOB_PORTS = 12_000
 PORT_STEP = 997  # jobs with neighbouring numbers often start together, and this leads them to different ports
 # Importing from a shared disk can take minutes, and differs between nodes.
 JOIN_SECONDS = 600
 READ_SECONDS = 300
-SHOWN_VARIABLES = ("GLOO_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 class StartError(ConfigError):
@@ -56,9 +56,9 @@ class Command:
     port: int | None = None  # on which the command listens; None: on none, or on one that it chooses
 
     def describe(self) -> str:
-        """Return the variables, one per line, and the command as a shell would read it."""
-        shown = [f"{name}={self.environment[name]}" for name in SHOWN_VARIABLES if name in self.environment]
-        return "\n".join([*shown, shlex.join(self.arguments)])
+        """Return the variables, one per line, and the command, as a shell would read them."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
+        return "\n".join([*variables, shlex.join(self.arguments)])
 
     def run(self) -> NoReturn:
         """Become this command: the process stays the same, so signals reach what it starts.
@@ -82,7 +82,7 @@ class Command:
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """How this node takes part in a run on several nodes. None: by Slurm's variables, if there are any."""
+    """How this node takes part in a run on several nodes. None: by Slurm's variables with `slurm`, else by default."""
 
     nnodes: str | None = None  # "N", or "MIN:MAX"
     node_rank: int | None = None
@@ -91,6 +91,7 @@ class NodeOptions:
     rdzv_id: str | None = None
     max_restarts: int | None = None
     direct: bool = False  # this process is one rank, and srun has started all of them
+    slurm: bool = False  # take what is None from Slurm's variables
 
 
 def check_config_file(config: Path) -> None:
@@ -137,24 +138,25 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     Errors: StartError if an option is missing or wrong, the head cannot be reached, or its port is taken.
     """
     check_config_file(config)
-    slurm = os.environ
+    slurm = os.environ if options.slurm or options.direct else {}
     nodes = SlurmNodes.of(slurm)
     nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
-    rank = slurm.get("SLURM_NODEID", "") if options.node_rank is None else str(options.node_rank)
+    node_rank = slurm.get("SLURM_NODEID", "") if options.node_rank is None else str(options.node_rank)
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
         raise StartError(f"--nnodes: {nnodes!r} is not a number of nodes; give a whole number, or MIN:MAX")
-    if not rank.isdecimal():
-        raise StartError(f"--node-rank: {rank!r} is not a node's number; give 0 on the head, 1, 2, ... on the others")
-    head, port = _split_head(options.head or (nodes.address(0) if nodes.names else ""), job_port(slurm))
+    if not node_rank.isdecimal():
+        raise StartError(
+            f"--node-rank: {node_rank!r} is not a node's number; give 0 on the head, 1, 2, ... on the others"
+        )
+    head, port = split_head(options.head or (nodes.address(0) if nodes.names else ""), job_port(slurm))
     if not head and nnodes != "1":
         raise StartError("--head: not set; give the name or address of node 0 as the other nodes reach it")
-    if options.direct:  # every task is a rank with its own cores; only rank 0 needs the port
-        rank = slurm.get("SLURM_PROCID", "0")
-    peer = head or (nodes.address(1) if len(nodes.names) > 1 else "127.0.0.1")
-    address = _own_address(peer)
-    if rank == "0" and not is_free(port):
+    address = _own_address(head or nodes.peer_of_head())
+    # without torchrun, every task is a rank with its own cores, and only rank 0 needs the port
+    is_head = (slurm.get("SLURM_PROCID", "0") if options.direct else node_rank) == "0"
+    if is_head and not is_free(port):
         raise _port_is_taken(port)
-    own_port = port if rank == "0" else None
+    own_port = port if is_head else None
     nproc = 1 if options.direct else _processes_of_node(options.nproc, slurm)
     environment = {
         "OMP_NUM_THREADS": _threads_per_rank(nproc, _cores_of_task(options.direct, slurm)),
@@ -164,16 +166,24 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     if options.direct:
         environment |= {"MASTER_ADDR": head or address, "MASTER_PORT": str(port)}
         return Command([*_python("-m", RANK_MODULE), str(config), *settings], environment, port=own_port)
-    restarts = options.max_restarts
-    if restarts is None:
-        restarts = int(slurm.get("MAX_RESTARTS") or MAX_RESTARTS)
-    attempt = options.rdzv_id or slurm.get("TINYTRAIN_ATTEMPT") or slurm.get("SLURM_JOB_ID") or "tinytrain"
+    agent = [*_python("-m", AGENT_MODULE), "--nnodes", nnodes, "--max-restarts", str(_restarts(options.max_restarts))]
+    rdzv_id = options.rdzv_id or slurm.get("TINYTRAIN_ATTEMPT") or slurm.get("SLURM_JOB_ID") or "tinytrain"
     # is_host: torch would guess it from host names
-    conf = f"is_host={int(rank == '0')},join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head or address}:{port}", "--rdzv-conf", conf]
-    rendezvous += ["--rdzv-id", attempt, "--local-addr", address]
-    agent = [*_python("-m", AGENT_MODULE), "--nnodes", nnodes, "--max-restarts", str(restarts), *rendezvous]
+    conf = f"is_host={int(is_head)},join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head or address}:{port}", "--rdzv-conf", conf]
+    agent += ["--rdzv-id", rdzv_id, "--local-addr", address]
     return Command([*agent, *_rank_arguments(nproc, config, settings)], environment, port=own_port)
+
+
+def _restarts(asked: int | None) -> int:
+    """Return how often the processes are started again: as asked for, or by the variable MAX_RESTARTS."""
+    given = os.environ.get("MAX_RESTARTS") or str(MAX_RESTARTS)
+    if asked is None and not given.isdecimal():
+        raise StartError(f"MAX_RESTARTS: {given!r} is not a whole number; correct the variable, or unset it")
+    restarts = int(given) if asked is None else asked
+    if restarts < 0:
+        raise StartError(f"--max-restarts: {restarts} is negative; give 0 for no restart")
+    return restarts
 
 
 def _port_is_taken(port: int) -> StartError:
@@ -186,7 +196,7 @@ def head_endpoint(peer: str | None) -> str:
     peer: the name or address of another node of the job; None: as Slurm knows it. Errors: StartError.
     """
     nodes = SlurmNodes.of(os.environ)
-    peer = peer or (nodes.address(1) if len(nodes.names) > 1 else "127.0.0.1")
+    peer = peer or nodes.peer_of_head()
     first = job_port(os.environ)
     ports = [FIRST_JOB_PORT + (first - FIRST_JOB_PORT + PORT_STEP * k) % NUM_JOB_PORTS for k in range(100)]
     return f"{_own_address(peer)}:{next(filter(is_free, ports), first)}"
@@ -203,6 +213,10 @@ class SlurmNodes:
         """Return the nodes that Slurm's variables name; none outside a job, or where scontrol is missing."""
         nodelist = environment.get("SLURM_JOB_NODELIST")
         return cls(_scontrol("show", "hostnames", nodelist).split() if nodelist else [])
+
+    def peer_of_head(self) -> str:
+        """Return a host that node 0 must reach: the second node, or this machine if there is none."""
+        return self.address(1) if len(self.names) > 1 else "127.0.0.1"
 
     def address(self, number: int) -> str:
         """Return the address that Slurm has for a node, or its name if Slurm has none."""
@@ -224,13 +238,15 @@ def job_port(environment: Mapping[str, str]) -> int:
     return FIRST_JOB_PORT + int(job) % NUM_JOB_PORTS if job.isdecimal() else DEFAULT_PORT
 
 
-def _split_head(head: str, port: int) -> tuple[str, int]:
+def split_head(head: str, port: int) -> tuple[str, int]:
     """Return host and port of HOST or HOST:PORT; `port` if it names none. Errors: StartError."""
-    host, colon, text = head.rpartition(":")
+    if head.count(":") > 1:
+        raise StartError(f"--head: {head!r} is an IPv6 address; give a name that resolves to it, or an IPv4 address")
+    host, colon, text = head.partition(":")
     if not colon:
         return head, port
-    if not text.isdecimal():
-        raise StartError(f"--head: {text!r} is not a port; give HOST:PORT")
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST_PORT:
+        raise StartError(f"--head: {text!r} is not a port; give HOST:PORT with a port from 1 to {LARGEST_PORT}")
     return host, int(text)
 
 
@@ -239,7 +255,7 @@ def _own_address(peer: str) -> str:
         return address_towards(peer)
     except OSError as error:
         raise StartError(
-            f"--head: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address of node 0 that "
+            f"head: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address of node 0 that "
             "this node knows"
         ) from None
 

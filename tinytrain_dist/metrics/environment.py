@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 
 from tinytrain_dist import __version__
-
-PACKAGE = Path(__file__).resolve().parents[1]
+from tinytrain_dist.utils.git import git_output
+from tinytrain_dist.utils.package_files import PACKAGE
 
 
 def library_versions() -> dict[str, Any]:
@@ -43,8 +42,8 @@ def environment_record(ranks: list[Any]) -> dict[str, Any]:
 
     Environment variables are recorded only if they are on an allow-list, because others may hold passwords and keys.
     """
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PACKAGE)
-    submitted = PACKAGE.parent / "COMMIT"  # launch/submit.py writes it into its copy of the code
+    commit = (git_output("rev-parse", "HEAD") or "").strip()
+    submitted = PACKAGE.parent / "COMMIT"  # `tinytrain submit` writes it into its copy of the code
     allowed = ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"]
     allowed += ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "THP_MEM_ALLOC_ENABLE"]
     allowed += ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
@@ -52,7 +51,7 @@ def environment_record(ranks: list[Any]) -> dict[str, Any]:
         "tinytrain_dist": __version__,
         **library_versions(),
         "platform": platform.platform(),
-        "git_commit": submitted.read_text().strip() if submitted.exists() else git.stdout.strip() or None,
+        "git_commit": submitted.read_text().strip() if submitted.exists() else commit or None,
         "threads": torch.get_num_threads(),
         "ranks": [{"host": host, "device": device, "pid": pid} for host, device, pid in ranks],
         "variables": {name: os.environ[name] for name in allowed if name in os.environ},

@@ -40,6 +40,7 @@ class RunLog:
         self._warned = False  # whether `_surviving_disk_errors` has printed its warning
         self._closed = False
         self._step = resumed_step  # of the last record
+        self._saved_step = resumed_step  # of the newest checkpoint; 0: none yet
         if not main:
             return
         folder = config.logs_dir
@@ -99,7 +100,7 @@ class RunLog:
             f"{values['tokens_per_second']:,.0f} tok/s"
         )
         if self._progress:
-            self._progress.update(self._task, completed=step, numbers=text)
+            self._progress.update(self._task, completed=step, numbers=self._live_numbers(values, seconds_left))
         else:
             self.say(f"step {step}/{self.config.total_steps} | {text} | {format_duration(seconds_left)} left")
 
@@ -136,6 +137,8 @@ class RunLog:
         self.say(f"step {step}: {text}")
         if self.main:
             self._record_event(step, kind, text)
+        if kind == "saved":
+            self._saved_step = step
 
     def flush(self) -> None:
         """Write everything that is still in memory to the files. Trackers in a thread do it later."""
@@ -210,17 +213,25 @@ class RunLog:
                     self._record("tracker_failed", self._step, {"text": text})
 
     def _start_progress(self, step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-        )
+        # one column, because rich cuts all columns evenly on a narrow terminal, and this text begins with the step
+        text = "step {task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}"
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        self._progress = Progress(BarColumn(bar_width=12), TextColumn(text, table_column=one_line))
         self._task = self._progress.add_task("steps", total=self.config.last_step, completed=step, numbers="")
         self._progress.start()
+
+    def _live_numbers(self, values: dict[str, float], seconds_left: float) -> str:
+        """Return the text of the live line beside the step, the most important numbers first."""
+        numbers = [f"loss {values['loss']:.4f}", f"{values['tokens_per_second']:,.0f} tok/s"]
+        if "mfu" in values:
+            numbers.append(f"MFU {100 * values['mfu']:.1f} %")
+        numbers.append(f"{format_duration(seconds_left)} left")
+        if self._saved_step:
+            numbers.append(f"saved {self._saved_step}")
+        return " | ".join(numbers)
 
 
 def truncate_records(path: Path, step: int) -> None:

@@ -29,7 +29,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str,
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AdamW:
     """Return the optimizer of a run for `model`, with its whole state as zeros.
 
-    `model` is in its wrappers, so that the parameters are the ones that get gradients.
+    Call this after DDP or FSDP has wrapped `model`: only then are its parameters those that get gradients.
     """
     groups = weight_decay_groups(model, config.weight_decay)
     optimizer = AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)

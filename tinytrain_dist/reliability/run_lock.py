@@ -188,9 +188,13 @@ class LockFile:
                 return True
         # Compare two times of the file system's clock, because the clocks of hosts may differ.
         now_file = temporary_path(self.path)
-        now_file.touch()
-        age_seconds = now_file.stat().st_mtime - self.path.stat().st_mtime
-        now_file.unlink(missing_ok=True)
+        try:
+            now_file.touch()
+            age_seconds = now_file.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:  # the holder has ended meanwhile
+            return True
+        finally:
+            now_file.unlink(missing_ok=True)
         return age_seconds > STALE_SECONDS
 
     def _touched_at(self) -> float:
@@ -212,8 +216,10 @@ class LockFile:
         while not self._released.wait(TOUCH_SECONDS) and not self.taken_over():
             try:
                 os.utime(self.path)
-            except OSError:
+            except FileNotFoundError:
                 return
+            except OSError:  # of a shared file system, which may recover before another process takes the lock over
+                continue
 
 
 def _link(own_file: Path, path: Path) -> None:

@@ -28,6 +28,11 @@ class Window:
     scored: int  # number of its last predictions that count; those before it are context, scored by earlier windows
 
 
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss), or a huge number where that would overflow. NaN for NaN."""
+    return math.exp(700.0 if loss > 700.0 else loss)  # exp(710) overflows
+
+
 @dataclass(frozen=True)
 class Score:
     """The loss of a model on a text."""
@@ -41,7 +46,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))  # exp(710) overflows
+        return perplexity_of(self.loss)
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """Return the loss in bits per byte of the predicted text."""

@@ -49,3 +49,8 @@ def format_age(seconds: float) -> str:
         if seconds < limit_seconds:
             return f"{max(0, seconds) / unit_seconds:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; "" if it has none."""
+    return str(error).partition("\n")[0]

@@ -78,6 +78,6 @@ def test_the_tracker_of_the_page_runs_from_the_current_folder(tmp_path, monkeypa
     log = RunLog(dataclasses.replace(config_in(tmp_path), trackers=("own_tracker:CsvTracker",)), True, 0)
     log.train(1, values(0.5), {}, WORK)
     log.close()
-    file = tmp_path / "logs" / "CsvTracker" / "numbers.csv"
+    file = tmp_path / "logs" / "own_tracker.CsvTracker" / "numbers.csv"
     assert "1,train/loss,0.5" in file.read_text().splitlines()
     assert f"tracker own_tracker:CsvTracker: writing to {file}" in capsys.readouterr().out

@@ -10,17 +10,13 @@ import heapq
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinytrain_dist import __version__
 from tinytrain_dist.data.preparation.content_type import Format
@@ -47,6 +43,7 @@ from tinytrain_dist.data.preparation.token_writer import (
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import ConfigError, DataError
 from tinytrain_dist.utils.json_files import to_json
+from tinytrain_dist.utils.progress import progress_bar
 
 _DEFAULT_VOCAB_SIZE = 8192
 _MIN_DOCUMENT_BYTES = 64
@@ -119,32 +116,6 @@ class Scan:
     max_split_key: int = -1
 
 
-@contextmanager
-def _progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show progress as a bar on a terminal, else as a line every five seconds.
-
-    Yields a function to call with the number of bytes read so far.
-    """
-    console = Console(stderr=True)
-    shown_bytes = 0
-    last_line_time = time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total_bytes)
-
-        def report(done_bytes: int) -> None:
-            nonlocal shown_bytes, last_line_time
-            if done_bytes - shown_bytes < 1_000_000:  # the bar's lock takes as long as reading a document
-                return
-            shown_bytes = done_bytes
-            bar.update(task, completed=done_bytes)
-            if bar.disable and time.monotonic() - last_line_time > 5:
-                last_line_time = time.monotonic()
-                say(f"{title}: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB")
-
-        yield report
-
-
 @dataclass
 class Corpus:
     """All documents of all sources, in order. They can be read several times."""
@@ -158,8 +129,7 @@ class Corpus:
     def documents(self, title: str) -> Iterator[bytes]:
         """Yield all documents once. Afterwards, `records` has an entry for each source. title: of the progress bar."""
         self.records = []
-        done_bytes = 0  # of all sources
-        with _progress(title, self.total_bytes) as report:
+        with progress_bar(title, self.total_bytes, unit="bytes") as advance:
             for source in self.sources:
                 digest_of_list = hashlib.sha256()
                 source_bytes = 0
@@ -167,10 +137,11 @@ class Corpus:
                 for path in source.files:
                     with open_source(path) as file:
                         meter = Meter(file)
+                        shown_bytes = 0
                         for document in read_documents(path, meter, reading, self.formats[path]):
                             yield document
-                            report(done_bytes + meter.bytes)
-                    done_bytes += meter.bytes
+                            advance(meter.bytes - shown_bytes)
+                            shown_bytes = meter.bytes
                     source_bytes += meter.bytes
                     name = os.path.relpath(path, source.root) if source.root else path
                     line = f"{meter.sha256.hexdigest()}  {name}\n"

@@ -48,7 +48,7 @@ def start_trackers(trackers: dict[str, Tracker], config: TrainingConfig, resumed
         run = TrackedRun(
             name=Path(config.target_dir).resolve().name,
             logs=config.logs_dir,
-            folder=config.logs_dir / name.rpartition(":")[2],
+            folder=config.logs_dir / name.replace(":", "."),
             settings=config.resolved(),
             config_toml=config.to_toml(),
             resumed_step=resumed_step,

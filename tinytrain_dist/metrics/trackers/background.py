@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
+from tinytrain_dist.utils.text import first_line
 
 QUEUE_SIZE = 1000  # calls; a logged step is two
 # Before step 1, how long to wait for all trackers together. The start of a tracker computes for seconds, for example
@@ -102,6 +103,7 @@ class BackgroundSink:
         self._ending: Status | None = None  # set by `end`
         self._started = threading.Event()  # or failed to
         self._usable = True  # False if the tracker did not start
+        self._finish_status: Status = "finished"
         self._busy_since: float | None = None  # by time.monotonic(): when the call in progress began
         self._lost = 0  # calls that raised, or did not fit into the queue
         self._lines: list[str] = []
@@ -122,9 +124,9 @@ class BackgroundSink:
             if busy_since is not None and time.monotonic() - busy_since > UNRESPONSIVE_SECONDS:
                 self._report(f"has not answered for {UNRESPONSIVE_SECONDS:g} s")
             if not self._usable:
-                self._lost += 1
+                self._count_lost(call)
             elif len(self._waiting) >= QUEUE_SIZE:
-                self._lost += 1
+                self._count_lost(call)
                 self._report(f"is too slow: {QUEUE_SIZE} points wait for it, so new ones are dropped")
             else:
                 self._waiting.append(call)
@@ -132,7 +134,7 @@ class BackgroundSink:
 
     def flush(self) -> None:
         """Let the tracker write what is still in memory, once it has done all earlier calls."""
-        self.send(lambda tracker: tracker.flush())
+        self.send(_flush)
 
     def end(self, status: Status) -> None:
         """Let the thread end after the calls in the queue."""
@@ -176,7 +178,8 @@ class BackgroundSink:
         while (call := self._next()) is not None:
             self._do(call)
         status = self._ending or "finished"
-        self._do(lambda tracker: tracker.finish(status))
+        self._finish_status = status
+        self._do(self._finish)
 
     def _next(self) -> Call | None:
         """Wait for the next call; None if the tracker is to end."""
@@ -191,6 +194,14 @@ class BackgroundSink:
             with self._changed:
                 self._lines.append(f"tracker {self.name}: {line}")
 
+    def _finish(self, tracker: Tracker) -> None:
+        tracker.finish(self._finish_status)
+
+    def _count_lost(self, call: Call) -> None:
+        """Count a call that was not done, if it carries something to record. Called with the lock held."""
+        if call not in (_flush, self._start, self._finish):
+            self._lost += 1
+
     def _do(self, call: Call) -> bool:
         """Do a call; return whether it worked."""
         self._busy_since = time.monotonic()
@@ -198,8 +209,8 @@ class BackgroundSink:
             call(self._tracker)
         except BaseException as error:  # a library that calls sys.exit must not end the thread
             with self._changed:
-                self._lost += call != self._start  # nothing is lost yet if the start fails
-                self._report(f"failed ({type(error).__name__}: {_first_line(error)})")
+                self._count_lost(call)
+                self._report(f"failed ({type(error).__name__}: {first_line(error)})")
             return False
         finally:
             self._busy_since = None
@@ -214,5 +225,5 @@ class BackgroundSink:
             )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+def _flush(tracker: Tracker) -> None:
+    tracker.flush()

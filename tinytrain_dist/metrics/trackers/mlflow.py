@@ -56,8 +56,11 @@ class MlflowTracker(Tracker):
         if not self._state.id:
             return None
         try:
+            stored = self._client.get_run(self._state.id)
+            if stored.info.lifecycle_stage == "deleted":
+                return None
             self._client.update_run(self._state.id, status="RUNNING")
-            return self._client.get_run(self._state.id)
+            return stored
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # somebody has deleted it
                 return None

@@ -16,6 +16,7 @@ import wandb
 from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
 from tinytrain_dist.metrics.trackers.state import TrackerState
 from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS
+from tinytrain_dist.utils.text import first_line
 
 PROJECT = "tinytrain"  # unless WANDB_PROJECT is set
 INIT_SECONDS = 60.0  # then the run is kept offline
@@ -57,7 +58,7 @@ class WandbTracker(Tracker):
                     return f"the run is at {self._run.url}"
                 why = "there is no API key, see `wandb login`"
             except Exception as error:  # there may be no network on this node
-                why = f"the service cannot be used ({type(error).__name__}: {error})".splitlines()[0]
+                why = f"the service cannot be used ({type(error).__name__}: {first_line(error)})"
                 wandb.teardown()  # the ID of the run is in use otherwise
         self._init(run, run_id, "offline")
         return f"{why}, so the run is kept offline; upload it with: wandb sync {run.folder}/offline-run-*-{run_id}"
