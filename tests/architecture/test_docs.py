@@ -181,7 +181,7 @@ def test_every_page_is_in_the_list_of_its_folder(pages: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.parent.name in "docs benchmarks examples"], ids=page_id
+    "page", [*GUIDES, *(ROOT / name / "README.md" for name in ("benchmarks", "examples"))], ids=page_id
 )
 def test_a_page_begins_with_its_purpose(page: Path) -> None:
     first = page.read_text(encoding="utf-8").split("\n\n")[1]
