@@ -338,3 +338,15 @@ def test_a_death_is_described_with_a_remedy_for_lack_of_memory() -> None:
     killed = describe("rank 1", -9, None, elastic_agent._out_of_memory_kills() - 2)
     assert "smaller micro_batch_size needs less" in killed
     assert "it has killed " in killed
+
+
+def test_nodes_that_do_not_join_are_reported_in_a_sentence(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    port = free_port()
+    options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
+    options += ["--rdzv-conf=is_host=1,join_timeout=2", "--local-addr=127.0.0.1"]
+    with training_process([config], 1, tmp_path, launcher=AGENT, script=TRAIN, rendezvous=options) as running:
+        assert running.wait(120) == 1
+        *_, last = running.output().splitlines()
+        assert last.startswith(f"error: only some of the 2 nodes joined at 127.0.0.1:{port} in time; start the others")
+        assert "Traceback" not in running.output()

@@ -1,7 +1,6 @@
-"""Divide a batch: the one rule that decides which sizes can be used, and the sizes that it allows.
+"""Decide into which sizes a batch can be divided. Must not know torch, process groups or other settings.
 
-Must not know settings by other names, ranks as processes, or torch. Checks and their messages use the same rule, so
-that a message offers only what the check then accepts.
+Checks and their messages share this rule, so a message offers only accepted values.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ MAX_DIVISOR = 1_000_000  # no larger numbers are tried: a message must not take 
 
 
 def divides(batch_size: int, micro_batch_size: int, ranks: int, reproducible: bool = False) -> bool:
-    """Return whether each rank gets the same whole number of micro-batches, with `reproducible` a power of two in all.
+    """Return whether each rank gets the same number of micro-batches.
 
+    With `reproducible`, their total must also be a power of two.
     The gradients of a reproducible run are summed in a binary tree over all micro-batches, which needs the power of
     two. The number of ranks divides it and so is a power of two as well.
     """

@@ -159,7 +159,7 @@ def _is_flag(name: str) -> bool:
 
 
 def _normalize_arguments(args: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments in the form that tyro expects, and the names of settings to set to None without it.
+    """Return the arguments in the form that tyro expects, and the names of settings that tyro cannot parse.
 
     `--compile true` becomes `--compile`, and `--compile=false` becomes `--no-compile`. Tyro rejects two kinds of
     settings, which are returned by name: unknown settings, which `load_config` reports with all other problems, and

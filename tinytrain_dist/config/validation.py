@@ -275,8 +275,8 @@ EVALUATION_SETTINGS = ("eval_every", "eval_steps", "sample_tokens")
 def unused_evaluation_settings(config: TrainingConfig, names: Container[str]) -> list[str]:
     """Return a problem for each of the settings `names` that only an evaluation uses, if the run has none.
 
-    A default is no mistake, nor is it when it is spelled out, as in the config.toml of a run. Not among the problems of
-    every configuration: that of an old checkpoint must stay readable.
+    A default is accepted even if it is written out. `find_problems` does not call this, because configurations of old
+    checkpoints must stay readable.
     """
     if config.val_files:
         return []

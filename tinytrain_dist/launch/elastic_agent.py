@@ -19,6 +19,7 @@ stop it ends ranks of it that hang in their start.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -53,7 +54,12 @@ from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
-TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # it handles these even if they were to be ignored
+TORCHRUN_SIGNALS = (
+    "SIGTERM",
+    "SIGINT",
+    "SIGHUP",
+    "SIGQUIT",
+)  # handled even if this process was started with them ignored
 UNUSED_SIGNAL = "SIGURG"  # torchrun must be given one to handle; this is sent only to programs that ask for it
 TASKS = Path("/proc/self/task")
 SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice, so only a later one counts as the second
@@ -118,7 +124,7 @@ def rank_pids() -> Iterator[int]:
 def forward_signal(number: int, _: FrameType | None) -> None:
     """Forward a signal to the ranks. A second Ctrl-C, at least a second later, ends all without saving."""
     pids = list(rank_pids())
-    # Ranks that start later find it there and stop in order: a restart in place must not go on training.
+    # Ranks that start later find it there and stop in order: a restart in place must not continue training.
     os.environ["TINYTRAIN_STOP"] = signal.Signals(number).name
     if not pids and number != signal.SIGUSR1:
         _exit_now(0)  # no rank runs yet, so there is nothing to save
@@ -217,7 +223,8 @@ def _stop_hanging_starts() -> None:
         for pid in pids:
             if now - first_seen.setdefault(pid, now) > STOP_IN_START_SECONDS:
                 # a rank without a handler for our own signal has not come as far as its mark
-                hanging += [pid] if claim(_state.folder_note, pid) or not _handles(pid, signal.SIGUSR1) else []
+                if claim(_state.folder_note, pid) or not _handles(pid, signal.SIGUSR1):
+                    hanging.append(pid)
     _state.stopped_in_start = True
     _say("stopped during the start, before the first step, so nothing was saved")
     writer = threading.Thread(target=_write_preempted, args=(pids, hanging), daemon=True)
@@ -271,6 +278,7 @@ def main(args: list[str]) -> int:
         _say(f"error: {mistake}")
         return MISTAKE
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
     from torch.distributed.run import main as torchrun
 
     from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round, serve_rendezvous
@@ -286,14 +294,13 @@ def main(args: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch:
         _state.scratch = scratch
         tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
-        # If this variable is set, a rank writes the path of the run folder into the file that it names, and lets this
-        # process print its error.
         folder_note = Path(scratch) / "run"
         _state.folder_note = folder_note
         _state.run_folder = Path(config.target_dir) if config else None
         _state.runs_verb = runs_verb(args)
         if "TINYTRAIN_STOP" in os.environ:  # SIGUSR1 came before
             _begin_to_stop_hanging_starts()
+        # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = _out_of_memory_kills()
         _call_before_close(lambda context: _report_first_death(context, folder_note, kills_before))
@@ -305,9 +312,22 @@ def main(args: list[str]) -> int:
             death = over.death
         except ChildFailedError as failed:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
+        except (RendezvousTimeoutError, RendezvousClosedError) as failed:
+            death = RankDeath(_describe_missing_nodes(options, failed), 1)
         if death.exit_code:
             _say(f"error: {_first_cause(folder_note) or death.text}")
         return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
+
+
+def _describe_missing_nodes(options: argparse.Namespace, error: Exception) -> str:
+    """Describe why the nodes did not come together: torch's exception says only that it took too long or was closed."""
+    where = f" at {options.rdzv_endpoint}" if options.rdzv_endpoint else ""
+    if "Closed" in type(error).__name__:
+        return f"the rendezvous{where} was closed by another node; its own message says why, so look at its log"
+    return (
+        f"only some of the {options.nnodes} nodes joined{where} in time; start the others, or see in their logs what "
+        "keeps them, and check the address with `tinytrain doctor`"
+    )
 
 
 def _call_before_close(report_death: Callable[[Any], bool]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
 from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS, EVENTS
 
-# The settings by which the HPARAMS tab compares runs. By default it shows the first five in alphabetical order.
+# The settings by which the HPARAMS tab compares runs. Without this choice it shows the first five in the alphabet.
 COMPARED_SETTINGS = tuple(
     "batch_size context_len d_model d_ff lr_max lr_min num_heads num_layers parallel precision schedule seed "
     "total_steps warmup_iters weight_decay".split()
@@ -25,7 +25,7 @@ FLUSH_SECONDS = 10  # a crash loses at most the points of this many seconds
 
 
 def _chart(*tags: str) -> list[Any]:
-    """Return a chart with all curves whose tag begins with a match of one of the regular expressions `tags`."""
+    """Return a chart with all curves whose tag matches one of the regular expressions `tags`."""
     return ["Multiline", list(tags)]
 
 
