@@ -1,4 +1,4 @@
-"""fine_tune.sh and sweep.sh run to their end with a tiny model, and can be started again."""
+"""fine_tune.sh and sweep.sh run to their end with a tiny model."""
 
 from __future__ import annotations
 
