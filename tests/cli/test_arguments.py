@@ -29,6 +29,7 @@ def verb(options: Options) -> Options:
     ("args", "sentence"),
     [
         ([], "CONFIG.toml is missing: a configuration; --help explains the arguments"),
+        (["--lr-max", "1", "c.toml"], "CONFIG is missing; it must come before all options"),
         (["c", "--nproc", "x"], "--nproc: got 'x'; give a number"),
         (["c", "--nproc"], "--nproc: needs a value; --help explains it"),
         (["c", "--pair", "1"], "--pair: needs 2 values; --help explains it"),

@@ -40,3 +40,9 @@ def test_a_wrong_setting_is_an_error(tinytrain: Cli) -> None:
     code, out, err = tinytrain("config", "--lr-maxx", 3)
     assert (code, out) == (2, "")
     assert "did you mean lr_max?" in err
+
+
+def test_changed_shows_no_defaults(tinytrain: Cli) -> None:
+    code, out, _ = tinytrain("config", "--changed", "--seed", 7)
+    assert code == 0
+    assert tomllib.loads(out) == {"run": {"seed": 7}}

@@ -51,8 +51,20 @@ def test_a_text_and_its_token_file_give_the_loss_of_a_plain_loop(tinytrain: Cli,
     code, by_tokens, _ = tinytrain("evaluate", run, "--data", tmp_path / "tokens.npy", "--stride", 5)
     assert code == 0
     assert by_tokens.splitlines()[1:] == out.splitlines()[1:], "the same numbers by token file"
-    module = [sys.executable, "-m", "tinytrain_dist", "evaluate", str(run), "--data", str(tmp_path / "tokens.npy")]
-    done = subprocess.run([*module, "--stride", "5", "--nproc", "2"], capture_output=True, text=True, check=False)
+    module = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tinytrain_dist",
+        "evaluate",
+        str(run),
+        "--data",
+        str(tmp_path / "tokens.npy"),
+    ]
+    (tmp_path / "random.py").write_text("raise SystemExit('taken for a library')")
+    done = subprocess.run(
+        [*module, "--stride", "5", "--nproc", "2"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.stdout == by_tokens, done.stderr
 
 

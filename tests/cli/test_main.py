@@ -82,3 +82,12 @@ def test_errors_of_the_system_are_reported_without_a_traceback(tinytrain: Cli, m
 
     monkeypatch.setattr(ls, "main", refused)
     assert tinytrain("ls") == (1, "", "error: [Errno 13] Permission denied: 'runs'\n")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "train"])
+def test_outputs_that_are_closed_give_no_traceback(arguments: str) -> None:
+    command = f"{sys.executable} -m tinytrain_dist {arguments}"
+    for line in (f"{command} >&-", f"{command} 2>&-", f"set -o pipefail; {command} | true"):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 2, 141), line
+        assert "Traceback" not in done.stderr, line

@@ -70,8 +70,24 @@ def test_a_model_folder_gives_its_sizes(tinytrain: Cli, tmp_path: Path) -> None:
     check_hf_config(config, model)  # raises an error if a size does not fit
     assert config.init_from == str(model)
     assert f"--tokenizer '{model}'" in (tmp_path / "tune" / "README.md").read_text()
+    for change in (
+        {"num_key_value_heads": "x"},
+        {"rms_norm_eps": -1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
+    ):
+        (model / "config.json").write_text(json.dumps({**to_hf_config(KINDS["qwen3"]), **change}))
+        code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
+        assert code == 2, change
+        assert f"{model}/config.json" in err
     (model / "config.json").write_text(json.dumps({**to_hf_config(KINDS["qwen3"]), "model_type": "gemma"}))
     code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
     assert code == 2
     assert "model_type: 'gemma' is not supported" in err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_name_that_cannot_be_written_into_files_is_refused(tinytrain: Cli, tmp_path: Path) -> None:
+    code, _, err = tinytrain("new", f"{tmp_path}/bad\udcff")
+    assert code == 2
+    assert "is not valid UTF-8" in err
+    assert list(tmp_path.iterdir()) == []

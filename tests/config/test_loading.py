@@ -248,6 +248,9 @@ def test_a_vocab_size_below_that_of_the_data_is_an_error(tmp_path):
 
 def test_raw_token_files_need_a_vocab_size(tmp_path):
     config = TrainingConfig(train_data=str(tmp_path / "train.npy"))
+    with pytest.raises(ConfigError, match=r"train_data: .*train\.npy: no such token file"):
+        resolve_vocab_size(config)
+    write(tmp_path / "train.npy", "")
     with pytest.raises(ConfigError, match=r"vocab_size: not set, and there is no .*meta\.json"):
         resolve_vocab_size(config)
     write(tmp_path / "meta.json", "{}")

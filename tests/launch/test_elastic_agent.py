@@ -350,3 +350,13 @@ def test_nodes_that_do_not_join_are_reported_in_a_sentence(tmp_path: Path) -> No
         *_, last = running.output().splitlines()
         assert last.startswith(f"error: only some of the 2 nodes joined at 127.0.0.1:{port} in time; start the others")
         assert "Traceback" not in running.output()
+
+
+def test_a_node_that_waits_for_the_head_in_native_code_ends_on_a_signal(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    options = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+    options += ["--rdzv-conf=is_host=0,join_timeout=600", "--local-addr=127.0.0.1"]
+    with training_process([config], 1, tmp_path, launcher=AGENT, script=TRAIN, rendezvous=options) as running:
+        running.wait_for_output("waiting for the other nodes to join")
+        os.kill(running.process.pid, signal.SIGTERM)
+        assert running.wait(60) == 0, running.output()

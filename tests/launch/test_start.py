@@ -84,6 +84,9 @@ def test_node_reports_what_is_missing(tmp_path: Path) -> None:
         ((config, "--nnodes", "2", "--node-rank", "0", "--head", "::1"), "--head: '::1' is an IPv6 address"),
         ((config, "--nnodes", "2", "--node-rank", "1", "--head", "no.such.host.invalid"), "cannot be reached from"),
         ((config, "--nnodes", "1", "--node-rank", "0", "--nproc", "0"), "--nproc: 0 is not a number of processes"),
+        ((config, "--nnodes", "3:2", "--node-rank", "0", "--head", "a"), "--nnodes: 3:2 has more nodes at least"),
+        ((config, "--nnodes", "2", "--node-rank", "5", "--head", "a"), "--node-rank: '5' is not a node's number"),
+        ((tmp_path,), "is not a regular file"),
         ((config, "--nnodes", "1", "--node-rank", "x"), "--node-rank: got 'x'; give a number"),
     ]:
         done = node(*args)
@@ -189,4 +192,6 @@ def test_the_command_on_one_machine_has_a_rank_for_each_gpu_or_fills_the_cores(
         command = start.local_command(config, ["--seed", "5"])
         assert command.arguments[command.arguments.index("--nproc-per-node") + 1] == str(nproc)
         assert command.environment == {"OMP_NUM_THREADS": threads}
+    with pytest.raises(start.StartError, match="--max-restarts: -1 is negative"):
+        start.local_command(config, [], max_restarts=-1)
     assert "--max-restarts 2" in " ".join(start.local_command(config, [], max_restarts=2).arguments)

@@ -81,9 +81,13 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
     text = parsing_error_text(printed)
     if missing := re.match(r"Missing from .*?: (\S+) (.*?)\(required\)", text):
         what = missing[2].split(". ")[0].strip(" .")
+        if missing[1].startswith("--"):
+            what = what.partition(" ")[2]  # without the name of the value
         return (
             f"{missing[1]} is missing{': ' if what else ''}{what[:1].lower()}{what[1:]}; --help explains the arguments"
         )
+    if no_value := re.match(r"Missing value for argument '([^-]\S*)'", text):
+        return f"{no_value[1].upper()} is missing; it must come before all options (--help explains the arguments)"
     if no_value := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):
         return (
             f"{no_value[1]}: needs {'a value' if no_value[2] == '1' else no_value[2] + ' values'}; --help explains it"

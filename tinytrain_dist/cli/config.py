@@ -16,6 +16,8 @@ from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
 
 COMMENT_WIDTH = 110
+DEFAULTS = TrainingConfig().to_dict()
+DERIVED = "derived from other settings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ def main(args: list[str]) -> int:
     values = config.to_dict()
     for name, value in config.resolved().items():
         if values[name] != value:
-            values[name], origins[name] = value, "derived from other settings"
+            values[name], origins[name] = value, DERIVED
     if config.vocab_size is None:
         values["vocab_size"], origins["vocab_size"] = _vocab_size(config)
     print(f"# {path or 'the defaults'}{' with settings of the command line' if overrides else ''}")
@@ -67,7 +69,7 @@ def _format(values: dict[str, Any], origins: dict[str, str], changed_only: bool)
         blocks = [
             _format_setting(name, values[name], origins[name])
             for name in names
-            if not changed_only or values[name] != FIELDS[name].default
+            if not changed_only or (values[name] != DEFAULTS[name] and origins[name] != DERIVED)
         ]
         if blocks:
             sections.append("\n\n".join([f"[{section}]", *blocks]))

@@ -51,7 +51,8 @@ def export(
         out: The folder to write. It must not exist yet, and appears only when it is complete.
         dtype: Type of the weights to write.
         allow_untrained: Also export a model that was not trained for any step.
-        check: Load the new folder with transformers, if installed, and compare the logits before the folder appears.
+        check: Compare the logits with those of transformers, if it is installed, before the folder appears (--no-check:
+            do not).
     """
     source = find_checkpoint(checkpoint)
     if os.path.lexists(out):

@@ -78,6 +78,8 @@ def main(args: list[str] | None = None) -> int:
     """Run one verb; return its exit code, or 2 for a user's mistake."""
     args = sys.argv[1:] if args is None else args
     keep_output_from_failing("stderr")  # progress and warnings; what a verb is asked for goes to stdout
+    if sys.stdout is None:  # it was closed, as by >&-
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of a model's text
     try:

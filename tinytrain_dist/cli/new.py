@@ -12,7 +12,10 @@ from typing import Annotated, Any
 import tyro
 
 from tinytrain_dist.cli.arguments import UsageError, call_verb
+from tinytrain_dist.config.run_folder import parse_toml
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.type_conversion import to_toml_value
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.huggingface_config import settings_of_hf_folder
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.package_files import package_folder
@@ -88,6 +91,10 @@ def new(
     template = _of_model(Path(source)) if is_model else _of_package(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"DIR: {folder} exists already; give the name of a new or empty folder", "new")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"DIR: {str(folder)!r} is not valid UTF-8; give another name", "new") from None
     readme = README.format(name=folder.resolve().name, prepare=template.prepare, run=template.run)
     (folder / "slurm").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.toml", template.config)
@@ -139,7 +146,18 @@ def _of_model(model: Path) -> Template:
         longest=longest,
         sizes="\n".join(sizes),
     )
+    _check_values(content, model)
     return Template(content, prepare, "runs/fine_tuned")
+
+
+def _check_values(content: str, model: Path) -> None:
+    """Check that a configuration made from a model's config.json can be used. Errors: ConfigError."""
+    source = f"{model}/config.json"
+    try:
+        sections = parse_toml(content.encode())
+    except ValueError as error:
+        raise ConfigError(f"has a value that cannot be used ({error}); correct the file", source) from None
+    TrainingConfig.from_dict({name: value for section in sections.values() for name, value in section.items()}, source)
 
 
 def main(args: list[str]) -> int:

@@ -215,6 +215,10 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
     if config.vocab_size is None:
         if not meta_by_size:
+            missing = [file for file in config.train_files if not Path(file).exists()]
+            if missing:
+                remedy = "make one with `tinytrain prepare` or correct the path"
+                raise ConfigError(f"train_data: {missing[0]}: no such token file; {remedy}")
             meta = Path(config.train_files[0]).parent / "meta.json"
             raise ConfigError(f"vocab_size: not set, and there is no {meta} that contains it; set vocab_size")
         return dataclasses.replace(config, vocab_size=max(meta_by_size))

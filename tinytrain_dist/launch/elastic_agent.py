@@ -39,6 +39,7 @@ from typing import Any, NoReturn
 
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.launch.blocked_signals import call_if_not_handled
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
 from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
@@ -127,7 +128,7 @@ def forward_signal(number: int, _: FrameType | None) -> None:
     # Ranks that start later find it there and stop in order: a restart in place must not continue training.
     os.environ["TINYTRAIN_STOP"] = signal.Signals(number).name
     if not pids and number != signal.SIGUSR1:
-        _exit_now(0)  # no rank runs yet, so there is nothing to save
+        _exit_now(128 + number if _state.runs_verb else 0)  # no rank runs yet, so there is nothing to save
     _begin_to_stop_hanging_starts()
     if _state.runs_verb:
         number = signal.SIGTERM
@@ -140,6 +141,12 @@ def forward_signal(number: int, _: FrameType | None) -> None:
         _wait_for_handler(pid, number, end)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _stop_waiting_for_nodes() -> None:
+    """End the agent if it has no ranks yet; a stop signal has come, and torch waits for another node in native code."""
+    if not any(rank_pids()):
+        _exit_now(0)
 
 
 def _exit_now(code: int) -> NoReturn:
@@ -221,10 +228,10 @@ def _stop_hanging_starts() -> None:
         pids = list(rank_pids())
         now = time.monotonic()
         for pid in pids:
-            if now - first_seen.setdefault(pid, now) > STOP_IN_START_SECONDS:
-                # a rank without a handler for our own signal has not come as far as its mark
-                if claim(_state.folder_note, pid) or not _handles(pid, signal.SIGUSR1):
-                    hanging.append(pid)
+            is_late = now - first_seen.setdefault(pid, now) > STOP_IN_START_SECONDS
+            # a rank without a handler for our own signal has not come as far as its mark
+            if is_late and (claim(_state.folder_note, pid) or not _handles(pid, signal.SIGUSR1)):
+                hanging.append(pid)
     _state.stopped_in_start = True
     _say("stopped during the start, before the first step, so nothing was saved")
     writer = threading.Thread(target=_write_preempted, args=(pids, hanging), daemon=True)
@@ -268,9 +275,11 @@ def main(args: list[str]) -> int:
     raise_open_file_limit()
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
+        call_if_not_handled(STOP_SIGNALS, lambda: "TINYTRAIN_STOP" in os.environ, _stop_waiting_for_nodes)
         of_torchrun = []
     else:  # on other systems torchrun handles the signals itself
         of_torchrun = [name for name in TORCHRUN_SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
+    _state.runs_verb = runs_verb(args)
     args = [f"--signals-to-handle={','.join(of_torchrun or [UNUSED_SIGNAL])}", *args]
     try:
         config = training_config(args)
@@ -278,7 +287,7 @@ def main(args: list[str]) -> int:
         _say(f"error: {mistake}")
         return MISTAKE
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
     from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round, serve_rendezvous
@@ -297,7 +306,6 @@ def main(args: list[str]) -> int:
         folder_note = Path(scratch) / "run"
         _state.folder_note = folder_note
         _state.run_folder = Path(config.target_dir) if config else None
-        _state.runs_verb = runs_verb(args)
         if "TINYTRAIN_STOP" in os.environ:  # SIGUSR1 came before
             _begin_to_stop_hanging_starts()
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
@@ -312,7 +320,7 @@ def main(args: list[str]) -> int:
             death = over.death
         except ChildFailedError as failed:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
-        except (RendezvousTimeoutError, RendezvousClosedError) as failed:
+        except RendezvousError as failed:
             death = RankDeath(_describe_missing_nodes(options, failed), 1)
         if death.exit_code:
             _say(f"error: {_first_cause(folder_note) or death.text}")
@@ -322,8 +330,8 @@ def main(args: list[str]) -> int:
 def _describe_missing_nodes(options: argparse.Namespace, error: Exception) -> str:
     """Describe why the nodes did not come together: torch's exception says only that it took too long or was closed."""
     where = f" at {options.rdzv_endpoint}" if options.rdzv_endpoint else ""
-    if "Closed" in type(error).__name__:
-        return f"the rendezvous{where} was closed by another node; its own message says why, so look at its log"
+    if "Timeout" not in type(error).__name__:
+        return f"another node has ended the rendezvous{where}, or cannot be reached any more; its own log says why"
     return (
         f"only some of the {options.nnodes} nodes joined{where} in time; start the others, or see in their logs what "
         "keeps them, and check the address with `tinytrain doctor`"

@@ -96,6 +96,8 @@ class NodeOptions:
 
 def check_config_file(config: Path) -> None:
     """Check that there is such a file on this machine. Errors: StartError."""
+    if config.exists() and not config.is_file():
+        raise StartError(f"CONFIG: {config} is not a regular file; give a .toml file")
     if not config.is_file():
         raise StartError(
             f"CONFIG: there is no file {config} on {socket.gethostname()}; `tinytrain new FOLDER` makes one"
@@ -116,7 +118,7 @@ def local_command(
         # a power of two divides most batch sizes
         nproc = gpus or min(MOST_CPU_RANKS, 1 << (cores.bit_length() - 1))
     threads = _threads_per_rank(_checked_nproc(nproc), cores)
-    restarts = [] if max_restarts is None else ["--max-restarts", str(max_restarts)]
+    restarts = [] if max_restarts is None else ["--max-restarts", str(_restarts(max_restarts))]
     where = f"{gpus} GPU(s)" if gpus else f"{cores} CPU core(s)"
     return Command(
         [*_python("-m", AGENT_MODULE), "--standalone", *restarts, *_rank_arguments(nproc, config, settings)],
@@ -127,9 +129,9 @@ def local_command(
 
 def module_command(module: str, arguments: Sequence[str], nproc: int) -> Command:
     """Return the command that starts a module of this package on several processes of this machine."""
-    agent = [*_python("-m", AGENT_MODULE), "--standalone", "--nproc-per-node", str(nproc)]
+    agent = [*_python("-m", AGENT_MODULE), "--standalone", "--nproc-per-node", str(nproc), "--no-python"]
     threads = _threads_per_rank(_checked_nproc(nproc), usable_cores())
-    return Command([*agent, "-m", module, *arguments], {"OMP_NUM_THREADS": threads})
+    return Command([*agent, *_python("-u", "-m", module), *arguments], {"OMP_NUM_THREADS": threads})
 
 
 def node_command(config: Path, settings: Sequence[str], options: NodeOptions) -> Command:
@@ -144,7 +146,10 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     node_rank = slurm.get("SLURM_NODEID", "") if options.node_rank is None else str(options.node_rank)
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
         raise StartError(f"--nnodes: {nnodes!r} is not a number of nodes; give a whole number, or MIN:MAX")
-    if not node_rank.isdecimal():
+    fewest, _, most = nnodes.partition(":")
+    if most and int(fewest) > int(most):
+        raise StartError(f"--nnodes: {nnodes} has more nodes at least than at most; give MIN:MAX")
+    if not node_rank.isdecimal() or int(node_rank) >= int(most or fewest):
         raise StartError(
             f"--node-rank: {node_rank!r} is not a node's number; give 0 on the head, 1, 2, ... on the others"
         )

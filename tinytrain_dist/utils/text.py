@@ -52,5 +52,8 @@ def format_age(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; "" if it has none."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error's message; "" if it has none, or cannot say it."""
+    try:
+        return str(error).partition("\n")[0]
+    except Exception:  # code of a user may define __str__
+        return ""

@@ -65,7 +65,7 @@ def _create(name: str) -> Tracker:
         sys.path.append(os.getcwd())  # at the end, so that no file of the user hides a library
     try:
         tracker_class = getattr(importlib.import_module(module), class_name)
-    except Exception as error:  # code of the user or of a library may raise anything
+    except (Exception, SystemExit) as error:  # code of the user or of a library may raise anything
         if library and isinstance(error, ModuleNotFoundError) and error.name == library:
             problem = f"needs a library that is not installed; pip install 'tinytrain_dist[{library}]'"
         else:
@@ -75,7 +75,7 @@ def _create(name: str) -> Tracker:
         raise ConfigError(f"trackers: {name} is not derived from tinytrain_dist.Tracker; see docs/trackers.md")
     try:
         return tracker_class()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"trackers: {name} cannot be created without arguments ({type(error).__name__}: {error}); move work that "
             "needs the run to its method `start`"
