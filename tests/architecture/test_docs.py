@@ -42,7 +42,18 @@ PROGRAMS_OF_OTHERS = set(
     """cd git lm_eval pip mlflow pre-commit printf python sbatch source tensorboard tinytrain torchrun wandb
     zensical""".split()
 )
-OF_LAUNCHERS = {"help", "max-restarts", "max-requeues", "nnodes", "node-rank", "head", "dry-run", "follow", "version"}
+OF_LAUNCHERS = {
+    "help",
+    "max-restarts",
+    "max-requeues",
+    "nnodes",
+    "node-rank",
+    "head",
+    "dry-run",
+    "follow",
+    "version",
+    "overwrite",
+}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
 FORMER_OR_OPTIONAL = {
