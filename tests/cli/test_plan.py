@@ -94,4 +94,8 @@ def test_the_vocabulary_must_be_known(capsys: pytest.CaptureFixture[str], tmp_pa
     data = ("--train-data", str(tmp_path / "train.npy"))
     code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), *data)
     assert code == 2
+    assert "train.npy: no such token file" in text
+    (tmp_path / "train.npy").touch()
+    code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), *data)
+    assert code == 2
     assert "vocab_size: not set, and there is no" in text
