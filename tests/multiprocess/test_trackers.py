@@ -58,7 +58,7 @@ def test_a_run_is_one_run_in_all_trackers_over_a_stop_and_a_resume(tmp_path: Pat
     client = mlflow.MlflowClient(tracking_uri=uri)
     assert client.get_run(mlflow_id).info.status == "KILLED"
     assert OfflineRun(run / "logs" / "wandb").summary["status"] == "stopped"
-    assert (run / "logs" / "Lines" / "lines").read_text().splitlines()[-1] == "stopped"
+    assert (run / "logs" / "own.Lines" / "lines").read_text().splitlines()[-1] == "stopped"
 
     done = launch_training([config, f"--stop-at-step={stopped_at + 5}"], 2, tmp_path, env, launcher=AGENT)
     assert done.returncode == 0, done.stdout
@@ -72,7 +72,7 @@ def test_a_run_is_one_run_in_all_trackers_over_a_stop_and_a_resume(tmp_path: Pat
     assert found.exit_codes == [0, 0]
     assert client.get_run(mlflow_id).info.status == "FINISHED"
     assert sorted((point.step, point.value) for point in client.get_metric_history(mlflow_id, "train/loss")) == losses
-    lines = (run / "logs" / "Lines" / "lines").read_text().splitlines()
+    lines = (run / "logs" / "own.Lines" / "lines").read_text().splitlines()
     assert f"{stopped_at} resumed" in lines
     assert lines[-1] == "finished"
 

@@ -57,7 +57,9 @@ def test_ddp_has_larger_buckets_only_between_nodes_with_gpus(monkeypatch: pytest
     assert bucket_megabytes(two_nodes, "cpu") is None, "the bits of runs on CPUs stay"
     given = {}
     monkeypatch.setattr(DistributedContext, "group", lambda *_: None)
-    monkeypatch.setattr(parallelize, "DistributedDataParallel", lambda model, **options: given.update(options))
+    monkeypatch.setattr(parallelize, "DistributedDataParallel", lambda model, **options: given.update(options) or model)
+    monkeypatch.setattr(parallelize, "keep_group", lambda *_: None)
+    monkeypatch.setattr(torch.nn.Linear, "process_group", None, raising=False)
     monkeypatch.setattr(parallelize, "bucket_megabytes", lambda context, device_type: (device_type, 7))
     parallelize.replicate_with_ddp(torch.nn.Linear(2, 2), two_nodes)
     assert given["bucket_cap_mb"] == ("cpu", 7)
