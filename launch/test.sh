@@ -31,7 +31,7 @@ step() { # step NAME DESCRIPTION COMMAND...
 shell_scripts() {
     local scripts=()
     while IFS= read -r -d '' script; do scripts+=("$script"); done < <(
-        find .ci launch slurm tests benchmarks examples \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -type f -print0 2>/dev/null
+        find .ci launch slurm tinytrain_dist tests benchmarks examples \( -name '*.sh' -o -name '*.sbatch' -o -path .ci/run \) -type f -print0 2>/dev/null
     )
     printf '%d scripts\n' "${#scripts[@]}"
     .venv/bin/shellcheck "${scripts[@]}"

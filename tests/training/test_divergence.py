@@ -20,7 +20,7 @@ SAVES = {"total_steps": 12, "ckpt_every": 1, "keep_last": 1, "eval_every": 99, "
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name.removeprefix("checkpoint-") for path in (folder / "run" / "checkpoints").iterdir())
+    return sorted(path.name.removeprefix("checkpoint-") for path in (folder / "run" / "checkpoints").glob("checkpoint-*"))
 
 
 def advised_settings(message: str) -> dict[str, Any]:
