@@ -20,7 +20,8 @@ SAVES = {"total_steps": 12, "ckpt_every": 1, "keep_last": 1, "eval_every": 99, "
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name.removeprefix("checkpoint-") for path in (folder / "run" / "checkpoints").glob("checkpoint-*"))
+    checkpoints = (folder / "run" / "checkpoints").glob("checkpoint-*")
+    return sorted(path.name.removeprefix("checkpoint-") for path in checkpoints)
 
 
 def advised_settings(message: str) -> dict[str, Any]:
