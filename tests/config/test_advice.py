@@ -1,6 +1,6 @@
 """Follow the advice of every message about settings literally: what it offers is then accepted.
 
-Settings are drawn at random, and each wrong one is mended by each change that its message offers. Verbs and launchers:
+Settings are drawn at random, and every change that a message offers must make them valid. Verbs and launchers:
 tests/cli/test_advice.py.
 """
 
@@ -121,7 +121,7 @@ def test_batches_on_ranks(values: dict[str, Any], data: st.DataObject) -> None:
 
 @given(BATCHES)
 def test_sizes_for_the_given_ranks_are_accepted_at_once(values: dict[str, Any]) -> None:
-    """The message about a batch offers what the batch plan accepts, not only what mends its first complaint."""
+    """The message about a batch offers only what the batch plan accepts, also where several rules are broken."""
     for problem in problems_of_batch(values):
         if not problem.startswith(("batch_size: ", "reproducible: ")) or "can be " in problem or NO_NUMBER in problem:
             continue

@@ -41,7 +41,7 @@ def test_who_is_waited_for(heartbeats: list[dict[str, Any]], expected: str) -> N
 
 
 def progressing(*ranks: tuple[int, float, float]) -> str:
-    """What is said of ranks with a (step, age of the heartbeat, seconds without progress before it)."""
+    """Describe ranks, each given as (step, age of its heartbeat, seconds without progress before it)."""
     beats = [
         {**heartbeat(rank, step, seen=100.0 - age), "seconds": seconds}
         for rank, (step, age, seconds) in enumerate(ranks)

@@ -153,7 +153,7 @@ def _fp8_faults(model: ModelConfig) -> dict[str, int]:
 
 
 def _possible_sizes(model: ModelConfig, fault: str) -> str:
-    """Return the values of single settings that mend this fault and make no new one."""
+    """Return the values of single settings that correct this fault and cause no other."""
     present = {*_shape_faults(model), *_fp8_faults(model)}
     heads, width = model.num_heads, model.head_width
     exact = math.lcm(FP8_MULTIPLE, 2 * heads)  # a d_model that also makes an even width
@@ -172,13 +172,13 @@ def _possible_sizes(model: ModelConfig, fault: str) -> str:
     if fault in ("heads", "width"):
         candidates["head_dim"] = nearest_multiples(max(width, 2), 2)
 
-    def mends(name: str, size: int) -> bool:
+    def corrects(name: str, size: int) -> bool:
         changed = dataclasses.replace(model, **{name: size})  # type: ignore[arg-type]
         remaining = {*_shape_faults(changed), *_fp8_faults(changed)}
         ignored = set() if fault in _fp8_faults(model) else {*_fp8_faults(changed)}
         return fault not in remaining and remaining - ignored <= present
 
-    offers = {name: sorted({s for s in sizes if mends(name, s)}) for name, sizes in candidates.items()}
+    offers = {name: sorted({s for s in sizes if corrects(name, s)}) for name, sizes in candidates.items()}
     return format_choices(offers)
 
 

@@ -55,12 +55,8 @@ from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGQUIT)  # SIGQUIT (Ctrl-\) ends at once, the others are forwarded
-TORCHRUN_SIGNALS = (
-    "SIGTERM",
-    "SIGINT",
-    "SIGHUP",
-    "SIGQUIT",
-)  # handled even if this process was started with them ignored
+# torchrun handles these even if this process was started with them ignored
+TORCHRUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 UNUSED_SIGNAL = "SIGURG"  # torchrun must be given one to handle; this is sent only to programs that ask for it
 TASKS = Path("/proc/self/task")
 SECOND_INTERRUPT_SECONDS = 1.0  # a terminal may deliver one Ctrl-C twice, so only a later one counts as the second
