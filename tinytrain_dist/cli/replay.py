@@ -28,6 +28,7 @@ from tinytrain_dist.config.run_folder import (
 )
 from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.launch.start import local_command
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, owner, remove_leftovers
@@ -158,9 +159,8 @@ def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -
     """
     config_file = folder / "replay.toml"
     config_file.write_text(config.to_toml(), encoding="utf-8")
-    agent = [sys.executable, "-m", "tinytrain_dist.agent", "--standalone", f"--nproc-per-node={nproc}"]
-    command = [*agent, "-m", "tinytrain_dist.train", str(config_file)]
-    with subprocess.Popen(command, stdout=sys.stderr, pass_fds=[] if held is None else [held]) as process:
+    command = local_command(config_file, [], nproc)
+    with subprocess.Popen(command.arguments, stdout=sys.stderr, pass_fds=[] if held is None else [held]) as process:
         try:
             exit_code = process.wait()
         except BaseException:  # a stop request

@@ -150,7 +150,7 @@ def _describe_parsing_error(printed: str, args: list[str]) -> str:
             start = len(args) - args[::-1].index(flag)
             values = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), args[start:]))
             return f"{flag[2:]}: expected {VALUE_NAMES.get(hint, hint)}, got {values!r}"
-    return f"{text.rstrip('.')}; {HELP_COMMAND} lists all settings"
+    return f"{text}; {HELP_COMMAND} lists all settings"
 
 
 def _is_flag(name: str) -> bool:

@@ -11,8 +11,9 @@ import ipaddress
 import os
 import socket
 import struct
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 UNKNOWN_NAME_SECONDS = 10.0  # how long to repeat a failed look-up: a name server may need a second query
@@ -146,3 +147,18 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def slurm_hosts(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return the hosts of a Slurm job in the order of their ranks; none outside a job, or if scontrol fails.
+
+    environment: with Slurm's variables (None: that of this process).
+    """
+    nodelist = (os.environ if environment is None else environment).get("SLURM_JOB_NODELIST")
+    if not nodelist:
+        return []
+    try:
+        command = ["scontrol", "show", "hostnames", nodelist]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tinytrain_dist.distributed.network import is_ip_address, is_loopback, resolve, why_unreachable
+from tinytrain_dist.distributed.network import is_ip_address, is_loopback, resolve, slurm_hosts, why_unreachable
 from tinytrain_dist.distributed.torch_internals import (
     in_process_store,
     prefix_store,
@@ -257,7 +256,7 @@ def _check_hosts(hosts_by_rank: list[Any], seconds: float, head: str) -> None:
     missing = [rank for rank, description in enumerate(hosts_by_rank) if description is None]
     loopback_of_host = {entry["host"]: entry["loopback"] for entry in hosts_by_rank if entry}
     if missing:
-        absent = [name for name in _slurm_hosts() if name not in loopback_of_host]
+        absent = [name for name in slurm_hosts() if name not in loopback_of_host]
         raise ConfigError(
             f"{len(missing)} of {len(hosts_by_rank)} ranks did not join at {head} within {seconds:g} s: rank "
             f"{format_list(missing)}; hosts that joined: {format_list(list(loopback_of_host))}"
@@ -272,15 +271,3 @@ def _check_hosts(hosts_by_rank: list[Any], seconds: float, head: str) -> None:
             "address, which the other nodes cannot reach; set it to the interface of the nodes' network (ip addr), or "
             "fix /etc/hosts"
         )
-
-
-def _slurm_hosts() -> list[str]:
-    """Return the hosts of the Slurm job; an empty list outside of Slurm, or if scontrol fails."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        return []
-    try:
-        command = ["scontrol", "show", "hostnames", nodes]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        return []

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tinytrain_dist.distributed.network import address_towards, hand_over, interface_addresses, is_free, listen
+from tinytrain_dist.distributed.network import (
+    address_towards,
+    hand_over,
+    interface_addresses,
+    is_free,
+    listen,
+    slurm_hosts,
+)
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.launch.machine import usable_cores, visible_gpus
 
@@ -216,8 +223,7 @@ class SlurmNodes:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> SlurmNodes:
         """Return the nodes that Slurm's variables name; none outside a job, or where scontrol is missing."""
-        nodelist = environment.get("SLURM_JOB_NODELIST")
-        return cls(_scontrol("show", "hostnames", nodelist).split() if nodelist else [])
+        return cls(slurm_hosts(environment))
 
     def peer_of_head(self) -> str:
         """Return a host that node 0 must reach: the second node, or this machine if there is none."""
