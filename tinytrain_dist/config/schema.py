@@ -49,11 +49,7 @@ class TrainingConfig:
         "run", None, "stop after this step (None: total_steps); the learning rate still follows total_steps"
     )
     time_limit: float | None = _setting("run", None, "save and stop after this many seconds (None: no limit)")
-    start_limit: float = _setting(
-        "run",
-        1800.0,
-        "abort if start-up (connect, open data, build, load) takes more than this many seconds (0: never)",
-    )
+    start_limit: float = _setting("run", 1800.0, "abort if start-up takes more than this many seconds (0: never)")
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
@@ -70,11 +66,7 @@ class TrainingConfig:
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     trackers: tuple[str, ...] = _setting("run", ("tensorboard",), "any of tensorboard, wandb, mlflow, MODULE:CLASS")
-    resume: str = _setting(
-        "run",
-        "auto",
-        "resume from: auto (newest valid checkpoint, if any), never (nothing), or the path of a checkpoint",
-    )
+    resume: str = _setting("run", "auto", "auto (from the newest valid checkpoint), never, or the path of a checkpoint")
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
@@ -156,7 +148,7 @@ class TrainingConfig:
         "compute", None, "CPU threads per process (None: OMP_NUM_THREADS, or 1 if reproducible)"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between comparisons of replicas (None: at each save)"
+        "parallel", None, "steps between comparisons of the replicas' bits (None: only at each save)"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")
