@@ -25,10 +25,10 @@ from tinytrain_dist.data.token_file import load_token_dataset
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.launch.start import module_command
+from tinytrain_dist.metrics.perplexity import perplexity_of
 from tinytrain_dist.training.scoring import (
     Score,
     Window,
-    perplexity_of,
     sliding_windows,
     summarize,
     window_losses,

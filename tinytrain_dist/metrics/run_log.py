@@ -6,7 +6,6 @@ Must not know how the numbers are computed, or any tracker. Only rank 0 writes; 
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.metrics.perplexity import perplexity_of
 from tinytrain_dist.metrics.trackers import create_trackers, start_trackers
 from tinytrain_dist.metrics.trackers.background import FINISH_SECONDS, START_SECONDS, Call, Sink
 from tinytrain_dist.metrics.trackers.base import Status
@@ -107,7 +107,7 @@ class RunLog:
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
         """Record an evaluation. loss: nats per token; seconds: how long it took; others: further numbers by name."""
         others = others or {}
-        perplexity = math.exp(min(loss, 700.0))  # exp(710) overflows
+        perplexity = perplexity_of(loss)
         numbers = {"loss": loss, "perplexity": perplexity, **others}
         more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others.items())
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f}{more} ({seconds:.1f} s)")

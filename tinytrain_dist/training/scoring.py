@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinytrain_dist.metrics.perplexity import perplexity_of
+
 LOGITS_AT_ONCE = 2**26  # values; 256 MiB in float32
 
 
@@ -26,11 +28,6 @@ class Window:
     begin: int
     end: int
     scored: int  # number of its last predictions that count; those before it are context, scored by earlier windows
-
-
-def perplexity_of(loss: float) -> float:
-    """Return exp(loss), or a huge number where that would overflow. NaN for NaN."""
-    return math.exp(700.0 if loss > 700.0 else loss)  # exp(710) overflows
 
 
 @dataclass(frozen=True)
