@@ -8,6 +8,7 @@ the code and settings as they were submitted, even if the checkout has changed s
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,7 +157,6 @@ class Job:
 
     def write(self) -> None:
         """Write RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
-        self.folder.mkdir(parents=True)
         copy_code(self.folder / "code")
         for number, config in enumerate(self.configs):
             name = f"config-{number}.toml" if self.options.array else "config.toml"
@@ -240,6 +241,8 @@ def check_options(options: SubmitOptions) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if options.max_requeues is not None and options.max_requeues < 0:
+        problems.append(f"--max-requeues: {options.max_requeues} must not be negative; give 0 for no requeue")
     problems += check_template(options)
     try:
         if seconds_of(options.time) < MIN_TIME_SECONDS:
@@ -403,13 +406,28 @@ def _print_logs(folder: Path, positions: dict[str, int]) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def _folder_unless_it_fails(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents, and remove what was made if the block raises."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in missing[1:]:  # from the inside out
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+        raise
+
+
 def submit(job: Job) -> str:
     """Write the job's folder and submit the job; return its ID in Slurm. Errors: SubmitError if Slurm refuses."""
-    job.write()
-    done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(job.folder)
-        raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
+    with _folder_unless_it_fails(job.folder):
+        job.write()
+        done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
     slurm_id = done.stdout.strip().partition(";")[0]  # "ID", or "ID;CLUSTER"
     write_atomically(job.folder / "job_id", slurm_id + "\n")
     return slurm_id
