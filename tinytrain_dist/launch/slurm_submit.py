@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -31,6 +31,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.launch.sweep import read_sweep, task_settings
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.git import git_output
 from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, Text
@@ -306,10 +307,9 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
     for task, line in enumerate(lines):
         prefix = "" if line is None else f"task {task}: "
         try:
-            task_settings = [] if line is None else split_settings(line)
-            config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
-            if line is not None and not re.search(r"--target[-_]dir\b", line):
-                config = replace(config, target_dir=f"{config.target_dir}/{task}")
+            words = [str(options.config), *settings]
+            more = [] if line is None else task_settings(words, line, task)
+            config = parse_command_line([*words, *more], prog=PROGRAM)
             configs.append(config)
             problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
         except ConfigError as error:
@@ -333,23 +333,6 @@ def shared_places(configs: list[TrainingConfig]) -> list[str]:
         for (folder, prefix), tasks in sorted(places.items())
         if tasks > 1
     ]
-
-
-def split_settings(line: str) -> list[str]:
-    """Return the words of a line of a sweep, as a shell would. Errors: ConfigError."""
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ConfigError(f"--array: the line {line!r} has a quote without its end ({error}); close it") from None
-
-
-def read_sweep(path: Path) -> list[str]:
-    """Return the lines of a sweep, without empty lines and comments. Errors: ConfigError."""
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 # ---------------------------------------------------------------- submission
