@@ -128,13 +128,13 @@ class StepPrediction:
     """Where the time of a step goes, on each GPU.
 
     * `waits`: how long computation waits for communication, in seconds, by what is communicated.
-    * `sent`: bytes that are gathered or reduced, by group and operation, to compare with the simulated step.
+    * `sent`: group, operation and bytes of each collective, in the order in which they are issued.
     """
 
     compute_seconds: float  # forward and backward
     update_seconds: float  # gradient norm and optimizer
     waits: dict[str, float]
-    sent: dict[tuple[str, str], int]
+    sent: list[tuple[str, str, int]]
 
     @property
     def exposed_seconds(self) -> float:
@@ -191,7 +191,7 @@ class _Step:
         self.timeline = Timeline()
         self.compute_seconds = 0.0
         self.update_seconds = 0.0
-        self.sent: dict[tuple[str, str], int] = {}
+        self.sent: list[tuple[str, str, int]] = []
         dims, per_node = settings.dims, settings.devices_per_node
         replicas_on_node = max(1, per_node // dims.shard)
         self.groups = {
@@ -236,7 +236,7 @@ class _Step:
         if operation == "reduce_scatter" and self.settings.separate_reduce_scatter:
             queue = REDUCE_SCATTER
         link = "network" if ranks.nodes > 1 else "node"
-        self.sent[group, operation] = self.sent.get((group, operation), 0) + nbytes
+        self.sent.append((group, operation, nbytes))
         return self.timeline.add(Task(name, queue, time.transfer, tuple(after), time.latency, link))
 
     # ------------------------------------------------------------ the step
