@@ -1,12 +1,18 @@
 """Predict the time of a step on GPUs: a timeline of computation, collectives and what waits for what.
 
-The order of the tasks is that of the real step on NCCL (parallel/parallelize.py, grad_reduction.py, and torch's DDP and
-FSDP2): which weights are gathered when, how DDP fills its buckets, what is summed in which micro-step. Tests compare the
-bytes with those of the simulated step, and the buckets with those of DDP. Two numbers are assumptions: the share of the
-peak that computation reaches (`DeviceSpec.reached`), and that of the links (`REACHABLE_SHARE_OF_LINKS`).
+The order of the tasks is that of the real step on NCCL (parallel/parallelize.py, grad_reduction.py, and torch's DDP
+and FSDP2): which weights are gathered when, how DDP fills its buckets, what is summed in which micro-step. Tests
+compare the collectives with those of the simulated step, and the buckets with those of DDP. Two numbers are
+assumptions: the share of the peak that computation reaches (`DeviceSpec.reached`), and that of the links
+(`REACHABLE_SHARE_OF_LINKS`).
 
-Not modelled: collectives take processors of the GPU from computation, ranks that are slower than others, copies into and
-out of FSDP's buffers, small micro-batches that reach a smaller share of the peak, and reproducible mode.
+Not modelled:
+
+- collectives take processors of the GPU and bandwidth of its memory from computation
+- copies into and out of FSDP's buffers, and the casts of weights without FSDP
+- ranks that are slower than others, and other traffic in the network
+- small micro-batches reach a smaller share of the peak
+- reproducible mode
 
 Must not know torch.
 """
@@ -311,9 +317,7 @@ class _Step:
         scattered = self.communicate(GRADIENTS, "reduce_scatter", SHARD, nbytes, [copied])
         self.reductions = [scattered]
         if is_last and self.settings.dims.replicate > 1:
-            self.reductions.append(
-                self.communicate(GRADIENTS, "allreduce", REPLICATE, nbytes // shards, [scattered])
-            )
+            self.reductions.append(self.communicate(GRADIENTS, "allreduce", REPLICATE, nbytes // shards, [scattered]))
 
     def finish(self) -> None:
         """Add what follows the last backward: losses, gradient norm and update."""
