@@ -281,7 +281,7 @@ def _print_scaling(config: TrainingConfig, options: PlanOptions, device: DeviceS
     batch = f"batch_size {config.batch_size} on any number of GPUs"
     if options.batch_per_gpu is not None:
         batch = f"{options.batch_per_gpu} sequence(s) of a step for each GPU"
-    columns = f"{'tensors':>12}{'fits':>6}{'step':>10}{'update':>10}{'waiting':>10}{'share':>8}{'MFU':>8}"
+    columns = f"{'tensors':>12}{'fits':>6}{'step':>10}{'update':>11}{'waiting':>10}{'share':>8}{'MFU':>8}"
     print(
         f"{source} on nodes of {per_node} {device.name}, {batch}\n"
         f"computed, not measured: {device.reached:.0%} of the peak, {REACHABLE_SHARE_OF_LINKS:.0%} of "
@@ -304,7 +304,7 @@ def _scaling_columns(step: PredictedStep | ConfigError) -> str:
     waits = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
     return (
         f"{sequences:>9}{format_gib(planned.estimate.nbytes):>12}{'yes' if planned.fits else 'no':>6}"
-        f"{_seconds(timeline.seconds):>10}{_seconds(timeline.update_seconds):>10}"
+        f"{_seconds(timeline.seconds):>10}{_seconds(timeline.update_seconds):>11}"
         f"{_seconds(timeline.exposed_seconds):>10}"
         f"{timeline.exposed_seconds / timeline.seconds:>8.1%}{step.mfu:>8.1%}{step.efficiency:>12.1%}  {waits}"
     )
