@@ -13,6 +13,7 @@ Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, com
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -184,6 +185,30 @@ def unshard_asynchronously(unit: Any) -> None:
     Versions: FSDPModule._set_unshard_async_op in 2.11 to 2.15.
     """
     unit._set_unshard_async_op(True)
+
+
+_reduce_scatter_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the group of shards
+
+
+def separate_reduce_scatters(model: Any, timeout: timedelta | None) -> bool:
+    """Let FSDP reduce-scatter in a process group of its own, beside the all-gathers. A collective of a replica's ranks.
+
+    Otherwise one communicator of NCCL runs both kinds one after the other. Models over the same ranks share the group,
+    so that building a model again takes no more memory. Returns whether this torch can do it.
+    Versions: FSDPModule.set_separate_reduce_scatter_group since 2.13, with mesh_info.reduce_scatter_process_group.
+    """
+    if not hasattr(model, "set_separate_reduce_scatter_group"):
+        return False
+    units = [module for module in model.modules() if hasattr(module, "set_separate_reduce_scatter_group")]
+    meshes = [group.mesh_info for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    shards = meshes[0].shard_process_group
+    for mesh in meshes:
+        mesh.reduce_scatter_process_group = _reduce_scatter_groups.get(shards)
+    model.set_separate_reduce_scatter_group(True)
+    group = _reduce_scatter_groups[shards] = meshes[0].reduce_scatter_process_group
+    if timeout is not None:
+        set_group_timeout(group, timeout)
+    return True
 
 
 # ---------------------------------------------------------------- compiler
