@@ -16,12 +16,9 @@ from tinytrain_dist.distributed.torch_internals import compiled_graph_count as c
 from tinytrain_dist.distributed.torch_internals import (
     compiler_keeps_bf16_rounding,
     keep_graphs_whole_under_ddp,
-    load_compiler,
 )
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
-
-load_compiler()  # now, so that the import does not happen inside a step or a simulation
 
 # Compiling pays off in runs of at least so many floating-point operations: about five minutes on two CPU cores, or on
 # one large GPU. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
