@@ -254,6 +254,33 @@ def keep_graphs_whole_under_ddp() -> None:
     torch._dynamo.config.optimize_ddp = False
 
 
+def assume_vector_instructions() -> bool:
+    """Let inductor use the vector instructions that this processor lists, without a test; return whether that is new.
+
+    The test starts up to six processes in each rank, one after the other. They take 0.9 s of processor time even if
+    the test programs are in the cache. Call this before anything is compiled; try the compiler afterwards, and if it
+    fails call `check_vector_instructions`. A value that the user has set with TORCHINDUCTOR_VEC_ISA_OK is kept.
+    Versions: inductor's cpp.vec_isa_ok in 2.11 to 2.15.
+    """
+    import torch._inductor.config as inductor
+
+    if getattr(inductor.cpp, "vec_isa_ok", True) is not None:
+        return False
+    inductor.cpp.vec_isa_ok = True
+    return True
+
+
+def check_vector_instructions() -> None:
+    """Undo `assume_vector_instructions`, and forget what was compiled. Versions: as there."""
+    import torch._dynamo
+    import torch._inductor.config as inductor
+    from torch._inductor import cpu_vec_isa
+
+    inductor.cpp.vec_isa_ok = None
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    torch._dynamo.reset()
+
+
 def emulate_eager_rounding() -> None:
     """Make compiled kernels round to bf16 wherever eager mode does, even inside a fused kernel.
 
