@@ -196,7 +196,7 @@ def unshard_asynchronously(unit: Any) -> None:
 
 
 def without_loading_compiler(method: Method) -> Method:
-    """Return a method of torch.optim.Optimizer or DDP that torch hides from its compiler, without importing it for that.
+    """Return a method that torch hides from its compiler, without importing the compiler for that.
 
     The first call of such a method imports the compiler, which takes as long as importing torch, also in a program
     that compiles nothing. Here the method is called directly while the compiler is not imported.

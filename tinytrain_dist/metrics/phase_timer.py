@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 # The names of all phases, in the order in which a process goes through them.
 EARLIER_PHASES = ("launch", "imports")  # before there is a PhaseTimer, see reliability/start_times.py
-START_PHASES = ("join", "compiler", "open_data", "build", "load")  # a process that ends in one of these loses no training
+# A process that ends in one of these loses no training.
+START_PHASES = ("join", "compiler", "open_data", "build", "load")
 UPDATE_PHASES = ("data", "forward_backward", "reduction", "optimizer")  # of one optimizer step
 BETWEEN_PHASES = ("reading", "evaluation", "checkpoint")  # after a step is complete, before the next one begins
 STEP_PHASES = (*UPDATE_PHASES, *BETWEEN_PHASES)  # the phases in the records of a run

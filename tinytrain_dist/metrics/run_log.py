@@ -134,9 +134,10 @@ class RunLog:
 
     def first_step(self, step: int, start_seconds: dict[str, float]) -> None:
         """Record how long the start of this process took until its first step. start_seconds: by part."""
-        parts = [f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in start_seconds.items()]
-        text = f"first step after {sum(start_seconds.values()):.1f} s: {', '.join(parts)}"
-        self.event(step, "first_step", text, start_seconds={k: round(v, 3) for k, v in start_seconds.items()})
+        rounded = {part: round(seconds, 3) for part, seconds in start_seconds.items()}
+        parts = [f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in rounded.items()]
+        text = f"first step after {sum(rounded.values()):.1f} s: {', '.join(parts)}"
+        self.event(step, "first_step", text, start_seconds=rounded)
 
     def event(self, step: int, kind: str, text: str, **values: Any) -> None:
         """Record an event. kind: one of EVENTS in trackers/tags.py; values: more for metrics.jsonl only."""

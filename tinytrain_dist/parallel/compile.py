@@ -12,13 +12,13 @@ import torch
 
 from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.distributed.torch_internals import (
     assume_vector_instructions,
     check_vector_instructions,
     compiler_keeps_bf16_rounding,
     keep_graphs_whole_under_ddp,
 )
+from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
 

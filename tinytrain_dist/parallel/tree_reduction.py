@@ -7,7 +7,6 @@ the micro-batches of a step. A tree over ranks (`tree_reduce_scatter`) and a tre
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
