@@ -57,17 +57,13 @@ def use_expandable_segments() -> None:
     """Let torch's allocator of GPU memory extend its segments, so that free memory does not end up in unusable pieces.
 
     Call this before memory is allocated. A value that the user has set under either name of the variable is kept.
-    Versions: since 2.9 torch reads PYTORCH_ALLOC_CONF, and warns about the older name. It may have read the variable
-    when it was imported, so it is also told by a call: _accelerator_setAllocatorSettings in 2.13; where that is
-    missing, torch.cuda.memory._set_allocator_settings.
+    torch warns about the older name. It may have read the variable when it was imported, so it is also told by a call.
+    Versions: _accelerator_setAllocatorSettings in 2.11 to 2.15.
     """
     if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
         return
     os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
-    call = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    call = call or getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if call is not None:
-        call(EXPANDABLE_SEGMENTS)
+    torch._C._accelerator_setAllocatorSettings(EXPANDABLE_SEGMENTS)
 
 
 # ---------------------------------------------------------------- process groups and stores
@@ -76,8 +72,8 @@ def use_expandable_segments() -> None:
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Change the time after which a collective of an existing group fails.
 
-    Versions: the public torch.distributed.set_timeout (pytorch/pytorch#187387) is not in 2.13; in 2.15 the private
-    _set_pg_timeout warns that it is deprecated.
+    Versions: the public torch.distributed.set_timeout since 2.14, where the private _set_pg_timeout warns that it is
+    deprecated; _set_pg_timeout before.
     """
     public = getattr(dist, "set_timeout", None)
     if public is not None:
@@ -98,10 +94,9 @@ def all_gather_into(output: Tensor, input: Tensor | None, group: dist.ProcessGro
 def hold_in_native_code(tensors: list[Tensor]) -> Any:
     """Return an object that refers to `tensors` from native code, as autograd and collectives do; see `process_end`.
 
-    Versions: ScriptList in 2.13. Where it is missing, nothing is held.
+    Versions: ScriptList in 2.11 to 2.15.
     """
-    make_list = getattr(torch._C, "ScriptList", None)
-    return make_list(tensors) if make_list is not None and tensors else None
+    return torch._C.ScriptList(tensors) if tensors else None
 
 
 def in_process_store() -> Any:
@@ -168,17 +163,18 @@ def enable_flight_recorder(folder: Path) -> None:
 
 
 def flight_record() -> bytes:
-    """Return the last collectives of this rank as JSON, to show where a run hangs; b"" if torch records none.
+    """Return the last collectives of this rank as JSON, to show where a run hangs; without entries if torch has none.
 
-    Versions: _dump_nccl_trace_json in builds with NCCL. _dump_fr_trace_json, which records gloo as well, since 2.13.
+    Versions: _dump_fr_trace_json, for gloo, in 2.11 to 2.15. _dump_nccl_trace_json in builds with NCCL, for NCCL alone.
     """
     from torch._C import _distributed_c10d as c10d
 
     include_collectives, only_active = True, False
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        if hasattr(c10d, name):
-            return bytes(getattr(c10d, name)(include_collectives, only_active))
-    return b""
+    if hasattr(c10d, "_dump_nccl_trace_json"):
+        of_nccl = bytes(c10d._dump_nccl_trace_json(include_collectives, only_active))
+        if b'"entries"' in of_nccl:
+            return of_nccl
+    return bytes(c10d._dump_fr_trace_json(include_collectives, only_active))  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- FSDP

@@ -62,7 +62,7 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
     products in float32, so the compiler must not remove the rounding of weights to bf16 before a product.
     """
     if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and not compiler_keeps_bf16_rounding():
-        return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 does not"
+        return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 and newer do not"
     assumed = device.type == "cpu" and assume_vector_instructions()
     reason = _try_compiler(device)
     if reason and assumed:  # perhaps only because the C++ compiler is older than the processor
