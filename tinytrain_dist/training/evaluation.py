@@ -101,7 +101,7 @@ class Evaluator:
                 if vote is not None and vote.result():
                     return None
                 vote = context.start_vote(self.wants_stop())
-            rows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM))
+            rows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM)).tokens
             if table is not None:
                 num_bytes += int(table[rows[:, 1:].numpy()].sum())
             for ids, targets in split_micro_batches(rows, plan.micro_batch_size, context.device):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.batches import Prefetcher
+from tinytrain_dist.data.batches import Prefetcher, read_ahead_depth
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import DivergenceError, TrainingError
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
@@ -110,7 +110,8 @@ class Trainer:
         config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
-        self.batches = Prefetcher(self._read_rows, self.step)
+        depth = read_ahead_depth(self.data.train.window_bytes * len(self.train_step.slots))
+        self.batches = Prefetcher(self._read_rows, self.step, depth, last_step=config.last_step)
         try:
             collect_garbage(first=True)
             while self.step < config.last_step and not self.stopping:
@@ -220,7 +221,7 @@ class Trainer:
     def _read_rows(self, step: int) -> Tensor:
         """Read the windows of this rank's sample slots, in the order of its micro-batches."""
         train = self.data.train
-        rows = train.read(*train.draw(self.config.seed, step, self.train_step.slots))
+        rows = train.read(*train.draw(self.config.seed, step, self.train_step.slots)).tokens
         return rows.pin_memory() if self.context.device.type == "cuda" else rows
 
     def _compute_again(self, step: int) -> tuple[float, float]:
