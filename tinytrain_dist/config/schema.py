@@ -75,9 +75,7 @@ class TrainingConfig:
         "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
     )
 
-    train_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file, folder or glob to train on, or several"
-    )
+    train_data: str | tuple[str, ...] | None = _setting("data", None, "token file, folder or glob, or several of them")
     train_weights: tuple[float, ...] | None = _setting(
         "data", None, "relative sampling weight of each entry of train_data (None: every window is equally likely)"
     )
@@ -90,6 +88,8 @@ class TrainingConfig:
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
+    loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
+    document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
     num_layers: int = _setting("model", 4, "number of transformer blocks")
@@ -244,6 +244,11 @@ class TrainingConfig:
     def val_files(self) -> tuple[str, ...]:
         """The entries of val_data: files, folders, globs; () if it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether some targets may not count in the loss, so that every step and evaluation counts those that do."""
+        return self.loss_mask or self.document_mask
 
     @property
     def resume_from(self) -> str:

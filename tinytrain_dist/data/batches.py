@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.data.token_file import Tokens, num_windows, read_windows
+from tinytrain_dist.data.training_windows import IGNORE_INDEX, Windows
 from tinytrain_dist.data.window_sampling import window_starts
 
 MOST_BATCHES_AHEAD, MOST_BYTES_AHEAD = 64, 256 * 1024**2
@@ -69,7 +70,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        make_batch: Callable[[int], Tensor],
+        make_batch: Callable[[int], Windows],
         first_step: int,
         depth: int = 2,
         *,
@@ -85,7 +86,7 @@ class Prefetcher:
         self._depth = depth
         self._last_step = last_step
         self._next_to_make = self._next_to_get = first_step
-        self._made: dict[int, Tensor | BaseException] = {}  # by step
+        self._made: dict[int, Windows | BaseException] = {}  # by step
         self._error: BaseException | None = None  # that `get` has raised
         self._ended = False  # closed, or a batch has failed: no further batch is made
         self._changed = threading.Condition()
@@ -104,7 +105,7 @@ class Prefetcher:
                 step = self._next_to_make
                 self._next_to_make += 1
             try:
-                batch_or_error: Tensor | BaseException = self._make_batch(step)
+                batch_or_error: Windows | BaseException = self._make_batch(step)
             except BaseException as error:
                 batch_or_error = error  # raised by `get`, in the thread that trains
             with self._changed:
@@ -112,7 +113,7 @@ class Prefetcher:
                 self._ended |= isinstance(batch_or_error, BaseException)
                 self._changed.notify_all()
 
-    def get(self, step: int) -> Tensor:
+    def get(self, step: int) -> Windows:
         """Return the batch of `step`; steps must be requested in order. Errors: whatever `make_batch` raised."""
         with self._changed:
             if self._error is not None:  # the threads have ended, so every later call raises it instead of waiting
@@ -141,13 +142,22 @@ class Prefetcher:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def split_micro_batches(rows: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, targets) of micro_batch_size rows each, both int64 [micro_batch_size, context_len] on the device.
+def split_micro_batches(windows: Windows, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what the model is called with for micro_batch_size windows each, on the device.
 
-    rows: windows with the token after each, [n, context_len + 1], of any integer type.
+    It is (ids, targets), both int64 [micro_batch_size, context_len], and then the documents if they are separated.
+    Targets that do not count are IGNORE_INDEX.
     """
     # Widened on the device: IDs of 32 bits take half as long over the bus as those of 64.
-    rows = rows.to(device, non_blocking=True)
-    for micro_batch in rows.split(micro_batch_size):
-        ids_and_next = micro_batch.long()
-        yield ids_and_next[:, :-1], ids_and_next[:, 1:]
+    tokens, counted, documents = (
+        None if part is None else part.to(device, non_blocking=True)
+        for part in (windows.tokens, windows.counted, windows.documents)
+    )
+    assert tokens is not None
+    for start in range(0, len(windows), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        ids_and_next = tokens[rows].long()
+        ids, targets = ids_and_next[:, :-1], ids_and_next[:, 1:]
+        if counted is not None:
+            targets = targets.masked_fill(~counted[rows], IGNORE_INDEX)
+        yield (ids, targets) if documents is None else (ids, targets, documents[rows])
