@@ -205,14 +205,15 @@ def test_close_does_not_wait_for_a_read_that_stalls() -> None:
 
     def make_batch(step: int) -> Tensor:
         stalled.set()
-        goes_on.wait(TIMEOUT_SECONDS)
+        goes_on.wait()
         return torch.tensor(step)
 
     prefetcher = Prefetcher(make_batch, first_step=0, depth=2)
     assert stalled.wait(TIMEOUT_SECONDS)
-    prefetcher.close()  # the read goes on only after this
-    assert not goes_on.is_set()
-    goes_on.set()
+    try:
+        call_in_time(prefetcher.close)  # the read goes on only after this
+    finally:
+        goes_on.set()
     for thread in prefetch_threads():
         thread.join(TIMEOUT_SECONDS)
     assert prefetch_threads() == []

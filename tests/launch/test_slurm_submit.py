@@ -223,6 +223,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         ([*USUAL, "--total-step", "5"], "did you mean total_steps?"),
         ([*USUAL, "--train-data", "/nope/train.npy", "--vocab-size", "9"], "/nope/train.npy: no such token file"),
         ([*USUAL, "--train-data", "/nope/train.npy"], "train_data: /nope/train.npy: no such token file"),
+        ([*USUAL, "--train-data", "/nope/*.npy"], "train_data: /nope/*.npy: no file fits the glob"),
         ([*USUAL, "--vocab-size", "9"], "vocab_size: 9 is less than the 53 in"),
         ([*USUAL, "--parallel", "none"], "parallel: none runs on 1 process, but there are 4"),
         ([*USUAL, "--template", "mine.sbatch"], "--template: there is no file mine.sbatch"),
