@@ -209,7 +209,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         in text
     )
     assert "val_data: " in text
-    assert "is not a token file (it begins with b'no token', which is not how such a file begins)" in text
+    assert "not a readable .npy file (it begins with b'no token', which is not how such a file begins)" in text
     assert "init_from: there is no folder /nowhere" in text
     assert "ckpt_writers: 9 is more than the 6 processes" in text
 

@@ -133,11 +133,18 @@ class RunLog:
         if self.main:
             self._track(lambda tracker: tracker.log_text(step, f"about/{topic}", text))
 
-    def event(self, step: int, kind: str, text: str) -> None:
-        """Record an event. kind: one of EVENTS in trackers/tags.py."""
+    def first_step(self, step: int, start_seconds: dict[str, float]) -> None:
+        """Record how long the start of this process took until its first step. start_seconds: by part."""
+        rounded = {part: round(seconds, 3) for part, seconds in start_seconds.items()}
+        parts = [f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in rounded.items()]
+        text = f"first step after {sum(rounded.values()):.1f} s: {', '.join(parts)}"
+        self.event(step, "first_step", text, start_seconds=rounded)
+
+    def event(self, step: int, kind: str, text: str, **values: Any) -> None:
+        """Record an event. kind: one of EVENTS in trackers/tags.py; values: more for metrics.jsonl only."""
         self.say(f"step {step}: {text}")
         if self.main:
-            self._record_event(step, kind, text)
+            self._record_event(step, kind, text, **values)
         if kind == "saved":
             self._saved_step = step
 
@@ -189,9 +196,9 @@ class RunLog:
         # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
         self._file.write(to_json({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
-    def _record_event(self, step: int, kind: str, text: str) -> None:
+    def _record_event(self, step: int, kind: str, text: str, **values: Any) -> None:
         with self._surviving_disk_errors():
-            self._record(kind, step, {"text": text})
+            self._record(kind, step, {"text": text, **values})
         now = time.time()
         self._track(lambda tracker: tracker.log_event(step, kind, text, now))
 

@@ -92,6 +92,7 @@ def build_trainer(
     warnings = check_rank_consistency(config, context)
     run_on_all_ranks(lambda: check_trackers(config) if context.is_main else None)  # a missing library is an error here
     config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
+    phase_timer.enter("compiler")
     config, compile_note = resolve_compile(config, context)
     warnings += unknown_peak_warnings(context.device)
 
