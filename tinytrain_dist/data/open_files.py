@@ -18,6 +18,12 @@ MOST_OPEN_FILES = 128
 Key = tuple[object, object]
 
 
+def share_of_files(part: int, most: int) -> int:
+    """Return at most how many files to open at a time: a part of what this process may open now, and at most `most`."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if allowed == resource.RLIM_INFINITY else max(1, min(most, allowed // part))
+
+
 class FileStamp(NamedTuple):
     """What changes when a file is written: its size in bytes, and when it was last changed, in nanoseconds."""
 
@@ -32,12 +38,15 @@ class FileStamp(NamedTuple):
 
 
 class OpenFile:
-    """A file that is open for reading until the last reference to this object is gone."""
+    """A file that is open for reading until the last reference to this object is gone.
+
+    Hold the object, and not only its descriptor, for as long as a read takes.
+    """
 
     def __init__(self, path: str) -> None:
         """Open the file. Errors: OSError."""
-        with open_regular(path) as file:
-            self.descriptor = os.dup(file.fileno())
+        self._file = open_regular(path)
+        self.descriptor = self._file.fileno()
         if hasattr(os, "posix_fadvise"):
             # Windows lie anywhere in the file; see `load_token_dataset`.
             os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -49,7 +58,7 @@ class OpenFile:
     def __del__(self) -> None:
         """Close the file. A thread that still reads it holds a reference."""
         with contextlib.suppress(AttributeError, OSError):
-            os.close(self.descriptor)
+            self._file.close()
 
 
 class OpenFiles:
@@ -57,9 +66,7 @@ class OpenFiles:
 
     def __init__(self, limit: int | None = None) -> None:
         """Keep at most `limit` files open (None: 128, or a quarter of what this process may open if that is less)."""
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        unlimited = allowed == resource.RLIM_INFINITY
-        self.limit = limit or (MOST_OPEN_FILES if unlimited else max(1, min(MOST_OPEN_FILES, allowed // 4)))
+        self.limit = limit
         self._files: OrderedDict[Key, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -74,9 +81,10 @@ class OpenFiles:
     def keep(self, key: Key, file: OpenFile) -> None:
         """Keep a file open, and close those that were not used for longest."""
         closed = []
+        limit = self.limit or share_of_files(4, MOST_OPEN_FILES)
         with self._lock:
             self._files[key] = file
-            while len(self._files) > self.limit:
+            while len(self._files) > limit:
                 closed.append(self._files.popitem(last=False))
         del closed  # outside the lock, because closing may wait for a file system
 

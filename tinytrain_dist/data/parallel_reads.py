@@ -14,16 +14,21 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from tinytrain_dist.data.open_files import OpenFile, share_of_files
+
 READERS = 32  # threads; each waits for one read at a time, so more of them cost little
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def read_at(descriptor: int, values: npt.NDArray[Any], position: int) -> int:
-    """Fill a contiguous array from a position of an open file; return the number of bytes read, fewer at its end."""
+def read_at(file: OpenFile, values: npt.NDArray[Any], position: int) -> int:
+    """Fill a contiguous array from a position of an open file; return the number of bytes read, fewer at its end.
+
+    The reference to the file keeps it open while the read waits, even if others open many files meanwhile.
+    """
     values_as_bytes, done = values.view(np.uint8), 0
     while done < len(values_as_bytes):
-        count = os.preadv(descriptor, [values_as_bytes[done:]], position + done)  # type: ignore[list-item]
+        count = os.preadv(file.descriptor, [values_as_bytes[done:]], position + done)  # type: ignore[list-item]
         if not count:
             break
         done += count
@@ -34,7 +39,10 @@ class ReaderPool:
     """Threads that call functions which wait for files."""
 
     def __init__(self, threads: int = READERS) -> None:
-        """Make a pool of at most `threads` threads, which start when they are needed."""
+        """Make a pool of at most `threads` threads, which start when they are needed.
+
+        There are fewer if this process may open few files, because each thread holds a file open.
+        """
         self.threads = threads
         self._forget_threads()
         os.register_at_fork(after_in_child=self._forget_threads)
@@ -73,7 +81,7 @@ class ReaderPool:
     def _start(self, task: Callable[[], None]) -> None:
         with self._lock:
             self._unfinished += 1
-            if self._started < min(self.threads, self._unfinished):
+            if self._started < min(share_of_files(8, self.threads), self._unfinished):
                 self._started += 1
                 threading.Thread(target=self._run, args=(self._waiting,), name="reader", daemon=True).start()
         self._waiting.put(task)
@@ -93,7 +101,7 @@ def in_chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def as_array(dtype: np.dtype[Any], count: int, descriptor: int, position: int) -> npt.NDArray[Any]:
+def as_array(dtype: np.dtype[Any], count: int, file: OpenFile, position: int) -> npt.NDArray[Any]:
     """Read `count` values of a type from a position of an open file; fewer at its end."""
     values = np.empty(count, dtype)
-    return values[: read_at(descriptor, values, position) // dtype.itemsize]
+    return values[: read_at(file, values, position) // dtype.itemsize]

@@ -130,7 +130,7 @@ class _FileTokens:
     def __getitem__(self, part: slice) -> Tokens:
         first, last, _ = part.indices(len(self))
         position = self.layout.offset + first * self.dtype.itemsize
-        values = as_array(self.dtype, max(0, last - first), self.file.descriptor, position)
+        values = as_array(self.dtype, max(0, last - first), self.file, position)
         if len(values) != max(0, last - first):
             raise EOFError("it became shorter while it was read")
         return values

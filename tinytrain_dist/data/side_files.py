@@ -47,7 +47,7 @@ class _SideFile:
             except FileNotFoundError:
                 raise DataError(f"{self.path}: was removed since the run began; restore it and resume") from None
             OPEN_FILES.keep(self._key, file)
-        values = as_array(dtype, count, file.descriptor, offset + first * dtype.itemsize)
+        values = as_array(dtype, count, file, offset + first * dtype.itemsize)
         if len(values) < count:
             raise DataError(f"{self.path}: has become shorter since the run began; restore it and resume")
         return values
@@ -91,6 +91,8 @@ def open_mask(path: str, tokens: int, owner: object) -> Mask | None:
 class DocumentStarts:
     """Where the documents of one shard begin. Every 4,096th position is kept in memory, from the first use on."""
 
+    may_repeat = False  # documents may be empty, so that positions repeat or are the number of tokens
+
     def __init__(self, path: str, tokens: int, count: int, owner: object) -> None:
         """Describe `count` positions below `tokens` in the file at `path`. owner: of the open file."""
         self.path = path
@@ -100,7 +102,7 @@ class DocumentStarts:
         self._samples: npt.NDArray[np.int64] | None = None
 
     def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Return `count` positions from the one with number `first`; they may repeat and end with `tokens`."""
+        """Return `count` positions from the one with number `first`; see `may_repeat`."""
         raise NotImplementedError
 
     def between(self, first: int, last: int) -> npt.NDArray[np.int64]:
@@ -114,16 +116,17 @@ class DocumentStarts:
         return np.unique(starts[(starts >= first) & (starts < last)])
 
     def _scan(self) -> npt.NDArray[np.int64]:
-        """Check that the positions ascend, and return every 4,096th."""
-        samples, last = [np.empty(0, np.int64)], 0
+        """Check that the positions ascend from 0, and return every 4,096th."""
+        samples, last = [np.empty(0, np.int64)], -1
         for first in range(0, self.count, _PAGE * _SCAN_PAGES):
             starts = self.read(first, min(_PAGE * _SCAN_PAGES, self.count - first))
-            ascending = np.diff(starts, prepend=last) >= 0
-            if not ascending.all() or int(starts[-1]) > self.tokens or (first == 0 and starts[0] != 0):
-                at = first + int(np.argmin(ascending))
+            wrong = (np.diff(starts, prepend=last) < 1 - self.may_repeat) | (starts >= self.tokens + self.may_repeat)
+            wrong[0] |= first == 0 and starts[0] != 0
+            if wrong.any():
+                at = int(np.argmax(wrong))
                 raise DataError(
-                    f"{self.path}: does not hold ascending positions from 0 to less than {self.tokens} (number {at} is "
-                    f"{int(starts[at - first])}); make it again together with the token file"
+                    f"{self.path}: does not hold ascending positions from 0 to less than {self.tokens} (number "
+                    f"{first + at} is {int(starts[at])}); make it again together with the token file"
                 )
             last = int(starts[-1])
             samples.append(starts[::_PAGE])
@@ -143,6 +146,8 @@ class _StartsFile(DocumentStarts):
 
 class _StartsInIndex(DocumentStarts):
     """Positions in a Megatron index, by way of the first sequence of each document."""
+
+    may_repeat = True
 
     def __init__(self, path: str, index: MegatronIndex, owner: object) -> None:
         super().__init__(path, index.tokens, index.documents, owner)

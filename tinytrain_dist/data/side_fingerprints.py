@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tinytrain_dist.data.open_files import OpenFile
 from tinytrain_dist.data.parallel_reads import READER_POOL, read_at
 from tinytrain_dist.data.side_files import side_path
-from tinytrain_dist.utils.regular_files import open_regular
 
 _BLOCK_BYTES, _BLOCKS, _MIN_BLOCKS = 4096, 64, 4
 
@@ -37,12 +37,12 @@ def _sampled_sha256(paths: Sequence[str]) -> str:
     blocks = max(_MIN_BLOCKS, _BLOCKS // len(paths))
 
     def digest(path: str) -> bytes:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            sampled = hashlib.sha256(str(size).encode())
-            for start in np.linspace(0, max(0, size - _BLOCK_BYTES), blocks).astype(np.int64).tolist():
-                block = np.empty(min(_BLOCK_BYTES, size), np.uint8)
-                sampled.update(block[: read_at(file.fileno(), block, start)].tobytes())
+        file = OpenFile(path)
+        size = file.stamp().size
+        sampled = hashlib.sha256(str(size).encode())
+        for start in np.linspace(0, max(0, size - _BLOCK_BYTES), blocks).astype(np.int64).tolist():
+            block = np.empty(min(_BLOCK_BYTES, size), np.uint8)
+            sampled.update(block[: read_at(file, block, start)].tobytes())
         return sampled.digest()
 
     return hashlib.sha256(b"".join(READER_POOL.map(digest, paths))).hexdigest()

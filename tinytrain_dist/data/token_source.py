@@ -95,7 +95,7 @@ class TokenSource:
             wanted = tokens[part]
             ids = wanted if shard.layout.dtype == tokens.dtype else np.empty(len(wanted), shard.layout.dtype)
             at = shard.layout.offset + first * shard.layout.dtype.itemsize
-            if read_at(self._opened(shard_number).descriptor, ids, at) != ids.nbytes:
+            if read_at(self._opened(shard_number), ids, at) != ids.nbytes:
                 raise DataError(_shorter(shard))
             if ids is not wanted:
                 wanted[:] = ids  # widens the IDs

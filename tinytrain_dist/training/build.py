@@ -97,10 +97,8 @@ def build_trainer(
     warnings += unknown_peak_warnings(context.device)
 
     phase_timer.enter("open_data")
-    data = run_on_all_ranks(lambda: open_run_data(config))
+    data = _open_data(config, context)
     warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
-    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
-        data = replace(data, bytes_per_token=None)
     numerics = configure_determinism(config, context.device)
 
     phase_timer.enter("build")
@@ -141,6 +139,18 @@ def build_trainer(
         record=start.record,
         source=start.source,
     )
+
+
+def _open_data(config: TrainingConfig, context: DistributedContext) -> RunData:
+    """Open the token files on all ranks. A collective.
+
+    The main rank is first. What it finds out in a scan of the files is kept beside them, so that others need not scan.
+    """
+    opened = run_on_all_ranks(lambda: open_run_data(config) if context.is_main else None)
+    data = run_on_all_ranks(lambda: opened or open_run_data(config))
+    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
+        data = replace(data, bytes_per_token=None)
+    return data
 
 
 def _load(
