@@ -234,7 +234,7 @@ def replicate_without_compiler(model: nn.Module, **options: Any) -> DistributedD
             del torch._dynamo
     if wrapped is None:
         return DistributedDataParallel(model, **options)
-    wrapped._run_ddp_forward = functools.partial(model)
+    wrapped._run_ddp_forward = functools.partial(model)  # type: ignore[method-assign]
     return wrapped
 
 

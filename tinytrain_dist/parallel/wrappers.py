@@ -106,7 +106,8 @@ def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
     With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
     """
     inner = unwrap(model)
-    return outermost_blocks(inner) if is_fsdp_module(inner) else [inner]
+    sharded = is_fsdp_module(inner)
+    return outermost_blocks(inner) if sharded else [inner]
 
 
 def original_name(name: str) -> str:
