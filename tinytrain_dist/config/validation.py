@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
 # A resume is refused if the checkpoint has another value of one of these settings, or other data.
-IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
+IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights", "loss_mask", "document_mask")
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
 ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
@@ -46,6 +46,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
     if problems:  # the checks below divide by these numbers
         return problems
     checks = (
+        _text_problems,
         _shape_problems,
         _schedule_problems,
         _data_problems,
@@ -298,6 +299,22 @@ def _reproducible_problems(config: TrainingConfig) -> list[str]:
             "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it; "
             f"possible: {format_list(micro_batch_sizes(config.batch_size, 1, config.reproducible))}"
         )
+    return problems
+
+
+def _text_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem for each text that a file of settings cannot contain, or that no path can contain."""
+    problems = []
+    for name, value in vars(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                problems.append(f"{name}: {text!r} is not valid UTF-8; give another name")
+            if "\0" in text:
+                problems.append(f"{name}: {text!r} contains the character NUL; leave it out")
     return problems
 
 

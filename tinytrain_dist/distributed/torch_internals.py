@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -56,17 +57,13 @@ def use_expandable_segments() -> None:
     """Let torch's allocator of GPU memory extend its segments, so that free memory does not end up in unusable pieces.
 
     Call this before memory is allocated. A value that the user has set under either name of the variable is kept.
-    Versions: since 2.9 torch reads PYTORCH_ALLOC_CONF, and warns about the older name. It may have read the variable
-    when it was imported, so it is also told by a call: _accelerator_setAllocatorSettings in 2.13; where that is
-    missing, torch.cuda.memory._set_allocator_settings.
+    torch warns about the older name. It may have read the variable when it was imported, so it is also told by a call.
+    Versions: _accelerator_setAllocatorSettings in 2.11 to 2.15.
     """
     if "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
         return
     os.environ["PYTORCH_ALLOC_CONF"] = EXPANDABLE_SEGMENTS
-    call = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    call = call or getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if call is not None:
-        call(EXPANDABLE_SEGMENTS)
+    torch._C._accelerator_setAllocatorSettings(EXPANDABLE_SEGMENTS)
 
 
 # ---------------------------------------------------------------- process groups and stores
@@ -75,8 +72,8 @@ def use_expandable_segments() -> None:
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Change the time after which a collective of an existing group fails.
 
-    Versions: the public torch.distributed.set_timeout (pytorch/pytorch#187387) is not in 2.13; in 2.15 the private
-    _set_pg_timeout warns that it is deprecated.
+    Versions: the public torch.distributed.set_timeout since 2.14, where the private _set_pg_timeout warns that it is
+    deprecated; _set_pg_timeout before.
     """
     public = getattr(dist, "set_timeout", None)
     if public is not None:
@@ -97,10 +94,9 @@ def all_gather_into(output: Tensor, input: Tensor | None, group: dist.ProcessGro
 def hold_in_native_code(tensors: list[Tensor]) -> Any:
     """Return an object that refers to `tensors` from native code, as autograd and collectives do; see `process_end`.
 
-    Versions: ScriptList in 2.13. Where it is missing, nothing is held.
+    Versions: ScriptList in 2.11 to 2.15.
     """
-    make_list = getattr(torch._C, "ScriptList", None)
-    return make_list(tensors) if make_list is not None and tensors else None
+    return torch._C.ScriptList(tensors) if tensors else None
 
 
 def in_process_store() -> Any:
@@ -167,17 +163,18 @@ def enable_flight_recorder(folder: Path) -> None:
 
 
 def flight_record() -> bytes:
-    """Return the last collectives of this rank as JSON, to show where a run hangs; b"" if torch records none.
+    """Return the last collectives of this rank as JSON, to show where a run hangs; without entries if torch has none.
 
-    Versions: _dump_nccl_trace_json in builds with NCCL. _dump_fr_trace_json, which records gloo as well, since 2.13.
+    Versions: _dump_fr_trace_json, for gloo, in 2.11 to 2.15. _dump_nccl_trace_json in builds with NCCL, for NCCL alone.
     """
     from torch._C import _distributed_c10d as c10d
 
     include_collectives, only_active = True, False
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        if hasattr(c10d, name):
-            return bytes(getattr(c10d, name)(include_collectives, only_active))
-    return b""
+    if hasattr(c10d, "_dump_nccl_trace_json"):
+        of_nccl = bytes(c10d._dump_nccl_trace_json(include_collectives, only_active))
+        if b'"entries"' in of_nccl:
+            return of_nccl
+    return bytes(c10d._dump_fr_trace_json(include_collectives, only_active))  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- FSDP
@@ -190,6 +187,30 @@ def unshard_asynchronously(unit: Any) -> None:
     Versions: FSDPModule._set_unshard_async_op in 2.11 to 2.15.
     """
     unit._set_unshard_async_op(True)
+
+
+_reduce_scatter_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the group of shards
+
+
+def separate_reduce_scatters(model: Any, timeout: timedelta | None) -> bool:
+    """Let FSDP reduce-scatter in a process group of its own, beside the all-gathers. A collective of a replica's ranks.
+
+    Otherwise one communicator of NCCL runs both kinds one after the other. Models over the same ranks share the group,
+    so that building a model again takes no more memory. Returns whether this torch can do it.
+    Versions: FSDPModule.set_separate_reduce_scatter_group since 2.13, with mesh_info.reduce_scatter_process_group.
+    """
+    if not hasattr(model, "set_separate_reduce_scatter_group"):
+        return False
+    units = [module for module in model.modules() if hasattr(module, "set_separate_reduce_scatter_group")]
+    meshes = [group.mesh_info for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    shards = meshes[0].shard_process_group
+    for mesh in meshes:
+        mesh.reduce_scatter_process_group = _reduce_scatter_groups.get(shards)
+    model.set_separate_reduce_scatter_group(True)
+    group = _reduce_scatter_groups[shards] = meshes[0].reduce_scatter_process_group
+    if timeout is not None:
+        set_group_timeout(group, timeout)
+    return True
 
 
 # ---------------------------------------------------------------- compiler
@@ -312,9 +333,13 @@ def prefer_attention_kernels(*names: str) -> None:
 
 
 def fused_attention_ops() -> set[Any]:
-    """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
+    """Return the operators of attention: those that scaled_dot_product_attention may choose, and FlexAttention.
+
+    Versions: all of them in 2.11 to 2.15.
+    """
     aten = torch.ops.aten
     return {
+        torch.ops.higher_order.flex_attention,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,

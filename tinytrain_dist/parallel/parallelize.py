@@ -18,7 +18,11 @@ from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.process_end import keep_group
-from tinytrain_dist.distributed.torch_internals import replicate_without_compiler, unshard_asynchronously
+from tinytrain_dist.distributed.torch_internals import (
+    replicate_without_compiler,
+    separate_reduce_scatters,
+    unshard_asynchronously,
+)
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
 from tinytrain_dist.parallel.compile import apply_compile
@@ -76,6 +80,17 @@ def bucket_megabytes(context: DistributedContext, device_type: str) -> int | Non
     return 100 if device_type == "cuda" and across_nodes else None
 
 
+def wants_separate_reduce_scatters(config: TrainingConfig, context: DistributedContext, device_type: str) -> bool:
+    """Return whether FSDP's reduce-scatters on such devices get a communicator of their own.
+
+    It takes memory, and it only helps if a replica spans nodes: then the all-gathers of the next blocks do not queue
+    behind slow reduce-scatters. The sums of reproducible mode are no reduce-scatters.
+    """
+    assert context.parallel_dims is not None, "call with_mesh first"
+    spans_nodes = context.parallel_dims.shard > context.local_world_size
+    return device_type == "cuda" and spans_nodes and not config.reproducible
+
+
 def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedContext, *, draw: bool) -> nn.Module:
     """Give a TransformerLM on the meta device its weights, and shard it with FSDP2, one unit at a time.
 
@@ -111,6 +126,8 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
         embed.set_unshard_in_backward(False)  # the gradient of a look-up does not depend on the weights
     if collectives.uses_gloo():
         _prefetch_weights([model, embed, *blocks, head])
+    if wants_separate_reduce_scatters(config, context, context.device.type):
+        separate_reduce_scatters(model, context.timeout)
     return model  # type: ignore[no-any-return]
 
 

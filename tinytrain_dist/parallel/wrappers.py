@@ -106,8 +106,8 @@ def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
     With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
     """
     inner = unwrap(model)
-    sharded = is_fsdp_module(inner)
-    return outermost_blocks(inner) if sharded else [inner]
+    is_sharded: bool = is_fsdp_module(inner)
+    return outermost_blocks(inner) if is_sharded else [inner]
 
 
 def original_name(name: str) -> str:

@@ -37,7 +37,7 @@ from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.step_metrics import StepMetrics
-from tinytrain_dist.metrics.trackers import create_trackers
+from tinytrain_dist.metrics.trackers import check_trackers
 from tinytrain_dist.parallel.compile import resolve_compile
 from tinytrain_dist.parallel.device_defaults import resolve_device_defaults
 from tinytrain_dist.parallel.replica_check import check_replicas
@@ -90,7 +90,7 @@ def build_trainer(
     """
     phase_timer = phase_timer or PhaseTimer()
     warnings = check_rank_consistency(config, context)
-    run_on_all_ranks(lambda: create_trackers(config) if context.is_main else {})  # a missing library is an error here
+    run_on_all_ranks(lambda: check_trackers(config) if context.is_main else None)  # a missing library is an error here
     config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
     phase_timer.enter("compiler")
     config, compile_note = resolve_compile(config, context)
