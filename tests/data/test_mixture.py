@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tinytrain_dist.data.mixture import MAX_WEIGHT_BITS, Mixture, WeightPhase, integer_weights
+from tinytrain_dist.data.mixture import MAX_WEIGHT_BITS, Mixture, SamplePhase, integer_weights
 
 WEIGHTS = {
     "one": [1.0],
@@ -21,7 +21,7 @@ WEIGHTS = {
 
 
 def mixture(*phases: tuple[int, Sequence[float]]) -> Mixture:
-    return Mixture([WeightPhase(first, weights) for first, weights in phases])
+    return Mixture([SamplePhase(first, weights) for first, weights in phases])
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)

@@ -25,7 +25,7 @@ _DIGIT_BITS = MAX_WEIGHT_BITS // 2
 Integers = npt.NDArray[np.int64]
 
 
-class WeightPhase(NamedTuple):
+class SamplePhase(NamedTuple):
     """The weights of the sources from a sample on, until the next phase begins."""
 
     first_sample: int
@@ -38,7 +38,7 @@ class Mixture:
     The ordinals of a source have neither gaps nor repeats, and continue over phases.
     """
 
-    def __init__(self, phases: Sequence[WeightPhase]) -> None:
+    def __init__(self, phases: Sequence[SamplePhase]) -> None:
         """Begin with the first phase, at sample 0.
 
         phases: in ascending order of their first samples; all have one weight per source.
