@@ -56,7 +56,7 @@ def _ways(path: Path, context_len: int) -> dict[str, Callable[[int, range], Tens
         return lambda step, slots: read_windows(tokens, window_starts(seed, step, slots, windows), context_len)
 
     return {
-        "read (training)": lambda step, slots: source.read(*source.draw(0, step, slots)),
+        "read (training)": lambda step, slots: source.read(*source.draw(0, step, slots)).tokens,
         "map, advised": mapped(advised, 1),
         "map, plain": mapped(plain, 2),
     }

@@ -16,6 +16,7 @@ from tests.helpers.threads import TIMEOUT_SECONDS, call_in_time
 from tests.helpers.token_files import save_tokens
 from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
 from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
@@ -117,7 +118,7 @@ def test_batches_come_from_a_memory_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_are_cut_into_micro_batches_of_ids_and_targets(dtype: torch.dtype) -> None:
     rows = torch.arange(6 * 5, dtype=dtype).view(6, 5)
-    micro_batches = list(split_micro_batches(rows, 2, torch.device("cpu")))
+    micro_batches = list(split_micro_batches(Windows(rows), 2, torch.device("cpu")))
     assert len(micro_batches) == 3
     for number, (ids, targets) in enumerate(micro_batches):
         assert ids.dtype == targets.dtype == torch.int64

@@ -113,13 +113,13 @@ def test_the_windows_that_are_drawn_are_read(files: list[str]) -> None:
     drawn_files, starts = dataset.draw(0, 0, range(50))
     assert set(drawn_files.tolist()) == {0, 1, 2}
     first_ids = (np.array(FIRST_IDS)[drawn_files] + starts)[:, None]
-    assert dataset.read(drawn_files, starts).tolist() == (first_ids + np.arange(CONTEXT_LEN + 1)).tolist()
+    assert dataset.read(drawn_files, starts).tokens.tolist() == (first_ids + np.arange(CONTEXT_LEN + 1)).tolist()
 
 
 def test_one_file_is_read_as_read_windows_reads_it(files: list[str]) -> None:
     dataset = TokenDataset(files[:1], CONTEXT_LEN)
     drawn_files, starts = dataset.draw(0, 0, range(9))
-    rows, expected = dataset.read(drawn_files, starts), read_windows(np.load(files[0]), starts, CONTEXT_LEN)
+    rows, expected = dataset.read(drawn_files, starts).tokens, read_windows(np.load(files[0]), starts, CONTEXT_LEN)
     assert rows.dtype == expected.dtype
     assert rows.equal(expected)
 
@@ -129,7 +129,7 @@ def test_windows_of_a_large_file_leave_nothing_mapped_in_memory(tmp_path: Path) 
     dataset = TokenDataset([str(save_sparse_tokens(tmp_path / "t.npy", 4_000_000_000))], 64)
     before = mapped_mib()
     for step in range(25):
-        assert not dataset.read(*dataset.draw(0, step, range(40))).any()
+        assert not dataset.read(*dataset.draw(0, step, range(40))).tokens.any()
     assert mapped_mib() - before < 4  # 1,000 windows of 8 GB would count 64 MiB if they were mapped
 
 

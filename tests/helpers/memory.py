@@ -90,15 +90,9 @@ def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, st
     return watch.peak - base, predicted.nbytes, predicted.peak
 
 
-class _Batches:
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-
-    def get(self, step: int) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=torch.int32)
-
-
 def _steps(train_step: Any, count: int) -> None:
-    batches = _Batches((len(train_step.slots), train_step.config.context_len + 1))
+    from tinytrain_dist.training.memory_estimate import EmptyBatches, empty_windows
+
+    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.slots)))
     for step in range(count):
         train_step.run(step, batches).vote.result()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tests.helpers.training import TINY, VOCABULARY
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.context import DistributedContext, init_distributed, shutdown
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.optim.lr_schedule import learning_rate
@@ -28,8 +29,8 @@ class FixedBatches:
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
 
-    def get(self, step: int) -> torch.Tensor:
-        return self.rows
+    def get(self, step: int) -> Windows:
+        return Windows(self.rows)
 
 
 def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, FixedBatches]:

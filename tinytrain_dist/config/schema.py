@@ -50,11 +50,7 @@ class TrainingConfig:
         "run", None, "stop after this step (None: total_steps); the learning rate still follows total_steps"
     )
     time_limit: float | None = _setting("run", None, "save and stop after this many seconds (None: no limit)")
-    start_limit: float = _setting(
-        "run",
-        1800.0,
-        "abort if start-up (connect, open data, build, load) takes more than this many seconds (0: never)",
-    )
+    start_limit: float = _setting("run", 1800.0, "abort if start-up takes more than this many seconds (0: never)")
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
@@ -71,11 +67,7 @@ class TrainingConfig:
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     trackers: tuple[str, ...] = _setting("run", ("tensorboard",), "any of tensorboard, wandb, mlflow, MODULE:CLASS")
-    resume: str = _setting(
-        "run",
-        "auto",
-        "resume from: auto (newest valid checkpoint, if any), never (nothing), or the path of a checkpoint",
-    )
+    resume: str = _setting("run", "auto", "auto (from the newest valid checkpoint), never, or the path of a checkpoint")
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
@@ -97,6 +89,8 @@ class TrainingConfig:
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
+    loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
+    document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
     num_layers: int = _setting("model", 4, "number of transformer blocks")
@@ -248,6 +242,11 @@ class TrainingConfig:
     def val_files(self) -> tuple[str, ...]:
         """The files of val_data; () if it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether some targets may not count in the loss, so that every step and evaluation counts those that do."""
+        return self.loss_mask or self.document_mask or self.sampling == "shuffle"  # the end of an epoch has fewer
 
     @property
     def resume_from(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.data.token_file import Tokens, num_windows, read_windows
+from tinytrain_dist.data.training_windows import IGNORE_INDEX, Windows
 from tinytrain_dist.data.window_sampling import window_starts
 
 
@@ -55,20 +56,20 @@ class Prefetcher:
     The thread calls make_batch(step) for step, step + 1, ... and stays at most `depth` batches ahead of `get`.
     """
 
-    def __init__(self, make_batch: Callable[[int], Tensor], first_step: int, depth: int = 2) -> None:
+    def __init__(self, make_batch: Callable[[int], Windows], first_step: int, depth: int = 2) -> None:
         """Start the thread.
 
         make_batch: must be a pure function of the step. Batches that `close` discards are made again after a resume.
         """
-        self._ready: queue.Queue[tuple[int, Tensor | BaseException]] = queue.Queue(maxsize=depth)
+        self._ready: queue.Queue[tuple[int, Windows | BaseException]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make_batch, first_step), name="prefetch", daemon=True)
         self._thread.start()
 
-    def _run(self, make_batch: Callable[[int], Tensor], step: int) -> None:
+    def _run(self, make_batch: Callable[[int], Windows], step: int) -> None:
         while not self._stop.is_set():
             try:
-                batch_or_error: Tensor | BaseException = make_batch(step)
+                batch_or_error: Windows | BaseException = make_batch(step)
             except BaseException as error:
                 batch_or_error = error  # raised by `get`, in the thread that trains
             self._put(step, batch_or_error)
@@ -76,7 +77,7 @@ class Prefetcher:
                 return
             step += 1
 
-    def _put(self, step: int, batch_or_error: Tensor | BaseException) -> None:
+    def _put(self, step: int, batch_or_error: Windows | BaseException) -> None:
         """Put an item into the queue, waiting until there is room or until `close` is called."""
         while not self._stop.is_set():
             try:
@@ -85,7 +86,7 @@ class Prefetcher:
             except queue.Full:
                 continue
 
-    def get(self, step: int) -> Tensor:
+    def get(self, step: int) -> Windows:
         """Return the batch of `step`; steps must be requested in order. Errors: whatever `make_batch` raised."""
         ready_step, batch_or_error = self._ready.get()
         if isinstance(batch_or_error, BaseException):
@@ -103,13 +104,22 @@ class Prefetcher:
         self._thread.join()
 
 
-def split_micro_batches(rows: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, targets) of micro_batch_size rows each, both int64 [micro_batch_size, context_len] on the device.
+def split_micro_batches(windows: Windows, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what the model is called with for micro_batch_size windows each, on the device.
 
-    rows: windows with the token after each, [n, context_len + 1], of any integer type.
+    It is (ids, targets), both int64 [micro_batch_size, context_len], and then the documents if they are separated.
+    Targets that do not count are IGNORE_INDEX.
     """
     # Widened on the device: IDs of 32 bits take half as long over the bus as those of 64.
-    rows = rows.to(device, non_blocking=True)
-    for micro_batch in rows.split(micro_batch_size):
-        ids_and_next = micro_batch.long()
-        yield ids_and_next[:, :-1], ids_and_next[:, 1:]
+    tokens, counted, documents = (
+        None if part is None else part.to(device, non_blocking=True)
+        for part in (windows.tokens, windows.counted, windows.documents)
+    )
+    assert tokens is not None
+    for start in range(0, len(windows), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        ids_and_next = tokens[rows].long()
+        ids, targets = ids_and_next[:, :-1], ids_and_next[:, 1:]
+        if counted is not None:
+            targets = targets.masked_fill(~counted[rows], IGNORE_INDEX)
+        yield (ids, targets) if documents is None else (ids, targets, documents[rows])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from tinytrain_dist.data.token_file import (
     dataset_fingerprint,
@@ -23,6 +22,7 @@ from tinytrain_dist.data.token_file import (
     num_windows,
     torch_compatible_dtype,
 )
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.data.window_sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.regular_files import open_regular
@@ -119,10 +119,10 @@ class TokenDataset:
             starts[in_file] = uniform_integers(window_words[in_file], windows)
         return files, starts
 
-    def read(self, files: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Tensor:
-        """Read the windows that `draw` chose, with the token after each: [len(starts), context_len + 1] on the CPU.
+    def read(self, files: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Windows:
+        """Read the windows that `draw` chose, with the token after each.
 
-        The tensor has a type that holds the token IDs of all files.
+        The tokens have a type that holds the token IDs of all files.
         Errors: DataError if a file has become shorter; OSError if it cannot be read.
         """
         rows = np.empty((len(starts), self.context_len + 1), self._dtype)
@@ -134,7 +134,7 @@ class TokenDataset:
                 name = self.names[file_index]
                 raise DataError(f"{name}: has become shorter since the run began; restore it and resume")
             row[:] = ids  # widens the IDs
-        return torch.from_numpy(rows)
+        return Windows(torch.from_numpy(rows))
 
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""

@@ -242,9 +242,13 @@ def prefer_attention_kernels(*names: str) -> None:
 
 
 def fused_attention_ops() -> set[Any]:
-    """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
+    """Return the operators of attention: those that scaled_dot_product_attention may choose, and FlexAttention.
+
+    Versions: all of them in 2.11 to 2.15.
+    """
     aten = torch.ops.aten
     return {
+        torch.ops.higher_order.flex_attention,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinytrain_dist.data.training_windows import IGNORE_INDEX as IGNORE_INDEX
 from tinytrain_dist.model.matmul import add_product, matmul_dtype, runs_on_cuda
 
-IGNORE_INDEX = -100
 # Largest number of logits in a chunk if loss_chunk_tokens is not set. In float32 on a CPU it is half of this.
 MAX_CHUNK_LOGITS = 1 << 24
 # On a GPU, small chunks read the weight too often for the matrix units to be busy.

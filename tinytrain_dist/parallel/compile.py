@@ -75,17 +75,21 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
 def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
     """Decide `compile` for all ranks; return the configuration, and a line for the log. A collective.
 
-    Errors: ConfigError if torch.compile does not work on some rank although compile = true or reproducible = true.
+    Errors: ConfigError if torch.compile does not work on some rank although compile = true, reproducible = true, or a
+    kernel needs it.
     """
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
-    if not wanted:
+    compiles_kernel = config.document_mask and context.device.type == "cuda"
+    if not wanted and not compiles_kernel:
         return replace(config, compile=False), ""
     own_reason = why_not_compile(context.device, config.reproducible and config.precision in BF16_PRECISIONS)
     failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
     if not failures:
-        return replace(config, compile=True), "torch.compile is on; the first step takes longer"
+        return replace(config, compile=wanted), "torch.compile is on; the first step takes longer" if wanted else ""
     host, reason = failures[0]
     text = f"torch.compile does not work on {host} ({reason})"
+    if compiles_kernel:
+        raise ConfigError(f"document_mask: {text}, but its kernel needs it; install Triton there")
     if config.compile or config.reproducible:
         raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
     return replace(config, compile=False), f"{text}; continuing without it, which is slower"

@@ -35,7 +35,7 @@ class RunData:
     def evaluation_prompts(self, rows: int, tokens: int) -> Tensor:
         """Return the first IDs of the first evaluation windows: [rows, tokens], int64."""
         dataset = next(iter(self.evaluation.values()))
-        return dataset.read(*dataset.draw(0, 0, range(rows), EVAL_STREAM))[:, :tokens].long()
+        return dataset.read(*dataset.draw(0, 0, range(rows), EVAL_STREAM)).tokens[:, :tokens].long()
 
 
 def tokenizer_warnings(config: TrainingConfig) -> list[str]:

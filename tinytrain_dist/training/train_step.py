@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.batches import split_micro_batches
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
@@ -27,6 +28,7 @@ from tinytrain_dist.optim.lr_schedule import learning_rate
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives
+from tinytrain_dist.training.token_count import TokenCount
 
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
@@ -34,8 +36,8 @@ CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 class Batches(Protocol):
     """The source of token windows for steps."""
 
-    def get(self, step: int) -> Tensor:
-        """Return the windows of this rank's sample slots after `step` steps: [slots, context_len + 1], integers."""
+    def get(self, step: int) -> Windows:
+        """Return the windows of this rank's sample slots after `step` steps."""
 
 
 class TrainStep:
@@ -81,18 +83,18 @@ class TrainStep:
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
-        rows = batches.get(step)
+        windows = batches.get(step)
         data_wait = time.perf_counter() - waiting_since
 
         self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
-        loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
 
         self.phase_timer.enter("reduction")
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
-        losses, loss, norm = self._losses_and_norm(loss_sums)
+        losses, loss, norm = self._losses_and_norm(loss_sums, tokens)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
@@ -112,38 +114,39 @@ class TrainStep:
             layer_norms=layer_norms,
         )
 
-    def forward_backward(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
-        """Run forward and backward for the micro-batches in `rows`, and return their summed losses.
+    def forward_backward(self, windows: Windows, micro_steps: Sequence[int]) -> tuple[list[Tensor], TokenCount]:
+        """Run forward and backward for micro-batches; return their summed losses, and the tokens of the global batch.
 
-        rows: [micro-batches x micro_batch_size, context_len + 1]; micro_steps: which accumulation steps these are.
+        windows: micro_batch_size for each micro-batch; micro_steps: which accumulation steps these are. A collective.
         """
         loss_sums = []
-        micro_batches = split_micro_batches(rows, self.plan.micro_batch_size, self.context.device)
-        for micro_step, (ids, targets) in zip(micro_steps, micro_batches, strict=True):
+        tokens = TokenCount(windows, self.config, self.plan, self.context)
+        micro_batches = split_micro_batches(windows, self.plan.micro_batch_size, self.context.device)
+        for micro_step, micro_batch in zip(micro_steps, micro_batches, strict=True):
             self.reduction.before_micro_step(micro_step)
-            loss_sum = self.model(ids, targets)
+            loss_sum = self.model(*micro_batch)
             # the gradients of all micro-batches are summed, so each is divided by the token count of the global batch
-            (loss_sum / self.plan.tokens_per_step).backward()
+            (loss_sum / tokens.value).backward()
             self.reduction.after_micro_step(micro_step)
             loss_sums.append(loss_sum.detach())
-        return loss_sums
+        return loss_sums, tokens
 
-    def probe(self, rows: Tensor) -> tuple[float, float]:
-        """Return loss and gradient norm of the present weights over `rows`, and change nothing. A collective.
+    def probe(self, windows: Windows) -> tuple[float, float]:
+        """Return loss and gradient norm of the present weights over `windows`, and change nothing. A collective.
 
-        rows: as of a step. Waits for the device.
+        windows: as of a step. Waits for the device.
         """
         self.phase_timer.enter("forward_backward")
-        loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
         self.reduction.finish()
-        _, loss, norm = self._losses_and_norm(loss_sums)
+        _, loss, norm = self._losses_and_norm(loss_sums, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm)
 
-    def _losses_and_norm(self, loss_sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses_and_norm(self, loss_sums: Sequence[Tensor], tokens: TokenCount) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
         losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
-        return losses, losses.sum() / self.plan.tokens_per_step, self.reduction.squared_norm().sqrt()
+        return losses, losses.sum() / tokens.value, self.reduction.squared_norm().sqrt()
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""
