@@ -9,7 +9,10 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # not at run time, because schema.py imports this module's user
+    from tinytrain_dist.config.schema import TrainingConfig
 
 TrainWeights = tuple[float, ...] | tuple[str, ...]
 
@@ -29,6 +32,16 @@ def weight_phases(train_weights: TrainWeights | None) -> tuple[WeightPhase, ...]
     if not texts:
         return (WeightPhase(0, tuple(map(float, train_weights))),)
     return tuple(phase for text in texts if (phase := _parse(text)))
+
+
+def keeps_source_losses(config: TrainingConfig) -> bool:
+    """Return whether the run sums the loss of each source; it then compiles another function for the loss.
+
+    A compiled run with random windows and without phases keeps the function, and with it the bits, that it had before
+    losses were summed by source.
+    """
+    phases = weight_phases(config.train_weights)
+    return len(config.train_files) > 1 and (not config.compile or config.sampling == "shuffle" or len(phases) > 1)
 
 
 def _parse(text: str) -> WeightPhase | None:

@@ -34,20 +34,19 @@ class ShuffledWindows:
     Sample numbers count over the whole run: sample slot s after t steps is number t x batch_size + s.
     """
 
-    def __init__(self, seed: int, lengths: Sequence[int], context_len: int, phases: Sequence[SamplePhase] = ()) -> None:
-        """Prepare the order of one seed.
+    def __init__(self, lengths: Sequence[int], context_len: int, phases: Sequence[SamplePhase] = ()) -> None:
+        """Count the windows.
 
         lengths: tokens of each source. phases: weights of the sources (none: in proportion to their windows, so that
         the epochs of all sources end together).
         """
-        self.seed = seed
         self.lengths = np.array(lengths, np.int64)
         self.context_len = context_len
         self.windows = [windows_per_epoch(length, context_len) for length in lengths]
         self.mixture = Mixture(phases or [SamplePhase(0, self.windows)])
         self._order = lru_cache(_EPOCHS_KEPT)(self._make_order)
 
-    def choose(self, samples: Integers) -> ChosenWindows:
+    def choose(self, seed: int, samples: Integers) -> ChosenWindows:
         """Return the window of each sample number; any grouping of samples gives the same windows."""
         sources, ordinals = self.mixture.locate(samples)
         windows = np.array(self.windows, np.int64)[sources]
@@ -55,7 +54,7 @@ class ShuffledWindows:
         numbers, offsets = np.empty_like(indices), np.empty_like(indices)
         for source, epoch in set(zip(sources.tolist(), epochs.tolist(), strict=True)):
             chosen = (sources == source) & (epochs == epoch)
-            order, offsets[chosen] = self._order(source, epoch)
+            order, offsets[chosen] = self._order(seed, source, epoch)
             numbers[chosen] = order.apply(indices[chosen])
         lengths = self.lengths[sources]
         firsts = numbers * self.context_len
@@ -70,10 +69,10 @@ class ShuffledWindows:
         counts = self.mixture.counts(samples)
         return [count / windows for count, windows in zip(counts, self.windows, strict=True)]
 
-    def _make_order(self, source: int, epoch: int) -> tuple[Permutation, int]:
+    def _make_order(self, seed: int, source: int, epoch: int) -> tuple[Permutation, int]:
         """Return the order of a source's windows in an epoch, and the offset of the first of them in 0 .. C - 1."""
         # Each (source, epoch) has blocks of its own. The counter's first word numbers them.
-        generator = np.random.Philox(key=self.seed + (SHUFFLE_STREAM << 64), counter=[0, epoch, source, 0])
+        generator = np.random.Philox(key=seed + (SHUFFLE_STREAM << 64), counter=[0, epoch, source, 0])
         words = generator.random_raw(ROUNDS + WORDS_PER_SLOT)
         return Permutation(self.windows[source], words[:ROUNDS]), int(words[ROUNDS]) % self.context_len
 
