@@ -13,6 +13,7 @@ import io
 import itertools
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -22,6 +23,7 @@ from tinytrain_dist.config.validation import unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_bytes
+from tinytrain_dist.utils.shard_paths import NoTokenFilesError, data_folders, shard_paths
 
 # The settings of [compute] used to be under [parallel] and are still accepted there.
 FORMER_SECTIONS = {"compute": "parallel"}
@@ -216,10 +218,11 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
     meta_by_size: dict[int, Path] = {}
     folders_by_tokenizer: dict[str, set[str]] = {}
-    for file in (*config.train_files, *config.val_files):
-        meta = Path(file).parent / "meta.json"
+    train_folders = _data_folders("train_data", config.train_files)
+    for folder in (*train_folders, *_data_folders("val_data", config.val_files)):
+        meta = folder / "meta.json"
         size, tokenizer = _read_data_meta(meta)
-        if size and file in config.train_files:
+        if size and folder in train_folders:
             meta_by_size[size] = meta
         if tokenizer:
             folders_by_tokenizer.setdefault(tokenizer, set()).add(str(meta.parent))
@@ -227,11 +230,11 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
     if config.vocab_size is None:
         if not meta_by_size:
-            missing = [file for file in config.train_files if not Path(file).exists()]
+            missing = [file for entry in config.train_files for file in shard_paths(entry) if not Path(file).exists()]
             if missing:
                 remedy = "make one with `tinytrain prepare` or correct the path"
                 raise ConfigError(f"train_data: {missing[0]}: no such token file; {remedy}")
-            meta = Path(config.train_files[0]).parent / "meta.json"
+            meta = train_folders[0] / "meta.json"
             raise ConfigError(f"vocab_size: not set, and there is no {meta} that contains it; set vocab_size")
         return dataclasses.replace(config, vocab_size=max(meta_by_size))
     if meta_by_size and config.vocab_size < max(meta_by_size):
@@ -240,6 +243,14 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
             f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; leave it out"
         )
     return config
+
+
+def _data_folders(setting: str, entries: Sequence[str]) -> list[Path]:
+    """Return the folders of the token files that a setting names. Errors: ConfigError if an entry names no file."""
+    try:
+        return data_folders(entries)
+    except NoTokenFilesError as error:
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _tokenizer_problem(right: list[str], *others: list[str]) -> str:

@@ -22,6 +22,7 @@ from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
+TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
@@ -76,14 +77,17 @@ class TrainingConfig:
         "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
     )
 
-    train_data: str | tuple[str, ...] | None = _setting("data", None, "token file (.npy) to train on, or several")
+    train_data: str | tuple[str, ...] | None = _setting(
+        "data", None, "token file, folder or glob to train on, or several"
+    )
     sampling: Sampling = _setting("data", "random", "random windows, or shuffle: each token is a target once per epoch")
     train_weights: tuple[float, ...] | tuple[str, ...] | None = _setting(
-        "data", None, "weight of each source of train_data, or phases 'STEP: WEIGHT ...' (None: by number of windows)"
+        "data", None, "weight of each entry of train_data, or phases 'STEP: WEIGHT ...' (None: by number of windows)"
     )
     val_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file (.npy) to evaluate on, or several, each evaluated separately (None: no evaluation)"
+        "data", None, "as train_data, to evaluate on; several are evaluated separately (None: no evaluation)"
     )
+    token_dtype: TokenType | None = _setting("data", None, "type of IDs in files without a header (None: not stated)")
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
@@ -146,7 +150,7 @@ class TrainingConfig:
         "compute", None, "CPU threads per process (None: OMP_NUM_THREADS, or 1 if reproducible)"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between comparisons of the replicas' bits (None: only at each save)"
+        "parallel", None, "steps between comparisons of replicas (None: at each save)"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")
@@ -235,12 +239,12 @@ class TrainingConfig:
 
     @property
     def train_files(self) -> tuple[str, ...]:
-        """The files of train_data; () if it is not set."""
+        """The entries of train_data: files, folders, globs; () if it is not set."""
         return (self.train_data,) if isinstance(self.train_data, str) else self.train_data or ()
 
     @property
     def val_files(self) -> tuple[str, ...]:
-        """The files of val_data; () if it is not set."""
+        """The entries of val_data: files, folders, globs; () if it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
 
     @property
@@ -276,8 +280,7 @@ class TrainingConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
-        sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
-        return {**self.to_dict(), **sizes}
+        return {**self.to_dict(), "d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML, with derived sizes filled in; None is left out."""

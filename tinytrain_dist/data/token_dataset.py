@@ -1,4 +1,4 @@
-"""Draw windows from several token files as one dataset, and read them.
+"""Draw windows from several sources as one dataset, and read them.
 
 Must not know ranks, models or devices: a rank asks for sample slots and gets their windows.
 """
@@ -7,143 +7,156 @@ from __future__ import annotations
 
 import itertools
 import os
-import weakref
+import time
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinytrain_dist.data.token_file import (
-    dataset_fingerprint,
-    load_token_dataset,
-    num_windows,
-    torch_compatible_dtype,
-)
+from tinytrain_dist.data.npy_files import missing_tokens
+from tinytrain_dist.data.parallel_reads import READER_POOL
+from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.data.window_sampling import TRAIN_STREAM, slot_random_words, uniform_integers
 from tinytrain_dist.errors import DataError
-from tinytrain_dist.utils.regular_files import open_regular
 
-_FILE_WORD_BITS = 63  # of the random word that chooses a file: a cumulative share of 1 still fits a uint64
-
-
-class _OpenFile(NamedTuple):
-    """A token file that is open for reading."""
-
-    descriptor: int
-    offset: int  # of the first token ID, in bytes
-    dtype: np.dtype[Any]
+_FILE_WORD_BITS = 63  # of the random word that chooses a source: a cumulative share of 1 still fits a uint64
+# A window that is read from memory or a local disk takes less, and handing it to another thread takes 0.03 ms.
+_SLOW_READ_SECONDS = 1e-3
 
 
 class TokenDataset:
-    """Several token files as one source of windows.
+    """Several sources of tokens as one source of windows.
 
-    `draw` says which file and window each sample slot draws, and `read` reads the token IDs of these windows.
-
-    Files are read and not memory-mapped, for three reasons:
-
-    * A page that was mapped once counts as memory of the process until the process ends: 64 kB for each window drawn.
-    * A file that is cut short would kill the process with SIGBUS.
-    * Other threads of the process wait while a page is fetched.
+    `draw` says which source and window each sample slot draws, and `read` reads the token IDs of these windows.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
+        entries: Sequence[str],
         context_len: int,
         *,
         vocab_size: int | None = None,
         weights: Sequence[float] | None = None,
+        token_dtype: str | None = None,
     ) -> None:
-        """Open and check the files; they stay open as long as the dataset exists.
+        """Open and check the sources.
 
-        vocab_size: check that every token ID lies in 0 .. vocab_size - 1 (None: not checked).
-        weights: how often each file is drawn from (None: in proportion to its windows, so all are equally likely).
+        entries: files, folders and globs; each is one source. vocab_size: check that every token ID lies in
+        0 .. vocab_size - 1 (None: not checked). weights: how often each source is drawn from (None: in proportion to
+        its windows, so all are equally likely). token_dtype: the type of token IDs in files without a header.
         Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
         """
-        self.names = short_names(paths)
         self.context_len = context_len
-        self.fingerprints: list[dict[str, Any]] = []  # of each file
-        self.windows: list[int] = []  # number of windows of each file
-        self._files: list[_OpenFile] = []
-        for path in paths:
-            self._open(path, vocab_size)
-        self._dtype = np.result_type(*(torch_compatible_dtype(file.dtype) for file in self._files))
-        # Fractions, because the bounds below decide which file a slot draws: no rounding may move them.
-        weight_of_file = [Fraction(weight) for weight in weights or self.windows]
-        total_weight = sum(weight_of_file)
+        self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
+        self._window_starts = [self._count_windows(source) for source in self.sources]
+        self.windows = [int(starts[-1]) for starts in self._window_starts]  # number of windows of each source
+        self.fingerprints: list[dict[str, Any]] = [source.fingerprint for source in self.sources]
+        self._dtype = np.result_type(*{source.dtype for source in self.sources})
+        self._seconds_per_read = 0.0  # of a window, in the recent past
+        self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
+        # Fractions, because the bounds below decide which source a slot draws: no rounding may move them.
+        weight_of_source = [Fraction(weight) for weight in weights or self.windows]
+        total_weight = sum(weight_of_source)
         # Probability that two sample slots draw the same window.
         self.collision_probability = float(
             sum(
                 (weight / total_weight) ** 2 / windows
-                for weight, windows in zip(weight_of_file, self.windows, strict=True)
+                for weight, windows in zip(weight_of_source, self.windows, strict=True)
             )
         )
-        # Slots whose file word (below 2^63) is less than the first bound draw from the first file, those below the
-        # second bound from the second file, and so on; the last file needs no bound.
+        # Slots whose source word (below 2^63) is less than the first bound draw from the first source, those below the
+        # second bound from the second source, and so on; the last source needs no bound.
         self._bounds = [
             int(cumulative_weight / total_weight * (1 << _FILE_WORD_BITS))
-            for cumulative_weight in itertools.accumulate(weight_of_file[:-1])
+            for cumulative_weight in itertools.accumulate(weight_of_source[:-1])
         ]
 
-    def _open(self, path: str, vocab_size: int | None) -> None:
-        tokens = load_token_dataset(path, vocab_size=vocab_size)
-        self.windows.append(num_windows(tokens, self.context_len, path))
-        self.fingerprints.append(dataset_fingerprint(path, tokens))
-        with open_regular(path) as file:
-            descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead, as in load_token_dataset
-        self._files.append(_OpenFile(descriptor, tokens.offset, tokens.dtype))  # type: ignore[attr-defined]
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the tensor of one window, with the token after it."""
+        return (self.context_len + 1) * self._dtype.itemsize
+
+    def _count_windows(self, source: TokenSource) -> npt.NDArray[np.int64]:
+        """Return the number of the first window of each shard, and behind them the number of windows.
+
+        No window of random sampling crosses the end of a shard. Errors: DataError if there is no window.
+        """
+        tokens_of_shards = np.diff(source.shard_starts)
+        starts = np.concatenate([[0], np.cumsum(np.maximum(0, tokens_of_shards - self.context_len))]).astype(np.int64)
+        if not starts[-1]:
+            problem = missing_tokens(int(tokens_of_shards.max()), self.context_len)
+            several = f"the longest of its {len(source.shards)} files " if len(source.shards) > 1 else ""
+            raise DataError(f"{source.paths[0] if not several else source.entry}: {several}{problem}")
+        return starts
 
     def draw(
         self, seed: int, step: int, slots: Sequence[int], stream: int = TRAIN_STREAM
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the file and the first token of each slot's window, both int64 [len(slots)].
+        """Return the source of each slot's window and the position of its first token there, int64 [len(slots)].
 
-        The draw is a pure function of (seed, step, slot, stream). The last random word of a slot chooses the file, and
-        the others choose the window, which is uniform within its file. With one file the windows are those of
-        `window_starts`, for which all four words are used.
+        The draw is a pure function of (seed, step, slot, stream). The last random word of a slot chooses the source,
+        and the others choose the window, which is uniform within its source. With one source of one file the windows
+        are those of `window_starts`, for which all four words are used.
         """
         words = slot_random_words(seed, step, slots, stream)
-        file_words = words[:, -1] >> np.uint64(64 - _FILE_WORD_BITS)
-        files = np.searchsorted(np.array(self._bounds, np.uint64), file_words, side="right")
+        source_words = words[:, -1] >> np.uint64(64 - _FILE_WORD_BITS)
+        sources = np.searchsorted(np.array(self._bounds, np.uint64), source_words, side="right")
         window_words = words[:, :-1] if self._bounds else words
-        starts = np.empty(len(words), dtype=np.int64)
-        for file, windows in enumerate(self.windows):
-            in_file = files == file
-            starts[in_file] = uniform_integers(window_words[in_file], windows)
-        return files, starts
+        positions = np.empty(len(words), dtype=np.int64)
+        for number, windows in enumerate(self.windows):
+            in_source = sources == number
+            positions[in_source] = self._positions(number, uniform_integers(window_words[in_source], windows))
+        return sources, positions
 
-    def read(self, files: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Windows:
-        """Read the windows that `draw` chose, with the token after each.
+    def _positions(self, source: int, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where the windows with these numbers begin in a source whose shards' windows are numbered in order."""
+        window_starts = self._window_starts[source]
+        shards = np.searchsorted(window_starts, windows, side="right") - 1
+        offsets: npt.NDArray[np.int64] = self.sources[source].shard_starts[shards] - window_starts[shards]
+        return windows + offsets
 
-        The tokens have a type that holds the token IDs of all files.
-        Errors: DataError if a file has become shorter; OSError if it cannot be read.
+    def read(self, sources: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Windows:
+        """Read the windows that `draw` chose, with the token after each: [len(positions), context_len + 1] tokens.
+
+        The tensor has a type that holds the token IDs of all sources. May be called from several threads at once.
+        Errors: DataError if a file has changed since the run began; OSError if it cannot be read.
         """
-        rows = np.empty((len(starts), self.context_len + 1), self._dtype)
-        for row, file_index, start in zip(rows, files.tolist(), starts.tolist(), strict=True):
-            file = self._files[file_index]
-            ids = np.empty(len(row), file.dtype)
-            position = file.offset + start * file.dtype.itemsize
-            if os.preadv(file.descriptor, [ids], position) != ids.nbytes:  # type: ignore[list-item]
-                name = self.names[file_index]
-                raise DataError(f"{name}: has become shorter since the run began; restore it and resume")
-            row[:] = ids  # widens the IDs
+        rows = np.empty((len(positions), self.context_len + 1), self._dtype)
+
+        def read_row(index: int) -> None:
+            since = time.perf_counter()
+            self.sources[sources[index]].read_into(int(positions[index]), rows[index])
+            self._seconds_per_read += 0.1 * (time.perf_counter() - since - self._seconds_per_read)
+
+        done = 0
+        while done < len(rows) and self._seconds_per_read < _SLOW_READ_SECONDS:
+            read_row(done)
+            done += 1
+        READER_POOL.map(read_row, range(done, len(rows)))
         return Windows(torch.from_numpy(rows))
 
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
-        files, starts = self.draw(seed, step, slots)
-        return [f"{self.names[file]}:{start}" for file, start in zip(files.tolist(), starts.tolist(), strict=True)]
+        places = []
+        for number, position in zip(*(part.tolist() for part in self.draw(seed, step, slots)), strict=True):
+            source = self.sources[number]
+            shard, token = source.locate(position)
+            path = os.path.abspath(source.shards[shard].path)
+            places.append(f"{os.path.relpath(path, self._shared_folder)}:{token}")
+        return places
+
+
+def shared_folder(paths: Sequence[str]) -> str:
+    """Return the deepest folder that holds all these files; "" for none."""
+    folders = {os.path.dirname(path) for path in paths}
+    return os.path.commonpath([os.path.abspath(folder) for folder in folders]) if folders else ""
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """Return the part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
-    absolute = [os.path.abspath(path) for path in paths]
-    shared_folder = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else ""
-    return [os.path.relpath(path, shared_folder) for path in absolute]
+    folder = shared_folder(paths)
+    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]

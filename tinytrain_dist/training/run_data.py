@@ -14,11 +14,13 @@ from tinytrain_dist.data.bytes_per_token import bytes_per_token
 from tinytrain_dist.data.stored_tokenizer import check_source_of_weights, check_tokenizer
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 from tinytrain_dist.data.window_sampling import EVAL_STREAM
+from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.shard_paths import NoTokenFilesError, data_folders
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run: one to train on (possibly from several files), and one for each evaluation file."""
+    """The datasets of a run: one to train on (possibly from several sources), and one for each evaluation source."""
 
     train: TokenDataset
     evaluation: dict[str, TokenDataset]  # by short name
@@ -27,7 +29,7 @@ class RunData:
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the training data in a checkpoint.
 
-        A single file is not put in a list, because older checkpoints have none.
+        A single source is not put in a list, because older checkpoints have none.
         """
         fingerprints = self.train.fingerprints
         return {"train": fingerprints if len(fingerprints) > 1 else fingerprints[0]}
@@ -43,22 +45,30 @@ def tokenizer_warnings(config: TrainingConfig) -> list[str]:
 
     Errors: DataError if another tokenizer.json made the files.
     """
-    folders = list(dict.fromkeys(Path(path).parent for path in (*config.train_files, *config.val_files)))
+    folders = _folders(config)
     warnings = [line for folder in folders for line in check_tokenizer(folder)]
     if config.init_from:
         warnings += check_source_of_weights(Path(config.init_from), folders[0])
     return warnings
 
 
+def _folders(config: TrainingConfig) -> list[Path]:
+    """Return the folders of all token files, each once. Errors: DataError."""
+    try:
+        return data_folders((*config.train_files, *config.val_files))
+    except NoTokenFilesError as error:
+        raise DataError(str(error)) from None
+
+
 def open_run_data(config: TrainingConfig) -> RunData:
     """Open the token files of a configuration. Errors: DataError naming the file that cannot be used."""
     assert config.vocab_size is not None, "resolve_vocab_size has filled it"
     vocab_size = config.vocab_size
-    train = TokenDataset(config.train_files, config.context_len, vocab_size=vocab_size, weights=config.train_weights)
+    options: dict[str, Any] = {"vocab_size": vocab_size, "token_dtype": config.token_dtype}
+    train = TokenDataset(config.train_files, config.context_len, weights=config.train_weights, **options)
     evaluation = {
-        name: TokenDataset([path], config.context_len, vocab_size=vocab_size)
+        name: TokenDataset([path], config.context_len, **options)
         for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
     }
-    folders = [Path(path).parent for path in (*config.train_files, *config.val_files)]
-    tables = (bytes_per_token(folder, vocab_size) for folder in folders)
+    tables = (bytes_per_token(folder, vocab_size) for folder in _folders(config))
     return RunData(train, evaluation, next((table for table in tables if table is not None), None))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.batches import Prefetcher
+from tinytrain_dist.data.batches import Prefetcher, read_ahead_depth
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import DivergenceError, TrainingError
@@ -110,7 +110,8 @@ class Trainer:
         config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
-        self.batches = Prefetcher(self._read_rows, self.step)
+        depth = read_ahead_depth(self.data.train.window_bytes * len(self.train_step.slots))
+        self.batches = Prefetcher(self._read_rows, self.step, depth, last_step=config.last_step)
         try:
             collect_garbage(first=True)
             while self.step < config.last_step and not self.stopping:
