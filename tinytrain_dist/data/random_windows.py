@@ -9,28 +9,26 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from tinytrain_dist.config.weight_phases import WeightPhase
 from tinytrain_dist.data.window_sampling import slot_random_words, uniform_integers
 
+StepPhase = tuple[int, Sequence[float]]  # the step at which the phase begins, and its weights
 _SOURCE_WORD_BITS = 63  # of the random word that chooses a source: a cumulative share of 1 still fits a uint64
 
 
 class RandomWindows:
     """Which source and which of its windows each sample slot draws."""
 
-    def __init__(self, windows: Sequence[int], phases: Sequence[WeightPhase] = ()) -> None:
+    def __init__(self, windows: Sequence[int], phases: Sequence[StepPhase] = ()) -> None:
         """Prepare the shares of the sources.
 
         windows: number of windows of each source. phases: how often each source is drawn from (none: in proportion to
         its windows, so all are equally likely).
         """
         self.windows = list(windows)
-        phases = phases or [WeightPhase(0, tuple(windows))]
-        self._first_steps = [phase.from_step for phase in phases]
+        phases = phases or [(0, windows)]
+        self._first_steps = [first_step for first_step, _ in phases]
         # Fractions, because the bounds decide which source a slot draws: no rounding may move them.
-        shares = [
-            [Fraction(weight) / sum(map(Fraction, phase.weights)) for weight in phase.weights] for phase in phases
-        ]
+        shares = [[Fraction(weight) / sum(map(Fraction, weights)) for weight in weights] for _, weights in phases]
         # Slots whose source word (below 2^63) is less than the first bound draw from the first source, those below the
         # second bound from the second source, and so on; the last source needs no bound.
         self._bounds = [

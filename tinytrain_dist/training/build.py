@@ -58,6 +58,7 @@ from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
 from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
+from tinytrain_dist.training.run_length import with_length
 from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -92,11 +93,12 @@ def build_trainer(
     warnings = check_rank_consistency(config, context)
     run_on_all_ranks(lambda: create_trackers(config) if context.is_main else {})  # a missing library is an error here
     config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
-    config, compile_note = resolve_compile(config, context)
     warnings += unknown_peak_warnings(context.device)
 
     phase_timer.enter("open_data")
     data = run_on_all_ranks(lambda: open_run_data(config))
+    config, length_note = with_length(config, data.train.windows_per_epoch, context)
+    config, compile_note = resolve_compile(config, context)
     warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
     if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
         data = replace(data, bytes_per_token=None)
@@ -115,7 +117,7 @@ def build_trainer(
     start = _load(config, context, checkpoints, train_step, phase_timer)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
-    notes = [*_plan_lines(train_step, fitting_notes), precision_note, compile_note, *warnings]
+    notes = [*_plan_lines(train_step, fitting_notes), precision_note, length_note, compile_note, *warnings]
     log.say("\n".join(filter(None, notes)))
     _log_start(log, start, environment, train_step)
     _check_ranks(train_step, data, start.step)
