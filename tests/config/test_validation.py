@@ -168,3 +168,16 @@ def test_trackers_are_known_names_or_classes_and_each_is_there_once():
     expected = "use tensorboard, wandb, mlflow or package.module:ClassName"
     assert problems_of(trackers=["a-b:Own"]) == [f"trackers: 'a-b:Own' is unknown; {expected}"]
     assert problems_of(trackers=["wandb", "wandb"]) == ["trackers: contains wandb twice; list it once"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"target_dir": "runs/\udcff"}, {"train_data": ("a.npy", "\udcff.npy")}, {"resume": "\udcff"}]
+)
+def test_a_text_that_no_file_of_settings_can_contain_is_refused(values: dict[str, Any]) -> None:
+    (name,) = values
+    assert only_problem(**values).startswith(f"{name}: ")
+    assert "is not valid UTF-8; give another name" in only_problem(**values)
+
+
+def test_a_path_has_no_nul() -> None:
+    assert only_problem(log_dir="a\0b") == "log_dir: 'a\\x00b' contains the character NUL; leave it out"

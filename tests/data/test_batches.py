@@ -17,7 +17,7 @@ from tests.helpers.threads import TIMEOUT_SECONDS, call_in_time
 from tests.helpers.token_files import save_tokens
 from tinytrain_dist.data.batches import Prefetcher, get_batch, read_ahead_depth, split_micro_batches
 from tinytrain_dist.data.token_file import load_token_dataset
-from tinytrain_dist.data.training_windows import Windows
+from tinytrain_dist.data.training_windows import Windows, separate_documents
 from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
@@ -125,6 +125,22 @@ def test_rows_are_cut_into_micro_batches_of_ids_and_targets(dtype: torch.dtype) 
         assert ids.dtype == targets.dtype == torch.int64
         assert ids.tolist() == rows[2 * number : 2 * number + 2, :-1].tolist()
         assert targets.tolist() == rows[2 * number : 2 * number + 2, 1:].tolist()
+
+
+def test_targets_that_do_not_count_are_marked_and_documents_follow() -> None:
+    tokens = torch.arange(2 * 6, dtype=torch.int32).view(2, 6)
+    begins = torch.zeros(2, 6, dtype=torch.bool)
+    begins[0, 0] = begins[0, 2] = begins[1, 1] = begins[1, 5] = True
+    counted = torch.ones(2, 5, dtype=torch.bool)
+    counted[0, 4] = False
+    windows = separate_documents(tokens, begins, counted)
+    assert windows.num_counted == 6
+    assert Windows(tokens).num_counted == 10
+    (first, second) = split_micro_batches(windows, 1, torch.device("cpu"))
+    assert [part.tolist() for part in first] == [[[0, 1, 2, 3, 4]], [[1, -100, 3, 4, -100]], [[0, 0, 1, 1, 1]]]
+    assert [part.tolist() for part in second] == [[[6, 7, 8, 9, 10]], [[-100, 8, 9, 10, -100]], [[0, 1, 1, 1, 1]]]
+    without_documents = list(split_micro_batches(Windows(tokens, counted), 2, torch.device("cpu")))
+    assert [len(parts) for parts in without_documents] == [2]
 
 
 # --- reading ahead -------------------------------------------------------------------------------------------------

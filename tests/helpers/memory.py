@@ -25,6 +25,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp 2, accumulation": (2, {"parallel": "ddp", "micro_batch_size": 2}),
     "ddp 2, checkpointing": (2, {"parallel": "ddp", "activation_checkpointing": "block"}),
     "ddp 2, reproducible": (2, {"parallel": "ddp", "reproducible": True, "micro_batch_size": 2}),
+    "ddp 2, documents": (
+        2,
+        {"parallel": "ddp", "document_mask": True, "context_len": 512, "num_layers": 2, "d_model": 32},
+    ),
     "fsdp 2": (2, {"parallel": "fsdp"}),
     "fsdp 2, checkpointing": (2, {"parallel": "fsdp", "activation_checkpointing": "block"}),
     "fsdp 2, selective, bf16": (2, {"parallel": "fsdp", "activation_checkpointing": "selective", "precision": "bf16"}),

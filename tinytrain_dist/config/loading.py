@@ -119,12 +119,19 @@ def read_command_line(args: list[str], prog: str, description: str = "") -> tupl
     Dashes and underscores in names are interchangeable. Errors: ConfigError with all problems, among them values that
     cannot be parsed, and unknown settings with the nearest known name. --help ends the process.
     """
-    import tyro  # imported here, because the import takes longer than reading a configuration
-
     path = args[0] if args and not args[0].startswith("-") else None
     tyro_args, names_without_value = _normalize_arguments(args[1:] if path else args)
+    if not tyro_args:
+        return path, dict.fromkeys(names_without_value)
+    import tyro  # imported here, because the import takes longer than reading a configuration
+
+    # Tyro needs a tenth of a second for all settings, in each process of a run. Only the help has to name all of them.
+    given = {word.lstrip("-").replace("-", "_").removeprefix("no_") for word in tyro_args}
+    is_help = bool({"-h", "--help"} & set(tyro_args))
     hints: dict[str, Any] = {}
     for name, setting in FIELDS.items():
+        if not (is_help or name in given):
+            continue
         help_text = f"{setting.metadata['help']} (default: {setting.default})"
         hints[name] = Annotated[
             bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text, help_behavior_hint="")

@@ -77,9 +77,7 @@ class TrainingConfig:
         "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
     )
 
-    train_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file, folder or glob to train on, or several"
-    )
+    train_data: str | tuple[str, ...] | None = _setting("data", None, "token file, folder or glob, or several of them")
     sampling: Sampling = _setting("data", "random", "random windows, or shuffle: each token is a target once per epoch")
     train_weights: tuple[float, ...] | tuple[str, ...] | None = _setting(
         "data", None, "weight of each entry of train_data, or phases 'STEP: WEIGHT ...' (None: by number of windows)"
@@ -150,7 +148,7 @@ class TrainingConfig:
         "compute", None, "CPU threads per process (None: OMP_NUM_THREADS, or 1 if reproducible)"
     )
     fingerprint_every: int | None = _setting(
-        "parallel", None, "steps between comparisons of replicas (None: at each save)"
+        "parallel", None, "steps between comparisons of the replicas' bits (None: only at each save)"
     )
 
     ckpt_every: int = _setting("checkpoint", 1000, "steps between checkpoints")

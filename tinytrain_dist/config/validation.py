@@ -49,6 +49,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
     if problems:  # the checks below divide by these numbers
         return problems
     checks = (
+        _text_problems,
         _shape_problems,
         _epoch_problems,
         _schedule_problems,
@@ -314,6 +315,22 @@ def _reproducible_problems(config: TrainingConfig) -> list[str]:
             "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it; "
             f"possible: {format_list(micro_batch_sizes(config.batch_size, 1, config.reproducible))}"
         )
+    return problems
+
+
+def _text_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem for each text that a file of settings cannot contain, or that no path can contain."""
+    problems = []
+    for name, value in vars(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                problems.append(f"{name}: {text!r} is not valid UTF-8; give another name")
+            if "\0" in text:
+                problems.append(f"{name}: {text!r} contains the character NUL; leave it out")
     return problems
 
 

@@ -10,12 +10,12 @@ import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from tinytrain_dist.utils.regular_files import open_regular
 
 MOST_OPEN_FILES = 128
+Key = tuple[object, object]
 
 
 class FileStamp(NamedTuple):
@@ -53,17 +53,17 @@ class OpenFile:
 
 
 class OpenFiles:
-    """The files that are open, by a key."""
+    """The files that are open, by their owner and what the owner calls them."""
 
     def __init__(self, limit: int | None = None) -> None:
         """Keep at most `limit` files open (None: 128, or a quarter of what this process may open if that is less)."""
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         unlimited = allowed == resource.RLIM_INFINITY
         self.limit = limit or (MOST_OPEN_FILES if unlimited else max(1, min(MOST_OPEN_FILES, allowed // 4)))
-        self._files: OrderedDict[object, OpenFile] = OrderedDict()
+        self._files: OrderedDict[Key, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: object) -> OpenFile | None:
+    def get(self, key: Key) -> OpenFile | None:
         """Return the file with this key if it is open."""
         with self._lock:
             file = self._files.get(key)
@@ -71,7 +71,7 @@ class OpenFiles:
                 self._files.move_to_end(key)
             return file
 
-    def keep(self, key: object, file: OpenFile) -> None:
+    def keep(self, key: Key, file: OpenFile) -> None:
         """Keep a file open, and close those that were not used for longest."""
         closed = []
         with self._lock:
@@ -80,10 +80,10 @@ class OpenFiles:
                 closed.append(self._files.popitem(last=False))
         del closed  # outside the lock, because closing may wait for a file system
 
-    def forget(self, keys: Iterable[object]) -> None:
-        """Close the files with these keys."""
+    def forget(self, owner: object) -> None:
+        """Close the files of one owner."""
         with self._lock:
-            closed = [self._files.pop(key, None) for key in keys]
+            closed = [self._files.pop(key) for key in list(self._files) if key[0] is owner]
         del closed
 
 

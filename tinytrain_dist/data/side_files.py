@@ -34,18 +34,19 @@ def side_path(path: str, ending: str) -> str:
 class _SideFile:
     """A file that is opened when it is read."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, owner: object) -> None:
         self.path = path
+        self._key = (owner, path)
 
     def read(self, dtype: np.dtype[Any], first: int, count: int, offset: int) -> npt.NDArray[Any]:
         """Return values of a type that begins at `offset`. Errors: DataError if there are too few; OSError."""
-        file = OPEN_FILES.get(self.path)
+        file = OPEN_FILES.get(self._key)
         if file is None:
             try:
                 file = OpenFile(self.path)
             except FileNotFoundError:
                 raise DataError(f"{self.path}: was removed since the run began; restore it and resume") from None
-            OPEN_FILES.keep(self.path, file)
+            OPEN_FILES.keep(self._key, file)
         values = as_array(dtype, count, file.descriptor, offset + first * dtype.itemsize)
         if len(values) < count:
             raise DataError(f"{self.path}: has become shorter since the run began; restore it and resume")
@@ -55,18 +56,21 @@ class _SideFile:
 class Mask:
     """The mask file of one shard."""
 
-    def __init__(self, path: str, header: NpyHeader) -> None:
-        """Read the file at `path`, whose header was checked, when values are asked for."""
+    def __init__(self, path: str, header: NpyHeader, owner: object) -> None:
+        """Read the file at `path`, whose header was checked, when values are asked for. owner: of the open file."""
         self.header = header
-        self._file = _SideFile(path)
+        self._file = _SideFile(path, owner)
 
     def read(self, first: int, count: int) -> npt.NDArray[np.bool_]:
         """Return which of `count` tokens of the shard count as targets. Errors: DataError; OSError."""
         return self._file.read(self.header.dtype, first, count, self.header.offset).astype(np.bool_)
 
 
-def open_mask(path: str, tokens: int) -> Mask | None:
-    """Return the mask of a shard of `tokens` tokens; None if it has none. Errors: DataError if it does not fit."""
+def open_mask(path: str, tokens: int, owner: object) -> Mask | None:
+    """Return the mask of a shard of `tokens` tokens; None if it has none. Errors: DataError if it does not fit.
+
+    owner: whose files are closed together, see `OpenFiles.forget`.
+    """
     mask_path = side_path(path, ".mask.npy")
     header = _header(mask_path)
     if header is None:
@@ -81,18 +85,18 @@ def open_mask(path: str, tokens: int) -> Mask | None:
             f"{mask_path}: has {header.shape[0]:,} values, but {path} has {tokens:,} tokens; a mask has one value for "
             "each token: make both again"
         )
-    return Mask(mask_path, header)
+    return Mask(mask_path, header, owner)
 
 
 class DocumentStarts:
     """Where the documents of one shard begin. Every 4,096th position is kept in memory, from the first use on."""
 
-    def __init__(self, path: str, tokens: int, count: int) -> None:
-        """Describe `count` positions below `tokens` in the file at `path`."""
+    def __init__(self, path: str, tokens: int, count: int, owner: object) -> None:
+        """Describe `count` positions below `tokens` in the file at `path`. owner: of the open file."""
         self.path = path
         self.tokens = tokens
         self.count = count
-        self._file = _SideFile(path)
+        self._file = _SideFile(path, owner)
         self._samples: npt.NDArray[np.int64] | None = None
 
     def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
@@ -129,8 +133,8 @@ class DocumentStarts:
 class _StartsFile(DocumentStarts):
     """Positions in a .documents.npy file."""
 
-    def __init__(self, path: str, tokens: int, header: NpyHeader) -> None:
-        super().__init__(path, tokens, header.shape[0])
+    def __init__(self, path: str, tokens: int, header: NpyHeader, owner: object) -> None:
+        super().__init__(path, tokens, header.shape[0], owner)
         self.header = header
 
     def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
@@ -140,8 +144,8 @@ class _StartsFile(DocumentStarts):
 class _StartsInIndex(DocumentStarts):
     """Positions in a Megatron index, by way of the first sequence of each document."""
 
-    def __init__(self, path: str, index: MegatronIndex) -> None:
-        super().__init__(path, index.tokens, index.documents)
+    def __init__(self, path: str, index: MegatronIndex, owner: object) -> None:
+        super().__init__(path, index.tokens, index.documents, owner)
         self.index = index
 
     def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
@@ -156,10 +160,10 @@ class _StartsInIndex(DocumentStarts):
         return positions
 
 
-def open_document_starts(path: str, layout: Layout, size: int) -> DocumentStarts | None:
+def open_document_starts(path: str, layout: Layout, size: int, owner: object) -> DocumentStarts | None:
     """Return where the documents of a shard begin; None if that is not recorded. Errors: DataError.
 
-    size: of the token file, in bytes.
+    size: of the token file, in bytes. owner: as of `open_mask`.
     """
     starts_path = side_path(path, ".documents.npy")
     header = _header(starts_path)
@@ -167,7 +171,7 @@ def open_document_starts(path: str, layout: Layout, size: int) -> DocumentStarts
         if layout.format != "Megatron":
             return None
         index_path = Path(side_path(path, ".idx"))
-        return _StartsInIndex(str(index_path), read_megatron_index(index_path, size))
+        return _StartsInIndex(str(index_path), read_megatron_index(index_path, size), owner)
     if header.dtype.kind not in "ui" or len(header.shape) != 1:
         raise DataError(
             f"{starts_path}: holds {len(header.shape)}-D {header.dtype}, but document starts are a 1-D array of int64; "
@@ -175,7 +179,7 @@ def open_document_starts(path: str, layout: Layout, size: int) -> DocumentStarts
         )
     if not header.shape[0] and layout.tokens:
         raise DataError(f"{starts_path}: is empty, but {path} has {layout.tokens:,} tokens; make both again")
-    return _StartsFile(starts_path, layout.tokens, header)
+    return _StartsFile(starts_path, layout.tokens, header, owner)
 
 
 def _header(path: str) -> NpyHeader | None:

@@ -20,8 +20,10 @@ from tinytrain_dist.data.npy_files import missing_tokens
 from tinytrain_dist.data.parallel_reads import READER_POOL
 from tinytrain_dist.data.random_windows import RandomWindows, StepPhase
 from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows, windows_per_epoch
+from tinytrain_dist.data.side_files import side_path
+from tinytrain_dist.data.side_fingerprints import documents_fingerprint, mask_fingerprint
 from tinytrain_dist.data.token_source import TokenSource
-from tinytrain_dist.data.training_windows import Windows
+from tinytrain_dist.data.training_windows import Windows, separate_documents
 from tinytrain_dist.data.window_sampling import TRAIN_STREAM
 from tinytrain_dist.errors import DataError
 
@@ -45,6 +47,8 @@ class TokenDataset:
         token_dtype: str | None = None,
         phases: Sequence[StepPhase] = (),
         shuffle_batch: int | None = None,
+        loss_mask: bool = False,
+        document_mask: bool = False,
     ) -> None:
         """Open and check the sources.
 
@@ -53,31 +57,42 @@ class TokenDataset:
         its windows, so all are equally likely). token_dtype: the type of token IDs in files without a header.
         phases: weights that change, in place of `weights`. shuffle_batch: sample slots of a step, if every token is to
         be a target once per epoch (None: windows are random).
+        loss_mask: read which targets count; every token file needs a mask file. document_mask: separate documents;
+        every token file needs a file that tells where they begin.
         Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
         """
         self.context_len = context_len
         self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
-        self._window_starts = [self._count_windows(source) for source in self.sources]
-        self.windows = [int(starts[-1]) for starts in self._window_starts]  # number of windows of each source
-        self.fingerprints: list[dict[str, Any]] = [source.fingerprint for source in self.sources]
+        phases = phases or ([(0, weights)] if weights else [])
+        self._batch_size = shuffle_batch or 0
+        self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
+        self._window_starts = [] if self._shuffled else [self._count_windows(source) for source in self.sources]
+        # number of windows of each source; of shuffled ones in an epoch
+        self.windows = self._shuffled.windows if self._shuffled else [int(starts[-1]) for starts in self._window_starts]
+        self._random = RandomWindows(self.windows, phases)
+        # Probability that two sample slots of a step draw the same window.
+        self.collision_probability = self._random.collision_probability
+        self._loss_mask, self._document_mask = loss_mask, document_mask
+        self.fingerprints: list[dict[str, Any]] = [
+            source.fingerprint | _open_side_files(source, loss_mask, document_mask) for source in self.sources
+        ]
         self._dtype = np.result_type(*{source.dtype for source in self.sources})
         self._seconds_per_read = 0.0  # of a window, in the recent past
         self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
-        phases = phases or ([(0, weights)] if weights else [])
-        self._random = RandomWindows(self.windows, phases)
-        self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
-        self._batch_size = shuffle_batch or 0
-        # Probability that two sample slots of a step draw the same window.
-        self.collision_probability = self._random.collision_probability
 
     def _shuffle(self, phases: Sequence[StepPhase], batch_size: int) -> ShuffledWindows:
+        """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
+        for source in self.sources:
+            if problem := missing_tokens(len(source), self.context_len):
+                raise DataError(f"{source.entry}: {problem}")
         in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
         return ShuffledWindows([len(source) for source in self.sources], self.context_len, in_samples)
 
     @property
     def window_bytes(self) -> int:
-        """Bytes of the tensor of one window, with the token after it."""
-        return (self.context_len + 1) * self._dtype.itemsize
+        """Bytes of the tensors of one window, with the token after it."""
+        marks = self.context_len * (bool(self._loss_mask or self._document_mask) + 4 * self._document_mask)
+        return (self.context_len + 1) * self._dtype.itemsize + marks
 
     def _count_windows(self, source: TokenSource) -> npt.NDArray[np.int64]:
         """Return the number of the first window of each shard, and behind them the number of windows.
@@ -99,7 +114,7 @@ class TokenDataset:
 
         The draw is a pure function of (seed, step, slot, stream).
         """
-        if self._shuffled is not None and stream == TRAIN_STREAM:
+        if self._shuffled is not None:
             return self._choose(seed, step, slots)[:2]
         sources, numbers = self._random.choose(seed, step, slots, stream)
         positions = np.empty_like(numbers)
@@ -152,11 +167,19 @@ class TokenDataset:
         The tensor has a type that holds the token IDs of all sources. May be called from several threads at once.
         Errors: DataError if a file has changed since the run began; OSError if it cannot be read.
         """
-        rows = np.empty((len(positions), self.context_len + 1), self._dtype)
+        shape = (len(positions), self.context_len + 1)
+        rows = np.empty(shape, self._dtype)
+        counted = np.empty((len(positions), self.context_len), np.bool_) if self._loss_mask else None
+        begins = np.zeros(shape, np.bool_) if self._document_mask else None
 
         def read_row(index: int) -> None:
             since = time.perf_counter()
-            self.sources[sources[index]].read_into(int(positions[index]), rows[index])
+            source, position = self.sources[sources[index]], int(positions[index])
+            source.read_into(position, rows[index])
+            if counted is not None:
+                counted[index] = source.read_mask(position + 1, self.context_len)
+            if begins is not None:
+                begins[index, source.document_starts(position, self.context_len + 1)] = True
             self._seconds_per_read += 0.1 * (time.perf_counter() - since - self._seconds_per_read)
 
         done = 0
@@ -164,7 +187,10 @@ class TokenDataset:
             read_row(done)
             done += 1
         READER_POOL.map(read_row, range(done, len(rows)))
-        return Windows(torch.from_numpy(rows))
+        mask = None if counted is None else torch.from_numpy(counted)
+        if begins is None:
+            return Windows(torch.from_numpy(rows), mask)
+        return separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
 
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
@@ -175,6 +201,29 @@ class TokenDataset:
             path = os.path.abspath(source.shards[shard].path)
             places.append(f"{os.path.relpath(path, self._shared_folder)}:{token}")
         return places
+
+
+def _open_side_files(source: TokenSource, loss_mask: bool, document_mask: bool) -> dict[str, str]:
+    """Open the files beside the token files that the settings need, and return what identifies them.
+
+    Errors: DataError if there are none, or if one does not fit.
+    """
+    fingerprint, path = {}, source.paths[0]
+    if loss_mask:
+        if not source.open_masks():
+            raise DataError(
+                f"{path}: has no mask file ({side_path(path, '.mask.npy')}), but loss_mask = true needs one for every "
+                "token file of train_data and val_data; make it, or set loss_mask = false"
+            )
+        fingerprint["mask"] = mask_fingerprint(source.paths)
+    if document_mask:
+        if not source.open_documents():
+            raise DataError(
+                f"{path}: has no {side_path(path, '.documents.npy')}, in which document_mask = true finds where "
+                "documents begin; run `tinytrain prepare` again, which writes it"
+            )
+        fingerprint["documents"] = documents_fingerprint(source.paths)
+    return fingerprint
 
 
 def shared_folder(paths: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ Must not know how windows are chosen.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import weakref
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from tinytrain_dist.data.open_files import OPEN_FILES, FileStamp, OpenFile
 from tinytrain_dist.data.parallel_reads import READER_POOL, read_at
-from tinytrain_dist.data.shard_manifest import Shard, file_tokens, open_shards
+from tinytrain_dist.data.shard_manifest import Shard, Shards, file_tokens, open_shards, open_single
 from tinytrain_dist.data.side_files import DocumentStarts, Mask, open_document_starts, open_mask
 from tinytrain_dist.data.token_file import Tokens, dataset_fingerprint, load_token_dataset, torch_compatible_dtype
 from tinytrain_dist.data.token_formats import find_layout
@@ -52,43 +51,27 @@ class TokenSource:
         except NoTokenFilesError as error:
             raise DataError(str(error)) from None
         if len(paths) == 1:
-            self.shards = [_open_single(paths[0], vocab_size, token_dtype)]
+            self.shards = _open_single(paths[0], vocab_size, token_dtype)
         else:
             self.shards = open_shards(paths, token_dtype, vocab_size)
+        self.paths = self.shards.paths
         # Position of the first token of each shard, and behind them the number of tokens: int64 [shards + 1].
-        self.shard_starts = np.concatenate([[0], np.cumsum([shard.layout.tokens for shard in self.shards])])
-        self.shard_starts = self.shard_starts.astype(np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(self.shards.tokens)]).astype(np.int64)
         # The type that holds the token IDs of all shards in a tensor.
-        self.dtype = np.result_type(*{torch_compatible_dtype(shard.layout.dtype) for shard in self.shards})
+        self.dtype = np.result_type(*map(torch_compatible_dtype, self.shards.dtypes))
         self._masks: list[Mask] | None = None
         self._documents: list[DocumentStarts] | None = None
-        weakref.finalize(self, OPEN_FILES.forget, [(shard.path, shard.stamp) for shard in self.shards])
+        self._key = object()  # of the open files
+        weakref.finalize(self, OPEN_FILES.forget, self._key)
 
     def __len__(self) -> int:
         """Return the number of tokens."""
         return int(self.shard_starts[-1])
 
-    @property
-    def paths(self) -> list[str]:
-        """The paths of the shards."""
-        return [shard.path for shard in self.shards]
-
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the source in a checkpoint: that of its file, or one entry for all its shards."""
-        if len(self.shards) == 1:
-            return self.shards[0].fingerprint
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update("\0".join(map(str, shard.fingerprint.values())).encode("utf-8", "surrogateescape") + b"\n")
-        names = [os.path.basename(self.shards[number].path) for number in (0, -1)]
-        return {
-            "file": " .. ".join(names),
-            "shards": len(self.shards),
-            "tokens": len(self),
-            "dtype": ", ".join(sorted({str(shard.layout.dtype) for shard in self.shards})),
-            "sha256": digest.hexdigest(),
-        }
+        """What identifies the source in a checkpoint."""
+        return self.shards.fingerprint()
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the shard that holds a position, and the position in that shard."""
@@ -112,7 +95,7 @@ class TokenSource:
             wanted = tokens[part]
             ids = wanted if shard.layout.dtype == tokens.dtype else np.empty(len(wanted), shard.layout.dtype)
             at = shard.layout.offset + first * shard.layout.dtype.itemsize
-            if read_at(_opened(shard).descriptor, ids, at) != ids.nbytes:
+            if read_at(self._opened(shard_number).descriptor, ids, at) != ids.nbytes:
                 raise DataError(_shorter(shard))
             if ids is not wanted:
                 wanted[:] = ids  # widens the IDs
@@ -123,7 +106,7 @@ class TokenSource:
         Errors: DataError if one does not fit its shard, or if only some shards have one.
         """
         if self._masks is None:
-            found = READER_POOL.map(lambda shard: open_mask(shard.path, shard.layout.tokens), self.shards)
+            found = READER_POOL.map(lambda shard: open_mask(shard.path, shard.layout.tokens, self._key), self.shards)
             self._masks = _of_all(self.shards, found, "mask file", ".mask.npy")
         return bool(self._masks)
 
@@ -142,7 +125,7 @@ class TokenSource:
         """
         if self._documents is None:
             found = READER_POOL.map(
-                lambda shard: open_document_starts(shard.path, shard.layout, shard.stamp.size), self.shards
+                lambda shard: open_document_starts(shard.path, shard.layout, shard.stamp.size, self._key), self.shards
             )
             self._documents = _of_all(self.shards, found, "file of document starts", ".documents.npy")
         return bool(self._documents)
@@ -160,45 +143,48 @@ class TokenSource:
             starts.append(found - first + part.start)
         return np.concatenate(starts)
 
+    def _opened(self, number: int) -> OpenFile:
+        """Return the file of a shard, open. Errors: as of `_open_again`."""
+        file = OPEN_FILES.get((self._key, number))
+        if file is None:
+            file = _open_again(self.shards[number])
+            OPEN_FILES.keep((self._key, number), file)
+        return file
+
     def _parts(self, position: int, length: int) -> list[tuple[int, int, slice]]:
         """Divide a range into parts of one shard each: (shard, first token in it, which of the tokens)."""
         parts, done = [], 0
         while done < length:
             shard, first = self.locate(position + done)
-            count = min(length - done, self.shards[shard].layout.tokens - first)
+            count = min(length - done, int(self.shards.tokens[shard]) - first)
             parts.append((shard, first, slice(done, done + count)))
             done += count
         return parts
 
 
-def _open_single(path: str, vocab_size: int | None, token_dtype: str | None) -> Shard:
+def _open_single(path: str, vocab_size: int | None, token_dtype: str | None) -> Shards:
     """Open a source of one file, whose range of token IDs is kept beside it in FILE.range.json."""
     layout = find_layout(Path(path), token_dtype, vocab_size)
     stamp = FileStamp.of(os.stat(path))  # before the file is read: a later change shows
     tokens = load_token_dataset(path, vocab_size=vocab_size, token_dtype=token_dtype)
-    sha256 = dataset_fingerprint(path, tokens)["sha256"]
-    return Shard(path, layout, stamp, None, sha256, None, 0)
+    return open_single(path, layout, dataset_fingerprint(path, tokens)["sha256"], stamp)
 
 
-def _opened(shard: Shard) -> OpenFile:
-    """Return a shard's file, open. Errors: DataError if it is no longer the file that was checked; OSError."""
-    key = (shard.path, shard.stamp)
-    file = OPEN_FILES.get(key)
-    if file is None:
-        try:
-            file = OpenFile(shard.path)
-        except FileNotFoundError:
-            raise DataError(f"{shard.path}: was removed since the run began; restore it and resume") from None
-        if file.stamp().size < shard.stamp.size:
-            raise DataError(_shorter(shard))
-        # A file that was only copied back or touched has other times, and the same content.
-        if file.stamp() != shard.stamp and file.stamp().size == shard.stamp.size:
-            same = dataset_fingerprint(shard.path, file_tokens(file, shard.layout)) == shard.fingerprint
-        else:
-            same = file.stamp() == shard.stamp
-        if not same:
-            raise DataError(f"{shard.path}: was changed since the run began; restore it and resume")
-        OPEN_FILES.keep(key, file)
+def _open_again(shard: Shard) -> OpenFile:
+    """Open a shard. Errors: DataError if it is no longer the file that was checked; OSError."""
+    try:
+        file = OpenFile(shard.path)
+    except FileNotFoundError:
+        raise DataError(f"{shard.path}: was removed since the run began; restore it and resume") from None
+    stamp = file.stamp()
+    if stamp.size < shard.stamp.size:
+        raise DataError(_shorter(shard))
+    # A file that was only copied back or touched has other times, and the same content.
+    same = stamp.size == shard.stamp.size and (
+        stamp == shard.stamp or dataset_fingerprint(shard.path, file_tokens(file, shard.layout)) == shard.fingerprint
+    )
+    if not same:
+        raise DataError(f"{shard.path}: was changed since the run began; restore it and resume")
     return file
 
 

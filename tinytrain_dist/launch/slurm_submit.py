@@ -8,6 +8,7 @@ the code and settings as they were submitted, even if the checkout has changed s
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -29,6 +31,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.launch.sweep import read_sweep, task_settings
 from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.git import git_output
@@ -158,7 +161,6 @@ class Job:
 
     def write(self) -> None:
         """Write RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
-        self.folder.mkdir(parents=True)
         copy_code(self.folder / "code")
         for number, config in enumerate(self.configs):
             name = f"config-{number}.toml" if self.options.array else "config.toml"
@@ -242,6 +244,8 @@ def check_options(options: SubmitOptions) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if options.max_requeues is not None and options.max_requeues < 0:
+        problems.append(f"--max-requeues: {options.max_requeues} must not be negative; give 0 for no requeue")
     problems += check_template(options)
     try:
         if seconds_of(options.time) < MIN_TIME_SECONDS:
@@ -305,10 +309,9 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
     for task, line in enumerate(lines):
         prefix = "" if line is None else f"task {task}: "
         try:
-            task_settings = [] if line is None else split_settings(line)
-            config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
-            if line is not None and not re.search(r"--target[-_]dir\b", line):
-                config = replace(config, target_dir=f"{config.target_dir}/{task}")
+            words = [str(options.config), *settings]
+            more = [] if line is None else task_settings(words, line, task)
+            config = parse_command_line([*words, *more], prog=PROGRAM)
             configs.append(config)
             problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
         except ConfigError as error:
@@ -332,23 +335,6 @@ def shared_places(configs: list[TrainingConfig]) -> list[str]:
         for (folder, prefix), tasks in sorted(places.items())
         if tasks > 1
     ]
-
-
-def split_settings(line: str) -> list[str]:
-    """Return the words of a line of a sweep, as a shell would. Errors: ConfigError."""
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ConfigError(f"--array: the line {line!r} has a quote without its end ({error}); close it") from None
-
-
-def read_sweep(path: Path) -> list[str]:
-    """Return the lines of a sweep, without empty lines and comments. Errors: ConfigError."""
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 # ---------------------------------------------------------------- submission
@@ -405,13 +391,28 @@ def _print_logs(folder: Path, positions: dict[str, int]) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def _folder_unless_it_fails(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents, and remove what was made if the block raises."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in missing[1:]:  # from the inside out
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+        raise
+
+
 def submit(job: Job) -> str:
     """Write the job's folder and submit the job; return its ID in Slurm. Errors: SubmitError if Slurm refuses."""
-    job.write()
-    done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(job.folder)
-        raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
+    with _folder_unless_it_fails(job.folder):
+        job.write()
+        done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
     slurm_id = done.stdout.strip().partition(";")[0]  # "ID", or "ID;CLUSTER"
     write_atomically(job.folder / "job_id", slurm_id + "\n")
     return slurm_id

@@ -28,7 +28,7 @@ from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.loss_level import LossLevel
-from tinytrain_dist.metrics.phase_timer import STEP_PHASES
+from tinytrain_dist.metrics.phase_timer import STEP_PHASES, start_seconds
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.source_metrics import ended_epochs, source_groups
@@ -164,6 +164,7 @@ class StepMetrics:
         self.skipped = 0  # updates skipped by this process
         self.skipped_in_row = 0
         self.level = LossLevel(record)
+        self.first_step = step + 1
         self.read_step = step  # the newest step whose numbers were read
         self.logged_step = step  # the last logged step
         self.step_seconds = 0.0  # per step, in the last logged interval
@@ -188,6 +189,8 @@ class StepMetrics:
         if result is None:
             return
         loss, norm, skipped = result.numbers.read()
+        if result.step == self.first_step:
+            self.log.first_step(result.step, start_seconds(result.phases))
         self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
         self.read_step = result.step
         self.skipped += int(skipped)

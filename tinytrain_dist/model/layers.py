@@ -70,6 +70,11 @@ class Embedding(nn.Embedding):
         super().__init__(vocab_size, dim)
         self.compute_dtype = dtype
 
+    def reset_parameters(self) -> None:
+        """Draw the vectors, unless they have no memory: on the meta device a draw imports torch's compiler."""
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
+
     def forward(self, ids_bt: Tensor) -> Tensor:
         """ids: [b, t]; returns [b, t, d]. The weight's gradient is summed over tokens in its own type, float32."""
         return F.embedding(ids_bt, self.weight).to(self.compute_dtype)

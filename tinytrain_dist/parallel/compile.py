@@ -12,16 +12,15 @@ import torch
 
 from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.distributed.torch_internals import (
+    assume_vector_instructions,
+    check_vector_instructions,
     compiler_keeps_bf16_rounding,
     keep_graphs_whole_under_ddp,
-    load_compiler,
 )
+from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
-
-load_compiler()  # now, so that the import does not happen inside a step or a simulation
 
 # Compiling pays off in runs of at least so many floating-point operations: about five minutes on two CPU cores, or on
 # one large GPU. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
@@ -63,7 +62,17 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
     products in float32, so the compiler must not remove the rounding of weights to bf16 before a product.
     """
     if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and not compiler_keeps_bf16_rounding():
-        return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 does not"
+        return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 and newer do not"
+    assumed = device.type == "cpu" and assume_vector_instructions()
+    reason = _try_compiler(device)
+    if reason and assumed:  # perhaps only because the C++ compiler is older than the processor
+        check_vector_instructions()
+        reason = _try_compiler(device)
+    return reason
+
+
+def _try_compiler(device: torch.device) -> str:
+    """Compile a small function and call it; return "" or what went wrong."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:

@@ -37,7 +37,7 @@ from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.step_metrics import StepMetrics
-from tinytrain_dist.metrics.trackers import create_trackers
+from tinytrain_dist.metrics.trackers import check_trackers
 from tinytrain_dist.parallel.compile import resolve_compile
 from tinytrain_dist.parallel.device_defaults import resolve_device_defaults
 from tinytrain_dist.parallel.replica_check import check_replicas
@@ -91,17 +91,17 @@ def build_trainer(
     """
     phase_timer = phase_timer or PhaseTimer()
     warnings = check_rank_consistency(config, context)
-    run_on_all_ranks(lambda: create_trackers(config) if context.is_main else {})  # a missing library is an error here
+    run_on_all_ranks(lambda: check_trackers(config) if context.is_main else None)  # a missing library is an error here
     config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
     warnings += unknown_peak_warnings(context.device)
 
     phase_timer.enter("open_data")
-    data = run_on_all_ranks(lambda: open_run_data(config))
+    data, tokenizer_notes = _open_data(config, context)
+    warnings += tokenizer_notes
     config, length_note = with_length(config, data.train.windows_per_epoch, context)
+
+    phase_timer.enter("compiler")
     config, compile_note = resolve_compile(config, context)
-    warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
-    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
-        data = replace(data, bytes_per_token=None)
     numerics = configure_determinism(config, context.device)
 
     phase_timer.enter("build")
@@ -142,6 +142,15 @@ def build_trainer(
         record=start.record,
         source=start.source,
     )
+
+
+def _open_data(config: TrainingConfig, context: DistributedContext) -> tuple[RunData, list[str]]:
+    """Open the token files on all ranks, and return warnings about their tokenizers. A collective."""
+    data = run_on_all_ranks(lambda: open_run_data(config))
+    warnings = run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
+    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
+        data = replace(data, bytes_per_token=None)
+    return data, warnings
 
 
 def _load(

@@ -66,6 +66,7 @@ def open_run_data(config: TrainingConfig) -> RunData:
     assert config.vocab_size is not None, "resolve_vocab_size has filled it"
     vocab_size = config.vocab_size
     options: dict[str, Any] = {"vocab_size": vocab_size, "token_dtype": config.token_dtype}
+    options |= {"loss_mask": config.loss_mask, "document_mask": config.document_mask}
     train = TokenDataset(
         config.train_files,
         config.context_len,

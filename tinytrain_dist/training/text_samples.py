@@ -73,9 +73,11 @@ class TextSampler:
 
 def _load_tokenizer(path: Path) -> Any:
     """Load the tokenizer in `path`; None if it cannot be used, since a sample must not end a run."""
+    if not path.is_file():
+        return None
     with contextlib.suppress(Exception):  # tokenizers is an extra, and raises bare Exception for what it cannot read
+        check_regular(path)
         from tokenizers import Tokenizer
 
-        check_regular(path)
         return Tokenizer.from_file(str(path))
     return None
