@@ -73,6 +73,17 @@ def test_settings_that_make_the_run_are_refused_with_both_values(tmp_path: Path)
     check_same_run(tmp_path, saved_state(config), config, DATA)
 
 
+def test_a_checkpoint_from_before_there_was_a_choice_drew_random_windows(tmp_path: Path) -> None:
+    state = saved_state(config_for(tmp_path))
+    del state["config"]["sampling"]
+    check_same_run(tmp_path, state, config_for(tmp_path), DATA)
+    shuffling = config_for(tmp_path, sampling="shuffle")
+    with pytest.raises(CheckpointError, match="sampling: random in the checkpoint, shuffle now"):
+        check_same_run(tmp_path, state, shuffling, DATA)
+    assert describe_changes(state, shuffling) == ["sampling: random -> shuffle"]
+    check_same_run(tmp_path, state, config_for(tmp_path, sampling="shuffle", allow="sampling"), DATA)
+
+
 def test_a_reproducible_run_refuses_other_numerics(tmp_path: Path) -> None:
     state = saved_state(config_for(tmp_path))
     now = {"torch": "1", "threads": 2}

@@ -28,11 +28,13 @@ from tinytrain_dist.training.step_timeline import (
     StepPrediction,
     StepSettings,
     Unit,
+    _Step,
     ddp_buckets,
     predict_step,
     seconds_alone,
     units_of,
 )
+from tinytrain_dist.training.timeline import Span
 
 H100 = DEVICE_SPECS["h100"]
 PLAIN: DeviceSpec = replace(H100, bandwidth=math.inf)  # the update takes no time
@@ -128,6 +130,7 @@ def test_buckets_are_those_of_ddp(cap_megabytes: int | None, tied: bool) -> None
 
 def test_a_bucket_is_closed_when_it_is_full() -> None:
     assert ddp_buckets([3, 1, 1, 9, 1], cap_bytes=4, first_bytes=2) == [[0], [1, 2, 3], [4]]
+    assert ddp_buckets([2, 4, 4], cap_bytes=4, first_bytes=2) == [[0], [1], [2]]
     assert ddp_buckets([], 4, 2) == []
 
 
@@ -175,6 +178,36 @@ def test_a_single_gpu_waits_for_nobody() -> None:
     assert prediction.waits == {}
     assert prediction.sent == []
     assert prediction.seconds == pytest.approx(seconds_alone(settings_of(1, 1, parallel="none", micro_batch_size=4)))
+
+
+def four_blocks(tokens: int) -> tuple[_Step, list[Span], float, float]:
+    """Build FSDP's step over four equal blocks; return it, its spans, and the seconds of a forward and of a message."""
+    settings = one_block(tokens, parallel="fsdp", reshard_after_forward=False)
+    (block,) = settings.units.blocks
+    units = replace(settings.units, blocks=tuple(replace(block) for _ in range(4)))
+    step = _Step(replace(settings, units=units, separate_reduce_scatter=True))
+    step.build()
+    message = 4 * WEIGHTS / 2 / (0.8 * 450e9) + (8.4 + 3.4) * 1e-6
+    return step, step.timeline.run(), step.seconds_of(FLOPS), message
+
+
+def test_weights_are_gathered_two_blocks_ahead() -> None:
+    step, spans, forward, message = four_blocks(tokens=10_000)
+    assert forward > 10 * message
+    starts = [span.start for task, span in zip(step.timeline.tasks, spans, strict=True) if task.name == "weights"]
+    # the fourth needs the buffer of the second, which is copied out when the first block has been computed
+    assert starts == pytest.approx([0, message, 2 * message, message + forward])
+
+
+def test_a_block_waits_for_the_reduce_scatter_before_the_last_one() -> None:
+    step, spans, forward, message = four_blocks(tokens=10)
+    assert message > 10 * forward
+    zipped = zip(step.timeline.tasks, spans, strict=True)
+    backward = [span.start for task, span in zipped if task.name == "compute" and task.seconds > 1.5 * forward]
+    # the second block's gradients need the buffer of the first one's, and so on
+    first = backward[0]
+    sent = first + 2 * forward + message
+    assert backward == pytest.approx([first, first + 2 * forward, sent, sent + message])
 
 
 LARGE: dict[str, Any] = {

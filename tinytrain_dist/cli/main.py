@@ -14,7 +14,7 @@ from importlib import import_module
 
 from tinytrain_dist import __version__
 from tinytrain_dist.errors import TinytrainError
-from tinytrain_dist.utils.current_folder import check_current_folder
+from tinytrain_dist.utils.current_folder import current_folder_problem
 from tinytrain_dist.utils.interrupts import EXIT_CODE, MESSAGE, raise_on_interrupt
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
@@ -118,7 +118,8 @@ def _run(args: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
         print(f"error: unknown verb {args[0]!r}; {hint}", file=sys.stderr)
         return 2
-    check_current_folder()
+    if problem := current_folder_problem():
+        raise TinytrainError(problem)
     run_verb = import_module(VERBS[args[0]].module_name()).main
     raise_on_interrupt()
     return int(run_verb(args[1:]))

@@ -37,6 +37,7 @@ from tinytrain_dist.training.forecast import (
     suggest_change,
 )
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
+from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.training.scaling import PredictedStep, predicted_step, scaled_steps
 
 SECONDS_PER_DAY = 86_400
@@ -111,6 +112,7 @@ def main(args: list[str]) -> int:
     config = parse_command_line(settings, prog="tinytrain plan")
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
+    config = resolve_epochs(config)
     nodes, per_node = options.nodes, options.per_node
     on_gpu = options.device.lower() != "cpu"
     config = set_device_defaults(config, on_gpu=on_gpu, in_bf16=on_gpu)  # every GPU of the table has units for bf16

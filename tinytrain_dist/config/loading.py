@@ -80,16 +80,28 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     Errors: ConfigError with every problem of the file and of the overrides.
     """
     values, problems = read_toml(path) if path else ({}, [])
-    values |= overrides or {}
+    values = _replace_length(values, overrides or {}) | (overrides or {})
     source = str(path) if path else "the settings"
     try:
         config = TrainingConfig.from_dict(values, source)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems], source) from None
     problems += unused_evaluation_settings(config, values)
+    if config.epochs is not None and "total_steps" in values:
+        problems.append(f"epochs: {config.epochs} and total_steps {config.total_steps} are both set; leave one out")
     if problems:
         raise ConfigError(problems, source)
     return config
+
+
+def _replace_length(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a file without the length of the run, if the overrides set it in the other way."""
+    lengths = {"epochs", "total_steps"}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in lengths or not any(overrides.get(other) is not None for other in lengths - {name})
+    }
 
 
 def parse_command_line(

@@ -21,6 +21,7 @@ from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Sampling = Literal["random", "shuffle"]
 TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
@@ -45,6 +46,7 @@ class TrainingConfig:
     seed: int = _setting("run", 0, "seed of initial weights and training windows, for any number of ranks")
     device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda if available, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
+    epochs: float | None = _setting("run", None, "passes over train_data, instead of total_steps (None: total_steps)")
     stop_at_step: int | None = _setting(
         "run", None, "stop after this step (None: total_steps); the learning rate still follows total_steps"
     )
@@ -76,8 +78,9 @@ class TrainingConfig:
     )
 
     train_data: str | tuple[str, ...] | None = _setting("data", None, "token file, folder or glob, or several of them")
-    train_weights: tuple[float, ...] | None = _setting(
-        "data", None, "relative sampling weight of each entry of train_data (None: every window is equally likely)"
+    sampling: Sampling = _setting("data", "random", "random windows, or shuffle: each token is a target once per epoch")
+    train_weights: tuple[float, ...] | tuple[str, ...] | None = _setting(
+        "data", None, "weight of each entry of train_data, or phases 'STEP: WEIGHT ...' (None: by number of windows)"
     )
     val_data: str | tuple[str, ...] | None = _setting(
         "data", None, "as train_data, to evaluate on; several are evaluated separately (None: no evaluation)"
@@ -125,10 +128,7 @@ class TrainingConfig:
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
     reshard_after_forward: bool | None = _setting(
-        "parallel",
-        None,
-        "fsdp, hsdp: free a block's gathered weights after its forward pass, and gather them again for backward (None: "
-        "true, except on GPUs with enough memory to keep them)",
+        "parallel", None, "fsdp, hsdp: gather weights again for backward (None: unless GPUs have memory to keep them)"
     )
     precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
@@ -248,7 +248,7 @@ class TrainingConfig:
     @property
     def counts_tokens(self) -> bool:
         """Whether some targets may not count in the loss, so that every step and evaluation counts those that do."""
-        return self.loss_mask or self.document_mask
+        return self.loss_mask or self.document_mask or self.sampling == "shuffle"  # the end of an epoch has fewer
 
     @property
     def resume_from(self) -> str:
@@ -282,7 +282,7 @@ class TrainingConfig:
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML, with derived sizes filled in; None is left out."""
-        return _format_toml(self.resolved())
+        return _format_toml(self.resolved() | ({"total_steps": None} if self.epochs else {}))
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainingConfig)}

@@ -5,27 +5,28 @@ Must not know ranks, models or devices: a rank asks for sample slots and gets th
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Sequence
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tinytrain_dist.data.mixture import SamplePhase
 from tinytrain_dist.data.npy_files import missing_tokens
 from tinytrain_dist.data.parallel_reads import READER_POOL
+from tinytrain_dist.data.random_windows import RandomWindows, StepPhase
+from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows, windows_per_epoch
 from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.data.side_fingerprints import documents_fingerprint, mask_fingerprint
 from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.data.training_windows import Windows, separate_documents
-from tinytrain_dist.data.window_sampling import TRAIN_STREAM, slot_random_words, uniform_integers
+from tinytrain_dist.data.window_sampling import TRAIN_STREAM
 from tinytrain_dist.errors import DataError
 
-_FILE_WORD_BITS = 63  # of the random word that chooses a source: a cumulative share of 1 still fits a uint64
 # A window that is read from memory or a local disk takes less, and handing it to another thread takes 0.03 ms.
 _SLOW_READ_SECONDS = 1e-3
 
@@ -44,6 +45,8 @@ class TokenDataset:
         vocab_size: int | None = None,
         weights: Sequence[float] | None = None,
         token_dtype: str | None = None,
+        phases: Sequence[StepPhase] = (),
+        shuffle_batch: int | None = None,
         loss_mask: bool = False,
         document_mask: bool = False,
     ) -> None:
@@ -52,14 +55,23 @@ class TokenDataset:
         entries: files, folders and globs; each is one source. vocab_size: check that every token ID lies in
         0 .. vocab_size - 1 (None: not checked). weights: how often each source is drawn from (None: in proportion to
         its windows, so all are equally likely). token_dtype: the type of token IDs in files without a header.
+        phases: weights that change, in place of `weights`. shuffle_batch: sample slots of a step, if every token is to
+        be a target once per epoch (None: windows are random).
         loss_mask: read which targets count; every token file needs a mask file. document_mask: separate documents;
         every token file needs a file that tells where they begin.
         Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
         """
         self.context_len = context_len
         self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
-        self._window_starts = [self._count_windows(source) for source in self.sources]
-        self.windows = [int(starts[-1]) for starts in self._window_starts]  # number of windows of each source
+        phases = phases or ([(0, weights)] if weights else [])
+        self._batch_size = shuffle_batch or 0
+        self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
+        self._window_starts = [] if self._shuffled else [self._count_windows(source) for source in self.sources]
+        # number of windows of each source; of shuffled ones in an epoch
+        self.windows = self._shuffled.windows if self._shuffled else [int(starts[-1]) for starts in self._window_starts]
+        self._random = RandomWindows(self.windows, phases)
+        # Probability that two sample slots of a step draw the same window.
+        self.collision_probability = self._random.collision_probability
         self._loss_mask, self._document_mask = loss_mask, document_mask
         self.fingerprints: list[dict[str, Any]] = [
             source.fingerprint | _open_side_files(source, loss_mask, document_mask) for source in self.sources
@@ -67,22 +79,14 @@ class TokenDataset:
         self._dtype = np.result_type(*{source.dtype for source in self.sources})
         self._seconds_per_read = 0.0  # of a window, in the recent past
         self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
-        # Fractions, because the bounds below decide which source a slot draws: no rounding may move them.
-        weight_of_source = [Fraction(weight) for weight in weights or self.windows]
-        total_weight = sum(weight_of_source)
-        # Probability that two sample slots draw the same window.
-        self.collision_probability = float(
-            sum(
-                (weight / total_weight) ** 2 / windows
-                for weight, windows in zip(weight_of_source, self.windows, strict=True)
-            )
-        )
-        # Slots whose source word (below 2^63) is less than the first bound draw from the first source, those below the
-        # second bound from the second source, and so on; the last source needs no bound.
-        self._bounds = [
-            int(cumulative_weight / total_weight * (1 << _FILE_WORD_BITS))
-            for cumulative_weight in itertools.accumulate(weight_of_source[:-1])
-        ]
+
+    def _shuffle(self, phases: Sequence[StepPhase], batch_size: int) -> ShuffledWindows:
+        """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
+        for source in self.sources:
+            if problem := missing_tokens(len(source), self.context_len):
+                raise DataError(f"{source.entry}: {problem}")
+        in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
+        return ShuffledWindows([len(source) for source in self.sources], self.context_len, in_samples)
 
     @property
     def window_bytes(self) -> int:
@@ -108,19 +112,47 @@ class TokenDataset:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the source of each slot's window and the position of its first token there, int64 [len(slots)].
 
-        The draw is a pure function of (seed, step, slot, stream). The last random word of a slot chooses the source,
-        and the others choose the window, which is uniform within its source. With one source of one file the windows
-        are those of `window_starts`, for which all four words are used.
+        The draw is a pure function of (seed, step, slot, stream).
         """
-        words = slot_random_words(seed, step, slots, stream)
-        source_words = words[:, -1] >> np.uint64(64 - _FILE_WORD_BITS)
-        sources = np.searchsorted(np.array(self._bounds, np.uint64), source_words, side="right")
-        window_words = words[:, :-1] if self._bounds else words
-        positions = np.empty(len(words), dtype=np.int64)
-        for number, windows in enumerate(self.windows):
-            in_source = sources == number
-            positions[in_source] = self._positions(number, uniform_integers(window_words[in_source], windows))
+        if self._shuffled is not None:
+            return self._choose(seed, step, slots)[:2]
+        sources, numbers = self._random.choose(seed, step, slots, stream)
+        positions = np.empty_like(numbers)
+        for source in range(len(self.sources)):
+            in_source = sources == source
+            positions[in_source] = self._positions(source, numbers[in_source])
         return sources, positions
+
+    def _choose(self, seed: int, step: int, slots: Sequence[int]) -> ChosenWindows:
+        """Return the shuffled windows of these slots."""
+        assert self._shuffled is not None
+        return self._shuffled.choose(seed, step * self._batch_size + np.asarray(slots, np.int64))
+
+    def training_windows(self, seed: int, step: int, slots: Sequence[int]) -> Windows:
+        """Return the windows of these sample slots, the targets that count, and the sources. Errors: as `read`."""
+        if self._shuffled is None:
+            sources, positions = self.draw(seed, step, slots)
+            windows = self.read(sources, positions)
+        else:
+            sources, positions, targets = self._choose(seed, step, slots)
+            windows = self.read(sources, positions)
+            if (targets < self.context_len).any():  # the end of an epoch
+                counted = torch.from_numpy(np.arange(self.context_len) < targets[:, None])
+                windows = replace(windows, counted=counted if windows.counted is None else windows.counted & counted)
+        return replace(windows, sources=torch.from_numpy(sources)) if len(self.sources) > 1 else windows
+
+    def epochs(self, step: int) -> float | None:
+        """Return how many epochs are over after `step` steps; None for random windows."""
+        return None if self._shuffled is None else self._shuffled.epochs(step * self._batch_size)
+
+    def epochs_of_sources(self, step: int) -> list[float]:
+        """Return how often each source was gone through in `step` steps; [] for random windows."""
+        return [] if self._shuffled is None else self._shuffled.epochs_of_sources(step * self._batch_size)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """The number of windows in an epoch of all sources."""
+        return sum(windows_per_epoch(len(source), self.context_len) for source in self.sources)
 
     def _positions(self, source: int, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return where the windows with these numbers begin in a source whose shards' windows are numbered in order."""

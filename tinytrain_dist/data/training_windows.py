@@ -21,11 +21,13 @@ class Windows:
     * `counted`: bool [n, context_len]: which targets count in the loss. None: all of them.
     * `documents`: int32 [n, context_len]: the document within its window that each input token belongs to: 0, 1, ... in
       ascending order. None: documents are not separated.
+    * `sources`: int64 [n]: the source of each window. None: there is only one, or it does not matter.
     """
 
     tokens: Tensor
     counted: Tensor | None = None
     documents: Tensor | None = None
+    sources: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,6 +45,7 @@ class Windows:
             self.tokens.pin_memory(),
             None if self.counted is None else self.counted.pin_memory(),
             None if self.documents is None else self.documents.pin_memory(),
+            None if self.sources is None else self.sources.pin_memory(),
         )
 
 

@@ -52,7 +52,7 @@ from tinytrain_dist.reliability.start_marks import claim
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored, unblock_stop_signals
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
-from tinytrain_dist.utils.current_folder import check_current_folder
+from tinytrain_dist.utils.current_folder import current_folder_problem
 from tinytrain_dist.utils.interrupts import MESSAGE
 from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
@@ -300,7 +300,8 @@ def main(args: list[str]) -> int:
     _state.runs_verb = runs_verb(args)
     args = [f"--signals-to-handle={','.join(of_torchrun or [UNUSED_SIGNAL])}", *args]
     try:
-        check_current_folder()
+        if problem := current_folder_problem():
+            raise TinytrainError(problem)
         config = training_config(args)
     except TinytrainError as mistake:
         _say(f"error: {mistake}")

@@ -32,6 +32,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError, DataError
 from tinytrain_dist.launch.sweep import read_sweep, task_settings
+from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.git import git_output
 from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, Text
@@ -190,6 +191,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     problems = []
     try:
         config = resolve_vocab_size(config)
+        config = resolve_epochs(config)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -438,6 +440,10 @@ def submit_run(options: SubmitOptions, settings: list[str]) -> int:
     number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
     job = Job(options, configs, base, options.batch_script, submissions / str(number))
     if options.dry_run:
+        for number, config in enumerate(configs):
+            if config.epochs is not None:
+                task = f"task {number}: " if options.array else ""
+                print(f"# {task}{config.epochs} epochs give total_steps = {resolve_epochs(config).total_steps}")
         print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(job.command())}")
         return 0
     if shutil.which("sbatch") is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 # The names of all phases, in the order in which a process goes through them.
 EARLIER_PHASES = ("launch", "imports")  # before there is a PhaseTimer, see reliability/start_times.py
 # A process that ends in one of these loses no training.
-START_PHASES = ("join", "compiler", "open_data", "build", "load")
+START_PHASES = ("join", "open_data", "compiler", "build", "load")
 UPDATE_PHASES = ("data", "forward_backward", "reduction", "optimizer")  # of one optimizer step
 BETWEEN_PHASES = ("reading", "evaluation", "checkpoint")  # after a step is complete, before the next one begins
 STEP_PHASES = (*UPDATE_PHASES, *BETWEEN_PHASES)  # the phases in the records of a run

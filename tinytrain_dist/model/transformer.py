@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import Precision, TrainingConfig
+from tinytrain_dist.config.weight_phases import keeps_source_losses
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import Attention, RotaryEmbedding
 from tinytrain_dist.model.document_mask import attention_mask, positions_in_documents
@@ -126,7 +127,8 @@ class TransformerLM(nn.Module):
         self.model_config = model_config
         self.seed = seed or 0
         self.model = Decoder(model_config, model_config.vocab_size, dtype)
-        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens)
+        keep_row_losses = isinstance(config, TrainingConfig) and keeps_source_losses(config)
+        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens, keep_row_losses)
         if precision == "fp8":
             for module in self.model.layers.modules():
                 if isinstance(module, Linear):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.weight_phases import weight_phases
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
 from tinytrain_dist.data.stored_tokenizer import check_source_of_weights, check_tokenizer
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
@@ -66,7 +67,13 @@ def open_run_data(config: TrainingConfig) -> RunData:
     vocab_size = config.vocab_size
     options: dict[str, Any] = {"vocab_size": vocab_size, "token_dtype": config.token_dtype}
     options |= {"loss_mask": config.loss_mask, "document_mask": config.document_mask}
-    train = TokenDataset(config.train_files, config.context_len, weights=config.train_weights, **options)
+    train = TokenDataset(
+        config.train_files,
+        config.context_len,
+        phases=weight_phases(config.train_weights),
+        shuffle_batch=config.batch_size if config.sampling == "shuffle" else None,
+        **options,
+    )
     evaluation = {
         name: TokenDataset([path], config.context_len, **options)
         for name, path in zip(short_names(config.val_files), config.val_files, strict=True)

@@ -290,13 +290,13 @@ class _Step:
             self.micro_compute(units.head.backward_flops)
             self.reduce(units.head, is_last)
         blocks = units.blocks
-        resharded = [config.reshard_after_forward is not False and block is not blocks[-1] for block in blocks]
+        resharded = config.reshard_after_forward is not False  # all blocks but the last, which stays gathered
         prefetched: int | None = None  # the gather of the next block to compute
         prefetch_after = marks[-1:]
         for index in reversed(range(len(blocks))):
             if prefetched is not None:
                 prefetch_after = [self.compute(0.0, [prefetched])]
-            prefetched = self.gather(blocks[index - 1], prefetch_after) if index and resharded[index - 1] else None
+            prefetched = self.gather(blocks[index - 1], prefetch_after) if index and resharded else None
             self.micro_compute(blocks[index].backward_flops)
             self.reduce(blocks[index], is_last)
         # their inputs need no gradient, so FSDP reduces these at the end of backward

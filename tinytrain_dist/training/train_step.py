@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.optim.lr_schedule import learning_rate
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
-from tinytrain_dist.parallel.wrappers import modules_without_collectives
+from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
+from tinytrain_dist.training.source_sums import SourceSums
 from tinytrain_dist.training.token_count import TokenCount
 
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
@@ -74,6 +75,10 @@ class TrainStep:
             plan.micro_batch_index(context.replica, context.shard, micro_step) for micro_step in micro_steps
         ]
         self.slots = [slot for index in self.micro_batch_indices for slot in plan.slots(index)]
+        transformer: Any = unwrap(model)
+        self._row_losses: list[Tensor] = transformer.lm_head.row_losses
+        num_sources = len(config.train_files)
+        self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
 
     def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
@@ -112,6 +117,7 @@ class TrainStep:
             forward=self.forward_timer.take(),
             phases=self.phase_timer.take(),
             layer_norms=layer_norms,
+            source_sums=self._sum_by_source(windows, due(step + 1, self.config.log_every)),
         )
 
     def forward_backward(self, windows: Windows, micro_steps: Sequence[int]) -> tuple[list[Tensor], TokenCount]:
@@ -120,6 +126,7 @@ class TrainStep:
         windows: micro_batch_size for each micro-batch; micro_steps: which accumulation steps these are. A collective.
         """
         loss_sums = []
+        self._row_losses.clear()  # those of an evaluation before this step
         tokens = TokenCount(windows, self.config, self.plan, self.context)
         micro_batches = split_micro_batches(windows, self.plan.micro_batch_size, self.context.device)
         for micro_step, micro_batch in zip(micro_steps, micro_batches, strict=True):
@@ -147,6 +154,16 @@ class TrainStep:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
         losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
         return losses, losses.sum() / tokens.value, self.reduction.squared_norm().sqrt()
+
+    def _sum_by_source(self, windows: Windows, logged: bool) -> HostCopy | None:
+        """Add the losses of a step to those of their sources; return the sums since the last logged step if it is one.
+
+        Returns None if there is only one source.
+        """
+        if self._source_sums is None or windows.sources is None:
+            return None
+        self._source_sums.add(windows, self._row_losses)
+        return self._source_sums.take() if logged else None
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""

@@ -220,8 +220,7 @@ class Trainer:
 
     def _read_rows(self, step: int) -> Windows:
         """Read the windows of this rank's sample slots, in the order of its micro-batches."""
-        train = self.data.train
-        windows = train.read(*train.draw(self.config.seed, step, self.train_step.slots))
+        windows = self.data.train.training_windows(self.config.seed, step, self.train_step.slots)
         return windows.pin_memory() if self.context.device.type == "cuda" else windows
 
     def _compute_again(self, step: int) -> tuple[float, float]:

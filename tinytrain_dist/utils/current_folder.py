@@ -1,17 +1,14 @@
-"""Check that the current folder exists. Without it, relative paths and some libraries fail with obscure messages."""
+"""Find out whether the current folder exists. Without it, relative paths and some libraries fail obscurely."""
 
 from __future__ import annotations
 
 import os
 
-from tinytrain_dist.errors import TinytrainError
 
-
-def check_current_folder() -> None:
-    """Check that the current folder was not removed. Errors: TinytrainError."""
+def current_folder_problem() -> str:
+    """Return a sentence if the current folder was removed; "" otherwise."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise TinytrainError(
-            "the current folder has been removed; change to one that exists (cd), and run the command again"
-        ) from None
+        return "the current folder has been removed; change to one that exists (cd), and run the command again"
+    return ""

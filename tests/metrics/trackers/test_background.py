@@ -207,7 +207,7 @@ def test_a_tracker_may_become_idle_while_it_is_examined(tmp_path):
             pass
 
     tracker = Recorder()
-    sink = Sink("own", tracker, TrackedRun("run", tmp_path, tmp_path, {}, "", 0, False))
+    sink = Sink("own", lambda: tracker, TrackedRun("run", tmp_path, tmp_path, {}, "", 0, False))
     sink.send(lambda tracker: tracker.flush())
     sink.end("finished")
     assert sink.has_ended(time.monotonic() + 60)

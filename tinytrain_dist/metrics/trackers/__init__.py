@@ -41,8 +41,7 @@ def check_trackers(config: TrainingConfig) -> None:
     Call this before the run starts. Errors: ConfigError with a sentence for each tracker whose library is missing or
     whose class cannot be used, as far as that is known after this time.
     """
-    if any(name not in CLASSES for name in config.trackers) and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # at the end, so that no file of the user hides a library
+    _find_modules_of_the_user(config)
     checks = [_Check(name) for name in config.trackers]
     deadline = time.monotonic() + START_SECONDS
     problems = [problem for check in checks if (problem := check.problem(deadline))]
@@ -57,6 +56,7 @@ def create_tracker(name: str) -> Tracker:
 
 def start_trackers(config: TrainingConfig, resumed_step: int) -> list[Sink]:
     """Start the trackers of a run that starts at `resumed_step`, each in its own thread, without waiting for them."""
+    _find_modules_of_the_user(config)
     sinks: list[Sink] = []
     logs = config.logs_dir.absolute()
     for name in config.trackers:
@@ -74,6 +74,12 @@ def start_trackers(config: TrainingConfig, resumed_step: int) -> list[Sink]:
         else:
             sinks.append(BackgroundSink(name, functools.partial(create_tracker, name), run))
     return sinks
+
+
+def _find_modules_of_the_user(config: TrainingConfig) -> None:
+    """Let imports find modules in the current folder, if a tracker may be there."""
+    if any(name not in CLASSES for name in config.trackers) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end, so that no file of the user hides a library
 
 
 def load_class(name: str) -> type[Tracker]:
