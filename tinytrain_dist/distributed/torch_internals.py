@@ -13,6 +13,7 @@ Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, com
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -284,6 +285,16 @@ def after_storage_resize(callback: Callable[[Any, int], None]) -> Iterator[None]
         yield
     finally:
         torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def start_profiler(profiler: Any) -> None:
+    """Enter a torch.profiler.profile without its warning about later cycles, which a single trace does not have.
+
+    Versions: 2.11 gives this warning at the first start, newer ones only from the second cycle on.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+        profiler.__enter__()
 
 
 def start_memory_history(max_entries: int = 100_000) -> None:
