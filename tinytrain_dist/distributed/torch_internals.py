@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 import weakref
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -383,6 +384,16 @@ def after_storage_resize(callback: Callable[[Any, int], None]) -> Iterator[None]
         yield
     finally:
         torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def start_profiler(profiler: Any) -> None:
+    """Enter a torch.profiler.profile without its warning about later cycles, which a single trace does not have.
+
+    Versions: 2.11 gives this warning at the first start, newer ones only from the second cycle on.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+        profiler.__enter__()
 
 
 def start_memory_history(max_entries: int = 100_000) -> None:
