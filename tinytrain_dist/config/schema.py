@@ -22,6 +22,7 @@ from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
+Packing = Literal["none", "best_fit"]
 TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
@@ -92,6 +93,7 @@ class TrainingConfig:
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
     loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
+    packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
     document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
@@ -248,7 +250,8 @@ class TrainingConfig:
     @property
     def counts_tokens(self) -> bool:
         """Whether some targets may not count in the loss, so that every step and evaluation counts those that do."""
-        return self.loss_mask or self.document_mask or self.sampling == "shuffle"  # the end of an epoch has fewer
+        # the end of a shuffled epoch has fewer targets, and packed windows have room that is not used
+        return self.loss_mask or self.document_mask or self.sampling == "shuffle" or self.packing != "none"
 
     @property
     def resume_from(self) -> str:

@@ -21,7 +21,16 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
 # A resume is refused if the checkpoint has another value of one of these settings, or other data.
-IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "sampling", "train_weights", "loss_mask", "document_mask")
+IDENTITY_SETTINGS = (
+    *MODEL_SETTINGS,
+    "batch_size",
+    "seed",
+    "sampling",
+    "train_weights",
+    "loss_mask",
+    "packing",
+    "document_mask",
+)
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
 ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")

@@ -17,6 +17,7 @@ import torch
 
 from tinytrain_dist.data.mixture import SamplePhase
 from tinytrain_dist.data.npy_files import missing_tokens
+from tinytrain_dist.data.packed_windows import PackedWindows
 from tinytrain_dist.data.parallel_reads import READER_POOL
 from tinytrain_dist.data.random_windows import RandomWindows, StepPhase
 from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows, windows_per_epoch
@@ -49,6 +50,7 @@ class TokenDataset:
         shuffle_batch: int | None = None,
         loss_mask: bool = False,
         document_mask: bool = False,
+        packed: bool = False,
     ) -> None:
         """Open and check the sources.
 
@@ -58,40 +60,51 @@ class TokenDataset:
         phases: weights that change, in place of `weights`. shuffle_batch: sample slots of a step, if every token is to
         be a target once per epoch (None: windows are random).
         loss_mask: read which targets count; every token file needs a mask file. document_mask: separate documents;
-        every token file needs a file that tells where they begin.
+        every token file needs a file that tells where they begin. packed: pack whole documents into windows, for which
+        every token file needs that file too.
         Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
         """
         self.context_len = context_len
         self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
         phases = phases or ([(0, weights)] if weights else [])
         self._batch_size = shuffle_batch or 0
+        self._loss_mask, self._document_mask = loss_mask, document_mask
+        self.fingerprints: list[dict[str, Any]] = [
+            source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
+        ]
+        self._packed = [PackedWindows(source, context_len) for source in self.sources] if packed else []
         self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
-        self._window_starts = [] if self._shuffled else [self._count_windows(source) for source in self.sources]
+        self._window_starts = (
+            [] if self._shuffled or packed else [self._count_windows(source) for source in self.sources]
+        )
         # number of windows of each source; of shuffled ones in an epoch
-        self.windows = self._shuffled.windows if self._shuffled else [int(starts[-1]) for starts in self._window_starts]
+        self.windows = (
+            self._shuffled.windows
+            if self._shuffled
+            else [*map(len, self._packed)] or [int(starts[-1]) for starts in self._window_starts]
+        )
         self._random = RandomWindows(self.windows, phases)
         # Probability that two sample slots of a step draw the same window.
         self.collision_probability = self._random.collision_probability
-        self._loss_mask, self._document_mask = loss_mask, document_mask
-        self.fingerprints: list[dict[str, Any]] = [
-            source.fingerprint | _open_side_files(source, loss_mask, document_mask) for source in self.sources
-        ]
         self._dtype = np.result_type(*{source.dtype for source in self.sources})
         self._seconds_per_read = 0.0  # of a window, in the recent past
         self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
 
     def _shuffle(self, phases: Sequence[StepPhase], batch_size: int) -> ShuffledWindows:
         """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
+        in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
+        if self._packed:  # a ring of windows in place of one of tokens
+            return ShuffledWindows([*map(len, self._packed)], 1, in_samples)
         for source in self.sources:
             if problem := missing_tokens(len(source), self.context_len):
                 raise DataError(f"{source.entry}: {problem}")
-        in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
         return ShuffledWindows([len(source) for source in self.sources], self.context_len, in_samples)
 
     @property
     def window_bytes(self) -> int:
         """Bytes of the tensors of one window, with the token after it."""
-        marks = self.context_len * (bool(self._loss_mask or self._document_mask) + 4 * self._document_mask)
+        some_count = bool(self._loss_mask or self._document_mask or self._packed)
+        marks = self.context_len * (some_count + 4 * self._document_mask)
         return (self.context_len + 1) * self._dtype.itemsize + marks
 
     def _count_windows(self, source: TokenSource) -> npt.NDArray[np.int64]:
@@ -112,11 +125,13 @@ class TokenDataset:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the source of each slot's window and the position of its first token there, int64 [len(slots)].
 
-        The draw is a pure function of (seed, step, slot, stream).
+        The draw is a pure function of (seed, step, slot, stream). Packed windows have their number as their position.
         """
         if self._shuffled is not None:
             return self._choose(seed, step, slots)[:2]
         sources, numbers = self._random.choose(seed, step, slots, stream)
+        if self._packed:
+            return sources, numbers
         positions = np.empty_like(numbers)
         for source in range(len(self.sources)):
             in_source = sources == source
@@ -136,7 +151,7 @@ class TokenDataset:
         else:
             sources, positions, targets = self._choose(seed, step, slots)
             windows = self.read(sources, positions)
-            if (targets < self.context_len).any():  # the end of an epoch
+            if not self._packed and (targets < self.context_len).any():  # the end of an epoch
                 counted = torch.from_numpy(np.arange(self.context_len) < targets[:, None])
                 windows = replace(windows, counted=counted if windows.counted is None else windows.counted & counted)
         return replace(windows, sources=torch.from_numpy(sources)) if len(self.sources) > 1 else windows
@@ -152,6 +167,8 @@ class TokenDataset:
     @property
     def windows_per_epoch(self) -> int:
         """The number of windows in an epoch of all sources."""
+        if self._packed:
+            return sum(map(len, self._packed))
         return sum(windows_per_epoch(len(source), self.context_len) for source in self.sources)
 
     def _positions(self, source: int, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -167,19 +184,24 @@ class TokenDataset:
         The tensor has a type that holds the token IDs of all sources. May be called from several threads at once.
         Errors: DataError if a file has changed since the run began; OSError if it cannot be read.
         """
-        shape = (len(positions), self.context_len + 1)
-        rows = np.empty(shape, self._dtype)
-        counted = np.empty((len(positions), self.context_len), np.bool_) if self._loss_mask else None
-        begins = np.zeros(shape, np.bool_) if self._document_mask else None
+        rows = np.zeros((len(positions), self.context_len + 1), self._dtype)
+        counted = np.zeros((len(positions), self.context_len), np.bool_) if self._loss_mask or self._packed else None
+        begins = np.zeros(rows.shape, np.bool_) if self._document_mask or self._packed else None
 
         def read_row(index: int) -> None:
             since = time.perf_counter()
-            source, position = self.sources[sources[index]], int(positions[index])
-            source.read_into(position, rows[index])
-            if counted is not None:
-                counted[index] = source.read_mask(position + 1, self.context_len)
-            if begins is not None:
-                begins[index, source.document_starts(position, self.context_len + 1)] = True
+            number, position = int(sources[index]), int(positions[index])
+            source = self.sources[number]
+            if self._packed:
+                assert counted is not None
+                assert begins is not None
+                self._packed[number].read_into(position, rows[index], begins[index], counted[index], self._loss_mask)
+            else:
+                source.read_into(position, rows[index])
+                if counted is not None:
+                    counted[index] = source.read_mask(position + 1, self.context_len)
+                if begins is not None:
+                    begins[index, source.document_starts(position, self.context_len + 1)] = True
             self._seconds_per_read += 0.1 * (time.perf_counter() - since - self._seconds_per_read)
 
         done = 0
@@ -190,20 +212,21 @@ class TokenDataset:
         mask = None if counted is None else torch.from_numpy(counted)
         if begins is None:
             return Windows(torch.from_numpy(rows), mask)
-        return separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
+        windows = separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
+        return windows if self._document_mask else replace(windows, documents=None)
 
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
         places = []
         for number, position in zip(*(part.tolist() for part in self.draw(seed, step, slots)), strict=True):
             source = self.sources[number]
-            shard, token = source.locate(position)
+            shard, token = source.locate(self._packed[number].pieces(position)[0][0] if self._packed else position)
             path = os.path.abspath(source.shards[shard].path)
             places.append(f"{os.path.relpath(path, self._shared_folder)}:{token}")
         return places
 
 
-def _open_side_files(source: TokenSource, loss_mask: bool, document_mask: bool) -> dict[str, str]:
+def _open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
     """Open the files beside the token files that the settings need, and return what identifies them.
 
     Errors: DataError if there are none, or if one does not fit.
@@ -216,11 +239,11 @@ def _open_side_files(source: TokenSource, loss_mask: bool, document_mask: bool) 
                 "token file of train_data and val_data; make it, or set loss_mask = false"
             )
         fingerprint["mask"] = mask_fingerprint(source.paths)
-    if document_mask:
+    if documents:
         if not source.open_documents():
             raise DataError(
-                f"{path}: has no {side_path(path, '.documents.npy')}, in which document_mask = true finds where "
-                "documents begin; run `tinytrain prepare` again, which writes it"
+                f"{path}: has no {side_path(path, '.documents.npy')}, in which document_mask = true and packing = "
+                "best_fit find where documents begin; run `tinytrain prepare` again, which writes it"
             )
         fingerprint["documents"] = documents_fingerprint(source.paths)
     return fingerprint

@@ -65,18 +65,35 @@ def open_run_data(config: TrainingConfig) -> RunData:
     """Open the token files of a configuration. Errors: DataError naming the file that cannot be used."""
     assert config.vocab_size is not None, "resolve_vocab_size has filled it"
     vocab_size = config.vocab_size
-    options: dict[str, Any] = {"vocab_size": vocab_size, "token_dtype": config.token_dtype}
-    options |= {"loss_mask": config.loss_mask, "document_mask": config.document_mask}
-    train = TokenDataset(
-        config.train_files,
-        config.context_len,
-        phases=weight_phases(config.train_weights),
-        shuffle_batch=config.batch_size if config.sampling == "shuffle" else None,
-        **options,
-    )
     evaluation = {
-        name: TokenDataset([path], config.context_len, **options)
+        name: TokenDataset([path], config.context_len, vocab_size=vocab_size, **_reading_options(config))
         for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
     }
     tables = (bytes_per_token(folder, vocab_size) for folder in _folders(config))
-    return RunData(train, evaluation, next((table for table in tables if table is not None), None))
+    table = next((table for table in tables if table is not None), None)
+    return RunData(open_training_data(config, vocab_size), evaluation, table)
+
+
+def open_training_data(config: TrainingConfig, vocab_size: int | None = None) -> TokenDataset:
+    """Open train_data as a configuration samples it. Errors: DataError naming the file that cannot be used.
+
+    vocab_size: check that every token ID is less (None: not checked).
+    """
+    return TokenDataset(
+        config.train_files,
+        config.context_len,
+        vocab_size=vocab_size,
+        phases=weight_phases(config.train_weights),
+        shuffle_batch=config.batch_size if config.sampling == "shuffle" else None,
+        **_reading_options(config),
+    )
+
+
+def _reading_options(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options of TokenDataset that are the same for training and evaluation."""
+    return {
+        "token_dtype": config.token_dtype,
+        "loss_mask": config.loss_mask,
+        "document_mask": config.document_mask,
+        "packed": config.packing == "best_fit",
+    }

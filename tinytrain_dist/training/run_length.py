@@ -21,19 +21,18 @@ def resolve_epochs(config: TrainingConfig) -> TrainingConfig:
     """
     if config.epochs is None:
         return config
-    from tinytrain_dist.data.shuffled_windows import windows_per_epoch  # only now, because torch is imported
-    from tinytrain_dist.data.token_source import TokenSource
+    from tinytrain_dist.training.run_data import open_training_data  # only now, because torch is imported
 
     if not config.train_files:
         raise ConfigError(f"epochs: {config.epochs} needs train_data to find total_steps; set train_data")
     try:
-        lengths = [len(TokenSource(entry, token_dtype=config.token_dtype)) for entry in config.train_files]
+        windows = open_training_data(config).windows_per_epoch
     except (DataError, OSError) as error:
         raise ConfigError(
             f"epochs: total_steps follows from the token files of train_data, which cannot be read here ({error}); run "
             "this where they are, or set total_steps in place of epochs"
         ) from None
-    return with_total_steps(config, sum(windows_per_epoch(length, config.context_len) for length in lengths))
+    return with_total_steps(config, windows)
 
 
 def with_total_steps(config: TrainingConfig, windows: int) -> TrainingConfig:
