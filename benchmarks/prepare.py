@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from tinytrain_dist.data.preparation.corpus import find_sources
 from tinytrain_dist.data.preparation.prepare import prepare
+from tinytrain_dist.data.preparation.sources import find_sources
 from tinytrain_dist.data.preparation.tokenizer import Encoder, load_vocabulary
 
 _COMPARISON_BYTES = 4_000_000  # of text for the two encoders: little, because one of them is slow

@@ -22,9 +22,12 @@ zstandard = pytest.importorskip("zstandard")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from tinytrain_dist.data.preparation.compressed_files import Meter  # noqa: E402
 from tinytrain_dist.data.preparation.content_type import NotTextError, text_format  # noqa: E402
-from tinytrain_dist.data.preparation.corpus import Meter, Reading, find_sources, read_documents, recognise  # noqa: E402
+from tinytrain_dist.data.preparation.corpus import read_documents, recognise  # noqa: E402
 from tinytrain_dist.data.preparation.prepare import prepare  # noqa: E402
+from tinytrain_dist.data.preparation.sources import find_sources  # noqa: E402
+from tinytrain_dist.data.preparation.text_documents import Reading  # noqa: E402
 from tinytrain_dist.errors import DataError  # noqa: E402
 
 STORIES = [f"story {n}: the wolf ran home again" for n in range(40)]

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.prepared_text import all_documents, run_prepare, story, zstandard
-from tinytrain_dist.data.preparation.corpus import SEPARATOR, cut, find_sources
+from tinytrain_dist.data.preparation.sources import find_sources
+from tinytrain_dist.data.preparation.text_documents import SEPARATOR, cut
 from tinytrain_dist.errors import DataError
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_text_that_cannot_be_used_is_an_error_and_nothing_is_written(
 
 
 def test_a_line_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinytrain_dist.data.preparation.corpus._JSON_LINE_BYTES", 1000)
+    monkeypatch.setattr("tinytrain_dist.data.preparation.text_documents._JSON_LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 1000}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl: line 2 is longer than 1,000 bytes"):
         run_prepare(tmp_path / "a.jsonl", tmp_path / "out")

@@ -27,7 +27,9 @@ from tests.helpers.prepared_text import (
 )
 from tests.helpers.ranks import REPOSITORY
 from tinytrain_dist.data.preparation import prepare as preparation
+from tinytrain_dist.data.preparation import sample
 from tinytrain_dist.data.preparation.prepare import prepare
+from tinytrain_dist.data.preparation.sample import Sample
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, byte_of_character
 from tinytrain_dist.errors import ConfigError, DataError
 
@@ -124,22 +126,22 @@ def test_the_sample_does_not_depend_on_the_order_of_documents(order: list[int], 
     documents = [b"x" * (1 + 7 * index % 60) for index in range(40)]
 
     def drawn(indices: Iterable[int]) -> list[bytes]:
-        sample = preparation.Sample(most)
+        drawn_sample = Sample(most)
         for index in indices:
-            sample.add(index, documents[index])
-            sample.add(index, documents[index])  # a copy of a document does not count
-        assert sample.bytes == sum(map(len, sample.documents())) <= most
-        return sample.documents()
+            drawn_sample.add(index, documents[index])
+            drawn_sample.add(index, documents[index])  # a copy of a document does not count
+        assert drawn_sample.bytes == sum(map(len, drawn_sample.documents())) <= most
+        return drawn_sample.documents()
 
     assert drawn(order) == drawn(range(40)) == documents[: len(drawn(range(40)))]
 
 
 def test_the_tokenizer_is_trained_on_a_bounded_number_of_different_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_TRAINING_WORD_BYTES", 100)
+    monkeypatch.setattr(sample, "_TRAINING_WORD_BYTES", 100)
     repeated = [b"again and again\n"] * 50
     different = [b"word%c%c\n" % (65 + i, 65 + j) for i in range(20) for j in range(20)]
-    assert b"".join(preparation._training_texts(repeated)) == b"".join(repeated)
-    assert len(b"".join(preparation._training_texts(different))) <= 200
+    assert b"".join(sample.training_texts(repeated)) == b"".join(repeated)
+    assert len(b"".join(sample.training_texts(different))) <= 200
 
 
 # --- messages and errors ---------------------------------------------------------------------------------------------

@@ -5,13 +5,10 @@ Must not know models, training, or how token files are sampled.
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import os
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,31 +16,17 @@ import numpy as np
 import tyro
 
 from tinytrain_dist import __version__
-from tinytrain_dist.data.preparation.content_type import Format
-from tinytrain_dist.data.preparation.corpus import (
-    SEPARATOR,
-    Meter,
-    Reading,
-    Source,
-    cut,
-    find_sources,
-    open_source,
-    read_documents,
-    recognise,
-)
+from tinytrain_dist.data.preparation.corpus import Corpus, recognise
+from tinytrain_dist.data.preparation.encoding import encode_all, in_batches
+from tinytrain_dist.data.preparation.output_folder import new_folder
+from tinytrain_dist.data.preparation.sample import Scan, document_hashes, scan_documents, training_texts
+from tinytrain_dist.data.preparation.sources import Source, find_sources
 from tinytrain_dist.data.preparation.special_tokens import SpelledTokens, count_spelled
-from tinytrain_dist.data.preparation.token_writer import (
-    TokenWriter,
-    document_hashes,
-    encode_all,
-    in_batches,
-    new_folder,
-    write_file,
-)
+from tinytrain_dist.data.preparation.text_documents import Reading
+from tinytrain_dist.data.preparation.token_writer import TokenWriter, write_file
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import ConfigError, DataError
 from tinytrain_dist.utils.json_files import to_json
-from tinytrain_dist.utils.progress import progress_bar
 
 _DEFAULT_VOCAB_SIZE = 8192
 _MIN_DOCUMENT_BYTES = 64
@@ -55,11 +38,6 @@ _MIN_DEFAULT_DOCUMENT_BYTES, _MAX_DOCUMENT_BYTES = 4096, 1_000_000
 _VAL_BYTES = 500_000
 # Text on which tiktoken must agree with tokenizers: in all, and at most from one document.
 _COMPARED_BYTES, _COMPARED_DOCUMENT_BYTES = 1_000_000, 20_000
-# The trainer gets documents in pieces, because it needs 100 MB to split 1 MB into words.
-_TRAINING_PIECE_BYTES = 16_000
-# The text for training ends when its distinct words have this many bytes; see _training_texts.
-_TRAINING_WORD_BYTES = 1_500_000
-_WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
 # `prepare` warns about a file with fewer tokens than this: a common context_len and the token after it.
 _MIN_TOKENS = 1025
 
@@ -67,113 +45,6 @@ _MIN_TOKENS = 1025
 def say(message: str) -> None:
     """Print a message to stderr."""
     print(message, file=sys.stderr, flush=True)
-
-
-class Sample:
-    """The distinct documents with the smallest hashes that fit into `max_bytes` together.
-
-    The sample does not depend on the order in which documents are added.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        """Keep at most `max_bytes` of text."""
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self.smallest_dropped = 1 << 64  # a hash; larger than every hash until a document is dropped
-        self.heap: list[tuple[int, bytes]] = []  # (-hash, document), so that the largest hash is popped first
-        self.keys: set[int] = set()
-
-    def add(self, key: int, document: bytes) -> None:
-        """Add a document unless its hash is too large. key: the hash."""
-        # After a document was dropped, none with a larger hash may be added, or the order would matter.
-        if key >= self.smallest_dropped or key in self.keys:
-            return
-        heapq.heappush(self.heap, (-key, document))
-        self.keys.add(key)
-        self.bytes += len(document)
-        while self.bytes > self.max_bytes:
-            negative_key, dropped = heapq.heappop(self.heap)
-            self.smallest_dropped = -negative_key
-            self.keys.remove(self.smallest_dropped)
-            self.bytes -= len(dropped)
-
-    def documents(self) -> list[bytes]:
-        """Return the documents of the sample, in the order of their hashes."""
-        return [document for _, document in sorted(self.heap, reverse=True)]
-
-
-@dataclass
-class Scan:
-    """The result of the first pass over all sources.
-
-    min_split_key, max_split_key: smallest and largest of the hashes that assign documents to train or val.
-    """
-
-    sample: Sample
-    documents: int = 0
-    bytes: int = 0
-    min_split_key: int = 1 << 64
-    max_split_key: int = -1
-
-
-@dataclass
-class Corpus:
-    """All documents of all sources, in order. They can be read several times."""
-
-    sources: list[Source]
-    reading: Reading
-    formats: dict[str, Format]  # of each file
-    total_bytes: int
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def documents(self, title: str) -> Iterator[bytes]:
-        """Yield all documents once. Afterwards, `records` has an entry for each source. title: of the progress bar."""
-        self.records = []
-        with progress_bar(title, self.total_bytes, unit="bytes") as advance:
-            for source in self.sources:
-                digest_of_list = hashlib.sha256()
-                source_bytes = 0
-                reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
-                for path in source.files:
-                    with open_source(path) as file:
-                        meter = Meter(file)
-                        shown_bytes = 0
-                        for document in read_documents(path, meter, reading, self.formats[path]):
-                            yield document
-                            advance(meter.bytes - shown_bytes)
-                            shown_bytes = meter.bytes
-                    source_bytes += meter.bytes
-                    name = os.path.relpath(path, source.root) if source.root else path
-                    line = f"{meter.sha256.hexdigest()}  {name}\n"
-                    digest_of_list.update(line.encode(errors="surrogateescape"))
-                # The digest of a single file, or that of the list which sha256sum would print for several files.
-                digest = meter.sha256 if len(source.files) == 1 else digest_of_list
-                self.records.append(
-                    {
-                        "path": source.name,
-                        "files": len(source.files),
-                        "bytes": source_bytes,
-                        "sha256": digest.hexdigest(),
-                    }
-                )
-
-
-def _scan(corpus: Corpus, sample_bytes: int) -> Scan:
-    """Read all documents once, and keep a sample of at most `sample_bytes`. Errors: DataError if there are none."""
-    scan = Scan(Sample(sample_bytes))
-    for document in corpus.documents("reading"):
-        split_key, sample_key = document_hashes(document)
-        scan.documents += 1
-        scan.bytes += len(document)
-        scan.min_split_key = min(scan.min_split_key, split_key)
-        scan.max_split_key = max(scan.max_split_key, split_key)
-        scan.sample.add(sample_key, document)
-    if scan.documents == 0:
-        files = sum(len(source.files) for source in corpus.sources)
-        raise DataError(
-            f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
-        )
-    return scan
 
 
 def _check_settings(given: dict[str, Any]) -> None:
@@ -263,7 +134,7 @@ def prepare(
     with new_folder(target, overwrite) as folder:
         found = find_sources((sources,) if isinstance(sources, str) else sources, say)
         corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
-        scan = _scan(corpus, sample_bytes)
+        scan = scan_documents(corpus, sample_bytes)
         threshold = _threshold(scan, val_fraction or _default_val_fraction(scan))
         if tokenizer is None:
             vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
@@ -306,7 +177,7 @@ def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
     """Train a tokenizer on the documents of the sample that go to train, or on all if none does."""
     sample = scan.sample.documents()
     train_documents = [document for document in sample if document_hashes(document)[0] >= threshold]
-    texts = list(_training_texts(train_documents or sample))
+    texts = list(training_texts(train_documents or sample))
     say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.2f} MB of the text")
     vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
     if vocabulary.size < vocab_size:
@@ -330,24 +201,6 @@ def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTok
             "ordinary text; if they are meant as tokens, pass --special-tokens ids"
         )
     return vocabulary
-
-
-def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
-    """Yield pieces of the documents, until their distinct words reach a limit that bounds the memory of the training.
-
-    Training needs about 110 bytes of memory for each byte of a distinct word. This is little for English or code,
-    where words recur. It would be gigabytes for 20 MB of Chinese, where a whole clause counts as one word.
-    """
-    words: set[bytes] = set()
-    word_bytes = 0
-    for document in documents:
-        for _, piece, _ in cut([document], SEPARATOR, _TRAINING_PIECE_BYTES):
-            new_words = set(_WORD.findall(piece)) - words
-            words |= new_words
-            word_bytes += sum(map(len, new_words))
-            if word_bytes > _TRAINING_WORD_BYTES:
-                return
-            yield piece
 
 
 def _write(
