@@ -31,7 +31,10 @@ def test_a_folder_gives_its_text_files_and_reports_how_many_it_skips(
         (tmp_path / "in" / name).write_bytes(gzip.compress(b"z") if name.endswith("gz") else name.encode())
     run_prepare(tmp_path / "in", tmp_path / "out")
     assert all_documents(tmp_path / "out") == sorted(["b.txt", "deep/a.PY", "z"])
-    assert "skipped 3 files that are not .txt, .md, .py, .jsonl (2 .png, 1 README)" in capsys.readouterr().err
+    assert (
+        "skipped 3 files that are not .txt, .md, .py, .jsonl, .parquet, .arrow (2 .png, 1 README)"
+        in capsys.readouterr().err
+    )
     run_prepare(
         (str(tmp_path / "in"), str(tmp_path / "in" / "README"), str(tmp_path / "in" / "b.txt")), tmp_path / "more"
     )
@@ -55,9 +58,9 @@ def test_the_standard_library_is_read_without_tests_and_files_about_the_machine(
 BAD_SOURCES: list[tuple[tuple[str, ...], str]] = [
     ((), "no source was given"),
     (("missing.txt",), r"missing\.txt: there is no such file or folder"),
-    (("https://example.org/a.txt",), "URLs are not supported"),
+    (("nothing://example.org/a.txt",), "the protocol 'nothing' is not known"),
     (("*.nope",), r"\*\.nope: no file matches this glob"),
-    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl file"),
+    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl, \.parquet, \.arrow file"),
     (("dangling.txt",), r"dangling\.txt: cannot be read \(No such file"),
     (("pipe.txt",), r"pipe\.txt: is not a regular file"),
 ]

@@ -26,14 +26,14 @@ from tests.helpers.prepared_text import (
     story,
 )
 from tests.helpers.ranks import REPOSITORY
-from tinytrain_dist.data.preparation import prepare as preparation
-from tinytrain_dist.data.preparation import sample
+from tinytrain_dist.data.preparation import planning, sample
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.data.preparation.sample import Sample
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, byte_of_character
 from tinytrain_dist.errors import ConfigError, DataError
 
 tokenizers = pytest.importorskip("tokenizers")
+TOKEN_FILES = ["train.npy", "train.documents.npy", "val.npy", "val.documents.npy"]
 
 # --- output ----------------------------------------------------------------------------------------------------------
 
@@ -48,9 +48,12 @@ def test_every_document_is_in_one_of_the_two_files_and_meta_json_describes_them(
         assert ids.ndim == 1
         assert meta[f"{side}_tokens"] == len(ids)
         assert meta[f"{side}_documents"] == len(documents) > 0
+        starts = np.load(tmp_path / "out" / f"{side}.documents.npy")
+        assert starts.dtype == np.int64
+        assert starts.tolist() == [0, *(np.where(ids == meta["eos_id"])[0][:-1] + 1)]
         assert meta[f"{side}_bytes"] == sum(len(document.encode()) for document in documents)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in content(tmp_path / "out").items()}
-    assert meta["digests"] == {name: digests[name] for name in ("train.npy", "val.npy", "tokenizer.json")}
+    assert meta["digests"] == {name: digests[name] for name in [*TOKEN_FILES, "tokenizer.json"]}
     assert meta["sources"] == [
         {
             "path": str(corpus),
@@ -187,14 +190,14 @@ def test_all_wrong_settings_are_reported_at_once(corpus: Path, tmp_path: Path) -
 def test_a_source_that_changes_while_it_is_read_is_an_error(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threshold = preparation._threshold
+    threshold = planning._threshold
 
     def change_source_first(*arguments: Any) -> int:
         with corpus.open("ab") as file:
             file.write(b" more")
         return threshold(*arguments)
 
-    monkeypatch.setattr(preparation, "_threshold", change_source_first)
+    monkeypatch.setattr(planning, "_threshold", change_source_first)
     with pytest.raises(DataError, match="a source changed between its first and second reading"):
         run_prepare(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()

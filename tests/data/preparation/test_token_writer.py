@@ -49,7 +49,8 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
     assert content(out) == before
     (out / "train.npy.range.json").write_text("{}")
     assert run_prepare(corpus, out, vocab_size=300, overwrite=True)["vocab_size"] == 300
-    assert sorted(content(out)) == ["meta.json", "tokenizer.json", "tokenizer_config.json", "train.npy", "val.npy"]
+    tokens = ["train.documents.npy", "train.npy", "val.documents.npy", "val.npy"]
+    assert sorted(content(out)) == ["meta.json", "tokenizer.json", "tokenizer_config.json", *tokens]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.txt"]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tinytrain_dist.data.preparation.content_type import Compression, compression
+from tinytrain_dist.data.preparation.remote_errors import shown
+from tinytrain_dist.data.preparation.remote_files import RemoteFile, is_url
 from tinytrain_dist.errors import DataError
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -60,7 +62,9 @@ class _Peekable:
 
 
 def open_source(path: str) -> BinaryIO:
-    """Open a source file. Errors: DataError, because `new_folder` reports every OSError as a failed write."""
+    """Open a source file, or a URL. Errors: DataError, because `new_folder` reports every OSError as a failed write."""
+    if is_url(path):
+        return cast(BinaryIO, RemoteFile(path))
     try:
         return Path(path).open("rb", buffering=0)
     except OSError as error:
@@ -72,7 +76,7 @@ def decompressed_blocks(path: str, meter: Meter) -> Generator[bytes, None, None]
 
     The first bytes decide whether it is compressed, and where they do not, its name.
     """
-    suffix = os.path.splitext(path.lower())[1]
+    suffix = os.path.splitext(shown(path).lower())[1]
     try:
         stream = _Peekable(meter, 32)
         packed = compression(stream.first) or _COMPRESSION_OF_SUFFIX.get(suffix)
@@ -105,7 +109,7 @@ def _zstd_blocks(path: str, stream: _Peekable) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise DataError(
-            f"{path}: is compressed with zstd, and the package that reads it is missing; pip install zstandard"
+            f"{shown(path)}: is compressed with zstd, and the package that reads it is missing; pip install zstandard"
         ) from error
     # Frames are decompressed one by one, because zstandard's stream reader does not report a file that ends early.
     decompressor = zstandard.ZstdDecompressor()
@@ -126,7 +130,9 @@ def _zstd_blocks(path: str, stream: _Peekable) -> Iterator[bytes]:
 
 
 def _damaged_error(path: str, reason: str) -> DataError:
-    return DataError(f"{path}: the compressed data is damaged or cut short ({reason}); get or create the file again")
+    return DataError(
+        f"{shown(path)}: the compressed data is damaged or cut short ({reason}); get or create the file again"
+    )
 
 
 def unreadable_error(path: str, error: OSError) -> DataError:

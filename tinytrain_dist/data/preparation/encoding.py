@@ -26,10 +26,10 @@ _BATCH_BYTES = 1 << 20  # text that a worker encodes at once
 
 
 class Part(NamedTuple):
-    """Several encoded documents: their token IDs, their number, and the bytes of their text."""
+    """Several encoded documents: their token IDs, the number of tokens of each, and the bytes of their text."""
 
     ids: NDArray[Any]
-    documents: int
+    lengths: NDArray[np.int64]
     bytes: int
 
 
@@ -54,9 +54,12 @@ class BatchEncoder:
 
     def _encode(self, documents: list[bytes]) -> Part:
         ids = [np.empty(0, self.dtype)]
-        for document in documents:
-            ids += [self.before, self.encoder.encode(document.decode()).astype(self.dtype), self.after]
-        return Part(np.concatenate(ids), len(documents), sum(map(len, documents)))
+        lengths = np.zeros(len(documents), np.int64)
+        for number, document in enumerate(documents):
+            tokens = self.encoder.encode(document.decode()).astype(self.dtype)
+            ids += [self.before, tokens, self.after]
+            lengths[number] = len(self.before) + len(tokens) + len(self.after)
+        return Part(np.concatenate(ids), lengths, sum(map(len, documents)))
 
 
 _encoder_of_worker: BatchEncoder | None = None

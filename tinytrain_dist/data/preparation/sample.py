@@ -90,6 +90,8 @@ def scan_documents(corpus: Corpus, sample_bytes: int) -> Scan:
         scan.sample.add(sample_key, document)
     if scan.documents == 0:
         files = sum(len(source.files) for source in corpus.sources)
+        if corpus.reading.selection:
+            raise DataError(f"no text: --filter and --ids keep no document of {files} files; relax them")
         raise DataError(
             f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
         )

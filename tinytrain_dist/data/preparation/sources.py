@@ -1,4 +1,4 @@
-"""Find the files of every source: the standard library, files, folders and globs.
+"""Find the files of every source: the standard library, files, folders and globs, here or at a URL.
 
 Must not know how files are read.
 """
@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tinytrain_dist.data.preparation.compressed_files import COMPRESSED_SUFFIXES, unreadable_error
+from tinytrain_dist.data.preparation.dataset_folders import dataset_files
+from tinytrain_dist.data.preparation.remote_errors import shown
+from tinytrain_dist.data.preparation.remote_files import find_remote, is_url
 from tinytrain_dist.errors import DataError
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+FOLDER_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet", ".arrow")
 _SKIPPED_STDLIB_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
 
@@ -34,6 +37,12 @@ class Source:
     root: str = ""
     tolerant: bool = False
 
+    def name_of(self, path: str) -> str:
+        """Return the name of a file in a digest of several files."""
+        if is_url(path):
+            return shown(path)
+        return os.path.relpath(path, self.root) if self.root else path
+
 
 def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[Source]:
     """Return a source for each argument: `stdlib`, a file, a folder or a glob. Each file is in one source only.
@@ -47,11 +56,11 @@ def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[S
         count = len(source.files)
         new_files: dict[str, str] = {}
         for file in source.files:
-            real_path = os.path.realpath(file)
+            real_path = file if is_url(file) else os.path.realpath(file)
             if real_path not in seen:
                 new_files[real_path] = file
         if len(new_files) < count:
-            say(f"{argument}: {count - len(new_files)} of {count} files were already given; each is used once")
+            say(f"{source.name}: {count - len(new_files)} of {count} files were already given; each is used once")
         seen.update(new_files)
         if new_files:
             sources.append(Source(source.name, tuple(new_files.values()), source.root, source.tolerant))
@@ -62,26 +71,42 @@ def find_sources(arguments: Iterable[str], say: Callable[[str], None]) -> list[S
 
 def _find_source(argument: str, say: Callable[[str], None]) -> Source:
     """Return the files of one argument that is not `stdlib`. Errors: DataError if there are none."""
+    if is_url(argument):
+        return _remote_source(argument)
     path = os.path.expanduser(argument)
     if os.path.isdir(path):
+        if (listed := dataset_files(path)) is not None:
+            return Source(argument, tuple(map(_check_regular_file, listed)), root=path)
         files = list(_text_files_below(path, say))
         if not files:
             raise DataError(
-                f"{argument}: the folder contains no {', '.join(TEXT_SUFFIXES)} file, plain or compressed as "
+                f"{argument}: the folder contains no {', '.join(FOLDER_SUFFIXES)} file, plain or compressed as "
                 f"{', '.join(COMPRESSED_SUFFIXES)}; give other text files by name or by glob"
             )
         return Source(argument, tuple(files), root=path)
     if os.path.lexists(path):
         return Source(argument, (_check_regular_file(path),))
     if not glob.has_magic(path):
-        remedy = "URLs are not supported, so download the file" if "://" in path else "check the path"
-        raise DataError(f"{argument}: there is no such file or folder; {remedy}")
+        raise DataError(f"{argument}: there is no such file or folder; check the path")
     files = []
     for match in sorted(glob.glob(path, recursive=True)):
         files += _text_files_below(match, say) if os.path.isdir(match) else [_check_regular_file(match)]
     if not files:
         raise DataError(f"{argument}: no file matches this glob; check the pattern (** also matches subfolders)")
     return Source(argument, tuple(files))
+
+
+def _remote_source(url: str) -> Source:
+    """Return the files that a URL names. Errors: DataError if there are none, or if they cannot be reached."""
+    found = find_remote(url, lambda name: text_suffix(name) in FOLDER_SUFFIXES)
+    if found is None:
+        raise DataError(
+            f"{shown(url)}: no file matches, or the folder contains no {', '.join(FOLDER_SUFFIXES)} file, plain or "
+            f"compressed as {', '.join(COMPRESSED_SUFFIXES)}; check the URL, or name other files by a glob"
+        )
+    is_folder = found != [url] and "*" not in url
+    listed = dataset_files(url) if is_folder else None
+    return Source(shown(url), tuple(found if listed is None else listed))
 
 
 def _check_regular_file(path: str) -> str:
@@ -100,15 +125,19 @@ def _text_files_below(folder: str, say: Callable[[str], None]) -> Iterator[str]:
     skipped: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        listed = dataset_files(parent) if "state.json" in names else None
+        if listed is not None:
+            yield from map(_check_regular_file, listed)  # other Arrow files there are caches of `datasets`
+            names = [name for name in names if not name.endswith((".arrow", ".json"))]
         for name in sorted(name for name in names if not name.startswith(".")):
-            if text_suffix(name) in TEXT_SUFFIXES:
+            if text_suffix(name) in FOLDER_SUFFIXES:
                 yield _check_regular_file(os.path.join(parent, name))
             else:
                 skipped[os.path.splitext(name)[1] or name] += 1
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
         kinds += ", ..." if len(skipped) > 5 else ""
-        say(f"{folder}: skipped {skipped.total()} files that are not {', '.join(TEXT_SUFFIXES)} ({kinds})")
+        say(f"{folder}: skipped {skipped.total()} files that are not {', '.join(FOLDER_SUFFIXES)} ({kinds})")
 
 
 def _standard_library() -> Source:
@@ -130,5 +159,5 @@ def _standard_library() -> Source:
 
 def text_suffix(name: str) -> str:
     """Return the suffix in lower case, ignoring a compression suffix: `.jsonl` for `a.JSONL.zst`."""
-    stem, suffix = os.path.splitext(name.lower())
+    stem, suffix = os.path.splitext(shown(name).lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED_SUFFIXES else suffix

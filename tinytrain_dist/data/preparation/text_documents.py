@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from tinytrain_dist.data.preparation.compressed_files import COMPRESSED_SUFFIXES
 from tinytrain_dist.data.preparation.content_type import Format
+from tinytrain_dist.data.preparation.selection import Selection, field_of
 from tinytrain_dist.errors import DataError
 
 SEPARATOR = b"<|endoftext|>"
 # The longest line of a .jsonl file. A whole line is in memory, as bytes and as text of up to four bytes per character.
 _JSON_LINE_BYTES = 16 << 20
+
+
+class Document(NamedTuple):
+    """One document. block: the part of its file from which reading can start again; 0 where there are no parts."""
+
+    block: int
+    text: bytes
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Reading:
     errors: Literal["strict", "replace"]
     max_document_bytes: int
     format: Literal["auto", "text", "jsonl"] = "auto"  # text and jsonl: whatever the content looks like
+    selection: Selection = field(default_factory=Selection)
 
 
 def split_documents(path: str, blocks: Iterable[bytes], reading: Reading, form: Format) -> Iterator[bytes]:
@@ -44,13 +53,22 @@ def split_documents(path: str, blocks: Iterable[bytes], reading: Reading, form: 
         texts = _json_texts(path, blocks, reading)
     elif reading.split_by == "line":
         lines = cut(blocks, b"\n", limit)
-        texts = (_to_valid_utf8(path, line, offset, reading).rstrip(b"\r\n") for offset, line, _ in lines)
+        texts = (to_valid_utf8(path, line, offset, reading).rstrip(b"\r\n") for offset, line, _ in lines)
     else:
         pieces = cut(blocks, SEPARATOR, limit)
-        yield from _strip((_to_valid_utf8(path, piece, offset, reading), ended) for offset, piece, ended in pieces)
+        yield from _strip((to_valid_utf8(path, piece, offset, reading), ended) for offset, piece, ended in pieces)
         return
     for text in texts:
-        yield from _strip((piece, ended) for _, piece, ended in cut([text], SEPARATOR, limit))
+        yield from documents_of_text(text, reading)
+
+
+def documents_of_text(text: bytes, reading: Reading) -> Iterator[bytes]:
+    """Yield the documents of one text in UTF-8: usually one."""
+    if len(text) <= reading.max_document_bytes and SEPARATOR not in text:
+        if text.strip():
+            yield text
+        return
+    yield from _strip((piece, ended) for _, piece, ended in cut([text], SEPARATOR, reading.max_document_bytes))
 
 
 def _strip(pieces: Iterable[tuple[bytes, bool]]) -> Iterator[bytes]:
@@ -106,7 +124,7 @@ def _cut_point(buffer: bytes, start: int, limit: int) -> int:
     return next(character_starts, end)
 
 
-def _to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:
+def to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> bytes:
     """Return a piece of a file as valid UTF-8. Errors: DataError unless invalid bytes are to be replaced."""
     if offset == 0:
         piece = piece.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not text
@@ -134,18 +152,25 @@ def _json_texts(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterato
         where = f"{path}: line {number}"
         if not ended and len(line) > _JSON_LINE_BYTES - 4:  # `cut` may cut a line up to three bytes before the limit
             raise DataError(f"{where} is longer than {_JSON_LINE_BYTES:,} bytes, the limit for one line; split it")
-        line = _to_valid_utf8(path, line, offset, reading)
-        if line.strip():
-            yield _json_text(where, line, reading)
+        line = to_valid_utf8(path, line, offset, reading)
+        if not line.strip():
+            continue
+        record = _json_record(where, line)
+        if not reading.selection or (isinstance(record, dict) and reading.selection.keeps(where, record)):
+            yield _json_text(where, record, reading)
 
 
-def _json_text(where: str, line: bytes, reading: Reading) -> bytes:
-    """Return the text in one line of a .jsonl file. Errors: DataError that begins with `where`."""
+def _json_record(where: str, line: bytes) -> Any:
+    """Return the value in one line of a .jsonl file. Errors: DataError that begins with `where`."""
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); a .jsonl file has one JSON object on every line") from error
-    text = record.get(reading.text_field) if isinstance(record, dict) else None
+
+
+def _json_text(where: str, record: Any, reading: Reading) -> bytes:
+    """Return the text of a record. Errors: DataError that begins with `where`."""
+    text = field_of(record, reading.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = f"the line is of type {type(record).__name__}, not an object"
         if isinstance(record, dict):
