@@ -50,7 +50,11 @@ def may_pass(error: BaseException) -> bool:
     """Return whether an error may be gone when the same is tried again."""
     errors = list(_chain(error))
     names = {type(found).__name__ for found in errors}
-    if any(isinstance(found, _LASTING) for found in errors) or names & _NO_CREDENTIALS:
+    if names & _NO_CREDENTIALS:
+        return False
+    if names & _NO_CONNECTION:  # which fsspec reports as a missing file for a URL of the web
+        return True
+    if any(isinstance(found, _LASTING) for found in errors):
         return False
     status = _status(errors)
     if status is not None:
@@ -69,8 +73,6 @@ def error_of(url: str, error: BaseException, tries: int = 1) -> DataError:
         return DataError(f"{shown(url)}: no credentials were found; {credentials}")
     if status in (401, 403) or any(isinstance(found, PermissionError) for found in errors):
         return DataError(f"{shown(url)}: access was refused{_in_brackets(status)}; check the rights, or {credentials}")
-    if status in (404, 410) or any(isinstance(found, FileNotFoundError) for found in errors):
-        return DataError(f"{shown(url)}: there is no such file or folder{_in_brackets(status)}; check the URL")
     after = f" after {tries} tries" if tries > 1 else ""
     if names & _NO_CONNECTION:
         endpoint = next(filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), "")
@@ -79,6 +81,8 @@ def error_of(url: str, error: BaseException, tries: int = 1) -> DataError:
             f"{shown(url)}: the server cannot be reached{after} ({_reason(errors)}); check the URL{through} and the "
             "network, and run again"
         )
+    if status in (404, 410) or any(isinstance(found, FileNotFoundError) for found in errors):
+        return DataError(f"{shown(url)}: there is no such file or folder{_in_brackets(status)}; check the URL")
     return DataError(
         f"{shown(url)}: cannot be read{after} ({_reason(errors)}{_in_brackets(status)}); check the URL and the "
         "network, and run again"

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
 FIRST_RETRY_SECONDS = (0.5, 1.0)
 # A file is read in ranges that grow, so that a look at its beginning costs little.
-_FIRST_RANGE_BYTES, _MAX_RANGE_BYTES = 1 << 18, 8 << 20
+_MIN_RANGE_BYTES, _FIRST_RANGE_BYTES, _MAX_RANGE_BYTES = 1 << 16, 1 << 18, 8 << 20
 _EXTRA_OF_PROTOCOL = {"s3": "tinytrain_dist[s3]", "s3a": "tinytrain_dist[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
 _EXTRA_OF_PROTOCOL |= {"http": "tinytrain_dist[s3]", "https": "tinytrain_dist[s3]", "abfs": "adlfs", "az": "adlfs"}
 
@@ -50,16 +50,26 @@ def file_system(url: str) -> tuple[Any, str]:
     """Return the file system of fsspec for a URL, and the path in it. Errors: DataError."""
     protocol = url.partition("://")[0].lower()
     try:
+        from fsspec.config import conf
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise _missing_library_error(url, "tinytrain_dist[s3]") from error
     try:
-        system, path = url_to_fs(url)
+        system, path = url_to_fs(url, **_options(protocol, conf))
     except ImportError as error:
         raise _missing_library_error(url, _EXTRA_OF_PROTOCOL.get(protocol)) from error
     except ValueError as error:
         raise DataError(f"{shown(url)}: the protocol {protocol!r} is not known; check the URL") from error
+    if hasattr(system, "retries"):  # s3fs repeats five times, on top of botocore and of `with_retries`
+        system.retries = 1
     return system, path
+
+
+def _options(protocol: str, configured: dict[str, Any]) -> dict[str, Any]:
+    """Return options that leave repeating a failed read to `with_retries`: botocore would repeat it five times more."""
+    if protocol not in ("s3", "s3a") or "config_kwargs" in configured.get("s3", {}):
+        return {}
+    return {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 
 
 def _missing_library_error(url: str, package: str | None) -> DataError:
@@ -246,10 +256,23 @@ class RemoteFile(io.RawIOBase):
         return content
 
     def _fetch(self, start: int, size: int) -> bytes:
-        """Return a range of the file. What has arrived is kept when the connection ends. Errors: DataError."""
-        end = start + size if self.facts.size is None else min(start + size, self.facts.size)
+        """Return a range of the file, of at most `size` bytes. Errors: DataError.
+
+        After a failure a smaller range is asked for, so that reading goes on where connections end after few bytes.
+        """
         get = self._range_of_server if self.facts.has_ranges else self._range_of_stream
-        return with_retries(self.url, lambda: get(start, end), given_up=self._given_up, check=self._check_unchanged)
+
+        def get_or_ask_for_less() -> bytes:
+            nonlocal size
+            end = start + size if self.facts.size is None else min(start + size, self.facts.size)
+            try:
+                return get(start, end)
+            except Exception:
+                size = max(size // 2, _MIN_RANGE_BYTES)
+                self._range_bytes = size
+                raise
+
+        return with_retries(self.url, get_or_ask_for_less, given_up=self._given_up, check=self._check_unchanged)
 
     def _range_of_server(self, start: int, end: int) -> bytes:
         content = bytes(self._system.cat_file(self._path, start=start, end=end))
