@@ -84,7 +84,7 @@ def table_documents(
     Errors: DataError that names the row group or batch, and the row.
     """
     for block, first_row, batch in _batches(table, reading, start_block):
-        meter.bytes = size * block // table.blocks if table.blocks else 0
+        meter.bytes = int(size * _share_before(table, block, first_row))
         where = f"{table.path}: {_name(table, block)}"
         mask = reading.selection.mask(where, batch) if reading.selection else None
         texts = column_of(batch, reading.text_field)
@@ -101,6 +101,14 @@ def table_documents(
                 )
             for document in documents_of_text(to_valid_utf8(place, text, 0, reading), reading):
                 yield Document(block, document)
+
+
+def _share_before(table: Table, block: int, row: int) -> float:
+    """Return the share of a table that lies before a row of a block; 0 where the number of blocks is not known."""
+    if table.blocks is None:
+        return 0.0
+    rows = table.file.metadata.row_group(block).num_rows if table.form == "parquet" else 1
+    return (block + row / max(rows, 1)) / table.blocks
 
 
 def _name(table: Table, block: int) -> str:
