@@ -71,13 +71,12 @@ class ChatEncoder:
         self.template: str = template
         self.marks_answers = _MARKED_ANSWERS in template
 
-    def encode(self, record: Any) -> EncodedChat:
-        """Encode the conversation in a record: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}.
+    def encode(self, record: dict[str, Any]) -> EncodedChat:
+        """Encode a conversation: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}.
 
-        "tools" may be missing. Errors: BadChatError.
+        record: its form was checked, see conversations.py; "tools" may be missing. Errors: BadChatError.
         """
-        messages = _messages(record)
-        tools = record.get("tools")
+        messages, tools = record["messages"], record.get("tools")
         if self.marks_answers:
             encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return EncodedChat(np.array(encoded["input_ids"], np.int64), np.array(encoded["assistant_masks"], np.uint8))
@@ -114,19 +113,3 @@ class ChatEncoder:
             raise BadChatError(
                 f"the chat template of {self.folder} fails ({type(error).__name__}: {reason}); correct the messages"
             ) from error
-
-
-def _messages(record: Any) -> list[Any]:
-    """Return the messages of a record. Errors: BadChatError if they have another form."""
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list):
-        found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-        raise BadChatError(f'has no list "messages" (found: {found or "no fields"}); write {{"messages": [...]}}')
-    if not messages:
-        raise BadChatError('"messages" is empty; remove the record')
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadChatError(f'message {number} has no "role"; write {{"role": "user", "content": "..."}}')
-        if "content" not in message and "tool_calls" not in message:
-            raise BadChatError(f'message {number} has no "content"; write {{"role": ..., "content": "..."}}')
-    return messages

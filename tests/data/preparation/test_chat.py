@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from tokenizers import Tokenizer
 
 from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
+from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.data.preparation.tokenizer import train_bpe
-from tinytrain_dist.errors import DataError
+from tinytrain_dist.errors import ConfigError, DataError
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -103,23 +108,6 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(tmp_path: Path, tok
         encoder.encode({"messages": think})
 
 
-@pytest.mark.parametrize(
-    ("record", "problem"),
-    [
-        ({"text": "a"}, "has no list \"messages\" (found: 'text')"),
-        ([], 'has no list "messages" (found: list)'),
-        ({"messages": []}, '"messages" is empty'),
-        ({"messages": [{"content": "a"}]}, 'message 1 has no "role"'),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 'message 2 has no "content"'),
-    ],
-)
-def test_records_of_another_form(tmp_path: Path, tokenizer_text: str, record: Any, problem: str) -> None:
-    encoder = ChatEncoder(folder_with(tmp_path, tokenizer_text, CHATML))
-    with pytest.raises(BadChatError) as caught:
-        encoder.encode(record)
-    assert problem in str(caught.value)
-
-
 def test_a_template_that_fails_says_why(tmp_path: Path, tokenizer_text: str) -> None:
     encoder = ChatEncoder(folder_with(tmp_path, tokenizer_text, STRICT))
     with pytest.raises(BadChatError, match="the user must be first"):
@@ -131,3 +119,80 @@ def test_a_tokenizer_without_a_template(tmp_path: Path, tokenizer_text: str) -> 
         ChatEncoder(folder_with(tmp_path, tokenizer_text, None))
     with pytest.raises(DataError, match="cannot load it"):
         ChatEncoder(tmp_path / "nowhere")
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [*MESSAGES[:3], {"role": "user", "content": f"And {n}?"}, *MESSAGES[4:]]} for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("shard_tokens", [None, 2000])
+def test_prepare_writes_tokens_documents_and_masks(
+    tmp_path: Path, tokenizer_text: str, shard_tokens: int | None
+) -> None:
+    (tmp_path / "model").mkdir()
+    model = folder_with(tmp_path / "model", tokenizer_text, CHATML)
+    lines = write_lines(tmp_path / "chat.jsonl", conversations(60))
+    out = tmp_path / "data"
+    meta = prepare(str(lines), str(out), tokenizer=str(model), chat=True, workers=2, shard_tokens=shard_tokens)
+    encoder, decoded = ChatEncoder(model), []
+    for path in sorted(out.glob("*.documents.npy")):
+        ids, mask = (np.load(str(path).replace(".documents", ending)) for ending in ("", ".mask"))
+        assert mask.dtype == np.uint8
+        assert len(mask) == len(ids)
+        for start, end in itertools.pairwise([*np.load(path).tolist(), len(ids)]):
+            decoded.append((encoder.tokenizer.decode(ids[start:end].tolist()), int(mask[start:end].sum())))
+    expected = []
+    for record in conversations(60):
+        text, _ = counted_text(encoder, record["messages"])
+        expected.append((text, int(encoder.encode(record).counted.sum())))
+    assert sorted(decoded) == sorted(expected)
+    assert meta["train_counted_tokens"] + meta["val_counted_tokens"] == sum(count for _, count in expected)
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == CHATML
+    assert (len(list(out.glob("train*.mask.npy"))) > 1) == (shard_tokens is not None)
+
+
+def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: str) -> None:
+    model = folder_with(tmp_path, tokenizer_text, CHATML)
+    table = pa.table({"chat": [record["messages"] for record in conversations(20)]})
+    parquet.write_table(table, tmp_path / "chat.parquet")
+    lines = write_lines(tmp_path / "chat.jsonl", conversations(20))
+    common: dict[str, Any] = {"tokenizer": str(model), "chat": True, "workers": 1}
+    of_table = prepare(str(tmp_path / "chat.parquet"), str(tmp_path / "a"), text_field="chat", **common)
+    of_lines = prepare(str(lines), str(tmp_path / "b"), **common)
+    assert of_table["digests"] == of_lines["digests"]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"text": "a"}, "line 3: has no list in the field 'messages' (found: 'text')"),
+        ([], "line 3: has no list in the field 'messages' (found: a list)"),
+        ({"messages": []}, "line 3: has no messages"),
+        ({"messages": [{"content": "a"}]}, 'line 3: message 1 has no "role"'),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 'line 3: message 2 has no "content"'),
+        ({"messages": MESSAGES}, "line 3: the chat template of"),
+    ],
+)
+def test_prepare_names_the_line_that_it_cannot_use(
+    tmp_path: Path, tokenizer_text: str, record: Any, problem: str
+) -> None:
+    model = folder_with(tmp_path, tokenizer_text, STRICT + CHATML)
+    good = {"messages": MESSAGES[1:3]}
+    lines = write_lines(tmp_path / "chat.jsonl", [good, {"messages": MESSAGES[3:]}, record])
+    with pytest.raises(DataError) as caught:
+        prepare(str(lines), str(tmp_path / "data"), tokenizer=str(model), chat=True, workers=2)
+    assert f"{lines}: {problem}" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_options_that_do_not_fit_conversations() -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare("x.jsonl", "out", chat=True, split_by="line", max_document_bytes=100)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["chat", "max_document_bytes", "chat"]
