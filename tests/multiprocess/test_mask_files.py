@@ -51,7 +51,7 @@ class Text:
             counts = torch.from_numpy(self.mask[first + 1 : after].astype(bool))
             if counts.any():
                 losses = F.cross_entropy(model(ids[None, :-1])[0].double(), ids[1:], reduction="none")
-                total += float(losses[counts].sum())
+                total += float(losses[counts].detach().sum())
                 tokens += int(counts.sum())
                 num_bytes += int(BYTES_PER_TOKEN[ids[1:][counts].numpy()].sum())
         return total, tokens, num_bytes

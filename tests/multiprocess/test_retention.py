@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import Run, fit, settings_for, train
 from tinytrain_dist.cli import main
+from tinytrain_dist.training.evaluation import LossSum
 
 pytestmark = pytest.mark.multiprocess
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.multiprocess
 def best_at_step_2(trainer: Any) -> None:
     tokens = trainer.config.eval_steps * trainer.train_step.plan.tokens_per_step
     losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    trainer.evaluator.summed_loss = lambda _: (tokens * next(losses), 0)
+    trainer.evaluator.summed_loss = lambda _: LossSum(tokens * next(losses), 0, tokens)
 
 
 def fit_best_at_step_2(settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.training import TINY, VOCABULARY, Run, train
+from tinytrain_dist.config.schema import FIELDS
 
 pytestmark = pytest.mark.multiprocess
 
@@ -45,7 +46,7 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> ShuffledRun:
         "micro_batch_size": 2,
         "log_every": 2,
     }
-    del settings["total_steps"]
+    settings["total_steps"] = FIELDS["total_steps"].default  # as if it were not set
     return ShuffledRun(folder, settings, train(folder, "whole", 1, **settings))
 
 

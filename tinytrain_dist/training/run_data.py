@@ -65,13 +65,14 @@ def open_run_data(config: TrainingConfig) -> RunData:
     """Open the token files of a configuration. Errors: DataError naming the file that cannot be used."""
     assert config.vocab_size is not None, "resolve_vocab_size has filled it"
     vocab_size = config.vocab_size
+    train = open_training_data(config, vocab_size)
     evaluation = {
         name: TokenDataset([path], config.context_len, vocab_size=vocab_size, **_reading_options(config))
         for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
     }
     tables = (bytes_per_token(folder, vocab_size) for folder in _folders(config))
     table = next((table for table in tables if table is not None), None)
-    return RunData(open_training_data(config, vocab_size), evaluation, table)
+    return RunData(train, evaluation, table)
 
 
 def open_training_data(config: TrainingConfig, vocab_size: int | None = None) -> TokenDataset:
