@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import Run, fit, settings_for
+from tinytrain_dist.training.evaluation import LossSum
 
 pytestmark = pytest.mark.multiprocess
 
@@ -22,7 +23,7 @@ def scripted(trainer: Any, losses: list[float], other: list[float] | None = None
     """Make the evaluations of this trainer return `losses` by step (`other` on ranks above 0)."""
     mine = other if other is not None and trainer.context.rank else losses
     tokens = trainer.config.eval_steps * trainer.train_step.plan.tokens_per_step
-    trainer.evaluator.summed_loss = lambda _: (mine[trainer.step - 1] * tokens, 0)
+    trainer.evaluator.summed_loss = lambda _: LossSum(mine[trainer.step - 1] * tokens, 0, tokens)
 
 
 def run(folder: Path, world_size: int = 1, prepare: Any = None, **overrides: Any) -> list[dict[str, Any]]:
