@@ -55,6 +55,7 @@ OF_LAUNCHERS = {
     "overwrite",
 }
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
+OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
 FORMER_OR_OPTIONAL = {
     "slurm/env.sh",

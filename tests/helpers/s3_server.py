@@ -33,6 +33,7 @@ class S3Server:
 
     def _put(self, path: str, data: bytes) -> None:
         request = urllib.request.Request(self.endpoint + path, data, method="PUT")
+        request.add_header("Content-Type", "application/octet-stream")
         request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request")
         with urllib.request.urlopen(request, timeout=60):
             pass
@@ -66,7 +67,8 @@ def s3_server() -> Iterator[S3Server]:
 class BreakingProxy:
     """Pass connections on to a port, and break each after `most_bytes` of the answers.
 
-    breaks: how many connections to break; all others live. on_break: called after each.
+    breaks: how many connections to break; all others live. on_break: called after each. most_in_all: bytes of answers
+    after which no connection works.
     """
 
     def __init__(self, port: int, most_bytes: int, breaks: int | None = None) -> None:
@@ -74,6 +76,7 @@ class BreakingProxy:
         self.most_bytes = most_bytes
         self.left = breaks
         self.broken = 0
+        self.most_in_all = 1 << 60
         self.passed_bytes = 0
         self.on_break: Callable[[], None] = lambda: None
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -102,6 +105,8 @@ class BreakingProxy:
             while data := source.recv(1 << 16):
                 if is_answer and self.left != 0:
                     data = data[: self.most_bytes - passed]
+                if self.passed_bytes > self.most_in_all:
+                    break
                 passed += len(data)
                 target.sendall(data)
                 if is_answer:

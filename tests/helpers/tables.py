@@ -11,6 +11,8 @@ import pytest
 from tests.helpers.prepared_text import story
 
 pa = pytest.importorskip("pyarrow")
+ipc = pytest.importorskip("pyarrow.ipc")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -30,13 +32,13 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS, row_group_size: int = 17) -> Path:
-    pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return path
 
 
 def write_arrow(path: Path, rows: list[dict[str, Any]] = ROWS, stream: bool = False) -> Path:
     table = pa.Table.from_pylist(rows)
-    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(path, table.schema) as writer:
+    with (ipc.new_stream if stream else ipc.new_file)(path, table.schema) as writer:
         writer.write_table(table, max_chunksize=13)
     return path
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.prepared_text import all_documents, content, run_prepare
-from tests.helpers.tables import ROWS, pa, save_with_datasets, write_arrow, write_json_lines, write_parquet
+from tests.helpers.tables import ROWS, pa, parquet, save_with_datasets, write_arrow, write_json_lines, write_parquet
 from tinytrain_dist.data.preparation import table_documents
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.errors import DataError
@@ -49,7 +49,7 @@ def test_every_type_of_text_is_read(tmp_path: Path, kind: str, monkeypatch: pyte
     monkeypatch.setattr(table_documents, "_BATCH_BYTES", 1000)  # several parts of each row group
     table = pa.table({"text": [row["text"] for row in ROWS]})
     column = table["text"].dictionary_encode() if kind == "dictionary" else table["text"].cast(getattr(pa, kind)())
-    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     run_prepare(tmp_path / "a.parquet", tmp_path / "out", max_document_bytes=5000)
     assert all_documents(tmp_path / "out") == sorted(row["text"] for row in ROWS)
 

@@ -219,9 +219,7 @@ class RemoteFile(io.RawIOBase):
         self._given_up.set()
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
-        if self._stream is not None:
-            with suppress(Exception):
-                self._stream.close()
+        self._close_stream()
         super().close()
 
     def _next_part(self, most: int | None) -> bytes:
@@ -283,18 +281,23 @@ class RemoteFile(io.RawIOBase):
     def _range_of_stream(self, start: int, end: int) -> bytes:
         try:
             if self._stream is None or self._stream_position > start:
+                self._close_stream()
                 self._stream, self._stream_position = self._system.open(self._path, "rb", block_size=0), 0
             for size in _pieces(start - self._stream_position):  # after an interruption: what was read before
                 self._read_stream(size)
-            parts = [self._read_stream(size) for size in _pieces(end - start)]
+            content = b"".join([self._read_stream(size) for size in _pieces(end - start)])
+            if self.facts.size is not None and len(content) != end - start:
+                raise ConnectionError(f"the server gave {len(content)} of {end - start} bytes")
         except Exception:
-            self._stream = None
+            self._close_stream()
             raise
-        content = b"".join(parts)
-        if self.facts.size is not None and len(content) != end - start:
-            self._stream = None
-            raise ConnectionError(f"the server gave {len(content)} of {end - start} bytes")
         return content
+
+    def _close_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(Exception):
+                stream.close()
 
     def _read_stream(self, size: int) -> bytes:
         parts = []
