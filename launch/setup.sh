@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the environment .venv of this checkout: Python, torch, the package and its extras, in the tested versions.
 #
-# Usage: launch/setup.sh [EXTRAS]      for example: launch/setup.sh prep,plot
+# Usage: launch/setup.sh [--torch VERSION] [EXTRAS]      for example: launch/setup.sh prep,plot
+#   --torch      make .venv-torch-VERSION instead, with this version of torch; launch/test.sh --torch does
 #   EXTRAS       names of optional dependencies in pyproject.toml, with commas (default: prep,plot)
 #   PYTHON       environment variable: the Python to use (default: the first one found that is 3.11 or newer)
 #   TORCH_BUILD  environment variable: cpu, gpu or auto (default: gpu where nvidia-smi works). Set it to gpu on a

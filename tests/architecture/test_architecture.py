@@ -63,8 +63,8 @@ TYPES_OF_DISTRIBUTION = re.compile(
 LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # the launcher starts ranks, but is not a rank
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
 # What a processor can compute is asked below distributed/, in the one file that is about it.
-PRIVATE_TORCH = {Path(PACKAGE, "distributed", "torch_internals.py")}
-PRIVATE_TORCH |= {Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
+TORCH_INTERNALS = Path(PACKAGE, "distributed", "torch_internals.py")
+PRIVATE_TORCH = {TORCH_INTERNALS, Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
@@ -277,6 +277,28 @@ def private_torch_is_in_one_file(file: File) -> list[str]:
     ]
 
 
+def asks_no_version_of_torch(file: File) -> list[str]:
+    """What differs between versions of torch is in one file. Records and messages may contain the version."""
+    if file.path == TORCH_INTERNALS:
+        return []
+    versions = {id(node) for node, full in dotted_names(file) if full in ("torch.__version__", "torch.torch_version")}
+    of_torch = {id(node) for node, full in dotted_names(file) if full.startswith("torch.")}
+    homes = {local for _, local, full in imported_names(file) if full.partition(".")[0] == "torch"}
+    asking: list[ast.AST] = []
+    for node in ast.walk(file.tree):
+        match node:
+            case (
+                ast.Call(func=ast.Name(id="hasattr"), args=[asked, _])
+                | ast.Call(func=ast.Name(id="getattr"), args=[asked, _, _])
+            ):
+                asking += [asked] if id(asked) in of_torch or getattr(asked, "id", None) in homes else []
+            case ast.Compare() | ast.Attribute() | ast.Subscript() | ast.Call():
+                asking += [part for part in ast.iter_child_nodes(node) if id(part) in versions]
+            case ast.Import() | ast.ImportFrom():
+                asking += [node] if id(node) in versions else []
+    return [f"{file.at(node)} asks what this torch has; give it a function in {TORCH_INTERNALS}" for node in asking]
+
+
 RULES: list[Callable[[File], list[str]]] = [
     has_a_layer,
     imports_point_down,
@@ -287,6 +309,7 @@ RULES: list[Callable[[File], list[str]]] = [
     fits_its_budget,
     uses_no_mock_library,
     private_torch_is_in_one_file,
+    asks_no_version_of_torch,
 ]
 
 
@@ -338,6 +361,11 @@ VIOLATIONS: list[tuple[Callable[[File], list[str]], str, str]] = [
     (private_torch_is_in_one_file, "tinytrain_dist/parallel/compile.py", "def f():\n    import torch._dynamo as d"),
     (private_torch_is_in_one_file, "tinytrain_dist/model/loss.py", "import torch\ntorch.cuda.memory._dump_snapshot(p)"),
     (private_torch_is_in_one_file, "tinytrain_dist/launch/x.py", "from torch.api import C\nC._close = None"),
+    (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "import torch\nif torch.__version__ >= '2.13': f()"),
+    (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "import torch as t\nparts = t.__version__.split('.')"),
+    (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "from torch import __version__\nf(Version(__version__))"),
+    (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "import torch\nif hasattr(torch, 'set_timeout'): f()"),
+    (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "from torch import cuda as c\nf = getattr(c.m, 'g', None)"),
 ]
 
 
@@ -364,6 +392,8 @@ def test_each_rule_catches(rule: Callable[[File], list[str]], path: str, text: s
         ("launch/train.py", "from tinytrain_dist.train import main\nimport tinytrain_dist"),
         ("tinytrain_dist/data/batches.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
         ("tinytrain_dist/optim/adamw.py", "import torch\ntorch._foreach_mul_(tensors, 2.0)"),
+        ("tinytrain_dist/optim/adamw.py", "import torch\nrecord = {'torch': torch.__version__}\ngetattr(torch, name)"),
+        ("tinytrain_dist/optim/adamw.py", "import torch\nsay(f'torch {torch.__version__}')"),
         ("tinytrain_dist/training/trainer.py", "class Trainer:\n    def evaluate(self):\n" + "        x = 1\n" * 50),
     ],
 )

@@ -32,7 +32,7 @@ OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the sh
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
     "launch/local.sh": {"nproc"},
-    "launch/test.sh": {"fast"},
+    "launch/test.sh": {"fast", "torch"},
     "lm_eval": {"model", "device", "tasks", "model_args"},
     "tensorboard": {"logdir"},
     "mlflow": {"backend_store_uri"},
@@ -53,6 +53,9 @@ OF_LAUNCHERS = {
     "follow",
     "version",
     "overwrite",
+    "gpus",
+    "batch-per-gpu",
+    "network",
 }
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare

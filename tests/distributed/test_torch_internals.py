@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,13 +55,24 @@ def record() -> bytes:
     from tinytrain_dist.distributed.context import init_distributed
 
     init_distributed("cpu")
+    dist.barrier()
     return torch_internals.flight_record()
 
 
 @pytest.mark.multiprocess
-def test_a_flight_record_is_json_or_empty(tmp_path: Path) -> None:
-    found = run_ranks(1, record)[0]
-    assert found == b"" or isinstance(json.loads(found), dict)
+def test_a_flight_record_has_collectives_on_gloo_in_any_build() -> None:
+    found = json.loads(run_ranks(1, record, env={"TORCH_FR_BUFFER_SIZE": "2000"})[0])
+    assert [entry["profiling_name"] for entry in found["entries"]] != []
+
+
+@pytest.mark.parametrize("of_nccl", [b'{"version": "2"}', b'{"entries": [1]}'])
+def test_a_flight_record_of_nccl_comes_first(of_nccl: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._C import _distributed_c10d as c10d
+
+    of_gloo = b'{"entries": []}'
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda *given: of_nccl, raising=False)
+    monkeypatch.setattr(c10d, "_dump_fr_trace_json", lambda *given: of_gloo)
+    assert torch_internals.flight_record() == (of_nccl if b"entries" in of_nccl else of_gloo)
 
 
 def test_resizes_of_storages_are_reported_while_the_context_is_open() -> None:

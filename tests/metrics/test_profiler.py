@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.profiler import profile
 
 from tests.helpers.training import settings_for
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import init_distributed, shutdown
+from tinytrain_dist.distributed.torch_internals import start_profiler
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.training.trainer import Trainer
 
@@ -50,6 +54,25 @@ def test_steps_before_a_resume_are_reported_to_have_no_trace(
     run(tmp_path, profile="2:3", total_steps=4)
     assert "this process ran no step of 2:3" in capsys.readouterr().out
     assert not (tmp_path / "run" / "logs" / "profile").exists()
+
+
+def test_a_trace_that_cannot_start_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: profile) -> None:
+        raise RuntimeError("cannot start")
+
+    monkeypatch.setattr(profile, "__enter__", fail)
+    profiler = StepProfiler(range(1, 2), tmp_path, torch.device("cpu"), print)
+    with pytest.raises(RuntimeError, match="cannot start"):
+        profiler.enter("data", 0)
+    profiler.close()
+
+
+def test_the_warning_about_later_cycles_of_a_trace_is_left_out() -> None:
+    class WarnsAsTorch211:
+        def __enter__(self) -> None:
+            warnings.warn("Warning: Profiler clears events at the end of each cycle.", stacklevel=1)
+
+    start_profiler(WarnsAsTorch211())  # warnings are errors in the tests
 
 
 def test_without_the_setting_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Make the environment .venv of a checkout: torch, the package and its extras, in the tested versions.
 
-    python tinytrain_dist/launch/environment.py [EXTRAS]
+    python tinytrain_dist/launch/environment.py [--torch VERSION] [EXTRAS]
+
+With --torch it makes .venv-torch-VERSION, with that version of torch and otherwise the tested versions.
 
 launch/setup.sh runs this file by its path, before anything is installed, so it may import only Python's own library.
 When nothing has changed since the last call, it returns at once and needs no network.
@@ -37,13 +39,14 @@ def say(text: str) -> None:
 
 
 class Environment:
-    """The environment of one checkout."""
+    """The environment of one checkout, or the one that it has for another version of torch."""
 
-    def __init__(self, root: Path, base_python: str) -> None:
-        """base_python: the Python from which the environment is made."""
+    def __init__(self, root: Path, base_python: str, other_torch: str = "") -> None:
+        """base_python: the Python from which the environment is made. other_torch: a version, or "" for the tested."""
         self.root = root
         self.base_python = base_python
-        self.folder = root / ".venv"
+        self.other_torch = other_torch
+        self.folder = root / (f".venv-torch-{other_torch}" if other_torch else ".venv")
         self.python = self.folder / "bin" / "python"
         self._place = self.folder / ".tinytrain-place"  # the path of the checkout, which scripts in the folder contain
 
@@ -51,12 +54,13 @@ class Environment:
         """Make it, or bring it up to date. build: of torch, "cpu" or "gpu". Errors: SetupError, or pip's own error."""
         stamp = self.folder / f".tinytrain-{extras}"
         wanted = self._checksum(extras, build)
-        if self.python.exists() and stamp.is_file() and stamp.read_text().strip() == wanted:
+        other_python = self._has_other_python()
+        if not other_python and self.python.exists() and stamp.is_file() and stamp.read_text().strip() == wanted:
             return
-        self._make_folder()
+        self._make_folder(clear=other_python)
         self._install_torch(build)
         say(f"installing tinytrain_dist[{extras}] and its dependencies (up to 0.2 GB, about a minute)")
-        self._pip("-c", "constraints.txt", "-e", f".[{extras}]")
+        self._pip("-c", self._constraints(), "-e", f".[{extras}]")
         stamp.write_text(wanted + "\n")
         say(f"ready: {self.folder}")
 
@@ -66,11 +70,19 @@ class Environment:
         content = "\n".join([str(self.root), build, extras, *(file.read_text(encoding="utf-8") for file in files)])
         return str(zlib.crc32(content.encode()))
 
-    def _make_folder(self) -> None:
+    def _has_other_python(self) -> bool:
+        """Return whether the user gave a Python whose version is not that of this environment for another torch."""
+        if not (self.other_torch and os.environ.get("PYTHON") and self.python.exists()):
+            return False
+        return self._output("-c", "import sys; print(*sys.version_info[:2])") != "{} {}".format(*sys.version_info[:2])
+
+    def _make_folder(self, clear: bool) -> None:
+        """Make the folder if it has no working Python, belongs to another place, or is to be made anew (`clear`)."""
         moved = self._place.is_file() and self._place.read_text().strip() != str(self.root)
-        if moved or not self._succeeds("-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
-            say(f"making .venv with {self.base_python}")
-            command = [self.base_python, "-m", "venv", *(["--clear"] if moved else []), str(self.folder)]
+        clear = clear or moved
+        if clear or not self._succeeds("-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
+            say(f"making {self.folder.name} with {self.base_python}")
+            command = [self.base_python, "-m", "venv", *(["--clear"] if clear else []), str(self.folder)]
             subprocess.run(command, check=True, cwd=self.root, env=_variables())
         self._place.write_text(f"{self.root}\n")
 
@@ -79,11 +91,7 @@ class Environment:
 
         The CPU build is a tenth of the size of the default build for Linux.
         """
-        pins = (self.root / "constraints.txt").read_text(encoding="utf-8")
-        found = re.search(r"^torch==(\S+)", pins, re.MULTILINE)
-        if found is None:
-            raise SetupError("constraints.txt: has no line torch==VERSION; restore the file")
-        version = found[1]
+        version = self.other_torch or self._tested_torch()
         installed = self._output("-c", "import importlib.metadata as m; print(m.version('torch'))")
         is_right_version = installed == version or installed.startswith(f"{version}+")
         if is_right_version and not (build == "gpu" and installed.endswith("+cpu")):
@@ -100,6 +108,28 @@ class Environment:
                 "installs the GPU build"
             )
             self._install_cpu_build(version)
+
+    def _tested_torch(self) -> str:
+        pins = (self.root / "constraints.txt").read_text(encoding="utf-8")
+        found = re.search(r"^torch==(\S+)", pins, re.MULTILINE)
+        if found is None:
+            raise SetupError("constraints.txt: has no line torch==VERSION; restore the file")
+        return found[1]
+
+    def _constraints(self) -> str:
+        """Return the file of constraints for the packages other than torch.
+
+        Another torch may need other versions of its dependencies, so their lines are left out for it.
+        """
+        if not self.other_torch:
+            return "constraints.txt"
+        needs = self._output("-c", "import importlib.metadata as m; print(*m.requires('torch') or [], sep='\\n')")
+        left_out = {"torch", *(_package_of(line) for line in needs.splitlines())}
+        lines = (self.root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line and not line.startswith("#") and _package_of(line) not in left_out]
+        file = self.folder / "constraints.txt"
+        file.write_text("\n".join([*kept, f"torch=={self.other_torch}"]) + "\n", encoding="utf-8")
+        return str(file)
 
     def _install_cpu_build(self, version: str) -> None:
         errors = ""
@@ -134,6 +164,12 @@ class Environment:
         return _run_captured([str(self.python), *arguments], self.root).returncode == 0
 
 
+def _package_of(line: str) -> str:
+    """Return the normalized name of the package with which a requirement or constraint begins."""
+    found = re.match(r"[\w.-]+", line)
+    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else ""
+
+
 def _variables() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
     return {**kept, "PIP_USER": "0"}  # also against a configuration file of pip
@@ -162,11 +198,33 @@ def torch_build(asked: str) -> str:
         return "cpu"
 
 
+def checked_torch_version(version: str, root: Path) -> str:
+    """Return the version if pyproject.toml allows it. Errors: SetupError."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise SetupError(f"--torch is '{version}'; expected a version of three numbers, such as 2.13.0.")
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    allowed = re.search(r'"torch>=([\d.]+),<([\d.]+)"', text)
+    if allowed and not _numbers(allowed[1]) <= _numbers(version) < _numbers(allowed[2]):
+        raise SetupError(
+            f"--torch is {version}, but pyproject.toml allows torch>={allowed[1]},<{allowed[2]}; give a version in "
+            "this range, or change the range there."
+        )
+    return version
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
 def main(args: Sequence[str], root: Path = ROOT, base_python: str = sys.executable) -> int:
-    """Make the environment with the extras in `args`; return 0, or 1 if it cannot be made."""
+    """Make the environment that `args` describe; return 0, or 1 if it cannot be made."""
     try:
         build = torch_build(os.environ.get("TORCH_BUILD") or "auto")
-        Environment(root, base_python).make(args[0] if args else DEFAULT_EXTRAS, build)
+        other_torch = ""
+        if args and args[0] == "--torch":
+            other_torch = checked_torch_version(args[1] if len(args) > 1 else "", root)
+            args = args[2:]
+        Environment(root, base_python, other_torch).make(args[0] if args else DEFAULT_EXTRAS, build)
     except SetupError as error:
         say(str(error))
         return 1

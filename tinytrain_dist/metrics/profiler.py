@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tinytrain_dist.distributed.torch_internals import start_memory_history, write_memory_history
+from tinytrain_dist.distributed.torch_internals import start_memory_history, start_profiler, write_memory_history
 
 
 class StepProfiler:
@@ -58,8 +58,9 @@ class StepProfiler:
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
                 start_memory_history()
-            self._profiler = profile(activities=activities, record_shapes=True)
-            self._profiler.__enter__()
+            profiler = profile(activities=activities, record_shapes=True)
+            start_profiler(profiler)
+            self._profiler = profiler  # only now: one that has not started cannot be stopped
         self._traced.append(step)
         self._step_range.enter_context(record_function(f"ProfilerStep#{step}"))  # TensorBoard's plugin looks for it
 
