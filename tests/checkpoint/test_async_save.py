@@ -211,9 +211,9 @@ def test_a_save_that_is_waited_for_says_how_far_it_is(monkeypatch: pytest.Monkey
     save.join()
     assert lines == [
         "",
-        "saving step 4: 1 of 4 MB, about 60 s left",
+        "saving step 4: 1 of 4 MB, 0.1 MB/s, about 60 s left",
         "",
-        "saving step 4: 3 of 4 MB, about 10 s left",
+        "saving step 4: 3 of 4 MB, 0.1 MB/s, about 10 s left",
         "saving step 4: 4 MB written; waiting for the disk and the other ranks",
     ]
     now[0] = 9999.0
