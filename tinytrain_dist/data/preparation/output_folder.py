@@ -23,7 +23,7 @@ from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, is
 # Training keeps facts about token files beside them, as in train.npy.range.json and shards-0123.range.json.
 _DATA_SET_FILES = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|meta\.json|(train|val)(-\d{5,})?(\.documents|\.mask)?\.npy(\..*)?"
-    r"|.+\.range\.json"
+    r"|(shards|train|val)-?.*\.range\.json"
 )
 
 
