@@ -59,6 +59,7 @@ OF_LAUNCHERS = {
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "shard-tokens", "text-field"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
+OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags
 FORMER_OR_OPTIONAL = {
     "slurm/env.sh",

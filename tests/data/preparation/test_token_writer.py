@@ -47,7 +47,8 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
     with pytest.raises(DataError, match=r"already exists; pass --overwrite"):
         run_prepare(corpus, out, vocab_size=300)
     assert content(out) == before
-    (out / "train.npy.range.json").write_text("{}")
+    for name in ("train.npy.range.json", "shards-0123456789abcdef.range.json", "train-00000.mask.npy"):
+        (out / name).write_text("{}")  # training keeps facts about token files beside them
     assert run_prepare(corpus, out, vocab_size=300, overwrite=True)["vocab_size"] == 300
     tokens = ["train.documents.npy", "train.npy", "val.documents.npy", "val.npy"]
     assert sorted(content(out)) == ["meta.json", "tokenizer.json", "tokenizer_config.json", *tokens]

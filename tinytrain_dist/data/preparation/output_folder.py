@@ -20,9 +20,10 @@ from tinytrain_dist.utils.atomic_files import fsync_folder, read_json_object
 from tinytrain_dist.utils.json_files import to_json
 from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, is_held, owner, remove_leftovers
 
-# Training keeps facts about a token file beside it, as in train.npy.range.json.
+# Training keeps facts about token files beside them, as in train.npy.range.json and shards-0123.range.json.
 _DATA_SET_FILES = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|meta\.json|shards-.*\.range\.json|(train|val)(-\d{5,})?((\.documents|\.mask)?\.npy(\..*)?|\.range\.json)"
+    r"tokenizer\.json|tokenizer_config\.json|meta\.json|(train|val)(-\d{5,})?(\.documents|\.mask)?\.npy(\..*)?"
+    r"|(shards|train|val)-?.*\.range\.json"
 )
 
 
