@@ -10,9 +10,16 @@ Three methods take turns at each step:
 
 The files are sparse, so they take no space on disk. A page that is drawn for the first time still passes through the
 file system and its read-ahead.
+
+    python benchmarks/data.py slow [--shards 10000] [--rows 32] [--step-seconds 0.5] [--steps 120]
+
+measures a corpus of many shards on a file system that is slow by simulation: each read waits 100 ms, and one in 100
+waits 5 s. A step is a wait of --step-seconds. It reports how long opening took the first and the second time, how long
+steps waited for data, and open files and memory. `before` reads one window after the other, two batches ahead.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -20,10 +27,13 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from tinytrain_dist.data import parallel_reads, token_dataset, token_source
+from tinytrain_dist.data.batches import Prefetcher
 from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.data.token_file import load_token_dataset, read_windows
 from tinytrain_dist.data.window_sampling import window_starts
@@ -56,22 +66,71 @@ def _ways(path: Path, context_len: int) -> dict[str, Callable[[int, range], Tens
         return lambda step, slots: read_windows(tokens, window_starts(seed, step, slots, windows), context_len)
 
     return {
-        "read (training)": lambda step, slots: source.read(*source.draw(0, step, slots)),
+        "read (training)": lambda step, slots: source.read(*source.draw(0, step, slots)).tokens,
         "map, advised": mapped(advised, 1),
         "map, plain": mapped(plain, 2),
     }
 
 
+def _measure_slow_reads(given: argparse.Namespace, folder: Path) -> None:
+    """Print how steps wait for data from many shards on a slow file system."""
+    shard = np.arange(4 * given.context_len, dtype=np.uint16)
+    for number in range(given.shards):
+        np.save(folder / f"shard-{number:05d}.npy", shard)
+    time.sleep(2.5)  # shards that have only just been written are not trusted to stay the same
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        source = TokenDataset([f"{folder}/shard-*.npy"], given.context_len, vocab_size=1 << 16)
+        seconds.append(time.perf_counter() - start)
+    print(f"{given.shards:,} shards are opened in {seconds[0]:.2f} s, and the second time in {seconds[1]:.2f} s")
+
+    plain, random = parallel_reads.read_at, np.random.default_rng(0)
+
+    def slow_read(*args: Any) -> int:
+        time.sleep(5.0 if random.random() < 0.01 else 0.1)
+        return plain(*args)
+
+    vars(token_source)["read_at"] = slow_read
+    print("way          first batch   waits: all later steps   from step 20: median  largest   steps  files   RssAnon")
+    for way, depth, threads, readers in (("before", 2, 1, 1), ("read ahead", 64, 8, parallel_reads.READERS)):
+        vars(token_dataset)["READER_POOL"] = parallel_reads.ReaderPool(readers)
+        steps = given.steps if way != "before" else max(25, given.steps // 4)
+        batches = Prefetcher(
+            lambda step: source.read(*source.draw(0, step, range(given.rows))), 0, depth, threads=threads
+        )
+        waits, most_files, before = [], 0, _memory()["RssAnon"]
+        for step in range(steps):
+            start = time.perf_counter()
+            batches.get(step)
+            waits.append(time.perf_counter() - start)
+            time.sleep(given.step_seconds)
+            most_files = max(most_files, len(os.listdir("/dev/fd")))
+        batches.close()
+        warm = waits[20:]
+        print(
+            f"{way:<12} {waits[0]:>9.2f} s {sum(waits[1:]):>22.1f} s {statistics.median(warm):>20.3f} {max(warm):>8.3f}"
+            f" {steps:>7} {most_files:>6} {_memory()['RssAnon'] - before:>+7.1f} MB"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["local", "slow"], default="local", help="what to measure (local)")
     parser.add_argument("--large-gb", type=float, default=20.0, help="size of the large file in GB (20)")
     parser.add_argument("--rows", type=int, default=64, help="windows per step on one rank (64)")
+    parser.add_argument("--shards", type=int, default=10_000, help="slow: number of shards (10000)")
+    parser.add_argument("--step-seconds", type=float, default=0.5, help="slow: time of a step (0.5)")
     parser.add_argument("--context-len", type=int, default=1024, help="tokens per window (1024)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each method (200)")
     given = parser.parse_args()
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch"))
     print(f"machine  {platform.platform()}, {platform.machine()}, Python {platform.python_version()}, {packages}")
     print(f"a step   {given.rows} windows of {given.context_len + 1} token IDs of 2 bytes; {given.steps} steps each\n")
+    if given.what == "slow":
+        with tempfile.TemporaryDirectory() as place:
+            _measure_slow_reads(given, Path(place))
+        return
     print("file      method             ms/step: median  p90    largest   windows/s    MB/s   RssFile   RssAnon")
     with tempfile.TemporaryDirectory() as place:
         for name, size in (("small", 10e6), ("large", given.large_gb * 1e9)):

@@ -16,6 +16,6 @@ if __name__ == "__main__":
     if importlib.util.find_spec("tyro") is None and VENV_PYTHON.exists():
         os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])  # started by the system's own Python
     sys.path.insert(0, str(ROOT))
-    from tinytrain_dist.cli.main import main
+    from tinytrain_dist.__main__ import main
 
     sys.exit(main(["submit", *sys.argv[1:]]))

@@ -68,7 +68,7 @@ TITLES = {
 }
 
 # A resume also compares the data, the kernels of the device and the number of threads.
-FIXED = {*validation.IDENTITY_SETTINGS, "train_data"}
+FIXED = {*validation.IDENTITY_SETTINGS, "train_data", "token_dtype"}
 ROUNDING = {*validation.ROUNDING_SETTINGS, "device", "cpu_threads"}
 # A test trains with all other settings changed, and expects the same bits.
 NOT_IN_THE_UPDATE = {"max_skipped_steps"}

@@ -53,6 +53,9 @@ OF_LAUNCHERS = {
     "follow",
     "version",
     "overwrite",
+    "gpus",
+    "batch-per-gpu",
+    "network",
 }
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 HELP = {"tinytrain", "launch/submit.py", "launch/node.sh"}  # programs whose --help lists their flags

@@ -73,6 +73,17 @@ def test_settings_that_make_the_run_are_refused_with_both_values(tmp_path: Path)
     check_same_run(tmp_path, saved_state(config), config, DATA)
 
 
+def test_a_checkpoint_from_before_there_was_a_choice_drew_random_windows(tmp_path: Path) -> None:
+    state = saved_state(config_for(tmp_path))
+    del state["config"]["sampling"]
+    check_same_run(tmp_path, state, config_for(tmp_path), DATA)
+    shuffling = config_for(tmp_path, sampling="shuffle")
+    with pytest.raises(CheckpointError, match="sampling: random in the checkpoint, shuffle now"):
+        check_same_run(tmp_path, state, shuffling, DATA)
+    assert describe_changes(state, shuffling) == ["sampling: random -> shuffle"]
+    check_same_run(tmp_path, state, config_for(tmp_path, sampling="shuffle", allow="sampling"), DATA)
+
+
 def test_a_reproducible_run_refuses_other_numerics(tmp_path: Path) -> None:
     state = saved_state(config_for(tmp_path))
     now = {"torch": "1", "threads": 2}
@@ -127,3 +138,15 @@ def test_another_folder_of_checkpoints_is_advised_where_that_one_is_full(tmp_pat
     config = config_for(tmp_path, resume="never", ckpt_dir=str(tmp_path / "shared"))
     with pytest.raises(CheckpointError, match=r"or another target_dir and ckpt_dir$"):
         checkpoints_to_try(config, own_checkpoints(config))
+
+
+def test_a_checkpoint_of_a_version_without_masks_was_trained_without(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    state = saved_state(config)
+    for name in ("loss_mask", "document_mask"):
+        del state["config"][name]
+    check_same_run(tmp_path, state, config, DATA)
+    assert describe_changes(state, config) == []
+    with pytest.raises(CheckpointError, match="document_mask: False in the checkpoint, True now"):
+        check_same_run(tmp_path, state, config_for(tmp_path, document_mask=True), DATA)
+    check_same_run(tmp_path, {"data": DATA}, config_for(tmp_path, loss_mask=True), DATA)  # saved by an own loop

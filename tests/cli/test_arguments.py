@@ -56,6 +56,20 @@ def test_a_verb_without_settings_refuses_what_it_does_not_know() -> None:
         assert sentence in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("--nprocs", "--nproc"), ("--nprocs=2", "--nproc"), ("--watsh", "--watch")]
+)
+def test_a_mistyped_option_beside_settings_gets_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_options(Options, "train", ["c.toml", "--lr-max", "1", typed, "2"])
+    assert error.value.problems == [f"{typed.partition('=')[0]}: unknown option; did you mean {meant}?"]
+
+
+def test_a_mistyped_setting_is_left_to_the_check_of_the_settings() -> None:
+    words = ["--total-stepps", "3", "--no_compile", "--max_shard_bytes=1", "--unlike-anything", "4"]
+    assert parse_options(Options, "train", ["c.toml", *words])[1] == words
+
+
 def test_what_a_verb_itself_prints_and_raises_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(run: ConfigFile) -> int:
         import sys

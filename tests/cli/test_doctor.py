@@ -127,10 +127,10 @@ def test_a_mistake_on_the_command_line_is_reported_once_for_all_ranks(tmp_path: 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--nodes", "2"], "only some of them are set; give all three"),
-        (["--nodes", "2", "--node", "2", "--head", "a:1"], "--node: 2 is not the number of a node; give 0 .. 1"),
-        (["--nodes", "2", "--node", "1", "--head", "a"], "has no port; give HOST:PORT, such as a:29400"),
-        (["--nodes", "2", "--node", "1", "--head", "a:b"], "has no port; give HOST:PORT, such as a:29400"),
+        (["--nnodes", "2"], "only some of them are set; give all three"),
+        (["--nnodes", "2", "--node-rank", "2", "--head", "a"], "--node-rank: 2 is not the number of a node; give 0 .."),
+        (["--nodes", "2", "--node", "2", "--head", "a:1"], "--node-rank: 2 is not the number of a node; give 0 .. 1"),
+        (["--nnodes", "2", "--node-rank", "1", "--head", "a:b"], "--head: 'b' is not a port; give HOST:PORT"),
         (["--timeout", "0"], "not greater than 0; give the seconds"),
         (["--lr-maxx", "1"], "did you mean lr_max"),
         (["no-such-file.toml"], "cannot be read"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ranks import default_signals
 from tests.helpers.tools import Cli
 from tinytrain_dist.cli import ls, main
 
@@ -91,3 +92,35 @@ def test_outputs_that_are_closed_give_no_traceback(arguments: str) -> None:
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
         assert done.returncode in (0, 2, 141), line
         assert "Traceback" not in done.stderr, line
+
+
+INTERRUPTED = """
+import os, signal, sys
+def hook(event, details):
+    if event == "open" and sys.argv[1] in str(details[0]):
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+from tinytrain_dist.__main__ import main
+sys.exit(main(["config", sys.argv[2]]))
+"""
+
+
+# while the command is imported, while a verb is imported, and while a verb runs
+@pytest.mark.parametrize("opened", ["cli/__pycache__/main.", "cli/__pycache__/config.", "c.toml"])
+def test_an_interrupt_at_any_time_ends_a_verb_with_one_line(opened: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").touch()
+    command = [sys.executable, "-c", INTERRUPTED, opened, str(tmp_path / "c.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=default_signals)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_current_folder_that_was_removed_is_reported(tmp_path: Path) -> None:
+    for arguments in ("tinytrain_dist status /tmp", "tinytrain_dist new x", "tinytrain_dist.agent --standalone x.py"):
+        (tmp_path / "gone").mkdir()
+        command = f"rmdir ../gone; exec {sys.executable} -P -m {arguments}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path / "gone", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, arguments
+        assert done.stderr.startswith("error: the current folder has been removed; change to one that exists"), done
+        assert len(done.stderr.splitlines()) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,10 @@ def test_what_exists_is_left_alone(tinytrain: Cli, tmp_path: Path) -> None:
         code, _, err = tinytrain("new", tmp_path / existing)
         assert code == 2
         assert "exists already" in err
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    code, _, err = tinytrain("new", tmp_path / "dangling")
+    assert (code, (tmp_path / "nowhere").exists()) == (2, False)
+    assert "dangling exists already" in err
     assert before == {path: path.read_bytes() for path in (tmp_path / "empty").rglob("*") if path.is_file()}
     (tmp_path / "file" / "..").resolve()
     code, _, err = tinytrain("new", tmp_path / "file" / "inside")
@@ -87,3 +93,14 @@ def test_a_name_that_cannot_be_written_into_files_is_refused(tinytrain: Cli, tmp
     assert code == 2
     assert "is not valid UTF-8" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_that_is_printed_also_enters_a_folder_whose_name_begins_with_a_dash(
+    tinytrain: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = tinytrain("new", "--", "-x")
+    assert code == 0
+    command = re.search(r"next: (cd .*), then", out)
+    assert command is not None
+    assert subprocess.run(["bash", "-c", f"{command[1]} && test -f config.toml"], check=False).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tinytrain_dist.cli.main import main as tinytrain
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--vocab-size", "512", "--num-layers", "1", "--d-model", "64", "--num-heads", "2", "--d-ff", "64")
 
 
 def run_plan(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
@@ -46,8 +48,7 @@ def test_if_a_run_does_not_fit_settings_that_fit_are_suggested(capsys: pytest.Ca
 
 
 def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ("--vocab-size", "512", "--num-layers", "1", "--d-model", "64", "--num-heads", "2", "--d-ff", "64")
-    config = (str(ROOT / "configs/tinystories.toml"), *small, "--parallel", "none")
+    config = (str(ROOT / "configs/tinystories.toml"), *SMALL, "--parallel", "none")
     for device, settings, peak in (
         ("h100", (), "989"),
         ("h100-pcie", (), "756"),
@@ -64,6 +65,50 @@ def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFix
     assert "micro_batch_size 2048 " not in text
 
 
+def test_the_simulated_step_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    args = (
+        str(ROOT / "configs/llama_1b_hsdp.toml"),
+        "--vocab-size",
+        "32000",
+        "--nodes",
+        "2",
+        "--devices-per-node",
+        "8",
+    )
+    code, text = run_plan(capsys, *args, "--batch-size", "128")
+    assert code == 0, text
+    parts = r"simulated step: (\S+) ms = (\S+) ms forward and backward \+ (\S+) ms update \+ (\S+) ms waiting for"
+    found = re.search(parts, text)
+    assert found is not None, text
+    total, *terms = (float(number) for number in found.groups())
+    assert total == pytest.approx(sum(terms), rel=0.01)
+    assert re.search(r"hsdp 2 x 8 \(this run\) .* ms$", text, re.MULTILINE), "its row has the time of waiting"
+    # neither a CPU nor reproducible mode is simulated
+    small = (str(ROOT / "configs/quickstart.toml"), *SMALL, "--devices-per-node", "2")
+    _, on_cpu = run_plan(capsys, *small, "--device", "cpu")
+    _, exact = run_plan(capsys, *small, "--reproducible", "true", "--micro-batch-size", "8")
+    assert "simulated" not in on_cpu + exact
+
+
+def test_a_table_compares_the_modes_on_numbers_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    config = (str(ROOT / "configs/quickstart.toml"), *SMALL, "--parallel", "fsdp", "--reshard-after-forward", "true")
+    code, text = run_plan(capsys, *config, "--gpus", "2", "16", "--batch-per-gpu", "8")
+    assert code == 0, text
+    rows = [line.split() for line in text.splitlines() if line.endswith("ms")]
+    assert [row[:2] for row in rows] == [
+        ["2", "ddp"],
+        ["2", "fsdp"],
+        *(["16", mode] for mode in ("ddp", "fsdp", "hsdp")),
+    ]
+    assert all(row[2:5] == ["1", "x", "8"] for row in rows)
+    assert "computed, not measured: 50% of the peak, 80% of 450 GB/s inside a node and of 400 GB/s between" in text
+    # the batch of the configuration, 16 sequences, is not enough for 32 GPUs
+    code, text = run_plan(capsys, *config, "--gpus", "32", "--micro-batch-size", "1", "--network", "100")
+    assert code == 1, text
+    assert text.count("batch_size: 16 is not a multiple of micro_batch_size 1 x 32 ranks = 32") == 3
+    assert "12.5 GB/s between nodes" in text
+
+
 def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_plan(capsys, "--help")
@@ -76,6 +121,12 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
     [
         (("--device", "h10"), "device: 'h10' is unknown; the nearest names are h100"),
         (("--nodes", "0"), "--nodes: 0 must be at least 1"),
+        (("--gpus", "8", "12"), "--gpus: 12 is not a multiple of 8 GPUs on each node; leave it out, or set --devices"),
+        (("--gpus", "0"), "--gpus: 0 must be at least 1"),
+        (("--gpus", "8", "--nodes", "2"), "--nodes: has no effect with --gpus"),
+        (("--gpus", "8", "--device", "cpu"), "--gpus: the step is not simulated with --device cpu"),
+        (("--gpus", "8", "--reproducible", "true"), "--gpus: the step is not simulated with reproducible = true"),
+        (("--batch-per-gpu", "8"), "--batch-per-gpu: has no effect without --gpus; set --batch-size instead"),
         (("--devices-per-node", "three"), "--devices-per-node: got 'three'; give a number"),
         (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),
         (("--devices-per-node", "4", "--parallel", "none"), "parallel: none runs on 1 process, but there are 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,15 @@ from tinytrain_dist.cli import replay
 
 
 def replay_in_process(checkpoint: Path) -> tuple[int, str, str]:
-    """Replay 3 steps from a command line: the replayed run writes to the real stderr, which tests replace."""
-    command = [sys.executable, "-m", "tinytrain_dist", "replay", str(checkpoint), "--steps", "3"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """Replay 3 steps from a command line: the replayed run writes to the real stderr, which tests replace.
+
+    A module in the current folder has the name of a library module, and must not hide it.
+    """
+    folder = checkpoint.parents[2]
+    (folder / "random.py").write_text("raise SystemExit('random.py of the current folder was imported')\n")
+    command = [sys.executable, "-P", "-m", "tinytrain_dist", "replay", str(checkpoint), "--steps", "3"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

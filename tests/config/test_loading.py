@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.configs import write
 from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
 from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, SECTIONS, TrainingConfig
+from tinytrain_dist.config.weight_phases import weight_phases
 from tinytrain_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,37 @@ def test_lists_of_files_and_weights_survive_toml_json_and_the_command_line(tmp_p
     parsed = parse_command_line("--train-data x.npy y.npy --train_weights 3 1 --val-data z.npy --seed 4".split())
     assert (parsed.train_data, parsed.train_weights, parsed.val_data) == (("x.npy", "y.npy"), (3.0, 1.0), "z.npy")
     assert (parsed.train_files, parsed.val_files) == (("x.npy", "y.npy"), ("z.npy",))
+
+
+def test_phases_of_weights_survive_toml_json_and_the_command_line(tmp_path: Path) -> None:
+    phases = ("0: 0.7 0.3", "9000: 0.2 0.8")
+    config = TrainingConfig(train_data=("a.npy", "b.npy"), train_weights=phases, vocab_size=9)
+    assert weight_phases(config.train_weights) == ((0, (0.7, 0.3)), (9000, (0.2, 0.8)))
+    assert load_config(write(tmp_path / "run.toml", config.to_toml())).train_weights == phases
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    parsed = parse_command_line(["--train-data", "a.npy", "b.npy", "--train-weights", *phases, "--vocab-size", "9"])
+    assert parsed == config
+    assert weight_phases((0.7, 0.3)) == ((0, (0.7, 0.3)),)
+    assert weight_phases(None) == ()
+
+
+def test_epochs_and_total_steps_replace_each_other_on_the_command_line(tmp_path: Path) -> None:
+    steps = str(write(tmp_path / "steps.toml", 'total_steps = 40000\nsampling = "shuffle"\n'))
+    epochs = str(write(tmp_path / "epochs.toml", 'epochs = 2\nsampling = "shuffle"\n'))
+    both = str(write(tmp_path / "both.toml", 'epochs = 2\ntotal_steps = 40000\nsampling = "shuffle"\n'))
+    assert parse_command_line([steps, "--epochs", "1.5"]).epochs == 1.5
+    by_steps = parse_command_line([epochs, "--total-steps", "9"])
+    assert (by_steps.epochs, by_steps.total_steps) == (None, 9)
+    for args in ([both], [steps, "--epochs", "2", "--total-steps", "40000"]):
+        with pytest.raises(ConfigError, match=r"epochs: 2\.0 and total_steps 40000 are both set; leave one out"):
+            parse_command_line(args)
+
+
+def test_total_steps_that_epochs_will_give_are_not_written_down(tmp_path: Path) -> None:
+    config = TrainingConfig(epochs=2.0, sampling="shuffle")
+    assert "total_steps" not in config.to_toml()
+    assert load_config(write(tmp_path / "run.toml", config.to_toml())).epochs == 2.0
+    assert TrainingConfig.from_dict(config.to_dict()) == config
 
 
 def test_every_setting_is_a_flag():

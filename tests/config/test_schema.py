@@ -102,8 +102,8 @@ def test_an_unknown_setting_like_no_other_points_to_help():
         ("train_data", {"a": 1}, "a string or a list of strings or None"),
         ("train_data", [], "a string or a list of strings or None"),
         ("train_data", ["a.npy", 3], "a string or a list of strings or None"),
-        ("train_weights", 0.5, "a list of numbers or None"),
-        ("train_weights", [0.5, "x"], "a list of numbers or None"),
+        ("train_weights", 0.5, "a list of numbers or a list of strings or None"),
+        ("train_weights", [0.5, "x"], "a list of numbers or a list of strings or None"),
     ],
 )
 def test_a_wrong_type_is_named_with_the_right_one(key, value, kind):

@@ -1,11 +1,14 @@
 """Check which values of settings are refused, and with which sentence."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 from tests.helpers.configs import only_problem, problems_of
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,28 @@ def test_a_setting_without_effect_is_an_error(values, with_effect):
         ({"train_data": ["a", "b"], "train_weights": [0, 0]}, "train_weights: [0.0, 0.0] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.nan]}, "train_weights: [1.0, nan] must be"),
         ({"train_data": ["a", "b"], "train_weights": [1, math.inf]}, "train_weights: [1.0, inf] must be"),
+        ({"train_weights": ["0: 1 2"]}, "train_weights: has no effect without several files"),
+        ({"train_data": ["a", "b"], "train_weights": ["0 1 2"]}, "train_weights: '0 1 2' must be STEP: WEIGHT"),
+        ({"train_data": ["a", "b"], "train_weights": ["-1: 1 2"]}, "train_weights: '-1: 1 2' must be STEP: WEIGHT"),
+        ({"train_data": ["a", "b"], "train_weights": ["0: 1 x"]}, "train_weights: '0: 1 x' must be STEP: WEIGHT"),
+        ({"train_data": ["a", "b"], "train_weights": ["0:"]}, "train_weights: '0:' must be STEP: WEIGHT"),
+        ({"train_data": ["a", "b"], "train_weights": ["0: 1"]}, "train_weights: 1 numbers from step 0 on for 2 files"),
+        ({"train_data": ["a", "b"], "train_weights": ["0: 0 0"]}, "train_weights: [0.0, 0.0] must be"),
+        ({"train_data": ["a", "b"], "train_weights": ["5: 1 1"]}, "train_weights: the first phase begins at step 5"),
+        (
+            {"train_data": ["a", "b"], "train_weights": ["0: 1 1", "9: 1 2", "9: 1 3"]},
+            "train_weights: the phase from step 9 comes after the one from step 9",
+        ),
+        (
+            {"train_data": ["a", "b"], "train_weights": ["0: 1 1", "40000: 1 2"]},
+            "train_weights: the phase from step 40000 has no effect, because total_steps is 40000",
+        ),
+        ({"epochs": 2.0}, "epochs: 2.0 needs sampling = shuffle, but sampling is random (the default)"),
+        ({"epochs": 0.0, "sampling": "shuffle"}, "epochs: 0.0 must be greater than 0"),
+        (
+            {"epochs": 2.0, "sampling": "shuffle", "total_steps": 7, "warmup_iters": 0},
+            "epochs: 2.0 and total_steps 7 are both set; leave one out",
+        ),
         ({"train_data": ["a", "b", "a"]}, "train_data: contains a twice"),
         ({"val_data": ["a", "a"]}, "val_data: contains a twice"),
         ({"early_stop_patience": 3}, "early_stop_patience: has no effect without val_data"),
@@ -121,6 +146,15 @@ def test_a_setting_without_effect_is_an_error(values, with_effect):
 )
 def test_settings_of_files_and_evaluation_that_do_not_fit_are_refused(values: dict[str, Any], sentence: str) -> None:
     assert only_problem(**values).startswith(sentence)
+
+
+def test_what_depends_on_the_length_is_checked_when_epochs_have_given_it() -> None:
+    weights = ["0: 1 1", "50000: 1 2"]
+    given = {"train_data": ["a", "b"], "train_weights": weights, "warmup_iters": 50_000, "stop_at_step": 60_000}
+    config = TrainingConfig.from_dict({"epochs": 2, "sampling": "shuffle", "profile": "50000:50001", **given})
+    assert dataclasses.replace(config, epochs=None, total_steps=70_000).total_steps == 70_000
+    with pytest.raises(ConfigError, match="60000 is beyond total_steps 55000"):
+        dataclasses.replace(config, epochs=None, total_steps=55_000)
 
 
 @pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
@@ -134,3 +168,16 @@ def test_trackers_are_known_names_or_classes_and_each_is_there_once():
     expected = "use tensorboard, wandb, mlflow or package.module:ClassName"
     assert problems_of(trackers=["a-b:Own"]) == [f"trackers: 'a-b:Own' is unknown; {expected}"]
     assert problems_of(trackers=["wandb", "wandb"]) == ["trackers: contains wandb twice; list it once"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"target_dir": "runs/\udcff"}, {"train_data": ("a.npy", "\udcff.npy")}, {"resume": "\udcff"}]
+)
+def test_a_text_that_no_file_of_settings_can_contain_is_refused(values: dict[str, Any]) -> None:
+    (name,) = values
+    assert only_problem(**values).startswith(f"{name}: ")
+    assert "is not valid UTF-8; give another name" in only_problem(**values)
+
+
+def test_a_path_has_no_nul() -> None:
+    assert only_problem(log_dir="a\0b") == "log_dir: 'a\\x00b' contains the character NUL; leave it out"

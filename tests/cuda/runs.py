@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.helpers.memory import measure
@@ -140,6 +141,49 @@ def compiled_steps_wait(context: Any, folder: Path) -> str:
     return fit_without_waiting(context, folder, "strict-compiled", compile=ON_GPU)
 
 
+def masked_steps_wait(context: Any, folder: Path) -> str:
+    _write_masks(folder)
+    return fit_without_waiting(context, folder, "strict-masked", **MASKED)
+
+
+def compiled_masked_steps_wait(context: Any, folder: Path) -> str:
+    _write_masks(folder)
+    return fit_without_waiting(context, folder, "strict-masked-compiled", compile=ON_GPU, **MASKED)
+
+
+MASKED: dict[str, Any] = {"loss_mask": True, "document_mask": True}
+
+
+def _write_masks(folder: Path) -> None:
+    """Write a mask and document starts beside the token files of `settings_for`."""
+    settings_for(folder, "any")
+    for name in ("train", "val"):
+        random = np.random.default_rng(0).random(len(np.load(folder / f"{name}.npy")))
+        np.save(folder / f"{name}.mask.npy", (random < 0.7).astype(np.uint8))
+        np.save(folder / f"{name}.documents.npy", np.concatenate([[0], 1 + np.flatnonzero(random[1:] < 0.05)]))
+
+
+def within_documents(context: Any, folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Loss and gradients of packed documents, on the device and on the CPU, in float32."""
+    from tinytrain_dist.config.model_config import ModelConfig
+    from tinytrain_dist.model.transformer import TransformerLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_model": 128}
+    ids, targets = torch.randint(0, 53, (2, 3, 300))
+    documents = (torch.rand(3, 300) < 0.02).cumsum(dim=1).int()
+    found: dict[str, list[torch.Tensor]] = {}
+    for device in (DEVICE, "cpu"):
+        model = TransformerLM(ModelConfig(**shape, vocab_size=53, context_len=300)).to(device)
+        loss = model(ids.to(device), targets.to(device), documents.to(device))
+        loss.backward()
+        found.setdefault("loss", []).append(loss.detach().cpu())
+        for name, param in model.named_parameters():
+            assert param.grad is not None
+            found.setdefault(name, []).append(param.grad.cpu())
+    return {name: (on_device, on_cpu) for name, (on_device, on_cpu) in found.items()}
+
+
 def eager_memory(context: Any, folder: Path) -> tuple[int, int, str]:
     return measure(MEMORY, context)
 
@@ -260,6 +304,15 @@ def reproducible_digests(context: Any, folder: Path) -> dict[str, dict[str, str]
     trainer_for(context, folder, "resumed", reproducible=True, stop_at_step=3).fit()
     found["resumed"] = digests_of(context, folder, "resumed", reproducible=True)
     return found
+
+
+def reproducible_masked_digests(context: Any, folder: Path) -> dict[str, dict[str, str]]:
+    """Digests of the same run with masks and documents: twice, and with one rank that shards."""
+    _write_masks(folder)
+    return {
+        name: digests_of(context, folder, f"masked-{name}", reproducible=True, parallel=mode, **MASKED)
+        for name, mode in (("once", "none"), ("twice", "none"), ("sharded", "fsdp"))
+    }
 
 
 def losses_in_float32(context: Any, folder: Path) -> list[float]:

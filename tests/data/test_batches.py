@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import queue
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from tests.helpers.threads import TIMEOUT_SECONDS, call_in_time
 from tests.helpers.token_files import save_tokens
-from tinytrain_dist.data.batches import Prefetcher, get_batch, split_micro_batches
+from tinytrain_dist.data.batches import Prefetcher, get_batch, read_ahead_depth, split_micro_batches
 from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.data.training_windows import Windows, separate_documents
 from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
@@ -117,12 +119,28 @@ def test_batches_come_from_a_memory_map(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_are_cut_into_micro_batches_of_ids_and_targets(dtype: torch.dtype) -> None:
     rows = torch.arange(6 * 5, dtype=dtype).view(6, 5)
-    micro_batches = list(split_micro_batches(rows, 2, torch.device("cpu")))
+    micro_batches = list(split_micro_batches(Windows(rows), 2, torch.device("cpu")))
     assert len(micro_batches) == 3
     for number, (ids, targets) in enumerate(micro_batches):
         assert ids.dtype == targets.dtype == torch.int64
         assert ids.tolist() == rows[2 * number : 2 * number + 2, :-1].tolist()
         assert targets.tolist() == rows[2 * number : 2 * number + 2, 1:].tolist()
+
+
+def test_targets_that_do_not_count_are_marked_and_documents_follow() -> None:
+    tokens = torch.arange(2 * 6, dtype=torch.int32).view(2, 6)
+    begins = torch.zeros(2, 6, dtype=torch.bool)
+    begins[0, 0] = begins[0, 2] = begins[1, 1] = begins[1, 5] = True
+    counted = torch.ones(2, 5, dtype=torch.bool)
+    counted[0, 4] = False
+    windows = separate_documents(tokens, begins, counted)
+    assert windows.num_counted == 6
+    assert Windows(tokens).num_counted == 10
+    (first, second) = split_micro_batches(windows, 1, torch.device("cpu"))
+    assert [part.tolist() for part in first] == [[[0, 1, 2, 3, 4]], [[1, -100, 3, 4, -100]], [[0, 0, 1, 1, 1]]]
+    assert [part.tolist() for part in second] == [[[6, 7, 8, 9, 10]], [[-100, 8, 9, 10, -100]], [[0, 1, 1, 1, 1]]]
+    without_documents = list(split_micro_batches(Windows(tokens, counted), 2, torch.device("cpu")))
+    assert [len(parts) for parts in without_documents] == [2]
 
 
 # --- reading ahead -------------------------------------------------------------------------------------------------
@@ -146,21 +164,80 @@ def test_a_step_out_of_order_fails_an_assertion() -> None:
     call_in_time(prefetcher.close)
 
 
-def test_the_thread_reads_ahead_but_no_further_than_the_depth() -> None:
-    made: list[int] = []
-    queue_is_full = threading.Event()
+def test_the_threads_read_ahead_but_no_further_than_the_depth() -> None:
+    made: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def make_batch(step: int) -> Tensor:
-        made.append(step)
-        if step == 3:
-            queue_is_full.set()  # steps 0, 1 and 2 are in the queue, and 3 waits for room
+        made.put(step)
         return torch.tensor(step)
 
-    prefetcher = Prefetcher(make_batch, first_step=0, depth=3)
-    assert queue_is_full.wait(TIMEOUT_SECONDS)
-    assert made == [0, 1, 2, 3]
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=3, last_step=6)
+    assert sorted(made.get(timeout=TIMEOUT_SECONDS) for _ in range(3)) == [0, 1, 2]
+    for step in range(3):
+        assert made.empty()  # each further batch needs room, which the next line makes
+        assert call_in_time(prefetcher.get, step).item() == step
+        assert made.get(timeout=TIMEOUT_SECONDS) == step + 3
+    assert [call_in_time(prefetcher.get, step).item() for step in (3, 4, 5)] == [3, 4, 5]
     call_in_time(prefetcher.close)
-    assert len(made) <= 5  # close makes room once
+    assert made.empty()  # 6 is the last step
+
+
+def test_batches_of_later_steps_are_made_while_a_read_stalls() -> None:
+    goes_on, made = threading.Event(), queue.SimpleQueue[int]()
+
+    def make_batch(step: int) -> Tensor:
+        if step == 1:
+            goes_on.wait(TIMEOUT_SECONDS)
+        made.put(step)
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=40, last_step=40)
+    others = sorted(made.get(timeout=TIMEOUT_SECONDS) for _ in range(39))
+    assert others == [0, *range(2, 40)]
+    assert call_in_time(prefetcher.get, 0).item() == 0
+    goes_on.set()
+    assert [call_in_time(prefetcher.get, step).item() for step in range(1, 40)] == list(range(1, 40))
+    call_in_time(prefetcher.close)
+
+
+def test_close_does_not_wait_for_a_read_that_stalls() -> None:
+    stalled, goes_on = threading.Event(), threading.Event()
+
+    def make_batch(step: int) -> Tensor:
+        stalled.set()
+        goes_on.wait()
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=2)
+    assert stalled.wait(TIMEOUT_SECONDS)
+    try:
+        call_in_time(prefetcher.close)  # the read goes on only after this
+    finally:
+        goes_on.set()
+    for thread in prefetch_threads():
+        thread.join(TIMEOUT_SECONDS)
+    assert prefetch_threads() == []
+
+
+def test_an_error_of_a_later_step_waits_for_its_step() -> None:
+    failed = threading.Event()
+
+    def make_batch(step: int) -> Tensor:
+        if step == 1:
+            failed.set()
+            raise DataError("the disk is gone")
+        failed.wait(TIMEOUT_SECONDS)
+        return torch.tensor(step)
+
+    prefetcher = Prefetcher(make_batch, first_step=0, depth=2)
+    assert call_in_time(prefetcher.get, 0).item() == 0
+    with pytest.raises(DataError, match="the disk is gone"):
+        call_in_time(prefetcher.get, 1)
+    call_in_time(prefetcher.close)
+
+
+def test_the_depth_is_bounded_in_batches_and_in_memory() -> None:
+    assert [read_ahead_depth(size) for size in (0, 1, 2**20, 2**24, 2**40)] == [64, 64, 64, 16, 2]
 
 
 def test_an_error_is_raised_after_the_batches_made_before_it_and_by_every_later_call() -> None:
@@ -182,7 +259,7 @@ def test_close_ends_the_thread_while_the_queue_is_full() -> None:
     queue_is_full = threading.Event()
 
     def make_batch(step: int) -> Tensor:
-        if step == 2:
+        if step == 1:
             queue_is_full.set()
         return torch.tensor(step)
 

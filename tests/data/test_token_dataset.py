@@ -113,13 +113,13 @@ def test_the_windows_that_are_drawn_are_read(files: list[str]) -> None:
     drawn_files, starts = dataset.draw(0, 0, range(50))
     assert set(drawn_files.tolist()) == {0, 1, 2}
     first_ids = (np.array(FIRST_IDS)[drawn_files] + starts)[:, None]
-    assert dataset.read(drawn_files, starts).tolist() == (first_ids + np.arange(CONTEXT_LEN + 1)).tolist()
+    assert dataset.read(drawn_files, starts).tokens.tolist() == (first_ids + np.arange(CONTEXT_LEN + 1)).tolist()
 
 
 def test_one_file_is_read_as_read_windows_reads_it(files: list[str]) -> None:
     dataset = TokenDataset(files[:1], CONTEXT_LEN)
     drawn_files, starts = dataset.draw(0, 0, range(9))
-    rows, expected = dataset.read(drawn_files, starts), read_windows(np.load(files[0]), starts, CONTEXT_LEN)
+    rows, expected = dataset.read(drawn_files, starts).tokens, read_windows(np.load(files[0]), starts, CONTEXT_LEN)
     assert rows.dtype == expected.dtype
     assert rows.equal(expected)
 
@@ -129,7 +129,7 @@ def test_windows_of_a_large_file_leave_nothing_mapped_in_memory(tmp_path: Path) 
     dataset = TokenDataset([str(save_sparse_tokens(tmp_path / "t.npy", 4_000_000_000))], 64)
     before = mapped_mib()
     for step in range(25):
-        assert not dataset.read(*dataset.draw(0, step, range(40))).any()
+        assert not dataset.read(*dataset.draw(0, step, range(40))).tokens.any()
     assert mapped_mib() - before < 4  # 1,000 windows of 8 GB would count 64 MiB if they were mapped
 
 
@@ -166,3 +166,62 @@ def test_short_names_are_what_tells_paths_apart() -> None:
     assert short_names(["x/train.npy"]) == ["train.npy"]
     assert short_names(["x/a/train.npy", "x/b/train.npy"]) == ["a/train.npy", "b/train.npy"]
     assert short_names(["/d/train.npy", "/d/b/train.npy"]) == ["train.npy", "b/train.npy"]
+
+
+# --- shuffled windows and phases -----------------------------------------------------------------------------------
+
+
+def test_shuffled_windows_cross_the_ends_of_shards_and_of_the_source(tmp_path: Path) -> None:
+    """Every token of a source is a target once per epoch, after the token before it; also in shards below a window."""
+    lengths, context_len = [20, 3, 40, 1], 9
+    ends = np.cumsum(lengths)
+    for number, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        np.save(tmp_path / f"{number}.npy", np.arange(end - length, end).astype("uint16"))
+    dataset = TokenDataset([str(tmp_path)], context_len, shuffle_batch=4)
+    assert dataset.windows == [8]  # 64 tokens in windows of 9, the last of 1
+    for epoch in range(2):
+        targets = []
+        for step in (2 * epoch, 2 * epoch + 1):
+            windows = dataset.training_windows(3, step, range(4))
+            assert windows.sources is None
+            ids = windows.tokens.numpy().astype(int)
+            assert ((ids[:, 1:] - ids[:, :-1]) % 64 == 1).all()
+            counted = np.ones((4, context_len), bool) if windows.counted is None else windows.counted.numpy()
+            targets += ids[:, 1:][counted].tolist()
+        assert sorted(targets) == list(range(64))
+    assert dataset.epochs(2) == 1.0
+
+
+def test_shuffled_windows_do_not_depend_on_how_slots_are_divided(files: list[str]) -> None:
+    dataset = TokenDataset(files, CONTEXT_LEN, shuffle_batch=8)
+    for step in range(12):
+        whole = dataset.training_windows(1, step, range(8))
+        assert whole.sources is not None
+        for ranks in (2, 4):
+            parts = [dataset.training_windows(1, step, range(rank, 8, ranks)) for rank in range(ranks)]
+            for rank, part in enumerate(parts):
+                assert part.sources is not None
+                assert part.tokens.tolist() == whole.tokens[rank::ranks].tolist()
+                assert part.sources.tolist() == whole.sources[rank::ranks].tolist()
+                assert part.num_counted <= len(part) * CONTEXT_LEN
+            assert sum(part.num_counted for part in parts) == whole.num_counted
+
+
+def test_shuffled_windows_are_as_recorded(files: list[str]) -> None:
+    sources, positions = TokenDataset(files, CONTEXT_LEN, shuffle_batch=8).draw(1, 2, range(8))
+    assert [sources.tolist(), positions.tolist()] == [[], []], "a run, when resumed, would continue with other windows"
+
+
+def test_a_source_too_short_for_a_window_is_refused_with_shuffle(files: list[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "short.npy", np.arange(CONTEXT_LEN, dtype=np.uint16))
+    with pytest.raises(DataError, match=r"short\.npy"):
+        TokenDataset([files[0], str(tmp_path / "short.npy")], CONTEXT_LEN, shuffle_batch=8)
+
+
+def test_phases_of_random_windows_draw_as_fixed_weights_do(files: list[str]) -> None:
+    first, second = [0.2, 0.5, 0.3], [0.0, 1.0, 9.0]
+    phased = TokenDataset(files, CONTEXT_LEN, phases=[(0, first), (5, second)])
+    for step in range(10):
+        fixed = TokenDataset(files, CONTEXT_LEN, weights=first if step < 5 else second)
+        for have, expected in zip(phased.draw(1, step, range(16)), fixed.draw(1, step, range(16)), strict=True):
+            assert have.tolist() == expected.tolist()

@@ -69,6 +69,14 @@ def test_the_site_loads_nothing_from_other_hosts(site: Path) -> None:
         assert 'class="mermaid"' not in text, f"{path}: the script for such pictures comes from another host"
 
 
+def test_no_list_has_run_into_a_paragraph(site: Path) -> None:
+    """After a block that is not indented as the site's Markdown wants it, "3. " stands in the middle of a paragraph."""
+    for path in site.rglob("*.html"):
+        text = re.sub(r"<pre\b.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for paragraph in re.findall(r"<p>(.*?)</p>", text, re.DOTALL):
+            assert not re.search(r"^(\d+\.|[*-]) ", paragraph, re.MULTILINE), f"{path}: {paragraph}"
+
+
 def test_a_broken_link_or_reference_fails_the_build(tmp_path: Path) -> None:
     page = copy_pages(tmp_path) / "docs" / "first_run.md"
     text = page.read_text(encoding="utf-8")

@@ -25,6 +25,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp 2, accumulation": (2, {"parallel": "ddp", "micro_batch_size": 2}),
     "ddp 2, checkpointing": (2, {"parallel": "ddp", "activation_checkpointing": "block"}),
     "ddp 2, reproducible": (2, {"parallel": "ddp", "reproducible": True, "micro_batch_size": 2}),
+    "ddp 2, documents": (
+        2,
+        {"parallel": "ddp", "document_mask": True, "context_len": 512, "num_layers": 2, "d_model": 32},
+    ),
     "fsdp 2": (2, {"parallel": "fsdp"}),
     "fsdp 2, checkpointing": (2, {"parallel": "fsdp", "activation_checkpointing": "block"}),
     "fsdp 2, selective, bf16": (2, {"parallel": "fsdp", "activation_checkpointing": "selective", "precision": "bf16"}),
@@ -90,15 +94,9 @@ def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, st
     return watch.peak - base, predicted.nbytes, predicted.peak
 
 
-class _Batches:
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-
-    def get(self, step: int) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=torch.int32)
-
-
 def _steps(train_step: Any, count: int) -> None:
-    batches = _Batches((len(train_step.slots), train_step.config.context_len + 1))
+    from tinytrain_dist.training.memory_estimate import EmptyBatches, empty_windows
+
+    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.slots)))
     for step in range(count):
         train_step.run(step, batches).vote.result()

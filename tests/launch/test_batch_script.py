@@ -1,4 +1,4 @@
-"""Run slurm/train.sbatch without Slurm; tests/slurm uses a real Slurm."""
+"""Run the scripts of slurm/ without Slurm; tests/slurm uses a real Slurm."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.launching import free_port
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.training import config_file
+from tinytrain_dist.launch import slurm_job
 
 pytestmark = pytest.mark.multiprocess
 PLAYED = {
@@ -20,18 +21,22 @@ PLAYED = {
     "squeue": "echo ${LEFT:-UNLIMITED}",
     # what it is asked for, and then the command after its options
     "srun": 'echo "srun $*" >>$FAKE/asked; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    # a Python that only answers as launch/slurm_job.py does
+    "answers": r'echo "python $*" >>$FAKE/asked; printf "node:1\n/nowhere\n--prompt\ntwo words\n"',
     "apptainer": 'echo "apptainer $*" >>$FAKE/asked; while [ "${1%.sif}" = "$1" ]; do shift; done; shift; exec "$@"',
 }
 
 
-def batch(folder: Path, config: str, **env: str) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run slurm/train.sbatch as the batch host would; return its output and its calls of Slurm commands."""
+def batch(
+    folder: Path, *words: str, script: str = "train.sbatch", **env: str
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run a batch script as the batch host would; return its output and its calls of Slurm commands."""
     (folder / "fake").mkdir()
     for name, body in PLAYED.items():
         (folder / "fake" / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / "fake" / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", REPOSITORY / "slurm" / "train.sbatch", config],
+        ["bash", REPOSITORY / "slurm" / script, *words],
         env={
             **os.environ,
             "FAKE": str(folder / "fake"),
@@ -90,3 +95,42 @@ def test_batch_script_in_a_container_with_pyxis_and_a_deadline(tmp_path: Path) -
     assert "preempted (time_limit)" in done.stdout
     assert time.monotonic() - started > 10
     assert (tmp_path / "run" / "requeues").read_text().split()[1] == "preempted"
+
+
+def test_the_doctor_runs_in_the_container_of_the_run(tmp_path: Path) -> None:
+    python = str(tmp_path / "fake" / "answers")
+    container = {"CONTAINER": "image.sif", "CONTAINER_PYTHON": python}
+    done, asked = batch(tmp_path, "c.toml", script="doctor.sbatch", **container)
+    assert done.returncode == 0, done.stderr
+    prefix = f"apptainer exec --bind {REPOSITORY},{REPOSITORY} --pwd {REPOSITORY} image.sif {python} -P -m"
+    calls = [line for line in asked.splitlines() if line.startswith(("apptainer", "srun"))]
+    assert calls[0] == f"{prefix} tinytrain_dist.launch.slurm_job --peer "
+    assert calls[1].startswith("srun --ntasks-per-node=1 ")
+    assert calls[1].endswith(f" {prefix} tinytrain_dist.cli.doctor c.toml")
+
+
+def test_a_task_of_an_array_is_started_with_its_settings(tmp_path: Path) -> None:
+    env = {"PYTHON": str(tmp_path / "fake" / "answers"), "SLURM_ARRAY_TASK_ID": "1"}
+    _, asked = batch(tmp_path, "c.toml", "sweep.txt", script="array.sbatch", **env)
+    question, *_, step = [line for line in asked.splitlines() if line.startswith("python ")]
+    assert question == "python -P -m tinytrain_dist.launch.slurm_job --peer  --sweep sweep.txt --task 1 c.toml"
+    assert step == "python -P -m tinytrain_dist train --slurm --head node:1 c.toml --prompt two words"
+
+
+def test_a_task_of_an_array_has_the_settings_of_its_line_and_a_run_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_job, "head_endpoint", lambda peer: "node:1")
+    config = tmp_path / "c.toml"
+    config.write_text("target_dir = 'runs/my sweep'  # in single quotes\n")
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# the rate\n\n--lr-max 1e-3\n--init-from 'a model' --target_dir=runs/mine\n")
+    arguments = ["--peer", "", "--sweep", str(sweep), "--task"]
+    assert slurm_job.main([*arguments, "0", str(config)]) == 0
+    expected = ["node:1", "runs/my sweep/0", "--lr-max", "1e-3", "--target-dir", "runs/my sweep/0"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert slurm_job.main([*arguments, "1", str(config)]) == 0
+    expected = ["node:1", "runs/mine", "--init-from", "a model", "--target_dir=runs/mine"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert slurm_job.main([*arguments, "2", str(config)]) == 2
+    assert "has no line for task 2, only for tasks 0 .. 1; add one" in capsys.readouterr().err

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
+import pickle
+import re
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ import pytest
 from tests.helpers.launching import free_port
 from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_process
 from tests.helpers.training import Run, config_file, train
-from tinytrain_dist.launch import elastic_agent
+from tinytrain_dist.distributed.torch_internals import tcp_store
+from tinytrain_dist.launch import death_texts, elastic_agent
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability.start_marks import claim
 
@@ -332,10 +337,10 @@ def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeyp
 
 
 def test_a_death_is_described_with_a_remedy_for_lack_of_memory() -> None:
-    describe = elastic_agent._describe_death
+    describe = death_texts.describe_death
     assert describe("rank 1", 3, 7, 0) == "rank 1 ended with exit code 3, without an error message, after step 7"
     assert describe("rank 1", -11, None, 0) == "rank 1 was killed by SIGSEGV"
-    killed = describe("rank 1", -9, None, elastic_agent._out_of_memory_kills() - 2)
+    killed = describe("rank 1", -9, None, death_texts.out_of_memory_kills() - 2)
     assert "smaller micro_batch_size needs less" in killed
     assert "it has killed " in killed
 
@@ -360,3 +365,26 @@ def test_a_node_that_waits_for_the_head_in_native_code_ends_on_a_signal(tmp_path
         running.wait_for_output("waiting for the other nodes to join")
         os.kill(running.process.pid, signal.SIGTERM)
         assert running.wait(60) == 0, running.output()
+
+
+def participants(port: int) -> int:
+    """Return how many nodes have joined the rendezvous that is served on a port of this machine."""
+    store = tcp_store("127.0.0.1", port, None, False, timedelta(seconds=60))
+    if not store.check(["torch.rendezvous.test"]):
+        return 0
+    return len(pickle.loads(base64.b64decode(store.get("torch.rendezvous.test"))).participants)
+
+
+def test_a_stop_of_a_node_that_waits_for_others_ends_the_other_nodes_too(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    with contextlib.ExitStack() as stack:
+        head, other = nodes(tmp_path, config, stack, "3")  # the third one never comes
+        found = re.search(r"to join at 127\.0\.0\.1:(\d+)", head.wait_for_output("waiting for the other nodes to join"))
+        assert found is not None
+        wait_until(lambda: participants(int(found[1])) == 2, head)
+        os.kill(other.process.pid, signal.SIGTERM)
+        assert other.wait(60) == 0, other.output()
+        assert "error:" not in other.output()
+        assert head.wait(60) == 1, head.output()
+        assert head.output().splitlines()[-1].startswith("error: another node has ended the rendezvous at 127.0.0.1:")
+        assert "Traceback" not in head.output() + other.output()

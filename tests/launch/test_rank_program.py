@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import AGENT, launch_training
-from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.errors import ConfigError, DataError, DivergenceError, ReplicaMismatchError, TrainingError
 from tinytrain_dist.launch import rank_program
 
 
@@ -46,3 +46,16 @@ def test_what_an_error_means(error: Exception, phase: str, user_mistake: bool, c
     assert failure.message.startswith("rank 0 on ") != user_mistake
     assert (", after step 7: " in failure.message) == (step is not None)
     assert ("Traceback" in failure.trace) != user_mistake
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "may_retry"),
+    [
+        (ConfigError("seed: wrong"), "build", False),
+        (ReplicaMismatchError("replicas differ"), "build", True),
+        (TrainingError("records cannot be written"), "data", True),
+        (DivergenceError("3 updates in a row were skipped"), "data", False),
+    ],
+)
+def test_which_errors_a_restart_may_help_against(error: Exception, phase: str, may_retry: bool) -> None:
+    assert failure_of(error, phase).may_retry == may_retry

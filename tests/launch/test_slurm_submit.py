@@ -209,7 +209,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         in text
     )
     assert "val_data: " in text
-    assert "is not a token file (it begins with b'no token', which is not how such a file begins)" in text
+    assert "not a readable .npy file (it begins with b'no token', which is not how such a file begins)" in text
     assert "init_from: there is no folder /nowhere" in text
     assert "ckpt_writers: 9 is more than the 6 processes" in text
 
@@ -223,9 +223,12 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         ([*USUAL, "--total-step", "5"], "did you mean total_steps?"),
         ([*USUAL, "--train-data", "/nope/train.npy", "--vocab-size", "9"], "/nope/train.npy: no such token file"),
         ([*USUAL, "--train-data", "/nope/train.npy"], "train_data: /nope/train.npy: no such token file"),
+        ([*USUAL, "--train-data", "/nope/*.npy"], "train_data: /nope/*.npy: no file fits the glob"),
         ([*USUAL, "--vocab-size", "9"], "vocab_size: 9 is less than the 53 in"),
         ([*USUAL, "--parallel", "none"], "parallel: none runs on 1 process, but there are 4"),
         ([*USUAL, "--template", "mine.sbatch"], "--template: there is no file mine.sbatch"),
+        ([*USUAL, "--max-requeues", "-1"], "--max-requeues: -1 must not be negative; give 0 for no requeue"),
+        ([*USUAL, "--max-requeus", "1"], "--max-requeus: unknown option; did you mean --max-requeues?"),
         ([*USUAL, "--array", "mine.txt"], "--array: mine.txt cannot be read"),
     ],
 )
@@ -296,7 +299,10 @@ def test_what_slurm_refuses_leaves_nothing_behind(config: Path, slurm: Path, tmp
     done = submit(config, *USUAL, "--partition", "x", path=slurm)
     assert done.returncode == 1
     assert done.stderr == "error: sbatch refused: sbatch: error: invalid partition specified: x\n"
-    assert list((tmp_path / "run" / "submitted").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    submit(config, *USUAL, "--partition", "x", path=slurm)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_missing_slurm_is_reported(config: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import free_port
-from tests.helpers.ranks import REPOSITORY, TrainingProcess
+from tests.helpers.ranks import REPOSITORY, TrainingProcess, default_signals
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.distributed.network import is_free
 from tinytrain_dist.distributed.torch_internals import serve_rendezvous, tcp_store
@@ -195,3 +195,39 @@ def test_the_command_on_one_machine_has_a_rank_for_each_gpu_or_fills_the_cores(
     with pytest.raises(start.StartError, match="--max-restarts: -1 is negative"):
         start.local_command(config, [], max_restarts=-1)
     assert "--max-restarts 2" in " ".join(start.local_command(config, [], max_restarts=2).arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "accepted"), [("abc", False), ("0", False), ("-1", False), ("2", True), ("2,1", True)]
+)
+def test_a_number_of_threads_that_cannot_be_used_is_refused(
+    given: str, accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Path(config_file(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    if accepted:
+        assert start.local_command(config, [], nproc=1).environment == {"OMP_NUM_THREADS": given}
+    else:
+        with pytest.raises(start.StartError, match=f"OMP_NUM_THREADS: '{given}' is not a number of threads; correct"):
+            start.local_command(config, [], nproc=1)
+
+
+EARLY_INTERRUPT = """
+import os, signal, sys
+from tinytrain_dist import __main__
+from tinytrain_dist.launch import start
+become = os.execvpe
+def interrupt_and_become(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    become(*arguments)
+os.execvpe = interrupt_and_become
+sys.exit(__main__.main(["train", sys.argv[1], "--nproc", "1"]))
+"""
+
+
+def test_an_interrupt_before_the_agent_has_its_handlers_is_kept_for_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EARLY_INTERRUPT, config_file(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=default_signals)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.stderr

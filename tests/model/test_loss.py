@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinytrain_dist.model.loss import IGNORE_INDEX, chunk_loss_and_grad, cross_entropy_loss, head_loss_sum
+from tinytrain_dist.model.loss import (
+    IGNORE_INDEX,
+    chunk_loss_and_grad,
+    chunk_token_losses_and_grad,
+    cross_entropy_loss,
+    head_loss_sum,
+)
 
 
 def test_the_signature_stays_as_documented():
@@ -273,3 +279,25 @@ def test_chunks_work_inside_autocast():
         found.append(torch.autograd.grad(loss, (hidden, weight)))
     for exact, cast in zip(*found, strict=True):
         torch.testing.assert_close(cast, exact, rtol=0.05, atol=0.05)
+
+
+def test_losses_of_tokens_change_neither_the_sum_nor_the_gradients() -> None:
+    """Eagerly not a bit, so runs that log losses by source are the runs that they were."""
+    torch.manual_seed(0)
+    results = []
+    token_losses: list[torch.Tensor] = []
+    for piece, kept in ((chunk_loss_and_grad, None), (chunk_token_losses_and_grad, token_losses)):
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randn(37, 8, generator=generator, requires_grad=True)
+        weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+        targets = torch.randint(0, 50, (37,), generator=generator)
+        targets[5] = IGNORE_INDEX
+        loss = head_loss_sum(hidden, weight, targets, 10, piece, kept)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    for without, with_losses in zip(*results, strict=True):
+        assert torch.equal(without, with_losses)
+    losses = torch.cat(token_losses)
+    expected = cross_entropy_loss(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert losses[5] == 0

@@ -83,7 +83,7 @@ def test_evaluation_of_several_files_and_bits_per_byte(mixture: MixtureRun) -> N
     num_bytes = 0
     for path in mixture.settings["val_data"]:
         dataset = TokenDataset([path], context_len)
-        targets = dataset.read(*dataset.draw(0, 0, slots, EVAL_STREAM))[:, 1:].numpy()
+        targets = dataset.read(*dataset.draw(0, 0, slots, EVAL_STREAM)).tokens[:, 1:].numpy()
         num_bytes += int(BYTES_PER_TOKEN[targets].sum())
     nats = record["loss"] * 2 * len(slots) * context_len
     assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-12)

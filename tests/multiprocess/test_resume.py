@@ -44,11 +44,11 @@ def test_finished_run_started_again_records_nothing_twice(tmp_path: Path) -> Non
 
 
 def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:
-    from tinytrain_dist.data import token_dataset
+    from tinytrain_dist.data import token_source
 
     if os.environ["RANK"] == "1":  # its node has not mounted the folder
-        plain = token_dataset.load_token_dataset
-        token_dataset.load_token_dataset = lambda path, **rest: plain(f"{path}.gone", **rest)  # type: ignore[assignment]
+        plain = token_source.find_layout
+        token_source.find_layout = lambda path, *rest: plain(path.with_name(f"{path.name}.gone"), *rest)
     return fit_error(settings)
 
 

@@ -62,6 +62,32 @@ def test_a_missing_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_compile(torch.device("cpu")) == "RuntimeError: no compiler"
 
 
+def test_vector_instructions_are_tested_only_if_the_compiler_fails_without_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch._inductor.config as inductor
+
+    from tinytrain_dist.parallel.compile import why_not_compile
+
+    tried: list[bool | None] = []
+
+    def for_old_compilers(function: Any) -> Any:
+        tried.append(inductor.cpp.vec_isa_ok)
+        if inductor.cpp.vec_isa_ok:
+            raise RuntimeError("unrecognized option -mavx512f")
+        return function
+
+    monkeypatch.setattr(torch, "compile", for_old_compilers)
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", None)
+    assert why_not_compile(torch.device("cpu")) == ""
+    assert tried == [True, None]
+    assert why_not_compile(torch.device("meta")) == "", "only a CPU has them"
+    assert tried == [True, None, None]
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", False)  # TORCHINDUCTOR_VEC_ISA_OK=0
+    assert why_not_compile(torch.device("cpu")) == ""
+    assert inductor.cpp.vec_isa_ok is False
+
+
 def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinytrain_dist.parallel import compile
 

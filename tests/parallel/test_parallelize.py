@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tests.helpers.ranks import run_ranks
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.parallel import parallelize
-from tinytrain_dist.parallel.parallelize import bucket_megabytes
+from tinytrain_dist.parallel.parallelize import bucket_megabytes, wants_separate_reduce_scatters
 
 
 def build(mode: str, replicate: int, shard: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +67,60 @@ def test_ddp_has_larger_buckets_only_between_nodes_with_gpus(monkeypatch: pytest
     monkeypatch.setattr(parallelize, "bucket_megabytes", lambda context, device_type: (device_type, 7))
     parallelize.replicate_with_ddp(torch.nn.Linear(2, 2), two_nodes)
     assert given["bucket_cap_mb"] == ("cpu", 7)
+
+
+def test_reduce_scatters_are_separate_only_in_a_replica_on_several_nodes_with_gpus() -> None:
+    nodes_of_two = DistributedContext(0, 0, 4, 2, "host", torch.device("cpu"))
+    fsdp = dataclasses.replace(nodes_of_two, parallel_dims=ParallelDims("fsdp", 1, 4, ""))
+    hsdp = dataclasses.replace(nodes_of_two, parallel_dims=ParallelDims("hsdp", 2, 2, ""))
+    config = TrainingConfig(vocab_size=53)
+    assert wants_separate_reduce_scatters(config, fsdp, "cuda")
+    assert not wants_separate_reduce_scatters(config, hsdp, "cuda"), "its replicas are inside nodes"
+    assert not wants_separate_reduce_scatters(config, fsdp, "cpu")
+    exact = dataclasses.replace(config, reproducible=True, micro_batch_size=1)
+    assert not wants_separate_reduce_scatters(exact, fsdp, "cuda")
+
+
+def step_with_and_without_separate_group(dims: ParallelDims) -> dict[str, Any]:
+    """On a rank: the gradients of a step in both ways, and which groups reduce-scatter and gather."""
+    from tests.helpers.training import TINY
+    from tinytrain_dist.distributed.batch_plan import BatchPlan
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.dtensor import local_tensor
+    from tinytrain_dist.parallel.grad_reduction import build_grad_reduction
+    from tinytrain_dist.parallel.parallelize import build_model
+
+    config = TrainingConfig(**{**TINY, "vocab_size": 53, "batch_size": 4})
+    context = init_distributed("cpu").with_mesh(dims)
+    grads, groups = [], []
+    for separate in (False, True, True):
+        parallelize.wants_separate_reduce_scatters = lambda *_, separate=separate: separate
+        model: Any = build_model(config, context)
+        reduction = build_grad_reduction(model, BatchPlan.make(config, dims), context, deterministic=False)
+        reduction.before_micro_step(0)
+        ids = torch.arange(12).view(1, 12) + context.rank
+        model(ids, ids).backward()
+        reduction.after_micro_step(0)
+        grads.append([local_tensor(param.grad).clone() for param in model.parameters()])
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        meshes = [group.mesh_info for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        groups.append([(mesh.reduce_scatter_process_group, mesh.shard_process_group) for mesh in meshes])
+    plain, first, second = groups
+    return {
+        "equal": all(torch.equal(*pair) for pair in zip(grads[0], grads[1], strict=True)),
+        "plain": {own for own, _ in plain} == {None},
+        "separate": all(own is not None and own != shards for own, shards in first),
+        "number": len({own for own, _ in [*first, *second]}),
+    }
+
+
+@pytest.mark.multiprocess
+def test_a_separate_group_changes_no_bits_and_is_made_once() -> None:
+    for result in run_ranks(4, step_with_and_without_separate_group, ParallelDims("hsdp", 2, 2, "")):
+        if not hasattr(FSDPModule, "set_separate_reduce_scatter_group"):  # before torch 2.13
+            assert result == {"equal": True, "plain": True, "separate": False, "number": 1}
+        else:
+            assert result == {"equal": True, "plain": True, "separate": True, "number": 1}
 
 
 @pytest.mark.multiprocess

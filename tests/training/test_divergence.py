@@ -56,7 +56,7 @@ def test_weights_that_blew_up_but_are_finite_are_not_returned_to(tmp_path: Path)
     settings = settings_for(tmp_path, "run", **SAVES | {"max_skipped_steps": 10})
     run_ranks(1, fit, {**settings, "stop_at_step": 4})
     (message,) = run_ranks(1, fit_error, {**settings, "lr_max": 300_000.0, "grad_clip_norm": 1e30})
-    assert re.match(r"TrainingError: step 12: the run ends here, but its last [67] update\(s\) were skipped", message)
+    assert re.match(r"DivergenceError: step 12: the run ends here, but its last [67] update\(s\) were skipped", message)
     assert f"is {tmp_path}/run/checkpoints/checkpoint-00000004;" in message
     moved = names(tmp_path)[1:]
     assert moved

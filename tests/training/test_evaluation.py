@@ -63,7 +63,7 @@ def evaluated(settings: dict[str, Any], stop: bool = False) -> tuple[Any, float]
     evaluation = trainer.evaluator.run(0)
     dataset = next(iter(trainer.data.evaluation.values()))
     slots = range(config.eval_steps * config.batch_size)
-    rows = dataset.read(*dataset.draw(0, 0, slots, EVAL_STREAM)).long()
+    rows = dataset.read(*dataset.draw(0, 0, slots, EVAL_STREAM)).tokens.long()
     with torch.no_grad():
         logits = trainer.train_step.model(rows[:, :-1])
         expected = F.cross_entropy(logits.flatten(0, 1).double(), rows[:, 1:].flatten()).item()

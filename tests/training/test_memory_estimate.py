@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ def test_deep_models_are_extrapolated_exactly(world: DistributedContext, monkeyp
         assert forecast.sent_bytes(drawn, two_nodes()) == pytest.approx(
             forecast.sent_bytes(whole, two_nodes()), rel=1e-3
         )
+
+
+def test_the_mask_of_documents_takes_memory_on_a_cpu_only(world: DistributedContext) -> None:
+    settings: dict[str, Any] = {"parallel": "ddp", "context_len": 256, "micro_batch_size": 2, "batch_size": 8}
+    for device, precision, added in (("cpu", "fp32", 4 * 2 * 256 * 256), ("cuda", "bf16", 0)):
+        on_device, settings["precision"] = replace(world, simulated_type=device), precision
+        without, with_mask = (estimated(on_device, document_mask=masked, **settings) for masked in (False, True))
+        more = with_mask.nbytes - without.nbytes
+        assert added <= more <= added + 2**18, f"{device}: {more:,}"
 
 
 def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> None:

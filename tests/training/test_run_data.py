@@ -50,7 +50,7 @@ def test_prompts_are_the_first_ids_of_the_first_evaluation_windows(tmp_path: Pat
     data = opened(tmp_path)
     prompts = data.evaluation_prompts(3, 5)
     dataset = data.evaluation["val.npy"]
-    windows = dataset.read(*dataset.draw(0, 0, range(3), EVAL_STREAM))
+    windows = dataset.read(*dataset.draw(0, 0, range(3), EVAL_STREAM)).tokens
     assert prompts.tolist() == windows[:, :5].tolist()
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tinytrain_dist.training.scoring import Score, Window, sliding_windows, summarize, window_losses
+from tinytrain_dist.model.document_mask import positions_in_documents
+from tinytrain_dist.training.scoring import Score, TokenMarks, Window, sliding_windows, summarize, window_losses
 
 
 @given(st.integers(2, 200), st.integers(1, 40), st.data())
@@ -66,3 +67,36 @@ def test_the_standard_error_is_that_of_the_mean_for_equal_windows() -> None:
     assert (score.tokens, score.windows) == (20, 5)
     assert math.isnan(summarize([1.0], windows[:1]).standard_error)
     assert Score(1.0, 0.1, 8, 2, 8 * math.log(2)).bits_per_byte(4) == pytest.approx(2.0)
+
+
+class Documents(nn.Module):
+    """Logits that depend on the place of a token in its document, so that a boundary shows."""
+
+    def forward(self, ids: Tensor, targets: None, documents: Tensor) -> Tensor:
+        assert targets is None
+        assert documents.dtype == torch.int32
+        assert not documents[:, 0].any()
+        return F.one_hot(positions_in_documents(documents) % 7, 7).float()
+
+
+@pytest.mark.parametrize("stride", [3, 8])
+def test_only_tokens_that_count_are_scored_and_documents_are_separated(stride: int) -> None:
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 7, 50).astype(np.uint16)
+    begins = generator.random(50) < 0.2
+    marks = TokenMarks((generator.random(50) < 0.5) & ~begins, np.cumsum(begins))
+    windows = sliding_windows(len(tokens), 8, stride)
+    losses = window_losses(Documents(), tokens, windows, torch.device("cpu"), marks=marks)
+    assert marks.counted is not None
+    assert marks.documents is not None
+    expected = 0.0
+    for window in windows:
+        for target in range(window.end - window.scored + 1, window.end + 1):
+            own = [t for t in range(window.begin, target) if marks.documents[t] == marks.documents[target - 1]]
+            log_probabilities = F.one_hot(torch.tensor((len(own) - 1) % 7), 7).float().log_softmax(0)
+            expected -= float(log_probabilities[int(tokens[target])]) * bool(marks.counted[target])
+    score = summarize(losses, windows, marks)
+    assert (score.tokens, score.windows) == (int(marks.counted[1:].sum()), len(windows))
+    assert score.loss == pytest.approx(expected / score.tokens, rel=1e-6)
+    nothing = TokenMarks(np.zeros(50, np.bool_))
+    assert math.isnan(summarize([0.0] * len(windows), windows, nothing).loss)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tests.helpers.training import TINY, VOCABULARY
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.context import DistributedContext, init_distributed, shutdown
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.optim.lr_schedule import learning_rate
@@ -25,11 +26,11 @@ def context() -> Iterator[DistributedContext]:
 
 
 class FixedBatches:
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        self.rows, self.counted = rows, counted
 
-    def get(self, step: int) -> torch.Tensor:
-        return self.rows
+    def get(self, step: int) -> Windows:
+        return Windows(self.rows, self.counted)
 
 
 def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, FixedBatches]:
@@ -40,14 +41,22 @@ def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, Fixe
     return step, FixedBatches(rows.int())
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_a_step_is_the_textbook_step_over_the_whole_batch(context: DistributedContext, reproducible: bool) -> None:
-    step, batches = built(context, reproducible=reproducible)
+def test_a_step_is_the_textbook_step_over_the_whole_batch(
+    context: DistributedContext, reproducible: bool, masked: bool
+) -> None:
+    step, batches = built(context, reproducible=reproducible, loss_mask=masked)
+    counted = torch.ones(8, step.config.context_len, dtype=torch.bool)
+    if masked:
+        counted = torch.rand(counted.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+        counted[2:4] = False  # a whole micro-batch
+        batches.counted = counted
     config, oracle = step.config, copy.deepcopy(step.model)
     result = step.run(3, batches)
 
     rows = batches.rows.long()
-    loss = F.cross_entropy(oracle(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    loss = F.cross_entropy(oracle(rows[:, :-1])[counted], rows[:, 1:][counted])
     loss.backward()
     params = list(oracle.parameters())
     norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
@@ -113,3 +122,14 @@ def test_a_step_that_is_not_finite_changes_nothing_if_the_kernel_clips(context: 
     step.model.register_forward_hook(lambda *results: results[-1] * torch.nan)
     step.run(0, batches)
     assert all(torch.equal(param, before[name]) for name, param in step.model.named_parameters())
+
+
+def test_a_mask_in_which_all_targets_count_changes_no_bit(context: DistributedContext) -> None:
+    results = []
+    for loss_mask in (False, True):
+        step, batches = built(context, reproducible=True, loss_mask=loss_mask)
+        if loss_mask:
+            batches.counted = torch.ones(8, step.config.context_len, dtype=torch.bool)
+        numbers = step.run(0, batches).numbers.read()
+        results.append((numbers, [param.tolist() for param in step.model.parameters()]))
+    assert results[0] == results[1]

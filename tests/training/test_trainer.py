@@ -69,7 +69,7 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "run", parallel="ddp", max_skipped_steps=2)
     messages = run_ranks(2, fit_error, settings, functools.partial(poison, steps=range(3, 99)))
     assert messages[0] == messages[1]
-    assert messages[0].startswith("TrainingError: step 5: not finite")
+    assert messages[0].startswith("DivergenceError: step 5: not finite")
     assert "max_skipped_steps" in messages[0]
     assert Run(tmp_path / "run").checkpoint.name == "checkpoint-00000003"
 

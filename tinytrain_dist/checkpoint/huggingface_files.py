@@ -10,6 +10,7 @@ from pathlib import Path
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.model.huggingface_config import to_hf_config
 from tinytrain_dist.utils.json_files import read_json_dict, to_json
+from tinytrain_dist.utils.shard_paths import data_folders
 
 
 def huggingface_files(config: TrainingConfig) -> dict[str, bytes]:
@@ -17,7 +18,7 @@ def huggingface_files(config: TrainingConfig) -> dict[str, bytes]:
 
     Errors: OSError or ValueError if a file beside the training data cannot be read.
     """
-    data_folder = Path(next(iter(config.train_files), "")).parent
+    data_folder = next(iter(data_folders(config.train_files)), Path())
     meta_file = data_folder / "meta.json"
     meta = read_json_dict(meta_file) if meta_file.is_file() else {}
     hf_config = to_hf_config(config, meta.get("eos_id"), meta.get("bos_id"))

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
-from tinytrain_dist.config.schema import IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
+
+# Versions without these settings trained as their defaults do, and their checkpoints do not have them.
+ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -111,4 +114,6 @@ def describe_changes(state: dict[str, Any], config: TrainingConfig) -> list[str]
 def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tuple[str, Any, Any]]:
     """Return (name, saved value, present value) of the settings that both have and that differ."""
     saved = state.get("config", {})
+    if saved:
+        saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]

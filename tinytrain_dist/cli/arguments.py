@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from tinytrain_dist.config.loading import parsing_error_text
+from tinytrain_dist.config.schema import FIELDS
 from tinytrain_dist.errors import ConfigError
 
 Parsed = TypeVar("Parsed")
@@ -24,9 +25,9 @@ SETTINGS_HELP = (
 class UsageError(ConfigError):
     """The command line of a verb is wrong."""
 
-    def __init__(self, problem: str, verb: str) -> None:
-        """problem: a sentence that names the option."""
-        super().__init__(problem, f"the arguments of `tinytrain {verb}`")
+    def __init__(self, problems: str | list[str], verb: str) -> None:
+        """problems: sentences that name the option."""
+        super().__init__(problems, f"the arguments of `tinytrain {verb}`")
 
 
 def call_verb(function: Callable[..., Parsed], verb: str, args: list[str]) -> Parsed:
@@ -54,6 +55,8 @@ def parse_options(
             _parse(options, verb, ["--help"], with_settings=True)
         return _parse(options, verb, [], with_settings=True)[0], ["--help"]
     parsed, settings = _parse(options, verb, args[:end], with_settings=True)
+    if problems := list(filter(None, (_mistyped_option(word, options) for word in settings))):
+        raise UsageError(problems, verb)
     return parsed, [*settings, *args[end + 1 :]]
 
 
@@ -108,6 +111,17 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
         kind = "a number" if re.search(r"\b(int|float)\b", text, re.IGNORECASE) else "another value"
         return f"{wrong[1]}: {'got ' + values[1] if values else 'cannot be read'}; give {kind} (--help explains it)"
     return f"{text}; --help lists the options"
+
+
+def _mistyped_option(word: str, options: Callable[..., Any]) -> str:
+    """Return a sentence if an argument is no setting, but nearly an option of the verb; "" otherwise."""
+    flag = word.partition("=")[0].replace("_", "-")
+    settings = {f"--{prefix}{name.replace('_', '-')}" for name in FIELDS for prefix in ("", "no-")}
+    if not flag.startswith("--") or flag in settings:
+        return ""
+    close = difflib.get_close_matches(flag, {*settings, *_flags(options)}, n=1)
+    # the check of the settings, which follows, suggests the nearest setting
+    return f"{flag}: unknown option; did you mean {close[0]}?" if close and close[0] not in settings else ""
 
 
 def _flags(target: Callable[..., Any]) -> list[str]:

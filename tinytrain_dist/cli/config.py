@@ -14,6 +14,7 @@ from tinytrain_dist.config.loading import load_config, read_command_line, read_t
 from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
 from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.training.run_length import resolve_epochs
 
 COMMENT_WIDTH = 110
 DEFAULTS = TrainingConfig().to_dict()
@@ -48,6 +49,8 @@ def main(args: list[str]) -> int:
             values[name], origins[name] = value, DERIVED
     if config.vocab_size is None:
         values["vocab_size"], origins["vocab_size"] = _vocab_size(config)
+    if config.epochs is not None:
+        values["total_steps"], origins["total_steps"] = None, _total_steps(config)
     print(f"# {path or 'the defaults'}{' with settings of the command line' if overrides else ''}")
     print(_format(values, origins, options.changed))
     return 0
@@ -59,6 +62,14 @@ def _vocab_size(config: TrainingConfig) -> tuple[int | None, str]:
         return resolve_vocab_size(config).vocab_size, "meta.json of the data"
     except ConfigError:
         return None, "default; the run takes it from the meta.json of the data"
+
+
+def _total_steps(config: TrainingConfig) -> str:
+    """Return what total_steps will be, or why it is not known. A configuration has either it or epochs."""
+    try:
+        return f"epochs make it {resolve_epochs(config).total_steps}"
+    except ConfigError as error:
+        return str(error.problems[0])
 
 
 def _format(values: dict[str, Any], origins: dict[str, str], changed_only: bool) -> str:

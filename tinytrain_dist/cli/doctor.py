@@ -24,7 +24,7 @@ from tinytrain_dist.distributed.context import init_distributed, launcher_rank, 
 from tinytrain_dist.distributed.rendezvous import Rendezvous, rendezvous, set_launcher_variables
 from tinytrain_dist.errors import ConfigError, RendezvousError
 from tinytrain_dist.launch.start import DEFAULT_PORT, split_head
-from tinytrain_dist.utils.option_types import Number, Text
+from tinytrain_dist.utils.option_types import NodeRank, NumNodes, Text
 from tinytrain_dist.utils.text import first_line, format_list
 
 
@@ -48,7 +48,7 @@ class DoctorOptions:
 
     On several nodes without a launcher, on each node with its own number:
 
-    tinytrain doctor CONFIG.toml --nodes 2 --node 0 --head HEAD:29400
+    tinytrain doctor CONFIG.toml --nnodes 2 --node-rank 0 --head HEAD
 
     On several nodes with torchrun, on each node (the checks begin when all have connected):
 
@@ -61,25 +61,25 @@ class DoctorOptions:
 
     timeout: float = 60.0
     """Seconds to wait for the other ranks."""
-    nodes: Number = None
+    nnodes: NumNodes = None
     """Number of nodes (only without a launcher)."""
-    node: Number = None
-    """Number of this node, from 0 (only without a launcher)."""
+    node_rank: NodeRank = None
+    """0 on the head; 1, 2, ... on the other nodes (only without a launcher)."""
     head: Text = None
-    """HOST:PORT at which all nodes reach node 0 (only without a launcher)."""
+    """HOST or HOST:PORT: how the other nodes reach node 0, and a free port there (default: 29400; only without a
+    launcher)."""
 
     def problem(self) -> str:
-        """Return what is wrong with the options, as a sentence; "" if nothing is."""
-        given = [self.nodes is not None, self.node is not None, self.head is not None]
+        """Return what is wrong with the options, as a sentence; "" if nothing is. Errors: StartError for --head."""
+        given = [self.nnodes is not None, self.node_rank is not None, self.head is not None]
         if any(given) and not all(given):
-            return "--nodes, --node, --head: only some of them are set; give all three, or none"
-        if self.nodes is not None and self.nodes < 1:
-            return f"--nodes: {self.nodes} is not a number of nodes; give at least 1"
-        if self.nodes is not None and self.node is not None and not 0 <= self.node < self.nodes:
-            return f"--node: {self.node} is not the number of a node; give 0 .. {self.nodes - 1}"
-        if self.head and not self.head.rpartition(":")[2].isdecimal():
-            host = self.head.partition(":")[0] or "HOST"
-            return f"--head: {self.head} has no port; give HOST:PORT, such as {host}:29400"
+            return "--nnodes, --node-rank, --head: only some of them are set; give all three, or none"
+        if self.nnodes is not None and self.nnodes < 1:
+            return f"--nnodes: {self.nnodes} is not a number of nodes; give at least 1"
+        if self.nnodes is not None and self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
+            return f"--node-rank: {self.node_rank} is not the number of a node; give 0 .. {self.nnodes - 1}"
+        if self.head is not None:
+            split_head(self.head, DEFAULT_PORT)
         if not self.timeout > 0:
             return f"--timeout: {self.timeout:g} is not greater than 0; give the seconds to wait"
         return ""
@@ -111,9 +111,9 @@ def main(args: list[str]) -> int:
 
 def _find_all_ranks(options: DoctorOptions, report: Report) -> Rendezvous:
     """Wait for all ranks, and return them. Errors: ConfigError naming the ranks that did not arrive."""
-    if options.nodes is not None and options.node is not None and options.head is not None:
+    if options.nnodes is not None and options.node_rank is not None and options.head is not None:
         head, port = split_head(options.head, DEFAULT_PORT)
-        set_launcher_variables(options.node, options.nodes, head, port)
+        set_launcher_variables(options.node_rank, options.nnodes, head, port)
     started = time.perf_counter()
     joined = rendezvous(options.timeout)
     if len(joined.hosts) > 1:

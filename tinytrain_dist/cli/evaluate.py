@@ -14,21 +14,23 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from tinytrain_dist.checkpoint.discovery import find_checkpoint
+from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
+from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.data.token_file import load_token_dataset
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.launch.start import module_command
+from tinytrain_dist.metrics.perplexity import perplexity_of
 from tinytrain_dist.training.scoring import (
     Score,
+    TokenMarks,
     Window,
-    perplexity_of,
     sliding_windows,
     summarize,
     window_losses,
@@ -45,7 +47,8 @@ class Tokens:
     """What is scored: token IDs, the first of which is only context."""
 
     ids: npt.NDArray[Any]
-    num_bytes: int | None  # of the text that the other tokens stand for; None: not known
+    num_bytes: int | None  # of the text that the other tokens stand for, if they count; None: not known
+    marks: TokenMarks = TokenMarks()
 
 
 def evaluate(
@@ -57,6 +60,7 @@ def evaluate(
     """Print loss, perplexity and bits per byte of a checkpoint on a token file or a text.
 
     Every token of the file is predicted once, so the numbers do not depend on sampling. The model computes in float32.
+    If it was trained with loss_mask or document_mask, a token file is read with its mask and its documents as well.
 
     Args:
         checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
@@ -78,12 +82,13 @@ def evaluate(
         if not 1 <= stride <= context_len:
             raise UsageError(f"--stride: {stride} is not in 1 .. {context_len} (context_len of the model)", "evaluate")
         tokens = _read_tokens(data, folder, model.model_config.vocab_size or 1)
+        marks = tokens.marks
         windows = sliding_windows(len(tokens.ids), context_len, stride)
         # blocks of windows, so that the forward passes are the same for any number of ranks
         blocks = [windows[at : at + WINDOWS_AT_ONCE] for at in range(0, len(windows), WINDOWS_AT_ONCE)]
         mine = blocks[context.rank :: context.world_size]
         with progress_bar("windows", sum(map(len, mine)), shown=context.is_main) as advance:
-            losses = [window_losses(model, tokens.ids, block, context.device, advance) for block in mine]
+            losses = [window_losses(model, tokens.ids, block, context.device, advance, marks) for block in mine]
         gathered = context.all_gather_object(losses)
         if context.is_main:
             _print(folder, data, stride, _in_order(gathered, len(blocks)), windows, tokens)
@@ -109,11 +114,12 @@ def _read_tokens(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
     if path.suffix == ".npy":
         ids = load_token_dataset(path, vocab_size=vocab_size)
         _check_length(path, len(ids))
+        marks = _read_marks(path, checkpoint)
         folders: list[Path] = [path.parent, checkpoint]
         tables = (bytes_per_token(folder, vocab_size) for folder in folders)
         table = next((table for table in tables if table is not None), None)
-        num_bytes = None if table is None else _sum_of_bytes(table, ids)
-        return Tokens(ids, num_bytes)
+        num_bytes = None if table is None else _sum_of_bytes(table, ids, marks)
+        return Tokens(ids, num_bytes, marks)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UsageError(
@@ -138,15 +144,37 @@ def _check_length(path: Path, num_tokens: int) -> None:
         raise DataError(f"--data: {path} has {num_tokens} token(s), but at least 2 are needed; give a longer text")
 
 
-def _sum_of_bytes(table: npt.NDArray[np.int64], ids: npt.NDArray[Any], at_once: int = 2**24) -> int:
-    """Return the bytes of all tokens but the first, without loading the whole file."""
-    return sum(int(table[ids[at : at + at_once]].sum()) for at in range(1, len(ids), at_once))
+def _read_marks(path: Path, checkpoint: Path) -> TokenMarks:
+    """Return the mask and the documents of a token file, if the run of the checkpoint used such. Errors: DataError."""
+    settings = read_trainer_state(checkpoint).get("config", {})
+    loss_mask, document_mask = bool(settings.get("loss_mask")), bool(settings.get("document_mask"))
+    if not loss_mask and not document_mask:
+        return TokenMarks()
+    (source,) = TokenDataset([str(path)], 1, loss_mask=loss_mask, document_mask=document_mask).sources
+    length = len(source)
+    counted = source.read_mask(0, length) if loss_mask else np.ones(length, np.bool_)
+    if not document_mask:
+        return TokenMarks(counted)
+    begins = np.zeros(length, np.bool_)
+    begins[source.document_starts(0, length)] = True
+    return TokenMarks(counted & ~begins, np.cumsum(begins))
+
+
+def _sum_of_bytes(table: npt.NDArray[np.int64], ids: npt.NDArray[Any], marks: TokenMarks, at_once: int = 2**24) -> int:
+    """Return the bytes of all tokens but the first that count, without loading the whole file."""
+    total = 0
+    for start in range(1, len(ids), at_once):
+        num_bytes = table[ids[start : start + at_once]]
+        total += int((num_bytes if marks.counted is None else num_bytes * marks.counted[start : start + at_once]).sum())
+    return total
 
 
 def _print(
     checkpoint: Path, data: Path, stride: int, losses: list[float], windows: list[Window], tokens: Tokens
 ) -> None:
-    score: Score = summarize(losses, windows)
+    score: Score = summarize(losses, windows, tokens.marks)
+    if not score.tokens:
+        raise DataError(f"--data: no token of {data} counts, by its mask file; give another file")
     error = score.standard_error
     low, high = perplexity_of(score.loss - error), perplexity_of(score.loss + error)
     several = score.windows > 1  # else there is no standard error

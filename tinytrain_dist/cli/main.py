@@ -14,6 +14,8 @@ from importlib import import_module
 
 from tinytrain_dist import __version__
 from tinytrain_dist.errors import TinytrainError
+from tinytrain_dist.utils.current_folder import current_folder_problem
+from tinytrain_dist.utils.interrupts import EXIT_CODE, MESSAGE, raise_on_interrupt
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
 
 
@@ -90,7 +92,8 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        print(MESSAGE, file=sys.stderr)
+        return EXIT_CODE
     except BrokenPipeError:  # the reader of the output has ended, as in `tinytrain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -115,7 +118,11 @@ def _run(args: list[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
         print(f"error: unknown verb {args[0]!r}; {hint}", file=sys.stderr)
         return 2
-    return int(import_module(VERBS[args[0]].module_name()).main(args[1:]))
+    if problem := current_folder_problem():
+        raise TinytrainError(problem)
+    run_verb = import_module(VERBS[args[0]].module_name()).main
+    raise_on_interrupt()
+    return int(run_verb(args[1:]))
 
 
 if __name__ == "__main__":

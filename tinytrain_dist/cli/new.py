@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -89,7 +90,7 @@ def new(
     """
     is_model = (Path(source) / "config.json").is_file()
     template = _of_model(Path(source)) if is_model else _of_package(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"DIR: {folder} exists already; give the name of a new or empty folder", "new")
     try:
         str(folder).encode()
@@ -102,7 +103,8 @@ def new(
     write_atomically(folder / ".gitignore", GITIGNORE)
     shutil.copyfile(package_folder("slurm") / "env.example.sh", folder / "slurm" / "env.sh")
     print(f"{folder}: config.toml (from {source}), slurm/env.sh, README.md, .gitignore")
-    print(f"next: cd {shlex.quote(str(folder))}, then the commands in README.md")
+    end_of_options = "-- " if str(folder).startswith("-") else ""
+    print(f"next: cd {end_of_options}{shlex.quote(str(folder))}, then the commands in README.md")
     return 0
 
 

@@ -23,7 +23,7 @@ from tinytrain_dist.distributed import fake_backend
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, REACHABLE_SHARE_OF_LINKS, DeviceSpec, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
@@ -37,6 +37,8 @@ from tinytrain_dist.training.forecast import (
     suggest_change,
 )
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
+from tinytrain_dist.training.run_length import resolve_epochs
+from tinytrain_dist.training.scaling import PredictedStep, predicted_step, scaled_steps
 
 SECONDS_PER_DAY = 86_400
 MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
@@ -48,26 +50,49 @@ class PlanOptions:
 
     nodes: int = 1
     """Number of nodes."""
-    devices_per_node: int = 1
-    """Number of devices on each node; there is one process for each."""
+    devices_per_node: int | None = None
+    """Number of devices on each node; there is one process for each. Default: 1, or 8 with --gpus."""
     device: str = "h100"
     """A GPU of the list above, or cpu (this machine)."""
     network: Annotated[float | None, tyro.conf.arg(metavar="GBIT", help_behavior_hint="")] = None
     """Bandwidth from a node to other nodes, in Gbit/s. Default: what nodes with this device usually have."""
 
+    gpus: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N N ...")] = ()
+    """Instead of the plan, print a table of DDP, FSDP and HSDP on each of these numbers of GPUs."""
+    batch_per_gpu: int | None = None
+    """With --gpus: sequences of a step for each GPU. Default: batch_size is the same on any number of GPUs."""
+
     def check(self) -> None:
         """Raise ConfigError with all problems."""
+        numbers = {
+            "nodes": self.nodes,
+            "devices_per_node": self.devices_per_node,
+            "network": self.network,
+            "batch_per_gpu": self.batch_per_gpu,
+            "gpus": min(self.gpus, default=None),
+        }
         problems = [
-            f"--{name.replace('_', '-')}: {value} must be at least {least}"
-            for name, value, least in (
-                ("nodes", self.nodes, 1),
-                ("devices_per_node", self.devices_per_node, 1),
-                ("network", 1 if self.network is None else self.network, 1),
-            )
-            if value < least
+            f"--{name.replace('_', '-')}: {value} must be at least 1"
+            for name, value in numbers.items()
+            if value is not None and value < 1
         ]
+        problems = problems or [
+            f"--gpus: {count} is not a multiple of {self.per_node} GPUs on each node; leave it out, or set "
+            "--devices-per-node"
+            for count in self.gpus
+            if count > self.per_node and count % self.per_node
+        ]
+        if self.gpus and self.nodes != 1:
+            problems.append("--nodes: has no effect with --gpus, which gives the number of GPUs; leave one of them out")
+        if self.batch_per_gpu is not None and not self.gpus:
+            problems.append("--batch-per-gpu: has no effect without --gpus; set --batch-size instead")
         if problems:
             raise ConfigError(problems, "the settings of plan")
+
+    @property
+    def per_node(self) -> int:
+        """Number of devices on each node."""
+        return self.devices_per_node or (8 if self.gpus else 1)
 
 
 PlanOptions.__doc__ = f"""Show whether a run fits in memory, what it sends and saves, and how fast it can be.
@@ -87,12 +112,15 @@ def main(args: list[str]) -> int:
     config = parse_command_line(settings, prog="tinytrain plan")
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
-    nodes, per_node = options.nodes, options.devices_per_node
+    config = resolve_epochs(config)
+    nodes, per_node = options.nodes, options.per_node
     on_gpu = options.device.lower() != "cpu"
     config = set_device_defaults(config, on_gpu=on_gpu, in_bf16=on_gpu)  # every GPU of the table has units for bf16
     device = find_device_spec(options.device, per_node, config.precision)
     if options.network is not None:
         device = replace(device, network=options.network * 1e9 / 8)
+    if options.gpus:
+        return _print_scaling(config, options, device, source=_source(settings))
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
     context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
@@ -127,9 +155,12 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
         print("\nFITS in memory\n")
     else:
         print(f"\nDOES NOT FIT in memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
+    steps = [predicted_step(each, context, cluster, flops_per_token) for each in (planned, *others)]
     print(_speed(planned, cluster, flops_per_token))
+    if steps[0] is not None:
+        print(_timeline(steps[0]))
     print(_disk(config, model))
-    print(_mode_table([planned, *others], cluster))
+    print(_mode_table([planned, *others], steps, cluster))
     return 0 if planned.fits else 1
 
 
@@ -210,19 +241,75 @@ def _disk(config: TrainingConfig, model: nn.Module) -> str:
     )
 
 
-def _mode_table(forecasts: list[Forecast], cluster: Cluster) -> str:
+def _timeline(step: PredictedStep) -> str:
+    """Format where the time of the simulated step goes."""
+    timeline = step.timeline
+    waits = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
+    return (
+        f"simulated step: {_seconds(timeline.seconds)} = {_seconds(timeline.compute_seconds)} forward and backward + "
+        f"{_seconds(timeline.update_seconds)} update + {_seconds(timeline.exposed_seconds)} waiting for communication "
+        f"({timeline.exposed_seconds / timeline.seconds:.1%}{': ' if waits else ''}{waits}); "
+        f"MFU {step.mfu:.1%}, {step.efficiency:.1%} of the speed of a GPU alone"
+    )
+
+
+def _mode_table(forecasts: list[Forecast], steps: list[PredictedStep | None], cluster: Cluster) -> str:
     """Format a row for each mode; the first forecast is this run."""
-    lines = [
-        f"modes on {cluster.num_devices} device(s), per rank and step:",
-        f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}",
-    ]
-    for each in forecasts:
+    heading = f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"
+    lines = [f"modes on {cluster.num_devices} device(s), per rank and step:", heading]
+    if steps[0] is not None:
+        lines[1] += f"{'simulated':>12}{'waiting':>10}"
+    for each, step in zip(forecasts, steps, strict=True):
         dims = each.parallel_dims
         name = f"{dims.mode} {dims.replicate} x {dims.shard}" + (" (this run)" if each is forecasts[0] else "")
         fits = "yes" if each.fits else "no"
         sent = f"{_gb(each.inside_bytes):>14}{_gb(each.across_bytes):>14}"
-        lines.append(f"  {name:<22}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}")
+        line = f"  {name:<22}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
+        if step is not None:
+            line += f"{_seconds(step.timeline.seconds):>12}{_seconds(step.timeline.exposed_seconds):>10}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def _print_scaling(config: TrainingConfig, options: PlanOptions, device: DeviceSpec, source: str) -> int:
+    """Print a row for each mode on each number of GPUs; return 0 if some row fits in memory, else 1."""
+    if device.name == "cpu" or config.reproducible:
+        what = "reproducible = true" if config.reproducible else "--device cpu"
+        raise ConfigError(f"--gpus: the step is not simulated with {what}; leave it out", "the settings of plan")
+    per_node = options.per_node
+    clusters = [Cluster(max(1, count // per_node), min(count, per_node), device) for count in options.gpus]
+    with torch.device("meta"):
+        flops_per_token = TransformerLM(config).flops_per_token()
+    batch = f"batch_size {config.batch_size} on any number of GPUs"
+    if options.batch_per_gpu is not None:
+        batch = f"{options.batch_per_gpu} sequence(s) of a step for each GPU"
+    columns = f"{'tensors':>12}{'fits':>6}{'step':>10}{'update':>11}{'waiting':>10}{'share':>8}{'MFU':>8}"
+    print(
+        f"{source} on nodes of {per_node} {device.name}, {batch}\n"
+        f"computed, not measured: {device.reached:.0%} of the peak, {REACHABLE_SHARE_OF_LINKS:.0%} of "
+        f"{device.neighbours / 1e9:g} GB/s inside a node and of {device.network / 1e9:g} GB/s between nodes\n\n"
+        f"  {'GPUs':>5}  {'mode':<5}{'per GPU':>9}{columns}{'of one GPU':>12}  waiting for",
+        flush=True,
+    )
+    fits = False
+    for cluster, mode, step in scaled_steps(config, clusters, options.batch_per_gpu, flops_per_token):
+        print(f"  {cluster.num_devices:>5}  {mode:<5}{_scaling_columns(step)}", flush=True)
+        fits |= isinstance(step, PredictedStep) and step.forecast.fits
+    return 0 if fits else 1
+
+
+def _scaling_columns(step: PredictedStep | ConfigError) -> str:
+    if isinstance(step, ConfigError):
+        return f"  {step.problems[0].partition(';')[0]}"
+    planned, timeline = step.forecast, step.timeline
+    sequences = f"{planned.plan.accumulation_steps} x {planned.plan.micro_batch_size}"
+    waits = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
+    return (
+        f"{sequences:>9}{format_gib(planned.estimate.nbytes):>12}{'yes' if planned.fits else 'no':>6}"
+        f"{_seconds(timeline.seconds):>10}{_seconds(timeline.update_seconds):>11}"
+        f"{_seconds(timeline.exposed_seconds):>10}"
+        f"{timeline.exposed_seconds / timeline.seconds:>8.1%}{step.mfu:>8.1%}{step.efficiency:>12.1%}  {waits}"
+    )
 
 
 def _gb(nbytes: float) -> str:

@@ -20,6 +20,7 @@ from tinytrain_dist.cli.figure_style import COLOURS, INK, Numbers, new_figure, s
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.training.run_length import resolve_epochs
 
 CHART_WIDTH = 80
 CHART_HEIGHT = 16
@@ -46,7 +47,7 @@ class ScheduleOptions:
 def main(args: list[str]) -> int:
     """Show the learning rate of every step, as text or as a picture."""
     options, settings = parse_options(ScheduleOptions, "schedule", args)
-    config = parse_command_line(settings, prog="tinytrain schedule")
+    config = resolve_epochs(parse_command_line(settings, prog="tinytrain schedule"))
     if options.out is not None:
         draw_schedule(config, options.out)
     if options.text or options.out is None:

@@ -151,24 +151,24 @@ VARIABLES = (
         "CONTAINER",
         "Apptainer image in which every command of a job runs (default: no container).",
         ("user",),
-        ("slurm/train.sbatch",),
+        ("tinytrain_dist/launch/preamble.sh",),
     ),
     EnvironmentVariable(
         "CONTAINER_IMAGE",
         "Pyxis image (srun --container-image) in which every command of a job runs (default: no container).",
         ("user",),
-        ("slurm/train.sbatch",),
+        ("tinytrain_dist/launch/preamble.sh",),
     ),
     EnvironmentVariable(
         "CONTAINER_MOUNTS",
         "Comma-separated folders to mount in the container, besides the working folder and the code (default: none).",
         ("user",),
-        ("slurm/train.sbatch",),
+        ("tinytrain_dist/launch/preamble.sh",),
     ),
     EnvironmentVariable(
         "CONTAINER_PYTHON",
         "The Python interpreter in the container (default: python3).",
         ("user",),
-        ("slurm/train.sbatch",),
+        ("tinytrain_dist/launch/preamble.sh",),
     ),
 )

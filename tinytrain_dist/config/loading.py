@@ -13,6 +13,7 @@ import io
 import itertools
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -22,6 +23,7 @@ from tinytrain_dist.config.validation import unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_bytes
+from tinytrain_dist.utils.shard_paths import NoTokenFilesError, data_folders, shard_paths
 
 # The settings of [compute] used to be under [parallel] and are still accepted there.
 FORMER_SECTIONS = {"compute": "parallel"}
@@ -78,16 +80,28 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     Errors: ConfigError with every problem of the file and of the overrides.
     """
     values, problems = read_toml(path) if path else ({}, [])
-    values |= overrides or {}
+    values = _replace_length(values, overrides or {}) | (overrides or {})
     source = str(path) if path else "the settings"
     try:
         config = TrainingConfig.from_dict(values, source)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems], source) from None
     problems += unused_evaluation_settings(config, values)
+    if config.epochs is not None and "total_steps" in values:
+        problems.append(f"epochs: {config.epochs} and total_steps {config.total_steps} are both set; leave one out")
     if problems:
         raise ConfigError(problems, source)
     return config
+
+
+def _replace_length(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a file without the length of the run, if the overrides set it in the other way."""
+    lengths = {"epochs", "total_steps"}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in lengths or not any(overrides.get(other) is not None for other in lengths - {name})
+    }
 
 
 def parse_command_line(
@@ -105,12 +119,19 @@ def read_command_line(args: list[str], prog: str, description: str = "") -> tupl
     Dashes and underscores in names are interchangeable. Errors: ConfigError with all problems, among them values that
     cannot be parsed, and unknown settings with the nearest known name. --help ends the process.
     """
-    import tyro  # imported here, because the import takes longer than reading a configuration
-
     path = args[0] if args and not args[0].startswith("-") else None
     tyro_args, names_without_value = _normalize_arguments(args[1:] if path else args)
+    if not tyro_args:
+        return path, dict.fromkeys(names_without_value)
+    import tyro  # imported here, because the import takes longer than reading a configuration
+
+    # Tyro needs a tenth of a second for all settings, in each process of a run. Only the help has to name all of them.
+    given = {word.lstrip("-").replace("-", "_").removeprefix("no_") for word in tyro_args}
+    is_help = bool({"-h", "--help"} & set(tyro_args))
     hints: dict[str, Any] = {}
     for name, setting in FIELDS.items():
+        if not (is_help or name in given):
+            continue
         help_text = f"{setting.metadata['help']} (default: {setting.default})"
         hints[name] = Annotated[
             bool if _is_flag(name) else HINTS[name], tyro.conf.arg(help=help_text, help_behavior_hint="")
@@ -204,10 +225,11 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
     meta_by_size: dict[int, Path] = {}
     folders_by_tokenizer: dict[str, set[str]] = {}
-    for file in (*config.train_files, *config.val_files):
-        meta = Path(file).parent / "meta.json"
+    train_folders = _data_folders("train_data", config.train_files)
+    for folder in (*train_folders, *_data_folders("val_data", config.val_files)):
+        meta = folder / "meta.json"
         size, tokenizer = _read_data_meta(meta)
-        if size and file in config.train_files:
+        if size and folder in train_folders:
             meta_by_size[size] = meta
         if tokenizer:
             folders_by_tokenizer.setdefault(tokenizer, set()).add(str(meta.parent))
@@ -215,11 +237,11 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
     if config.vocab_size is None:
         if not meta_by_size:
-            missing = [file for file in config.train_files if not Path(file).exists()]
+            missing = [file for entry in config.train_files for file in shard_paths(entry) if not Path(file).exists()]
             if missing:
                 remedy = "make one with `tinytrain prepare` or correct the path"
                 raise ConfigError(f"train_data: {missing[0]}: no such token file; {remedy}")
-            meta = Path(config.train_files[0]).parent / "meta.json"
+            meta = train_folders[0] / "meta.json"
             raise ConfigError(f"vocab_size: not set, and there is no {meta} that contains it; set vocab_size")
         return dataclasses.replace(config, vocab_size=max(meta_by_size))
     if meta_by_size and config.vocab_size < max(meta_by_size):
@@ -228,6 +250,14 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
             f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; leave it out"
         )
     return config
+
+
+def _data_folders(setting: str, entries: Sequence[str]) -> list[Path]:
+    """Return the folders of the token files that a setting names. Errors: ConfigError if an entry names no file."""
+    try:
+        return data_folders(entries)
+    except NoTokenFilesError as error:
+        raise ConfigError(f"{setting}: {error}") from None
 
 
 def _tokenizer_problem(right: list[str], *others: list[str]) -> str:

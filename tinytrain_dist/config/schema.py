@@ -21,6 +21,9 @@ from tinytrain_dist.config.validation import find_problems
 from tinytrain_dist.errors import ConfigError
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Sampling = Literal["random", "shuffle"]
+Packing = Literal["none", "best_fit"]
+TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
@@ -44,15 +47,12 @@ class TrainingConfig:
     seed: int = _setting("run", 0, "seed of initial weights and training windows, for any number of ranks")
     device: Literal["auto", "cpu", "cuda"] = _setting("run", "auto", "auto: cuda if available, else cpu")
     total_steps: int = _setting("run", 40_000, "optimizer steps of the whole run")
+    epochs: float | None = _setting("run", None, "passes over train_data, instead of total_steps (None: total_steps)")
     stop_at_step: int | None = _setting(
         "run", None, "stop after this step (None: total_steps); the learning rate still follows total_steps"
     )
     time_limit: float | None = _setting("run", None, "save and stop after this many seconds (None: no limit)")
-    start_limit: float = _setting(
-        "run",
-        1800.0,
-        "abort if start-up (connect, open data, build, load) takes more than this many seconds (0: never)",
-    )
+    start_limit: float = _setting("run", 1800.0, "abort if start-up takes more than this many seconds (0: never)")
     step_limit: float = _setting(
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
@@ -69,11 +69,7 @@ class TrainingConfig:
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     trackers: tuple[str, ...] = _setting("run", ("tensorboard",), "any of tensorboard, wandb, mlflow, MODULE:CLASS")
-    resume: str = _setting(
-        "run",
-        "auto",
-        "resume from: auto (newest valid checkpoint, if any), never (nothing), or the path of a checkpoint",
-    )
+    resume: str = _setting("run", "auto", "auto (from the newest valid checkpoint), never, or the path of a checkpoint")
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
@@ -82,18 +78,23 @@ class TrainingConfig:
         "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
     )
 
-    train_data: str | tuple[str, ...] | None = _setting("data", None, "token file (.npy) to train on, or several")
-    train_weights: tuple[float, ...] | None = _setting(
-        "data", None, "relative sampling weight of each file of train_data (None: every window is equally likely)"
+    train_data: str | tuple[str, ...] | None = _setting("data", None, "token file, folder or glob, or several of them")
+    sampling: Sampling = _setting("data", "random", "random windows, or shuffle: each token is a target once per epoch")
+    train_weights: tuple[float, ...] | tuple[str, ...] | None = _setting(
+        "data", None, "weight of each entry of train_data, or phases 'STEP: WEIGHT ...' (None: by number of windows)"
     )
     val_data: str | tuple[str, ...] | None = _setting(
-        "data", None, "token file (.npy) to evaluate on, or several, each evaluated separately (None: no evaluation)"
+        "data", None, "as train_data, to evaluate on; several are evaluated separately (None: no evaluation)"
     )
+    token_dtype: TokenType | None = _setting("data", None, "type of IDs in files without a header (None: not stated)")
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
     micro_batch_size: int | Literal["auto"] | None = _setting(
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
     context_len: int = _setting("data", 256, "tokens per sequence")
+    loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
+    packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
+    document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
 
     vocab_size: int | None = _setting("model", None, "size of the vocabulary (None: from meta.json beside train_data)")
     num_layers: int = _setting("model", 4, "number of transformer blocks")
@@ -129,10 +130,7 @@ class TrainingConfig:
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
     reshard_after_forward: bool | None = _setting(
-        "parallel",
-        None,
-        "fsdp, hsdp: free a block's gathered weights after its forward pass, and gather them again for backward (None: "
-        "true, except on GPUs with enough memory to keep them)",
+        "parallel", None, "fsdp, hsdp: gather weights again for backward (None: unless GPUs have memory to keep them)"
     )
     precision: Precision = _setting("compute", "auto", "type in which blocks compute (auto: bf16 on GPUs, else fp32)")
     compile: bool | None = _setting(
@@ -241,13 +239,19 @@ class TrainingConfig:
 
     @property
     def train_files(self) -> tuple[str, ...]:
-        """The files of train_data; () if it is not set."""
+        """The entries of train_data: files, folders, globs; () if it is not set."""
         return (self.train_data,) if isinstance(self.train_data, str) else self.train_data or ()
 
     @property
     def val_files(self) -> tuple[str, ...]:
-        """The files of val_data; () if it is not set."""
+        """The entries of val_data: files, folders, globs; () if it is not set."""
         return (self.val_data,) if isinstance(self.val_data, str) else self.val_data or ()
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether some targets may not count in the loss, so that every step and evaluation counts those that do."""
+        # the end of a shuffled epoch has fewer targets, and packed windows have room that is not used
+        return self.loss_mask or self.document_mask or self.sampling == "shuffle" or self.packing != "none"
 
     @property
     def resume_from(self) -> str:
@@ -277,12 +281,11 @@ class TrainingConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
-        sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
-        return {**self.to_dict(), **sizes}
+        return {**self.to_dict(), "d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML, with derived sizes filled in; None is left out."""
-        return _format_toml(self.resolved())
+        return _format_toml(self.resolved() | ({"total_steps": None} if self.epochs else {}))
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainingConfig)}

@@ -14,13 +14,23 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
 if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
 # A resume is refused if the checkpoint has another value of one of these settings, or other data.
-IDENTITY_SETTINGS = (*MODEL_SETTINGS, "batch_size", "seed", "train_weights")
+IDENTITY_SETTINGS = (
+    *MODEL_SETTINGS,
+    "batch_size",
+    "seed",
+    "sampling",
+    "train_weights",
+    "loss_mask",
+    "packing",
+    "document_mask",
+)
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
 ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
@@ -36,7 +46,9 @@ NONE_OR_AT_LEAST_ONE = tuple(
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
     "fingerprint_every ckpt_writers".split()
 )
-POSITIVE_AND_FINITE = ("lr_max", "eps", "norm_eps", "rope_theta", "grad_clip_norm", "time_limit", "rope_scaling_factor")
+POSITIVE_AND_FINITE = tuple(
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs".split()
+)
 NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())
 
 
@@ -46,7 +58,9 @@ def find_problems(config: TrainingConfig) -> list[str]:
     if problems:  # the checks below divide by these numbers
         return problems
     checks = (
+        _text_problems,
         _shape_problems,
+        _epoch_problems,
         _schedule_problems,
         _data_problems,
         _schedule_effect_problems,
@@ -122,6 +136,21 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
+def _epoch_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of `epochs`, which stands for total_steps until the data is known."""
+    if config.epochs is None:
+        return []
+    problems = []
+    if config.sampling != "shuffle":
+        problems.append(
+            f"epochs: {config.epochs} needs sampling = shuffle, but sampling is {_value(config, 'sampling')}; set it, "
+            "or set total_steps instead"
+        )
+    if config.total_steps != type(config).__dataclass_fields__["total_steps"].default:
+        problems.append(f"epochs: {config.epochs} and total_steps {config.total_steps} are both set; leave one out")
+    return problems
+
+
 def _schedule_problems(config: TrainingConfig) -> list[str]:
     """Return problems of the learning-rate schedule and the optimizer."""
     problems = []
@@ -132,6 +161,8 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
         )
     if not all(0 <= beta < 1 for beta in config.betas):
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
+    if config.epochs is not None:
+        return problems  # total_steps, on which the others depend, is not known yet
     if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
         problems.append(_cosine_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
@@ -185,13 +216,8 @@ def _data_problems(config: TrainingConfig) -> list[str]:
             more = ", and set train_weights to draw more from it" if can_be_weighted else ""
             problems.append(f"{name}: contains {repeated[0]} twice; list it once{more}")
     if config.train_weights is not None:
-        count, weights = len(config.train_files), list(config.train_weights)
-        if count < 2:
-            problems.append("train_weights: has no effect without several files in train_data; leave it out")
-        elif len(weights) != count:
-            problems.append(f"train_weights: {len(weights)} numbers for {count} files in train_data; give one per file")
-        if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
-            problems.append(f"train_weights: {weights} must be finite and not negative, and one greater than 0")
+        total_steps = config.total_steps if config.epochs is None else None
+        problems += weight_problems(config.train_weights, len(config.train_files), total_steps)
     return problems
 
 
@@ -232,10 +258,10 @@ def _resume_problems(config: TrainingConfig) -> list[str]:
 def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
     """Return problems of stop_at_step and profile."""
     problems = []
-    if config.stop_at_step is not None and config.stop_at_step > config.total_steps:
+    if config.epochs is None and config.stop_at_step is not None and config.stop_at_step > config.total_steps:
         problems.append(f"stop_at_step: {config.stop_at_step} is beyond total_steps {config.total_steps}; leave it out")
     if config.profile is not None:
-        last = config.last_step
+        last = config.last_step if config.epochs is None else 10**15  # not known yet
         if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", config.profile):
             example = f"{min(20, last)}:{min(25, last)}"
             problems.append(f"profile: {config.profile!r} must be START:STOP, two step numbers, for example {example}")
@@ -298,6 +324,22 @@ def _reproducible_problems(config: TrainingConfig) -> list[str]:
             "micro_batch_size: must be set to a number with reproducible = true, because the bits depend on it; "
             f"possible: {format_list(micro_batch_sizes(config.batch_size, 1, config.reproducible))}"
         )
+    return problems
+
+
+def _text_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem for each text that a file of settings cannot contain, or that no path can contain."""
+    problems = []
+    for name, value in vars(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                problems.append(f"{name}: {text!r} is not valid UTF-8; give another name")
+            if "\0" in text:
+                problems.append(f"{name}: {text!r} contains the character NUL; leave it out")
     return problems
 
 

@@ -1,9 +1,9 @@
-"""Make batches: draw random windows for users' own loops, read ahead in a thread, and cut into micro-batches."""
+"""Make batches: draw random windows for users' own loops, read ahead in threads, and cut into micro-batches."""
 
 from __future__ import annotations
 
-import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.data.token_file import Tokens, num_windows, read_windows
+from tinytrain_dist.data.training_windows import IGNORE_INDEX, Windows
 from tinytrain_dist.data.window_sampling import window_starts
+
+MOST_BATCHES_AHEAD, MOST_BYTES_AHEAD = 64, 256 * 1024**2
+CLOSE_SECONDS = 1.0
 
 
 def get_batch(
@@ -49,67 +53,111 @@ def get_batch(
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-class Prefetcher:
-    """Make the batches of the next steps in a thread while the current step runs.
+def read_ahead_depth(batch_bytes: int) -> int:
+    """Return how many batches of this size to read ahead: as many as bridge a stall of the file system in memory.
 
-    The thread calls make_batch(step) for step, step + 1, ... and stays at most `depth` batches ahead of `get`.
+    With steps of half a second, 64 batches last for 32 seconds.
+    """
+    return max(2, min(MOST_BATCHES_AHEAD, MOST_BYTES_AHEAD // max(1, batch_bytes)))
+
+
+class Prefetcher:
+    """Make the batches of the next steps in threads while the current step runs.
+
+    The threads call make_batch(step) for step, step + 1, ..., several steps at a time, so that a read that stalls does
+    not delay the steps behind it. They stay at most `depth` batches ahead of `get`.
     """
 
-    def __init__(self, make_batch: Callable[[int], Tensor], first_step: int, depth: int = 2) -> None:
-        """Start the thread.
+    def __init__(
+        self,
+        make_batch: Callable[[int], Windows],
+        first_step: int,
+        depth: int = 2,
+        *,
+        last_step: int | None = None,
+        threads: int = 8,
+    ) -> None:
+        """Start the threads.
 
-        make_batch: must be a pure function of the step. Batches that `close` discards are made again after a resume.
+        make_batch: must be a pure function of the step, and is called from several threads at once. Batches that
+        `close` discards are made again after a resume. last_step: no batch is made for this step or later ones.
         """
-        self._ready: queue.Queue[tuple[int, Tensor | BaseException]] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make_batch, first_step), name="prefetch", daemon=True)
-        self._thread.start()
+        self._make_batch = make_batch
+        self._depth = depth
+        self._last_step = last_step
+        self._next_to_make = self._next_to_get = first_step
+        self._made: dict[int, Windows | BaseException] = {}  # by step
+        self._error: BaseException | None = None  # that `get` has raised
+        self._ended = False  # closed, or a batch has failed: no further batch is made
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._run, name="prefetch", daemon=True) for _ in range(min(threads, depth))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _run(self, make_batch: Callable[[int], Tensor], step: int) -> None:
-        while not self._stop.is_set():
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._next_to_make < self._next_to_get + self._depth)
+                if self._ended or self._next_to_make == self._last_step:
+                    return
+                step = self._next_to_make
+                self._next_to_make += 1
             try:
-                batch_or_error: Tensor | BaseException = make_batch(step)
+                batch_or_error: Windows | BaseException = self._make_batch(step)
             except BaseException as error:
                 batch_or_error = error  # raised by `get`, in the thread that trains
-            self._put(step, batch_or_error)
-            if isinstance(batch_or_error, BaseException):
-                return
-            step += 1
+            with self._changed:
+                self._made[step] = batch_or_error
+                self._ended |= isinstance(batch_or_error, BaseException)
+                self._changed.notify_all()
 
-    def _put(self, step: int, batch_or_error: Tensor | BaseException) -> None:
-        """Put an item into the queue, waiting until there is room or until `close` is called."""
-        while not self._stop.is_set():
-            try:
-                self._ready.put((step, batch_or_error), timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def get(self, step: int) -> Tensor:
+    def get(self, step: int) -> Windows:
         """Return the batch of `step`; steps must be requested in order. Errors: whatever `make_batch` raised."""
-        ready_step, batch_or_error = self._ready.get()
-        if isinstance(batch_or_error, BaseException):
-            # The thread has ended, so put the error back: every later call must raise it too instead of waiting.
-            self._ready.put((ready_step, batch_or_error))
-            raise batch_or_error
-        assert ready_step == step, f"asked for step {step}, have {ready_step}"
+        with self._changed:
+            if self._error is not None:  # the threads have ended, so every later call raises it instead of waiting
+                raise self._error
+            assert step == self._next_to_get, f"asked for step {step}, have {self._next_to_get}"
+            self._changed.wait_for(lambda: step in self._made)
+            batch_or_error = self._made.pop(step)
+            if isinstance(batch_or_error, BaseException):
+                self._error = batch_or_error
+                raise batch_or_error
+            self._next_to_get += 1
+            self._changed.notify_all()
         return batch_or_error
 
     def close(self) -> None:
-        """End the thread and discard the batches that it has made."""
-        self._stop.set()
-        while not self._ready.empty():
-            self._ready.get_nowait()
-        self._thread.join()
+        """End the threads and discard the batches that they have made.
+
+        A thread whose read stalls is left behind after a second. It ends with its read, or with the process.
+        """
+        with self._changed:
+            self._ended = True
+            self._made.clear()
+            self._changed.notify_all()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def split_micro_batches(rows: Tensor, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, targets) of micro_batch_size rows each, both int64 [micro_batch_size, context_len] on the device.
+def split_micro_batches(windows: Windows, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what the model is called with for micro_batch_size windows each, on the device.
 
-    rows: windows with the token after each, [n, context_len + 1], of any integer type.
+    It is (ids, targets), both int64 [micro_batch_size, context_len], and then the documents if they are separated.
+    Targets that do not count are IGNORE_INDEX.
     """
     # Widened on the device: IDs of 32 bits take half as long over the bus as those of 64.
-    rows = rows.to(device, non_blocking=True)
-    for micro_batch in rows.split(micro_batch_size):
-        ids_and_next = micro_batch.long()
-        yield ids_and_next[:, :-1], ids_and_next[:, 1:]
+    tokens, counted, documents = (
+        None if part is None else part.to(device, non_blocking=True)
+        for part in (windows.tokens, windows.counted, windows.documents)
+    )
+    assert tokens is not None
+    for start in range(0, len(windows), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        ids_and_next = tokens[rows].long()
+        ids, targets = ids_and_next[:, :-1], ids_and_next[:, 1:]
+        if counted is not None:
+            targets = targets.masked_fill(~counted[rows], IGNORE_INDEX)
+        yield (ids, targets) if documents is None else (ids, targets, documents[rows])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,21 @@ MAX_HEADER_BYTES = 10_000  # numpy's own limit; the header of a token file has 1
 ZIP_MARK = b"PK\x03\x04"
 
 
-def check_npy_file(path: Path) -> None:
-    """Check that a file is one array of plain values, whole and without anything after it.
+class NpyHeader(NamedTuple):
+    """What the header of a .npy file says, and where its values begin."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int  # of the first value, in bytes
+
+
+def check_npy_file(path: Path) -> NpyHeader:
+    """Check that a file is one array of plain values, whole and without anything after it; return its header.
 
     Errors: OSError; ValueError with what was found, as the end of a sentence.
     """
     with open(path, "rb") as file:
-        form = _read_header(file)
-        shape, dtype = form["shape"], form["dtype"]
+        shape, dtype = _read_header(file)
         if dtype.hasobject:
             raise ValueError("it holds Python objects, which are never loaded")
         if not dtype.itemsize or any(length < 0 for length in shape):
@@ -32,10 +39,11 @@ def check_npy_file(path: Path) -> None:
         stated_bytes = math.prod(shape) * dtype.itemsize
         if found_bytes != stated_bytes:
             raise ValueError(f"it has {found_bytes:,} bytes of values, but {stated_bytes:,} by its header")
+        return NpyHeader(shape, dtype, file.tell())
 
 
-def _read_header(file: BinaryIO) -> dict[str, Any]:
-    """Read the header up to the first value; return "shape" and "dtype". Errors: ValueError."""
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Read the header up to the first value; return shape and type. Errors: ValueError."""
     start = file.read(8)
     if not start.startswith(np.lib.format.MAGIC_PREFIX):
         if start.startswith(ZIP_MARK):
@@ -58,7 +66,7 @@ def _read_header(file: BinaryIO) -> dict[str, Any]:
         shape, _, dtype = read(file)
     except Exception:  # numpy parses it as Python: also SyntaxError, MemoryError and RecursionError
         raise ValueError("its header is damaged") from None
-    return {"shape": shape, "dtype": dtype}
+    return shape, dtype
 
 
 def missing_tokens(count: int, context_len: int) -> str:

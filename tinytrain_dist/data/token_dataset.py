@@ -1,149 +1,261 @@
-"""Draw windows from several token files as one dataset, and read them.
+"""Draw windows from several sources as one dataset, and read them.
 
 Must not know ranks, models or devices: a rank asks for sample slots and gets their windows.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import weakref
+import time
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from tinytrain_dist.data.token_file import (
-    dataset_fingerprint,
-    load_token_dataset,
-    num_windows,
-    torch_compatible_dtype,
-)
-from tinytrain_dist.data.window_sampling import TRAIN_STREAM, slot_random_words, uniform_integers
+from tinytrain_dist.data.mixture import SamplePhase
+from tinytrain_dist.data.npy_files import missing_tokens
+from tinytrain_dist.data.packed_windows import PackedWindows
+from tinytrain_dist.data.parallel_reads import READER_POOL
+from tinytrain_dist.data.random_windows import RandomWindows, StepPhase
+from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows, windows_per_epoch
+from tinytrain_dist.data.side_files import side_path
+from tinytrain_dist.data.side_fingerprints import documents_fingerprint, mask_fingerprint
+from tinytrain_dist.data.token_source import TokenSource
+from tinytrain_dist.data.training_windows import Windows, separate_documents
+from tinytrain_dist.data.window_sampling import TRAIN_STREAM
 from tinytrain_dist.errors import DataError
-from tinytrain_dist.utils.regular_files import open_regular
 
-_FILE_WORD_BITS = 63  # of the random word that chooses a file: a cumulative share of 1 still fits a uint64
-
-
-class _OpenFile(NamedTuple):
-    """A token file that is open for reading."""
-
-    descriptor: int
-    offset: int  # of the first token ID, in bytes
-    dtype: np.dtype[Any]
+# A window that is read from memory or a local disk takes less, and handing it to another thread takes 0.03 ms.
+_SLOW_READ_SECONDS = 1e-3
 
 
 class TokenDataset:
-    """Several token files as one source of windows.
+    """Several sources of tokens as one source of windows.
 
-    `draw` says which file and window each sample slot draws, and `read` reads the token IDs of these windows.
-
-    Files are read and not memory-mapped, for three reasons:
-
-    * A page that was mapped once counts as memory of the process until the process ends: 64 kB for each window drawn.
-    * A file that is cut short would kill the process with SIGBUS.
-    * Other threads of the process wait while a page is fetched.
+    `draw` says which source and window each sample slot draws, and `read` reads the token IDs of these windows.
     """
 
     def __init__(
         self,
-        paths: Sequence[str],
+        entries: Sequence[str],
         context_len: int,
         *,
         vocab_size: int | None = None,
         weights: Sequence[float] | None = None,
+        token_dtype: str | None = None,
+        phases: Sequence[StepPhase] = (),
+        shuffle_batch: int | None = None,
+        loss_mask: bool = False,
+        document_mask: bool = False,
+        packed: bool = False,
     ) -> None:
-        """Open and check the files; they stay open as long as the dataset exists.
+        """Open and check the sources.
 
-        vocab_size: check that every token ID lies in 0 .. vocab_size - 1 (None: not checked).
-        weights: how often each file is drawn from (None: in proportion to its windows, so all are equally likely).
+        entries: files, folders and globs; each is one source. vocab_size: check that every token ID lies in
+        0 .. vocab_size - 1 (None: not checked). weights: how often each source is drawn from (None: in proportion to
+        its windows, so all are equally likely). token_dtype: the type of token IDs in files without a header.
+        phases: weights that change, in place of `weights`. shuffle_batch: sample slots of a step, if every token is to
+        be a target once per epoch (None: windows are random).
+        loss_mask: read which targets count; every token file needs a mask file. document_mask: separate documents;
+        every token file needs a file that tells where they begin. packed: pack whole documents into windows, for which
+        every token file needs that file too.
         Errors: DataError naming the file that is missing, malformed, or shorter than context_len + 1.
         """
-        self.names = short_names(paths)
         self.context_len = context_len
-        self.fingerprints: list[dict[str, Any]] = []  # of each file
-        self.windows: list[int] = []  # number of windows of each file
-        self._files: list[_OpenFile] = []
-        for path in paths:
-            self._open(path, vocab_size)
-        self._dtype = np.result_type(*(torch_compatible_dtype(file.dtype) for file in self._files))
-        # Fractions, because the bounds below decide which file a slot draws: no rounding may move them.
-        weight_of_file = [Fraction(weight) for weight in weights or self.windows]
-        total_weight = sum(weight_of_file)
-        # Probability that two sample slots draw the same window.
-        self.collision_probability = float(
-            sum(
-                (weight / total_weight) ** 2 / windows
-                for weight, windows in zip(weight_of_file, self.windows, strict=True)
-            )
-        )
-        # Slots whose file word (below 2^63) is less than the first bound draw from the first file, those below the
-        # second bound from the second file, and so on; the last file needs no bound.
-        self._bounds = [
-            int(cumulative_weight / total_weight * (1 << _FILE_WORD_BITS))
-            for cumulative_weight in itertools.accumulate(weight_of_file[:-1])
+        self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
+        phases = phases or ([(0, weights)] if weights else [])
+        self._batch_size = shuffle_batch or 0
+        self._loss_mask, self._document_mask = loss_mask, document_mask
+        self.fingerprints: list[dict[str, Any]] = [
+            source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
         ]
+        self._packed = [PackedWindows(source, context_len) for source in self.sources] if packed else []
+        self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
+        self._window_starts = (
+            [] if self._shuffled or packed else [self._count_windows(source) for source in self.sources]
+        )
+        # number of windows of each source; of shuffled ones in an epoch
+        self.windows = (
+            self._shuffled.windows
+            if self._shuffled
+            else [*map(len, self._packed)] or [int(starts[-1]) for starts in self._window_starts]
+        )
+        self._random = RandomWindows(self.windows, phases)
+        # Probability that two sample slots of a step draw the same window.
+        self.collision_probability = self._random.collision_probability
+        self._dtype = np.result_type(*{source.dtype for source in self.sources})
+        self._seconds_per_read = 0.0  # of a window, in the recent past
+        self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
 
-    def _open(self, path: str, vocab_size: int | None) -> None:
-        tokens = load_token_dataset(path, vocab_size=vocab_size)
-        self.windows.append(num_windows(tokens, self.context_len, path))
-        self.fingerprints.append(dataset_fingerprint(path, tokens))
-        with open_regular(path) as file:
-            descriptor = os.dup(file.fileno())
-        weakref.finalize(self, os.close, descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead, as in load_token_dataset
-        self._files.append(_OpenFile(descriptor, tokens.offset, tokens.dtype))  # type: ignore[attr-defined]
+    def _shuffle(self, phases: Sequence[StepPhase], batch_size: int) -> ShuffledWindows:
+        """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
+        in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
+        if self._packed:  # a ring of windows in place of one of tokens
+            return ShuffledWindows([*map(len, self._packed)], 1, in_samples)
+        for source in self.sources:
+            if problem := missing_tokens(len(source), self.context_len):
+                raise DataError(f"{source.entry}: {problem}")
+        return ShuffledWindows([len(source) for source in self.sources], self.context_len, in_samples)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the tensors of one window, with the token after it."""
+        some_count = bool(self._loss_mask or self._document_mask or self._packed)
+        marks = self.context_len * (some_count + 4 * self._document_mask)
+        return (self.context_len + 1) * self._dtype.itemsize + marks
+
+    def _count_windows(self, source: TokenSource) -> npt.NDArray[np.int64]:
+        """Return the number of the first window of each shard, and behind them the number of windows.
+
+        No window of random sampling crosses the end of a shard. Errors: DataError if there is no window.
+        """
+        tokens_of_shards = np.diff(source.shard_starts)
+        starts = np.concatenate([[0], np.cumsum(np.maximum(0, tokens_of_shards - self.context_len))]).astype(np.int64)
+        if not starts[-1]:
+            problem = missing_tokens(int(tokens_of_shards.max()), self.context_len)
+            several = f"the longest of its {len(source.shards)} files " if len(source.shards) > 1 else ""
+            raise DataError(f"{source.paths[0] if not several else source.entry}: {several}{problem}")
+        return starts
 
     def draw(
         self, seed: int, step: int, slots: Sequence[int], stream: int = TRAIN_STREAM
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the file and the first token of each slot's window, both int64 [len(slots)].
+        """Return the source of each slot's window and the position of its first token there, int64 [len(slots)].
 
-        The draw is a pure function of (seed, step, slot, stream). The last random word of a slot chooses the file, and
-        the others choose the window, which is uniform within its file. With one file the windows are those of
-        `window_starts`, for which all four words are used.
+        The draw is a pure function of (seed, step, slot, stream). Packed windows have their number as their position.
         """
-        words = slot_random_words(seed, step, slots, stream)
-        file_words = words[:, -1] >> np.uint64(64 - _FILE_WORD_BITS)
-        files = np.searchsorted(np.array(self._bounds, np.uint64), file_words, side="right")
-        window_words = words[:, :-1] if self._bounds else words
-        starts = np.empty(len(words), dtype=np.int64)
-        for file, windows in enumerate(self.windows):
-            in_file = files == file
-            starts[in_file] = uniform_integers(window_words[in_file], windows)
-        return files, starts
+        if self._shuffled is not None:
+            return self._choose(seed, step, slots)[:2]
+        sources, numbers = self._random.choose(seed, step, slots, stream)
+        if self._packed:
+            return sources, numbers
+        positions = np.empty_like(numbers)
+        for source in range(len(self.sources)):
+            in_source = sources == source
+            positions[in_source] = self._positions(source, numbers[in_source])
+        return sources, positions
 
-    def read(self, files: npt.NDArray[np.int64], starts: npt.NDArray[np.int64]) -> Tensor:
-        """Read the windows that `draw` chose, with the token after each: [len(starts), context_len + 1] on the CPU.
+    def _choose(self, seed: int, step: int, slots: Sequence[int]) -> ChosenWindows:
+        """Return the shuffled windows of these slots."""
+        assert self._shuffled is not None
+        return self._shuffled.choose(seed, step * self._batch_size + np.asarray(slots, np.int64))
 
-        The tensor has a type that holds the token IDs of all files.
-        Errors: DataError if a file has become shorter; OSError if it cannot be read.
+    def training_windows(self, seed: int, step: int, slots: Sequence[int]) -> Windows:
+        """Return the windows of these sample slots, the targets that count, and the sources. Errors: as `read`."""
+        if self._shuffled is None:
+            sources, positions = self.draw(seed, step, slots)
+            windows = self.read(sources, positions)
+        else:
+            sources, positions, targets = self._choose(seed, step, slots)
+            windows = self.read(sources, positions)
+            if not self._packed and (targets < self.context_len).any():  # the end of an epoch
+                counted = torch.from_numpy(np.arange(self.context_len) < targets[:, None])
+                windows = replace(windows, counted=counted if windows.counted is None else windows.counted & counted)
+        return replace(windows, sources=torch.from_numpy(sources)) if len(self.sources) > 1 else windows
+
+    def epochs(self, step: int) -> float | None:
+        """Return how many epochs are over after `step` steps; None for random windows."""
+        return None if self._shuffled is None else self._shuffled.epochs(step * self._batch_size)
+
+    def epochs_of_sources(self, step: int) -> list[float]:
+        """Return how often each source was gone through in `step` steps; [] for random windows."""
+        return [] if self._shuffled is None else self._shuffled.epochs_of_sources(step * self._batch_size)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """The number of windows in an epoch of all sources."""
+        if self._packed:
+            return sum(map(len, self._packed))
+        return sum(windows_per_epoch(len(source), self.context_len) for source in self.sources)
+
+    def _positions(self, source: int, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where the windows with these numbers begin in a source whose shards' windows are numbered in order."""
+        window_starts = self._window_starts[source]
+        shards = np.searchsorted(window_starts, windows, side="right") - 1
+        offsets: npt.NDArray[np.int64] = self.sources[source].shard_starts[shards] - window_starts[shards]
+        return windows + offsets
+
+    def read(self, sources: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Windows:
+        """Read the windows that `draw` chose, with the token after each: [len(positions), context_len + 1] tokens.
+
+        The tensor has a type that holds the token IDs of all sources. May be called from several threads at once.
+        Errors: DataError if a file has changed since the run began; OSError if it cannot be read.
         """
-        rows = np.empty((len(starts), self.context_len + 1), self._dtype)
-        for row, file_index, start in zip(rows, files.tolist(), starts.tolist(), strict=True):
-            file = self._files[file_index]
-            ids = np.empty(len(row), file.dtype)
-            position = file.offset + start * file.dtype.itemsize
-            if os.preadv(file.descriptor, [ids], position) != ids.nbytes:  # type: ignore[list-item]
-                name = self.names[file_index]
-                raise DataError(f"{name}: has become shorter since the run began; restore it and resume")
-            row[:] = ids  # widens the IDs
-        return torch.from_numpy(rows)
+        rows = np.zeros((len(positions), self.context_len + 1), self._dtype)
+        counted = np.zeros((len(positions), self.context_len), np.bool_) if self._loss_mask or self._packed else None
+        begins = np.zeros(rows.shape, np.bool_) if self._document_mask or self._packed else None
+
+        def read_row(index: int) -> None:
+            since = time.perf_counter()
+            number, position = int(sources[index]), int(positions[index])
+            source = self.sources[number]
+            if self._packed:
+                assert counted is not None
+                assert begins is not None
+                self._packed[number].read_into(position, rows[index], begins[index], counted[index], self._loss_mask)
+            else:
+                source.read_into(position, rows[index])
+                if counted is not None:
+                    counted[index] = source.read_mask(position + 1, self.context_len)
+                if begins is not None:
+                    begins[index, source.document_starts(position, self.context_len + 1)] = True
+            self._seconds_per_read += 0.1 * (time.perf_counter() - since - self._seconds_per_read)
+
+        done = 0
+        while done < len(rows) and self._seconds_per_read < _SLOW_READ_SECONDS:
+            read_row(done)
+            done += 1
+        READER_POOL.map(read_row, range(done, len(rows)))
+        mask = None if counted is None else torch.from_numpy(counted)
+        if begins is None:
+            return Windows(torch.from_numpy(rows), mask)
+        windows = separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
+        return windows if self._document_mask else replace(windows, documents=None)
 
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
-        files, starts = self.draw(seed, step, slots)
-        return [f"{self.names[file]}:{start}" for file, start in zip(files.tolist(), starts.tolist(), strict=True)]
+        places = []
+        for number, position in zip(*(part.tolist() for part in self.draw(seed, step, slots)), strict=True):
+            source = self.sources[number]
+            shard, token = source.locate(self._packed[number].pieces(position)[0][0] if self._packed else position)
+            path = os.path.abspath(source.shards[shard].path)
+            places.append(f"{os.path.relpath(path, self._shared_folder)}:{token}")
+        return places
+
+
+def _open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
+    """Open the files beside the token files that the settings need, and return what identifies them.
+
+    Errors: DataError if there are none, or if one does not fit.
+    """
+    fingerprint, path = {}, source.paths[0]
+    if loss_mask:
+        if not source.open_masks():
+            raise DataError(
+                f"{path}: has no mask file ({side_path(path, '.mask.npy')}), but loss_mask = true needs one for every "
+                "token file of train_data and val_data; make it, or set loss_mask = false"
+            )
+        fingerprint["mask"] = mask_fingerprint(source.paths)
+    if documents:
+        if not source.open_documents():
+            raise DataError(
+                f"{path}: has no {side_path(path, '.documents.npy')}, in which document_mask = true and packing = "
+                "best_fit find where documents begin; run `tinytrain prepare` again, which writes it"
+            )
+        fingerprint["documents"] = documents_fingerprint(source.paths)
+    return fingerprint
+
+
+def shared_folder(paths: Sequence[str]) -> str:
+    """Return the deepest folder that holds all these files; "" for none."""
+    folders = {os.path.dirname(path) for path in paths}
+    return os.path.commonpath([os.path.abspath(folder) for folder in folders]) if folders else ""
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """Return the part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
-    absolute = [os.path.abspath(path) for path in paths]
-    shared_folder = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else ""
-    return [os.path.relpath(path, shared_folder) for path in absolute]
+    folder = shared_folder(paths)
+    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]

@@ -1,6 +1,7 @@
 """Open and check one token file, fingerprint it, and read windows of it.
 
-A token file is a .npy file with a 1-D array of integers. Must not know ranks, models, devices or other files.
+A token file is a 1-D array of integers in one of the formats of `token_formats.py`. Must not know ranks, models,
+devices or other files.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ import contextlib
 import hashlib
 import mmap as memory_map
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinytrain_dist.data.npy_files import check_npy_file, missing_tokens
+from tinytrain_dist.data.npy_files import missing_tokens
+from tinytrain_dist.data.token_formats import Layout, find_layout
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import read_json_dict
-from tinytrain_dist.utils.regular_files import NotAFileError, check_regular
 
 Tokens = npt.NDArray[Any]  # 1-D, of any integer type
 
@@ -29,22 +30,35 @@ FINGERPRINT_BLOCK_TOKENS = 4096
 _SCAN_BLOCK_TOKENS = 1 << 24
 
 
-def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int | None = None) -> Tokens:
-    """Open a token file (.npy, 1-D integers, C order), memory-mapped by default.
+class SlicedTokens(Protocol):
+    """Token IDs that slices can be taken of: an array, or a file that is read when a slice is taken."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the token IDs."""
+
+    def __len__(self) -> int:
+        """Return the number of token IDs."""
+
+    def __getitem__(self, part: slice) -> Tokens:
+        """Return some token IDs."""
+
+
+def load_token_dataset(
+    path: str | Path, mmap: bool = True, *, vocab_size: int | None = None, token_dtype: str | None = None
+) -> Tokens:
+    """Open a token file (1-D integers, C order; see `token_formats.py` for the formats), memory-mapped by default.
 
     vocab_size: check that every token ID lies in 0 .. vocab_size - 1. That takes one scan of the file, whose result is
     kept beside it in FILE.range.json.
+    token_dtype: "uint16", "uint32" or "int32", the type of token IDs in a file without a header.
     Errors: DataError naming the file, what it holds and what is allowed.
     """
     path = Path(path)
-    tokens = _open_array(path, mmap)
+    layout = find_layout(path, token_dtype, vocab_size)
+    tokens = _open_array(path, layout, mmap)
     if vocab_size is not None:
-        smallest, largest = _id_range(path, tokens)
-        if smallest < 0 or largest >= vocab_size:
-            wrong_id = smallest if smallest < 0 else largest
-            raise DataError(
-                f"{path}: holds token id {wrong_id}, but vocab_size {vocab_size} allows 0 .. {vocab_size - 1}"
-            )
+        check_id_range(path, layout, _id_range(path, tokens), vocab_size)
     if isinstance(tokens, np.memmap) and hasattr(memory_map, "MADV_RANDOM"):
         mapping: Any = vars(tokens)["_mmap"]  # np.memmap has no public name for it
         # Give back the pages that the scan above has mapped.
@@ -55,29 +69,34 @@ def load_token_dataset(path: str | Path, mmap: bool = True, *, vocab_size: int |
     return tokens
 
 
-def _open_array(path: Path, mmap: bool) -> Tokens:
-    """Open a .npy file and check that it holds a 1-D array of integers in C order."""
+def _open_array(path: Path, layout: Layout, mmap: bool) -> Tokens:
+    """Open the token IDs of a file as an array, and check that it is in C order."""
     try:
-        check_regular(path)
-        check_npy_file(path)
-        array: Tokens = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such token file; make one with `tinytrain prepare` or correct the path") from None
-    except NotAFileError as error:
-        raise DataError(f"{error}; give a token file made by `tinytrain prepare`") from None
+        if layout.format == "npy":
+            array: Tokens = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        elif mmap and layout.tokens:
+            array = np.memmap(path, layout.dtype, "r", layout.offset, (layout.tokens,))
+        else:
+            array = np.fromfile(path, layout.dtype, layout.tokens, offset=layout.offset)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error}); make it again with `tinytrain prepare`") from None
-    if array.ndim != 1 or array.dtype.kind not in "ui":
-        raise DataError(
-            f"{path}: holds {array.ndim}-D {array.dtype}, but a token file is a 1-D array of integers; "
-            "save ids.astype('uint16')"
-        )
+        raise DataError(f"{path}: not a readable token file ({error}); make it again") from None
     if not array.flags.c_contiguous:
         raise DataError(f"{path}: is not in C order; save np.ascontiguousarray(ids)")
     return array
 
 
-def dataset_fingerprint(path: str | Path, tokens: Tokens) -> dict[str, Any]:
+def check_id_range(path: str | Path, layout: Layout, id_range: tuple[int, int], vocab_size: int) -> None:
+    """Check that the smallest and the largest token ID of a file belong to the vocabulary. Errors: DataError."""
+    smallest, largest = id_range
+    if smallest < 0 or largest >= vocab_size:
+        wrong_id = smallest if smallest < 0 else largest
+        stated = f"; correct it, or token_dtype {layout.dtype.name}" if layout.format == "headerless" else ""
+        raise DataError(
+            f"{path}: holds token id {wrong_id}, but vocab_size {vocab_size} allows 0 .. {vocab_size - 1}{stated}"
+        )
+
+
+def dataset_fingerprint(path: str | Path, tokens: SlicedTokens) -> dict[str, Any]:
     """Return what identifies a token file and is cheap to compute: its name, length, type and a sha256.
 
     The sha256 covers 64 blocks of 4,096 token IDs, spread evenly from the first to the last.
@@ -107,11 +126,20 @@ def _id_range(path: Path, tokens: Tokens) -> tuple[int, int]:
                 return smallest, largest
     except (OSError, ValueError):
         pass  # no usable cache: scan
-    blocks = [tokens[start : start + _SCAN_BLOCK_TOKENS] for start in range(0, len(tokens), _SCAN_BLOCK_TOKENS)]
-    id_range = min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
+    id_range = scan_id_range(tokens, _SCAN_BLOCK_TOKENS)
     with contextlib.suppress(OSError):  # in a read-only data folder each start scans again; nothing else is lost
         write_atomically(cache_path, {"key": key, "range": id_range})
     return id_range
+
+
+def scan_id_range(tokens: SlicedTokens, block_tokens: int) -> tuple[int, int]:
+    """Return the smallest and the largest token ID, (0, -1) if there are none; reads block_tokens at a time."""
+    smallest, largest = [], []
+    for start in range(0, len(tokens), block_tokens):
+        block = tokens[start : start + block_tokens]
+        smallest.append(int(block.min()))
+        largest.append(int(block.max()))
+    return (min(smallest), max(largest)) if smallest else (0, -1)
 
 
 def num_windows(tokens: Tokens, context_len: int, name: str = "the token file") -> int:

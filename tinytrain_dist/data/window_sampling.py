@@ -5,7 +5,7 @@ Terms that the whole project uses:
 * sample slot: index of a sequence in the global batch, 0 .. batch_size - 1. Each rank draws its own slots only.
 * window: context_len + 1 successive tokens, that is context_len tokens with the token after each. The position of its
   first token identifies it.
-* stream: number that separates the draws of training from those of evaluation.
+* stream: number that separates the draws of training, of evaluation and of the orders of shuffled windows.
 
 Nothing about sampling is saved: a resumed run draws the same windows, on any number of ranks.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-TRAIN_STREAM, EVAL_STREAM = 0, 1
+TRAIN_STREAM, EVAL_STREAM, SHUFFLE_STREAM = 0, 1, 2
 WORDS_PER_SLOT = 4  # a block of the Philox generator
 
 

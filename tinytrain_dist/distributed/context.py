@@ -162,6 +162,12 @@ class DistributedContext:
         ballot = torch.tensor([int(flag)], dtype=torch.int32)
         return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
 
+    def start_sum(self, number: int) -> Sum:
+        """Start to sum a whole number over all ranks, on the device. A collective; does not block, see `Sum`."""
+        # filled on the device, because copying a number from the host makes a step wait for the device
+        total = torch.full((), number, dtype=torch.int64, device=self.device)
+        return Sum(total, dist.all_reduce(total, async_op=True))
+
     def any_rank(self, flag: bool) -> bool:
         """Return True on every rank if any rank passes True. A collective; blocks until every rank has called it.
 
@@ -185,6 +191,23 @@ class Vote:
         """Return whether the flag is True on any rank. Blocks; by the next step the answer has usually arrived."""
         self.work.wait()
         return bool(self.ballot.item())
+
+
+@dataclass
+class Sum:
+    """A sum that `DistributedContext.start_sum` has started.
+
+    * `total`: int64 scalar on the device. It holds this rank's number, and afterwards the sum over all ranks.
+    * `work`: the handle of the all-reduce.
+    """
+
+    total: Tensor
+    work: Any
+
+    def result(self) -> Tensor:
+        """Return the sum. Blocks on a CPU; on a GPU only what is enqueued afterwards waits for it."""
+        self.work.wait()
+        return self.total
 
 
 def init_distributed(

@@ -1,23 +1,32 @@
 """Find the part of a tensor that this rank holds.
 
 FSDP's DTensors are sharded over tensor dim 0 along the last axis of their mesh. A plain tensor counts as whole on every
-rank.
+rank. Importing DTensor takes as long as half of torch, so it is left to FSDP, which makes them.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Return whether a value is a DTensor; does not import DTensor, because without that import there is none."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory. A plain tensor is returned as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
@@ -32,7 +41,7 @@ def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
 
 def shard_range(tensor: Tensor) -> tuple[int, int]:
     """Return the first row of a parameter on this rank, and the row after the last one. A scalar has one row."""
-    if not isinstance(tensor, DTensor) or not tensor.ndim:
+    if not is_dtensor(tensor) or not tensor.ndim:
         return 0, tensor.shape[0] if tensor.ndim else 1
     return shard_rows(tensor.shape[0], *_shard_count_and_index(tensor.device_mesh))
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from tinytrain_dist.distributed.collectives import Group, get_rank
+from tinytrain_dist.distributed.dtensor import is_dtensor
 
 # Number of chunks that a writer requests ahead of use. While a message waits for its request, gloo's thread spins.
 # measured (2-core x86 VM, 2026-11-25), CPU time of rank 0 to save 0.7 GB, half of it its own: 0 requested ahead 1.8 s,
@@ -58,7 +58,9 @@ def shard_of(name: str, tensor: Tensor, writer: int = 0) -> TensorShard:
     """
     local_rows = tensor.detach()
     ranks: tuple[int, ...] = (writer,)
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
+        from torch.distributed.tensor import Shard
+
         sharding = tensor.placements[-1]
         if not (isinstance(sharding, Shard) and sharding.dim == 0):
             raise ValueError(f"{name}: only tensors sharded over dim 0 can be saved, got {tensor.placements}")

@@ -12,22 +12,29 @@ Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, com
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import weakref
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
 
 from tinytrain_dist.distributed.network import LISTENER_VARIABLE, take_over_listener
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+COMPILER = "torch._dynamo"  # the module that imports all of torch.compile's front end
 EXPANDABLE_SEGMENTS = "expandable_segments:True"  # a value of PYTORCH_ALLOC_CONF
 
 if TYPE_CHECKING:  # at run time __getattr__ imports them on first use: importing FSDP takes seconds
@@ -183,12 +190,74 @@ def unshard_asynchronously(unit: Any) -> None:
     unit._set_unshard_async_op(True)
 
 
+_reduce_scatter_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the group of shards
+
+
+def separate_reduce_scatters(model: Any, timeout: timedelta | None) -> bool:
+    """Let FSDP reduce-scatter in a process group of its own, beside the all-gathers. A collective of a replica's ranks.
+
+    Otherwise one communicator of NCCL runs both kinds one after the other. Models over the same ranks share the group,
+    so that building a model again takes no more memory. Returns whether this torch can do it.
+    Versions: FSDPModule.set_separate_reduce_scatter_group since 2.13, with mesh_info.reduce_scatter_process_group.
+    """
+    if not hasattr(model, "set_separate_reduce_scatter_group"):
+        return False
+    units = [module for module in model.modules() if hasattr(module, "set_separate_reduce_scatter_group")]
+    meshes = [group.mesh_info for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    shards = meshes[0].shard_process_group
+    for mesh in meshes:
+        mesh.reduce_scatter_process_group = _reduce_scatter_groups.get(shards)
+    model.set_separate_reduce_scatter_group(True)
+    group = _reduce_scatter_groups[shards] = meshes[0].reduce_scatter_process_group
+    if timeout is not None:
+        set_group_timeout(group, timeout)
+    return True
+
+
 # ---------------------------------------------------------------- compiler
 
 
-def load_compiler() -> None:
-    """Import torch.compile's front end, which takes seconds; torch's optimizers would otherwise do so on first use."""
-    import torch._dynamo.utils  # noqa: F401
+def without_loading_compiler(method: Method) -> Method:
+    """Return a method that torch hides from its compiler, without importing the compiler for that.
+
+    The first call of such a method imports the compiler, which takes as long as importing torch, also in a program
+    that compiles nothing. Here the method is called directly while the compiler is not imported.
+    Versions: torch._disable_dynamo keeps the method in __wrapped__ in 2.11 to 2.15; other methods are returned as
+    they are.
+    """
+    plain = getattr(method, "__wrapped__", None)
+    if plain is None:
+        return method
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (method if COMPILER in sys.modules else plain)(*args, **kwargs)
+
+    return cast(Method, call)
+
+
+def replicate_without_compiler(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wrap a model that is not compiled for DDP, without importing the compiler; options: of DistributedDataParallel.
+
+    DDP asks the compiler how to split graphs, and hides part of its forward from it. Without graphs, neither has an
+    effect. Versions: torch._dynamo.utils.get_optimize_ddp_mode and _run_ddp_forward in 2.11 to 2.15. If DDP asks for
+    anything else, or the compiler is imported already, this is plain DDP.
+    """
+    if COMPILER in sys.modules:
+        return DistributedDataParallel(model, **options)
+    wrapped: DistributedDataParallel | None = None
+    answers: Any = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization"))
+    torch._dynamo = answers
+    try:
+        with suppress(AttributeError):
+            wrapped = DistributedDataParallel(model, **options)
+    finally:
+        if torch._dynamo is answers:  # otherwise another thread has imported the compiler
+            del torch._dynamo
+    if wrapped is None:
+        return DistributedDataParallel(model, **options)
+    wrapped._run_ddp_forward = functools.partial(model)  # type: ignore[method-assign]
+    return wrapped
 
 
 def compiled_graph_count() -> int:
@@ -196,9 +265,8 @@ def compiled_graph_count() -> int:
 
     Versions: dynamo's counters in 2.11 to 2.15.
     """
-    import torch._dynamo.utils
-
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not imported before a program uses the compiler
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def keep_graphs_whole_under_ddp() -> None:
@@ -206,6 +274,33 @@ def keep_graphs_whole_under_ddp() -> None:
     import torch._dynamo
 
     torch._dynamo.config.optimize_ddp = False
+
+
+def assume_vector_instructions() -> bool:
+    """Let inductor use the vector instructions that this processor lists, without a test; return whether that is new.
+
+    The test starts up to six processes in each rank, one after the other. They take 0.9 s of processor time even if
+    the test programs are in the cache. Call this before anything is compiled; try the compiler afterwards, and if it
+    fails call `check_vector_instructions`. A value that the user has set with TORCHINDUCTOR_VEC_ISA_OK is kept.
+    Versions: inductor's cpp.vec_isa_ok in 2.11 to 2.15.
+    """
+    import torch._inductor.config as inductor
+
+    if getattr(inductor.cpp, "vec_isa_ok", True) is not None:
+        return False
+    inductor.cpp.vec_isa_ok = True
+    return True
+
+
+def check_vector_instructions() -> None:
+    """Undo `assume_vector_instructions`, and forget what was compiled. Versions: as there."""
+    import torch._dynamo
+    import torch._inductor.config as inductor
+    from torch._inductor import cpu_vec_isa
+
+    inductor.cpp.vec_isa_ok = None
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    torch._dynamo.reset()
 
 
 def emulate_eager_rounding() -> None:
@@ -239,9 +334,13 @@ def prefer_attention_kernels(*names: str) -> None:
 
 
 def fused_attention_ops() -> set[Any]:
-    """Return the operators that scaled_dot_product_attention may choose. Versions: all of them in 2.11 to 2.15."""
+    """Return the operators of attention: those that scaled_dot_product_attention may choose, and FlexAttention.
+
+    Versions: all of them in 2.11 to 2.15.
+    """
     aten = torch.ops.aten
     return {
+        torch.ops.higher_order.flex_attention,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -40,17 +40,20 @@ from typing import Any, NoReturn
 from tinytrain_dist.config.run_folder import ERROR_FILE, STATE_FILE
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.blocked_signals import call_if_not_handled
+from tinytrain_dist.launch.death_texts import describe_death, describe_exit, out_of_memory_kills
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
-from tinytrain_dist.launch.torchrun_options import address_arguments, parse_torchrun_options
+from tinytrain_dist.launch.torchrun_options import address_arguments, node_range, parse_torchrun_options
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
 from tinytrain_dist.reliability.run_state import write_state
 from tinytrain_dist.reliability.start_marks import claim
-from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored
+from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored, unblock_stop_signals
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
 from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.current_folder import current_folder_problem
+from tinytrain_dist.utils.interrupts import MESSAGE
 from tinytrain_dist.utils.processes import process_age, raise_open_file_limit
 from tinytrain_dist.utils.stale_files import describe_leftovers, owner, remove_leftovers
 
@@ -100,6 +103,7 @@ class AgentState:
     scratch: str = ""  # folder of this agent
     rendezvous_store: Any = None  # kept, because torchrun uses its server
     first_death: RankDeath | None = None  # since the last restart
+    ends_rendezvous: bool = False  # torchrun runs, and a run of this number of nodes cannot begin without this one
     over: RankDeath | None = None  # a death after which there is no restart
 
 
@@ -121,10 +125,12 @@ def rank_pids() -> Iterator[int]:
 def forward_signal(number: int, _: FrameType | None) -> None:
     """Forward a signal to the ranks. A second Ctrl-C, at least a second later, ends all without saving."""
     pids = list(rank_pids())
+    is_first = "TINYTRAIN_STOP" not in os.environ
     # Ranks that start later find it there and stop in order: a restart in place must not continue training.
     os.environ["TINYTRAIN_STOP"] = signal.Signals(number).name
     if not pids and number != signal.SIGUSR1:
-        _exit_now(128 + number if _state.runs_verb else 0)  # no rank runs yet, so there is nothing to save
+        interrupted = is_first and number == signal.SIGINT and not _has_begun()
+        _end_without_ranks(128 + number if _state.runs_verb or interrupted else 0, interrupted)
     _begin_to_stop_hanging_starts()
     if _state.runs_verb:
         number = signal.SIGTERM
@@ -137,6 +143,21 @@ def forward_signal(number: int, _: FrameType | None) -> None:
         _wait_for_handler(pid, number, end)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _has_begun() -> bool:
+    """Return whether a rank of this node has begun; it may have ended since."""
+    return _state.folder_note is not None and _state.folder_note.is_file()
+
+
+def _end_without_ranks(code: int, interrupted: bool) -> None:
+    """End this agent, which has no ranks, so there is nothing to save."""
+    if interrupted:
+        _say(MESSAGE)
+    if not _state.ends_rendezvous:
+        _exit_now(code)
+    _state.ends_rendezvous = False  # a second signal must not wait for the store of the head
+    raise RunOverError(RankDeath("", code))  # torchrun then closes the rendezvous, so that no other node waits for this
 
 
 def _stop_waiting_for_nodes() -> None:
@@ -274,10 +295,13 @@ def main(args: list[str]) -> int:
         call_if_not_handled(STOP_SIGNALS, lambda: "TINYTRAIN_STOP" in os.environ, _stop_waiting_for_nodes)
         of_torchrun = []
     else:  # on other systems torchrun handles the signals itself
+        unblock_stop_signals()
         of_torchrun = [name for name in TORCHRUN_SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
     _state.runs_verb = runs_verb(args)
     args = [f"--signals-to-handle={','.join(of_torchrun or [UNUSED_SIGNAL])}", *args]
     try:
+        if problem := current_folder_problem():
+            raise TinytrainError(problem)
         config = training_config(args)
     except TinytrainError as mistake:
         _say(f"error: {mistake}")
@@ -306,9 +330,11 @@ def main(args: list[str]) -> int:
             _begin_to_stop_hanging_starts()
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
-        kills_before = _out_of_memory_kills()
+        kills_before = out_of_memory_kills()
         _call_before_close(lambda context: _report_first_death(context, folder_note, kills_before))
         announce_node_waits(options, lambda: any(rank_pids()))
+        fewest, most = node_range(options)
+        _state.ends_rendezvous = 1 < fewest == most
         try:
             torchrun(args)
             return 0
@@ -318,7 +344,7 @@ def main(args: list[str]) -> int:
             death = _state.first_death or _reported_failure(list(failed.failures.values()))
         except RendezvousError as failed:
             death = RankDeath(_describe_missing_nodes(options, failed), 1)
-        if death.exit_code:
+        if death.exit_code and death.text:
             _say(f"error: {_first_cause(folder_note) or death.text}")
         return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
 
@@ -434,7 +460,7 @@ def _report_death(folder_note: Path, local_rank: int, pid: int, exit_code: int, 
     steps = [beat["step"] for beat in heartbeats if beat["phase"] not in START_PHASES]
     step = max(steps, default=None)
     name = f"rank {own['rank']}" if own else f"local rank {local_rank}"
-    text = _describe_death(f"{name} on {host} (process {pid})", exit_code, step if own else None, kills_before)
+    text = describe_death(f"{name} on {host} (process {pid})", exit_code, step if own else None, kills_before)
     if _state.killed_by:
         text = f"ended by {_state.killed_by}, without saving, after step {step}"
     _state.first_death = RankDeath(text, exit_code)
@@ -442,32 +468,6 @@ def _report_death(folder_note: Path, local_rank: int, pid: int, exit_code: int, 
         cause = {"message": text, "rank": own["rank"], "host": host, "step": step, "traceback": "", "time": now}
         error_report.write_error(folder, {**cause, "secondary": False})
         error_report.request_abort(folder, str(own.get("world", "")), text)
-
-
-def _describe_death(process: str, exit_code: int, step: int | None, kills_before: int) -> str:
-    """Return a sentence about how a process ended, with a remedy if memory may have run out."""
-    text = f"{process} {_describe_exit(exit_code)}"
-    if exit_code > 0:
-        text += ", without an error message"
-    if step is not None:
-        text += f", after step {step}"
-    if exit_code == -signal.SIGKILL:
-        text += "; the kernel does this when memory runs out; a smaller micro_batch_size needs less memory"
-        kills = _out_of_memory_kills() - kills_before
-        if kills > 0:
-            text += f" (it has killed {kills} process(es) for lack of memory since this run started)"
-    return text
-
-
-def _describe_exit(exit_code: int) -> str:
-    return f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
-
-
-def _out_of_memory_kills() -> int:
-    """Return how many processes the kernel has killed for lack of memory; 0 where it does not count them."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/vmstat").read_text().split("oom_kill ")[1].split()[0])
-    return 0
 
 
 def _first_cause(folder_note: Path) -> str:
@@ -490,4 +490,4 @@ def _reported_failure(failures: list[Any]) -> RankDeath:
     if isinstance(message, dict) and message.get("message"):
         return RankDeath(str(message["message"]), first.exitcode)
     process = f"local rank {first.local_rank} (process {first.pid})"
-    return RankDeath(f"{process} {_describe_exit(first.exitcode)}", first.exitcode)
+    return RankDeath(f"{process} {describe_exit(first.exitcode)}", first.exitcode)

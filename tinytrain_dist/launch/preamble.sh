@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Make a script independent of the settings of the user's shell. The scripts in launch/ and slurm/ read this file first.
-# It sets `root`, the folder that contains the package, and defines `print_line` and `find_python`.
+# It sets `root`, the folder that contains the package, and defines functions.
 
 # An output that nobody reads or that is closed must not end a script, and no other file may get its number.
 trap '' PIPE
@@ -44,4 +44,33 @@ find_python() {
         print_line '%s: %s lacks packages; run launch/setup.sh first, or set PYTHON.' "${0##*/}" "$python" >&2
         exit 2
     }
+}
+
+# enter_container CODE: of a Slurm job, set how its commands enter the container that CONTAINER or CONTAINER_IMAGE names:
+# `inside`, a prefix of every command (apptainer), and `flags`, options of srun (pyxis). PYTHON is then that of the container.
+enter_container() {
+    local mounts=$PWD,$1${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    flags=() inside=()
+    [ -z "${CONTAINER:-}${CONTAINER_IMAGE:-}" ] || export PYTHON=${CONTAINER_PYTHON:-python3}
+    if [ -n "${CONTAINER:-}" ]; then
+        inside=(apptainer exec --bind "$mounts" --pwd "$PWD")
+        [ -z "${SLURM_GPUS_ON_NODE:-}" ] || inside+=(--nv)
+        inside+=("$CONTAINER")
+    elif [ -n "${CONTAINER_IMAGE:-}" ]; then
+        mounts=$(tr , '\n' <<<"$mounts" | sed 's/.*/&:&/' | paste -sd,)
+        flags=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD" --container-mounts="$mounts")
+    fi
+}
+
+# here COMMAND...: run a command once, on this node of a Slurm job, in its container
+here() {
+    if [ ${#flags[@]} -gt 0 ]; then srun --nodes=1 --ntasks=1 "${flags[@]}" "$@"; else "${inside[@]}" "$@"; fi
+}
+
+# second_node: print the address of the second node of a Slurm job, or its name; nothing if there is none
+second_node() {
+    local name
+    name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 2p)
+    [ -n "$name" ] || return 0
+    scontrol show node "$name" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p' | grep . || printf '%s\n' "$name"
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
-from tinytrain_dist.errors import DataError, RendezvousError, ReplicaMismatchError, TinytrainError
+from tinytrain_dist.errors import DataError, DivergenceError, RendezvousError, ReplicaMismatchError, TinytrainError
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
@@ -123,6 +123,8 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
     # After a mistake the next start fails in the same way. These two can pass: a node was lost just then, or a device
     # has computed wrong values.
     passing = isinstance(error, (RendezvousError, ReplicaMismatchError))
+    # the same steps would diverge again
+    lasting = isinstance(error, DivergenceError)
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     return Failure(
         message=str(error) if user_mistake else f"{where}: {type(error).__name__}: {error}",
@@ -131,7 +133,7 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
         host=host,
         step=step,
         user_mistake=user_mistake,
-        may_retry=started or passing or not user_mistake,
+        may_retry=not lasting and (started or passing or not user_mistake),
         caused_by_peer=isinstance(error, RuntimeError) and PEER_FAILURE.search(str(error)) is not None,
         time=now,
     )

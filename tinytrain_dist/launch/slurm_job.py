@@ -1,18 +1,20 @@
 """Tell a batch script what it cannot know: how the nodes reach this one, and the run folder of a configuration.
 
-    python -m tinytrain_dist.launch.slurm_job [--peer HOST] [CONFIG.toml [SETTINGS]]
+    python -m tinytrain_dist.launch.slurm_job [--peer HOST] [--sweep FILE --task N] [CONFIG.toml [SETTINGS]]
 
-Prints HOST:PORT of the rendezvous, then the run folder if a configuration is given. Must not import torch, because a
-batch script waits for it.
+Prints HOST:PORT of the rendezvous, then the run folder if a configuration is given, then the settings of task N of a
+sweep, each on a line. Must not import torch, because a batch script waits for it.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.start import head_endpoint
+from tinytrain_dist.launch.sweep import line_of_task, task_settings
 
 
 def main(args: list[str]) -> int:
@@ -20,13 +22,17 @@ def main(args: list[str]) -> int:
 
     --peer: a node that this node must be able to reach. Without it, Slurm is asked; a container may have no Slurm.
     """
-    peer = None
-    if args[:1] == ["--peer"]:
-        peer, args = args[1], args[2:]
+    options = {}
+    while args[:1] and args[0] in ("--peer", "--sweep", "--task"):
+        options[args[0]], args = args[1], args[2:]
     try:
-        print(head_endpoint(peer or None))
+        more = []
+        if "--sweep" in options:
+            task = int(options["--task"])
+            more = task_settings(args, line_of_task(Path(options["--sweep"]), task), task)
+        print(head_endpoint(options.get("--peer") or None))
         if args:
-            print(parse_command_line(args).target_dir)
+            print("\n".join([parse_command_line([*args, *more]).target_dir, *more]))
     except TinytrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

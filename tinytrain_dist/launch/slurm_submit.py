@@ -8,6 +8,7 @@ the code and settings as they were submitted, even if the checkout has changed s
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -28,17 +30,21 @@ from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
-from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.launch.sweep import read_sweep, task_settings
+from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.git import git_output
 from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, Text
 from tinytrain_dist.utils.package_files import PACKAGE, package_folder
-from tinytrain_dist.utils.regular_files import check_regular, read_text
+from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 
 PROGRAM = "tinytrain submit"
 SITE_FILE = Path("slurm") / "env.sh"  # of the current folder or the checkout; git ignores it, but the job needs it
 WARNING_SECONDS = 180  # from Slurm's signal to the time limit: enough for the last save
 MIN_TIME_SECONDS = 120  # a run needs about this long to start and save
+MOST_FILES_CHECKED = 50  # of each entry of train_data and val_data
 FOLLOW_SECONDS = 0.5  # between two reads of the log
 
 
@@ -155,7 +161,6 @@ class Job:
 
     def write(self) -> None:
         """Write RUN/submitted/N: the code as it is now, the resolved settings of each run, the job script."""
-        self.folder.mkdir(parents=True)
         copy_code(self.folder / "code")
         for number, config in enumerate(self.configs):
             name = f"config-{number}.toml" if self.options.array else "config.toml"
@@ -186,6 +191,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     problems = []
     try:
         config = resolve_vocab_size(config)
+        config = resolve_epochs(config)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -195,8 +201,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     if (config.ckpt_writers or 1) > nodes * per_node:
         problems.append(f"ckpt_writers: {config.ckpt_writers} is more than the {nodes * per_node} processes; lower it")
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
-        for file in files:
-            problems += [f"{name}: {problem}" for problem in check_tokens(Path(file), config.context_len)]
+        problems += [f"{name}: {problem}" for file in files for problem in check_tokens(file, config)]
     for name in ("ckpt_path_to_resume", "init_from"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_dir():
@@ -204,26 +209,25 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
     return problems
 
 
-def check_tokens(path: Path, context_len: int) -> list[str]:
-    """Return what is wrong with a token file, from its header alone."""
-    import numpy as np
+def check_tokens(entry: str, config: TrainingConfig) -> list[str]:
+    """Return what is wrong with an entry of train_data or val_data, from the headers of its files alone.
 
-    from tinytrain_dist.data.npy_files import check_npy_file, missing_tokens
+    Of many files only some are opened, spread evenly, so that the check takes about a second.
+    """
+    from tinytrain_dist.data.npy_files import missing_tokens
+    from tinytrain_dist.data.token_formats import find_layout
 
     try:
-        check_regular(path)
-        check_npy_file(path)
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        reason = "no such token file" if isinstance(error, FileNotFoundError) else f"is not a token file ({error})"
-        return [f"{path}: {reason}; make one with `tinytrain prepare`"]
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        return [
-            f"{path}: has type {tokens.dtype} and shape {tokens.shape}, but must be one row of integer IDs; make one "
-            "with `tinytrain prepare`"
-        ]
-    problem = missing_tokens(len(tokens), context_len)
-    return [f"{path}: {problem}"] if problem else []
+        paths = shard_paths(entry)
+        checked = paths[:: -(-len(paths) // MOST_FILES_CHECKED)]
+        layouts = [find_layout(Path(path), config.token_dtype, config.vocab_size) for path in checked]
+    except NoTokenFilesError:
+        return []  # resolve_vocab_size has reported it
+    except DataError as error:
+        return [str(error)]
+    longest = max(layout.tokens for layout in layouts)
+    problem = missing_tokens(longest, config.context_len) if checked == paths else ""
+    return [f"{entry}: {problem}"] if problem else []
 
 
 def check_options(options: SubmitOptions) -> list[str]:
@@ -240,6 +244,8 @@ def check_options(options: SubmitOptions) -> list[str]:
     for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if options.max_requeues is not None and options.max_requeues < 0:
+        problems.append(f"--max-requeues: {options.max_requeues} must not be negative; give 0 for no requeue")
     problems += check_template(options)
     try:
         if seconds_of(options.time) < MIN_TIME_SECONDS:
@@ -303,10 +309,9 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
     for task, line in enumerate(lines):
         prefix = "" if line is None else f"task {task}: "
         try:
-            task_settings = [] if line is None else split_settings(line)
-            config = parse_command_line([str(options.config), *settings, *task_settings], prog=PROGRAM)
-            if line is not None and not re.search(r"--target[-_]dir\b", line):
-                config = replace(config, target_dir=f"{config.target_dir}/{task}")
+            words = [str(options.config), *settings]
+            more = [] if line is None else task_settings(words, line, task)
+            config = parse_command_line([*words, *more], prog=PROGRAM)
             configs.append(config)
             problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
         except ConfigError as error:
@@ -330,23 +335,6 @@ def shared_places(configs: list[TrainingConfig]) -> list[str]:
         for (folder, prefix), tasks in sorted(places.items())
         if tasks > 1
     ]
-
-
-def split_settings(line: str) -> list[str]:
-    """Return the words of a line of a sweep, as a shell would. Errors: ConfigError."""
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise ConfigError(f"--array: the line {line!r} has a quote without its end ({error}); close it") from None
-
-
-def read_sweep(path: Path) -> list[str]:
-    """Return the lines of a sweep, without empty lines and comments. Errors: ConfigError."""
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--array: {path} cannot be read ({error}); give a text file") from None
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 # ---------------------------------------------------------------- submission
@@ -403,13 +391,28 @@ def _print_logs(folder: Path, positions: dict[str, int]) -> None:
     sys.stdout.flush()
 
 
+@contextlib.contextmanager
+def _folder_unless_it_fails(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents, and remove what was made if the block raises."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in missing[1:]:  # from the inside out
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+        raise
+
+
 def submit(job: Job) -> str:
     """Write the job's folder and submit the job; return its ID in Slurm. Errors: SubmitError if Slurm refuses."""
-    job.write()
-    done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(job.folder)
-        raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
+    with _folder_unless_it_fails(job.folder):
+        job.write()
+        done = subprocess.run(job.command(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SubmitError(f"sbatch refused: {done.stderr.strip()}")
     slurm_id = done.stdout.strip().partition(";")[0]  # "ID", or "ID;CLUSTER"
     write_atomically(job.folder / "job_id", slurm_id + "\n")
     return slurm_id
@@ -437,6 +440,10 @@ def submit_run(options: SubmitOptions, settings: list[str]) -> int:
     number = 1 + max((int(path.name) for path in submissions.glob("*") if path.name.isdigit()), default=0)
     job = Job(options, configs, base, options.batch_script, submissions / str(number))
     if options.dry_run:
+        for number, config in enumerate(configs):
+            if config.epochs is not None:
+                task = f"task {number}: " if options.array else ""
+                print(f"# {task}{config.epochs} epochs give total_steps = {resolve_epochs(config).total_steps}")
         print(f"{job.script()}\n# would be submitted from {os.getcwd()} with:\n{shlex.join(job.command())}")
         return 0
     if shutil.which("sbatch") is None:

@@ -29,6 +29,7 @@ from tinytrain_dist.distributed.network import (
 )
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.launch.machine import usable_cores, visible_gpus
+from tinytrain_dist.reliability.stop_requests import block_stop_signals
 
 RANK_MODULE = "tinytrain_dist.train"
 AGENT_MODULE = "tinytrain_dist.agent"
@@ -81,6 +82,7 @@ class Command:
                 raise _port_is_taken(self.port) from None
         # asks for a stop; must not kill this process before the program handles it (it does so in any case)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        block_stop_signals()
         if self.summary:
             with contextlib.suppress(OSError):
                 print(self.summary, file=sys.stderr, flush=True)
@@ -301,7 +303,10 @@ def _cores_of_task(direct: bool, environment: Mapping[str, str]) -> int:
 
 
 def _threads_per_rank(nproc: int, cores: int) -> str:
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // nproc))
+    given = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if given and not re.fullmatch(r"0*[1-9]\d*(,\s*0*[1-9]\d*)*", given):  # a list is for nested parallel regions
+        raise StartError(f"OMP_NUM_THREADS: {given!r} is not a number of threads; correct the variable, or unset it")
+    return given or str(max(1, cores // nproc))
 
 
 def _python(*arguments: str) -> list[str]:

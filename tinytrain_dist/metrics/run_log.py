@@ -6,7 +6,6 @@ Must not know how the numbers are computed, or any tracker. Only rank 0 writes; 
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from typing import Any
 
 from tinytrain_dist.config.run_folder import REPLACED_SUFFIX, records_file
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.metrics.trackers import create_trackers, start_trackers
+from tinytrain_dist.metrics.perplexity import perplexity_of
+from tinytrain_dist.metrics.trackers import start_trackers
 from tinytrain_dist.metrics.trackers.background import FINISH_SECONDS, START_SECONDS, Call, Sink
 from tinytrain_dist.metrics.trackers.base import Status
 from tinytrain_dist.metrics.trackers.tags import TAGS
@@ -24,6 +24,8 @@ from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
 from tinytrain_dist.utils.lost_output import call_on_lost_output
 from tinytrain_dist.utils.text import format_duration
 
+QUIET_SECONDS = 1.0  # the end may wait so long for a tracker without a line about it
+
 
 class RunLog:
     """Write records to metrics.jsonl and the trackers, and lines to the console. Ranks other than 0 write nothing."""
@@ -31,8 +33,7 @@ class RunLog:
     def __init__(self, config: TrainingConfig, main: bool, resumed_step: int) -> None:
         """Open the files and start the trackers. main: whether this is rank 0; on other ranks, methods have no effect.
 
-        Removes records after `resumed_step`, so that no step appears twice. Errors: ConfigError if a tracker cannot be
-        created.
+        Removes records after `resumed_step`, so that no step appears twice.
         """
         self.config = config
         self.main = main
@@ -48,7 +49,7 @@ class RunLog:
         self.path = records_file(folder, config.log_save_prefix)
         truncate_records(self.path, resumed_step)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        self._sinks: list[Sink] = start_trackers(create_trackers(config), config, resumed_step)
+        self._sinks: list[Sink] = start_trackers(config, resumed_step)
         if sys.stdout.isatty():
             self._start_progress(resumed_step)
         call_on_lost_output(self._record_lost_output)
@@ -107,7 +108,7 @@ class RunLog:
     def evaluation(self, step: int, loss: float, seconds: float, others: dict[str, float] | None = None) -> None:
         """Record an evaluation. loss: nats per token; seconds: how long it took; others: further numbers by name."""
         others = others or {}
-        perplexity = math.exp(min(loss, 700.0))  # exp(710) overflows
+        perplexity = perplexity_of(loss)
         numbers = {"loss": loss, "perplexity": perplexity, **others}
         more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in others.items())
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.2f}{more} ({seconds:.1f} s)")
@@ -132,11 +133,18 @@ class RunLog:
         if self.main:
             self._track(lambda tracker: tracker.log_text(step, f"about/{topic}", text))
 
-    def event(self, step: int, kind: str, text: str) -> None:
-        """Record an event. kind: one of EVENTS in trackers/tags.py."""
+    def first_step(self, step: int, start_seconds: dict[str, float]) -> None:
+        """Record how long the start of this process took until its first step. start_seconds: by part."""
+        rounded = {part: round(seconds, 3) for part, seconds in start_seconds.items()}
+        parts = [f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in rounded.items()]
+        text = f"first step after {sum(rounded.values()):.1f} s: {', '.join(parts)}"
+        self.event(step, "first_step", text, start_seconds=rounded)
+
+    def event(self, step: int, kind: str, text: str, **values: Any) -> None:
+        """Record an event. kind: one of EVENTS in trackers/tags.py; values: more for metrics.jsonl only."""
         self.say(f"step {step}: {text}")
         if self.main:
-            self._record_event(step, kind, text)
+            self._record_event(step, kind, text, **values)
         if kind == "saved":
             self._saved_step = step
 
@@ -163,8 +171,12 @@ class RunLog:
         for sink in self._sinks:
             with self._surviving_disk_errors():
                 sink.end(status)
+        late = [sink.name for sink in self._sinks if not sink.has_ended(time.monotonic() + QUIET_SECONDS)]
+        if late and status != "failed":
+            self.say(f"waiting up to {FINISH_SECONDS[status]:g} s for trackers to end: {', '.join(late)}")
         for sink in self._sinks:
-            sink.join(deadline)
+            sink.has_ended(deadline)
+            sink.report_end()
         self._report_trackers(silent=status == "failed")
         with self._surviving_disk_errors():
             self._file.close()
@@ -184,9 +196,9 @@ class RunLog:
         # json writes floats by repr, which keeps every bit, so two runs can be compared exactly by their records
         self._file.write(to_json({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
 
-    def _record_event(self, step: int, kind: str, text: str) -> None:
+    def _record_event(self, step: int, kind: str, text: str, **values: Any) -> None:
         with self._surviving_disk_errors():
-            self._record(kind, step, {"text": text})
+            self._record(kind, step, {"text": text, **values})
         now = time.time()
         self._track(lambda tracker: tracker.log_event(step, kind, text, now))
 

@@ -21,16 +21,17 @@ from typing import Any
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext, Vote
 from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.loss_level import LossLevel
-from tinytrain_dist.metrics.phase_timer import STEP_PHASES
+from tinytrain_dist.metrics.phase_timer import STEP_PHASES, start_seconds
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
+from tinytrain_dist.metrics.source_metrics import ended_epochs, source_groups
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
@@ -56,6 +57,7 @@ class StepResult:
     forward: list[Any]  # marks of the ForwardTimer
     phases: dict[str, float]  # seconds in each phase since the previous step
     layer_norms: HostCopy | None  # the norms of gradients by layer, then those of weights; None if not computed
+    source_sums: HostCopy | None = None  # of this rank since the last logged step, see SourceSums; None: one source
 
 
 @dataclass
@@ -162,6 +164,7 @@ class StepMetrics:
         self.skipped = 0  # updates skipped by this process
         self.skipped_in_row = 0
         self.level = LossLevel(record)
+        self.first_step = step + 1
         self.read_step = step  # the newest step whose numbers were read
         self.logged_step = step  # the last logged step
         self.step_seconds = 0.0  # per step, in the last logged interval
@@ -186,6 +189,8 @@ class StepMetrics:
         if result is None:
             return
         loss, norm, skipped = result.numbers.read()
+        if result.step == self.first_step:
+            self.log.first_step(result.step, start_seconds(result.phases))
         self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
         self.read_step = result.step
         self.skipped += int(skipped)
@@ -194,6 +199,8 @@ class StepMetrics:
             self._report_skip(result, loss, norm)
         else:
             self.level.update(result.step, loss)
+        if ended := ended_epochs(self.data, result.step):
+            self.log.event(result.step, "epoch", ended)
         if due(result.step, self.config.log_every):
             self._compare_replicas()
             self._log(result, loss, norm)
@@ -270,6 +277,9 @@ class StepMetrics:
             "slowest_to_median": slowest.ratio,
         }
         peak = peak_flops(self.context.device, product_type(self.config.precision, self.config.reproducible))
+        epochs = self.data.epochs(result.step)
+        if epochs is not None:
+            values["epoch"] = epochs
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
@@ -292,7 +302,10 @@ class StepMetrics:
         return [RankTimes.from_row(row) for row in self.context.all_gather_numbers(own.to_row())]
 
     def _groups(self, result: StepResult, ranks: list[RankTimes]) -> dict[str, dict[str, float]]:
-        """Return the groups of related numbers: seconds by phase, and norms by layer if they were computed."""
+        """Return the groups of related numbers: seconds by phase; norms by layer if computed; sources if several.
+
+        A collective.
+        """
         by_phase = zip(*(times.phase_seconds for times in ranks), strict=True)
         groups = {
             "step_time": {phase: statistics.mean(times) for phase, times in zip(STEP_PHASES, by_phase, strict=True)}
@@ -302,4 +315,10 @@ class StepMetrics:
             count = len(self.layers)
             groups["grad_norm_by_layer"] = dict(zip(self.layers, norms[:count], strict=True))
             groups["weight_norm_by_layer"] = dict(zip(self.layers, norms[count:], strict=True))
+        if result.source_sums is not None:
+            names = short_names(self.config.train_files)
+            groups |= source_groups(names, self.context.all_gather_numbers(result.source_sums.read()))
+            epochs = self.data.epochs_of_sources(result.step)
+            if epochs:
+                groups["source_epoch"] = dict(zip(names, epochs, strict=True))
         return groups

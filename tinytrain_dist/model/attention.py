@@ -7,15 +7,19 @@ h query head, k key/value head, e head width.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
+from tinytrain_dist.model.document_mask import attention_with_block_mask
 from tinytrain_dist.model.layers import Linear, RMSNorm
 from tinytrain_dist.model.matmul import is_fake, matmul_dtype, runs_on_cuda
+
+if TYPE_CHECKING:
+    from tinytrain_dist.model.document_mask import AttentionMask
 
 ATTENTION_BLOCK_ROWS = 128  # query positions per block
 BLOCKWISE_MAX_POSITIONS = 512  # longest sequence whose attention is computed in blocks
@@ -71,7 +75,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary_pos_emb(q_bhte: Tensor, k_bkte: Tensor, cos_te: Tensor, sin_te: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries [b, h, t, e] and keys [b, k, t, e] by their positions; cos, sin: [t, e].
+    """Rotate queries [b, h, t, e] and keys [b, k, t, e] by their positions; cos, sin: [t, e] or [b, 1, t, e].
 
     Element i is paired with element i + e/2, as in Hugging Face's models. The rotation is computed in float32 and
     returned in the type of the input.
@@ -85,16 +89,22 @@ def apply_rotary_pos_emb(q_bhte: Tensor, k_bkte: Tensor, cos_te: Tensor, sin_te:
     return rotate(q_bhte), rotate(k_bkte)
 
 
-def causal_attention(q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor) -> Tensor:
+def causal_attention(q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor, mask: AttentionMask | None = None) -> Tensor:
     """Return softmax attention of each position to itself and earlier ones: [b, h, t, e], as q.
 
     Keys and values may have fewer heads, k instead of h; then each of them serves h / k consecutive query heads.
+    mask: of `document_mask.attention_mask`, for attention within documents (None: the window is one document).
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        if is_fake(q_bhte):
+            simulated: Tensor = _SimulatedAttention.apply(q_bhte, k_bkte, v_bkte)  # type: ignore[no-untyped-call]
+            return simulated
+        return attention_with_block_mask(q_bhte, k_bkte, v_bkte, mask)
     t = q_bhte.shape[2]
     dtype = matmul_dtype(q_bhte)
     on_cuda = runs_on_cuda(q_bhte)
     groups = q_bhte.shape[1] // k_bkte.shape[1]
-    if groups > 1 and on_cuda and dtype.itemsize == 2:
+    if groups > 1 and on_cuda and dtype.itemsize == 2 and mask is None:
         if is_fake(q_bhte):
             y: Tensor = _SimulatedAttention.apply(q_bhte, k_bkte, v_bkte)  # type: ignore[no-untyped-call]
             return y
@@ -106,7 +116,9 @@ def causal_attention(q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor) -> Tensor:
     v_bhte = v_bkte.repeat_interleave(groups, dim=1) if groups > 1 else v_bkte
     in_blocks = not on_cuda and dtype == torch.bfloat16 and t <= BLOCKWISE_MAX_POSITIONS
     if not (in_blocks and torch.compiler.is_compiling()):
-        y_bhte = F.scaled_dot_product_attention(q_bhte.to(dtype), k_bhte.to(dtype), v_bhte.to(dtype), is_causal=True)
+        y_bhte = F.scaled_dot_product_attention(
+            q_bhte.to(dtype), k_bhte.to(dtype), v_bhte.to(dtype), attn_mask=mask, is_causal=mask is None
+        )
         return y_bhte if dtype == q_bhte.dtype else y_bhte.to(q_bhte.dtype)
     # Compute attention as compiled matmuls over blocks of rows, because torch's bf16 attention kernel on a CPU reaches
     # only a fifteenth of the rate of a matmul. At 1,024 positions the kernel is nevertheless faster.
@@ -116,7 +128,9 @@ def causal_attention(q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor) -> Tensor:
     for start in range(0, t, ATTENTION_BLOCK_ROWS):
         stop = min(t, start + ATTENTION_BLOCK_ROWS)
         scores = q_bhte[:, :, start:stop] @ k_bhte[:, :, :stop].transpose(2, 3)
-        blocks.append(_CausalSoftmax.apply(scores, start, scale) @ v_bhte[:, :, :stop])  # type: ignore[no-untyped-call]
+        mask_of_block = None if mask is None else mask[:, :, start:stop, :stop]
+        weights: Tensor = _CausalSoftmax.apply(scores, start, scale, mask_of_block)  # type: ignore[no-untyped-call]
+        blocks.append(weights @ v_bhte[:, :, :stop])
     return torch.cat(blocks, dim=2)
 
 
@@ -126,7 +140,8 @@ class _SimulatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor) -> Tensor:
         groups = q_bhte.shape[1] // k_bkte.shape[1]
-        k_bhte, v_bhte = k_bkte.repeat_interleave(groups, dim=1), v_bkte.repeat_interleave(groups, dim=1)
+        k_bhte = k_bkte.repeat_interleave(groups, dim=1) if groups > 1 else k_bkte
+        v_bhte = v_bkte.repeat_interleave(groups, dim=1) if groups > 1 else v_bkte
         # an operator of attention, because activation_checkpointing = selective keeps the results of those
         y_bhte = F.scaled_dot_product_attention(q_bhte, k_bhte, v_bhte, is_causal=True)
         log_sums = torch.empty(q_bhte.shape[:3], dtype=torch.float32, device=q_bhte.device)
@@ -141,15 +156,17 @@ class _SimulatedAttention(torch.autograd.Function):
 class _CausalSoftmax(torch.autograd.Function):
     """Softmax of scaled scores [b, h, rows, keys], for each row over the keys up to its own position.
 
-    start: position of row 0. The softmax is computed in float32. Only the result, in the type of the scores, is kept
-    for backward; this is a third of what torch would keep.
+    start: position of row 0. mask: what is added to the scaled scores (None: nothing). The softmax is computed in
+    float32. Only the result, in the type of the scores, is kept for backward; this is a third of what torch would keep.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, start: int, scale: float) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, start: int, scale: float, mask: Tensor | None) -> Tensor:
         # int32 is faster; measured (2-core x86 VM, 2026-11-25): int64 takes 1 ms longer
         positions = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
         scaled = scores.float() * scale
+        if mask is not None:
+            scaled = scaled + mask
         is_later = positions > positions[start:, None]  # [rows, keys]
         masked = scaled.masked_fill(is_later, -math.inf)
         weights = masked.softmax(dim=-1).to(scores.dtype)
@@ -164,7 +181,7 @@ class _CausalSoftmax(torch.autograd.Function):
         # the derivative of a softmax: weights * (grad - sum(grad * weights)), with the second factor multiplied out
         product = grad.float() * weights.float()
         grad_scores = product - weights.float() * product.sum(dim=-1, keepdim=True)
-        return (grad_scores * ctx.scale).to(grad.dtype), None, None
+        return (grad_scores * ctx.scale).to(grad.dtype), None, None, None
 
 
 class Attention(nn.Module):
@@ -182,13 +199,16 @@ class Attention(nn.Module):
         self.q_norm: nn.Module = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
-        """x: [b, t, d]; cos, sin: [t, e] of the positions; returns [b, t, d]."""
+    def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """x: [b, t, d]; cos, sin: [t, e] or [b, 1, t, e] of the positions; mask: see `causal_attention`.
+
+        Returns [b, t, d].
+        """
         b, t, _ = x_btd.shape
         q_bhte = self.q_norm(self.q_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
         k_bkte = self.k_norm(self.k_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
         v_bkte = self.v_proj(x_btd).view(b, t, -1, self.head_width).transpose(1, 2)
         q_bhte, k_bkte = apply_rotary_pos_emb(q_bhte, k_bkte, cos_te, sin_te)
-        y_bhte = causal_attention(q_bhte, k_bkte, v_bkte)
+        y_bhte = causal_attention(q_bhte, k_bkte, v_bkte, mask)
         y_btd: Tensor = self.o_proj(y_bhte.transpose(1, 2).reshape(b, t, -1))
         return y_btd

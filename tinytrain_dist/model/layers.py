@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytrain_dist.model.fp8 import fp8_linear
-from tinytrain_dist.model.loss import chunk_loss_and_grad, head_loss_sum
+from tinytrain_dist.model.loss import (
+    IGNORE_INDEX,
+    chunk_loss_and_grad,
+    chunk_token_losses_and_grad,
+    head_loss_sum,
+)
 from tinytrain_dist.model.matmul import linear
 
 
@@ -65,22 +70,40 @@ class Embedding(nn.Embedding):
         super().__init__(vocab_size, dim)
         self.compute_dtype = dtype
 
+    def reset_parameters(self) -> None:
+        """Draw the vectors, unless they have no memory: on the meta device a draw imports torch's compiler."""
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
+
     def forward(self, ids_bt: Tensor) -> Tensor:
         """ids: [b, t]; returns [b, t, d]. The weight's gradient is summed over tokens in its own type, float32."""
         return F.embedding(ids_bt, self.weight).to(self.compute_dtype)
 
 
 class LMHead(Linear):
-    """The output head. With targets it returns the summed loss, without ever holding the logits of all tokens."""
+    """The output head. With targets it returns the summed loss, without ever holding the logits of all tokens.
 
-    def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None) -> None:
+    keep_row_losses: append the losses of single windows to `row_losses`: float64 [2, b] for each call, the summed loss
+    of each window and the number of its targets that count. Whoever uses them empties the list.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None, keep_row_losses: bool = False) -> None:
         super().__init__(d_model, vocab_size)
         self.chunk_tokens = chunk_tokens
-        self.loss_piece = chunk_loss_and_grad  # a compiled run replaces it with its compiled version
+        self.keep_row_losses = keep_row_losses
+        self.row_losses: list[Tensor] = []
+        # a compiled run replaces it with its compiled version
+        self.loss_piece = chunk_token_losses_and_grad if keep_row_losses else chunk_loss_and_grad
 
     def forward(self, x_btd: Tensor, targets_bt: Tensor | None = None) -> Tensor:
         """x: [b, t, d]; returns logits [b, t, v], or the float32 sum of the losses of targets [b, t]."""
         if targets_bt is None:
             return super().forward(x_btd)
         hidden, targets = x_btd.flatten(0, 1), targets_bt.flatten()
-        return head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece)
+        if not self.keep_row_losses:
+            return head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece)
+        token_losses: list[Tensor] = []
+        loss = head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece, token_losses)
+        losses_bt = torch.cat(token_losses).view(targets_bt.shape).double()
+        self.row_losses.append(torch.stack([losses_bt, (targets_bt != IGNORE_INDEX).double()]).sum(dim=2))
+        return loss

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinytrain_dist.data.training_windows import IGNORE_INDEX as IGNORE_INDEX
 from tinytrain_dist.model.matmul import add_product, matmul_dtype, runs_on_cuda
 
-IGNORE_INDEX = -100
 # Largest number of logits in a chunk if loss_chunk_tokens is not set. In float32 on a CPU it is half of this.
 MAX_CHUNK_LOGITS = 1 << 24
 # On a GPU, small chunks read the weight too often for the matrix units to be busy.
@@ -22,6 +22,8 @@ MAX_CHUNK_LOGITS = 1 << 24
 # tokens (2^24 logits) 44 ms, 2,048 tokens (2^27) 19 ms, 8,192 tokens 17 ms with 1.8 GB more memory
 MAX_CHUNK_LOGITS_ON_CUDA = 1 << 27
 ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Losses of single windows are logged in whole numbers of this unit, whose sums do not depend on their order.
+LOSS_UNIT = 2.0**-16
 
 
 def cross_entropy_loss(
@@ -66,6 +68,18 @@ def chunk_loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     logits: [N, V]; targets: [N] of integers in 0 .. V-1 or IGNORE_INDEX. Returns a float32 scalar and [N, V] in the
     type of the logits.
     """
+    log_p, grad = _log_p_and_grad(logits, targets)
+    return -log_p.sum(), grad
+
+
+def chunk_token_losses_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of each of some tokens, float32 [N], and the gradient of their sum; see `chunk_loss_and_grad`."""
+    log_p, grad = _log_p_and_grad(logits, targets)
+    return -log_p.squeeze(1), grad
+
+
+def _log_p_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each target (0 for IGNORE_INDEX), [N, 1], and the gradient of the summed loss."""
     kept = (targets != IGNORE_INDEX).unsqueeze(1)
     ids = targets.clamp_min(0).unsqueeze(1)  # any valid ID in place of IGNORE_INDEX
     logits_float = logits.float()
@@ -83,7 +97,7 @@ def chunk_loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     # measured (2-core x86 VM, 2026-11-27), this assignment in bfloat16 [1,024, 10,000]: 0.03 ms; scatter_ 19 ms
     rows = torch.arange(len(ids), device=ids.device)
     grad.index_put_((rows, ids.squeeze(1)), target_grad.squeeze(1))
-    return -(target_log_p * kept).sum(), grad
+    return target_log_p * kept, grad
 
 
 def head_loss_sum(
@@ -92,6 +106,7 @@ def head_loss_sum(
     targets: Tensor,
     chunk_tokens: int | None = None,
     chunk_loss: ChunkLoss = chunk_loss_and_grad,
+    token_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `targets` under softmax(hidden @ weight.T), without range checks.
 
@@ -102,6 +117,7 @@ def head_loss_sum(
     chunk_tokens: tokens per chunk. None: N, halved until a chunk has at most `max_chunk_logits` logits. Halving gives
     chunks of equal size, which torch.compile compiles only once.
     chunk_loss: chunk_loss_and_grad, or its compiled version.
+    token_losses: filled with the losses of the tokens, chunk by chunk, if chunk_loss is chunk_token_losses_and_grad.
     Returns a float32 scalar.
     """
     chunk = chunk_tokens or len(hidden)
@@ -109,7 +125,9 @@ def head_loss_sum(
         while chunk > 1 and chunk * weight.shape[0] > max_chunk_logits(hidden):
             chunk = (chunk + 1) // 2
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = _ChunkedHeadLoss.apply(hidden, weight, targets, chunk, chunk_loss, want_grad)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedHeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, chunk, chunk_loss, want_grad, token_losses
+    )
     return loss
 
 
@@ -125,7 +143,14 @@ class _ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, chunk_loss: ChunkLoss, want_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        chunk_loss: ChunkLoss,
+        want_grad: bool,
+        token_losses: list[Tensor] | None,
     ) -> Tensor:
         dtype = matmul_dtype(hidden)
         rounded_weight = weight.to(hidden.dtype).to(dtype)
@@ -135,6 +160,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             hidden_chunk = hidden_chunk.to(dtype)
             loss, grad = chunk_loss(F.linear(hidden_chunk, rounded_weight), target_chunk)
+            if token_losses is not None:
+                token_losses.append(loss)
+                loss = loss.sum()
             losses.append(loss)
             if not want_grad:
                 continue
@@ -150,4 +178,4 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # In place, because a second [V, D] tensor would be the largest of the step. Autograd then refuses a second
         # backward.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import Precision, TrainingConfig
+from tinytrain_dist.config.weight_phases import keeps_source_losses
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import Attention, RotaryEmbedding
+from tinytrain_dist.model.document_mask import attention_mask, positions_in_documents
 from tinytrain_dist.model.layers import Embedding, Linear, LMHead, RMSNorm, SwiGLU
+
+if TYPE_CHECKING:
+    from tinytrain_dist.model.document_mask import AttentionMask
 
 INIT_STD = 0.02
 # "auto" is still there only if no run has resolved it, as in a training loop of your own
@@ -39,9 +45,12 @@ class TransformerBlock(nn.Module):
         self.input_layernorm = RMSNorm(model_config.d_model, model_config.norm_eps)
         self.post_attention_layernorm = RMSNorm(model_config.d_model, model_config.norm_eps)
 
-    def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor) -> Tensor:
-        """x: [b, t, d]; cos, sin: [t, e] of the positions; returns [b, t, d]."""
-        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_te, sin_te)
+    def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """x: [b, t, d]; cos, sin: [t, e] or [b, 1, t, e] of the positions; mask: of attention within documents.
+
+        Returns [b, t, d].
+        """
+        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_te, sin_te, mask)
         y_btd: Tensor = x_btd + self.mlp(self.post_attention_layernorm(x_btd))
         return y_btd
 
@@ -63,12 +72,18 @@ class Decoder(nn.Module):
             high_freq_factor=config.rope_high_freq_factor,
         )
 
-    def forward(self, ids_bt: Tensor) -> Tensor:
-        """ids: [b, t]; returns hidden states [b, t, d]."""
+    def forward(self, ids_bt: Tensor, documents_bt: Tensor | None = None) -> Tensor:
+        """ids, documents: [b, t], see TransformerLM; returns hidden states [b, t, d]."""
         x_btd = self.embed_tokens(ids_bt)
         cos_te, sin_te = self.rotary(torch.arange(ids_bt.shape[1], device=ids_bt.device))
+        mask: AttentionMask | None = None
+        if documents_bt is not None:
+            positions_bt = positions_in_documents(documents_bt)
+            # [b, 1, t, e]: each window has its own positions, which are the same for all heads
+            cos_te, sin_te = cos_te[positions_bt].unsqueeze(1), sin_te[positions_bt].unsqueeze(1)
+            mask = attention_mask(documents_bt, x_btd, self.rotary.dim)
         for layer in self.layers:
-            x_btd = layer(x_btd, cos_te, sin_te)
+            x_btd = layer(x_btd, cos_te, sin_te, mask)
         y_btd: Tensor = self.norm(x_btd)
         return y_btd
 
@@ -112,7 +127,8 @@ class TransformerLM(nn.Module):
         self.model_config = model_config
         self.seed = seed or 0
         self.model = Decoder(model_config, model_config.vocab_size, dtype)
-        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens)
+        keep_row_losses = isinstance(config, TrainingConfig) and keeps_source_losses(config)
+        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens, keep_row_losses)
         if precision == "fp8":
             for module in self.model.layers.modules():
                 if isinstance(module, Linear):
@@ -148,17 +164,21 @@ class TransformerLM(nn.Module):
         values = generator.standard_normal(tuple(shape), dtype=np.float32)
         return torch.from_numpy(values * np.float32(std))
 
-    def forward(self, ids_bt: Tensor, targets_bt: Tensor | None = None) -> Tensor:
-        """ids: [b, t]; returns logits [b, t, v], or with targets [b, t] the float32 sum of their losses."""
-        y: Tensor = self.lm_head(self.model(ids_bt), targets_bt)
+    def forward(self, ids_bt: Tensor, targets_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
+        """Return logits [b, t, v], or with targets the float32 sum of their losses.
+
+        ids, targets: [b, t]. documents: int [b, t], the document of each token within its window, in ascending order.
+        Attention does not cross documents, and positions restart in each. None: a window is one document.
+        """
+        y: Tensor = self.lm_head(self.model(ids_bt, documents_bt), targets_bt)
         return y
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations of forward and backward for one token at context_len.
 
         A matrix costs 6 per weight; the embedding is a look-up and costs nothing. Attention costs
-        12 x layers x heads x head width x context_len, halved because it is causal. Source: Chowdhery et al. 2022,
-        PaLM appendix B (without the halving).
+        12 x layers x heads x head width x context_len, halved because it is causal, and not reduced for documents.
+        Source: Chowdhery et al. 2022, PaLM appendix B (without the halving).
         """
         config = self.model_config
         matrices = [param for name, param in self.named_parameters() if param.ndim >= 2 and "embed_tokens" not in name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinytrain_dist.distributed.dtensor import local_tensor
+from tinytrain_dist.distributed.torch_internals import without_loading_compiler
 
 SIMD_LANES = 16  # float32 values in the widest CPU vector
 
@@ -45,6 +46,10 @@ class AdamW(torch.optim.Optimizer):
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+
+    add_param_group = without_loading_compiler(torch.optim.Optimizer.add_param_group)
+    state_dict = without_loading_compiler(torch.optim.Optimizer.state_dict)
+    zero_grad = without_loading_compiler(torch.optim.Optimizer.zero_grad)
 
     def materialize(self) -> None:
         """Create the state of every parameter as zeros, so that it can be saved or loaded before the first step."""

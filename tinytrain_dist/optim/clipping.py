@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tinytrain_dist.distributed.dtensor import local_tensor
+from tinytrain_dist.distributed.dtensor import is_dtensor, local_tensor
 
 
 @torch.no_grad()
@@ -51,12 +50,12 @@ def _group_by_mesh(grads: list[Tensor]) -> list[list[Tensor]]:
     """Return a group of the plain gradients and one of each mesh, because torch cannot mix them in one call."""
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        groups.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+        groups.setdefault(grad.device_mesh if is_dtensor(grad) else None, []).append(grad)
     return list(groups.values())
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
     """Return the L2 norm of all `grads` over all ranks of their mesh."""
     norm: Tensor = torch.nn.utils.get_total_norm(grads)
-    full_norm: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    full_norm: Tensor = norm.full_tensor() if is_dtensor(norm) else norm
     return full_norm

@@ -12,16 +12,15 @@ import torch
 
 from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.distributed.torch_internals import (
+    assume_vector_instructions,
+    check_vector_instructions,
     compiler_keeps_bf16_rounding,
     keep_graphs_whole_under_ddp,
-    load_compiler,
 )
+from tinytrain_dist.distributed.torch_internals import compiled_graph_count as compiled_graph_count
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.matmul import CPU_LACKS_BF16
-
-load_compiler()  # now, so that the import does not happen inside a step or a simulation
 
 # Compiling pays off in runs of at least so many floating-point operations: about five minutes on two CPU cores, or on
 # one large GPU. Compiling takes 10 to 60 s and saves a fifth to a third of the time of a step.
@@ -64,6 +63,16 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
     """
     if exact_bf16 and device.type == "cpu" and CPU_LACKS_BF16 and not compiler_keeps_bf16_rounding():
         return f"torch {torch.__version__} removes roundings to bf16, which changes bits; 2.13 and newer do not"
+    assumed = device.type == "cpu" and assume_vector_instructions()
+    reason = _try_compiler(device)
+    if reason and assumed:  # perhaps only because the C++ compiler is older than the processor
+        check_vector_instructions()
+        reason = _try_compiler(device)
+    return reason
+
+
+def _try_compiler(device: torch.device) -> str:
+    """Compile a small function and call it; return "" or what went wrong."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:
@@ -75,17 +84,21 @@ def why_not_compile(device: torch.device, exact_bf16: bool = False) -> str:
 def resolve_compile(config: TrainingConfig, context: DistributedContext) -> tuple[TrainingConfig, str]:
     """Decide `compile` for all ranks; return the configuration, and a line for the log. A collective.
 
-    Errors: ConfigError if torch.compile does not work on some rank although compile = true or reproducible = true.
+    Errors: ConfigError if torch.compile does not work on some rank although compile = true, reproducible = true, or a
+    kernel needs it.
     """
     wanted = compile_pays_off(config, context.device) if config.compile is None else config.compile
-    if not wanted:
+    compiles_kernel = config.document_mask and context.device.type == "cuda"
+    if not wanted and not compiles_kernel:
         return replace(config, compile=False), ""
     own_reason = why_not_compile(context.device, config.reproducible and config.precision in BF16_PRECISIONS)
     failures = [(host, reason) for host, reason in context.all_gather_object((context.host, own_reason)) if reason]
     if not failures:
-        return replace(config, compile=True), "torch.compile is on; the first step takes longer"
+        return replace(config, compile=wanted), "torch.compile is on; the first step takes longer" if wanted else ""
     host, reason = failures[0]
     text = f"torch.compile does not work on {host} ({reason})"
+    if compiles_kernel:
+        raise ConfigError(f"document_mask: {text}, but its kernel needs it; install Triton there")
     if config.compile or config.reproducible:
         raise ConfigError(f"compile: {text}; install a C++ compiler (GPU: Triton) there, or set compile = false")
     return replace(config, compile=False), f"{text}; continuing without it, which is slower"

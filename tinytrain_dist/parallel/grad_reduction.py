@@ -14,11 +14,10 @@ not know the model's architecture or the optimizer.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.distributed import collectives
@@ -28,12 +27,16 @@ from tinytrain_dist.distributed.dtensor import local_tensor, shard_rows
 from tinytrain_dist.parallel.grad_view import GradientView
 from tinytrain_dist.parallel.tree_reduction import (
     BinaryCounter,
-    DirectAllGather,
-    TreeReduceScatter,
     halving_row_sums,
     tree_all_reduce,
     tree_sum,
 )
+from tinytrain_dist.parallel.wrappers import is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+    from tinytrain_dist.parallel.fsdp_collectives import TreeReduceScatter
 
 BUCKET_BYTES = 25 * 1024**2  # as in DDP
 ROW_SUM_ELEMENTS = 1 << 24  # whose squares exist at once
@@ -78,8 +81,7 @@ class NativeGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.scatter = TreeReduceScatter()  # used over gloo only
-        _configure_units(self.view.units, self.scatter if collectives.uses_gloo() else None)
+        self.scatter = _configure_units(self.view.units, along_tree=collectives.uses_gloo())
         if isinstance(model, DistributedDataParallel):
             group = context.group(REPLICATE)
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
@@ -90,17 +92,19 @@ class NativeGradReduction:
         last = self.view.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
-        elif isinstance(self.model, FSDPModule):
+        elif is_fsdp_module(self.model):
             self.model.set_is_last_backward(last)
             self.model.set_requires_all_reduce(last)
             # FSDP uses a sum right away if it adds it to the gradient of an earlier micro-step, or sums over replicas.
             # In all other cases, the sum may be completed late.
             is_used_right_away = micro_step > 0 or self.plan.replicate > 1
-            self.scatter.late = collectives.uses_gloo() and not is_used_right_away
+            if self.scatter is not None:
+                self.scatter.late = not is_used_right_away
 
     def after_micro_step(self, micro_step: int) -> None:
         """Complete the last unit's sum, if it is still in progress."""
-        self.scatter.settle()
+        if self.scatter is not None:
+            self.scatter.settle()
 
     def finish(self) -> None:
         """Do nothing: backward has completed the sums."""
@@ -130,11 +134,10 @@ class DeterministicGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.scatter = TreeReduceScatter()
+        self.scatter = _configure_units(self.view.units, along_tree=True)
         self.counter = BinaryCounter()  # adds the micro-steps
         self.partial_sums: list[dict[nn.Parameter, Tensor]] = []  # DDP: the counter's levels, for the last backward
         self.exchanges: list[tuple[Any, Tensor, Tensor]] = []  # DDP: work, received parts and buffer of each bucket
-        _configure_units(self.view.units, self.scatter)
         if isinstance(model, DistributedDataParallel):
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
@@ -146,17 +149,19 @@ class DeterministicGradReduction:
             self.model.require_backward_grad_sync = last
             if last:
                 self.partial_sums = [dict(zip(self.view.params, level, strict=True)) for level in self.counter.pop()]
-        elif isinstance(self.model, FSDPModule):
+        elif is_fsdp_module(self.model):
             # FSDP waits for its own streams only in the "last" backward. The counter reads .grad after every backward,
             # so each one is marked as the last.
             self.model.set_is_last_backward(True)
             self.model.set_requires_all_reduce(last)
             # FSDP never uses a sum right away: .grad is empty before each backward, and `finish` sums over replicas.
+            assert self.scatter is not None, "made for FSDP"
             self.scatter.late = collectives.uses_gloo()
 
     def after_micro_step(self, micro_step: int) -> None:
         """Move the gradients into the counter; after the last micro-step, add the counter's sums to the gradients."""
-        self.scatter.settle()
+        if self.scatter is not None:
+            self.scatter.settle()
         if not self.view.is_last(micro_step):
             self.counter.add(micro_step, self.view.local_grads())
             for param in self.view.params:
@@ -256,11 +261,17 @@ class DeterministicGradReduction:
             torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(sums, bucket, strict=True)])
 
 
-def _configure_units(units: list[FSDPModule], scatter: TreeReduceScatter | None) -> None:
+def _configure_units(units: list[FSDPModule], *, along_tree: bool) -> TreeReduceScatter | None:
     """Make FSDP sum gradients without dividing: the loss is already divided by the global number of tokens.
 
-    `scatter`: what sums them, if not FSDP's own collective. Over gloo, weights are gathered by direct messages.
+    Over gloo, weights are gathered by direct messages. `along_tree`: whether to sum along the tree. Returns what does
+    so; None if FSDP's own collective sums, or without FSDP.
     """
+    if not units:
+        return None
+    from tinytrain_dist.parallel.fsdp_collectives import DirectAllGather, TreeReduceScatter
+
+    scatter = TreeReduceScatter() if along_tree else None
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -268,6 +279,7 @@ def _configure_units(units: list[FSDPModule], scatter: TreeReduceScatter | None)
             unit.set_custom_reduce_scatter(scatter)
         if collectives.uses_gloo():
             unit.set_custom_all_gather(DirectAllGather())
+    return scatter
 
 
 def _zeros(like: Tensor, length: int) -> Tensor:

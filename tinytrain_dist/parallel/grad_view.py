@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import SHARD, DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
+from tinytrain_dist.parallel.wrappers import is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class GradientView:
@@ -29,7 +33,7 @@ class GradientView:
         self.plan = plan
         self.context = context
         self.params = [param for param in model.parameters() if param.requires_grad]
-        self.units: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.units: list[FSDPModule] = [module for module in model.modules() if is_fsdp_module(module)]
         names = [name for name, param in model.named_parameters() if param.requires_grad]
         layer_of_param = [layer_of(name) for name in names]
         self.layers = list(dict.fromkeys(layer_of_param))

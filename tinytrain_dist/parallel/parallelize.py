@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.process_end import keep_group
-from tinytrain_dist.distributed.torch_internals import unshard_asynchronously
+from tinytrain_dist.distributed.torch_internals import (
+    replicate_without_compiler,
+    separate_reduce_scatters,
+    unshard_asynchronously,
+)
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
 from tinytrain_dist.parallel.compile import apply_compile
@@ -42,13 +45,20 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)
-    # with a single replica there is nothing to sum, and DDP would only cost time
-    return replicate_with_ddp(model, context) if context.parallel_dims.replicate > 1 else model
+    if context.parallel_dims.replicate == 1:
+        return model  # there is nothing to sum, and DDP would only cost time
+    return replicate_with_ddp(model, context, compiled=bool(config.compile))
 
 
-def replicate_with_ddp(model: nn.Module, context: DistributedContext) -> DistributedDataParallel:
-    """Wrap a model for DDP over the axis dp_replicate. The model must have its weights already."""
-    wrapped = DistributedDataParallel(
+def replicate_with_ddp(
+    model: nn.Module, context: DistributedContext, *, compiled: bool = True
+) -> DistributedDataParallel:
+    """Wrap a model for DDP over the axis dp_replicate. The model must have its weights already.
+
+    compiled: whether torch.compile may be applied to parts of it, now or later.
+    """
+    wrap = DistributedDataParallel if compiled else replicate_without_compiler
+    wrapped = wrap(
         model,
         process_group=context.group(REPLICATE),
         device_ids=[context.device] if context.device.type == "cuda" else None,
@@ -70,12 +80,25 @@ def bucket_megabytes(context: DistributedContext, device_type: str) -> int | Non
     return 100 if device_type == "cuda" and across_nodes else None
 
 
+def wants_separate_reduce_scatters(config: TrainingConfig, context: DistributedContext, device_type: str) -> bool:
+    """Return whether FSDP's reduce-scatters on such devices get a communicator of their own.
+
+    It takes memory, and it only helps if a replica spans nodes: then the all-gathers of the next blocks do not queue
+    behind slow reduce-scatters. The sums of reproducible mode are no reduce-scatters.
+    """
+    assert context.parallel_dims is not None, "call with_mesh first"
+    spans_nodes = context.parallel_dims.shard > context.local_world_size
+    return device_type == "cuda" and spans_nodes and not config.reproducible
+
+
 def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedContext, *, draw: bool) -> nn.Module:
     """Give a TransformerLM on the meta device its weights, and shard it with FSDP2, one unit at a time.
 
     FSDP uses the axis dp_shard; HSDP uses both axes of the mesh. The units are the embedding, the head (with tied
     weights, both together are one unit), each block, and the rest of the model.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     blocks: list[nn.Module] = list(model.model.layers)
     embed: Any = model.model.embed_tokens
     head: nn.Module = model.lm_head
@@ -103,6 +126,8 @@ def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedCont
         embed.set_unshard_in_backward(False)  # the gradient of a look-up does not depend on the weights
     if collectives.uses_gloo():
         _prefetch_weights([model, embed, *blocks, head])
+    if wants_separate_reduce_scatters(config, context, context.device.type):
+        separate_reduce_scatters(model, context.timeout)
     return model  # type: ignore[no-any-return]
 
 

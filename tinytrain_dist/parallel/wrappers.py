@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.distributed import collectives
+from tinytrain_dist.distributed.dtensor import is_dtensor
 from tinytrain_dist.distributed.process_end import keep_group
+
+if TYPE_CHECKING:  # importing FSDP takes as long as half of torch, so only what shards a model does it
+    from torch.distributed.fsdp import FSDPModule
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -50,6 +53,8 @@ def apply_fsdp(
     Gradients are averaged, as is usual with FSDP.
     Errors: ValueError for a mesh of more than two axes, or for parameters that are not float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if mesh.ndim > 2:
         raise ValueError(f"apply_fsdp: needs a mesh with one or two axes, got {mesh.ndim} axes; pass a part of it")
     not_float32 = [name for name, param in model.named_parameters() if param.dtype != torch.float32]
@@ -74,6 +79,12 @@ def apply_fsdp(
     return model
 
 
+def is_fsdp_module(module: object) -> TypeGuard[FSDPModule]:
+    """Return whether FSDP2 shards a module; does not import FSDP, because without that import it shards none."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
 def outermost_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the elements of the outermost ModuleLists, in order."""
     blocks: list[nn.Module] = []
@@ -95,7 +106,8 @@ def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
     With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
     """
     inner = unwrap(model)
-    return outermost_blocks(inner) if isinstance(inner, FSDPModule) else [inner]
+    is_sharded: bool = is_fsdp_module(inner)
+    return outermost_blocks(inner) if is_sharded else [inner]
 
 
 def original_name(name: str) -> str:
@@ -112,6 +124,6 @@ def gather_full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = unwrap(model).state_dict()
     return {
-        original_name(name): (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+        original_name(name): (value.full_tensor() if is_dtensor(value) else value).detach().cpu().clone()
         for name, value in state.items()
     }

@@ -39,6 +39,20 @@ def handle_unless_ignored(numbers: Iterable[signal.Signals], handler: Callable[[
     for number in numbers:
         if number == signal.SIGUSR1 or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+    unblock_stop_signals()
+
+
+def block_stop_signals() -> None:
+    """Keep stop signals back until the program that this process becomes has installed its handlers.
+
+    Python takes tenths of a second to start. A signal in that time would kill the program, or print a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def unblock_stop_signals() -> None:
+    """Undo `block_stop_signals`. What was kept back is delivered."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _note_signal(number: int, _: FrameType | None) -> None:

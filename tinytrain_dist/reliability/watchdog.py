@@ -35,6 +35,7 @@ from tinytrain_dist.reliability.heartbeats import (
     read_heartbeats,
     write_heartbeat,
 )
+from tinytrain_dist.reliability.start_times import earlier_seconds
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 TICK_SECONDS = 1.0  # between two checks
@@ -62,7 +63,7 @@ class Watchdog(threading.Thread):
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder = Path(config.target_dir)
-        self.phase_timer = PhaseTimer("join")
+        self.phase_timer = PhaseTimer("join", earlier=earlier_seconds())
         self.rank, self.world_size, self.host = identity
         self.launch_id = ""  # known when all ranks have joined
         self._join_id = join_id

@@ -37,7 +37,7 @@ from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.profiler import StepProfiler
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.step_metrics import StepMetrics
-from tinytrain_dist.metrics.trackers import create_trackers
+from tinytrain_dist.metrics.trackers import check_trackers
 from tinytrain_dist.parallel.compile import resolve_compile
 from tinytrain_dist.parallel.device_defaults import resolve_device_defaults
 from tinytrain_dist.parallel.replica_check import check_replicas
@@ -58,6 +58,7 @@ from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
 from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
+from tinytrain_dist.training.run_length import with_length
 from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -90,16 +91,17 @@ def build_trainer(
     """
     phase_timer = phase_timer or PhaseTimer()
     warnings = check_rank_consistency(config, context)
-    run_on_all_ranks(lambda: create_trackers(config) if context.is_main else {})  # a missing library is an error here
+    run_on_all_ranks(lambda: check_trackers(config) if context.is_main else None)  # a missing library is an error here
     config, precision_note = resolve_device_defaults(resolve_vocab_size(config), context)
-    config, compile_note = resolve_compile(config, context)
     warnings += unknown_peak_warnings(context.device)
 
     phase_timer.enter("open_data")
-    data = run_on_all_ranks(lambda: open_run_data(config))
-    warnings += run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
-    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
-        data = replace(data, bytes_per_token=None)
+    data, tokenizer_notes = _open_data(config, context)
+    warnings += tokenizer_notes
+    config, length_note = with_length(config, data.train.windows_per_epoch, context)
+
+    phase_timer.enter("compiler")
+    config, compile_note = resolve_compile(config, context)
     numerics = configure_determinism(config, context.device)
 
     phase_timer.enter("build")
@@ -115,7 +117,7 @@ def build_trainer(
     start = _load(config, context, checkpoints, train_step, phase_timer)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
-    notes = [*_plan_lines(train_step, fitting_notes), precision_note, compile_note, *warnings]
+    notes = [*_plan_lines(train_step, fitting_notes), precision_note, length_note, compile_note, *warnings]
     log.say("\n".join(filter(None, notes)))
     _log_start(log, start, environment, train_step)
     _check_ranks(train_step, data, start.step)
@@ -140,6 +142,19 @@ def build_trainer(
         record=start.record,
         source=start.source,
     )
+
+
+def _open_data(config: TrainingConfig, context: DistributedContext) -> tuple[RunData, list[str]]:
+    """Open the token files on all ranks, and return warnings about their tokenizers. A collective.
+
+    The main rank is first. What it finds out in a scan of the files is kept beside them, so that others need not scan.
+    """
+    opened = run_on_all_ranks(lambda: open_run_data(config) if context.is_main else None)
+    data = run_on_all_ranks(lambda: opened or open_run_data(config))
+    warnings = run_on_all_ranks(lambda: tokenizer_warnings(config) if context.is_main else [])
+    if context.any_rank(data.bytes_per_token is None):  # if only some ranks see the file, sums over ranks are wrong
+        data = replace(data, bytes_per_token=None)
+    return data, warnings
 
 
 def _load(

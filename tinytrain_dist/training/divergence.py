@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.errors import DivergenceError, TrainingError
+from tinytrain_dist.errors import DivergenceError
 from tinytrain_dist.metrics.step_metrics import StepMetrics
 from tinytrain_dist.training.run_saver import RunSaver
 from tinytrain_dist.utils.text import format_list
@@ -54,7 +54,7 @@ class Divergence:
                 "and its weights have no finite gradient"
             )
 
-    def explain(self, error: DivergenceError) -> TrainingError:
+    def explain(self, error: DivergenceError) -> DivergenceError:
         """Return the error with the checkpoint to return to and how to continue. A collective.
 
         Checkpoints that are not sound are renamed. The newest one is then from before the divergence, so that
@@ -67,7 +67,7 @@ class Divergence:
         if self.context.is_main:
             aside = self.checkpoints.set_aside_after(self.metrics.level.sound_step)
             text = f"{error}. {self._advice(aside)}"
-        return TrainingError(self.context.broadcast_object(text))
+        return DivergenceError(self.context.broadcast_object(text))
 
     def _test_weights(self) -> None:
         """Compute the last step that was not skipped again, with the present weights; note if they are sound.

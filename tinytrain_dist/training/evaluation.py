@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.training.run_data import RunData
@@ -25,9 +27,18 @@ from tinytrain_dist.training.train_step import TrainStep
 class Evaluation:
     """The numbers of one evaluation, over all ranks."""
 
-    loss: float  # nats per token, the mean over the evaluation files
+    loss: float  # nats per counted token, the mean over the evaluation files
     others: dict[str, float]  # the loss on each file if there are several, and bits per byte if known
     samples: list[tuple[str, str]]  # (prompt, continuation)
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """The summed loss of one file's windows over all ranks; bytes and number of this rank's targets that count."""
+
+    loss: float
+    num_bytes: int
+    num_tokens: int
 
 
 # of the record of EarlyStopping: what was measured, on the data of that time
@@ -57,30 +68,28 @@ class Evaluator:
         Every file has the same weight in the mean loss. Every rank computes its share of the windows. The means are
         computed from the sums over all ranks.
         """
-        context, plan = self.train_step.context, self.train_step.plan
-        loss_sums = []
-        num_bytes = 0
+        sums = []
         for dataset in self.data.evaluation.values():
             summed = self.summed_loss(dataset)
             if summed is None:
                 return None
-            loss_sums.append(summed[0])
-            num_bytes += summed[1]
+            sums.append(summed)
         samples = self.sampler.write(self.train_step.model, step)
-        num_bytes = sum(context.all_gather_object(num_bytes))
+        loss_sums = [summed.loss for summed in sums]
+        by_rank = self.train_step.context.all_gather_object([(summed.num_bytes, summed.num_tokens) for summed in sums])
+        num_bytes = sum(bytes_of_file for own in by_rank for bytes_of_file, _ in own)
+        tokens = [sum(counts) for counts in zip(*([count for _, count in own] for own in by_rank), strict=True)]
 
-        tokens = self.train_step.config.eval_steps * plan.tokens_per_step  # of each file
-        loss = sum(loss_sums) / (tokens * len(loss_sums))
         others: dict[str, float] = {}
         if len(loss_sums) > 1:
-            names = self.data.evaluation
-            others = {f"loss/{name}": loss_sum / tokens for name, loss_sum in zip(names, loss_sums, strict=True)}
+            losses = map(_ratio, loss_sums, tokens)
+            others = {f"loss/{name}": loss for name, loss in zip(self.data.evaluation, losses, strict=True)}
         if num_bytes > 0:
             others["bits_per_byte"] = sum(loss_sums) / math.log(2) / num_bytes
-        return Evaluation(loss, others, samples)
+        return Evaluation(_mean_loss(loss_sums, tokens), others, samples)
 
-    def summed_loss(self, dataset: TokenDataset) -> tuple[float, int] | None:
-        """Return the summed loss of one file's windows over all ranks, and the bytes of this rank's targets.
+    def summed_loss(self, dataset: TokenDataset) -> LossSum | None:
+        """Return the summed loss of one file's windows over all ranks, and the size of this rank's targets.
 
         Returns None if the ranks agree to stop. They vote at the start of each batch, and read the result at the start
         of the next one.
@@ -94,6 +103,7 @@ class Evaluator:
         ]
         loss_sums = []
         num_bytes = 0
+        num_tokens = 0
         vote = None
         for number, index in enumerate(indices):
             step.phase_timer.enter("evaluation")
@@ -101,13 +111,32 @@ class Evaluator:
                 if vote is not None and vote.result():
                     return None
                 vote = context.start_vote(self.wants_stop())
-            rows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM))
+            windows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM))
+            num_tokens += windows.num_counted
             if table is not None:
-                num_bytes += int(table[rows[:, 1:].numpy()].sum())
-            for ids, targets in split_micro_batches(rows, plan.micro_batch_size, context.device):
-                loss_sums.append(step.model(ids, targets))
+                num_bytes += bytes_of_targets(table, windows)
+            for micro_batch in split_micro_batches(windows, plan.micro_batch_size, context.device):
+                loss_sums.append(step.model(*micro_batch))
         losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
-        return float(losses.sum()), num_bytes
+        return LossSum(float(losses.sum()), num_bytes, num_tokens)
+
+
+def bytes_of_targets(table: npt.NDArray[Any], windows: Windows) -> int:
+    """Return the bytes of text for which the targets stand that count. table: bytes of each token ID."""
+    num_bytes = table[windows.tokens[:, 1:].numpy()]
+    return int(num_bytes.sum() if windows.counted is None else num_bytes[windows.counted.numpy()].sum())
+
+
+def _mean_loss(loss_sums: list[float], tokens: list[int]) -> float:
+    """Return the mean of the losses per token of several files; of those in which some tokens count."""
+    if len(set(tokens)) == 1:
+        return _ratio(sum(loss_sums), tokens[0] * len(tokens))
+    losses = [loss_sum / count for loss_sum, count in zip(loss_sums, tokens, strict=True) if count]
+    return sum(losses) / len(losses)
+
+
+def _ratio(loss_sum: float, tokens: int) -> float:
+    return loss_sum / tokens if tokens else math.nan
 
 
 def forget_evaluations(record: dict[str, Any], changed: list[str]) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
@@ -224,19 +225,38 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
             for tensor in state.values():
                 tracker.record(tensor, "optimizer")
         _track_stages(train_step, tracker)
-        train_step.run(0, EmptyBatches(len(train_step.slots), config.context_len))
+        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.slots))))
     return tracker
 
 
 class EmptyBatches:
-    """Batches of the right shape, without data."""
+    """Batches that are the same in every step."""
 
-    def __init__(self, num_slots: int, context_len: int) -> None:
-        self.shape = (num_slots, context_len + 1)
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
 
-    def get(self, step: int) -> Tensor:
-        """Return the rows of any step."""
-        return torch.empty(self.shape, dtype=torch.int32)
+    def get(self, step: int) -> Windows:
+        """Return the windows of any step."""
+        return self.windows
+
+
+class EmptyWindows(Windows):
+    """Windows whose values are not read, because a simulated tensor has none."""
+
+    @property
+    def num_counted(self) -> int:
+        """Return the number of all targets."""
+        return len(self.tokens) * (self.tokens.shape[1] - 1)
+
+
+def empty_windows(config: TrainingConfig, num_windows: int) -> Windows:
+    """Return windows of the shapes and types that a run has, without data."""
+    shape = (num_windows, config.context_len)
+    return EmptyWindows(
+        torch.zeros(num_windows, config.context_len + 1, dtype=torch.int32),
+        torch.ones(shape, dtype=torch.bool) if config.counts_tokens else None,
+        torch.zeros(shape, dtype=torch.int32) if config.document_mask else None,
+    )
 
 
 def _track_stages(train_step: TrainStep, tracker: MemoryTracker) -> None:

@@ -18,7 +18,7 @@ from tinytrain_dist.errors import TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
-from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, estimate_memory, memory_row
+from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, empty_windows, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 from tinytrain_dist.utils.text import format_changes
 
@@ -122,10 +122,13 @@ def _passes_trial(train_step: TrainStep) -> bool:
     plan, config = train_step.plan, train_step.config
     last = plan.accumulation_steps - 1
     micro_steps = (0, last) if last else (0,)  # the passes in between need no more memory
-    shape = (len(micro_steps) * plan.micro_batch_size, config.context_len + 1)
+    # Attention to documents is left out on a GPU: its kernel takes no more memory than the one without, but works only
+    # if it is compiled.
+    documents = config.document_mask and train_step.context.device.type == "cpu"
+    windows = empty_windows(replace(config, document_mask=documents), len(micro_steps) * plan.micro_batch_size)
     try:
         with NoCommunication(), torch.compiler.set_stance("force_eager"):
-            train_step.forward_backward(torch.zeros(shape, dtype=torch.int32), micro_steps)
+            train_step.forward_backward(windows, micro_steps)
             train_step.reduction.finish()
     except torch.OutOfMemoryError:
         return False

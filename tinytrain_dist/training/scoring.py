@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinytrain_dist.data.training_windows import IGNORE_INDEX
+from tinytrain_dist.metrics.perplexity import perplexity_of
+
 LOGITS_AT_ONCE = 2**26  # values; 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class TokenMarks:
+    """What is known of each token of a sequence besides its ID."""
+
+    counted: npt.NDArray[np.bool_] | None = None  # whether it counts as a target; None: all do
+    documents: npt.NDArray[np.int64] | None = None  # number of its document, ascending; None: not separated
 
 
 @dataclass(frozen=True)
@@ -28,18 +39,13 @@ class Window:
     scored: int  # number of its last predictions that count; those before it are context, scored by earlier windows
 
 
-def perplexity_of(loss: float) -> float:
-    """Return exp(loss), or a huge number where that would overflow. NaN for NaN."""
-    return math.exp(700.0 if loss > 700.0 else loss)  # exp(710) overflows
-
-
 @dataclass(frozen=True)
 class Score:
     """The loss of a model on a text."""
 
     loss: float  # nats per token
     standard_error: float  # of `loss`, over windows; NaN with fewer than two
-    tokens: int  # that were predicted, each once
+    tokens: int  # that were predicted and count, each once
     windows: int
     loss_sum: float  # nats
 
@@ -75,22 +81,35 @@ def window_losses(
     windows: Sequence[Window],
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
+    marks: TokenMarks = TokenMarks(),
 ) -> list[float]:
-    """Return the summed loss (nats) of the scored predictions of each window.
+    """Return the summed loss (nats) of the scored predictions of each window whose targets count.
 
-    model: called with IDs [batch, length], returns logits [batch, length, vocabulary]. progress: called with the
-    number of windows after each batch.
+    model: called with IDs [batch, length], returns logits [batch, length, vocabulary]. If documents are separated, it
+    is called with IDs, None and documents. progress: called with the number of windows after each batch.
     """
     losses: list[float] = []
     position = 0
     while position < len(windows):
         batch = _equal_windows(windows, position, model)
-        spans = np.stack([np.asarray(tokens[window.begin : window.end + 1]).astype(np.int64) for window in batch])
-        rows = torch.from_numpy(spans).to(device)
-        losses += _summed_losses(model(rows[:, :-1]), rows[:, 1:], [window.scored for window in batch])
+        rows = _spans(tokens, batch, device)
+        arguments: list[Tensor | None] = [rows[:, :-1]]
+        if marks.documents is not None:
+            documents = _spans(marks.documents, batch, device)
+            arguments += [None, (documents[:, :-1] - documents[:, :1]).int()]
+        targets = rows[:, 1:]
+        if marks.counted is not None:
+            targets = targets.masked_fill(_spans(marks.counted, batch, device)[:, 1:] == 0, IGNORE_INDEX)
+        losses += _summed_losses(model(*arguments), targets, [window.scored for window in batch])
         position += len(batch)
         progress(len(batch))
     return losses
+
+
+def _spans(values: npt.NDArray[Any], windows: Sequence[Window], device: torch.device) -> Tensor:
+    """Return the values of the tokens of each window, with the one after them: int64 [windows, length + 1]."""
+    spans = np.stack([np.asarray(values[window.begin : window.end + 1]).astype(np.int64) for window in windows])
+    return torch.from_numpy(spans).to(device)
 
 
 def _equal_windows(windows: Sequence[Window], position: int, model: nn.Module) -> Sequence[Window]:
@@ -106,22 +125,32 @@ def _equal_windows(windows: Sequence[Window], position: int, model: nn.Module) -
 
 def _summed_losses(logits: Tensor, targets: Tensor, scored: Sequence[int]) -> list[float]:
     """Return the summed cross-entropy of the last `scored` predictions of each row."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    rows = logits.float().flatten(0, 1)
+    losses = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(targets.shape)
     return [float(row[-count:].double().sum()) for row, count in zip(losses, scored, strict=True)]
 
 
-def summarize(losses: Sequence[float], windows: Sequence[Window]) -> Score:
-    """Return the loss per token over all windows, with its standard error.
+def summarize(losses: Sequence[float], windows: Sequence[Window], marks: TokenMarks = TokenMarks()) -> Score:
+    """Return the loss per token that counts over all windows, with its standard error; NaN if none counts.
 
     The error is that of a ratio of sums over windows, which are taken as independent (Cochran, Sampling Techniques,
     chapter 6). Text has longer-range correlations, so it is a lower bound.
     """
-    counts = np.array([window.scored for window in windows], dtype=np.float64)
+    counts = np.array([_num_counted(window, marks) for window in windows], dtype=np.float64)
     sums = np.array(losses)
     total = float(counts.sum())
+    if not total:
+        return Score(math.nan, math.nan, 0, len(windows), 0.0)
     loss = float(sums.sum()) / total
     error = math.nan
     if len(windows) > 1:
         residuals = sums - loss * counts
         error = math.sqrt(len(windows) / (len(windows) - 1) * float((residuals**2).sum())) / total
     return Score(loss, error, int(total), len(windows), float(sums.sum()))
+
+
+def _num_counted(window: Window, marks: TokenMarks) -> int:
+    """Return how many of the predictions that a window scores count."""
+    if marks.counted is None:
+        return window.scored
+    return int(marks.counted[window.end - window.scored + 1 : window.end + 1].sum())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.utils.regular_files import check_regular
+from tinytrain_dist.utils.shard_paths import data_folders
 
 PROMPTS = 3
 PROMPT_TOKENS = 16
@@ -38,7 +39,7 @@ class TextSampler:
         self.prompts = prompts
         wanted = config.sample_tokens and config.val_data and context.is_main
         self._tokenizer: Any = (
-            _load_tokenizer(Path(config.train_files[0]).with_name("tokenizer.json")) if wanted else None
+            _load_tokenizer(data_folders(config.train_files)[0] / "tokenizer.json") if wanted else None
         )
         # all ranks follow rank 0, because only some ranks may see the file
         self.enabled = context.any_rank(self._tokenizer is not None)
@@ -72,9 +73,11 @@ class TextSampler:
 
 def _load_tokenizer(path: Path) -> Any:
     """Load the tokenizer in `path`; None if it cannot be used, since a sample must not end a run."""
+    if not path.is_file():
+        return None
     with contextlib.suppress(Exception):  # tokenizers is an extra, and raises bare Exception for what it cannot read
+        check_regular(path)
         from tokenizers import Tokenizer
 
-        check_regular(path)
         return Tokenizer.from_file(str(path))
     return None

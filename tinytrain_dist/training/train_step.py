@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.batches import split_micro_batches
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
@@ -26,7 +27,9 @@ from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.optim.lr_schedule import learning_rate
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
-from tinytrain_dist.parallel.wrappers import modules_without_collectives
+from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
+from tinytrain_dist.training.source_sums import SourceSums
+from tinytrain_dist.training.token_count import TokenCount
 
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
@@ -34,8 +37,8 @@ CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 class Batches(Protocol):
     """The source of token windows for steps."""
 
-    def get(self, step: int) -> Tensor:
-        """Return the windows of this rank's sample slots after `step` steps: [slots, context_len + 1], integers."""
+    def get(self, step: int) -> Windows:
+        """Return the windows of this rank's sample slots after `step` steps."""
 
 
 class TrainStep:
@@ -72,6 +75,10 @@ class TrainStep:
             plan.micro_batch_index(context.replica, context.shard, micro_step) for micro_step in micro_steps
         ]
         self.slots = [slot for index in self.micro_batch_indices for slot in plan.slots(index)]
+        transformer: Any = unwrap(model)
+        self._row_losses: list[Tensor] = transformer.lm_head.row_losses
+        num_sources = len(config.train_files)
+        self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
 
     def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
@@ -81,18 +88,18 @@ class TrainStep:
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
-        rows = batches.get(step)
+        windows = batches.get(step)
         data_wait = time.perf_counter() - waiting_since
 
         self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
-        loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
 
         self.phase_timer.enter("reduction")
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
-        losses, loss, norm = self._losses_and_norm(loss_sums)
+        losses, loss, norm = self._losses_and_norm(loss_sums, tokens)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
@@ -110,40 +117,53 @@ class TrainStep:
             forward=self.forward_timer.take(),
             phases=self.phase_timer.take(),
             layer_norms=layer_norms,
+            source_sums=self._sum_by_source(windows, due(step + 1, self.config.log_every)),
         )
 
-    def forward_backward(self, rows: Tensor, micro_steps: Sequence[int]) -> list[Tensor]:
-        """Run forward and backward for the micro-batches in `rows`, and return their summed losses.
+    def forward_backward(self, windows: Windows, micro_steps: Sequence[int]) -> tuple[list[Tensor], TokenCount]:
+        """Run forward and backward for micro-batches; return their summed losses, and the tokens of the global batch.
 
-        rows: [micro-batches x micro_batch_size, context_len + 1]; micro_steps: which accumulation steps these are.
+        windows: micro_batch_size for each micro-batch; micro_steps: which accumulation steps these are. A collective.
         """
         loss_sums = []
-        micro_batches = split_micro_batches(rows, self.plan.micro_batch_size, self.context.device)
-        for micro_step, (ids, targets) in zip(micro_steps, micro_batches, strict=True):
+        self._row_losses.clear()  # those of an evaluation before this step
+        tokens = TokenCount(windows, self.config, self.plan, self.context)
+        micro_batches = split_micro_batches(windows, self.plan.micro_batch_size, self.context.device)
+        for micro_step, micro_batch in zip(micro_steps, micro_batches, strict=True):
             self.reduction.before_micro_step(micro_step)
-            loss_sum = self.model(ids, targets)
+            loss_sum = self.model(*micro_batch)
             # the gradients of all micro-batches are summed, so each is divided by the token count of the global batch
-            (loss_sum / self.plan.tokens_per_step).backward()
+            (loss_sum / tokens.value).backward()
             self.reduction.after_micro_step(micro_step)
             loss_sums.append(loss_sum.detach())
-        return loss_sums
+        return loss_sums, tokens
 
-    def probe(self, rows: Tensor) -> tuple[float, float]:
-        """Return loss and gradient norm of the present weights over `rows`, and change nothing. A collective.
+    def probe(self, windows: Windows) -> tuple[float, float]:
+        """Return loss and gradient norm of the present weights over `windows`, and change nothing. A collective.
 
-        rows: as of a step. Waits for the device.
+        windows: as of a step. Waits for the device.
         """
         self.phase_timer.enter("forward_backward")
-        loss_sums = self.forward_backward(rows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
         self.reduction.finish()
-        _, loss, norm = self._losses_and_norm(loss_sums)
+        _, loss, norm = self._losses_and_norm(loss_sums, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm)
 
-    def _losses_and_norm(self, loss_sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses_and_norm(self, loss_sums: Sequence[Tensor], tokens: TokenCount) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
         losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
-        return losses, losses.sum() / self.plan.tokens_per_step, self.reduction.squared_norm().sqrt()
+        return losses, losses.sum() / tokens.value, self.reduction.squared_norm().sqrt()
+
+    def _sum_by_source(self, windows: Windows, logged: bool) -> HostCopy | None:
+        """Add the losses of a step to those of their sources; return the sums since the last logged step if it is one.
+
+        Returns None if there is only one source.
+        """
+        if self._source_sums is None or windows.sources is None:
+            return None
+        self._source_sums.add(windows, self._row_losses)
+        return self._source_sums.take() if logged else None
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.batches import Prefetcher
+from tinytrain_dist.data.batches import Prefetcher, read_ahead_depth
+from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import DivergenceError, TrainingError
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
@@ -110,7 +110,8 @@ class Trainer:
         config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
-        self.batches = Prefetcher(self._read_rows, self.step)
+        depth = read_ahead_depth(self.data.train.window_bytes * len(self.train_step.slots))
+        self.batches = Prefetcher(self._read_rows, self.step, depth, last_step=config.last_step)
         try:
             collect_garbage(first=True)
             while self.step < config.last_step and not self.stopping:
@@ -217,11 +218,10 @@ class Trainer:
             self.metrics.stopping = True
             self.saver.saved_step = self.step
 
-    def _read_rows(self, step: int) -> Tensor:
+    def _read_rows(self, step: int) -> Windows:
         """Read the windows of this rank's sample slots, in the order of its micro-batches."""
-        train = self.data.train
-        rows = train.read(*train.draw(self.config.seed, step, self.train_step.slots))
-        return rows.pin_memory() if self.context.device.type == "cuda" else rows
+        windows = self.data.train.training_windows(self.config.seed, step, self.train_step.slots)
+        return windows.pin_memory() if self.context.device.type == "cuda" else windows
 
     def _compute_again(self, step: int) -> tuple[float, float]:
         """Return loss and gradient norm of the batch after `step` steps, with the present weights. A collective."""

@@ -1,13 +1,16 @@
 """A tracker that raises, blocks or cannot start costs its points, and never the run."""
 
 import dataclasses
+import os
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.run_log import GROUPS, WORK, config_in, records, values
 from tests.helpers.trackers import Blocking, Raising, Recorder, Unstartable
-from tinytrain_dist.metrics import run_log
+from tinytrain_dist.metrics import run_log, trackers
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.trackers import background
 from tinytrain_dist.metrics.trackers.base import TrackedRun
@@ -18,7 +21,7 @@ def open_log(tmp_path, monkeypatch):
     """Return a function that opens a run log with one tracker."""
 
     def open_with(tracker, step=0):
-        monkeypatch.setattr(run_log, "create_trackers", lambda config: {"tests:Own": tracker})
+        monkeypatch.setattr(trackers, "create_tracker", lambda name: tracker() if callable(tracker) else tracker)
         return RunLog(dataclasses.replace(config_in(tmp_path), trackers=("tests:Own",)), True, step)
 
     return open_with
@@ -99,7 +102,7 @@ def test_a_tracker_that_blocks_costs_what_does_not_fit_into_the_queue(tmp_path, 
     assert len(failures(tmp_path)) == 2
     (sink,) = log._sinks
     tracker.released.set()
-    sink.join(time.monotonic() + 60)
+    assert sink.has_ended(time.monotonic() + 60)
     assert tracker.calls[-1] == ("finish", "finished")
 
 
@@ -126,6 +129,46 @@ def test_the_start_of_a_run_does_not_wait_for_a_tracker_without_limit(open_log, 
     log.wait_for_trackers()
     tracker.released.set()
     log.close()
+
+
+def test_a_tracker_that_blocks_while_it_is_created_does_not_hold_the_run(open_log, capsys, monkeypatch):
+    monkeypatch.setattr(run_log, "START_SECONDS", 0.01)
+    monkeypatch.setattr(run_log, "QUIET_SECONDS", 0.01)
+    monkeypatch.setitem(background.FINISH_SECONDS, "finished", 0.05)
+    released = threading.Event()
+    log = open_log(lambda: released.wait() and Recorder())
+    log.wait_for_trackers()
+    log.train(1, values(1.0), GROUPS, WORK)
+    log.close()
+    released.set()
+    *_, waits, lost = capsys.readouterr().out.splitlines()
+    assert waits == "waiting up to 0.05 s for trackers to end: tests:Own"
+    assert "did not end in time; points that it may have lost: 3" in lost
+
+
+@pytest.mark.parametrize("has_own_folder", [True, False])
+def test_a_tracker_that_changes_the_current_folder_does_not_change_that_of_the_run(
+    has_own_folder, tmp_path, open_log, monkeypatch
+):
+    if has_own_folder and not own_folder_is_possible():
+        pytest.skip("threads cannot have a current folder of their own here")
+    if not has_own_folder:  # as in a container that forbids it
+        monkeypatch.setattr(background, "have_own_current_folder", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    tracker = Recorder()
+    tracker.start = lambda run: os.chdir("/")
+    log = open_log(tracker)
+    log.wait_for_trackers()
+    assert Path.cwd() == tmp_path
+    log.close()
+
+
+def own_folder_is_possible() -> bool:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(background.have_own_current_folder()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def test_nothing_is_printed_after_an_error(open_log, capsys):
@@ -164,8 +207,8 @@ def test_a_tracker_may_become_idle_while_it_is_examined(tmp_path):
             pass
 
     tracker = Recorder()
-    sink = Sink("own", tracker, TrackedRun("run", tmp_path, tmp_path, {}, "", 0, False))
+    sink = Sink("own", lambda: tracker, TrackedRun("run", tmp_path, tmp_path, {}, "", 0, False))
     sink.send(lambda tracker: tracker.flush())
     sink.end("finished")
-    sink.join(time.monotonic() + 60)
+    assert sink.has_ended(time.monotonic() + 60)
     assert tracker.calls[1:] == [("flush",), ("finish", "finished")]

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,16 @@ import pytest
 from tests.helpers.run_log import GROUPS, WORK, config_in, values
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.metrics import trackers
 from tinytrain_dist.metrics.run_log import RunLog
-from tinytrain_dist.metrics.trackers import CLASSES, create_trackers
+from tinytrain_dist.metrics.trackers import CLASSES, check_trackers
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "trackers.md"
 
 
 def problem_of(*trackers: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        create_trackers(TrainingConfig(trackers=trackers))
+        check_trackers(TrainingConfig(trackers=trackers))
     return caught.value.problems
 
 
@@ -67,6 +69,15 @@ def test_without_trackers_no_library_is_needed(without_libraries, tmp_path):
 def test_a_class_that_cannot_be_used(name, message):
     (problem,) = problem_of(name)
     assert re.match(f"trackers: {name} {message}", problem)
+
+
+def test_a_module_whose_import_blocks_holds_the_start_for_a_limited_time(tmp_path, monkeypatch):
+    (tmp_path / "blocking_tracker.py").write_text("import threading\nthreading.Event().wait()\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(trackers, "START_SECONDS", 0.2)
+    check_trackers(TrainingConfig(trackers=("blocking_tracker:Any",)))
+    names = [thread.name for thread in threading.enumerate()]
+    assert "load tracker blocking_tracker:Any" in names, "the import did not block"
 
 
 def test_the_tracker_of_the_page_runs_from_the_current_folder(tmp_path, monkeypatch, capsys):

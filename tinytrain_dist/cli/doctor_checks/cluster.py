@@ -21,6 +21,8 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.reliability import rank_consistency
 from tinytrain_dist.reliability.storage_checks import check_disk_space, check_run_files, check_shared_storage
+from tinytrain_dist.training.run_length import resolve_epochs
+from tinytrain_dist.utils.shard_paths import shard_paths
 
 CHECKPOINT_BYTES_PER_WEIGHT = 12  # the weight and two moments, in float32
 
@@ -135,9 +137,9 @@ def check_run(report: Report, config: TrainingConfig, context: DistributedContex
 
 def _check_data(config: TrainingConfig, host: str) -> TrainingConfig:
     """Return the configuration with its vocab_size. Errors: ConfigError if there is no such file on this host."""
-    resolved = resolve_vocab_size(config)
+    resolved = resolve_epochs(resolve_vocab_size(config))
     for name, files in (("train_data", resolved.train_files), ("val_data", resolved.val_files)):
-        for path in files:
+        for path in (path for entry in files for path in shard_paths(entry)):
             if not Path(path).is_file():
                 raise ConfigError(f"{name}: there is no {path} on {host}; give a token file")
     return resolved

@@ -6,6 +6,10 @@ blocks or is slow costs points. It is reported once, and the lost points are cou
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -22,12 +26,15 @@ START_SECONDS = 10.0
 UNRESPONSIVE_SECONDS = 60.0  # a call that takes longer is reported
 # At the end, how long to wait for all trackers together. A run that was asked to stop may be killed soon.
 FINISH_SECONDS: dict[Status, float] = {"finished": 60.0, "stopped": 10.0, "failed": 5.0}
+CLONE_FS = 0x200  # of Linux: what threads share of the file system, such as the current folder
 
 Call = Callable[[Tracker], object]
 
 
 class Sink(Protocol):
     """A tracker as the run log uses it. The run log calls all methods in the thread that trains."""
+
+    name: str  # as in the setting `trackers`
 
     def wait_started(self, deadline: float) -> None:
         """Wait until the tracker has started or failed to, or until `deadline` by time.monotonic()."""
@@ -41,8 +48,11 @@ class Sink(Protocol):
     def end(self, status: Status) -> None:
         """Ask the tracker to end."""
 
-    def join(self, deadline: float) -> None:
-        """Wait until the tracker has ended, or until `deadline` by time.monotonic()."""
+    def has_ended(self, deadline: float) -> bool:
+        """Wait until the tracker has ended, or until `deadline` by time.monotonic(); return whether it has."""
+
+    def report_end(self) -> None:
+        """Note the points that were lost."""
 
     def lines(self) -> list[str]:
         """Return what the tracker wants to print since the last call."""
@@ -58,8 +68,9 @@ class DirectSink:
     would only add a place where points can be lost. Errors of the disk are the caller's.
     """
 
-    def __init__(self, tracker: Tracker, run: TrackedRun) -> None:
-        """Start the tracker."""
+    def __init__(self, name: str, tracker: Tracker, run: TrackedRun) -> None:
+        """Start the tracker. name: as in the setting `trackers`."""
+        self.name = name
         self._tracker = tracker
         tracker.start(run)
 
@@ -78,8 +89,12 @@ class DirectSink:
         """End the tracker."""
         self._tracker.finish(status)
 
-    def join(self, deadline: float) -> None:
-        """Do nothing: the tracker has ended."""
+    def has_ended(self, deadline: float) -> bool:
+        """Return True: `end` has waited."""
+        return True
+
+    def report_end(self) -> None:
+        """Do nothing: no point is lost without an error."""
 
     def lines(self) -> list[str]:
         """Return nothing."""
@@ -91,12 +106,13 @@ class DirectSink:
 
 
 class BackgroundSink:
-    """Call a tracker in a thread, in the order of `send`. Only `wait_started` and `join` wait."""
+    """Call a tracker in a thread, in the order of `send`. Only `wait_started` and `has_ended` wait."""
 
-    def __init__(self, name: str, tracker: Tracker, run: TrackedRun) -> None:
-        """Begin to start the tracker. name: as in the setting `trackers`."""
+    def __init__(self, name: str, create: Callable[[], Tracker], run: TrackedRun) -> None:
+        """Begin to create and start the tracker, in the thread. name: as in the setting `trackers`."""
         self.name = name
-        self._tracker = tracker
+        self._create = create
+        self._tracker = Tracker()  # until `_start` has created it
         self._run = run
         self._changed = threading.Condition()  # guards what is below, except _busy_since; no call is made under it
         self._waiting: deque[Call] = deque()
@@ -109,6 +125,7 @@ class BackgroundSink:
         self._lines: list[str] = []
         self._warnings: list[str] = []
         self._problem_reported = False
+        self._folder: str | None = None  # to return to after each call; None: not needed
         # A daemon, so that a tracker that blocks for ever cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -142,9 +159,13 @@ class BackgroundSink:
             self._ending = status
             self._changed.notify()
 
-    def join(self, deadline: float) -> None:
-        """Wait for the thread, and report lost points."""
+    def has_ended(self, deadline: float) -> bool:
+        """Wait for the thread; return whether it has ended."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def report_end(self) -> None:
+        """Report lost points."""
         with self._changed:
             if self._thread.is_alive():
                 lost = self._lost + len(self._waiting) + 1  # and the call in progress
@@ -166,6 +187,7 @@ class BackgroundSink:
 
     def _work(self) -> None:
         """Start the tracker, do the calls, and finish it. This is the body of the thread."""
+        self._folder = None if have_own_current_folder() else os.getcwd()
         started = self._do(self._start)
         with self._changed:
             if not started:
@@ -187,9 +209,10 @@ class BackgroundSink:
             self._changed.wait_for(lambda: self._waiting or self._ending is not None)
             return self._waiting.popleft() if self._waiting else None
 
-    def _start(self, tracker: Tracker) -> None:
+    def _start(self, _: Tracker) -> None:
+        self._tracker = self._create()
         self._run.folder.mkdir(parents=True, exist_ok=True)
-        line = tracker.start(self._run)
+        line = self._tracker.start(self._run)
         if line:
             with self._changed:
                 self._lines.append(f"tracker {self.name}: {line}")
@@ -214,6 +237,9 @@ class BackgroundSink:
             return False
         finally:
             self._busy_since = None
+            if self._folder is not None:
+                with contextlib.suppress(OSError):
+                    os.chdir(self._folder)
         return True
 
     def _report(self, problem: str) -> None:
@@ -223,6 +249,16 @@ class BackgroundSink:
             self._warnings.append(
                 f"tracker {self.name}: {problem}; training continues, and metrics.jsonl has all points"
             )
+
+
+def have_own_current_folder() -> bool:
+    """Give the calling thread a current folder of its own; return whether that is possible here.
+
+    A tracker may call os.chdir. Training has relative paths, such as that of the run folder.
+    """
+    if sys.platform != "linux":
+        return False
+    return bool(ctypes.CDLL(None).unshare(CLONE_FS) == 0)  # os.unshare needs Python 3.12; containers may forbid it
 
 
 def _flush(tracker: Tracker) -> None:

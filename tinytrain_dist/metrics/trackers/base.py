@@ -28,7 +28,7 @@ class TrackedRun:
 class Tracker:
     """Receive what a run logs. Derive from this class, and override the methods that you need; the others do nothing.
 
-    Rank 0 creates the object, without arguments. All methods are called in one thread, which is not the thread that
+    Rank 0 creates the object, without arguments, and calls all methods, in one thread. It is not the thread that
     trains, so they may wait. What they raise costs the point, never the run. `start` is called first and `finish` last.
     """
 

@@ -1,0 +1,49 @@
+"""The length of a run by epochs: exact, where the data is; and a sentence where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinytrain_dist.cli.config import main as config_main
+from tinytrain_dist.cli.schedule import main as schedule_main
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.training.run_length import resolve_epochs, steps_of_epochs
+
+
+def config(folder: Path, **settings: Any) -> TrainingConfig:
+    np.save(folder / "a.npy", np.zeros(101, np.uint16))
+    np.save(folder / "b.npy", np.zeros(50, np.uint16))
+    data = (str(folder / "a.npy"), str(folder / "b.npy"))
+    values = {"train_data": data, "sampling": "shuffle", "epochs": 3.0, "context_len": 10, "batch_size": 4, **settings}
+    return TrainingConfig(**values)
+
+
+def test_steps_draw_all_windows_of_the_epochs(tmp_path: Path) -> None:
+    resolved = resolve_epochs(config(tmp_path))
+    assert (resolved.epochs, resolved.total_steps) == (None, 12)  # 3 x (11 + 5) / 4
+    assert resolve_epochs(resolved) is resolved
+    assert [steps_of_epochs(epochs, 1000, 10) for epochs in (0.1, 0.3, 1.001, 1e-9, 7.0)] == [10, 30, 101, 1, 700]
+
+
+def test_settings_that_do_not_fit_the_length_name_the_epochs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stop_at_step: 13 .* \(3\.0 epochs of 16 windows give total_steps = 12\)"):
+        resolve_epochs(config(tmp_path, stop_at_step=13))
+
+
+def test_without_the_data_the_reason_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--sampling shuffle --epochs 2 --vocab-size 9 --batch-size 4 --context-len 10".split()
+    there, missing = str(tmp_path / "a.npy"), str(tmp_path / "none.npy")
+    config(tmp_path)
+    with pytest.raises(ConfigError, match=r"epochs: total_steps follows .* cannot be read here \(.*none\.npy: no such"):
+        schedule_main([*flags, "--train-data", missing])
+    assert schedule_main([*flags, "--train-data", there]) == 0
+    assert "6 steps" in capsys.readouterr().out
+    config_main([*flags, "--train-data", there])
+    assert "# total_steps is not set (epochs make it 6)" in capsys.readouterr().out
+    config_main([*flags, "--train-data", missing])
+    assert "# total_steps is not set (epochs: total_steps follows" in capsys.readouterr().out
