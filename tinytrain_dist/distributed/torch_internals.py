@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import weakref
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
