@@ -93,6 +93,11 @@ def test_nothing_done_yet_has_no_time_left() -> None:
     assert progress_text("loading", 0, 5e6, 3.0, "bytes") == "loading: 0 of 5 MB"
 
 
+def test_the_rate_and_the_time_left_are_those_of_this_run() -> None:
+    text = progress_text("encoding", 300e6, 500e6, 10.0, "bytes", before=200e6)
+    assert text == "encoding: 300 of 500 MB, 10.0 MB/s, about 20 s left"
+
+
 @pytest.mark.parametrize("verb", ["verify", "hash", "export", "ls"])
 def test_verbs_show_their_progress(
     tinytrain: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
@@ -104,8 +109,8 @@ def test_verbs_show_their_progress(
     code, out, err = tinytrain(verb, checkpoint, *options)
     assert code == 0
     what = {"hash": "hashing", "export": "exporting weights"}.get(verb, f"verifying {checkpoint.name}")
-    assert re.search(rf"^{what}: \d+ of \d+ MB, about \d+ s left$", err, re.MULTILINE)
-    assert " MB, about" not in out
+    assert re.search(rf"^{what}: \d+ of \d+ MB, [\d,.]+ MB/s, about \d+ s left$", err, re.MULTILINE)
+    assert " MB/s, about" not in out
 
 
 def test_prune_shows_its_progress(tinytrain: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,18 @@ def test_a_long_document_is_cut_into_full_windows_that_share_a_token() -> None:
     assert sorted(piece for window in windows_of(packing) for piece in window) == [(0, 9), (8, 9), (16, 6)]
 
 
+def test_packings_are_as_recorded() -> None:
+    packing = pack_documents(np.array([0, 3, 9, 11, 30, 36, 41], np.int64), 50, 8)
+    assert windows_of(packing) == [
+        [(11, 9)],
+        [(19, 9)],
+        [(41, 9)],
+        [(3, 6), (0, 3)],
+        [(30, 6), (27, 3)],
+        [(36, 5), (9, 2)],
+    ]
+
+
 def test_nearly_nothing_is_padding_in_a_large_corpus() -> None:
     starts, tokens = random_starts(5, 200_000, 1500)
     packing = pack_documents(starts, tokens, 1024)

@@ -31,6 +31,7 @@ VARIABLES = (
             "tinytrain_dist/reliability/error_report.py",
             "tinytrain_dist/reliability/watchdog.py",
             "tinytrain_dist/reliability/start_marks.py",
+            "tinytrain_dist/reliability/start_times.py",
         ),
     ),
     EnvironmentVariable(

@@ -24,26 +24,27 @@ def no_progress(_: float) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: float, shown: bool = True, unit: str = "") -> Iterator[Advance]:
+def progress_bar(what: str, total: float, shown: bool = True, unit: str = "", done: float = 0.0) -> Iterator[Advance]:
     """Give a function that the block calls with the amount of work that was done since the last call.
 
     Shown on stderr, as a bar if this is a terminal, and else as lines.
 
     what: what is counted, or what is done. total: the amount of all work. unit: "bytes" for amounts in bytes.
+    done: the amount that was done before.
     """
     if not shown:
         yield no_progress
     elif sys.stderr.isatty():
-        with _terminal_bar(what, total, unit) as advance:
+        with _terminal_bar(what, total, unit, done) as advance:
             yield advance
     else:
-        yield progress_lines(what, total, _print_to_stderr, unit)
+        yield progress_lines(what, total, _print_to_stderr, unit, done)
 
 
-def progress_lines(what: str, total: float, write: Callable[[str], None], unit: str = "") -> Advance:
+def progress_lines(what: str, total: float, write: Callable[[str], None], unit: str = "", done: float = 0.0) -> Advance:
     """Return a function as `progress_bar` does, which gives a line to `write` every LINE_SECONDS."""
     started = last_line = time.monotonic()
-    done = 0.0
+    before = done
     lock = threading.Lock()
 
     def advance(amount: float) -> None:
@@ -54,20 +55,26 @@ def progress_lines(what: str, total: float, write: Callable[[str], None], unit: 
             if now - last_line < LINE_SECONDS or done >= total:
                 return
             last_line = now
-            write(progress_text(what, done, total, now - started, unit))
+            write(progress_text(what, done, total, now - started, unit, before))
 
     return advance
 
 
-def progress_text(what: str, done: float, total: float, seconds: float, unit: str = "") -> str:
-    """Return a line about work that has taken `seconds` so far, with the time that is left at the same speed."""
+def progress_text(what: str, done: float, total: float, seconds: float, unit: str = "", before: float = 0.0) -> str:
+    """Return a line about work: how much is done, how fast it was, and the time that is left at the same speed.
+
+    seconds: what the work has taken since `before` of it was done.
+    """
     amounts = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if unit == "bytes" else f"{done:,.0f} of {total:,.0f}"
-    left = f", about {format_age(seconds / done * (total - done))} left" if done else ""
-    return f"{what}: {amounts}{left}"
+    if done <= before:
+        return f"{what}: {amounts}"
+    speed = (done - before) / max(seconds, 1e-9)
+    rate = f", {speed / 1e6:,.1f} MB/s" if unit == "bytes" else ""
+    return f"{what}: {amounts}{rate}, about {format_age((total - done) / speed)} left"
 
 
 @contextlib.contextmanager
-def _terminal_bar(what: str, total: float, unit: str) -> Iterator[Advance]:
+def _terminal_bar(what: str, total: float, unit: str, done: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -77,14 +84,16 @@ def _terminal_bar(what: str, total: float, unit: str) -> Iterator[Advance]:
         ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
     amounts: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amounts, TimeRemainingColumn())
-    done, last_update = 0.0, 0.0
+    rate: tuple[ProgressColumn, ...] = (TransferSpeedColumn(),) if unit == "bytes" else ()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amounts, *rate, TimeRemainingColumn())
+    last_update = 0.0
     lock = threading.Lock()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(what, total=total, completed=int(done))
 
         def advance(amount: float) -> None:
             nonlocal done, last_update

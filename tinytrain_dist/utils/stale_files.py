@@ -85,10 +85,10 @@ def describe_leftovers(removed: list[Path]) -> str:
 
 def _is_left(path: Path, match: re.Match[str]) -> bool:
     """Return whether the owner in the name was a process of this host that has ended, and nobody holds the folder."""
-    return match["host"] == _host() and has_ended(int(match["pid"]), match["started"]) and not _is_held(path)
+    return match["host"] == _host() and has_ended(int(match["pid"]), match["started"]) and not is_held(path)
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
     """Return whether `hold_folder` marks the folder in another process, or in this one."""
     if not path.is_dir():
         return False

@@ -23,8 +23,11 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from tinytrain_dist.data.preparation.content_type import NotTextError, text_format  # noqa: E402
-from tinytrain_dist.data.preparation.corpus import Meter, Reading, find_sources, read_documents, recognise  # noqa: E402
+from tinytrain_dist.data.preparation.corpus import Corpus  # noqa: E402
 from tinytrain_dist.data.preparation.prepare import prepare  # noqa: E402
+from tinytrain_dist.data.preparation.recognition import recognise  # noqa: E402
+from tinytrain_dist.data.preparation.sources import find_sources  # noqa: E402
+from tinytrain_dist.data.preparation.text_documents import Reading  # noqa: E402
 from tinytrain_dist.errors import DataError  # noqa: E402
 
 STORIES = [f"story {n}: the wolf ran home again" for n in range(40)]
@@ -39,11 +42,8 @@ def documents(*paths: Path, **settings: Any) -> list[bytes]:
         **{"text_field": "text", "split_by": "file", "errors": "strict", **settings}, max_document_bytes=10**6
     )
     sources = find_sources(map(str, paths), print)
-    found: list[bytes] = []
-    for path, form in recognise(sources, reading, print).items():
-        with open(path, "rb", buffering=0) as file:
-            found += read_documents(path, Meter(file), reading, form)
-    return found
+    corpus = Corpus(sources, reading, recognise(sources, reading, print))
+    return list(corpus.documents("reading"))
 
 
 def complaint(*paths: Path, **settings: Any) -> str:
@@ -140,7 +140,10 @@ NOT_TEXT = {
     "html": (b"\n<!-- saved -->\n<!DOCTYPE html>\n<p>text", "HTML"),
     "html in capitals": (b"\xef\xbb\xbf<HTML lang=en><p>text", "HTML"),
     "xml": (b'<?xml version="1.0"?>\n<a/>', "XML"),
-    "parquet": (b"PAR1\x15\x04\x15\x10" + b"x" * 80, "a Parquet file; write its documents to a .jsonl file"),
+    "compressed parquet": (
+        gzip.compress(b"PAR1\x15\x04" + b"x" * 80),
+        "a compressed Parquet file; decompress it first",
+    ),
     "zip": (b"PK\x03\x04\x14\0\0\0", "a ZIP archive"),
     "office": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(90), "an old Office document"),
     "rtf": (b"{\\rtf1\\ansi text}", "an RTF document"),

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.prepared_text import all_documents, run_prepare, story, zstandard
-from tinytrain_dist.data.preparation.corpus import SEPARATOR, cut, find_sources
+from tinytrain_dist.data.preparation.sources import find_sources
+from tinytrain_dist.data.preparation.text_documents import SEPARATOR, cut
 from tinytrain_dist.errors import DataError
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -30,7 +31,10 @@ def test_a_folder_gives_its_text_files_and_reports_how_many_it_skips(
         (tmp_path / "in" / name).write_bytes(gzip.compress(b"z") if name.endswith("gz") else name.encode())
     run_prepare(tmp_path / "in", tmp_path / "out")
     assert all_documents(tmp_path / "out") == sorted(["b.txt", "deep/a.PY", "z"])
-    assert "skipped 3 files that are not .txt, .md, .py, .jsonl (2 .png, 1 README)" in capsys.readouterr().err
+    assert (
+        "skipped 3 files that are not .txt, .md, .py, .jsonl, .parquet, .arrow (2 .png, 1 README)"
+        in capsys.readouterr().err
+    )
     run_prepare(
         (str(tmp_path / "in"), str(tmp_path / "in" / "README"), str(tmp_path / "in" / "b.txt")), tmp_path / "more"
     )
@@ -54,9 +58,9 @@ def test_the_standard_library_is_read_without_tests_and_files_about_the_machine(
 BAD_SOURCES: list[tuple[tuple[str, ...], str]] = [
     ((), "no source was given"),
     (("missing.txt",), r"missing\.txt: there is no such file or folder"),
-    (("https://example.org/a.txt",), "URLs are not supported"),
+    (("nothing://example.org/a.txt",), "the protocol 'nothing' is not known"),
     (("*.nope",), r"\*\.nope: no file matches this glob"),
-    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl file"),
+    (("empty",), r"empty: the folder contains no \.txt, \.md, \.py, \.jsonl, \.parquet, \.arrow file"),
     (("dangling.txt",), r"dangling\.txt: cannot be read \(No such file"),
     (("pipe.txt",), r"pipe\.txt: is not a regular file"),
 ]
@@ -193,7 +197,7 @@ def test_text_that_cannot_be_used_is_an_error_and_nothing_is_written(
 
 
 def test_a_line_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinytrain_dist.data.preparation.corpus._JSON_LINE_BYTES", 1000)
+    monkeypatch.setattr("tinytrain_dist.data.preparation.text_documents._JSON_LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 1000}) + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl: line 2 is longer than 1,000 bytes"):
         run_prepare(tmp_path / "a.jsonl", tmp_path / "out")

@@ -26,12 +26,14 @@ from tests.helpers.prepared_text import (
     story,
 )
 from tests.helpers.ranks import REPOSITORY
-from tinytrain_dist.data.preparation import prepare as preparation
+from tinytrain_dist.data.preparation import planning, sample
 from tinytrain_dist.data.preparation.prepare import prepare
+from tinytrain_dist.data.preparation.sample import Sample
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, byte_of_character
 from tinytrain_dist.errors import ConfigError, DataError
 
 tokenizers = pytest.importorskip("tokenizers")
+TOKEN_FILES = ["train.npy", "train.documents.npy", "val.npy", "val.documents.npy"]
 
 # --- output ----------------------------------------------------------------------------------------------------------
 
@@ -46,9 +48,12 @@ def test_every_document_is_in_one_of_the_two_files_and_meta_json_describes_them(
         assert ids.ndim == 1
         assert meta[f"{side}_tokens"] == len(ids)
         assert meta[f"{side}_documents"] == len(documents) > 0
+        starts = np.load(tmp_path / "out" / f"{side}.documents.npy")
+        assert starts.dtype == np.int64
+        assert starts.tolist() == [0, *(np.where(ids == meta["eos_id"])[0][:-1] + 1)]
         assert meta[f"{side}_bytes"] == sum(len(document.encode()) for document in documents)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in content(tmp_path / "out").items()}
-    assert meta["digests"] == {name: digests[name] for name in ("train.npy", "val.npy", "tokenizer.json")}
+    assert meta["digests"] == {name: digests[name] for name in [*TOKEN_FILES, "tokenizer.json"]}
     assert meta["sources"] == [
         {
             "path": str(corpus),
@@ -124,22 +129,22 @@ def test_the_sample_does_not_depend_on_the_order_of_documents(order: list[int], 
     documents = [b"x" * (1 + 7 * index % 60) for index in range(40)]
 
     def drawn(indices: Iterable[int]) -> list[bytes]:
-        sample = preparation.Sample(most)
+        drawn_sample = Sample(most)
         for index in indices:
-            sample.add(index, documents[index])
-            sample.add(index, documents[index])  # a copy of a document does not count
-        assert sample.bytes == sum(map(len, sample.documents())) <= most
-        return sample.documents()
+            drawn_sample.add(index, documents[index])
+            drawn_sample.add(index, documents[index])  # a copy of a document does not count
+        assert drawn_sample.bytes == sum(map(len, drawn_sample.documents())) <= most
+        return drawn_sample.documents()
 
     assert drawn(order) == drawn(range(40)) == documents[: len(drawn(range(40)))]
 
 
 def test_the_tokenizer_is_trained_on_a_bounded_number_of_different_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_TRAINING_WORD_BYTES", 100)
+    monkeypatch.setattr(sample, "_TRAINING_WORD_BYTES", 100)
     repeated = [b"again and again\n"] * 50
     different = [b"word%c%c\n" % (65 + i, 65 + j) for i in range(20) for j in range(20)]
-    assert b"".join(preparation._training_texts(repeated)) == b"".join(repeated)
-    assert len(b"".join(preparation._training_texts(different))) <= 200
+    assert b"".join(sample.training_texts(repeated)) == b"".join(repeated)
+    assert len(b"".join(sample.training_texts(different))) <= 200
 
 
 # --- messages and errors ---------------------------------------------------------------------------------------------
@@ -185,14 +190,14 @@ def test_all_wrong_settings_are_reported_at_once(corpus: Path, tmp_path: Path) -
 def test_a_source_that_changes_while_it_is_read_is_an_error(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threshold = preparation._threshold
+    threshold = planning._threshold
 
     def change_source_first(*arguments: Any) -> int:
         with corpus.open("ab") as file:
             file.write(b" more")
         return threshold(*arguments)
 
-    monkeypatch.setattr(preparation, "_threshold", change_source_first)
+    monkeypatch.setattr(planning, "_threshold", change_source_first)
     with pytest.raises(DataError, match="a source changed between its first and second reading"):
         run_prepare(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()

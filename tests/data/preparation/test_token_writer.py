@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.prepared_text import content, run_prepare
+from tinytrain_dist.data.preparation import encoding, token_writer
 from tinytrain_dist.data.preparation import prepare as preparation
-from tinytrain_dist.data.preparation import token_writer
 from tinytrain_dist.errors import DataError
 
 # --- worker processes ------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ from tinytrain_dist.errors import DataError
 def test_any_number_of_workers_gives_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_writer, "_BATCH_BYTES", 500)  # many more batches than workers
+    monkeypatch.setattr(encoding, "_BATCH_BYTES", 500)  # many more batches than workers
     one, two, three = tmp_path / "1", tmp_path / "2", tmp_path / "3"
     for workers, out in ((1, one), (2, two), (3, three)):
         run_prepare(corpus, out, workers=workers)
@@ -33,7 +33,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 def test_worker_processes_that_end_before_their_work_are_an_error() -> None:
     # The settings name no vocabulary, so each worker process ends at its start.
     with pytest.raises(DataError, match=r"one of 2 encoding processes was killed.*--workers"):
-        list(token_writer.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
+        list(encoding.encode_all([[b"a"]] * 3, ("no vocabulary", True, 0, "<u2"), 2))
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def test_existing_output_is_refused_then_replaced_with_overwrite(corpus: Path, t
     assert content(out) == before
     (out / "train.npy.range.json").write_text("{}")
     assert run_prepare(corpus, out, vocab_size=300, overwrite=True)["vocab_size"] == 300
-    assert sorted(content(out)) == ["meta.json", "tokenizer.json", "tokenizer_config.json", "train.npy", "val.npy"]
+    tokens = ["train.documents.npy", "train.npy", "val.documents.npy", "val.npy"]
+    assert sorted(content(out)) == ["meta.json", "tokenizer.json", "tokenizer_config.json", *tokens]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.txt"]
 
 

@@ -9,7 +9,8 @@ import json
 import re
 from typing import Any, Literal
 
-Format = Literal["text", "jsonl"]
+Format = Literal["text", "jsonl", "parquet", "arrow", "arrow-stream"]
+TABLES: tuple[Format, ...] = ("parquet", "arrow", "arrow-stream")
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]
 
 HEAD_BYTES = 1 << 16
@@ -25,11 +26,14 @@ COMPRESSIONS: tuple[tuple[bytes, Compression], ...] = (
     (rb"\xfd7zXZ\0", "xz"),
     (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"),
 )
+_TABLES: tuple[tuple[bytes, Format], ...] = (
+    (rb"PAR1\x15", "parquet"),
+    (rb"ARROW1\0\0", "arrow"),
+    (rb"\xff\xff\xff\xff.{3}\0\x10\0\0\0", "arrow-stream"),
+)
 _TO_JSON_LINES = "write its documents to a .jsonl file, one JSON object on every line"
 _TO_TEXT = "extract its text first"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
-    (rb"PAR1\x15", "a Parquet file", _TO_JSON_LINES),
-    (rb"ARROW1|\xff\xff\xff\xff.\0\0\0\x10\0\0\0", "an Arrow file", _TO_JSON_LINES),
     (rb"Obj\x01", "an Avro file", _TO_JSON_LINES),
     (rb"\x89HDF\r\n", "an HDF5 file", _TO_JSON_LINES),
     (rb"SQLite format 3\0", "an SQLite database", _TO_JSON_LINES),
@@ -67,6 +71,11 @@ class NotTextError(Exception):
 def compression(head: bytes) -> Compression | None:
     """Return how a file is compressed, by its first bytes."""
     return next((name for magic, name in COMPRESSIONS if re.match(magic, head)), None)
+
+
+def table_format(head: bytes) -> Format | None:
+    """Return which kind of table a file is, by its first bytes."""
+    return next((form for magic, form in _TABLES if re.match(magic, head, re.DOTALL)), None)
 
 
 def text_format(head: bytes, whole: bool, suffix: str, text_field: str, errors: str) -> Format:

@@ -1,283 +1,116 @@
-"""Turn text into a tokenizer and token files, with the same bytes for any number of workers.
+"""Turn text into a tokenizer and token files, with the same bytes for any number of workers and interruptions.
 
 Must not know models, training, or how token files are sampled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import heapq
 import os
-import re
-import sys
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
 
 from tinytrain_dist import __version__
-from tinytrain_dist.data.preparation.content_type import Format
-from tinytrain_dist.data.preparation.corpus import (
-    SEPARATOR,
-    Meter,
-    Reading,
-    Source,
-    cut,
-    find_sources,
-    open_source,
-    read_documents,
-    recognise,
-)
-from tinytrain_dist.data.preparation.special_tokens import SpelledTokens, count_spelled
-from tinytrain_dist.data.preparation.token_writer import (
-    TokenWriter,
-    document_hashes,
-    encode_all,
-    in_batches,
-    new_folder,
-    write_file,
-)
-from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
-from tinytrain_dist.errors import ConfigError, DataError
-from tinytrain_dist.utils.json_files import to_json
-from tinytrain_dist.utils.progress import progress_bar
+from tinytrain_dist.data.preparation.corpus import Corpus, Position
+from tinytrain_dist.data.preparation.encoding import encode_all, in_batches
+from tinytrain_dist.data.preparation.options import MAX_DOCUMENT_BYTES, PrepareOptions
+from tinytrain_dist.data.preparation.output_folder import WorkFolder, new_folder, resumable_folder
+from tinytrain_dist.data.preparation.planning import Plan, make_plan, say
+from tinytrain_dist.data.preparation.recognition import recognise
+from tinytrain_dist.data.preparation.remote_files import is_url
+from tinytrain_dist.data.preparation.sources import find_sources
+from tinytrain_dist.data.preparation.text_documents import Reading
+from tinytrain_dist.data.preparation.token_writer import TokenWriter, write_file
+from tinytrain_dist.utils.json_files import parse_json, to_json
 
-_DEFAULT_VOCAB_SIZE = 8192
-_MIN_DOCUMENT_BYTES = 64
-_MIN_VOCAB_SIZE = 257  # all bytes and the end-of-document token
-# Bounds of the default for max_document_bytes. No document may be longer than the upper one: up to this length GPT-2's
-# regex in tiktoken can split any run of white space, and tokenizers needs at most 240 MB of memory for a document.
-_MIN_DEFAULT_DOCUMENT_BYTES, _MAX_DOCUMENT_BYTES = 4096, 1_000_000
-# A small corpus gives this much text to validation by default.
-_VAL_BYTES = 500_000
-# Text on which tiktoken must agree with tokenizers: in all, and at most from one document.
-_COMPARED_BYTES, _COMPARED_DOCUMENT_BYTES = 1_000_000, 20_000
-# The trainer gets documents in pieces, because it needs 100 MB to split 1 MB into words.
-_TRAINING_PIECE_BYTES = 16_000
-# The text for training ends when its distinct words have this many bytes; see _training_texts.
-_TRAINING_WORD_BYTES = 1_500_000
-_WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
+_MIN_DEFAULT_DOCUMENT_BYTES = 4096
 # `prepare` warns about a file with fewer tokens than this: a common context_len and the token after it.
 _MIN_TOKENS = 1025
 
 
-def say(message: str) -> None:
-    """Print a message to stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-class Sample:
-    """The distinct documents with the smallest hashes that fit into `max_bytes` together.
-
-    The sample does not depend on the order in which documents are added.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        """Keep at most `max_bytes` of text."""
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self.smallest_dropped = 1 << 64  # a hash; larger than every hash until a document is dropped
-        self.heap: list[tuple[int, bytes]] = []  # (-hash, document), so that the largest hash is popped first
-        self.keys: set[int] = set()
-
-    def add(self, key: int, document: bytes) -> None:
-        """Add a document unless its hash is too large. key: the hash."""
-        # After a document was dropped, none with a larger hash may be added, or the order would matter.
-        if key >= self.smallest_dropped or key in self.keys:
-            return
-        heapq.heappush(self.heap, (-key, document))
-        self.keys.add(key)
-        self.bytes += len(document)
-        while self.bytes > self.max_bytes:
-            negative_key, dropped = heapq.heappop(self.heap)
-            self.smallest_dropped = -negative_key
-            self.keys.remove(self.smallest_dropped)
-            self.bytes -= len(dropped)
-
-    def documents(self) -> list[bytes]:
-        """Return the documents of the sample, in the order of their hashes."""
-        return [document for _, document in sorted(self.heap, reverse=True)]
-
-
-@dataclass
-class Scan:
-    """The result of the first pass over all sources.
-
-    min_split_key, max_split_key: smallest and largest of the hashes that assign documents to train or val.
-    """
-
-    sample: Sample
-    documents: int = 0
-    bytes: int = 0
-    min_split_key: int = 1 << 64
-    max_split_key: int = -1
-
-
-@dataclass
-class Corpus:
-    """All documents of all sources, in order. They can be read several times."""
-
-    sources: list[Source]
-    reading: Reading
-    formats: dict[str, Format]  # of each file
-    total_bytes: int
-    records: list[dict[str, Any]] = field(default_factory=list)
-
-    def documents(self, title: str) -> Iterator[bytes]:
-        """Yield all documents once. Afterwards, `records` has an entry for each source. title: of the progress bar."""
-        self.records = []
-        with progress_bar(title, self.total_bytes, unit="bytes") as advance:
-            for source in self.sources:
-                digest_of_list = hashlib.sha256()
-                source_bytes = 0
-                reading = replace(self.reading, errors="replace", format="text") if source.tolerant else self.reading
-                for path in source.files:
-                    with open_source(path) as file:
-                        meter = Meter(file)
-                        shown_bytes = 0
-                        for document in read_documents(path, meter, reading, self.formats[path]):
-                            yield document
-                            advance(meter.bytes - shown_bytes)
-                            shown_bytes = meter.bytes
-                    source_bytes += meter.bytes
-                    name = os.path.relpath(path, source.root) if source.root else path
-                    line = f"{meter.sha256.hexdigest()}  {name}\n"
-                    digest_of_list.update(line.encode(errors="surrogateescape"))
-                # The digest of a single file, or that of the list which sha256sum would print for several files.
-                digest = meter.sha256 if len(source.files) == 1 else digest_of_list
-                self.records.append(
-                    {
-                        "path": source.name,
-                        "files": len(source.files),
-                        "bytes": source_bytes,
-                        "sha256": digest.hexdigest(),
-                    }
-                )
-
-
-def _scan(corpus: Corpus, sample_bytes: int) -> Scan:
-    """Read all documents once, and keep a sample of at most `sample_bytes`. Errors: DataError if there are none."""
-    scan = Scan(Sample(sample_bytes))
-    for document in corpus.documents("reading"):
-        split_key, sample_key = document_hashes(document)
-        scan.documents += 1
-        scan.bytes += len(document)
-        scan.min_split_key = min(scan.min_split_key, split_key)
-        scan.max_split_key = max(scan.max_split_key, split_key)
-        scan.sample.add(sample_key, document)
-    if scan.documents == 0:
-        files = sum(len(source.files) for source in corpus.sources)
-        raise DataError(
-            f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
-        )
-    return scan
-
-
-def _check_settings(given: dict[str, Any]) -> None:
-    """Raise ConfigError with every setting that is out of range or has no effect. given: arguments of `prepare`."""
-    vocab_size, tokenizer, eos_token = given["vocab_size"], given["tokenizer"], given["eos_token"]
-    fraction, limit = given["val_fraction"], given["max_document_bytes"]
-    sample_bytes, workers, special_tokens = given["sample_bytes"], given["workers"], given["special_tokens"]
-    longest = limit or _MAX_DOCUMENT_BYTES
-    problems = []
-    if vocab_size is not None and tokenizer is not None:
-        problems.append(f"vocab_size: {vocab_size} has no effect with tokenizer {tokenizer}; leave one of them out")
-    if vocab_size is not None and vocab_size < _MIN_VOCAB_SIZE:
-        problems.append(
-            f"vocab_size: {vocab_size} is below {_MIN_VOCAB_SIZE} (all bytes and the end-of-document token); set at "
-            "least that"
-        )
-    if eos_token is not None and tokenizer is None:
-        problems.append(f"eos_token: {eos_token} has no effect without tokenizer; leave it out")
-    if special_tokens != "text" and tokenizer is None:
-        problems.append(f"special_tokens: {special_tokens} has no effect without tokenizer; leave it out")
-    if fraction is not None and not 0 < fraction < 1:
-        problems.append(f"val_fraction: {fraction} is not between 0 and 1; set 0.01, for example, for 1 %")
-    if limit is not None and not _MIN_DOCUMENT_BYTES <= limit <= _MAX_DOCUMENT_BYTES:
-        problems.append(
-            f"max_document_bytes: {limit} is not between {_MIN_DOCUMENT_BYTES} and {_MAX_DOCUMENT_BYTES}; set a number "
-            "in this range"
-        )
-    if sample_bytes < longest:
-        problems.append(
-            f"sample_bytes: {sample_bytes} is below {longest}, the size of the longest document; set at least that"
-        )
-    if workers is not None and workers < 1:
-        problems.append(f"workers: {workers} is below 1; set the number of encoding processes")
-    if problems:
-        raise ConfigError(problems, "the settings of tinytrain prepare")
-
-
-def prepare(
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional],
-    out: str,
-    *,
-    vocab_size: int | None = None,
-    tokenizer: str | None = None,
-    eos_token: str | None = None,
-    special_tokens: SpelledTokens = "text",
-    val_fraction: float | None = None,
-    format: Literal["auto", "text", "jsonl"] = "auto",
-    text_field: str = "text",
-    split_by: Literal["file", "line"] = "file",
-    errors: Literal["strict", "replace"] = "strict",
-    max_document_bytes: int | None = None,
-    sample_bytes: int = 20_000_000,
-    workers: int | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Turn text into a tokenizer and token files for training.
-
-    Args:
-        sources: `stdlib` (the source code of Python's standard library), or files, folders and globs. In a folder,
-            .txt, .md, .py and .jsonl files are read, also if compressed as .gz, .bz2, .xz or .zst. Other text files
-            must be given by name or by glob. `<|endoftext|>` in a file ends a document.
-        out: Folder to write. It appears complete or not at all.
-        vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
-        tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
-        eos_token: End-of-document token of that tokenizer (default: the one in tokenizer_config.json beside it, or
-            `<|endoftext|>`).
-        special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text (text), or
-            their IDs (ids).
-        val_fraction: Fraction of the documents to hold out, chosen by a hash of their content (default: 0.01, or up
-            to 0.1 in a small corpus, to hold out about 500 kB).
-        format: What the files contain. auto: the content decides between text and JSON lines, and anything else is
-            refused; text: text, whatever it looks like; jsonl: JSON lines.
-        text_field: Field with the text in each JSON line.
-        split_by: What is one document in a file without separators: the whole file, or each line.
-        errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
-        max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
-            least 4,096 and at most 1,000,000).
-        sample_bytes: Bytes of text to train the tokenizer on. Documents are chosen by a hash of their content.
-        workers: Number of encoding processes (default: one for each CPU that this process may use, at most 16).
-        overwrite: Replace an existing data set.
+def prepare(sources: tuple[str, ...] | str, out: str, **options: Any) -> dict[str, Any]:
+    """Turn text into a tokenizer and token files for training. sources, out, options: see `PrepareOptions`.
 
     Returns the contents of meta.json. Raises DataError for text, tokenizers or folders that cannot be used, and
     ConfigError for settings that are out of range or have no effect.
     """
-    _check_settings(locals())
-    target = Path(os.path.realpath(os.path.expanduser(out)))
-    with new_folder(target, overwrite) as folder:
-        found = find_sources((sources,) if isinstance(sources, str) else sources, say)
-        corpus = _corpus(found, Reading(text_field, split_by, errors, max_document_bytes or 0, format))
-        scan = _scan(corpus, sample_bytes)
-        threshold = _threshold(scan, val_fraction or _default_val_fraction(scan))
-        if tokenizer is None:
-            vocabulary = _train(scan, threshold, vocab_size or _DEFAULT_VOCAB_SIZE)
-        else:
-            vocabulary = _load(scan, tokenizer, eos_token, special_tokens)
-        return _write(folder, corpus, scan, vocabulary, threshold, workers or _default_workers())
+    return prepare_with(PrepareOptions((sources,) if isinstance(sources, str) else sources, out, **options))
 
 
-def _corpus(sources: list[Source], reading: Reading) -> Corpus:
-    """Look at every file, and choose the longest document where the settings leave it open (0)."""
-    formats = recognise(sources, reading, say)
-    total_bytes = sum(os.path.getsize(path) for source in sources for path in source.files)
-    limit = reading.max_document_bytes or min(max(total_bytes // 128, _MIN_DEFAULT_DOCUMENT_BYTES), _MAX_DOCUMENT_BYTES)
-    return Corpus(sources, replace(reading, max_document_bytes=limit), formats, total_bytes)
+def prepare_with(given: PrepareOptions) -> dict[str, Any]:
+    """Do what `prepare` does, with its arguments as one value."""
+    given.check()
+    target = Path(os.path.realpath(os.path.expanduser(given.out)))
+    if given.shard_tokens is None:
+        with new_folder(target, given.overwrite) as folder:
+            corpus = _corpus(given)
+            return _Preparation(given, corpus, make_plan(corpus, given), folder).run()
+    with resumable_folder(target, given.overwrite) as work:
+        corpus = _corpus(given)
+        plan = _resume_or_make_plan(work, corpus, given)
+        return _Preparation(given, corpus, plan, work.data, work).run()
+
+
+def _corpus(given: PrepareOptions) -> Corpus:
+    """Find and look at every file, and choose the longest document where the settings leave it open."""
+    sources = find_sources(given.sources, say)
+    reading = Reading(
+        given.text_field,
+        given.split_by,
+        given.errors,
+        given.max_document_bytes or 0,
+        given.format,
+        given.selection(),
+    )
+    corpus = Corpus(sources, reading, recognise(sources, reading, say))
+    size_is_unknown = any(is_url(path) and facts.size == 0 for path, facts in corpus.facts.items())
+    by_default = MAX_DOCUMENT_BYTES if size_is_unknown else max(corpus.total_bytes // 128, _MIN_DEFAULT_DOCUMENT_BYTES)
+    limit = given.max_document_bytes or min(by_default, MAX_DOCUMENT_BYTES)
+    return replace(corpus, reading=replace(reading, max_document_bytes=limit))
+
+
+def _resume_or_make_plan(work: WorkFolder, corpus: Corpus, given: PrepareOptions) -> Plan:
+    """Return the plan of the same work that was interrupted, or a new one."""
+    identity = _stored_json(
+        {
+            **given.of_bytes(),
+            "tokenizer_digest": _digest_of_tokenizer(given.tokenizer),
+            "ids_digest": hashlib.sha256("\n".join(sorted(corpus.reading.selection.ids)).encode()).hexdigest(),
+            "tinytrain_dist": __version__,
+            "sources": [source.name for source in corpus.sources],
+            "files": [[source.name_of(path), corpus.facts[path].identity] for source, path in corpus.files],
+        }
+    )
+    saved = work.resume(identity, given.overwrite)
+    if saved is not None:
+        plan = Plan.from_json(saved["plan"])
+        corpus.digests = plan.digests
+        return plan
+    plan = make_plan(corpus, given)
+    work.save_plan({"identity": identity, "plan": plan.to_json()})
+    return plan
+
+
+def _stored_json(value: Any) -> Any:
+    """Return a value as it is after it was stored as JSON, with lists in place of tuples."""
+    return parse_json(to_json(value))
+
+
+def _digest_of_tokenizer(place: str | None) -> str:
+    """Return a digest of the files of a tokenizer, as far as they can be read."""
+    if place is None:
+        return ""
+    path = Path(place).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    files = [file, file.with_name("tokenizer_config.json")]
+    contents = [name.read_bytes() if name.is_file() else b"" for name in files]
+    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
 
 def _default_workers() -> int:
@@ -285,130 +118,94 @@ def _default_workers() -> int:
     return min(usable_cpus, 16)  # the single process that reads cannot keep more of them busy
 
 
-def _default_val_fraction(scan: Scan) -> float:
-    """Return 0.01, or more in a small corpus, so that validation gets about _VAL_BYTES; at most 0.1."""
-    return min(max(_VAL_BYTES / scan.bytes, 0.01), 0.1)
+@dataclass(frozen=True)
+class _Preparation:
+    """Encode a corpus as planned, and write the files of a data set. work: where progress is kept, if it is."""
 
+    given: PrepareOptions
+    corpus: Corpus
+    plan: Plan
+    folder: Path
+    work: WorkFolder | None = None
 
-def _threshold(scan: Scan, fraction: float) -> int:
-    """Return the hash below which documents go to val: about `fraction` of them, but not none and not all."""
-    if scan.min_split_key == scan.max_split_key:
-        size = scan.bytes // scan.documents
-        half = size // 2 - 1
-        cut = f", or set --max-document-bytes {half} to cut it" if half >= _MIN_DOCUMENT_BYTES else ""
-        raise DataError(
-            f"all of the text is one document of {size:,} bytes, but train and val need one each; give more text{cut}"
-        )
-    return min(max(int(fraction * (1 << 64)), scan.min_split_key + 1), scan.max_split_key)
+    @property
+    def dtype(self) -> str:
+        """The type of the token files, in numpy's notation."""
+        return "<u2" if self.plan.vocabulary.size <= 1 << 16 else "<u4"
 
+    def run(self) -> dict[str, Any]:
+        """Write all files, and return the contents of meta.json. Errors: DataError; OSError from the disk."""
+        progress = self.work.progress() if self.work is not None else {}
+        with self._writer("train", progress) as train, self._writer("val", progress) as val:
+            start = Position(**progress["position"]) if progress else None
+            if start is not None and self.work is not None:
+                file, files = min(start.file + 1, len(self.corpus.files)), len(self.corpus.files)
+                say(
+                    f"resuming the work in {self.work.path} after {train.shards:,} shards of train and {val.shards:,} "
+                    f"of val, in file {file:,} of {files:,}"
+                )
+            self._encode(train, val, start)
+            digests = {**train.finish(), **val.finish()}
+        vocabulary = self.plan.vocabulary
+        digests["tokenizer.json"] = write_file(self.folder / "tokenizer.json", vocabulary.text)
+        write_file(self.folder / "tokenizer_config.json", to_json(vocabulary.config, indent=2) + "\n")
+        meta = self._meta({"train": train, "val": val}, digests)
+        write_file(self.folder / "meta.json", to_json(meta, indent=2) + "\n")
+        for writer in (train, val):
+            if writer.tokens < _MIN_TOKENS:
+                say(
+                    f"{writer.side}.npy has only {writer.tokens:,} tokens: context_len must be smaller than that; give "
+                    "more text or another --val-fraction"
+                )
+        return meta
 
-def _train(scan: Scan, threshold: int, vocab_size: int) -> Vocabulary:
-    """Train a tokenizer on the documents of the sample that go to train, or on all if none does."""
-    sample = scan.sample.documents()
-    train_documents = [document for document in sample if document_hashes(document)[0] >= threshold]
-    texts = list(_training_texts(train_documents or sample))
-    say(f"training a tokenizer on {sum(map(len, texts)) / 1e6:,.2f} MB of the text")
-    vocabulary = train_bpe((text.decode() for text in texts), vocab_size)
-    if vocabulary.size < vocab_size:
-        say(
-            f"the tokenizer has {vocabulary.size:,} IDs, fewer than the {vocab_size:,} of --vocab-size, because no "
-            "other pair of tokens occurs twice in the text; continuing with these"
-        )
-    return vocabulary
+    def _writer(self, side: str, progress: dict[str, Any]) -> TokenWriter:
+        return TokenWriter(self.folder, side, self.dtype, self.given.shard_tokens, progress.get(side))
 
+    def _encode(self, train: TokenWriter, val: TokenWriter, start: Position | None) -> None:
+        """Encode all documents from a position on, and commit whenever a shard is complete."""
+        positions: deque[Position] = deque()  # after each batch that is being encoded
 
-def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTokens) -> Vocabulary:
-    """Load a tokenizer, and report what is done with its special tokens."""
-    vocabulary = load_vocabulary(tokenizer, eos_token, spelled)
-    assert vocabulary.special is not None
-    say("\n".join(vocabulary.special.notes))
-    counts = count_spelled(vocabulary.text, (document.decode() for document in scan.sample.documents()))
-    if counts and spelled == "text":
-        token, documents = counts.most_common(1)[0]
-        say(
-            f"WARNING: at least {documents:,} documents spell special tokens, such as {token!r}, and have them as "
-            "ordinary text; if they are meant as tokens, pass --special-tokens ids"
-        )
-    return vocabulary
+        def batches() -> Iterator[list[bytes]]:
+            for batch in in_batches(self.corpus.documents("encoding", start)):
+                positions.append(self.corpus.position)
+                yield batch
 
-
-def _training_texts(documents: list[bytes]) -> Iterator[bytes]:
-    """Yield pieces of the documents, until their distinct words reach a limit that bounds the memory of the training.
-
-    Training needs about 110 bytes of memory for each byte of a distinct word. This is little for English or code,
-    where words recur. It would be gigabytes for 20 MB of Chinese, where a whole clause counts as one word.
-    """
-    words: set[bytes] = set()
-    word_bytes = 0
-    for document in documents:
-        for _, piece, _ in cut([document], SEPARATOR, _TRAINING_PIECE_BYTES):
-            new_words = set(_WORD.findall(piece)) - words
-            words |= new_words
-            word_bytes += sum(map(len, new_words))
-            if word_bytes > _TRAINING_WORD_BYTES:
-                return
-            yield piece
-
-
-def _write(
-    folder: Path, corpus: Corpus, scan: Scan, vocabulary: Vocabulary, threshold: int, workers: int
-) -> dict[str, Any]:
-    """Encode all documents, write the files of the data set to `folder`, and return the contents of meta.json."""
-    records_of_scan = corpus.records
-    reason = why_not_fast(vocabulary, _comparison_texts(scan))
-    if reason:
-        say(
-            "encoding with tokenizers: tiktoken, which is several times faster, cannot be used for this tokenizer "
-            f"({reason})"
-        )
-    dtype = "<u2" if vocabulary.size <= 1 << 16 else "<u4"
-    with TokenWriter(folder / "train.npy", dtype) as train, TokenWriter(folder / "val.npy", dtype) as val:
-        batches = in_batches(corpus.documents("encoding"))
-        for parts in encode_all(batches, (vocabulary, reason is None, threshold, dtype), workers):
+        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype)
+        committed = train.shards + val.shards
+        for parts in encode_all(batches(), settings, self.given.workers or _default_workers()):
             train.append(parts[0])
             val.append(parts[1])
-        digests = {"train.npy": train.finish(), "val.npy": val.finish()}
-    if corpus.records != records_of_scan:
-        raise DataError("a source changed between its first and second reading; run again when nothing writes to it")
-    digests["tokenizer.json"] = write_file(folder / "tokenizer.json", vocabulary.text)
-    write_file(folder / "tokenizer_config.json", to_json(vocabulary.config, indent=2) + "\n")
-    files = {"train": train, "val": val}
-    meta = {
-        "vocab_size": vocabulary.size,
-        "dtype": np.dtype(dtype).name,
-        "eos_id": vocabulary.eos_id,
-        "bos_id": next(iter(vocabulary.before), None),
-        **{f"{name}_tokens": file.tokens for name, file in files.items()},
-        **{f"{name}_documents": file.documents for name, file in files.items()},
-        **{f"{name}_bytes": file.bytes for name, file in files.items()},
-        "max_document_bytes": corpus.reading.max_document_bytes,
-        "sources": corpus.records,
-        "digests": digests,
-        "tokenizer": {
-            "kind": vocabulary.kind,
-            "regex": vocabulary.regex,
-            "eos_token": vocabulary.eos_token,
-            "ids_before_document": list(vocabulary.before),
-            "ids_after_document": list(vocabulary.after),
-            "special_tokens": vocabulary.spelled,
-        },
-        "tinytrain_dist": __version__,
-    }
-    write_file(folder / "meta.json", to_json(meta, indent=2) + "\n")
-    for name, file in files.items():
-        if file.tokens < _MIN_TOKENS:
-            say(
-                f"{name}.npy has only {file.tokens:,} tokens: context_len must be smaller than that; give more text or "
-                "another --val-fraction"
-            )
-    return meta
+            position = positions.popleft()
+            if self.work is not None and train.shards + val.shards > committed:
+                committed = train.shards + val.shards
+                state = {"train": train.commit(), "val": val.commit(), "position": dataclasses.asdict(position)}
+                self.work.commit(state)
 
-
-def _comparison_texts(scan: Scan) -> Iterator[str]:
-    """Yield the beginnings of sampled documents, about a megabyte in all."""
-    size = 0
-    for document in scan.sample.documents():
-        if size < _COMPARED_BYTES:
-            beginning = document[:_COMPARED_DOCUMENT_BYTES]
-            size += len(beginning)
-            yield beginning.decode(errors="ignore")
+    def _meta(self, files: dict[str, TokenWriter], digests: dict[str, str]) -> dict[str, Any]:
+        """Return the contents of meta.json."""
+        vocabulary = self.plan.vocabulary
+        shard_tokens = self.given.shard_tokens
+        shards = {f"{name}_shards": file.shards for name, file in files.items()} if shard_tokens is not None else {}
+        return {
+            "vocab_size": vocabulary.size,
+            "dtype": np.dtype(self.dtype).name,
+            "eos_id": vocabulary.eos_id,
+            "bos_id": next(iter(vocabulary.before), None),
+            **{f"{name}_tokens": file.tokens for name, file in files.items()},
+            **{f"{name}_documents": file.documents for name, file in files.items()},
+            **{f"{name}_bytes": file.bytes for name, file in files.items()},
+            **shards,
+            "max_document_bytes": self.corpus.reading.max_document_bytes,
+            "sources": self.corpus.records(),
+            "digests": digests,
+            "tokenizer": {
+                "kind": vocabulary.kind,
+                "regex": vocabulary.regex,
+                "eos_token": vocabulary.eos_token,
+                "ids_before_document": list(vocabulary.before),
+                "ids_after_document": list(vocabulary.after),
+                "special_tokens": vocabulary.spelled,
+            },
+            "tinytrain_dist": __version__,
+        }

@@ -214,7 +214,11 @@ def _tiktoken(tokenizer: Tokenizer, vocabulary: Vocabulary) -> tiktoken.Encoding
     bytes_with_id = sum(len(word) == 1 for word in ranks)
     if bytes_with_id < 256 or merged_ids != sorted(merged_ids):
         raise ValueError("some byte has no ID, or its merges are not in the order of their IDs")
-    return tiktoken.Encoding("prepare", pat_str=vocabulary.regex, mergeable_ranks=ranks, special_tokens={})
+    # Without any special token, tiktoken looks for an empty one at each character, which takes as long as encoding. One
+    # that is not allowed changes no result: it is encoded as ordinary text.
+    # measured (AMD, 2026-11-28, 4 MB of code): 0.15 s with it, 0.33 s without, 0.19 s by encode_ordinary into a list
+    special = {SEPARATOR_TOKEN: vocabulary.size}
+    return tiktoken.Encoding("prepare", pat_str=vocabulary.regex, mergeable_ranks=ranks, special_tokens=special)
 
 
 def why_not_fast(vocabulary: Vocabulary, sample: Iterable[str]) -> str | None:
