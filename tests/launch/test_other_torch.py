@@ -112,13 +112,16 @@ def test_another_torch_means_the_tests_alone_without_slow_ones() -> None:
     assert {"launch/test.sh", "slurm/train.sbatch", ".ci/run"} <= set(checks.shell_scripts(REPOSITORY))
 
 
-def test_a_failing_stage_does_not_end_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_stage_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stage(name: str, code: str) -> checks.Stage:
         return checks.Stage(name, "a second", [sys.executable, "-c", code])
 
-    threads = "import os, pathlib; pathlib.Path('seen').write_text(os.environ['OMP_NUM_THREADS'])"
-    assert checks.run_all([stage("a", "exit(3)"), stage("b", threads)], tmp_path) == 1
-    assert (tmp_path / "seen").read_text() == os.environ["OMP_NUM_THREADS"], "the user's own is kept"
+    monkeypatch.setenv("PYTHON", "/the/python/that/made/the/environment")
+    look = "import pathlib, os; pathlib.Path('seen').write_text(os.environ['OMP_NUM_THREADS'] + os.environ['PYTHON'])"
+    assert checks.run_all([stage("a", "exit(3)"), stage("b", look)], tmp_path) == 1
+    assert (tmp_path / "seen").read_text() == os.environ["OMP_NUM_THREADS"] + sys.executable
     assert capsys.readouterr().out.endswith("launch/test.sh: FAILED in 1 of 3 stages: [a]\n")
     assert checks.run_all([stage("b", "")], tmp_path) == 0
     assert capsys.readouterr().out.endswith("launch/test.sh: all 2 stages passed\n")

@@ -61,7 +61,8 @@ def stages(arguments: Sequence[str], root: Path = ROOT) -> list[Stage]:
 def run_all(planned: Sequence[Stage], root: Path = ROOT) -> int:
     """Run all stages; return 0 if all passed, else 1. The last line names the stages that failed."""
     # The ranks of a test share the cores. With more than one thread each, they would wait for each other.
-    variables = {"OMP_NUM_THREADS": "1", **os.environ}
+    # Scripts that the tests start use the Python of this environment, also if PYTHON is the one that made it.
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable}
     failed = []
     total = len(planned) + 1  # making the environment was the first
     for number, stage in enumerate(planned, 2):
