@@ -23,6 +23,7 @@ def run_plan(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str]:
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_fits_the_hardware_it_names(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nodes, per_node, device = {
+        "chat_finetune": (1, 1, "rtx4090"),
         "gpt2_124m_ddp": (1, 8, "a100-40gb"),
         "llama_350m_fsdp": (1, 8, "rtx4090"),
         "llama_1b_hsdp": (4, 8, "a100-40gb"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,20 @@ from tinytrain_dist.parallel.wrappers import unwrap
 
 
 def slow_down(trainer: Any, where: str) -> None:
-    """Make rank 1 sleep in each forward pass of a block, or each time it reads a batch."""
+    """Make rank 1 sleep in each forward pass of a block, or each time it reads a batch, one after the other."""
     if trainer.context.rank != 1:
         return
     if where == "forward":
         unwrap(trainer.train_step.model).model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
     else:
-        read = trainer._read_rows
-        trainer._read_rows = lambda step: (time.sleep(0.25), read(step))[1]
+        read, one_at_a_time = trainer._read_rows, threading.Lock()
+
+        def read_slowly(step: int) -> Any:
+            with one_at_a_time:
+                time.sleep(0.25)
+            return read(step)
+
+        trainer._read_rows = read_slowly
 
 
 @pytest.mark.multiprocess

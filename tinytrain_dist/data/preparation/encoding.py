@@ -18,27 +18,40 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
+from tinytrain_dist.data.preparation.conversations import Conversation
 from tinytrain_dist.data.preparation.sample import document_hashes
 from tinytrain_dist.data.preparation.tokenizer import Encoder, Vocabulary
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import parse_json
 
 _BATCH_BYTES = 1 << 20  # text that a worker encodes at once
 
 
 class Part(NamedTuple):
-    """Several encoded documents: their token IDs, the number of tokens of each, and the bytes of their text."""
+    """Several encoded documents: their token IDs, the number of tokens of each, and the bytes of their text.
+
+    counted: uint8, which tokens count as targets, if the documents are conversations.
+    """
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
     bytes: int
+    counted: NDArray[np.uint8] | None = None
 
 
 class BatchEncoder:
     """Encode documents to token IDs, separately for train and val. Each worker has one of these."""
 
-    def __init__(self, vocabulary: Vocabulary, use_fast: bool, threshold: int, dtype: str) -> None:
-        """Create an encoder. Documents whose hash is below `threshold` go to val. dtype: `<u2` or `<u4`."""
+    def __init__(
+        self, vocabulary: Vocabulary, use_fast: bool, threshold: int, dtype: str, chat_folder: str | None = None
+    ) -> None:
+        """Create an encoder. Documents whose hash is below `threshold` go to val. dtype: `<u2` or `<u4`.
+
+        chat_folder: of the tokenizer whose chat template writes the documents, which are conversations.
+        """
         self.encoder = Encoder(vocabulary, use_fast=use_fast)
+        self.chat = ChatEncoder(chat_folder) if chat_folder is not None else None
         self.threshold = threshold
         self.dtype = dtype
         self.before, self.after = (np.array(ids, dtype) for ids in (vocabulary.before, vocabulary.after))
@@ -53,6 +66,8 @@ class BatchEncoder:
         return [self._encode(train_documents), self._encode(val_documents)]
 
     def _encode(self, documents: list[bytes]) -> Part:
+        if self.chat is not None:
+            return self._encode_chats(self.chat, documents)
         ids = [np.empty(0, self.dtype)]
         lengths = np.zeros(len(documents), np.int64)
         for number, document in enumerate(documents):
@@ -60,6 +75,22 @@ class BatchEncoder:
             ids += [self.before, tokens, self.after]
             lengths[number] = len(self.before) + len(tokens) + len(self.after)
         return Part(np.concatenate(ids), lengths, sum(map(len, documents)))
+
+    def _encode_chats(self, chat: ChatEncoder, documents: list[bytes]) -> Part:
+        """Encode conversations. Errors: DataError that names the file and the row."""
+        encoded = []
+        for document in documents:
+            try:
+                encoded.append(chat.encode(parse_json(document)))
+            except BadChatError as error:
+                where = document.where if isinstance(document, Conversation) else "a conversation"
+                raise DataError(f"{where}: {error}") from None
+        return Part(
+            np.concatenate([np.empty(0, self.dtype), *(one.ids.astype(self.dtype) for one in encoded)]),
+            np.array([len(one.ids) for one in encoded], np.int64),
+            sum(map(len, documents)),
+            np.concatenate([np.empty(0, np.uint8), *(one.counted for one in encoded)]),
+        )
 
 
 _encoder_of_worker: BatchEncoder | None = None

@@ -45,6 +45,9 @@ class PrepareOptions:
         format: What the files contain. auto: the content decides between text, JSON lines, Parquet and Arrow, and
             anything else is refused; text: text, whatever it looks like; jsonl: JSON lines.
         text_field: Field with the text in each JSON line, or column of a table. `a.b` is the field b in the field a.
+        chat: The documents are conversations, {"messages": [{"role": ..., "content": ...}, ...]}, in JSON lines or in a
+            column of a table. They are written with the chat template of the tokenizer, and a mask counts only what the
+            assistant says (train with loss_mask = true). The field is `messages`, unless --text-field names another.
         filter: Keep only documents whose fields meet a condition, such as "language == en", "score >= 0.5",
             "source in wiki, books" or "text is not null". Given several times, all must hold.
         id_field: Field with the ID of a document, for --ids.
@@ -69,6 +72,7 @@ class PrepareOptions:
     val_fraction: float | None = None
     format: Literal["auto", "text", "jsonl"] = "auto"
     text_field: str = "text"
+    chat: bool = False
     filter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     id_field: str | None = None
     ids: str | None = None
@@ -101,7 +105,28 @@ class PrepareOptions:
             problems.append(f"eos_token: {self.eos_token} has no effect without tokenizer; leave it out")
         if self.special_tokens != "text" and self.tokenizer is None:
             problems.append(f"special_tokens: {self.special_tokens} has no effect without tokenizer; leave it out")
+        if self.chat:
+            problems += self._problems_of_chat()
         return problems
+
+    def _problems_of_chat(self) -> list[str]:
+        problems = []
+        if self.tokenizer is None:
+            problems.append("chat: needs the chat template of a tokenizer; set tokenizer to the folder of a chat model")
+        given = {"eos_token": self.eos_token, "max_document_bytes": self.max_document_bytes}
+        problems += [
+            f"{name}: {value} has no effect with chat; leave it out"
+            for name, value in given.items()
+            if value is not None
+        ]
+        if self.format == "text" or self.split_by != "file":
+            problems.append("chat: conversations are in JSON lines or tables; leave out format and split_by")
+        return problems
+
+    @property
+    def document_field(self) -> str:
+        """The field or column with the documents."""
+        return "messages" if self.chat and self.text_field == "text" else self.text_field
 
     def _problems_of_sizes(self) -> list[str]:
         problems = []

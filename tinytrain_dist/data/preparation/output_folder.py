@@ -22,7 +22,7 @@ from tinytrain_dist.utils.stale_files import describe_leftovers, hold_folder, is
 
 # Training keeps facts about a token file beside it, as in train.npy.range.json.
 _DATA_SET_FILES = re.compile(
-    r"tokenizer\.json|tokenizer_config\.json|meta\.json|(train|val)(-\d{5,})?((\.documents|\.mask)?\.npy(\..*)?|\.range\.json)"
+    r"tokenizer\.json|tokenizer_config\.json|meta\.json|shards-.*\.range\.json|(train|val)(-\d{5,})?((\.documents|\.mask)?\.npy(\..*)?|\.range\.json)"
 )
 
 

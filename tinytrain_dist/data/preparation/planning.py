@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tinytrain_dist.data.preparation.chat import ChatEncoder
 from tinytrain_dist.data.preparation.corpus import Corpus, FileDigest
 from tinytrain_dist.data.preparation.options import MIN_DOCUMENT_BYTES, PrepareOptions
 from tinytrain_dist.data.preparation.sample import Scan, document_hashes, scan_documents, training_texts
@@ -66,6 +67,8 @@ def make_plan(corpus: Corpus, given: PrepareOptions) -> Plan:
     threshold = _threshold(scan, given.val_fraction or _default_val_fraction(scan))
     if given.tokenizer is None:
         vocabulary = _train(scan, threshold, given.vocab_size or _DEFAULT_VOCAB_SIZE)
+    elif given.chat:
+        return Plan(threshold, _load_for_chat(given.tokenizer), False, corpus.digests)
     else:
         vocabulary = _load(scan, given.tokenizer, given.eos_token, given.special_tokens)
     reason = why_not_fast(vocabulary, _comparison_texts(scan))
@@ -132,6 +135,17 @@ def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTok
             "ordinary text; if they are meant as tokens, pass --special-tokens ids"
         )
     return vocabulary
+
+
+def _load_for_chat(tokenizer: str) -> Vocabulary:
+    """Load a tokenizer whose chat template writes the documents. Its special tokens in a text are tokens."""
+    template = ChatEncoder(tokenizer).template
+    vocabulary = load_vocabulary(tokenizer, None, "ids")
+    assert vocabulary.special is not None
+    special = dataclasses.replace(
+        vocabulary.special, before=(), after=(), config=vocabulary.special.config | {"chat_template": template}
+    )
+    return dataclasses.replace(vocabulary, special=special)
 
 
 def _comparison_texts(scan: Scan) -> Iterator[str]:

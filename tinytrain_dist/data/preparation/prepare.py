@@ -61,12 +61,13 @@ def _corpus(given: PrepareOptions) -> Corpus:
     """Find and look at every file, and choose the longest document where the settings leave it open."""
     sources = find_sources(given.sources, say)
     reading = Reading(
-        given.text_field,
+        given.document_field,
         given.split_by,
         given.errors,
         given.max_document_bytes or 0,
         given.format,
         given.selection(),
+        given.chat,
     )
     corpus = Corpus(sources, reading, recognise(sources, reading, say))
     size_is_unknown = any(is_url(path) and facts.size == 0 for path, facts in corpus.facts.items())
@@ -108,7 +109,7 @@ def _digest_of_tokenizer(place: str | None) -> str:
         return ""
     path = Path(place).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
-    files = [file, file.with_name("tokenizer_config.json")]
+    files = [file, *(file.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja"))]
     contents = [name.read_bytes() if name.is_file() else b"" for name in files]
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
@@ -160,7 +161,9 @@ class _Preparation:
         return meta
 
     def _writer(self, side: str, progress: dict[str, Any]) -> TokenWriter:
-        return TokenWriter(self.folder, side, self.dtype, self.given.shard_tokens, progress.get(side))
+        return TokenWriter(
+            self.folder, side, self.dtype, self.given.shard_tokens, progress.get(side), masked=self.given.chat
+        )
 
     def _encode(self, train: TokenWriter, val: TokenWriter, start: Position | None) -> None:
         """Encode all documents from a position on, and commit whenever a shard is complete."""
@@ -171,7 +174,8 @@ class _Preparation:
                 positions.append(self.corpus.position)
                 yield batch
 
-        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype)
+        chat_folder = self.given.tokenizer if self.given.chat else None
+        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype, chat_folder)
         committed = train.shards + val.shards
         for parts in encode_all(batches(), settings, self.given.workers or _default_workers()):
             train.append(parts[0])
@@ -196,6 +200,7 @@ class _Preparation:
             **{f"{name}_documents": file.documents for name, file in files.items()},
             **{f"{name}_bytes": file.bytes for name, file in files.items()},
             **shards,
+            **({f"{name}_counted_tokens": file.counted for name, file in files.items()} if self.given.chat else {}),
             "max_document_bytes": self.corpus.reading.max_document_bytes,
             "sources": self.corpus.records(),
             "digests": digests,

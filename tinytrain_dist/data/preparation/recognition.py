@@ -121,6 +121,8 @@ def _format(source: Source, path: str, file: BinaryIO, reading: Reading) -> Form
     table = table_format(first)
     if table is not None:
         return table
+    if reading.chat:
+        return "jsonl"  # anything else in it is an error that names the line
     file.seek(0)
     head, whole = _head(path, file)
     if (packed := table_format(head)) is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from tinytrain_dist.data.preparation.compressed_files import Meter
 from tinytrain_dist.data.preparation.content_type import Format
+from tinytrain_dist.data.preparation.conversations import conversation
 from tinytrain_dist.data.preparation.selection import column_of, top_columns, type_of
 from tinytrain_dist.data.preparation.text_documents import Document, Reading, documents_of_text, to_valid_utf8
 from tinytrain_dist.errors import DataError
@@ -70,7 +71,10 @@ def table_problems(table: Table, reading: Reading) -> list[str]:
         return [problem, *reading.selection.check_schema(table.schema)]
     value = kind.value_type if types.is_dictionary(kind) else kind
     problems = []
-    if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
+    if reading.chat:
+        if not (types.is_list(value) or types.is_large_list(value)):
+            problems = [f"has {kind} and not messages in the column {reading.text_field!r}; set --text-field"]
+    elif not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
         problems = [f"has {kind} and not text in the column {reading.text_field!r} ({columns}); set --text-field"]
     return problems + reading.selection.check_schema(table.schema)
 
@@ -89,6 +93,12 @@ def table_documents(
         mask = reading.selection.mask(where, batch) if reading.selection else None
         texts = column_of(batch, reading.text_field)
         kept = mask.to_pylist() if mask is not None else None
+        if reading.chat:
+            for row, messages in enumerate(texts.to_pylist()):
+                if kept is None or kept[row]:
+                    place = f"{where}, row {first_row + row + 1}"
+                    yield Document(block, conversation(place, {reading.text_field: messages}, reading.text_field))
+            continue
         binary = "large_binary" if str(texts.type) == "large_string" else "binary"
         for row, text in enumerate(texts.cast(binary).to_pylist()):
             if kept is not None and not kept[row]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from tinytrain_dist.data.preparation.compressed_files import COMPRESSED_SUFFIXES
 from tinytrain_dist.data.preparation.content_type import Format
+from tinytrain_dist.data.preparation.conversations import conversation
 from tinytrain_dist.data.preparation.selection import Selection, field_of
 from tinytrain_dist.errors import DataError
 
@@ -37,6 +38,7 @@ class Reading:
     max_document_bytes: int
     format: Literal["auto", "text", "jsonl"] = "auto"  # text and jsonl: whatever the content looks like
     selection: Selection = field(default_factory=Selection)
+    chat: bool = False  # documents are conversations
 
 
 def split_documents(path: str, blocks: Iterable[bytes], reading: Reading, form: Format) -> Iterator[bytes]:
@@ -49,6 +51,9 @@ def split_documents(path: str, blocks: Iterable[bytes], reading: Reading, form: 
     Errors: DataError that names the file, and the offset or the line.
     """
     limit = reading.max_document_bytes
+    if reading.chat:
+        yield from _conversations(path, blocks, reading)
+        return
     if form == "jsonl":
         texts = _json_texts(path, blocks, reading)
     elif reading.split_by == "line":
@@ -147,7 +152,19 @@ def to_valid_utf8(path: str, piece: bytes, offset: int, reading: Reading) -> byt
 
 
 def _json_texts(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterator[bytes]:
-    """Yield the text in each line of a .jsonl file that is not blank. Errors: DataError that names the line."""
+    """Yield the text in each line of a .jsonl file that is kept. Errors: DataError that names the line."""
+    for where, record in _json_records(path, blocks, reading):
+        yield _json_text(where, record, reading)
+
+
+def _conversations(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterator[bytes]:
+    """Yield the conversation in each line of a .jsonl file that is kept. Errors: DataError that names the line."""
+    for where, record in _json_records(path, blocks, reading):
+        yield conversation(where, record, reading.text_field)
+
+
+def _json_records(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterator[tuple[str, Any]]:
+    """Yield each line of a .jsonl file that is not blank and that is kept, and where it is."""
     for number, (offset, line, ended) in enumerate(cut(blocks, b"\n", _JSON_LINE_BYTES), 1):
         where = f"{path}: line {number}"
         if not ended and len(line) > _JSON_LINE_BYTES - 4:  # `cut` may cut a line up to three bytes before the limit
@@ -157,7 +174,7 @@ def _json_texts(path: str, blocks: Iterable[bytes], reading: Reading) -> Iterato
             continue
         record = _json_record(where, line)
         if not reading.selection or (isinstance(record, dict) and reading.selection.keeps(where, record)):
-            yield _json_text(where, record, reading)
+            yield where, record
 
 
 def _json_record(where: str, line: bytes) -> Any:

@@ -75,15 +75,27 @@ class TokenWriter:
     """
 
     def __init__(
-        self, folder: Path, side: str, dtype: str, shard_tokens: int | None = None, state: dict[str, int] | None = None
+        self,
+        folder: Path,
+        side: str,
+        dtype: str,
+        shard_tokens: int | None = None,
+        state: dict[str, int] | None = None,
+        *,
+        masked: bool = False,
     ) -> None:
-        """Create the files. dtype: `<u2` or `<u4`. state: of an interrupted writer, to continue its files."""
+        """Create the files. dtype: `<u2` or `<u4`. state: of an interrupted writer, to continue its files.
+
+        masked: NAME.mask.npy is written too, which says which tokens count as targets.
+        """
         state = state or {}
         self.folder, self.side, self.dtype, self.shard_tokens = folder, side, dtype, shard_tokens
         self.tokens, self.documents, self.bytes = (state.get(name, 0) for name in ("tokens", "documents", "bytes"))
+        self.counted = state.get("counted", 0)  # tokens that count as targets
         self.shards = state.get("shards", 0)  # complete ones
+        self.endings = {".npy": dtype, ".documents.npy": "<i8"} | ({".mask.npy": "|u1"} if masked else {})
         self.digests = self._read_digests()
-        self._open: tuple[NpyWriter, NpyWriter] | None = None
+        self._open: list[NpyWriter] | None = None
         if "open_tokens" in state:
             self._open = self._files(state["open_tokens"], state["open_documents"])
         elif shard_tokens is None:
@@ -92,23 +104,26 @@ class TokenWriter:
     def _name(self, number: int) -> str:
         return self.side if self.shard_tokens is None else f"{self.side}-{number:05d}"
 
-    def _files(self, tokens: int | None = None, documents: int | None = None) -> tuple[NpyWriter, NpyWriter]:
+    def _files(self, tokens: int | None = None, documents: int | None = None) -> list[NpyWriter]:
+        """Open the token file, the file of document starts, and the mask if there is one."""
         name = self._name(self.shards)
         if self.shards >= MAX_SHARDS:
             raise DataError(
                 f"--shard-tokens {self.shard_tokens}: gives more than {MAX_SHARDS:,} files; set a larger one"
             )
-        return (
-            NpyWriter(self.folder / f"{name}.npy", self.dtype, tokens),
-            NpyWriter(self.folder / f"{name}.documents.npy", "<i8", documents),
-        )
+        lengths = [tokens, documents, tokens]
+        return [
+            NpyWriter(self.folder / f"{name}{ending}", dtype, length)
+            for (ending, dtype), length in zip(self.endings.items(), lengths, strict=False)
+        ]
 
     def append(self, part: Part) -> None:
         """Append the IDs of several documents."""
         ends = np.cumsum(part.lengths)
         first = written = 0  # document, token
         while first < len(ends):
-            tokens, documents = self._open = self._open or self._files()
+            self._open = self._open or self._files()
+            tokens, documents, *masks = self._open
             last = len(ends)
             if self.shard_tokens is not None:
                 room = self.shard_tokens - tokens.length
@@ -118,12 +133,16 @@ class TokenWriter:
                 starts = tokens.length - written + ends[first:last] - part.lengths[first:last]
                 documents.append(starts.astype("<i8"))
                 tokens.append(part.ids[written : ends[last - 1]])
+                for mask in masks:
+                    assert part.counted is not None
+                    mask.append(part.counted[written : ends[last - 1]])
                 first, written = last, int(ends[last - 1])
             if first < len(ends):
                 self._finish_shard()
         self.tokens += len(part.ids)
         self.documents += len(part.lengths)
         self.bytes += part.bytes
+        self.counted += 0 if part.counted is None else int(part.counted.sum())
 
     def _finish_shard(self) -> None:
         assert self._open is not None
@@ -138,6 +157,7 @@ class TokenWriter:
     def commit(self) -> dict[str, int]:
         """Flush everything to disk, and return the state from which another writer can continue."""
         counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
+        counts["counted"] = self.counted
         if self._digest_file.exists():
             with self._digest_file.open("rb") as file:
                 os.fsync(file.fileno())
@@ -167,7 +187,7 @@ class TokenWriter:
             with suppress(ValueError):  # a line that was cut short
                 name, digest = json.loads(line)
                 known[name] = digest
-        names = [f"{self._name(number)}{end}" for number in range(self.shards) for end in (".npy", ".documents.npy")]
+        names = [f"{self._name(number)}{ending}" for number in range(self.shards) for ending in self.endings]
         return {name: known[name] for name in names}
 
     def __enter__(self) -> Self:
