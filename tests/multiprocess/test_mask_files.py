@@ -42,6 +42,7 @@ class Text:
     mask: npt.NDArray[np.uint8]
     begins: npt.NDArray[np.bool_]
 
+    @torch.no_grad()
     def loss(self, model: TransformerLM, begin: int, end: int) -> tuple[float, int, int]:
         """Return the summed loss, the tokens and the bytes of targets begin + 1 .. end, document by document."""
         total, tokens, num_bytes = 0.0, 0, 0
