@@ -176,7 +176,8 @@ def test_links_and_names_in_the_text_exist(page: Path) -> None:
         assert not anchor or anchor in anchors_of(linked), f"{page.name} links to {target}{anchor}"
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     for name in re.findall(r"`--([a-z-]+)`", prose):
-        assert name in OF_LAUNCHERS | OF_PREPARE | OF_BENCHMARKS or name.replace("-", "_") in FIELDS, f"{page.name} names --{name}"
+        known = name in OF_LAUNCHERS | OF_PREPARE | OF_BENCHMARKS or name.replace("-", "_") in FIELDS
+        assert known, f"{page.name} names --{name}"
     for verb in re.findall(r"`tinytrain ([a-z]+)", prose):
         assert verb in VERBS, f"{page.name} names tinytrain {verb}"
     for name in re.findall(r"`((?:[a-z_]+/)+[a-z_.]+\.(?:py|sh|sbatch|toml|md))`", prose):
