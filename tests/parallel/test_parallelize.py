@@ -103,8 +103,12 @@ def step_with_and_without_separate_group(dims: ParallelDims) -> dict[str, Any]:
         reduction.after_micro_step(0)
         grads.append([local_tensor(param.grad).clone() for param in model.parameters()])
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        meshes = [group.mesh_info for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
-        groups.append([(mesh.reduce_scatter_process_group, mesh.shard_process_group) for mesh in meshes])
+        states = [unit._get_fsdp_state() for unit in units]
+        # torch 2.11 has one group of parameters in a unit, and no group for reduce-scatters
+        of_units = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+        meshes: list[Any] = [group.mesh_info for of_unit in of_units for group in of_unit]
+        own = [getattr(mesh, "reduce_scatter_process_group", None) for mesh in meshes]
+        groups.append([(group, mesh.shard_process_group) for group, mesh in zip(own, meshes, strict=True)])
     plain, first, second = groups
     return {
         "equal": all(torch.equal(*pair) for pair in zip(grads[0], grads[1], strict=True)),
