@@ -131,6 +131,7 @@ def test_the_port_of_the_head_is_bound_before_the_agent_is_there(monkeypatch: py
     with pytest.raises(Became) as became:
         command.run()
     signal.signal(signal.SIGUSR1, handler)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []), "a program that could not start leaves signals kept back"
     assert not is_free(port), "no other process can take it"
     with pytest.raises(start.StartError, match=f"port {port} of this node is taken"):
         command.run()

@@ -29,7 +29,7 @@ from tinytrain_dist.distributed.network import (
 )
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.launch.machine import usable_cores, visible_gpus
-from tinytrain_dist.reliability.stop_requests import block_stop_signals
+from tinytrain_dist.reliability.stop_requests import block_stop_signals, unblock_stop_signals
 
 RANK_MODULE = "tinytrain_dist.train"
 AGENT_MODULE = "tinytrain_dist.agent"
@@ -83,10 +83,13 @@ class Command:
         # asks for a stop; must not kill this process before the program handles it (it does so in any case)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         block_stop_signals()
-        if self.summary:
-            with contextlib.suppress(OSError):
-                print(self.summary, file=sys.stderr, flush=True)
-        os.execvpe(self.arguments[0], self.arguments, environment)
+        try:
+            if self.summary:
+                with contextlib.suppress(OSError):
+                    print(self.summary, file=sys.stderr, flush=True)
+            os.execvpe(self.arguments[0], self.arguments, environment)
+        finally:  # only if the command could not be started
+            unblock_stop_signals()
 
 
 @dataclass(frozen=True)
