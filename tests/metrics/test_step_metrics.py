@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,22 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import Run, fit, settings_for, train
+from tinytrain_dist.data.batches import Prefetcher
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES
 from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, Interval, RankTimes, StepResult, due
 from tinytrain_dist.parallel.wrappers import unwrap
 
 
 def slow_down(trainer: Any, where: str) -> None:
-    """Make rank 1 sleep in each forward pass of a block, or each time it reads a batch, one after the other."""
+    """Make rank 1 sleep in each forward pass of a block, or each time it waits for a batch."""
     if trainer.context.rank != 1:
         return
     if where == "forward":
         unwrap(trainer.train_step.model).model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
     else:
-        read, one_at_a_time = trainer._read_rows, threading.Lock()
-
-        def read_slowly(step: int) -> Any:
-            with one_at_a_time:
-                time.sleep(0.25)
-            return read(step)
-
-        trainer._read_rows = read_slowly
+        # not the reading, which several threads do ahead of the steps
+        get = Prefetcher.get
+        Prefetcher.get = lambda self, step: (time.sleep(0.25), get(self, step))[1]  # type: ignore[method-assign]
 
 
 @pytest.mark.multiprocess

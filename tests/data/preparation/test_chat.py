@@ -81,8 +81,10 @@ def test_only_answers_count_and_the_text_is_the_templates(tmp_path: Path, tokeni
     assert counted == "It is 4.<|im_end|>\n|6, naïve human 👍<|im_end|>\n"
 
 
-def test_blocks_in_the_template_decide_where_it_has_them(tmp_path: Path, tokenizer_text: str) -> None:
-    encoder = ChatEncoder(folder_with(tmp_path, tokenizer_text, MARKED))
+@pytest.mark.parametrize("block", ["{% generation %}", "{% generation -%}", "{%generation%}"])
+def test_blocks_in_the_template_decide_where_it_has_them(tmp_path: Path, tokenizer_text: str, block: str) -> None:
+    encoder = ChatEncoder(folder_with(tmp_path, tokenizer_text, MARKED.replace("{% generation %}", block)))
+    assert encoder.marks_answers
     text, counted = counted_text(encoder, MESSAGES[1:])
     assert text == "U: How much is 2 + 2?\nA: It is 4.<|im_end|>U: And 3 + 3?\nA: 6, naïve human 👍<|im_end|>"
     assert counted == "It is 4.<|im_end|>|6, naïve human 👍<|im_end|>"

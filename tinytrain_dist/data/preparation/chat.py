@@ -6,6 +6,7 @@ Must not know where conversations come from or where token IDs go.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from tinytrain_dist.errors import DataError
 
 ANSWERING_ROLE = "assistant"
-_MARKED_ANSWERS = "generation %}"  # {% generation %} and {%- generation %} surround what the assistant writes
+_MARKED_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # such blocks surround what the assistant writes
 
 
 class EncodedChat(NamedTuple):
@@ -69,7 +70,7 @@ class ChatEncoder:
         if not self.tokenizer.is_fast:
             raise DataError(f"--tokenizer {folder}: has no tokenizer.json, which says where each token begins; add one")
         self.template: str = template
-        self.marks_answers = _MARKED_ANSWERS in template
+        self.marks_answers = _MARKED_ANSWERS.search(template) is not None
 
     def encode(self, record: dict[str, Any]) -> EncodedChat:
         """Encode a conversation: {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}.
