@@ -20,9 +20,10 @@ from tinytrain_dist.data.npy_files import missing_tokens
 from tinytrain_dist.data.packed_windows import PackedWindows
 from tinytrain_dist.data.parallel_reads import READER_POOL
 from tinytrain_dist.data.random_windows import RandomWindows, StepPhase
-from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows, windows_per_epoch
+from tinytrain_dist.data.shuffled_windows import ChosenWindows, ShuffledWindows
 from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.data.side_fingerprints import documents_fingerprint, mask_fingerprint
+from tinytrain_dist.data.stream_windows import StreamWindows
 from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.data.training_windows import Windows, separate_documents
 from tinytrain_dist.data.window_sampling import TRAIN_STREAM
@@ -72,17 +73,14 @@ class TokenDataset:
         self.fingerprints: list[dict[str, Any]] = [
             source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
         ]
-        self._packed = [PackedWindows(source, context_len) for source in self.sources] if packed else []
+        self._packed = packed
+        self._readers: list[StreamWindows | PackedWindows] = [
+            PackedWindows(source, context_len, loss_mask) if packed else StreamWindows(source, context_len)
+            for source in self.sources
+        ]
         self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
-        self._window_starts = (
-            [] if self._shuffled or packed else [self._count_windows(source) for source in self.sources]
-        )
         # number of windows of each source; of shuffled ones in an epoch
-        self.windows = (
-            self._shuffled.windows
-            if self._shuffled
-            else [*map(len, self._packed)] or [int(starts[-1]) for starts in self._window_starts]
-        )
+        self.windows = self._shuffled.windows if self._shuffled else [len(reader) for reader in self._readers]
         self._random = RandomWindows(self.windows, phases)
         # Probability that two sample slots of a step draw the same window.
         self.collision_probability = self._random.collision_probability
@@ -94,7 +92,7 @@ class TokenDataset:
         """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
         in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
         if self._packed:  # a ring of windows in place of one of tokens
-            return ShuffledWindows([*map(len, self._packed)], 1, in_samples)
+            return ShuffledWindows([len(reader) for reader in self._readers], 1, in_samples)
         for source in self.sources:
             if problem := missing_tokens(len(source), self.context_len):
                 raise DataError(f"{source.entry}: {problem}")
@@ -107,19 +105,6 @@ class TokenDataset:
         marks = self.context_len * (some_count + 4 * self._document_mask)
         return (self.context_len + 1) * self._dtype.itemsize + marks
 
-    def _count_windows(self, source: TokenSource) -> npt.NDArray[np.int64]:
-        """Return the number of the first window of each shard, and behind them the number of windows.
-
-        No window of random sampling crosses the end of a shard. Errors: DataError if there is no window.
-        """
-        tokens_of_shards = np.diff(source.shard_starts)
-        starts = np.concatenate([[0], np.cumsum(np.maximum(0, tokens_of_shards - self.context_len))]).astype(np.int64)
-        if not starts[-1]:
-            problem = missing_tokens(int(tokens_of_shards.max()), self.context_len)
-            several = f"the longest of its {len(source.shards)} files " if len(source.shards) > 1 else ""
-            raise DataError(f"{source.paths[0] if not several else source.entry}: {several}{problem}")
-        return starts
-
     def draw(
         self, seed: int, step: int, slots: Sequence[int], stream: int = TRAIN_STREAM
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -130,12 +115,10 @@ class TokenDataset:
         if self._shuffled is not None:
             return self._choose(seed, step, slots)[:2]
         sources, numbers = self._random.choose(seed, step, slots, stream)
-        if self._packed:
-            return sources, numbers
         positions = np.empty_like(numbers)
-        for source in range(len(self.sources)):
+        for source, reader in enumerate(self._readers):
             in_source = sources == source
-            positions[in_source] = self._positions(source, numbers[in_source])
+            positions[in_source] = reader.positions(numbers[in_source])
         return sources, positions
 
     def _choose(self, seed: int, step: int, slots: Sequence[int]) -> ChosenWindows:
@@ -151,7 +134,7 @@ class TokenDataset:
         else:
             sources, positions, targets = self._choose(seed, step, slots)
             windows = self.read(sources, positions)
-            if not self._packed and (targets < self.context_len).any():  # the end of an epoch
+            if (targets < self._shuffled.context_len).any():  # the end of an epoch
                 counted = torch.from_numpy(np.arange(self.context_len) < targets[:, None])
                 windows = replace(windows, counted=counted if windows.counted is None else windows.counted & counted)
         return replace(windows, sources=torch.from_numpy(sources)) if len(self.sources) > 1 else windows
@@ -166,17 +149,8 @@ class TokenDataset:
 
     @property
     def windows_per_epoch(self) -> int:
-        """The number of windows in an epoch of all sources."""
-        if self._packed:
-            return sum(map(len, self._packed))
-        return sum(windows_per_epoch(len(source), self.context_len) for source in self.sources)
-
-    def _positions(self, source: int, windows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return where the windows with these numbers begin in a source whose shards' windows are numbered in order."""
-        window_starts = self._window_starts[source]
-        shards = np.searchsorted(window_starts, windows, side="right") - 1
-        offsets: npt.NDArray[np.int64] = self.sources[source].shard_starts[shards] - window_starts[shards]
-        return windows + offsets
+        """The number of windows in an epoch of all sources, if windows are shuffled."""
+        return sum(self.windows)
 
     def read(self, sources: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Windows:
         """Read the windows that `draw` chose, with the token after each: [len(positions), context_len + 1] tokens.
@@ -190,18 +164,13 @@ class TokenDataset:
 
         def read_row(index: int) -> None:
             since = time.perf_counter()
-            number, position = int(sources[index]), int(positions[index])
-            source = self.sources[number]
-            if self._packed:
-                assert counted is not None
-                assert begins is not None
-                self._packed[number].read_into(position, rows[index], begins[index], counted[index], self._loss_mask)
-            else:
-                source.read_into(position, rows[index])
-                if counted is not None:
-                    counted[index] = source.read_mask(position + 1, self.context_len)
-                if begins is not None:
-                    begins[index, source.document_starts(position, self.context_len + 1)] = True
+            reader = self._readers[sources[index]]
+            reader.read_into(
+                int(positions[index]),
+                rows[index],
+                None if begins is None else begins[index],
+                None if counted is None else counted[index],
+            )
             self._seconds_per_read += 0.1 * (time.perf_counter() - since - self._seconds_per_read)
 
         done = 0
@@ -220,7 +189,7 @@ class TokenDataset:
         places = []
         for number, position in zip(*(part.tolist() for part in self.draw(seed, step, slots)), strict=True):
             source = self.sources[number]
-            shard, token = source.locate(self._packed[number].pieces(position)[0][0] if self._packed else position)
+            shard, token = source.locate(self._readers[number].first_token(position))
             path = os.path.abspath(source.shards[shard].path)
             places.append(f"{os.path.relpath(path, self._shared_folder)}:{token}")
         return places
