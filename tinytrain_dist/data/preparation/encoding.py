@@ -40,6 +40,47 @@ class Part(NamedTuple):
     counted: NDArray[np.uint8] | None = None
 
 
+class _TextEncoder:
+    """Encode texts, each between the tokens that belong around it."""
+
+    def __init__(self, vocabulary: Vocabulary, use_fast: bool, dtype: str) -> None:
+        self.encoder = Encoder(vocabulary, use_fast=use_fast)
+        self.dtype = dtype
+        self.before, self.after = (np.array(ids, dtype) for ids in (vocabulary.before, vocabulary.after))
+
+    def __call__(self, documents: list[bytes]) -> Part:
+        ids = [np.empty(0, self.dtype)]
+        lengths = np.zeros(len(documents), np.int64)
+        for number, document in enumerate(documents):
+            tokens = self.encoder.encode(document.decode()).astype(self.dtype)
+            ids += [self.before, tokens, self.after]
+            lengths[number] = len(self.before) + len(tokens) + len(self.after)
+        return Part(np.concatenate(ids), lengths, sum(map(len, documents)))
+
+
+class _ConversationEncoder:
+    """Encode conversations with a chat template. Errors: DataError that names the file and the row."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        self.encoder = ChatEncoder(folder)
+        self.dtype = dtype
+
+    def __call__(self, documents: list[bytes]) -> Part:
+        chats = []
+        for document in documents:
+            try:
+                chats.append(self.encoder.encode(parse_json(document)))
+            except BadChatError as error:
+                where = document.where if isinstance(document, Conversation) else "a conversation"
+                raise DataError(f"{where}: {error}") from None
+        return Part(
+            np.concatenate([np.empty(0, self.dtype), *(chat.ids.astype(self.dtype) for chat in chats)]),
+            np.array([len(chat.ids) for chat in chats], np.int64),
+            sum(map(len, documents)),
+            np.concatenate([np.empty(0, np.uint8), *(chat.counted for chat in chats)]),
+        )
+
+
 class BatchEncoder:
     """Encode documents to token IDs, separately for train and val. Each worker has one of these."""
 
@@ -50,47 +91,21 @@ class BatchEncoder:
 
         chat_folder: of the tokenizer whose chat template writes the documents, which are conversations.
         """
-        self.encoder = Encoder(vocabulary, use_fast=use_fast)
-        self.chat = ChatEncoder(chat_folder) if chat_folder is not None else None
         self.threshold = threshold
-        self.dtype = dtype
-        self.before, self.after = (np.array(ids, dtype) for ids in (vocabulary.before, vocabulary.after))
+        self.encode = (
+            _TextEncoder(vocabulary, use_fast, dtype)
+            if chat_folder is None
+            else _ConversationEncoder(chat_folder, dtype)
+        )
 
     def __call__(self, documents: list[bytes]) -> list[Part]:
-        """Return the train part and the val part, each document between the tokens that belong around it."""
+        """Return the train part and the val part."""
         train_documents: list[bytes] = []
         val_documents: list[bytes] = []
         for document in documents:
             is_val = document_hashes(document)[0] < self.threshold
             (val_documents if is_val else train_documents).append(document)
-        return [self._encode(train_documents), self._encode(val_documents)]
-
-    def _encode(self, documents: list[bytes]) -> Part:
-        if self.chat is not None:
-            return self._encode_chats(self.chat, documents)
-        ids = [np.empty(0, self.dtype)]
-        lengths = np.zeros(len(documents), np.int64)
-        for number, document in enumerate(documents):
-            tokens = self.encoder.encode(document.decode()).astype(self.dtype)
-            ids += [self.before, tokens, self.after]
-            lengths[number] = len(self.before) + len(tokens) + len(self.after)
-        return Part(np.concatenate(ids), lengths, sum(map(len, documents)))
-
-    def _encode_chats(self, chat: ChatEncoder, documents: list[bytes]) -> Part:
-        """Encode conversations. Errors: DataError that names the file and the row."""
-        encoded = []
-        for document in documents:
-            try:
-                encoded.append(chat.encode(parse_json(document)))
-            except BadChatError as error:
-                where = document.where if isinstance(document, Conversation) else "a conversation"
-                raise DataError(f"{where}: {error}") from None
-        return Part(
-            np.concatenate([np.empty(0, self.dtype), *(one.ids.astype(self.dtype) for one in encoded)]),
-            np.array([len(one.ids) for one in encoded], np.int64),
-            sum(map(len, documents)),
-            np.concatenate([np.empty(0, np.uint8), *(one.counted for one in encoded)]),
-        )
+        return [self.encode(train_documents), self.encode(val_documents)]
 
 
 _encoder_of_worker: BatchEncoder | None = None
