@@ -164,11 +164,11 @@ def llama(options: Options) -> Any:
     )  # fmt: skip
 
 
-def run_hf(options: Options, folder: str) -> dict[str, Any]:
+def hf_windows(path: str, length: int) -> Any:
+    """Return successive windows of `length` tokens of a token file, in the form that the Hugging Face Trainer takes."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    tokens, length = np.load(f"{folder}/train.npy", mmap_mode="r"), sizes(options)["context_len"]
+    tokens = np.load(path, mmap_mode="r")
 
     class Windows(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
@@ -178,6 +178,13 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
             ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
             return {"input_ids": ids, "labels": ids}
 
+    return Windows()
+
+
+def run_hf(options: Options, folder: str) -> dict[str, Any]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    windows = hf_windows(f"{folder}/train.npy", sizes(options)["context_len"])
     clock = Clock(options.device, options.steps)
 
     class Ends(TrainerCallback):
@@ -191,7 +198,7 @@ def run_hf(options: Options, folder: str) -> dict[str, Any]:
         save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-3, weight_decay=0.1,
         max_grad_norm=1.0, adam_beta2=0.95, ddp_backend="gloo" if options.device == "cpu" else None,
     )  # fmt: skip
-    Trainer(model=llama(options), args=arguments, train_dataset=Windows(), callbacks=[Ends()]).train()
+    Trainer(model=llama(options), args=arguments, train_dataset=windows, callbacks=[Ends()]).train()
     return clock.result()
 
 

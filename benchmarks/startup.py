@@ -124,9 +124,8 @@ def read_first_step(run: Path) -> dict[str, Any]:
 
 def run_hf(options: Options) -> None:
     """Train one step with the Hugging Face Trainer on this rank; rank 0 writes the seconds of each part."""
-    import numpy as np
     import torch
-    from compare import SIZES, llama
+    from compare import SIZES, hf_windows, llama
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from tinytrain_dist.utils.processes import process_age
@@ -147,15 +146,6 @@ def run_hf(options: Options) -> None:
         ddp_backend="gloo" if cpu else None,
     )  # fmt: skip
     end("join")
-    tokens, length = np.load(options.data, mmap_mode="r"), SIZES[options.size]["context_len"]
-
-    class Windows(torch.utils.data.Dataset[Any]):
-        def __len__(self) -> int:
-            return len(tokens) // length
-
-        def __getitem__(self, i: int) -> dict[str, Any]:
-            ids = torch.from_numpy(tokens[i * length : (i + 1) * length].astype(np.int64))
-            return {"input_ids": ids, "labels": ids}
 
     class FirstStep(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +155,7 @@ def run_hf(options: Options) -> None:
             if os.environ["RANK"] == "0":
                 Path(options.worker).write_text(json.dumps({"time": time.time(), "start_seconds": parts}))
 
-    data = Windows()
+    data = hf_windows(options.data, SIZES[options.size]["context_len"])
     end("open_data")
     model = llama(argparse.Namespace(size=options.size, vocab_size=0))
     end("build")

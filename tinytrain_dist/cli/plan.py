@@ -39,6 +39,7 @@ from tinytrain_dist.training.forecast import (
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
 from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.training.scaling import PredictedStep, predicted_step, scaled_steps
+from tinytrain_dist.training.step_timeline import StepPrediction
 
 SECONDS_PER_DAY = 86_400
 MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
@@ -244,7 +245,7 @@ def _disk(config: TrainingConfig, model: nn.Module) -> str:
 def _timeline(step: PredictedStep) -> str:
     """Format where the time of the simulated step goes."""
     timeline = step.timeline
-    waits = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
+    waits = _waits(timeline)
     return (
         f"simulated step: {_seconds(timeline.seconds)} = {_seconds(timeline.compute_seconds)} forward and backward + "
         f"{_seconds(timeline.update_seconds)} update + {_seconds(timeline.exposed_seconds)} waiting for communication "
@@ -303,13 +304,18 @@ def _scaling_columns(step: PredictedStep | ConfigError) -> str:
         return f"  {step.problems[0].partition(';')[0]}"
     planned, timeline = step.forecast, step.timeline
     sequences = f"{planned.plan.accumulation_steps} x {planned.plan.micro_batch_size}"
-    waits = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
+    waits = _waits(timeline)
     return (
         f"{sequences:>9}{format_gib(planned.estimate.nbytes):>12}{'yes' if planned.fits else 'no':>6}"
         f"{_seconds(timeline.seconds):>10}{_seconds(timeline.update_seconds):>11}"
         f"{_seconds(timeline.exposed_seconds):>10}"
         f"{timeline.exposed_seconds / timeline.seconds:>8.1%}{step.mfu:>8.1%}{step.efficiency:>12.1%}  {waits}"
     )
+
+
+def _waits(timeline: StepPrediction) -> str:
+    """Format what a simulated step waits for, with the time of each kind."""
+    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
 
 
 def _gb(nbytes: float) -> str:

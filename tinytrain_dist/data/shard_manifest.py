@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tinytrain_dist.data.open_files import FileStamp, OpenFile
 from tinytrain_dist.data.parallel_reads import READER_POOL, as_array, in_chunks
+from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.data.token_file import SlicedTokens, Tokens, check_id_range, dataset_fingerprint, scan_id_range
 from tinytrain_dist.data.token_formats import Layout, find_layout
 from tinytrain_dist.errors import DataError
@@ -185,7 +186,7 @@ def _stamps(paths: Sequence[str]) -> list[tuple[int, ...]]:
 def _stamp(path: str) -> tuple[int, ...]:
     """Return the stamps of a file and of the index beside it: six numbers; 0 for a file that is missing."""
     stamps: tuple[int, ...] = ()
-    for file in (path, path[: -len(".bin")] + ".idx" if path.endswith(".bin") else ""):
+    for file in (path, side_path(path, ".idx") if path.endswith(".bin") else ""):
         try:
             stamps += FileStamp.of(os.stat(file))
         except OSError:
