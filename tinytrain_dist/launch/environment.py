@@ -77,7 +77,7 @@ class Environment:
         return self._output("-c", "import sys; print(*sys.version_info[:2])") != "{} {}".format(*sys.version_info[:2])
 
     def _make_folder(self, clear: bool) -> None:
-        """Make the folder if it has no working Python, belongs to another place, or is to be made anew (`clear`)."""
+        """Make the folder if it has no working Python or was moved. clear: replace it in any case."""
         moved = self._place.is_file() and self._place.read_text().strip() != str(self.root)
         clear = clear or moved
         if clear or not self._succeeds("-c", "import sys; sys.exit(sys.version_info < (3, 11))"):

@@ -84,7 +84,7 @@ class LMHead(Linear):
     """The output head. With targets it returns the summed loss, without ever holding the logits of all tokens.
 
     keep_row_losses: append the losses of single windows to `row_losses`: float64 [2, b] for each call, the summed loss
-    of each window and the number of its targets that count. Whoever uses them empties the list.
+    of each window and the number of its targets that count. The caller must clear the list.
     """
 
     def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None, keep_row_losses: bool = False) -> None:

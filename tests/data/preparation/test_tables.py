@@ -1,4 +1,4 @@
-"""Check that tables give the same documents as JSON lines, and what is said about those that cannot be read."""
+"""Tables give the same documents as JSON lines; a table that cannot be read is named with its row or row group."""
 
 from __future__ import annotations
 

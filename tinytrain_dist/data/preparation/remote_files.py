@@ -256,7 +256,7 @@ class RemoteFile(io.RawIOBase):
     def _fetch(self, start: int, size: int) -> bytes:
         """Return a range of the file, of at most `size` bytes. Errors: DataError.
 
-        After a failure a smaller range is asked for, so that reading goes on where connections end after few bytes.
+        After a failure it requests a smaller range, which can succeed over connections that break after few bytes.
         """
         get = self._range_of_server if self.facts.has_ranges else self._range_of_stream
 
