@@ -1,5 +1,8 @@
 """Check the messages of the package's exceptions."""
 
+import pickle
+
+from tinytrain_dist.cli.arguments import UsageError
 from tinytrain_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -19,6 +22,13 @@ def test_several_problems_are_counted_and_listed_one_per_line():
     error = ConfigError(["a: b", "c: d"], "my.toml")
     assert str(error) == "2 problems in my.toml\n  a: b\n  c: d"
     assert (error.problems, error.source) == (["a: b", "c: d"], "my.toml")
+
+
+def test_an_error_that_another_rank_received_has_the_same_message():
+    for error in (ConfigError(["a: b", "c: d"], "my.toml"), RendezvousError("a: b"), UsageError("a: b", "plan")):
+        received = pickle.loads(pickle.dumps(error))
+        assert (type(received), str(received)) == (type(error), str(error))
+        assert received.problems == error.problems
 
 
 def test_every_error_is_one_that_programs_report_as_a_user_mistake():

@@ -6,6 +6,8 @@ value, the setting, and what to do. Violated invariants of our own code use `ass
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TinytrainError(ValueError):
     """Base of all errors whose message is meant for the person who started the run."""
@@ -21,6 +23,17 @@ class ConfigError(TinytrainError):
         plural = "s" if len(self.problems) > 1 else ""
         heading = f"{len(self.problems)} problem{plural} in {source}"
         super().__init__("\n".join([heading, *(f"  {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let other ranks receive the problems, and not the message as one problem with a heading of its own."""
+        return _restored, (type(self), self.problems, self.source)
+
+
+def _restored(kind: type[ConfigError], problems: list[str], source: str) -> ConfigError:
+    """Return a ConfigError as it was before it was pickled; a subclass may take other arguments."""
+    error = kind.__new__(kind)
+    ConfigError.__init__(error, problems, source)
+    return error
 
 
 class RendezvousError(ConfigError):
