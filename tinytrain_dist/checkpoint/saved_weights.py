@@ -15,10 +15,10 @@ from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.checkpoint.state_digests import tensor_digest
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.optim.weight_average import AVERAGE_KEY
 from tinytrain_dist.utils.progress import Advance, no_progress
 
 FLOAT32_BYTES = 4
-AVERAGE_KEY = "ema"  # of the optimizer's state of a parameter
 
 
 class SavedWeights:
