@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
+from tinytrain_dist.config.step_ranges import parse_step_ranges
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
@@ -113,6 +114,14 @@ class DataSettings:
     loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
     packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
     document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
+    skip_steps: str | None = _setting(
+        "data", None, "START:STOP,...: steps whose batches are left out; they change no weights (None: none)"
+    )
+
+    @property
+    def left_out_steps(self) -> tuple[range, ...]:
+        """The steps named in `skip_steps`, both ends of each range included."""
+        return parse_step_ranges(self.skip_steps)
 
     @property
     def fixed_micro_batch_size(self) -> int | None:
@@ -178,7 +187,11 @@ class OptimizerSettings:
     )
     ema_every: int = _setting("optimizer", 1, "steps between changes of the moving average")
     ema_on_host: bool = _setting("optimizer", False, "keep the moving average in host memory instead of on the GPU")
-    max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
+    skip_spikes: float | None = _setting(
+        "optimizer", None, "skip steps whose loss or norm is this many standard deviations above its mean (None: off)"
+    )
+    spike_window: int = _setting("optimizer", 128, "skip_spikes: steps of the mean; it acts when half of them are done")
+    max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many steps in a row")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.step_ranges import STEP_RANGES
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
@@ -31,6 +32,8 @@ IDENTITY_SETTINGS = (
     "packing",
     "document_mask",
 )
+# The same for the part of these settings that is about steps before the checkpoint.
+PAST_SETTINGS = ("skip_steps",)
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
 ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
@@ -47,7 +50,7 @@ NONE_OR_AT_LEAST_ONE = tuple(
     "fingerprint_every ckpt_writers".split()
 )
 POSITIVE_AND_FINITE = tuple(
-    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs".split()
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes".split()
 )
 NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())
 
@@ -68,6 +71,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _resume_problems,
         lambda config: config.model.rope_problems(),
         _stop_and_profile_problems,
+        _skipping_problems,
         _allow_problems,
         _average_problems,
         _evaluation_and_retention_problems,
@@ -271,11 +275,40 @@ def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
+def _skipping_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of skip_spikes, spike_window and skip_steps."""
+    problems = []
+    if config.spike_window < 2:
+        problems.append(f"spike_window: {config.spike_window} must be at least 2, to have a standard deviation")
+    elif (
+        config.skip_spikes is None and config.spike_window != type(config).__dataclass_fields__["spike_window"].default
+    ):
+        problems.append(
+            f"spike_window: {config.spike_window} has no effect without skip_spikes; set it (6 is usual), or leave "
+            "this out"
+        )
+    if config.skip_steps is None:
+        return problems
+    if not STEP_RANGES.fullmatch(config.skip_steps):
+        return [
+            *problems,
+            f"skip_steps: {config.skip_steps!r} must be START:STOP, two step numbers, or several of these with commas "
+            "between, for example 1000:1010,2000:2004",
+        ]
+    for start, stop in re.findall(r"(\d+):(\d+)", config.skip_steps):
+        if not 1 <= int(start) <= int(stop):
+            problems.append(f"skip_steps: {start}:{stop} must be START:STOP with 1 <= START <= STOP")
+        elif config.epochs is None and int(stop) > config.total_steps:
+            problems.append(f"skip_steps: {start}:{stop} goes beyond total_steps {config.total_steps}; end it there")
+    return problems
+
+
 def _allow_problems(config: TrainingConfig) -> list[str]:
     """Return a problem for each name in `allow` that is not checked on resume."""
+    checked = (*IDENTITY_SETTINGS, *PAST_SETTINGS, "train_data")
     return [
-        f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(IDENTITY_SETTINGS)}, train_data)"
-        for name in sorted(config.allowed_changes - {*IDENTITY_SETTINGS, "train_data"})
+        f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(checked)})"
+        for name in sorted(config.allowed_changes - {*checked})
     ]
 
 

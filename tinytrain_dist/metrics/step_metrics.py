@@ -11,7 +11,6 @@ gathers values from all ranks. The classes in reading order:
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,19 +23,19 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext, Vote
-from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
+from tinytrain_dist.errors import ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.loss_level import LossLevel
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES, start_seconds
 from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.metrics.skipped_steps import SkippedSteps
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.source_metrics import ended_epochs, source_groups
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
 LAYER_NORMS_EVERY = 10  # norms by layer are recorded once in this many logged steps
-MAX_WINDOWS_NAMED = 16  # in the message about a skipped step
 
 
 def due(step: int, every: int) -> bool:
@@ -50,7 +49,9 @@ class StepResult:
 
     step: int  # completed steps, this one included
     lr: float
-    numbers: HostCopy  # loss in nats per token, gradient norm before clipping, skipped (0 or 1)
+    # loss in nats per token, gradient norm before clipping, skipped (0 or 1); with skip_spikes also the means of loss
+    # and norm, and their standard deviations
+    numbers: HostCopy
     micro_batch_losses: Tensor  # summed losses of all micro-batches of the global batch: [num_micro_batches]
     vote: Vote  # on whether the run stops after this step
     data_wait: float  # seconds that this rank waited for data
@@ -58,6 +59,7 @@ class StepResult:
     phases: dict[str, float]  # seconds in each phase since the previous step
     layer_norms: HostCopy | None  # the norms of gradients by layer, then those of weights; None if not computed
     source_sums: HostCopy | None = None  # of this rank since the last logged step, see SourceSums; None: one source
+    left_out: range | None = None  # the steps of skip_steps to which this one belongs; None: it was computed
 
 
 @dataclass
@@ -161,8 +163,7 @@ class StepMetrics:
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
         self.stopping = False  # all ranks have agreed to stop
-        self.skipped = 0  # updates skipped by this process
-        self.skipped_in_row = 0
+        self.skips = SkippedSteps(config, plan, log, data, step)
         self.level = LossLevel(record)
         self.first_step = step + 1
         self.read_step = step  # the newest step whose numbers were read
@@ -188,28 +189,34 @@ class StepMetrics:
         self._unread = None
         if result is None:
             return
-        loss, norm, skipped = result.numbers.read()
+        loss, norm, skipped, *usual = result.numbers.read()
         if result.step == self.first_step:
             self.log.first_step(result.step, start_seconds(result.phases))
         self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
         self.read_step = result.step
-        self.skipped += int(skipped)
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
-        if skipped:
-            self._report_skip(result, loss, norm)
+        if result.left_out is not None:
+            self.skips.leave_out(result.step, result.left_out)
+        elif skipped:
+            self.skips.skip(result, loss, norm, usual)
         else:
+            self.skips.accept(result.step)
             self.level.update(result.step, loss)
         if ended := ended_epochs(self.data, result.step):
             self.log.event(result.step, "epoch", ended)
-        if due(result.step, self.config.log_every):
+        if due(result.step, self.config.log_every) and result.left_out is None:
             self._compare_replicas()
             self._log(result, loss, norm)
         self.stopping = self.stopping or result.vote.result()
 
     @property
+    def skipped(self) -> int:
+        """The updates that were skipped by this process."""
+        return self.skips.total
+
+    @property
     def skipping(self) -> bool:
         """Whether the update of the newest step that was read was skipped."""
-        return self.skipped_in_row > 0
+        return self.skips.in_row > 0
 
     def fingerprint(self, step: int, names: list[str], prints: HostCopy) -> None:
         """Keep the fingerprints of this step's state; replicas compare them at the next logged step."""
@@ -229,30 +236,6 @@ class StepMetrics:
         except ReplicaMismatchError as error:
             self.log.event(kept.step, "replicas_differ", str(error))
             raise
-
-    def _report_skip(self, result: StepResult, loss: float, norm: float) -> None:
-        """Log which ranks and windows made a step non-finite. Errors: DivergenceError after too many in a row."""
-        losses = result.micro_batch_losses.tolist()
-        bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
-        where = "only in the gradient"
-        if bad_micro_batches:
-            ranks = [rank for rank in range(self.plan.ranks) if bad_micro_batches & self._micro_batches_of(rank)]
-            slots = [slot for index in sorted(bad_micro_batches) for slot in self.plan.slots(index)]
-            # the windows of a step are drawn by the number of steps completed before it
-            places = self.data.places(self.config.seed, result.step - 1, slots[:MAX_WINDOWS_NAMED])
-            where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
-        text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
-        self.log.event(result.step, "skipped", text)
-        if self.skipped_in_row >= self.config.max_skipped_steps:
-            raise DivergenceError(
-                f"step {result.step}: {text}; skipped steps in a row: {self.skipped_in_row}, max_skipped_steps: "
-                f"{self.config.max_skipped_steps}, so the run stops"
-            )
-
-    def _micro_batches_of(self, rank: int) -> set[int]:
-        plan = self.plan
-        replica, shard = divmod(rank, plan.shard)
-        return {plan.micro_batch_index(replica, shard, micro_step) for micro_step in range(plan.accumulation_steps)}
 
     def _log(self, result: StepResult, loss: float, norm: float) -> None:
         """Write the record of a logged step, and begin the next interval. A collective."""

@@ -179,6 +179,7 @@ def _load(
         start.step, start.record = state["step"], state.get("report", {})
         if state.get("data") != checkpoints.data:
             forget_level(start.record)
+        train_step.step_filter.load(start.record)
         start.forgotten = forget_evaluations(start.record, changed_evaluation_settings(state, config))
         if start.source == checkpoints.folder(start.step):
             start.saved_step = start.step

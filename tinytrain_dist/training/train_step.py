@@ -30,6 +30,7 @@ from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_red
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
 from tinytrain_dist.training.source_sums import SourceSums
+from tinytrain_dist.training.step_filter import StepFilter, build_step_filter
 from tinytrain_dist.training.token_count import TokenCount
 
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
@@ -56,6 +57,7 @@ class TrainStep:
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
         clip_in_optimizer: bool,
+        step_filter: StepFilter,
     ) -> None:
         """Combine the parts. plan: divides the global batch. reduction: sums gradients and losses of all ranks.
 
@@ -71,6 +73,7 @@ class TrainStep:
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
         self.clip_in_optimizer = clip_in_optimizer
+        self.step_filter = step_filter
         micro_steps = range(plan.accumulation_steps)
         # the micro-batches of the global batch that this rank computes, and the sample slots in them
         self.micro_batch_indices = [
@@ -86,7 +89,7 @@ class TrainStep:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
 
         Does not wait for the device. wants_stop: this rank's vote on whether the run stops after this step. A step
-        whose loss or gradient norm is not finite changes neither weights nor optimizer state.
+        that `step_filter` skips changes neither weights nor optimizer state.
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
@@ -102,18 +105,18 @@ class TrainStep:
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
         losses, loss, norm = self._losses_and_norm(loss_sums, tokens)
-        skip = (~(loss.isfinite() & norm.isfinite())).float()
+        decision = self.step_filter.decide(loss, norm)
 
         self.phase_timer.enter("optimizer")
         lr = learning_rate(self.config, step)
         self.average.set_step(step)
-        self._update(norm, lr, skip)
+        self._update(norm, lr, skip=decision[0].float())
 
         self.phase_timer.enter("reading", step + 1)
         return StepResult(
             step=step + 1,
             lr=lr,
-            numbers=HostCopy(torch.stack([loss, norm, skip.double()])),
+            numbers=HostCopy(torch.cat([torch.stack([loss, norm]), decision])),
             micro_batch_losses=losses,
             vote=self.context.start_vote(wants_stop),
             data_wait=data_wait,
@@ -210,4 +213,5 @@ def build_train_step(
         ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile)),
         phase_timer or PhaseTimer(),
         clip_in_optimizer=on_gpu,  # on a CPU the two ways round differently, and neither is faster
+        step_filter=build_step_filter(config, context.device),
     )
