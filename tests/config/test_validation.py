@@ -23,7 +23,9 @@ def test_counts_are_at_least_one(name, value):
 
 
 @pytest.mark.parametrize(
-    "name", "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor skip_spikes".split()
+    "name",
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor skip_spikes z_loss "
+    "logit_soft_cap".split(),
 )
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_scales_are_positive_and_finite(name, value):
@@ -82,6 +84,11 @@ def test_a_seed_has_at_most_64_bits():
         ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
         ({"log_save_prefix": "a/b"}, "log_save_prefix: 'a/b' must be a plain name"),
         ({"ckpt_save_prefix": ""}, "ckpt_save_prefix: '' must be a plain name"),
+        (
+            {"stability_every": 15},
+            "stability_every: 15 is not a multiple of log_every 10 (the default), so some of these steps "
+            "have no record; possible: ",
+        ),
         ({"skip_spikes": 6.0, "spike_window": 1}, "spike_window: 1 must be at least 2"),
         ({"spike_window": 64}, "spike_window: 64 has no effect without skip_spikes; set it (6 is usual)"),
         ({"skip_steps": "5"}, "skip_steps: '5' must be START:STOP, two step numbers, or several of these"),

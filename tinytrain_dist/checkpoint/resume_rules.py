@@ -14,7 +14,7 @@ from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ran
 from tinytrain_dist.errors import CheckpointError
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
+ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "logit_soft_cap")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:

@@ -45,6 +45,9 @@ class RunSettings:
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
+    stability_every: int | None = _setting(
+        "run", None, "steps between records of norms and maxima inside the model; each costs a forward pass (None: off)"
+    )
     eval_every: int = _setting("run", 1000, "steps between evaluations")
     eval_steps: int = _setting("run", 10, "batches of batch_size windows per evaluation, the same every time")
     early_stop_patience: int | None = _setting(
@@ -166,6 +169,9 @@ class ModelSettings:
     tie_embeddings: bool = _setting("model", False, "share the embedding's weight with the output head")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")
+    logit_soft_cap: float | None = _setting(
+        "model", None, "bound logits by c x tanh(logits / c), as in Gemma 2 (None: not); Hugging Face's Llama cannot"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,9 @@ class OptimizerSettings:
     )
     ema_every: int = _setting("optimizer", 1, "steps between changes of the moving average")
     ema_on_host: bool = _setting("optimizer", False, "keep the moving average in host memory instead of on the GPU")
+    z_loss: float | None = _setting(
+        "optimizer", None, "train with this coefficient of log(Z)^2 beside the loss, as PaLM with 1e-4 (None: without)"
+    )
     skip_spikes: float | None = _setting(
         "optimizer", None, "skip steps whose loss or norm is this many standard deviations above its mean (None: off)"
     )

@@ -47,10 +47,11 @@ AT_LEAST_ONE = tuple(
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
-    "fingerprint_every ckpt_writers".split()
+    "fingerprint_every stability_every ckpt_writers".split()
 )
 POSITIVE_AND_FINITE = tuple(
-    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes".split()
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes z_loss "
+    "logit_soft_cap".split()
 )
 NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())
 
@@ -334,6 +335,15 @@ def _evaluation_and_retention_problems(config: TrainingConfig) -> list[str]:
     problems = []
     if config.early_stop_patience is not None and not config.val_files:
         problems.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
+    if config.stability_every is not None and config.stability_every % config.log_every:
+        choices = {
+            "stability_every": nearest_multiples(config.stability_every, config.log_every),
+            "log_every": [size for size in divisors(config.stability_every) if size <= config.log_every][-3:],
+        }
+        problems.append(
+            f"stability_every: {config.stability_every} is not a multiple of log_every {_value(config, 'log_every')}, "
+            f"so some of these steps have no record; possible: {format_choices(choices)}"
+        )
     if config.keep_every is not None and config.keep_every % config.ckpt_every:
         choices = {
             "keep_every": nearest_multiples(config.keep_every, config.ckpt_every),

@@ -11,10 +11,12 @@ gathers values from all ranks. The classes in reading order:
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +34,7 @@ from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.metrics.skipped_steps import SkippedSteps
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.source_metrics import ended_epochs, source_groups
+from tinytrain_dist.metrics.stability_metrics import stability_groups
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
@@ -59,6 +62,8 @@ class StepResult:
     phases: dict[str, float]  # seconds in each phase since the previous step
     layer_norms: HostCopy | None  # the norms of gradients by layer, then those of weights; None if not computed
     source_sums: HostCopy | None = None  # of this rank since the last logged step, see SourceSums; None: one source
+    z_losses: HostCopy | None = None  # of this rank's micro-batches, per token of the global batch; None: no z_loss
+    stability: HostCopy | None = None  # of this rank, see stability_metrics.py; None: not measured in this step
     left_out: range | None = None  # the steps of skip_steps to which this one belongs; None: it was computed
 
 
@@ -142,14 +147,14 @@ class StepMetrics:
         data: TokenDataset,
         flops_per_token: float,
         forward_timer: ForwardTimer,
-        layers: list[str],
+        layer_sizes: dict[str, int],
         process_start: float,
     ) -> None:
         """Begin after `step` steps. A collective: ranks exchange their host names.
 
         record: kept in every checkpoint, see LossLevel. data: the training data, to name the windows of a skipped step.
-        flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank. layers:
-        names of the layers in `layer_norms`. process_start: by time.monotonic().
+        flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank.
+        layer_sizes: parameters of each layer in `layer_norms`. process_start: by time.monotonic().
         """
         self.config = config
         self.context = context
@@ -158,7 +163,7 @@ class StepMetrics:
         self.data = data
         self.flops_per_token = flops_per_token
         self.forward_timer = forward_timer
-        self.layers = layers
+        self.layer_sizes = layer_sizes
         self.process_start = process_start
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
@@ -263,6 +268,8 @@ class StepMetrics:
         epochs = self.data.epochs(result.step)
         if epochs is not None:
             values["epoch"] = epochs
+        if result.z_losses is not None:
+            values["z_loss"] = math.fsum(chain(*self.context.all_gather_numbers(result.z_losses.read())))
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
@@ -287,6 +294,7 @@ class StepMetrics:
     def _groups(self, result: StepResult, ranks: list[RankTimes]) -> dict[str, dict[str, float]]:
         """Return the groups of related numbers: seconds by phase; norms by layer if computed; sources if several.
 
+        With stability_every also those of stability_metrics.py.
         A collective.
         """
         by_phase = zip(*(times.phase_seconds for times in ranks), strict=True)
@@ -295,9 +303,12 @@ class StepMetrics:
         }
         if result.layer_norms is not None:
             norms = result.layer_norms.read()
-            count = len(self.layers)
-            groups["grad_norm_by_layer"] = dict(zip(self.layers, norms[:count], strict=True))
-            groups["weight_norm_by_layer"] = dict(zip(self.layers, norms[count:], strict=True))
+            count = len(self.layer_sizes)
+            groups["grad_norm_by_layer"] = dict(zip(self.layer_sizes, norms[:count], strict=True))
+            groups["weight_norm_by_layer"] = dict(zip(self.layer_sizes, norms[count:], strict=True))
+            if result.stability is not None:
+                rows = self.context.all_gather_numbers(result.stability.read())
+                groups |= stability_groups(rows, groups["grad_norm_by_layer"], self.layer_sizes)
         if result.source_sums is not None:
             names = short_names(self.config.train_files)
             groups |= source_groups(names, self.context.all_gather_numbers(result.source_sums.read()))

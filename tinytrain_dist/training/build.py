@@ -302,7 +302,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         data=data.train,
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,
-        layers=train_step.reduction.view.layers,
+        layer_sizes=train_step.reduction.view.layer_sizes,
         process_start=PROCESS_START,
     )
 

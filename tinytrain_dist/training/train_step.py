@@ -30,6 +30,7 @@ from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_red
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
 from tinytrain_dist.training.source_sums import SourceSums
+from tinytrain_dist.training.stability_probe import StabilityProbe
 from tinytrain_dist.training.step_filter import StepFilter, build_step_filter
 from tinytrain_dist.training.token_count import TokenCount
 
@@ -82,6 +83,8 @@ class TrainStep:
         self.slots = [slot for index in self.micro_batch_indices for slot in plan.slots(index)]
         transformer: Any = unwrap(model)
         self._row_losses: list[Tensor] = transformer.lm_head.row_losses
+        self._z_losses: list[Tensor] = transformer.lm_head.z_losses
+        self.stability = StabilityProbe(config, model, context.device, plan.micro_batch_size)
         num_sources = len(config.train_files)
         self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
 
@@ -96,14 +99,13 @@ class TrainStep:
         windows = batches.get(step)
         data_wait = time.perf_counter() - waiting_since
 
-        self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
+        stability = self.stability.measure(step + 1, windows)
         loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
 
         self.phase_timer.enter("reduction")
         self.reduction.finish()
-        log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
-        layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
+        layer_norms = self._layer_norms(step + 1) if stability is None else HostCopy(self.reduction.view.layer_norms())
         losses, loss, norm = self._losses_and_norm(loss_sums, tokens)
         decision = self.step_filter.decide(loss, norm)
 
@@ -124,6 +126,8 @@ class TrainStep:
             phases=self.phase_timer.take(),
             layer_norms=layer_norms,
             source_sums=self._sum_by_source(windows, due(step + 1, self.config.log_every)),
+            z_losses=self._z_losses_per_token(tokens, due(step + 1, self.config.log_every)),
+            stability=stability,
         )
 
     def forward_backward(self, windows: Windows, micro_steps: Sequence[int]) -> tuple[list[Tensor], TokenCount]:
@@ -132,7 +136,9 @@ class TrainStep:
         windows: micro_batch_size for each micro-batch; micro_steps: which accumulation steps these are. A collective.
         """
         loss_sums = []
-        self._row_losses.clear()  # those of an evaluation before this step
+        for kept in (self._row_losses, self._z_losses):
+            kept.clear()  # those of an evaluation before this step
+        self.forward_timer.take()  # so are these marks
         tokens = TokenCount(windows, self.config, self.plan, self.context)
         micro_batches = split_micro_batches(windows, self.plan.micro_batch_size, self.context.device)
         for micro_step, micro_batch in zip(micro_steps, micro_batches, strict=True):
@@ -170,6 +176,12 @@ class TrainStep:
             return None
         self._source_sums.add(windows, self._row_losses)
         return self._source_sums.take() if logged else None
+
+    def _z_losses_per_token(self, tokens: TokenCount, logged: bool) -> HostCopy | None:
+        """Return the share of each of this rank's micro-batches in the z-loss of a logged step; None without z_loss."""
+        if not (logged and self._z_losses):
+            return None
+        return HostCopy(torch.stack(self._z_losses).double() / tokens.value)
 
     def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
         """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""
