@@ -81,7 +81,7 @@ class ChatEncoder:
         if self.marks_answers:
             encoded = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             return EncodedChat(np.array(encoded["input_ids"], np.int64), np.array(encoded["assistant_masks"], np.uint8))
-        text: str = self._apply(messages, tools, tokenize=False)
+        text = self.render(record)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         begins = np.array([begin for begin, _ in encoded["offset_mapping"]], np.int64)
         counted = np.zeros(len(begins), np.uint8)
@@ -89,6 +89,11 @@ class ChatEncoder:
             # A token that begins in the prompt is part of the prompt when the model is used.
             counted[(begins >= begin) & (begins < end)] = 1
         return EncodedChat(np.array(encoded["input_ids"], np.int64), counted)
+
+    def render(self, record: dict[str, Any]) -> str:
+        """Return the text of a conversation as the template writes it; record: as of `encode`. Errors: BadChatError."""
+        text: str = self._apply(record["messages"], record.get("tools"), tokenize=False)
+        return text
 
     def _answers(self, messages: list[Any], tools: Any, text: str) -> Iterator[tuple[int, int]]:
         """Yield where each answer begins and ends in the text of the whole conversation, in characters."""

@@ -52,6 +52,9 @@ class PrepareOptions:
             "source in wiki, books" or "text is not null". Given several times, all must hold.
         id_field: Field with the ID of a document, for --ids.
         ids: File with one ID on each line. Only documents with these IDs are kept.
+        dedup: Remove documents that repeat an earlier one (exact: the same bytes, after filters and after long
+            documents were cut; with chat, the same text as the chat template writes it). The first one stays. Needs 50
+            MB of memory, and for each million documents 1 MB more, and 40 MB on disk during the first reading.
         split_by: What is one document in a file without separators: the whole file, or each line.
         errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
         max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
@@ -76,6 +79,7 @@ class PrepareOptions:
     filter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     id_field: str | None = None
     ids: str | None = None
+    dedup: Literal["none", "exact"] = "none"
     split_by: Literal["file", "line"] = "file"
     errors: Literal["strict", "replace"] = "strict"
     max_document_bytes: int | None = None
