@@ -85,16 +85,17 @@ class Scan:
 def scan_documents(
     corpus: Corpus,
     sample_bytes: int,
-    hashes: Path | None = None,
+    hashes_folder: Path | None = None,
     compared_text: Callable[[bytes], bytes] | None = None,
 ) -> Scan:
     """Read all documents once, and keep a sample of at most `sample_bytes`.
 
-    hashes: look for duplicates, and keep hashes in this new folder (None: keep all documents). compared_text: returns
-    what decides whether a document is a duplicate (None: its own bytes). Errors: DataError if there are no documents.
+    hashes_folder: look for duplicates, and keep hashes in this new folder (None: keep all documents).
+    compared_text: returns what decides whether a document is a duplicate (None: its own bytes).
+    Errors: DataError if there are no documents.
     """
     scan = Scan(Sample(sample_bytes))
-    finder = None if hashes is None else DuplicateFinder(hashes)
+    finder = None if hashes_folder is None else DuplicateFinder(hashes_folder)
     for document in corpus.documents("reading"):
         hashes = split_key, sample_key = document_hashes(document)
         scan.documents += 1
