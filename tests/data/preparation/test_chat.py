@@ -171,6 +171,42 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
     assert of_table["digests"] == of_lines["digests"]
 
 
+CALLS = "{% if message.tool_calls is defined %}CALLS{{ message.tool_calls | tojson }}{% endif %}<|im_end|>"
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace("<|im_end|>", CALLS)
+
+
+def test_tools_beside_the_messages_reach_the_template(tmp_path: Path, tokenizer_text: str) -> None:
+    model = folder_with(tmp_path, tokenizer_text, WITH_TOOLS)
+    names = ["city", "day", "sum"]
+    records = [
+        record
+        if number % 4 == 0
+        else {
+            "messages": [
+                record["messages"][1],
+                {"role": "assistant", "content": "", "tool_calls": [{"name": names[number % 3]}]},
+                *record["messages"][2:],
+            ],
+            "tools": [{"name": "f", "parameters": {names[number % 3]: {"type": "string"}}}],
+        }
+        for number, record in enumerate(conversations(40))
+    ]
+    assert (
+        ChatEncoder(model).render(records[1]).startswith('[{"name": "f", "parameters": {"day": {"type": "string"}}}]')
+    )
+    as_text = [record | {"tools": json.dumps(record["tools"]) if "tools" in record else None} for record in records]
+    for name, rows in (("objects", records), ("text", as_text)):
+        table = pa.table({column: [row.get(column) for row in rows] for column in ("messages", "tools")})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    common: dict[str, Any] = {"tokenizer": str(model), "chat": True, "workers": 1}
+    digests = [
+        prepare(str(tmp_path / name), str(tmp_path / f"{name}.out"), **common)["digests"]
+        for name in ("objects.jsonl", "objects.parquet", "text.jsonl", "text.parquet")
+    ]
+    assert digests == digests[:1] * 4
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -180,6 +216,8 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
         ({"messages": [{"content": "a"}]}, 'line 3: message 1 has no "role"'),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 'line 3: message 2 has no "content"'),
         ({"messages": MESSAGES}, "line 3: the chat template of"),
+        ({"messages": MESSAGES[1:], "tools": "[1"}, "line 3: the text in 'tools' is not JSON ("),
+        ({"messages": MESSAGES[1:], "tools": {"a": 1}}, "line 3: 'tools' is a dict and not a list; write a list"),
     ],
 )
 def test_prepare_names_the_line_that_it_cannot_use(

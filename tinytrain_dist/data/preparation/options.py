@@ -37,17 +37,18 @@ class PrepareOptions:
         vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
         eos_token: End-of-document token of that tokenizer (default: the one in tokenizer_config.json beside it, or
-            `<|endoftext|>`).
+            `<|endoftext|>`). Not with chat, because the chat template writes it.
         special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text (text), or
-            their IDs (ids).
+            their IDs (ids). With chat always IDs, because the chat template spells them.
         val_fraction: Fraction of the documents to hold out, chosen by a hash of their content (default: 0.01, or up
             to 0.1 in a small corpus, to hold out about 500 kB).
         format: What the files contain. auto: the content decides between text, JSON lines, Parquet and Arrow, and
             anything else is refused; text: text, whatever it looks like; jsonl: JSON lines.
         text_field: Field with the text in each JSON line, or column of a table. `a.b` is the field b in the field a.
-        chat: The documents are conversations, {"messages": [{"role": ..., "content": ...}, ...]}, in JSON lines or in a
-            column of a table. They are written with the chat template of the tokenizer, and a mask counts only what the
-            assistant says (train with loss_mask = true). The field is `messages`, unless --text-field names another.
+        chat: The documents are conversations, {"messages": [{"role": ..., "content": ...}, ...]}, perhaps with `tools`,
+            in JSON lines or in columns of a table. They are written with the chat template of the tokenizer, and a mask
+            counts only what the assistant says (train with loss_mask = true). The field is `messages`, unless
+            --text-field names another.
         filter: Keep only documents whose fields meet a condition, such as "language == en", "score >= 0.5",
             "source in wiki, books" or "text is not null". Given several times, all must hold.
         id_field: Field with the ID of a document, for --ids.
