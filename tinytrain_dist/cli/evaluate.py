@@ -61,6 +61,7 @@ def evaluate(
     token_dtype: Literal["uint16", "uint32", "int32"] | None = None,
     stride: Number = None,
     nproc: Number = None,
+    ema: bool = False,
 ) -> int:
     """Print loss, perplexity and bits per byte of a checkpoint on a token file or a text.
 
@@ -75,15 +76,18 @@ def evaluate(
         stride: Tokens that each window predicts. The tokens before them in the window are context, so a smaller stride
             gives more context and takes longer. Default: context_len, that is windows without overlap.
         nproc: Number of processes. Default: 1.
+        ema: Evaluate the moving average of the weights (see ema_decay).
     """
     if nproc is not None and nproc < 1:
         raise UsageError(f"--nproc: {nproc} is not a number of processes; give at least 1", "evaluate")
     if nproc is not None and nproc > 1 and launcher_rank()[1] == 1:
-        _start_ranks(checkpoint, data, {"stride": stride, "token-dtype": token_dtype}, nproc)
+        _start_ranks(
+            checkpoint, data, _words({"stride": stride, "token-dtype": token_dtype, "ema": ema or None}), nproc
+        )
     context = init_distributed()
     try:
         folder = find_checkpoint(checkpoint, "model")
-        model = load_model(folder, context.device)
+        model = load_model(folder, context.device, average=ema)
         context_len = model.model_config.context_len
         stride = context_len if stride is None else stride
         if not 1 <= stride <= context_len:
@@ -114,10 +118,15 @@ def _in_order(gathered: list[list[list[float]]], num_blocks: int) -> list[float]
     return [loss for block in range(num_blocks) for loss in gathered[block % world_size][block // world_size]]
 
 
-def _start_ranks(checkpoint: Path, data: str, options: dict[str, object], nproc: int) -> NoReturn:
-    """Become the command that runs this verb on several processes. options: those that are None are left out."""
-    given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", data, *given], nproc).run()
+def _words(options: dict[str, object]) -> list[str]:
+    """Return options as words of a command. None: left out; True: a flag without a value."""
+    given = {f"--{name}": value for name, value in options.items() if value is not None}
+    return [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
+
+
+def _start_ranks(checkpoint: Path, data: str, options: list[str], nproc: int) -> NoReturn:
+    """Become the command that runs this verb on several processes."""
+    module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", data, *options], nproc).run()
 
 
 def _names_token_files(data: str, token_dtype: str | None) -> bool:
