@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pyarrow.parquet as parquet
 import pytest
 from tokenizers import Tokenizer
 
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.tokenizers import write_tokenizer
 from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.data.preparation.tokenizer import train_bpe
@@ -121,6 +126,32 @@ def test_a_tokenizer_without_a_template(tmp_path: Path, tokenizer_text: str) -> 
         ChatEncoder(folder_with(tmp_path, tokenizer_text, None))
     with pytest.raises(DataError, match="cannot load it"):
         ChatEncoder(tmp_path / "nowhere")
+
+
+LOAD_IN_A_WORKER = """
+import json, pickle, sys
+from pathlib import Path
+from tinytrain_dist.data.preparation.chat import ChatEncoder
+for folder, kind, record, expected in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    encoded = ChatEncoder(folder, kind).encode(record)
+    assert (encoded.ids.tolist(), encoded.counted.tolist()) == expected, folder
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_worker_loads_the_same_tokenizer_without_torch(tmp_path: Path) -> None:
+    cases = []
+    for family in ("llama3", "gpt2", "qwen", "t5"):
+        folder = write_tokenizer(tmp_path / family, family, chat_template="{{ bos_token }}" + CHATML)
+        encoder, record = ChatEncoder(folder), {"messages": MESSAGES}
+        kind, encoded = encoder.simple_class(), encoder.encode(record)
+        if kind is not None:
+            cases.append((folder, kind, record, (encoded.ids.tolist(), encoded.counted.tolist())))
+    assert len(cases) == 4
+    (tmp_path / "cases").write_bytes(pickle.dumps(cases))
+    command = [sys.executable, "-c", LOAD_IN_A_WORKER, str(tmp_path / "cases")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def write_lines(path: Path, records: list[Any]) -> Path:

@@ -41,7 +41,8 @@ class Plan:
     """What the first reading of a corpus decides.
 
     threshold: documents whose hash is below it go to val. use_fast: tiktoken encodes. digests: of the files.
-    duplicates: documents that are removed, if they were looked for.
+    duplicates: documents that are removed, if they were looked for. tokenizer_class: loads the tokenizer faster, if it
+    is known; it is not saved.
     """
 
     threshold: int
@@ -49,10 +50,12 @@ class Plan:
     use_fast: bool
     digests: list[FileDigest]
     duplicates: Duplicates | None = None
+    tokenizer_class: Any = None
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Return the plan as JSON values, after writing what is large to a file in `folder`. Errors: OSError."""
-        value = dataclasses.asdict(dataclasses.replace(self, duplicates=None))
+        value = dataclasses.asdict(dataclasses.replace(self, duplicates=None, tokenizer_class=None))
+        del value["tokenizer_class"]
         if self.duplicates is not None:
             value["duplicates"] = self.duplicates.save(folder / _DUPLICATES_FILE)
         return value
@@ -90,7 +93,7 @@ def make_plan(corpus: Corpus, given: PrepareOptions, folder: Path) -> Plan:
         vocabulary = _train(scan, threshold, given.vocab_size or _DEFAULT_VOCAB_SIZE)
     elif given.chat:
         vocabulary = _load_for_chat(given.tokenizer, encoder.template)
-        return Plan(threshold, vocabulary, False, corpus.digests, scan.duplicates)
+        return Plan(threshold, vocabulary, False, corpus.digests, scan.duplicates, encoder.simple_class())
     else:
         vocabulary = _load(scan, given.tokenizer, given.eos_token, given.special_tokens)
     reason = why_not_fast(vocabulary, _comparison_texts(scan))

@@ -18,7 +18,7 @@ import numpy as np
 
 from tinytrain_dist import __version__
 from tinytrain_dist.data.preparation.corpus import Corpus, Position
-from tinytrain_dist.data.preparation.encoding import encode_all, in_batches
+from tinytrain_dist.data.preparation.encoding import ChatTokenizer, encode_all, in_batches
 from tinytrain_dist.data.preparation.options import MAX_DOCUMENT_BYTES, PrepareOptions
 from tinytrain_dist.data.preparation.output_folder import WorkFolder, new_folder, resumable_folder
 from tinytrain_dist.data.preparation.planning import Plan, make_plan, say
@@ -174,8 +174,10 @@ class _Preparation:
                 positions.append(self.corpus.position)
                 yield batch
 
-        chat_folder = self.given.tokenizer if self.given.chat else None
-        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype, chat_folder)
+        chat = None
+        if self.given.chat and self.given.tokenizer is not None:
+            chat = ChatTokenizer(self.given.tokenizer, self.plan.tokenizer_class)
+        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype, chat)
         committed = train.shards + val.shards
         for parts in encode_all(batches(), settings, self.given.workers or _default_workers()):
             train.append(parts[0])
