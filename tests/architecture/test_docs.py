@@ -57,7 +57,7 @@ OF_LAUNCHERS = {
     "batch-per-gpu",
     "network",
 }
-OF_PREPARE = {"filter", "ids", "id-field", "chat", "shard-tokens", "text-field"}
+OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_BENCHMARKS = {"quick"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare

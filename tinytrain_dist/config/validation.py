@@ -37,6 +37,9 @@ ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile",
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
+# Larger numbers of steps, windows or tokens are not exact as float64, in which records and schedules hold them.
+LARGEST_NUMBER = 1 << 53
+
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
     "ckpt_every keep_last max_shard_bytes max_skipped_steps ema_every".split()
@@ -98,9 +101,28 @@ def _range_problems(config: TrainingConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
             problems.append(f"{name}: {value} must {'not be negative' if value < 0 else 'be a finite number'}")
+    problems += _size_problems(config)
     if config.seed >= 1 << 64:
         problems.append(
             f"seed: {config.seed} must be less than 2**64 (one 64-bit word of the generator's key); use a smaller one"
+        )
+    return problems
+
+
+def _size_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of numbers that are too large to be counted exactly."""
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int) and name != "seed"}
+    if config.epochs is not None and config.epochs < math.inf:
+        numbers["epochs"] = math.ceil(config.epochs)
+    problems = [
+        f"{name}: {getattr(config, name)} must be at most 2**53 = {LARGEST_NUMBER}; set a smaller number"
+        for name, value in numbers.items()
+        if value > LARGEST_NUMBER
+    ]
+    if not problems and config.epochs is None and config.total_steps * config.batch_size > LARGEST_NUMBER:
+        problems.append(
+            f"total_steps: {config.total_steps} steps x batch_size {config.batch_size} are more than 2**53 = "
+            f"{LARGEST_NUMBER} windows; set fewer steps"
         )
     return problems
 

@@ -71,7 +71,7 @@ class TokenDataset:
         self._batch_size = shuffle_batch or 0
         self._loss_mask, self._document_mask = loss_mask, document_mask
         self.fingerprints: list[dict[str, Any]] = [
-            source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
+            source.fingerprint | open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
         ]
         self._packed = packed
         self._readers: list[StreamWindows | PackedWindows] = [
@@ -195,7 +195,7 @@ class TokenDataset:
         return places
 
 
-def _open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
+def open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
     """Open the files beside the token files that the settings need, and return what identifies them.
 
     Errors: DataError if there are none, or if one does not fit.
