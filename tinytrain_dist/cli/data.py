@@ -48,8 +48,8 @@ class DataOptions:
     tokenizer says."""
     context_len: Number = None
     """Tokens of a window. Default: that of the run, or 256."""
-    ngram: int = NGRAM
-    """Tokens of the n-grams that are searched in the training data."""
+    ngram: Number = None
+    """Tokens of the n-grams that are searched in the training data. Default: 13, or a whole window if that is less."""
     all_windows: bool = False
     """Compare all windows of the evaluation files. Default: those that the run draws in an evaluation; all, without a
     run."""
@@ -95,17 +95,12 @@ def show(options: DataOptions) -> int:
     if options.html is not None:
         check_page_path(options.html, "html", "data", MARK, "such a page")
     place = find_place(options.place, options.val_data, options.token_dtype, options.context_len, options.seed)
-    context_len = place.config.context_len
-    if options.ngram > context_len + 1:
-        problem = (
-            f"--ngram: {options.ngram} is more than the {context_len + 1} tokens of a window; give a smaller number"
-        )
-        raise UsageError(f"{problem}, or a larger --context-len", "data")
+    ngram = _ngram(options, place.config.context_len + 1)
     vocabulary = read_vocabulary(place, options.vocab_size, options.eos_id)
     shown = _draw(place, vocabulary, options) if options.shows_windows else []
     findings = None
     if not shown or options.html is not None:
-        findings = collect(place, vocabulary, options.ngram, options.all_windows)
+        findings = collect(place, vocabulary, ngram, options.all_windows)
     _print(findings, shown, vocabulary, options)
     if options.html is not None and findings is not None:
         page = fill_page(findings, shown)
@@ -113,6 +108,16 @@ def show(options: DataOptions) -> int:
         if not options.json:
             print(f"{options.html}: {format_bytes(len(page.encode()))}; open it in a browser")
     return 0
+
+
+def _ngram(options: DataOptions, window: int) -> int:
+    """Return the length of n-grams. window: tokens of a window. Errors: UsageError if no window contains one."""
+    if options.ngram is None:
+        return min(NGRAM, window)
+    if options.ngram > window:
+        problem = f"--ngram: {options.ngram} is more than the {window} tokens of a window; give a smaller number"
+        raise UsageError(f"{problem}, or a larger --context-len", "data")
+    return options.ngram
 
 
 def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> list[MarkedWindow]:

@@ -181,8 +181,7 @@ def _windows(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
         for segment in windows.segments(window):
             if segment.boundary:
                 pieces.append(f'<span class="begin">— {segment.boundary} —</span>')
-            ids = texts.text(segment.ids) if texts.known else " ".join(map(str, segment.ids)) + " "
-            content = escaped(printable(ids, keep="\n\t"))
+            content = escaped(windows.segment_text(segment, texts))
             pieces.append(content if segment.counted else f'<span class="uncounted">{content}</span>')
         if window.padding:
             pieces.append(f'<span class="begin">— {window.padding:,} tokens of padding —</span>')

@@ -67,7 +67,11 @@ def notes(findings: Findings) -> list[str]:
 def print_findings(findings: Findings) -> None:
     """Print all numbers."""
     vocabulary = findings.vocabulary
-    size = "of unknown size" if vocabulary.size is None else f"{vocabulary.size:,} ids in the vocabulary"
+    size = (
+        "the size of the vocabulary is not known"
+        if vocabulary.size is None
+        else f"{vocabulary.size:,} ids in the vocabulary"
+    )
     size_from = f" ({vocabulary.size_from})" if vocabulary.size_from and vocabulary.size is not None else ""
     print(f"{printable(findings.place.name)}: {size}{size_from}")
     for note in notes(findings):
@@ -115,12 +119,14 @@ def _lines(findings: Findings) -> Iterator[tuple[str, list[str]]]:
     counts = findings.train.counts
     if findings.vocabulary.size is not None:
         unused = findings.vocabulary.size - counts.used
-        named = ", ".join(token_name(findings, token) for token in counts.unused(UNUSED)) if unused else ""
+        names = ", ".join(token_name(findings, token) for token in counts.unused(UNUSED)) if unused else ""
         more = ", ..." if unused > UNUSED else ""
         line = f"{unused:,} of {findings.vocabulary.size:,} ({share(unused, findings.vocabulary.size)})"
-        yield "ids never used", [f"{line}: {named}{more}" if named else line]
+        yield "ids never used", [f"{line}: {names}{more}" if names else line]
     special = special_counts(findings)
-    yield "special tokens", [f"{name} (id {token}): {count:,}" for token, name, count in special] or ["none occurs"]
+    named = [f"{name} (id {token}): {count:,}" for token, name, count in special]
+    known = findings.vocabulary.texts.size > 0
+    yield "special tokens", named or ["none occurs" if known else "not known, because there is no tokenizer"]
     frequent = counts.most_frequent(FREQUENT)
     yield (
         "most frequent",
@@ -163,14 +169,14 @@ def _duplicate_lines(name: str, split: SplitStatistics) -> list[str]:
 def overlap_lines(findings: Findings, name: str, overlap: Overlap) -> list[str]:
     """Return sentences about what an evaluation file has in common with the training data."""
     what = f"{findings.ngram}-gram"
-    kind = "windows that an evaluation draws"
-    if overlap.windows_of_file is not None:
-        some = overlap.windows < overlap.windows_of_file
-        kind = f"of {overlap.windows_of_file:,} windows, in equal distances," if some else "windows"
+    windows = f"{overlap.windows:,} windows of {findings.place.config.context_len} tokens"
+    if overlap.windows_of_file is None:
+        windows += ", as an evaluation draws them,"
+    elif overlap.windows < overlap.windows_of_file:
+        windows += f", in equal distances among {overlap.windows_of_file:,},"
     lines = [
-        f"{name}: {overlap.with_ngrams:,} of {overlap.windows:,} {kind} of {findings.place.config.context_len} tokens "
-        f"contain a {what} of the training data ({share(overlap.with_ngrams, overlap.windows)}); in "
-        f"{overlap.mostly_found:,} of them it is at least half of all {what}s"
+        f"{name}: {overlap.with_ngrams:,} of {windows} contain a {what} of the training data "
+        f"({share(overlap.with_ngrams, overlap.windows)}), {overlap.mostly_found:,} of them at least half of theirs"
     ]
     total, found = int(overlap.found.ngrams.sum()), int(overlap.found.found.sum())
     lines.append(f"{name}: {found:,} of {total:,} {what}s occur in the training data ({share(found, total)})")

@@ -78,13 +78,18 @@ def _lines(window: MarkedWindow, texts: TokenTexts, colour: bool) -> Iterator[st
             line = _marked(f"--- {segment.boundary} ---", BOUNDARY if colour else ("", ""))
             yield f"{'' if at_line_start else chr(10)}{line}\n"
             at_line_start = True
-        # Escapes keep bytes of the data from changing the state of the terminal.
-        text = printable(texts.text(segment.ids) if texts.known else " ".join(map(str, segment.ids)) + " ", keep="\n\t")
+        text = segment_text(segment, texts)
         if text:
             yield text if segment.counted else _marked(text, NOT_COUNTED if colour else PLAIN_MARKS)
             at_line_start = text.endswith("\n") and (segment.counted or colour)
     if window.padding:
         yield f"{'' if at_line_start else chr(10)}--- {window.padding:,} tokens of padding ---"
+
+
+def segment_text(segment: Segment, texts: TokenTexts) -> str:
+    """Return the text of a segment. Escapes keep bytes of the data from changing the state of a terminal."""
+    text = printable(texts.text(segment.ids), keep="\n\t")
+    return text if texts.known else f"{text} "  # between two numbers
 
 
 def _marked(text: str, marks: tuple[str, str]) -> str:

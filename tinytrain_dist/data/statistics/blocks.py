@@ -84,11 +84,12 @@ def read_blocks(source: TokenSource, documents: Documents, further: int = 0) -> 
         for first in range(0, total, READ_TOKENS):
             tokens = source.read(first, min(READ_TOKENS + further, total - first))
             starts = documents.starts(first, tokens)
-            for at in range(0, min(READ_TOKENS, total - first), BLOCK_TOKENS):
-                count = min(BLOCK_TOKENS, total - first - at)
-                end = min(len(tokens), at + count + further)
+            own = min(READ_TOKENS, total - first)
+            for at in range(0, own, BLOCK_TOKENS):
+                size = min(BLOCK_TOKENS, own - at)
+                end = min(len(tokens), at + size + further)
                 low, high = np.searchsorted(starts, [at, end])
-                yield Block(first + at, tokens[at:end], count, starts[low:high] - at)
+                yield Block(first + at, tokens[at:end], size, starts[low:high] - at)
     except DataError:
         check_unchanged(source)  # its message says more, if that is the cause
         raise

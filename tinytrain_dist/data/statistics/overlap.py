@@ -49,10 +49,9 @@ def rolling_hashes(tokens: npt.NDArray[Any], length: int, multiplier: int) -> Wo
     if count <= 0:
         return np.empty(0, np.uint64)
     power = tokens.astype(np.int64).view(np.uint64) + np.uint64(1)  # hashes of `width` tokens
-    power *= np.uint64(multiplier)
-    power ^= power >> np.uint64(32)
-    power *= np.uint64(_ODD_NUMBERS[0])
-    power ^= power >> np.uint64(29)
+    for odd in _ODD_NUMBERS[1:3]:  # one-to-one, so two tokens never have the same hash
+        power *= np.uint64(odd)
+        power ^= power >> np.uint64(32)
     width, done = 1, 0
     result = np.zeros(count, np.uint64)  # hashes of the first `done` tokens
     while True:

@@ -41,9 +41,11 @@ class TokenTexts:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of successive tokens, with the names of special tokens.
 
-        Bytes that are not UTF-8 become \\xNN. IDs that the tokenizer does not have become <id N>, and so do all IDs if
-        there is no tokenizer.
+        Bytes that are not UTF-8 become \\xNN, and IDs that the tokenizer does not have become <id N>. Without a
+        tokenizer the text is the numbers.
         """
+        if not self.known:
+            return " ".join(map(str, ids))
         if self._pieces is not None:
             return b"".join(map(self._bytes, ids)).decode("utf-8", "backslashreplace")
         parts: list[str] = []
@@ -65,7 +67,7 @@ class TokenTexts:
         if not ids:
             return ""
         if len(ids) == 1:  # decoders drop the space before the first token of a text
-            return str(self._library.id_to_token(ids[0]))
+            return str(self._library.id_to_token(ids[0])).replace("\u2581", " ")  # SentencePiece's mark of a space
         return str(self._library.decode(ids, skip_special_tokens=False))
 
 
