@@ -324,6 +324,8 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
         (["--slot", 1], "--slot: needs --step"),
         (["--decode", 1, "--slot", 1], "--slot: has no effect with --decode"),
         (["--decode", 0], "--decode: 0 must be at least 1"),
+        (["--seed", 1], "--seed: has no effect on numbers; add --decode"),
+        (["--step", 1, "--all-windows"], "--all-windows: has no effect on windows"),
         (["--ngram", 26], "--ngram: 26 is more than the 25 tokens of a window"),
         (["--html", "x.txt"], "--html: x.txt is not the name of a page; it must end in .html"),
         (["--val-data", "none.npy"], "none.npy: no such token file"),
@@ -352,6 +354,9 @@ def test_places_that_cannot_be_read(tinytrain: Cli, tmp_path: Path, prepared: Pa
         code, _, err = tinytrain("data", tmp_path / place)
         assert code == 2, err
         assert message in err
+    code, _, err = tinytrain("data", prepared, "--all-windows")
+    assert code == 2
+    assert "--all-windows: has no effect without a run" in err
     (tmp_path / "other.html").write_text("<p>mine</p>")
     code, _, err = tinytrain("data", prepared, "--html", tmp_path / "other.html")
     assert code == 2

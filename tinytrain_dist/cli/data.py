@@ -39,7 +39,7 @@ class DataOptions:
     """A folder made by `tinytrain prepare`, a token file, a folder or glob of them, a run, or a configuration."""
     val_data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")] = ()
     """Evaluation files to compare with the training data. Default: those of the folder or of the run."""
-    token_dtype: Literal["uint16", "uint32", "int32"] | None = None
+    token_dtype: Annotated[Literal["uint16", "uint32", "int32"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """Type of the token IDs in files without a header."""
     vocab_size: Number = None
     """Number of IDs in the vocabulary. Default: what the run, meta.json or tokenizer.json says."""
@@ -54,7 +54,7 @@ class DataOptions:
     """Compare all windows of the evaluation files. Default: those that the run draws in an evaluation; all, without a
     run."""
     decode: Number = None
-    """Show so many windows that training draws in its first step, instead of the numbers."""
+    """Show so many windows that training draws in its first step, or in --step, instead of the numbers."""
     step: Number = None
     """Show the windows that training draws in this step, counted from 1, instead of the numbers."""
     slot: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...", help_behavior_hint="")] = ()
@@ -79,6 +79,15 @@ class DataOptions:
             problems.append("--slot: has no effect with --decode, which shows the first slots; leave one of them out")
         elif self.slot and self.step is None:
             problems.append("--slot: needs --step, the step that draws the windows; add it")
+        if self.seed is not None and not self.shows_windows:
+            problems.append("--seed: has no effect on numbers; add --decode or --step, or leave it out")
+        if self.shows_windows and self.html is None:
+            problems += [
+                f"--{name.replace('_', '-')}: has no effect on windows, which are shown in place of numbers; leave it out, "
+                "or add --html"
+                for name in ("ngram", "all_windows")
+                if getattr(self, name)
+            ]
         problems += [f"--slot: {slot} must be at least 0" for slot in self.slot if slot < 0]
         if problems:
             raise UsageError(problems, "data")
@@ -95,6 +104,9 @@ def show(options: DataOptions) -> int:
     if options.html is not None:
         check_page_path(options.html, "html", "data", MARK, "such a page")
     place = find_place(options.place, options.val_data, options.token_dtype, options.context_len, options.seed)
+    if options.all_windows and not place.is_run:
+        problem = "--all-windows: has no effect without a run, because all windows are compared then; leave it out"
+        raise UsageError(problem, "data")
     ngram = _ngram(options, place.config.context_len + 1)
     vocabulary = read_vocabulary(place, options.vocab_size, options.eos_id)
     shown = _draw(place, vocabulary, options) if options.shows_windows else []

@@ -104,11 +104,14 @@ def _split_folder(entry: str) -> tuple[str, tuple[str, ...]]:
         return entry, ()
     globs = {}
     for side in ("train", "val"):
-        pattern = os.path.join(glob.escape(entry), f"{side}*.[nb][pi][yn]")
+        both = os.path.join(glob.escape(entry), f"{side}*.[nb][pi][yn]")
         try:
-            paths = shard_paths(pattern)
+            paths = shard_paths(both)
         except NoTokenFilesError:
             continue
+        endings = {os.path.splitext(path)[1] for path in paths}
+        # the glob that a user would write, so that training finds what is remembered of its files
+        pattern = os.path.join(glob.escape(entry), f"{side}*{endings.pop()}") if len(endings) == 1 else both
         globs[side] = paths[0] if len(paths) == 1 else pattern
     if len(globs) == 2:
         return globs["train"], (globs["val"],)
