@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinytrain_dist.config import model_config, validation
-from tinytrain_dist.config.schema import FIELDS, HINTS, SECTIONS
+from tinytrain_dist.config.schema import FIELDS, HINTS
+from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.type_conversion import describe_type, to_toml_value
 
 PAGE = Path(__file__).resolve().parents[1] / "configuration.md"

@@ -12,7 +12,8 @@ import pytest
 
 from tests.helpers.configs import write
 from tinytrain_dist.config.loading import load_config, parse_command_line, read_toml, resolve_vocab_size
-from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, TrainingConfig
+from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.weight_phases import weight_phases
 from tinytrain_dist.errors import ConfigError
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.configs import only_problem, write
 from tinytrain_dist.config.loading import load_config
-from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
+from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.errors import ConfigError, TinytrainError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,8 @@ from typing import Any
 
 from tinytrain_dist.cli.arguments import parse_options
 from tinytrain_dist.config.loading import load_config, read_command_line, read_toml, resolve_vocab_size
-from tinytrain_dist.config.schema import FIELDS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
+from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.training.run_length import resolve_epochs

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from tinytrain_dist.config.run_folder import parse_toml
-from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, HINTS, SECTIONS, TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, HINTS, TrainingConfig
+from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.validation import unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.errors import ConfigError
 
 ProductType = Literal["bf16", "tf32", "fp32"]  # of matrix products

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 
 
 def _cpu_lacks_bf16() -> bool:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
-from tinytrain_dist.config.schema import Precision, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import Precision
 from tinytrain_dist.config.weight_phases import keeps_source_losses
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.attention import Attention, RotaryEmbedding

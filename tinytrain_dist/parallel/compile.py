@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.torch_internals import (
     assume_vector_instructions,

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model import fp8

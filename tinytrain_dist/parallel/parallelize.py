@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.process_end import keep_group

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from tinytrain_dist.config.schema import Mode, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import Mode
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims

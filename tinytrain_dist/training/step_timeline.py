@@ -24,7 +24,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinytrain_dist.config.schema import BF16_PRECISIONS, TrainingConfig
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, gather_time
