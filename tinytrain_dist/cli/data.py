@@ -83,8 +83,8 @@ class DataOptions:
             problems.append("--seed: has no effect on numbers; add --decode or --step, or leave it out")
         if self.shows_windows and self.html is None:
             problems += [
-                f"--{name.replace('_', '-')}: has no effect on windows, which are shown in place of numbers; leave it out, "
-                "or add --html"
+                f"--{name.replace('_', '-')}: has no effect on windows, which are shown in place of numbers; leave it "
+                "out, or add --html"
                 for name in ("ngram", "all_windows")
                 if getattr(self, name)
             ]
