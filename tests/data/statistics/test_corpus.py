@@ -81,14 +81,15 @@ def test_all_numbers_are_those_of_plain_python(tmp_path: Path, recorded: bool) -
     distinct = Counter(map(tuple, documents))
     assert duplicates.repeats == len(documents) - len(distinct) > 40
     assert duplicates.repeated_tokens == sum((count - 1) * len(each) for each, count in distinct.items())
-    with DocumentTable() as table:
-        read_split(sources[1:], [Documents(sources[1], END)], TokenCounts(7), table)
-        alone = {tuple(row)[:2]: int(row["position"]) for rows in table.partitions() for row in rows}
-    with DocumentTable() as table:
-        read_split(sources[::-1], [Documents(each, END) for each in sources[::-1]], TokenCounts(7), table)
-        both = {tuple(row)[:2]: int(row["position"]) for rows in table.partitions() for row in rows}
-    assert {key: both[key] for key in alone} == alone  # the first source's own positions
-    assert all(both[key] >= len(sources[1]) for key in both.keys() - alone.keys())  # those of the second lie behind it
+    first_positions = []
+    for chosen in (sources[:1], sources[1:], sources[::-1]):
+        with DocumentTable() as table:
+            read_split(chosen, [Documents(each, END) for each in chosen], TokenCounts(7), table)
+            first_positions.append(
+                {tuple(row)[:2]: int(row["position"]) for rows in table.partitions() for row in rows}
+            )
+    of_first, of_second, together = first_positions
+    assert together == {key: position + len(sources[1]) for key, position in of_first.items()} | of_second
     assert [source.counted_tokens for source in found.sources] == [None, mask.sum()]
     formats = ["llm.c uint16", *(["Megatron uint16"] if recorded else ["npy int64"]), "npy uint16", "npy uint32"]
     assert found.sources[0].formats == ", ".join(sorted(formats))
