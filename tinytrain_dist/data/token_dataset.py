@@ -184,6 +184,10 @@ class TokenDataset:
         windows = separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
         return windows if self._document_mask else replace(windows, documents=None)
 
+    def pieces(self, source: int, position: int) -> list[tuple[int, int]]:
+        """Return the first token in the source, and the length, of each piece of a window that `draw` chose."""
+        return self._readers[source].pieces(position)
+
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
         places = []

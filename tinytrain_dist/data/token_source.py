@@ -178,6 +178,11 @@ class TokenSource:
             starts.append(found - first + part.start)
         return np.concatenate(starts)
 
+    def recorded_documents(self) -> int:
+        """Return how many documents are recorded, also empty ones. `open_documents` comes first."""
+        assert self._documents, "open_documents has returned True"
+        return sum(documents.count for documents in self._documents)
+
     def _opened(self, number: int) -> OpenFile:
         """Return the file of a shard, open. Errors: as of `_open_again`."""
         file = OPEN_FILES.get((self._key, number))
