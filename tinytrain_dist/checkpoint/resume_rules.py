@@ -13,7 +13,7 @@ from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConf
 from tinytrain_dist.errors import CheckpointError
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
+ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "param_groups")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:

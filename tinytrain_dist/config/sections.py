@@ -172,6 +172,9 @@ class OptimizerSettings:
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
+    param_groups: tuple[str, ...] = _setting(
+        "optimizer", (), "entries 'PATTERN, PATTERN: lr_factor=X weight_decay=Y'; the first that matches a name counts"
+    )
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
     max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
 

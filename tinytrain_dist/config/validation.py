@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.parameter_groups import group_problems, named_shapes
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
@@ -30,6 +31,7 @@ IDENTITY_SETTINGS = (
     "loss_mask",
     "packing",
     "document_mask",
+    "param_groups",
 )
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
@@ -64,6 +66,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _schedule_problems,
         _data_problems,
         _schedule_effect_problems,
+        lambda config: group_problems(named_shapes(config.model), config.param_groups) if config.param_groups else [],
         _parallel_problems,
         _resume_problems,
         lambda config: config.model.rope_problems(),
