@@ -40,7 +40,8 @@ def test_names_and_shapes_are_those_of_the_model(sizes: dict[str, Any]):
 
 def values(*param_groups: str, **sizes: Any) -> dict[str, tuple[str, float, float]]:
     """Return title, lr_factor and weight_decay of every parameter, by its first name."""
-    groups = resolve_groups(named_shapes(ModelConfig(**{**vars(SMALL), **sizes})), param_groups, 0.1)
+    config = TrainingConfig(**{**vars(SMALL), **sizes}, param_groups=param_groups, weight_decay=0.1)
+    groups = resolve_groups(named_shapes(config.model), config)
     return {
         parameter.names[0]: (group.title, group.lr_factor, group.weight_decay)
         for group in groups
@@ -71,17 +72,21 @@ def test_a_tied_weight_is_matched_by_both_of_its_names():
 
 
 def test_the_table_has_a_row_for_each_group():
-    groups = resolve_groups(named_shapes(SMALL), ["lm_head.*: lr_factor=8 weight_decay=0"], 0.1)
+    config = TrainingConfig(**vars(SMALL), param_groups=("lm_head.*: lr_factor=8 weight_decay=0",))
+    groups = resolve_groups(named_shapes(SMALL), config)
     rows = [line.split() for line in describe_groups(groups, 0.01).splitlines()]
-    assert rows[1] == ["lm_head.*", "1", "848", "0.08", "0"]
-    assert rows[2][:4] == ["other", "matrices", "15", "4,688"]
-    assert rows[3][:4] == ["other", "vectors", "5", "80"]
+    assert rows[1] == ["lm_head.*", "adamw", "1", "848", "0.08", "0"]
+    assert rows[2][:5] == ["other", "matrices", "adamw", "15", "4,688"]
+    assert rows[3][:5] == ["other", "vectors", "adamw", "5", "80"]
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["lm_head.*"], r"'lm_head\.\*' must be PATTERN, PATTERN: KEY=VALUE .*the keys are lr_factor, weight_decay"),
+        (
+            ["lm_head.*"],
+            r"'lm_head\.\*' must be PATTERN, PATTERN: KEY=VALUE .*the keys are lr_factor, weight_decay, optimizer",
+        ),
         (["lm_head.*:"], r"must be PATTERN"),
         (["lm_head.*,: lr_factor=1"], r"must be PATTERN"),
         (
@@ -89,7 +94,7 @@ def test_the_table_has_a_row_for_each_group():
             r"'lr_facter=1' in .* is not KEY=VALUE with a known key; did you mean lr_factor=\?",
         ),
         (["lm_head.*: lr_factor"], r"'lr_factor' in .*; did you mean lr_factor=\?"),
-        (["lm_head.*: momentum=1"], r"the keys are lr_factor, weight_decay"),
+        (["lm_head.*: momentum=1"], r"the keys are lr_factor, weight_decay, optimizer"),
         (["lm_head.*: lr_factor=fast"], r"'lr_factor=fast' in .* must be a finite number that is not negative"),
         (["lm_head.*: lr_factor=nan"], r"'lr_factor=nan' in .* must be a finite number"),
         (["lm_head.*: weight_decay=-1"], r"'weight_decay=-1' in .* must be a finite number"),

@@ -90,8 +90,8 @@ def test_a_further_optimizer_is_a_part_of_the_run_optimizer():
     first, second = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
     parts = [AdamW([first], lr=0.0), Doubling([{"params": [second]}], {"lr": 0.0})]
     groups = [
-        ResolvedGroup("first", 0.5, 0.25, (NamedShape(("a",), (3, 2)),)),
-        ResolvedGroup("second", 2.0, 0.75, (NamedShape(("b",), (2,)),)),
+        ResolvedGroup("first", "adamw", 0.5, 0.25, (NamedShape(("a",), (3, 2)),)),
+        ResolvedGroup("second", "doubling", 2.0, 0.75, (NamedShape(("b",), (2,)),)),
     ]
     optimizer = RunOptimizer(parts, groups, clips_in_kernel=False)
     optimizer.materialize()

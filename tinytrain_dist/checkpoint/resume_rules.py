@@ -13,7 +13,7 @@ from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConf
 from tinytrain_dist.errors import CheckpointError
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "param_groups")
+ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "optimizer", "param_groups")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -66,7 +66,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now"
     if refused:
         remedies = ["restore these settings", how_to_start_anew(config)]
-        if not refused.keys() & SHAPE_SETTINGS:  # otherwise the weights do not fit, whatever is allowed
+        if not refused.keys() & {*SHAPE_SETTINGS, "optimizer"}:  # otherwise the tensors do not fit, whatever is allowed
             remedies.append(f"set allow = {','.join(sorted(allowed | refused.keys()))}")
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())

@@ -18,7 +18,7 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_file
 from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
-from tinytrain_dist.config.parameter_groups import describe_groups
+from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import fake_backend
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
@@ -147,7 +147,7 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
         f"{source} on {cluster.nodes} node(s) x {cluster.per_node} {device.name} ({format_gib(device.memory)} each)\n"
     )
     print(f"{planned.parallel_dims}\n{planned.plan}\n{_parameters(model)}\n")
-    if config.param_groups:
+    if has_special_groups(config):
         print(describe_groups(group_parameters(list(trained_parameters(model)), config), config.lr_max) + "\n")
     print(_memory(planned, cluster))
     others = [

@@ -1,8 +1,10 @@
-"""Read param_groups: which parameters get another learning rate or weight decay, chosen by patterns on their names.
+"""Divide parameters into groups: by param_groups, which has patterns on their names, and by what the optimizer suits.
 
 An entry is written as "PATTERN, PATTERN: KEY=VALUE KEY=VALUE", in a TOML file and on the command line. `*` stands for
 any characters, also for dots. A parameter belongs to the first entry with a pattern that matches its whole name. What
 an entry does not set, and parameters that no entry matches, have the values of the run.
+
+With `optimizer = "muon"`, Muon updates the matrices of blocks, and AdamW everything else.
 
 Must not know torch: the names come from the configuration of the model, or from a model.
 """
@@ -11,14 +13,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from tinytrain_dist.config.model_config import ModelConfig
+from tinytrain_dist.config.sections import OptimizerName
 
-KEYS = ("lr_factor", "weight_decay")
+if TYPE_CHECKING:  # not at run time, because schema.py imports this module's user
+    from tinytrain_dist.config.schema import TrainingConfig
+
+OPTIMIZERS = get_args(OptimizerName)
+KEYS = ("lr_factor", "weight_decay", "optimizer")
 
 
 class NamedShape(NamedTuple):
@@ -26,6 +34,11 @@ class NamedShape(NamedTuple):
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+
+    @property
+    def is_block_matrix(self) -> bool:
+        """Whether it is a matrix in one of the model's blocks."""
+        return len(self.shape) == 2 and re.search(r"(^|\.)layers\.\d+\.", self.names[0]) is not None
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class GroupRule:
     patterns: tuple[str, ...]
     lr_factor: float | None = None
     weight_decay: float | None = None
+    optimizer: str | None = None
 
     def matches(self, parameter: NamedShape) -> bool:
         """Return whether a pattern matches one of the parameter's names."""
@@ -47,11 +61,13 @@ class ResolvedGroup:
     """Parameters that are updated with the same values.
 
     * `title`: the patterns, or what else these parameters have in common.
+    * `optimizer`: its name, one of OPTIMIZERS.
     * `lr_factor`: their learning rate is this times that of the schedule.
     * `parameters`: in the order of the model.
     """
 
     title: str
+    optimizer: str
     lr_factor: float
     weight_decay: float
     parameters: tuple[NamedShape, ...]
@@ -60,6 +76,7 @@ class ResolvedGroup:
         """Return the group as JSON values."""
         return {
             "group": self.title,
+            "optimizer": self.optimizer,
             "tensors": len(self.parameters),
             "parameters": self.num_weights,
             "lr_factor": self.lr_factor,
@@ -80,46 +97,59 @@ def named_shapes(model: ModelConfig) -> list[NamedShape]:
     return [NamedShape((name, *tied.get(name, ())), shape) for name, shape in shapes.items()]
 
 
-def resolve_groups(
-    parameters: Iterable[NamedShape], param_groups: Sequence[str], weight_decay: float
-) -> list[ResolvedGroup]:
-    """Return the groups of a checked value of param_groups, in the order of its entries; then all other parameters.
+def resolve_groups(parameters: Iterable[NamedShape], config: TrainingConfig) -> list[ResolvedGroup]:
+    """Return the groups of parameters, those of the same optimizer one after the other.
 
-    weight_decay: of matrices (two or more axes) whose entry sets none. Vectors such as norm weights then have none.
+    Within each optimizer, the groups of param_groups come in the order of its entries; then all other parameters. What
+    an entry does not set is decided by the shape: matrices (two or more axes) decay, vectors such as norm weights do
+    not. So an entry may become two groups.
     """
-    rules = [_parse(text) for text in param_groups]
-    everything_else = GroupRule("all others", ())
-    members: dict[tuple[int, bool], list[NamedShape]] = {}
+    rules = [_parse(text) for text in config.param_groups]
+    rules.append(GroupRule("", ()))  # all others
+    members: dict[tuple[int, int, bool], list[NamedShape]] = {}
     for parameter in parameters:
-        index = next((index for index, rule in enumerate(rules) if rule.matches(parameter)), len(rules))
+        index = next((index for index, rule in enumerate(rules) if rule.matches(parameter)), len(rules) - 1)
+        optimizer = OPTIMIZERS.index(_optimizer_of(parameter, rules[index], config.optimizer))
         is_vector = len(parameter.shape) < 2
-        divided = [*rules, everything_else][index].weight_decay is None  # matrices and vectors decay differently
-        members.setdefault((index, is_vector and divided), []).append(parameter)
+        members.setdefault((optimizer, index, is_vector and rules[index].weight_decay is None), []).append(parameter)
     groups = []
-    for (index, are_vectors), found in sorted(members.items()):
-        rule = [*rules, everything_else][index]
+    for (optimizer, index, are_vectors), found in sorted(members.items()):
+        rule = rules[index]
         kind = "vectors" if are_vectors else "matrices"
-        divided = rule.weight_decay is None
-        default_decay = 0.0 if are_vectors else weight_decay
+        weight_decay = 0.0 if are_vectors else config.weight_decay
         groups.append(
             ResolvedGroup(
-                title=", ".join(rule.patterns) or (kind if not rules else f"other {kind}"),
+                title=", ".join(rule.patterns) or (f"other {kind}" if len(rules) > 1 else kind),
+                optimizer=OPTIMIZERS[optimizer],
                 lr_factor=1.0 if rule.lr_factor is None else rule.lr_factor,
-                weight_decay=default_decay if divided else rule.weight_decay or 0.0,
+                weight_decay=weight_decay if rule.weight_decay is None else rule.weight_decay,
                 parameters=tuple(found),
             )
         )
     return groups
 
 
+def _optimizer_of(parameter: NamedShape, rule: GroupRule, default: str) -> str:
+    """Return the optimizer of a parameter that belongs to `rule`. default: the setting `optimizer`."""
+    if rule.optimizer is not None:
+        return rule.optimizer
+    return default if parameter.is_block_matrix else "adamw"
+
+
+def has_special_groups(config: TrainingConfig) -> bool:
+    """Return whether the groups are others than matrices with weight decay and vectors without, both with AdamW."""
+    return bool(config.param_groups) or config.optimizer != "adamw"
+
+
 def describe_groups(groups: Sequence[ResolvedGroup], lr_max: float) -> str:
     """Format the groups as a table, one per line. lr_max: highest learning rate of the schedule."""
     heading = "parameter group"
     width = max(len(heading), *(len(group.title) for group in groups))
-    lines = [f"  {heading:<{width}}{'tensors':>9}{'parameters':>16}{'lr_max':>11}{'weight_decay':>14}"]
+    columns = f"{'tensors':>9}{'parameters':>16}{'lr_max':>11}{'weight_decay':>14}"
+    lines = [f"  {heading:<{width}}{'optimizer':>11}{columns}"]
     for group in groups:
         numbers = f"{len(group.parameters):>9,}{group.num_weights:>16,}{lr_max * group.lr_factor:>11.3g}"
-        lines.append(f"  {group.title:<{width}}{numbers}{group.weight_decay:>14g}")
+        lines.append(f"  {group.title:<{width}}{group.optimizer:>11}{numbers}{group.weight_decay:>14g}")
     return "\n".join(lines)
 
 
@@ -147,6 +177,9 @@ def _entry_problems(text: str) -> list[str]:
             problems.append(f"param_groups: {word!r} in {text!r} is not KEY=VALUE with a known key; {remedy}")
         elif key in given:
             problems.append(f"param_groups: {text!r} sets {key} to {given[key]} and to {value}; keep one")
+        elif key == "optimizer":
+            if value not in OPTIMIZERS:
+                problems.append(f"param_groups: {word!r} in {text!r} must be one of {', '.join(OPTIMIZERS)}")
         elif (number := _number(value)) is None or not 0 <= number < math.inf:
             problems.append(f"param_groups: {word!r} in {text!r} must be a finite number that is not negative")
         given[key] = value
@@ -173,8 +206,21 @@ def _pattern_problems(parameters: Sequence[NamedShape], rules: Sequence[GroupRul
                     f"param_groups: {pattern!r} in {rule.text!r} has no effect, because all that it matches belongs to "
                     f"the earlier entry {earlier.text!r}; list the narrower patterns first"
                 )
-        left = [parameter for parameter in left if not rule.matches(parameter)]
+        own = [parameter for parameter in left if rule.matches(parameter)]
+        problems += _muon_problems(rule, own)
+        left = [parameter for parameter in left if parameter not in own]
     return problems
+
+
+def _muon_problems(rule: GroupRule, parameters: Sequence[NamedShape]) -> list[str]:
+    """Return a sentence if an entry lets Muon update something that is no matrix."""
+    others = [parameter for parameter in parameters if len(parameter.shape) != 2]
+    if rule.optimizer != "muon" or not others:
+        return []
+    return [
+        f"param_groups: {rule.text!r} sets optimizer=muon for {others[0].names[0]} of shape {list(others[0].shape)}, "
+        "but Muon updates matrices only; narrow the pattern, or leave optimizer=muon out"
+    ]
 
 
 def _suggest(pattern: str, parameters: Sequence[NamedShape]) -> str:
@@ -196,8 +242,9 @@ def _split(text: str) -> tuple[list[str], list[str]]:
 def _parse(text: str) -> GroupRule:
     """Return the rule that a checked entry describes."""
     patterns, words = _split(text)
-    numbers = {key: float(value) for key, _, value in (word.partition("=") for word in words)}
-    return GroupRule(text, tuple(patterns), numbers.get("lr_factor"), numbers.get("weight_decay"))
+    values = {key: value for key, _, value in (word.partition("=") for word in words)}
+    numbers = {key: float(values[key]) for key in ("lr_factor", "weight_decay") if key in values}
+    return GroupRule(text, tuple(patterns), **numbers, optimizer=values.get("optimizer"))
 
 
 def _number(text: str) -> float | None:

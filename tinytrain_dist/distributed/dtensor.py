@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tinytrain_dist.distributed.parallel_dims import shard_rows as shard_rows
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -27,16 +29,6 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory. A plain tensor is returned as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
-    """Return the first row of shard `index` and the row after its last one.
-
-    Shards have ceil(rows / shards) rows each; the last ones may be shorter or empty. This is how DTensor's Shard(0)
-    splits dim 0.
-    """
-    rows_per_shard = -(-rows // shards)  # rounded up
-    return min(rows, index * rows_per_shard), min(rows, (index + 1) * rows_per_shard)
 
 
 def shard_range(tensor: Tensor) -> tuple[int, int]:

@@ -5,6 +5,9 @@ Must not call collectives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from tinytrain_dist.config.parameter_groups import NamedShape, ResolvedGroup, group_problems, resolve_groups
@@ -12,8 +15,12 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.optim.adamw import AdamW
+from tinytrain_dist.optim.base import Optimizer
+from tinytrain_dist.optim.muon import Muon
 from tinytrain_dist.optim.run_optimizer import RunOptimizer
 from tinytrain_dist.utils.parameter_names import original_name
+
+ParamGroups = list[dict[str, Any]]
 
 
 def build_optimizer(
@@ -27,15 +34,39 @@ def build_optimizer(
     """
     params = trained_parameters(model)
     groups = group_parameters(list(params), config)
-    own_groups = [
-        {"params": [params[parameter] for parameter in group.parameters], "weight_decay": group.weight_decay}
-        for group in groups
-    ]
-    adamw = AdamW(own_groups, config.lr_max, config.betas, config.eps, config.weight_decay)
+    parts: list[Optimizer] = []
+    for name, make in MAKERS.items():
+        own_groups = [
+            {"params": [params[parameter] for parameter in group.parameters], "weight_decay": group.weight_decay}
+            for group in groups
+            if group.optimizer == name
+        ]
+        if own_groups:
+            parts.append(make(own_groups, config, context))
     on_gpu = context is not None and context.device.type == "cuda"
-    optimizer = RunOptimizer([adamw], groups, clips_in_kernel=on_gpu)
+    optimizer = RunOptimizer(parts, groups, clips_in_kernel=on_gpu)
     optimizer.materialize()
     return optimizer
+
+
+def _make_adamw(groups: ParamGroups, config: TrainingConfig, context: DistributedContext | None) -> Optimizer:
+    return AdamW(groups, config.lr_max, config.betas, config.eps, config.weight_decay)
+
+
+def _make_muon(groups: ParamGroups, config: TrainingConfig, context: DistributedContext | None) -> Optimizer:
+    return Muon(
+        groups,
+        config.lr_max,
+        config.muon_momentum,
+        config.weight_decay,
+        steps=config.muon_steps,
+        scale=config.muon_scale,
+        context=context,
+    )
+
+
+MAKERS: dict[str, Callable[[ParamGroups, TrainingConfig, DistributedContext | None], Optimizer]]
+MAKERS = {"adamw": _make_adamw, "muon": _make_muon}  # in the order of OPTIMIZERS
 
 
 def trained_parameters(model: nn.Module) -> dict[NamedShape, nn.Parameter]:
@@ -52,4 +83,4 @@ def group_parameters(parameters: list[NamedShape], config: TrainingConfig) -> li
     problems = group_problems(parameters, config.param_groups)
     if problems:
         raise ConfigError(problems)
-    return resolve_groups(parameters, config.param_groups, config.weight_decay)
+    return resolve_groups(parameters, config)
