@@ -27,6 +27,7 @@ from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, REACHABLE_SHARE_OF_LINKS, DeviceSpec, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.build import build_optimizer, group_parameters, trained_parameters
+from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,
@@ -161,6 +162,7 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
         print(f"\nDOES NOT FIT in memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
     steps = [predicted_step(each, context, cluster, flops_per_token) for each in (planned, *others)]
     print(_speed(planned, cluster, flops_per_token))
+    print(_orthogonalization(planned), end="")
     if steps[0] is not None:
         print(_timeline(steps[0]))
     print(_disk(config, model))
@@ -221,6 +223,19 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
             f"{tokens_per_day:.3g} tokens per day; {num_steps:,} steps = {num_steps * tokens_per_step:.3g} tokens in "
             f"{days:.3g} days",
         ]
+    )
+
+
+def _orthogonalization(planned: Forecast) -> str:
+    """Format what Newton-Schulz takes in a step; "" without Muon."""
+    work = update_work(planned.config, planned.parallel_dims.replicate, planned.parallel_dims.shard)
+    if not work.plan.shapes:
+        return ""
+    flops = work.owned_flops()
+    return (
+        f"of the time to compute, Muon orthogonalizes for {_seconds(planned.matrix_seconds)}: "
+        f"{len(work.plan.shapes)} matrices, at most {len(work.plan.rounds())} on one rank; "
+        f"{sum(flops):.3g} FLOP on all ranks, {max(flops):.3g} on the busiest\n"
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from tinytrain_dist.distributed.parallel_dims import shard_rows
 
+ROUNDS_AHEAD = 2  # whose rows are collected early; a GPU collects those of the next round while it computes
+
 Round = dict[int, int]  # index of a matrix by rank of its owner
 
 

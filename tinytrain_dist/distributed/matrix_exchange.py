@@ -17,9 +17,8 @@ from torch import Tensor
 
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
-from tinytrain_dist.distributed.exchange_plan import ExchangePlan, Round
+from tinytrain_dist.distributed.exchange_plan import ROUNDS_AHEAD, ExchangePlan, Round
 
-ROUNDS_AHEAD = 2  # whose rows are collected early; a GPU collects those of the next round while it computes
 SHARED_AT_ONCE = 8  # results of other replicas on their way to a rank
 
 RowsOf = Callable[[int], Tensor]  # this rank's rows of a matrix

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
-from tinytrain_dist.distributed.exchange_plan import ExchangePlan
 from tinytrain_dist.distributed.matrix_exchange import MatrixExchange
 from tinytrain_dist.optim.base import Optimizer, StateTensor, call_closure
-from tinytrain_dist.optim.costs import newton_schulz_flops
+from tinytrain_dist.optim.costs import newton_schulz_plan
 from tinytrain_dist.optim.newton_schulz import newton_schulz_dtype, orthogonalize
 
 
@@ -78,12 +77,7 @@ class Muon(Optimizer):
         dims = context.parallel_dims if context else None
         shapes = tuple((param.shape[0], param.shape[1]) for param, _ in self._members)
         steps_of_each = [group["steps"] for _, group in self._members]
-        plan = ExchangePlan(
-            shapes=shapes,
-            costs=tuple(newton_schulz_flops(*shape, n) for shape, n in zip(shapes, steps_of_each, strict=True)),
-            replicas=dims.replicate if dims else 1,
-            shards=dims.shard if dims else 1,
-        )
+        plan = newton_schulz_plan(shapes, steps_of_each, dims.replicate if dims else 1, dims.shard if dims else 1)
         dtype = newton_schulz_dtype(self._members[0][0])
         self._exchange = MatrixExchange(plan, context, dtype)
 
