@@ -63,6 +63,7 @@ def measure_steps(options: argparse.Namespace) -> None:
             context.barrier()
             timed(steps[name].run, totals[name], now)(step, batches)
     if context.is_main:
+        assert meshed.parallel_dims is not None
         weights = sum(param.numel() for param in steps["muon"].model.parameters())
         tokens = options.batch_size * options.context_len
         mode, ranks = meshed.parallel_dims.mode, context.world_size

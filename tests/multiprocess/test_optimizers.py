@@ -31,6 +31,7 @@ MUON: dict[str, Any] = {
     "batch_size": 12,
     "micro_batch_size": 3,
     "reproducible": True,
+    "ema_decay": 0.9,
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {"parallel": "none"}),
@@ -204,7 +205,7 @@ def test_a_resume_with_another_optimizer_or_other_groups_is_refused_with_both_va
 
 
 def test_the_verbs_for_checkpoints_know_the_state(folder: Path, trained: Callable[[str], Run], tmp_path: Path) -> None:
-    """Hash, verify, export and replay. The replay runs on one process what FSDP has trained on two."""
+    """Hash, verify and replay. The replay runs on one process what FSDP has trained on two."""
     printed = []
     for layout in ("one", "fsdp2"):
         with contextlib.redirect_stdout(io.StringIO()) as out:
