@@ -16,7 +16,7 @@ from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 from tinytrain_dist.utils.text import format_list
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
+ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "optimizer", "param_groups")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -75,7 +75,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now{changed_files}"
     if refused:
         remedies = ["restore these settings", how_to_start_anew(config)]
-        if not refused.keys() & SHAPE_SETTINGS:  # otherwise the weights do not fit, whatever is allowed
+        if not refused.keys() & {*SHAPE_SETTINGS, "optimizer"}:  # otherwise the tensors do not fit, whatever is allowed
             remedies.append(f"set allow = {','.join(sorted(allowed | refused.keys()))}")
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())

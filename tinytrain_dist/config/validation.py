@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
@@ -30,6 +31,8 @@ IDENTITY_SETTINGS = (
     "loss_mask",
     "packing",
     "document_mask",
+    "optimizer",
+    "param_groups",
 )
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
@@ -42,7 +45,7 @@ LARGEST_NUMBER = 1 << 53
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last max_shard_bytes max_skipped_steps ema_every".split()
+    "ckpt_every keep_last max_shard_bytes max_skipped_steps ema_every muon_steps".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
@@ -67,6 +70,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _schedule_problems,
         _data_problems,
         _schedule_effect_problems,
+        _optimizer_problems,
         _parallel_problems,
         _resume_problems,
         lambda config: config.model.rope_problems(),
@@ -190,6 +194,24 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
         problems.append(_cosine_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
         problems.append(_wsd_problem(config))
+    return problems
+
+
+def _optimizer_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of the parameter groups, and of settings for an optimizer that no group has."""
+    if not 0 <= config.muon_momentum < 1:
+        return [f"muon_momentum: {config.muon_momentum} must lie in [0, 1)"]
+    parameters = named_shapes(config.model) if config.param_groups or config.optimizer != "adamw" else []
+    problems = group_problems(parameters, config.param_groups) if config.param_groups else []
+    if problems or any(group.optimizer == "muon" for group in resolve_groups(parameters, config)):
+        return problems
+    if config.optimizer == "muon":
+        problems.append("optimizer: muon has no effect, because param_groups gives all matrices to adamw; change one")
+    problems += [
+        f"{name}: {getattr(config, name)} has no effect without Muon; leave it out, or set optimizer = muon"
+        for name in ("muon_momentum", "muon_steps", "muon_scale")
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default
+    ]
     return problems
 
 
