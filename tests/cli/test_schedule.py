@@ -13,7 +13,7 @@ from tinytrain_dist import TrainingConfig
 from tinytrain_dist.cli.schedule import chart
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("blocks", [" ▁▂▃▄▅▆▇█", " #"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 69, 300, 1_000_000])
 def test_the_chart_fits_a_terminal(schedule: Any, blocks: str, steps: int) -> None:

@@ -15,6 +15,7 @@ from tinytrain_dist.config.run_folder import LOGS_FOLDER
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
 Packing = Literal["none", "best_fit"]
+DecayShape = Literal["linear", "sqrt"]
 TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
@@ -165,10 +166,11 @@ class OptimizerSettings:
 
     lr_max: float = _setting("optimizer", 1e-3, "highest learning rate, at the end of the warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
     warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up (None: 1 % of total_steps)")
     cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends (None: total_steps)")
     decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay (None: 10 % of total_steps)")
+    decay_shape: DecayShape = _setting("optimizer", "linear", "wsd: the decay falls as 1 - p (linear) or 1 - sqrt(p)")
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")

@@ -163,16 +163,16 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
     if config.epochs is not None:
         return problems  # total_steps, on which the others depend, is not known yet
-    if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
-        problems.append(_cosine_problem(config))
+    if config.schedule in ("cosine", "linear") and config.cosine_end < config.warmup_steps:
+        problems.append(_warmup_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
         problems.append(_wsd_problem(config))
     return problems
 
 
-def _cosine_problem(config: TrainingConfig) -> str:
-    """Return why the cosine ends before the warm-up, and what can be changed."""
-    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters it ends with the run
+def _warmup_problem(config: TrainingConfig) -> str:
+    """Return why the cosine or the line ends before the warm-up, and what can be changed."""
+    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters the decay ends with the run
     warmup, last = config.warmup_steps, config.cosine_end
     return (
         f"{end}: {_value(config, end)} is less than warmup_iters {_value(config, 'warmup_iters', warmup)}; set {end} "
@@ -228,6 +228,8 @@ def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"cosine_iters: has no effect with schedule = {config.schedule}; leave it out")
     if config.schedule != "wsd" and config.decay_iters is not None:
         problems.append(f"decay_iters: has no effect with schedule = {config.schedule}; leave it out")
+    if config.schedule != "wsd" and config.decay_shape != "linear":
+        problems.append(f"decay_shape: has no effect with schedule = {config.schedule}; leave it out")
     return problems
 
 
