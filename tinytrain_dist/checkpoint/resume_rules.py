@@ -10,6 +10,7 @@ from typing import Any
 
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
@@ -116,4 +117,7 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
     saved = state.get("config", {})
     if saved:
         saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
+    if isinstance(weights := saved.get("train_weights"), list):
+        # phases that begin when this run has ended do not change it, and its configuration must not have them
+        saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]

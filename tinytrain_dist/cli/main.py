@@ -43,6 +43,7 @@ GROUPS = {
         Verb("doctor", "find problems on this machine, or on all nodes together", "DoctorOptions"),
     ),
     "Train": (
+        Verb("branch", "make a run that decays the learning rate from a checkpoint of another run", "BranchOptions"),
         Verb("train", "train on this machine, or as one of several nodes", "TrainOptions"),
         Verb("submit", "check a run, and submit it to Slurm", "SubmitOptions"),
     ),
