@@ -7,9 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.tools import Cli
+from tinytrain_dist.cli import proposed_run
 from tinytrain_dist.config.loading import load_config
 from tinytrain_dist.utils.package_files import package_folder
 
@@ -104,3 +106,71 @@ def test_the_command_that_is_printed_also_enters_a_folder_whose_name_begins_with
     command = re.search(r"next: (cd .*), then", out)
     assert command is not None
     assert subprocess.run(["bash", "-c", f"{command[1]} && test -f config.toml"], check=False).returncode == 0
+
+
+def prepared(folder: Path, tokens: int = 3000) -> Path:
+    """Make a folder as `tinytrain prepare` does: token files and a meta.json."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for side in ("train", "val"):
+        np.save(folder / f"{side}.npy", rng.integers(0, 50, tokens, dtype=np.uint16))
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 50, "eos_id": 0}))
+    return folder
+
+
+def test_a_run_is_proposed_for_a_time_on_gpus(tinytrain: Cli, tmp_path: Path) -> None:
+    data = prepared(tmp_path / "data", 10**7)
+    options = ("--hours", "0.1", "--devices-per-node", 4, "--device", "a100", "--data", data)
+    code, out, err = tinytrain("new", tmp_path / "run", *options)
+    assert code == 0, err
+    assert len(out.splitlines()) == 12, "ten lines of reasoning, and what was made"
+    content = (tmp_path / "run" / "config.toml").read_text()
+    assert all(f"# {line}" in content for line in out.splitlines()[:10])
+    config = load_config(tmp_path / "run" / "config.toml")
+    assert config.train_files == (str(data / "train.npy"),)
+    assert config.val_files == (str(data / "val.npy"),)
+    assert (config.vocab_size, config.batch_size % 4) == (50, 0)
+    readme = (tmp_path / "run" / "README.md").read_text()
+    assert str(data) in readme
+    assert "--nodes 1 --gpus-per-node 4" in readme
+
+
+@pytest.mark.multiprocess
+def test_a_run_is_proposed_for_this_machine_by_timing_its_steps(
+    tinytrain: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposed_run, "MEASURED_SECONDS", 0.1)
+    data = prepared(tmp_path / "data")
+    (data / "val.npy").unlink()
+    options = ("--hours", 0.01, "--devices-per-node", 2, "--device", "cpu", "--data", data)
+    code, out, err = tinytrain("new", tmp_path / "run", *options)
+    assert code == 0, err
+    assert "measured" in out
+    config = load_config(tmp_path / "run" / "config.toml")
+    assert config.val_data is None
+    assert 0 < config.total_steps * config.batch_size * config.context_len <= 4 * 3000 + config.batch_size * 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--hours", "1"], "--hours: needs --data"),
+        (["--hours", "0", "--data", "data"], "--hours: 0.0 is not a time"),
+        (["--hours", "nan", "--data", "data"], "--hours: nan is not a time"),
+        (["--hours", "1", "--data", "data", "--from", "quickstart"], "--from, --hours"),
+        (["--data", "data"], "need --hours"),
+        (["--hours", "1", "--data", "nowhere"], "has neither train.npy nor train-*.npy"),
+        (["--hours", "1", "--data", "data", "--device", "cpu", "--nodes", "2"], "measured on this machine"),
+        (["--hours", "1", "--data", "data", "--device", "h1000"], "the nearest names are"),
+        (["--hours", "1", "--data", "data", "--device", "h100", "--nodes", "0"], "--nodes: 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_proposed_is_a_sentence(
+    tinytrain: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path / "data")
+    code, _, err = tinytrain("new", tmp_path / "run", *options)
+    assert code == 2
+    assert expected in err
+    assert not (tmp_path / "run").exists()

@@ -60,6 +60,16 @@ def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> No
         assert held["gradients"] == pytest.approx(weights / share, rel=0.01)
 
 
+def test_the_estimate_counts_an_average_on_the_device_only(world: DistributedContext) -> None:
+    weights = 4 * sum(param.numel() for param in meta_model().parameters())
+    without, on_device, on_host = (
+        estimated(world, parallel="fsdp", **settings).stages["update"]["optimizer"]
+        for settings in ({}, {"ema_decay": 0.9}, {"ema_decay": 0.9, "ema_on_host": True})
+    )
+    assert on_device - without == pytest.approx(weights / 4, rel=0.01)
+    assert on_host == without
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: DistributedContext, mode: str) -> None:
     """The mesh of a real run on GPUs is of type cuda; only the type of the device is replaced here."""

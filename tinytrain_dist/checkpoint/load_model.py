@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
-from tinytrain_dist.checkpoint.manifest import read_manifest
+from tinytrain_dist.checkpoint.saved_weights import SavedWeights
 from tinytrain_dist.checkpoint.sharded_io import check_same_tensors, read_checkpoint
 from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.schema import FIELDS, TrainingConfig
@@ -20,12 +20,19 @@ from tinytrain_dist.model.transformer import TransformerLM
 MODEL_SETTINGS = {*(name for name, field in FIELDS.items() if field.metadata["section"] == "model"), "context_len"}
 
 
-def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
+def load_model(checkpoint: Path, device: torch.device, *, average: bool = False) -> TransformerLM:
     """Return the model of a checkpoint in float32, ready to use; needs no process group.
 
-    The model is in evaluation mode and computes no gradients. Errors: CheckpointError if the checkpoint holds no
-    configuration, or if its tensors do not fit the model of that configuration.
+    The model is in evaluation mode and computes no gradients. average: with the moving average of its weights.
+    Errors: CheckpointError if the checkpoint holds no configuration or no average, or if its tensors do not fit the
+    model of that configuration.
     """
+    return load_weights(SavedWeights(checkpoint, average=average), device)
+
+
+def load_weights(weights: SavedWeights, device: torch.device) -> TransformerLM:
+    """Return the model of these weights; see `load_model`."""
+    checkpoint = weights.checkpoint
     saved = read_trainer_state(checkpoint).get("config")
     if not saved:
         raise CheckpointError(
@@ -34,7 +41,7 @@ def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
     # Only the settings that the model needs: others may have been renamed since the checkpoint was saved.
     settings = {name: value for name, value in saved.items() if name in MODEL_SETTINGS}
     config = TrainingConfig.from_dict(settings, f"the configuration of {checkpoint}")
-    saved_tensors = read_manifest(checkpoint).tensors.get("model", {})
+    saved_tensors = weights.manifest.tensors.get("model", {})
     try:
         if config.num_layers > len(saved_tensors):
             raise ValueError(f"num_layers: {config.num_layers}, but only {len(saved_tensors)} tensors were saved")
@@ -48,4 +55,8 @@ def load_model(checkpoint: Path, device: torch.device) -> TransformerLM:
     model.to_empty(device=device)
     model.tie_weights()
     read_checkpoint(checkpoint, model, None)
+    tensors = model_tensors(model)
+    with torch.no_grad():
+        for name in weights.averaged:
+            tensors[name].copy_(weights.read(name))
     return model.eval().requires_grad_(False)

@@ -55,8 +55,13 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         config: the settings of this run
         data: fingerprints of the token files of this run
 
-    Errors: CheckpointError that lists all differences, with both values.
+    Errors: CheckpointError that lists all differences, with both values; also for a mean of checkpoints.
     """
+    if "averaged" in state:
+        raise CheckpointError(
+            f"{path}: is a mean of {len(state['averaged'])} checkpoints without the state of an optimizer, so no run "
+            f"resumes from it; set init_from = {path} to start a new run with its weights"
+        )
     allowed = config.allowed_changes
     refused = {
         name: f"{name}: {saved} in the checkpoint, {now} now"

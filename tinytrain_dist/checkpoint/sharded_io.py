@@ -34,6 +34,7 @@ from tinytrain_dist.distributed import collectives, shard_transfer
 from tinytrain_dist.distributed.collectives import Group
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_range
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.optim.weight_average import AVERAGE_KEY
 from tinytrain_dist.utils.json_files import spell_nonfinite
 from tinytrain_dist.utils.progress import Advance, no_progress
 
@@ -171,7 +172,8 @@ def read_checkpoint(
     """Load a folder into model and optimizer, each rank its own rows, and return the saved trainer_state.json.
 
     optimizer: its state must exist already (AdamW.materialize); None to load only the model. advance: called with the
-    numbers of bytes that this rank has read.
+    numbers of bytes that this rank has read. If only one of the two has a moving average of the weights, the saved one
+    is left out, or the present one begins with the loaded weights.
 
     Errors: CheckpointError naming the tensors that are missing, surplus, or of another shape or type, with the saved
     and the present shape and type. Nothing has been changed then.
@@ -181,11 +183,25 @@ def read_checkpoint(
     kinds = {"model": model_tensors(model)}
     if optimizer is not None:
         kinds["optimizer"] = optimizer_tensors(model, optimizer)[0]
+    saved = {kind: manifest.tensors.get(kind, {}) for kind in kinds}
+    begins_average = _drop_single_average(saved.get("optimizer", {}), kinds.get("optimizer", {}))
     for kind, tensors in kinds.items():
-        check_same_tensors(path, kind, manifest.tensors.get(kind, {}), tensors)
+        check_same_tensors(path, kind, saved[kind], tensors)
     for kind, tensors in kinds.items():
         load_tensors(TensorReader(path, kind), tensors, advance)
+    for name, average in begins_average.items():
+        local_tensor(average).copy_(local_tensor(kinds["model"][name.removesuffix(f".{AVERAGE_KEY}")]).detach())
     return state
+
+
+def _drop_single_average(saved: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the moving average of the weights from both if one has none; return what was removed from `wanted`."""
+    names = [{name for name in names if name.endswith(f".{AVERAGE_KEY}")} for names in (saved, wanted)]
+    if all(names):
+        return {}
+    for name in names[0]:
+        saved.pop(name)
+    return {name: wanted.pop(name) for name in names[1]}
 
 
 def bytes_to_read(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -56,6 +56,7 @@ def evaluate(
     data: Annotated[Path, tyro.conf.arg(metavar="FILE")],
     stride: Number = None,
     nproc: Number = None,
+    ema: bool = False,
 ) -> int:
     """Print loss, perplexity and bits per byte of a checkpoint on a token file or a text.
 
@@ -68,15 +69,16 @@ def evaluate(
         stride: Tokens that each window predicts. The tokens before them in the window are context, so a smaller stride
             gives more context and takes longer. Default: context_len, that is windows without overlap.
         nproc: Number of processes. Default: 1.
+        ema: Evaluate the moving average of the weights (see ema_decay).
     """
     if nproc is not None and nproc < 1:
         raise UsageError(f"--nproc: {nproc} is not a number of processes; give at least 1", "evaluate")
     if nproc is not None and nproc > 1 and launcher_rank()[1] == 1:
-        _start_ranks(checkpoint, data, stride, nproc)
+        _start_ranks(checkpoint, data, stride, nproc, ema)
     context = init_distributed()
     try:
         folder = find_checkpoint(checkpoint, "model")
-        model = load_model(folder, context.device)
+        model = load_model(folder, context.device, average=ema)
         context_len = model.model_config.context_len
         stride = context_len if stride is None else stride
         if not 1 <= stride <= context_len:
@@ -103,9 +105,10 @@ def _in_order(gathered: list[list[list[float]]], num_blocks: int) -> list[float]
     return [loss for block in range(num_blocks) for loss in gathered[block % world_size][block // world_size]]
 
 
-def _start_ranks(checkpoint: Path, data: Path, stride: int | None, nproc: int) -> NoReturn:
+def _start_ranks(checkpoint: Path, data: Path, stride: int | None, nproc: int, ema: bool) -> NoReturn:
     """Become the command that runs this verb on several processes."""
     options = [] if stride is None else ["--stride", str(stride)]
+    options += ["--ema"] if ema else []
     module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", str(data), *options], nproc).run()
 
 

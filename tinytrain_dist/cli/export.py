@@ -5,9 +5,6 @@ Must not know how checkpoints are made: it reads one and writes a new folder, te
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
-from tinytrain_dist.checkpoint.load_model import load_model
+from tinytrain_dist.checkpoint.load_model import load_weights
 from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
-from tinytrain_dist.checkpoint.manifest import Manifest, commit_folder, read_manifest, write_file, write_json_file
-from tinytrain_dist.checkpoint.safetensors_io import TensorReader, TensorSpec, write_index, write_tensors
+from tinytrain_dist.checkpoint.manifest import write_file, write_json_file
+from tinytrain_dist.checkpoint.new_folder import check_absent, new_folder
+from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, write_index, write_tensors
+from tinytrain_dist.checkpoint.saved_weights import SavedWeights
 from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES
-from tinytrain_dist.checkpoint.state_digests import tensor_digest
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
@@ -28,7 +26,6 @@ from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
 from tinytrain_dist.utils.progress import progress_bar
-from tinytrain_dist.utils.stale_files import describe_leftovers, remove_leftovers, temporary_path
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TOLERANCE = 1e-3  # relative to the largest logit; another order of sums changes logits of about 1 by 1e-6 (measured)
@@ -41,6 +38,7 @@ def export(
     checkpoint: PathArgument,
     out: PathArgument,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    ema: bool = False,
     allow_untrained: bool = False,
     check: bool = True,
 ) -> int:
@@ -50,42 +48,38 @@ def export(
         checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
         out: The folder to write. It must not exist yet, and appears only when it is complete.
         dtype: Type of the weights to write.
+        ema: Export the moving average of the weights (see ema_decay).
         allow_untrained: Also export a model that was not trained for any step.
         check: Compare the logits with those of transformers, if it is installed, before the folder appears (--no-check:
             do not).
     """
     source = find_checkpoint(checkpoint)
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out}: exists already and is not replaced; give another folder or delete it")
+    check_absent(out)
     step = read_trainer_state(source).get("step")
     if not step and not allow_untrained:
         raise CheckpointError(
             f"{source}: is at step {step}, so its weights are random; train, or add --allow-untrained"
         )
     target: torch.dtype = getattr(torch, dtype)
-    check_result = write_folder(source, out, target, check)
+    check_result = write_folder(SavedWeights(source, average=ema), out, target, check)
     num_bytes = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: the weights of {source} (step {step}) as {dtype}, {num_bytes / 1e6:,.1f} MB")
+    what = "the moving average of the weights" if ema else "the weights"
+    print(f"{out}: {what} of {source} (step {step}) as {dtype}, {num_bytes / 1e6:,.1f} MB")
     print(check_result)
     return 0
 
 
-def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True) -> str:
+def write_folder(weights: SavedWeights, out: Path, dtype: torch.dtype, check: bool = True) -> str:
     """Write the folder under another name, check it, and rename it to `out`; return how it was checked.
 
     Each tensor is compared with the manifest as it is read. Errors: CheckpointError for a tensor that is not what was
     saved, values too large for the type, other logits in transformers, or a full disk. Nothing is left behind then.
     """
-    manifest = read_manifest(source)
-    saved_tensors = manifest.tensors["model"]
-    reader = TensorReader(source, "model")
+    source = weights.checkpoint
     description = _description(source, dtype)
-    saved_bytes = sum(file["bytes"] for name, file in manifest.files.items() if name.startswith("model"))
 
     def fetch(spec: TensorSpec) -> Tensor:
-        value = reader.read(spec.name, advance=advance)
-        if tensor_digest(value, manifest.hashed) != saved_tensors[spec.name][manifest.hashed]:
-            raise CheckpointError(f"{source}: {spec.name} is not what was saved; export another checkpoint")
+        value = weights.read(spec.name, advance)
         cast = value.to(dtype)
         if not bool(cast.isfinite().all()):
             largest, limit = value.abs().max().item(), torch.finfo(dtype).max
@@ -94,29 +88,19 @@ def write_folder(source: Path, out: Path, dtype: torch.dtype, check: bool = True
             )
         return cast.contiguous()
 
-    if removed := remove_leftovers(out.parent):
-        print(describe_leftovers(removed), file=sys.stderr)
-    aside = temporary_path(out)
-    new_manifest = Manifest()
-    try:
-        aside.mkdir(parents=True)
-        specs = [TensorSpec(name, tuple(entry["shape"]), dtype) for name, entry in saved_tensors.items()]
-        with progress_bar("exporting weights", saved_bytes, unit="bytes") as advance:
-            write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, new_manifest)
-        write_index(aside, "model", specs, MAX_FILE_BYTES, new_manifest)
-        write_json_file(aside, "config.json", description, new_manifest)
+    with new_folder(out) as (aside, manifest):
+        specs = [TensorSpec(name, shape, dtype) for name, shape in weights.shapes.items()]
+        with progress_bar("exporting weights", weights.num_bytes, unit="bytes") as advance:
+            write_tensors(aside, "model", specs, map(fetch, specs), MAX_FILE_BYTES, manifest)
+        write_index(aside, "model", specs, MAX_FILE_BYTES, manifest)
+        write_json_file(aside, "config.json", description, manifest)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                write_file(aside, name, (source / name).read_bytes(), new_manifest)
-        check_result = "not checked (--no-check)"
-        if check:
-            check_result = "\n".join([check_with_transformers(source, aside, dtype), *check_tokenizer(aside)])
-        commit_folder(aside, out, new_manifest)
-        return check_result
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error}); give another path") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # also after Ctrl-C; after the rename there is nothing to remove
+                write_file(aside, name, (source / name).read_bytes(), manifest)
+        if not check:
+            return "not checked (--no-check)"
+        checks = [check_with_transformers(weights, aside, dtype)]
+        return "\n".join(checks + check_tokenizer(aside))
 
 
 def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,8 +114,10 @@ def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
     return {**config, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
 
 
-def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> str:
+def check_with_transformers(weights: SavedWeights, folder: Path, dtype: torch.dtype) -> str:
     """Compare the logits of `folder` in transformers with ours, both in float32; return a sentence with the difference.
+
+    weights: what the folder was made from, as float32.
 
     Errors: CheckpointError if transformers cannot load it, or if they differ by more than rounding explains.
     """
@@ -142,7 +128,7 @@ def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> s
     transformers_logging: Any = transformers.logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = load_model(source, torch.device("cpu"))
+    model = load_weights(weights, torch.device("cpu"))
     vocab_size = model.config.vocab_size or 1
     prompt = torch.arange(min(CHECK_TOKENS, model.config.context_len))[None] * 997 % vocab_size
     exact_logits = model(prompt)
@@ -157,14 +143,14 @@ def check_with_transformers(source: Path, folder: Path, dtype: torch.dtype) -> s
             other_logits = other_model(prompt).logits
     except Exception as error:  # after any error, the folder cannot be used
         raise CheckpointError(
-            f"{source}: {name} cannot load its export ({error}); add --no-check to export it anyway"
+            f"{weights.checkpoint}: {name} cannot load its export ({error}); add --no-check to export it anyway"
         ) from error
     difference = (other_logits - rounded_logits).abs().max().item()
     largest = max(1.0, rounded_logits.abs().max().item())
     if not difference <= TOLERANCE * largest:  # also for NaN
         raise CheckpointError(
-            f"{source}: {name} computes logits that differ by up to {difference:.3g}, so nothing is exported; "
-            "compare its config.json with the settings of the run, or add --no-check"
+            f"{weights.checkpoint}: {name} computes logits that differ by up to {difference:.3g}, so nothing is "
+            "exported; compare its config.json with the settings of the run, or add --no-check"
         )
     result = f"checked: {name} computes the same logits, largest difference {difference:.2g}"
     if dtype != torch.float32:

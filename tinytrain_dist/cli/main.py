@@ -58,6 +58,7 @@ GROUPS = {
     "Use": (
         Verb("sample", "generate text with a trained model", "Options"),
         Verb("evaluate", "compute loss, perplexity and bits per byte on a text or a token file", "evaluate"),
+        Verb("average", "write the mean of the weights of several checkpoints", "average"),
         Verb("export", "write weights as a Hugging Face folder", "export"),
         Verb("verify", "read every byte of checkpoints and report damage", "verify"),
         Verb("hash", "print one digest of weights and one of optimizer state", "print_digests"),

@@ -19,6 +19,7 @@ from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.huggingface_config import settings_of_hf_folder
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.option_types import Number, Text
 from tinytrain_dist.utils.package_files import package_folder
 from tinytrain_dist.utils.text import format_list
 
@@ -26,10 +27,10 @@ GITIGNORE = "data/\nruns/\n"
 README = """\
 # {name}
 
-1. Data: `{prepare}`
+1. Data: {data}
 2. Train: `tinytrain train config.toml` (all GPUs of this machine; stop with Ctrl-C; the same command resumes)
 3. Look: `tinytrain status {run}`, or `tensorboard --logdir {run}/logs`
-4. Slurm: edit `slurm/env.sh`; `tinytrain submit config.toml --nodes 2 --gpus-per-node 8 --time 24:00:00`
+4. Slurm: edit `slurm/env.sh`; `tinytrain submit config.toml --nodes {nodes} --gpus-per-node {gpus} --time 24:00:00`
 5. Use: `tinytrain sample {run} --prompt "Once upon a time"`; all commands: `tinytrain --help`
 """
 FINE_TUNING = """\
@@ -70,42 +71,85 @@ FINE_TUNING_CONTEXT = 1024  # tokens; the model may have been made for more
 
 @dataclass(frozen=True)
 class Template:
-    """A configuration to begin with, and the command that makes its data."""
+    """A configuration to begin with, where its data comes from, and its run folder."""
 
     config: str
-    prepare: str
+    data: str
     run: str
+    nodes: int = 2
+    gpus: int = 8
 
 
 def new(
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")],
-    source: Annotated[str, tyro.conf.arg(name="from", metavar="NAME")] = "quickstart",
+    source: Annotated[str | None, tyro.conf.arg(name="from", metavar="NAME", help_behavior_hint="")] = None,
+    hours: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None,
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None,
+    nodes: int = 1,
+    devices_per_node: Number = None,
+    device: Text = None,
 ) -> int:
     """Make a folder for a run: a commented configuration, settings for Slurm, a .gitignore and a README.
 
     Args:
         folder: The folder to make. It may exist if it is empty.
         source: The configuration to begin with: quickstart, tinystories, gpt2_124m_ddp, llama_350m_fsdp, llama_1b_hsdp.
-            Or the folder of a Hugging Face model (Llama or Qwen3), to fine-tune it.
+            Or the folder of a Hugging Face model (Llama or Qwen3), to fine-tune it. Default: quickstart.
+        hours: Propose a configuration for a run of so many hours on --data: size of the model, batch, learning rate,
+            steps. Without a GPU, steps are timed on this machine first.
+        data: With --hours: a folder that `tinytrain prepare` has made.
+        nodes: With --hours: number of nodes.
+        devices_per_node: With --hours: number of devices, and of processes, on each node. Default: as on this machine.
+        device: With --hours: a GPU that `tinytrain plan --help` lists, or cpu (this machine). Default: h100, or cpu if
+            this machine has no GPU.
     """
-    is_model = (Path(source) / "config.json").is_file()
-    template = _of_model(Path(source)) if is_model else _of_package(source)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"DIR: {folder} exists already; give the name of a new or empty folder", "new")
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         raise UsageError(f"DIR: {str(folder)!r} is not valid UTF-8; give another name", "new") from None
-    readme = README.format(name=folder.resolve().name, prepare=template.prepare, run=template.run)
+    name = folder.resolve().name
+    if hours is None:
+        if data is not None or nodes != 1 or devices_per_node is not None or device is not None:
+            raise UsageError("--data, --nodes, --devices-per-node, --device: need --hours; give it as well", "new")
+        model = Path(source or "")
+        is_model = source is not None and (model / "config.json").is_file()
+        template = _of_model(model) if is_model else _of_package(source or "quickstart")
+    else:
+        template = _proposed(source, hours, data, nodes, devices_per_node, device, name)
+    readme = README.format(name=name, data=template.data, run=template.run, nodes=template.nodes, gpus=template.gpus)
     (folder / "slurm").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.toml", template.config)
     write_atomically(folder / "README.md", readme)
     write_atomically(folder / ".gitignore", GITIGNORE)
     shutil.copyfile(package_folder("slurm") / "env.example.sh", folder / "slurm" / "env.sh")
-    print(f"{folder}: config.toml (from {source}), slurm/env.sh, README.md, .gitignore")
+    origin = "proposed" if hours is not None else f"from {source or 'quickstart'}"
+    print(f"{folder}: config.toml ({origin}), slurm/env.sh, README.md, .gitignore")
     end_of_options = "-- " if str(folder).startswith("-") else ""
     print(f"next: cd {end_of_options}{shlex.quote(str(folder))}, then the commands in README.md")
     return 0
+
+
+def _proposed(
+    source: str | None,
+    hours: float,
+    data: Path | None,
+    nodes: int,
+    devices_per_node: int | None,
+    device: str | None,
+    name: str,
+) -> Template:
+    """Return a configuration for a run of so many hours. Errors: UsageError, ConfigError."""
+    if source is not None:
+        raise UsageError("--from, --hours: one begins with a configuration, the other makes one; give one", "new")
+    if data is None:
+        raise UsageError("--hours: needs --data, because the size of a model depends on its data; give a folder", "new")
+    from tinytrain_dist.cli.proposed_run import ProposalOptions, proposed_config  # only now: it imports torch
+
+    options = ProposalOptions(hours, data, nodes, devices_per_node, device)
+    run = f"runs/{name}"
+    return Template(proposed_config(options, name), f"is in {data.resolve()}", run, nodes, options.per_node)
 
 
 def _of_package(name: str) -> Template:
@@ -128,7 +172,7 @@ def _of_package(name: str) -> Template:
     prepare = re.search(r"tinytrain prepare .*", content)
     return Template(
         content,
-        prepare[0] if prepare else "tinytrain prepare TEXT.txt --out data/mine",
+        f"`{prepare[0] if prepare else 'tinytrain prepare TEXT.txt --out data/mine'}`",
         run[1] if run else "runs/default",
     )
 
@@ -149,7 +193,7 @@ def _of_model(model: Path) -> Template:
         sizes="\n".join(sizes),
     )
     _check_values(content, model)
-    return Template(content, prepare, "runs/fine_tuned")
+    return Template(content, f"`{prepare}`", "runs/fine_tuned")
 
 
 def _check_values(content: str, model: Path) -> None:

@@ -6,6 +6,7 @@ Must not know how a run is trained: it starts a run from the checkpoint, in a te
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -160,7 +161,9 @@ def _train(config: TrainingConfig, folder: Path, nproc: int, held: int | None) -
     config_file = folder / "replay.toml"
     config_file.write_text(config.to_toml(), encoding="utf-8")
     command = local_command(config_file, [], nproc)
-    with subprocess.Popen(command.arguments, stdout=sys.stderr, pass_fds=[] if held is None else [held]) as process:
+    environment = {**os.environ, **command.environment}
+    marks = [] if held is None else [held]
+    with subprocess.Popen(command.arguments, stdout=sys.stderr, pass_fds=marks, env=environment) as process:
         try:
             exit_code = process.wait()
         except BaseException:  # a stop request

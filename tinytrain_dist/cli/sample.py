@@ -29,6 +29,8 @@ class Options:
 
     checkpoint: PathArgument
     """A checkpoint, or a run (its newest valid checkpoint is used)."""
+    ema: bool = False
+    """Use the moving average of the weights (see ema_decay)."""
     prompt: str = ""
     """Text to continue (empty: start a new document)."""
     prompt_ids: str | None = None
@@ -80,7 +82,7 @@ def main(args: list[str]) -> int:
     first_ids = ids_before_document(checkpoint, tokenizer)
     prompt_ids = _prompt_ids(options, checkpoint, tokenizer, first_ids, stop_id)
     use_cuda = options.device != "cpu" and torch.cuda.is_available()
-    model = load_model(checkpoint, torch.device("cuda" if use_cuda else "cpu"))
+    model = load_model(checkpoint, torch.device("cuda" if use_cuda else "cpu"), average=options.ema)
     _check_prompt(prompt_ids, model.model_config)
     for number in range(options.num_samples):
         if options.num_samples > 1:

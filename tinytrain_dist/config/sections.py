@@ -175,6 +175,11 @@ class OptimizerSettings:
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
+    ema_decay: float | None = _setting(
+        "optimizer", None, "decay per step of a moving average of the weights, evaluated beside them (None: no average)"
+    )
+    ema_every: int = _setting("optimizer", 1, "steps between changes of the moving average")
+    ema_on_host: bool = _setting("optimizer", False, "keep the moving average in host memory instead of on the GPU")
     max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
 
 

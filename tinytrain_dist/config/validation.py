@@ -39,7 +39,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last max_shard_bytes max_skipped_steps".split()
+    "ckpt_every keep_last max_shard_bytes max_skipped_steps ema_every".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
@@ -69,6 +69,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         lambda config: config.model.rope_problems(),
         _stop_and_profile_problems,
         _allow_problems,
+        _average_problems,
         _evaluation_and_retention_problems,
         _reproducible_problems,
         _name_problems,
@@ -277,6 +278,23 @@ def _allow_problems(config: TrainingConfig) -> list[str]:
     return [
         f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(IDENTITY_SETTINGS)}, train_data)"
         for name in sorted(config.allowed_changes - {*IDENTITY_SETTINGS, "train_data"})
+    ]
+
+
+def _average_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of the settings of the moving average of the weights."""
+    decay = config.ema_decay
+    if decay is not None and not 0 < decay < 1:  # true for NaN as well
+        return [
+            f"ema_decay: {decay} must be greater than 0 and less than 1 (0 would copy the weights, 1 would keep the "
+            "initial ones); usual are 0.99 to 0.9999"
+        ]
+    if decay is not None:
+        return []
+    defaults = type(config).__dataclass_fields__
+    unused = [name for name in ("ema_every", "ema_on_host") if getattr(config, name) != defaults[name].default]
+    return [
+        f"{name}: {_value(config, name)} has no effect without ema_decay; set it, or leave this out" for name in unused
     ]
 
 

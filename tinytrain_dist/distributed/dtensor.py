@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tinytrain_dist.distributed.torch_internals import with_local_part
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -27,6 +29,15 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory. A plain tensor is returned as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def copy_of(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a tensor, sharded in the same way, whose local part is on `device`.
+
+    A DTensor on another device than its mesh can be saved and loaded, but not computed with.
+    """
+    local = local_tensor(tensor).detach().to(device, copy=True)
+    return with_local_part(tensor, local) if is_dtensor(tensor) else local
 
 
 def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:

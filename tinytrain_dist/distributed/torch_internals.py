@@ -193,6 +193,16 @@ def unshard_asynchronously(unit: Any) -> None:
 _reduce_scatter_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the group of shards
 
 
+def with_local_part(tensor: Any, local: Tensor) -> Tensor:
+    """Return a DTensor with the sharding of another one and this local part, which may be on another device.
+
+    `DTensor.from_local` would move it to the device of the mesh. Versions: 2.11 to 2.15.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, tensor._spec, requires_grad=False)
+
+
 def separate_reduce_scatters(model: Any, timeout: timedelta | None) -> bool:
     """Let FSDP reduce-scatter in a process group of its own, beside the all-gathers. A collective of a replica's ranks.
 

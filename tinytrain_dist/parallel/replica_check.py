@@ -30,12 +30,14 @@ def check_replicas(tensors: Iterable[tuple[str, Tensor]], context: DistributedCo
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a fingerprint of each tensor's local part: int64 [n], on their device. Does not wait for the device.
+    """Return a fingerprint of each tensor's local part: int64 [n], on the device of the first. Does not wait for it.
 
     A CPU and a GPU compute different numbers, so compare only fingerprints from the same kind of device.
     """
     numbers = [_fingerprint(local_tensor(tensor)) for tensor in tensors]
-    return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.int64)
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.stack([number.to(numbers[0].device, non_blocking=True) for number in numbers])
 
 
 class ReplicaComparison:

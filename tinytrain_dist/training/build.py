@@ -186,6 +186,7 @@ def _load(
         folder = Path(config.init_from)
         part, parts = context.rank, context.world_size
         run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
+        train_step.average.restart()
     return start
 
 

@@ -6,9 +6,10 @@ Must not know when an evaluation is due, or where its numbers are shown.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
@@ -22,13 +23,16 @@ from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """The numbers of one evaluation, over all ranks."""
 
     loss: float  # nats per counted token, the mean over the evaluation files
-    others: dict[str, float]  # the loss on each file if there are several, and bits per byte if known
+    others: dict[str, float]  # the loss on each file if there are several, bits per byte if known; of the average, too
     samples: list[tuple[str, str]]  # (prompt, continuation)
 
 
@@ -65,8 +69,26 @@ class Evaluator:
     def run(self, step: int) -> Evaluation | None:
         """Evaluate the model after `step` steps. Returns None if the ranks agree to stop. A collective.
 
-        Every file has the same weight in the mean loss. Every rank computes its share of the windows. The means are
-        computed from the sums over all ranks.
+        With `ema_decay`, the moving average of the weights is evaluated as well.
+        """
+        measured = self._losses()
+        if measured is None:
+            return None
+        loss, others = measured
+        samples = self.sampler.write(self.train_step.model, step)
+        if self.train_step.average:
+            with self._averaged_weights():
+                measured = self._losses()
+            if measured is None:
+                return None
+            others |= {"ema_loss": measured[0]} | {f"ema_{name}": number for name, number in measured[1].items()}
+        return Evaluation(loss, others, samples)
+
+    def _losses(self) -> tuple[float, dict[str, float]] | None:
+        """Return the loss, and the other numbers of an Evaluation, with the present weights. A collective.
+
+        Returns None if the ranks agree to stop. Every file has the same weight in the mean loss. Every rank computes
+        its share of the windows. The means are computed from the sums over all ranks.
         """
         sums = []
         for dataset in self.data.evaluation.values():
@@ -74,7 +96,6 @@ class Evaluator:
             if summed is None:
                 return None
             sums.append(summed)
-        samples = self.sampler.write(self.train_step.model, step)
         loss_sums = [summed.loss for summed in sums]
         by_rank = self.train_step.context.all_gather_object([(summed.num_bytes, summed.num_tokens) for summed in sums])
         num_bytes = sum(bytes_of_file for own in by_rank for bytes_of_file, _ in own)
@@ -86,7 +107,16 @@ class Evaluator:
             others = {f"loss/{name}": loss for name, loss in zip(self.data.evaluation, losses, strict=True)}
         if num_bytes > 0:
             others["bits_per_byte"] = sum(loss_sums) / math.log(2) / num_bytes
-        return Evaluation(_mean_loss(loss_sums, tokens), others, samples)
+        return _mean_loss(loss_sums, tokens), others
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Give the model the moving average of its weights while the block runs."""
+        units = self.train_step.reduction.view.units
+        _reshard(units)
+        with self.train_step.average.in_place_of_weights():
+            yield
+            _reshard(units)
 
     def summed_loss(self, dataset: TokenDataset) -> LossSum | None:
         """Return the summed loss of one file's windows over all ranks, and the size of this rank's targets.
@@ -119,6 +149,12 @@ class Evaluator:
                 loss_sums.append(step.model(*micro_batch))
         losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
         return LossSum(float(losses.sum()), num_bytes, num_tokens)
+
+
+def _reshard(units: list[FSDPModule]) -> None:
+    """Drop the gathered weights that FSDP keeps after a forward pass without a backward."""
+    for unit in units:
+        unit.reshard()
 
 
 def bytes_of_targets(table: npt.NDArray[Any], windows: Windows) -> int:

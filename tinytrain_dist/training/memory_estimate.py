@@ -28,6 +28,7 @@ from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
 from tinytrain_dist.model.matmul import simulate_device
+from tinytrain_dist.optim.weight_average import AVERAGE_KEY
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
@@ -222,8 +223,9 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
     with fake_tensor_mode(), device, tracker, tracker.tracking_resizes():
         train_step = build_train_step(config, on_cpu, draw=False)
         for state in train_step.optimizer.state.values():
-            for tensor in state.values():
-                tracker.record(tensor, "optimizer")
+            for key, tensor in state.items():
+                if not (key == AVERAGE_KEY and config.ema_on_host):
+                    tracker.record(tensor, "optimizer")
         _track_stages(train_step, tracker)
         train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.slots))))
     return tracker

@@ -25,6 +25,7 @@ from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy
 from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.optim.weight_average import WeightAverage
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
@@ -66,6 +67,7 @@ class TrainStep:
         self.model = model
         self.reduction = reduction
         self.optimizer = optimizer
+        self.average = WeightAverage(optimizer, config)
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
         self.clip_in_optimizer = clip_in_optimizer
@@ -104,6 +106,7 @@ class TrainStep:
 
         self.phase_timer.enter("optimizer")
         lr = learning_rate(self.config, step)
+        self.average.set_step(step)
         self._update(norm, lr, skip)
 
         self.phase_timer.enter("reading", step + 1)

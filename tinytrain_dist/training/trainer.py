@@ -247,11 +247,11 @@ class Trainer:
         """Evaluate and save the last step if that was not done, and record how the run ended. A collective."""
         self.finishing = True
         self.metrics.settle()
+        self.saver.collect(self.step, wait=True)  # the last save reads the weights, which an evaluation may exchange
         early = self.early_stopping.out_of_patience
         state = "done" if self._complete else "preempted"
         if state == "done" and self.data.evaluation and self.record.get("eval_step") != self.step:
             state = "preempted" if self.evaluate() is None else "done"
-        self.saver.collect(self.step, wait=True)
         if self.saver.saved_step != self.step:
             if state == "done" and self.metrics.skipping:
                 self.divergence.check_last_weights()
