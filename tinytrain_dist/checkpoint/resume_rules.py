@@ -14,7 +14,7 @@ from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
+ADDED_SETTINGS = ("batch_size_warmup", "sampling", "loss_mask", "document_mask", "packing")
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:

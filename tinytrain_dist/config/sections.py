@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
@@ -107,6 +108,9 @@ class DataSettings:
     )
     token_dtype: TokenType | None = _setting("data", None, "type of IDs in files without a header (None: not stated)")
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
+    batch_size_warmup: tuple[str, ...] | None = _setting(
+        "data", None, "phases 'STEP: BATCH_SIZE' of smaller batches, the last with batch_size (None: no warm-up)"
+    )
     micro_batch_size: int | Literal["auto"] | None = _setting(
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
@@ -114,6 +118,11 @@ class DataSettings:
     loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
     packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
     document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The batch size of every step: batch_size, after the phases of batch_size_warmup."""
+        return BatchSizes.of(self.batch_size, self.batch_size_warmup)
 
     @property
     def fixed_micro_batch_size(self) -> int | None:

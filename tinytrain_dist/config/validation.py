@@ -12,6 +12,7 @@ import re
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.batch_phases import batch_warmup_problems
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.weight_phases import weight_problems
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
 IDENTITY_SETTINGS = (
     *MODEL_SETTINGS,
     "batch_size",
+    "batch_size_warmup",
     "seed",
     "sampling",
     "train_weights",
@@ -133,6 +135,10 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
         problems.append(
             f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size}; "
             f"micro_batch_size can be {format_list(choices)}"
+        )
+    if config.batch_size_warmup is not None:
+        problems += batch_warmup_problems(
+            config.batch_size_warmup, config.batch_size, micro_batch_size, config.reproducible
         )
     return problems
 

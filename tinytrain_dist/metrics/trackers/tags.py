@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # The numbers of a logged step, by the part of their tag before the name.
 TAG_GROUPS = {
-    "train": ("loss", "lr", "grad_norm", "epoch"),
+    "train": ("loss", "lr", "grad_norm", "epoch", "batch_size"),
     "speed": ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_gib", "mfu", "goodput"),
     "health": ("skipped_steps", "slowest_to_median", "slowest_rank"),
 }
