@@ -18,21 +18,18 @@ from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlans, BatchShare
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, StepResult, due
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy
-from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.build import build_optimizer
-from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.optim.run_optimizer import RunOptimizer
+from tinytrain_dist.optim.step_settings import apply_step_settings
 from tinytrain_dist.optim.weight_average import WeightAverage
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
 from tinytrain_dist.training.source_sums import SourceSums
 from tinytrain_dist.training.token_count import TokenCount
-
-CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 class Batches(Protocol):
@@ -52,15 +49,13 @@ class TrainStep:
         plans: BatchPlans,
         model: nn.Module,
         reduction: GradReduction,
-        optimizer: AdamW,
+        optimizer: RunOptimizer,
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
-        clip_in_optimizer: bool,
     ) -> None:
         """Combine the parts.
 
         plans: how the global batch of each step is divided. reduction: sums gradients and losses of all ranks.
-        clip_in_optimizer: whether the optimizer's kernel clips the gradients. This saves one pass over them.
         """
         self.config = config
         self.context = context
@@ -72,7 +67,6 @@ class TrainStep:
         self.average = WeightAverage(optimizer, config)
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
-        self.clip_in_optimizer = clip_in_optimizer
         transformer: Any = unwrap(model)
         self._row_losses: list[Tensor] = transformer.lm_head.row_losses
         num_sources = len(config.train_files)
@@ -105,9 +99,8 @@ class TrainStep:
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
-        lr = learning_rate(self.config, step)
         self.average.set_step(step)
-        self._update(norm, lr, skip)
+        lr = self._update(step, norm, skip)
 
         self.phase_timer.enter("reading", step + 1)
         return StepResult(
@@ -173,20 +166,11 @@ class TrainStep:
         self._source_sums.add(windows, self._row_losses)
         return self._source_sums.take() if logged else None
 
-    def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
-        """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""
-        grad_scale = None
-        if self.config.grad_clip_norm is not None and self.clip_in_optimizer:
-            # at least 1: gradients below the limit are divided by 1, which is exact
-            grad_scale = ((norm + CLIP_EPS) / self.config.grad_clip_norm).clamp(min=1.0).float()
-        elif self.config.grad_clip_norm is not None:
-            factor = (self.config.grad_clip_norm / (norm + CLIP_EPS)).clamp(max=1.0).float()
-            grads = [local_tensor(param.grad) for param in self.model.parameters() if param.grad is not None]
-            torch._foreach_mul_(grads, factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(skip=skip, grad_scale=grad_scale)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, step: int, norm: Tensor, skip: Tensor) -> float:
+        """Clip the gradients and update the weights, unless `skip` is 1; return the learning rate of the schedule."""
+        lr = apply_step_settings(self.optimizer, self.config, step)
+        self.optimizer.clip_and_step(norm, self.config.grad_clip_norm, skip)
+        return lr
 
 
 def build_train_step(
@@ -211,8 +195,7 @@ def build_train_step(
         plans,
         model,
         reduction,
-        build_optimizer(model, config),
+        build_optimizer(model, config, context),
         ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile)),
         phase_timer or PhaseTimer(),
-        clip_in_optimizer=on_gpu,  # on a CPU the two ways round differently, and neither is faster
     )
