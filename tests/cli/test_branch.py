@@ -97,13 +97,18 @@ def test_a_rate_that_would_jump_is_refused_and_the_advice_is_right(tinytrain: Cl
     rate = re.search(r"after step 3 is (\S+) \(schedule = cosine\), so it would jump; add --lr-max (\S+) to", err)
     assert rate is not None
     assert rate[1] == rate[2]
-    code, out, _ = tinytrain("branch", run, "--at", 3, "--decay-iters", 5, "--lr-max", rate[2], "--decay-shape", "sqrt")
+    arguments = ("branch", run, "--at", 3, "--decay-iters", 5, "--lr-max", rate[2], "--decay-shape", "sqrt")
+    code, _, err = tinytrain(*arguments, "--weight-decay", 0.05)
+    assert code == 2
+    assert "weight_decay: 0.05 is where the branch would begin" in err
+    decay = err.rpartition("add --weight-decay ")[2].strip()
+    code, out, _ = tinytrain(*arguments, "--weight-decay", decay, "--weight-decay-schedule", "lr")
     assert code == 0
     target = run.with_name("run-at-3-decay-5")
     assert str(target) in out
     config = load_config(target / "config.toml")
     assert (config.schedule, config.decay_shape, config.total_steps) == ("wsd", "sqrt", 8)
-    assert config.lr_max == float(rate[1])
+    assert (config.lr_max, config.weight_decay, config.weight_decay_schedule) == (float(rate[1]), float(decay), "lr")
     assert tinytrain("status", target)[1].startswith("state      preempted: branched from")
 
 

@@ -39,7 +39,7 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError, ConfigError
-from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.optim.lr_schedule import learning_rate, weight_decay_factor
 from tinytrain_dist.utils.atomic_files import fsync_folder, write_atomically
 from tinytrain_dist.utils.json_files import is_whole_number, parse_json, to_json
 from tinytrain_dist.utils.lost_output import print_line
@@ -138,14 +138,27 @@ def _configuration(
     values = {**parent.to_dict(), **other, **_given_settings(settings, follows), **follows}
     config = TrainingConfig.from_dict(values, "the settings of the branch")
     check_same_run(checkpoint, state, config, state.get("data", {}))
-    before, after = learning_rate(parent, options.at - 1), learning_rate(config, options.at - 1)
+    _check_continuity(options, parent, config)
+    return config
+
+
+def _check_continuity(options: BranchOptions, parent: TrainingConfig, config: TrainingConfig) -> None:
+    """Check that neither the learning rate nor the weight decay jumps where the branch begins. Errors: ConfigError."""
+    step = options.at - 1  # completed before the last update of the parent
+    before, after = learning_rate(parent, step), learning_rate(config, step)
     if before != after:
         raise ConfigError(
             f"lr_max: the decay would begin at {after!r}, but the learning rate of {options.run} after step "
             f"{options.at} is {before!r} (schedule = {parent.schedule}), so it would jump; add --lr-max {before!r} to "
             "decay from there, or branch a run with schedule = wsd or constant"
         )
-    return config
+    decay = parent.weight_decay * weight_decay_factor(parent, step)
+    if config.weight_decay * weight_decay_factor(config, step) != decay:
+        raise ConfigError(
+            f"weight_decay: {config.weight_decay} is where the branch would begin, but the weight decay of "
+            f"{options.run} after step {options.at} is {decay!r} (weight_decay_schedule = "
+            f"{parent.weight_decay_schedule}), so it would jump; add --weight-decay {decay!r}"
+        )
 
 
 def _given_settings(settings: list[str], follows: dict[str, Any]) -> dict[str, Any]:

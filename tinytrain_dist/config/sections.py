@@ -183,6 +183,9 @@ class OptimizerSettings:
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
     weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
+    weight_decay_schedule: Literal["constant", "lr"] = _setting(
+        "optimizer", "constant", "weight decay in each step (lr: proportional to the learning rate, full at lr_max)"
+    )
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
     ema_decay: float | None = _setting(
         "optimizer", None, "decay per step of a moving average of the weights, evaluated beside them (None: no average)"

@@ -1,4 +1,4 @@
-"""Compute the learning rate as a pure function of the step, so that there is nothing to save or restore.
+"""Compute learning rate and weight decay as pure functions of the step, so that there is nothing to save or restore.
 
 Must not know optimizers, torch or ranks.
 """
@@ -95,3 +95,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     if config.schedule == "constant":
         return config.lr_max * min(1.0, t / max(1, warmup))
     return cosine_lr_schedule(t, config.lr_max, config.lr_min, warmup, config.cosine_end)
+
+
+def weight_decay_factor(config: TrainingConfig, step: int) -> float:
+    """Return by what every weight decay is multiplied in the update after `step` completed steps.
+
+    With `weight_decay_schedule = "lr"` it is the learning rate relative to lr_max. AdamW multiplies the weight decay by
+    the learning rate as well, so the weights then shrink in proportion to its square. Without this, the norms of
+    weights and gradients drift while the rate falls. Sources: Defazio 2025 (arXiv 2506.02285); Chou 2025 (arXiv
+    2512.08217).
+    """
+    return 1.0 if config.weight_decay_schedule == "constant" else learning_rate(config, step) / config.lr_max

@@ -6,14 +6,15 @@ Everything that changes from step to step is set here, as a pure function of the
 from __future__ import annotations
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.optim.lr_schedule import learning_rate
+from tinytrain_dist.optim.lr_schedule import learning_rate, weight_decay_factor
 from tinytrain_dist.optim.run_optimizer import RunOptimizer
 
 
 def apply_step_settings(optimizer: RunOptimizer, config: TrainingConfig, step: int) -> float:
     """Set the values of the update after `step` completed steps in every group; return the schedule's learning rate."""
     lr = learning_rate(config, step)
+    decay_factor = weight_decay_factor(config, step)
     for group, settings in zip(optimizer.param_groups, optimizer.settings, strict=True):
         group["lr"] = lr * settings.lr_factor
-        group["weight_decay"] = settings.weight_decay  # a schedule of the weight decay multiplies it here
+        group["weight_decay"] = settings.weight_decay * decay_factor
     return lr
