@@ -72,6 +72,7 @@ def test_a_seed_has_at_most_64_bits():
         ({"betas": [0.9, 1.0]}, "betas: (0.9, 1.0) must both lie in [0, 1)"),
         ({"betas": [float("nan"), 0.9]}, "betas: (nan, 0.9) must both lie in [0, 1)"),
         ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 is less than warmup_iters 50"),
+        ({"schedule": "linear", "warmup_iters": 50, "total_steps": 40}, "total_steps: 40 is less than warmup_iters 50"),
         (
             {"schedule": "wsd", "total_steps": 100, "warmup_iters": 50, "decay_iters": 51},
             "decay_iters: 51 + warmup_iters 50 is more than total_steps 100",
@@ -98,6 +99,9 @@ def test_settings_that_contradict_each_other_are_refused(values, sentence):
     [
         ({"schedule": "constant", "cosine_iters": 10}, {"schedule": "cosine"}),
         ({"schedule": "cosine", "decay_iters": 10}, {"schedule": "wsd"}),
+        ({"schedule": "linear", "decay_iters": 10}, {"schedule": "wsd"}),
+        ({"schedule": "linear", "cosine_iters": 10}, {"schedule": "cosine"}),
+        ({"schedule": "linear", "decay_shape": "sqrt"}, {"schedule": "wsd"}),
         ({"parallel": "ddp", "dp_replicate": 2}, {"parallel": "hsdp"}),
         ({"parallel": "auto", "dp_shard": 2}, {"parallel": "hsdp"}),
         ({"parallel": "ddp", "reshard_after_forward": True}, {"parallel": "fsdp"}),

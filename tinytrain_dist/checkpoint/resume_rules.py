@@ -11,12 +11,21 @@ from typing import Any
 
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 from tinytrain_dist.utils.text import format_list
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing", "optimizer", "param_groups")
+ADDED_SETTINGS = (
+    "batch_size_warmup",
+    "sampling",
+    "loss_mask",
+    "document_mask",
+    "packing",
+    "optimizer",
+    "param_groups",
+)
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -161,4 +170,7 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
     saved = state.get("config", {})
     if saved:
         saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
+    if isinstance(weights := saved.get("train_weights"), list):
+        # phases that begin when this run has ended do not change it, and its configuration must not have them
+        saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]

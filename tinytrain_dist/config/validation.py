@@ -12,6 +12,7 @@ import re
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.batch_phases import batch_warmup_problems
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
 IDENTITY_SETTINGS = (
     *MODEL_SETTINGS,
     "batch_size",
+    "batch_size_warmup",
     "seed",
     "sampling",
     "train_weights",
@@ -160,6 +162,10 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
             f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size}; "
             f"micro_batch_size can be {format_list(choices)}"
         )
+    if config.batch_size_warmup is not None:
+        problems += batch_warmup_problems(
+            config.batch_size_warmup, config.batch_size, micro_batch_size, config.reproducible
+        )
     return problems
 
 
@@ -190,8 +196,8 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
     if config.epochs is not None:
         return problems  # total_steps, on which the others depend, is not known yet
-    if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
-        problems.append(_cosine_problem(config))
+    if config.schedule in ("cosine", "linear") and config.cosine_end < config.warmup_steps:
+        problems.append(_warmup_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
         problems.append(_wsd_problem(config))
     return problems
@@ -215,9 +221,9 @@ def _optimizer_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
-def _cosine_problem(config: TrainingConfig) -> str:
-    """Return why the cosine ends before the warm-up, and what can be changed."""
-    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters it ends with the run
+def _warmup_problem(config: TrainingConfig) -> str:
+    """Return why the cosine or the line ends before the warm-up, and what can be changed."""
+    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters the decay ends with the run
     warmup, last = config.warmup_steps, config.cosine_end
     return (
         f"{end}: {_value(config, end)} is less than warmup_iters {_value(config, 'warmup_iters', warmup)}; set {end} "
@@ -273,6 +279,8 @@ def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"cosine_iters: has no effect with schedule = {config.schedule}; leave it out")
     if config.schedule != "wsd" and config.decay_iters is not None:
         problems.append(f"decay_iters: has no effect with schedule = {config.schedule}; leave it out")
+    if config.schedule != "wsd" and config.decay_shape != "linear":
+        problems.append(f"decay_shape: has no effect with schedule = {config.schedule}; leave it out")
     return problems
 
 

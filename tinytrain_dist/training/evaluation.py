@@ -126,10 +126,11 @@ class Evaluator:
         """
         step = self.train_step
         plan, context, table = step.plan, step.context, self.data.bytes_per_token
+        share = plan.share(context.replica, context.shard)
         indices = [
             batch * plan.num_micro_batches + index
             for batch in range(step.config.eval_steps)
-            for index in step.micro_batch_indices
+            for index in share.micro_batches
         ]
         loss_sums = []
         num_bytes = 0

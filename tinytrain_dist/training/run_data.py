@@ -82,7 +82,7 @@ def open_training_data(config: TrainingConfig, vocab_size: int | None = None) ->
         config.context_len,
         vocab_size=vocab_size,
         phases=weight_phases(config.train_weights),
-        shuffle_batch=config.batch_size if config.sampling == "shuffle" else None,
+        shuffle_batch=config.batch_sizes.before if config.sampling == "shuffle" else None,
         **_reading_options(config),
     )
 
