@@ -41,6 +41,13 @@ def test_a_number_that_is_not_negative_can_still_be_wrong(name, value):
     assert only_problem(**{name: value}) == f"{name}: {value} must be a finite number"
 
 
+def test_numbers_are_small_enough_to_be_exact():
+    assert problems_of(total_steps=2**53 // 4, batch_size=4) == []
+    for name in ("total_steps", "batch_size", "log_every", "ckpt_every"):
+        assert only_problem(**{name: 2**53 + 1}).startswith(f"{name}: 9007199254740993 must be at most 2**53 = 9007199")
+    assert "steps x batch_size 4 are more than 2**53" in only_problem(total_steps=2**53 // 4 + 1, batch_size=4)
+
+
 def test_a_seed_has_at_most_64_bits():
     # evaluation uses 1 as the second word of the generator's key
     assert problems_of(seed=2**64 - 1) == []

@@ -42,6 +42,15 @@ def test_settings_that_do_not_fit_the_length_name_the_epochs(tmp_path: Path) -> 
         resolve_epochs(config(tmp_path, stop_at_step=13))
 
 
+def test_more_windows_than_can_be_counted_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"epochs: 1e\+300 must be at most 2\*\*53 = 9007199254740992; set a smaller"):
+        config(tmp_path, epochs=1e300)
+    with pytest.raises(
+        ConfigError, match=r"epochs: 9\d+\.0 epochs of 16 windows are more than 2\*\*53 = 9007199254740992 w"
+    ):
+        resolve_epochs(config(tmp_path, epochs=9e15))
+
+
 def test_without_the_data_the_reason_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--sampling shuffle --epochs 2 --vocab-size 9 --batch-size 4 --context-len 10".split()
     there, missing = str(tmp_path / "a.npy"), str(tmp_path / "none.npy")

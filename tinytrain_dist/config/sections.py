@@ -19,6 +19,8 @@ Packing = Literal["none", "best_fit"]
 DecayShape = Literal["linear", "sqrt"]
 TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
+OptimizerName = Literal["adamw", "muon"]
+MuonScale = Literal["match_rms_adamw", "spectral"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
@@ -173,6 +175,9 @@ class ModelSettings:
 class OptimizerSettings:
     """Section [optimizer]: how the weights are updated."""
 
+    optimizer: OptimizerName = _setting(
+        "optimizer", "adamw", "what updates the weights; muon: the matrices of blocks with Muon, the rest with AdamW"
+    )
     lr_max: float = _setting("optimizer", 1e-3, "highest learning rate, at the end of the warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
     schedule: Literal["cosine", "linear", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
@@ -182,9 +187,17 @@ class OptimizerSettings:
     decay_shape: DecayShape = _setting("optimizer", "linear", "wsd: the decay falls as 1 - p (linear) or 1 - sqrt(p)")
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
+    weight_decay: float = _setting("optimizer", 0.1, "decoupled decay of matrices (norm weights do not decay)")
     weight_decay_schedule: Literal["constant", "lr"] = _setting(
         "optimizer", "constant", "weight decay in each step (lr: proportional to the learning rate, full at lr_max)"
+    )
+    muon_momentum: float = _setting("optimizer", 0.95, "Muon: decay rate of the momentum")
+    muon_steps: int = _setting("optimizer", 5, "Muon: steps of the Newton-Schulz iteration")
+    muon_scale: MuonScale = _setting(
+        "optimizer", "match_rms_adamw", "Muon: update as large as AdamW's, or spectral: sqrt(max(1, rows / columns))"
+    )
+    param_groups: tuple[str, ...] = _setting(
+        "optimizer", (), "entries 'PATTERN, PATTERN: lr_factor=X weight_decay=Y optimizer=Z'; the first match counts"
     )
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
     ema_decay: float | None = _setting(

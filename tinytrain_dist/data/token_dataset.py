@@ -73,7 +73,7 @@ class TokenDataset:
         self._samples_before = shuffle_batch if callable(shuffle_batch) else partial(operator.mul, shuffle_batch or 0)
         self._loss_mask, self._document_mask = loss_mask, document_mask
         self.fingerprints: list[dict[str, Any]] = [
-            source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
+            source.fingerprint | open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
         ]
         self._packed = packed
         self._readers: list[StreamWindows | PackedWindows] = [
@@ -186,6 +186,10 @@ class TokenDataset:
         windows = separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
         return windows if self._document_mask else replace(windows, documents=None)
 
+    def pieces(self, source: int, position: int) -> list[tuple[int, int]]:
+        """Return the first token in the source, and the length, of each piece of a window that `draw` chose."""
+        return self._readers[source].pieces(position)
+
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
         places = []
@@ -197,7 +201,7 @@ class TokenDataset:
         return places
 
 
-def _open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
+def open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
     """Open the files beside the token files that the settings need, and return what identifies them.
 
     Errors: DataError if there are none, or if one does not fit.

@@ -6,45 +6,36 @@ Must not know configurations, schedules or any particular optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinytrain_dist.config.parameter_groups import ResolvedGroup
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.optim.base import Optimizer, StateTensor, call_closure
 from tinytrain_dist.optim.clipping import CLIP_EPS
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """What a parameter group has instead of the values of the run.
-
-    * `lr_factor`: its learning rate is this times that of the schedule.
-    * `weight_decay`: its weight decay, before any schedule.
-    """
-
-    lr_factor: float = 1.0
-    weight_decay: float = 0.0
+from tinytrain_dist.optim.weight_average import WeightAverage
 
 
 class RunOptimizer(Optimizer):
     """The parameter groups of several optimizers as one optimizer, which checkpoints and estimates see.
 
     * `parts`: the optimizers. They share their state and their groups with this one.
-    * `settings`: those of each group, in the order of `param_groups`. step_settings.py applies them in every step.
+    * `groups`: what each of `param_groups` was resolved from, in the same order. step_settings.py sets their values.
     * `clips_in_kernel`: whether the optimizers divide the gradients to clip them, which saves a pass over them. On a
       CPU the two ways round differently, and neither is faster.
+    * `average`: the moving average of the weights; build.py replaces it if the run has one.
     """
 
-    def __init__(self, parts: Sequence[Optimizer], settings: Sequence[GroupSettings], *, clips_in_kernel: bool) -> None:
-        """Join the parts. `settings`: of all groups, part by part."""
+    def __init__(self, parts: Sequence[Optimizer], groups: Sequence[ResolvedGroup], *, clips_in_kernel: bool) -> None:
+        """Join the parts. `groups`: those of all parts, one after the other."""
         super().__init__([group for part in parts for group in part.param_groups], {})
-        assert len(settings) == len(self.param_groups)
+        assert len(groups) == len(self.param_groups)
         self.parts = list(parts)
-        self.settings = list(settings)
+        self.groups = list(groups)
         self.clips_in_kernel = clips_in_kernel
+        self.average = WeightAverage(self)
         for part in parts:
             part.state = self.state  # each parameter is in one part only
 

@@ -19,6 +19,7 @@ from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
+from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -186,7 +187,7 @@ def _load(
         folder = Path(config.init_from)
         part, parts = context.rank, context.world_size
         run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
-        train_step.average.restart()
+        train_step.optimizer.average.restart()
     return start
 
 
@@ -265,6 +266,11 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
     log.about(step, "batch", "\n".join(_plan_lines(train_step)))
     hosts = Counter(rank["host"] for rank in environment.get("ranks", []))
     log.about(step, "environment", to_json(environment | {"ranks": hosts}, indent=1))
+    if has_special_groups(train_step.config):
+        groups = train_step.optimizer.groups
+        table = describe_groups(groups, train_step.config.lr_max)
+        records = [group.record() for group in groups]
+        log.event(step, "parameter_groups", f"{len(groups)} parameter groups:\n{table}", groups=records)
     if start.source is not None:
         changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
         forgotten = f"; {start.forgotten}" if start.forgotten else ""

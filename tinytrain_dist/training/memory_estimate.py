@@ -84,9 +84,10 @@ class MemoryTracker(NoCommunication):
         return out
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Record a message that would be sent. Its buffers belong to the reduction, or are gathered weights."""
+        """Record a message that would be sent. Its buffers belong to the reduction or the update, or hold weights."""
+        kind = "gathered" if GATHER_OPERATIONS.search(name) else "reduction"
         for tensor in tensors:
-            self.record(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
+            self.record(tensor, None if self.stage == "update" else kind)
         self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
     def record(self, tensor: Tensor, kind: str | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.validation import LARGEST_NUMBER
 from tinytrain_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # imports torch, which takes a login node seconds
@@ -44,6 +45,12 @@ def with_total_steps(config: TrainingConfig, windows: int) -> TrainingConfig:
     if config.epochs is None:
         return config
     steps = steps_of_epochs(config.epochs, windows, config.batch_sizes)
+    if config.batch_sizes.before(steps) > LARGEST_NUMBER:
+        raise ConfigError(
+            f"epochs: {config.epochs} epochs of {windows:,} windows are more than 2**53 = {LARGEST_NUMBER} windows; "
+            "set fewer epochs",
+            "the settings with epochs",
+        )
     try:
         return replace(config, epochs=None, total_steps=steps)
     except ConfigError as error:

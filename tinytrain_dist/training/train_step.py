@@ -24,7 +24,6 @@ from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy
 from tinytrain_dist.optim.build import build_optimizer
 from tinytrain_dist.optim.run_optimizer import RunOptimizer
 from tinytrain_dist.optim.step_settings import apply_step_settings
-from tinytrain_dist.optim.weight_average import WeightAverage
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
@@ -64,7 +63,6 @@ class TrainStep:
         self.model = model
         self.reduction = reduction
         self.optimizer = optimizer
-        self.average = WeightAverage(optimizer, config)
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
         transformer: Any = unwrap(model)
@@ -99,7 +97,6 @@ class TrainStep:
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
-        self.average.set_step(step)
         lr = self._update(step, norm, skip)
 
         self.phase_timer.enter("reading", step + 1)
