@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.step_ranges import format_step_ranges
 from tinytrain_dist.data.token_dataset import TokenDataset
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
 from tinytrain_dist.errors import DivergenceError
 from tinytrain_dist.metrics.run_log import RunLog
 
@@ -26,10 +26,10 @@ QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}  # name in records: 
 class SkippedSteps:
     """The skipped steps of this process. Every rank counts them; rank 0 logs them."""
 
-    def __init__(self, config: TrainingConfig, plan: BatchPlan, log: RunLog, data: TokenDataset, step: int) -> None:
+    def __init__(self, config: TrainingConfig, plans: BatchPlans, log: RunLog, data: TokenDataset, step: int) -> None:
         """Begin after `step` steps. data: the training data, to name the windows of a skipped step."""
         self.config = config
-        self.plan = plan
+        self.plans = plans
         self.log = log
         self.data = data
         self.total = 0
@@ -116,21 +116,21 @@ class SkippedSteps:
         """Return which ranks computed these micro-batches of a step from which windows: as text, and as values."""
         if not micro_batches:
             return "", {}
-        ranks = [rank for rank in range(self.plan.ranks) if self._micro_batches_of(rank).intersection(micro_batches)]
-        slots = [slot for index in micro_batches for slot in self.plan.slots(index)]
-        # the windows of a step are drawn by the number of steps completed before it
-        places = self.data.places(self.config.seed, step - 1, slots[:MAX_WINDOWS_NAMED])
+        before = step - 1  # the number of completed steps, by which the windows of a step are drawn
+        plan = self.plans.at(before)
+        ranks = [rank for rank in range(plan.ranks) if _micro_batches_of(rank, plan).intersection(micro_batches)]
+        slots = [slot for index in micro_batches for slot in plan.slots(index)]
+        places = self.data.places(self.config.seed, before, slots[:MAX_WINDOWS_NAMED])
         return f"rank(s) {ranks}, windows starting at {', '.join(places)}", {"slots": slots, "windows": places}
-
-    def _micro_batches_of(self, rank: int) -> set[int]:
-        plan = self.plan
-        replica, shard = divmod(rank, plan.shard)
-        return {plan.micro_batch_index(replica, shard, micro_step) for micro_step in range(plan.accumulation_steps)}
 
     def setting_that_leaves_out(self, last: int) -> str:
         """Return the `skip_steps` that leaves out the steps after the last update, up to `last`."""
         added = format_step_ranges((range(self.last_update + 1, last + 1),))
         return f"skip_steps = {','.join(filter(None, [self.config.skip_steps, added]))}"
+
+
+def _micro_batches_of(rank: int, plan: BatchPlan) -> set[int]:
+    return set(plan.share(*divmod(rank, plan.shard)).micro_batches)
 
 
 def _deviations(above: float, deviation: float) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlans
 from tinytrain_dist.distributed.context import DistributedContext, Vote
 from tinytrain_dist.errors import ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
@@ -139,7 +139,7 @@ class StepMetrics:
         self,
         config: TrainingConfig,
         context: DistributedContext,
-        plan: BatchPlan,
+        plans: BatchPlans,
         log: RunLog,
         *,
         step: int,
@@ -158,7 +158,7 @@ class StepMetrics:
         """
         self.config = config
         self.context = context
-        self.plan = plan
+        self.plans = plans
         self.log = log
         self.data = data
         self.flops_per_token = flops_per_token
@@ -168,7 +168,7 @@ class StepMetrics:
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
         self.stopping = False  # all ranks have agreed to stop
-        self.skips = SkippedSteps(config, plan, log, data, step)
+        self.skips = SkippedSteps(config, plans, log, data, step)
         self.level = LossLevel(record)
         self.first_step = step + 1
         self.read_step = step  # the newest step whose numbers were read
@@ -244,6 +244,8 @@ class StepMetrics:
 
     def _log(self, result: StepResult, loss: float, norm: float) -> None:
         """Write the record of a logged step, and begin the next interval. A collective."""
+        tokens = self.plans.tokens_before(result.step) - self.plans.tokens_before(self.logged_step)
+        tokens_per_step = tokens / (result.step - self.logged_step)
         ranks = self._gather_times(result)
         wait_seconds = [times.data_wait_seconds for times in ranks]
         work_seconds = [times.work_seconds for times in ranks]
@@ -255,7 +257,7 @@ class StepMetrics:
             "loss": loss,
             "lr": result.lr,
             "grad_norm": norm,
-            "tokens_per_second": self.plan.tokens_per_step / step_seconds,
+            "tokens_per_second": tokens_per_step / step_seconds,
             "step_seconds": step_seconds,
             "data_wait_seconds": max(wait_seconds),
             "memory_gib": max(times.memory_gib for times in ranks),
@@ -265,13 +267,15 @@ class StepMetrics:
             "slowest_to_median": slowest.ratio,
         }
         peak = peak_flops(self.context.device, product_type(self.config.precision, self.config.reproducible))
+        if self.plans.sizes.varies:
+            values["batch_size"] = float(self.plans.sizes.at(result.step - 1))
         epochs = self.data.epochs(result.step)
         if epochs is not None:
             values["epoch"] = epochs
         if result.z_losses is not None:
             values["z_loss"] = math.fsum(chain(*self.context.all_gather_numbers(result.z_losses.read())))
         if peak is not None:
-            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
+            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plans.whole.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
 
     def _gather_times(self, result: StepResult) -> list[RankTimes]:
