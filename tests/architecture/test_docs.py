@@ -58,7 +58,7 @@ OF_LAUNCHERS = {
     "network",
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
-OF_DATA = {"all-windows", "json", "slot"}
+OF_DATA = {"all-windows", "decode", "html", "json", "slot", "step"}
 OF_BENCHMARKS = {"quick"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare
