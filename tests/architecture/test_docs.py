@@ -59,6 +59,8 @@ OF_LAUNCHERS = {
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_DATA = {"all-windows", "decode", "html", "json", "slot", "step"}
+OF_WEIGHTS = {"ema", "last"}
+OF_NEW = {"data", "hours"}
 OF_BENCHMARKS = {"quick"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare
