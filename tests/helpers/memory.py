@@ -108,6 +108,6 @@ def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, st
 def _steps(train_step: Any, count: int) -> None:
     from tinytrain_dist.training.memory_estimate import EmptyBatches, empty_windows
 
-    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.slots)))
+    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.share(0).slots)))
     for step in range(count):
         train_step.run(step, batches).vote.result()

@@ -38,7 +38,7 @@ def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, Fixe
     config = TrainingConfig(**{**TINY, "vocab_size": VOCABULARY, "micro_batch_size": 2, "compile": False, **settings})
     step = build_train_step(config, context)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, VOCABULARY, (len(step.slots), config.context_len + 1), generator=generator)
+    rows = torch.randint(0, VOCABULARY, (len(step.share(0).slots), config.context_len + 1), generator=generator)
     return step, FixedBatches(rows.int())
 
 
@@ -94,8 +94,8 @@ def test_a_vote_to_stop_is_in_the_result(context: DistributedContext) -> None:
 
 def test_this_rank_computes_its_own_micro_batches(context: DistributedContext) -> None:
     step, _ = built(context)
-    assert step.micro_batch_indices == [0, 1, 2, 3]
-    assert step.slots == list(range(8))
+    assert step.share(0).micro_batches == (0, 1, 2, 3)
+    assert step.share(0).slots == tuple(range(8))
 
 
 @pytest.mark.parametrize("grad_clip_norm", [1e-3, 1e3, None])

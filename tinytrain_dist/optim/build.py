@@ -18,6 +18,7 @@ from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.base import Optimizer
 from tinytrain_dist.optim.muon import Muon
 from tinytrain_dist.optim.run_optimizer import RunOptimizer
+from tinytrain_dist.optim.weight_average import WeightAverage
 from tinytrain_dist.utils.parameter_names import original_name
 
 ParamGroups = list[dict[str, Any]]
@@ -46,6 +47,7 @@ def build_optimizer(
     on_gpu = context is not None and context.device.type == "cuda"
     optimizer = RunOptimizer(parts, groups, clips_in_kernel=on_gpu)
     optimizer.materialize()
+    optimizer.average = WeightAverage(optimizer, config)
     return optimizer
 
 

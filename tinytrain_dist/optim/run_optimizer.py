@@ -15,6 +15,7 @@ from tinytrain_dist.config.parameter_groups import ResolvedGroup
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.optim.base import Optimizer, StateTensor, call_closure
 from tinytrain_dist.optim.clipping import CLIP_EPS
+from tinytrain_dist.optim.weight_average import WeightAverage
 
 
 class RunOptimizer(Optimizer):
@@ -24,6 +25,7 @@ class RunOptimizer(Optimizer):
     * `groups`: what each of `param_groups` was resolved from, in the same order. step_settings.py sets their values.
     * `clips_in_kernel`: whether the optimizers divide the gradients to clip them, which saves a pass over them. On a
       CPU the two ways round differently, and neither is faster.
+    * `average`: the moving average of the weights; build.py replaces it if the run has one.
     """
 
     def __init__(self, parts: Sequence[Optimizer], groups: Sequence[ResolvedGroup], *, clips_in_kernel: bool) -> None:
@@ -33,6 +35,7 @@ class RunOptimizer(Optimizer):
         self.parts = list(parts)
         self.groups = list(groups)
         self.clips_in_kernel = clips_in_kernel
+        self.average = WeightAverage(self)
         for part in parts:
             part.state = self.state  # each parameter is in one part only
 

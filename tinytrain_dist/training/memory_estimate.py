@@ -191,7 +191,13 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
     # need the same memory as the second.
     passes = 2 if plan.accumulation_steps > 1 else 1
     batch_size = passes * config.batch_size // plan.accumulation_steps
-    simulated = replace(config, compile=False, batch_size=batch_size)
+    simulated = replace(
+        config,
+        compile=False,
+        batch_size=batch_size,
+        batch_size_warmup=None,
+        micro_batch_size=plan.micro_batch_size,
+    )
     extrapolated = config.num_layers > SIMULATED_DEPTHS[1] and blocks_are_alike(config)
     depths = SIMULATED_DEPTHS if extrapolated else (config.num_layers,)
     trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
@@ -230,7 +236,7 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
                 if not (key == AVERAGE_KEY and config.ema_on_host):
                     tracker.record(tensor, "optimizer")
         _track_stages(train_step, tracker)
-        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.slots))))
+        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.share(0).slots))))
     return tracker
 
 
