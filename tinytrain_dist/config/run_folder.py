@@ -9,6 +9,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       state.json                         status of the run (running, done, preempted or failed) and its step
       error.json                         the first cause of a failure; removed when the run is started again
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
+      copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
       submitted/1/                       code, configuration and script of the first job that was submitted
@@ -32,6 +33,7 @@ All code that reads or writes a file of a run takes the name of the file from th
           manifest.json                  sizes and digests of all files and tensors; written last
           kept.json                      why the checkpoint stays, if that was decided after it was written
         checkpoint-00002000.tmp/         a checkpoint that is being written, or was when the process was killed
+        checkpoint-00002000.download/    a copy that is being downloaded, or was when the process was killed
         checkpoint-00000500.damaged/     a checkpoint that failed verification; the second is NAME.damaged-2
         checkpoint-00000700.diverged/    a checkpoint that was saved while the run diverged
 
@@ -59,6 +61,7 @@ STATE_FILE = "state.json"
 ERROR_FILE = "error.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
+COPIES_FILE = "copies.json"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -81,6 +84,7 @@ KEPT_FILE = "kept.json"
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
 DIVERGED_SUFFIX = ".diverged"
+DOWNLOAD_SUFFIX = ".download"
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, optionally with a suffix
 # A folder with any of these is a run.
