@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tinytrain_dist.checkpoint.manifest import is_damaged
@@ -38,6 +38,7 @@ class CheckpointFolder:
         self.directory = directory
         self.prefix = prefix
         self.warn = warn
+        self.held: Callable[[], Collection[Path]] = tuple  # which checkpoints must not be deleted yet
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -103,7 +104,10 @@ class CheckpointFolder:
         """
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
         checkpoints = note_promises(checkpoints, rules)
+        held = self.held()
         for checkpoint in checkpoints_to_delete(checkpoints, rules, is_damaged):
+            if checkpoint.path in held:
+                continue
             try:
                 self.delete(checkpoint.path)
             except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.errors import CheckpointError
@@ -31,6 +32,8 @@ def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
                 f"set resume = auto, or {other_folders(config)}"
             )
         return []
+    if is_url(config.resume_from):
+        return own[-1:]  # it was downloaded if there was no own one
     path = Path(config.resume_from)
     if path.resolve().parent != config.checkpoints_dir.resolve():
         # A run that started from this path and was then requeued resumes from its own newest checkpoint.

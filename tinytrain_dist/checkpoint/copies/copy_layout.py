@@ -80,7 +80,7 @@ def read_copy(remote: RemoteFolder, name: str, found: dict[str, RemoteEntry]) ->
     names = tuple(files) if isinstance(files, list) and all(map(is_file_name, files)) else ()
     manifest = remote.read(f"{name}/{MANIFEST_FILE}") if MANIFEST_FILE in found else None
     where = f"{remote.shown}/{name}"
-    problems = (f"{where}: has no {MANIFEST_FILE}, so it is not complete",)
+    problems: tuple[str, ...] = (f"{where}: has no {MANIFEST_FILE}, so it is not complete",)
     if manifest is not None:
         problems = tuple(_size_problems(where, manifest, found))
     return RemoteCopy(name, str(record.get("run", "")), str(record.get("manifest", "")), names, problems, found)

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,15 @@ Result = TypeVar("Result")
 class CopyError(CheckpointError):
     """A file of a copy cannot be read or written."""
 
-    def __init__(self, text: str, may_pass: bool) -> None:
-        """`may_pass`: whether the same may work later without a change by the user."""
+    def __init__(self, text: str, may_pass: bool = False, concerns: str = "") -> None:
+        """Describe the error.
+
+        may_pass: whether the same may work later without a change by the user. concerns: "run" if the run may copy
+        nothing to this URL, "checkpoint" if one checkpoint cannot be copied, "" if it is the store.
+        """
         super().__init__(text)
         self.may_pass = may_pass
+        self.concerns = concerns
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class RemoteFolder:
                 while part := source.read(part_bytes):
                     sent.add(part)
                     on_part(part)
-                    self._once(name, lambda part=part: file.write(part))
+                    self._once(name, partial(file.write, part))
             check()
             self._once(name, lambda: _close(file))
         except BaseException:
@@ -169,9 +175,9 @@ class RemoteFolder:
         return sent
 
     def matches(self, name: str, sent: SentFile, path: Path) -> bool:
-        """Return whether a file is what was sent: by its size, and its checksum or some of its bytes. Errors: CopyError.
+        """Return whether a file is what was sent: by its size, and its checksum or some of its bytes.
 
-        A store that checks what it receives, as S3 does, has refused damaged parts. Without a checksum to compare with,
+        Errors: CopyError; OSError of the local file. A store that checks what it receives, as S3 does, has refused damaged parts. Without a checksum to compare with,
         only the ends and the middle are read back: reading all would double the traffic, and every byte is compared
         with its digest before a run resumes from it.
         """
@@ -187,7 +193,7 @@ class RemoteFolder:
                 source.seek(start)
                 expected = source.read(READ_BACK_BYTES)
                 end = start + len(expected)
-                found = self._try(name, "read", lambda start=start, end=end: self._range(name, start, end))
+                found = self._try(name, "read", partial(self._range, name, start, end))
                 if found != expected:
                     return False
         return True

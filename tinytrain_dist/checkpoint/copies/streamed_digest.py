@@ -78,4 +78,5 @@ class StreamedDigest:
 def tensor_bytes(entry: dict[str, Any]) -> int:
     """Return the size of a tensor by its entry in the manifest."""
     bits = re.search(r"\d+", entry["dtype"])  # such as BF16, F8_E4M3; BOOL has no number
-    return math.prod(entry["shape"]) * (int(bits[0]) // 8 if bits else 1)
+    shape: list[int] = entry["shape"]
+    return math.prod(shape) * (int(bits[0]) // 8 if bits else 1)

@@ -73,7 +73,7 @@ class CopyWorker:
         """Write the marker, which also shows that files can be written; return the run and its complete copies.
 
         run: of the run folder, None if it has none. adopt: the run at the URL becomes this one if its target_dir is
-        this (any: in any case; None: never). Errors: CheckpointError if the copies belong to another run.
+        this (any: in any case; None: never). Errors: CopyError if the copies belong to another run.
         """
         found = self._remote.read_json(MARKER_FILE)
         run, target_dir = request.get("run"), request["target_dir"]
@@ -82,7 +82,7 @@ class CopyWorker:
         elif run is None and request["adopt"] in ("any", found.get("target_dir")):
             run = found["run"]
         elif run != found["run"]:
-            raise CheckpointError(describe_conflict(self._remote.shown, found))
+            raise CopyError(describe_conflict(self._remote.shown, found), concerns="run")
         self._run, self._claim = str(run), request["claim"]
         self._remote.write_json(MARKER_FILE, marker(self._run, target_dir, self._claim, request["by"]))
         return {"run": self._run, "copies": self._copies()}
@@ -132,12 +132,13 @@ class CopyWorker:
         return {copy.name: copy.digest for copy in self._known if copy.run == self._run and copy.complete}
 
     def _check_claim(self) -> None:
-        """Check that no other start of the run copies there. Errors: CheckpointError."""
+        """Check that no other start of the run copies there. Errors: CopyError."""
         found = self._remote.read_json(MARKER_FILE)
         if found.get("run") != self._run or found.get("claim") != self._claim:
-            raise CheckpointError(
+            raise CopyError(
                 f"checkpoint_copies: another start ({found.get('by', 'unknown')}) copies to {self._remote.shown} now, "
-                "so this one copies nothing more"
+                "so this one copies nothing more",
+                concerns="run",
             )
 
     def _upload(self, folder: Path) -> None:
@@ -248,7 +249,7 @@ class CopyWorker:
             self._done, self._total = 0, sum(entry["bytes"] for entry in manifest.files.values())
             for file in manifest.files:
                 self._download_file(f"{name}/{file}", aside / file, manifest)
-            step = read_json_object(aside / TRAINER_STATE_FILE).get("step")
+            step: Any = read_json_object(aside / TRAINER_STATE_FILE).get("step")
             if not is_whole_number(step):
                 raise CheckpointError(f"{self._remote.shown}/{name}: is no checkpoint of a training run")
         except CopyError:
@@ -256,8 +257,8 @@ class CopyWorker:
         except CheckpointError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(str(error).replace(f"{aside}", f"{self._remote.shown}/{name}")) from None
-        with open(aside / MANIFEST_FILE, "rb") as file:
-            os.fsync(file.fileno())
+        with open(own, "rb") as written:
+            os.fsync(written.fileno())
         fsync_folder(aside)
         final = into / checkpoint_name(prefix, step)
         aside.rename(final)
@@ -309,13 +310,14 @@ def _answer(worker: CopyWorker, request: Request, reply: Reply) -> None:
             result = {"claim": worker.claim, "copy": worker.copy, "fetch": worker.fetch}[request["do"]](request)
         reply("done", **result)
     except CopyError as error:
-        reply("failed", text=str(error), may_pass=error.may_pass)
+        reply("failed", text=str(error), may_pass=error.may_pass, concerns=error.concerns)
     except CheckpointError as error:
-        reply("failed", text=str(error), may_pass=False)
+        reply("failed", text=str(error), may_pass=False, concerns="checkpoint")
     except OSError as error:
-        reply("failed", text=f"{error.filename or 'a file'}: {error.strerror}", may_pass=True)
+        reply("failed", text=f"{error.filename or 'a file'}: {error.strerror}", may_pass=True, concerns="")
     except Exception as error:  # its text may contain a URL as a library has it
-        reply("failed", text=f"the copy ended with an unexpected {type(error).__name__}", may_pass=True)
+        text = f"the copy ended with an unexpected {type(error).__name__}"
+        reply("failed", text=text, may_pass=True, concerns="")
 
 
 def _end_with(parent: int) -> None:

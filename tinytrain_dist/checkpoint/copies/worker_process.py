@@ -30,7 +30,7 @@ class WorkerProcess:
     """A process that carries out one request after another."""
 
     def __init__(self, opening: dict[str, Any]) -> None:
-        """Start the process, and let it open a URL. `opening`: see CopyWorker.open; errors come with the next request."""
+        """Start the process, and let it open a URL: see CopyWorker.open. Its errors come with the next request."""
         root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
@@ -49,6 +49,11 @@ class WorkerProcess:
     def pid(self) -> int:
         """The process ID."""
         return self._process.pid
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process has ended, or was ended."""
+        return self._process.poll() is not None
 
     def request(
         self,
@@ -72,14 +77,14 @@ class WorkerProcess:
                 last_reply = now
                 if reply["kind"] == "failed":
                     self.close()  # a new process reads new credentials, and has no half-broken connections
-                    raise CopyError(str(reply["text"]), bool(reply["may_pass"]))
+                    raise CopyError(str(reply["text"]), bool(reply["may_pass"]), str(reply["concerns"]))
                 if reply["kind"] == "done":
                     self._unread -= 1
                     if not self._unread:
                         return reply
                 else:
                     on_reply(reply)
-            elif given_up():
+            if given_up():
                 self.close()
                 raise CopyError("given up", may_pass=True)
             if now - last_reply > SILENT_SECONDS or (deadline is not None and now > deadline):
