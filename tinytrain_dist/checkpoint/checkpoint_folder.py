@@ -38,7 +38,8 @@ class CheckpointFolder:
         self.directory = directory
         self.prefix = prefix
         self.warn = warn
-        self.held: Callable[[], Collection[Path]] = tuple  # which checkpoints must not be deleted yet
+        # called after each save, before old checkpoints are deleted; returns those that must stay for now
+        self.hold: Callable[[], Collection[Path]] = tuple
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -102,9 +103,9 @@ class CheckpointFolder:
         A checkpoint that cannot be deleted is reported and kept.
         Errors: OSError if the folder cannot be listed, or if it cannot be written down what keeps a checkpoint.
         """
+        held = self.hold()
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
         checkpoints = note_promises(checkpoints, rules)
-        held = self.held()
         for checkpoint in checkpoints_to_delete(checkpoints, rules, is_damaged):
             if checkpoint.path in held:
                 continue

@@ -124,8 +124,6 @@ class CheckpointManager:
             comparison.finish(itertools.chain.from_iterable(shards.values()), self.group)
             self._delete_old_checkpoints()  # before, too: what the last save kept until later steps were known
             self._write(self.folder(step), shards, state, manifest)
-            if self.copier is not None:
-                self.copier.wake()
             self._delete_old_checkpoints()
 
         save = SaveThread(step, work)
@@ -293,13 +291,6 @@ class CheckpointManager:
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename the checkpoints after `step`, because the run diverged; return their new paths. Only on rank 0."""
         return [] if lost_run(Path(self.config.target_dir)) else self.checkpoint_folder.set_aside_after(step)
-
-    def start_copier(self, copier: CheckpointCopier | None) -> None:
-        """Copy checkpoints from now on. What is being copied is not deleted."""
-        self.copier = copier
-        if copier is not None:
-            self.checkpoint_folder.held = copier.held
-            copier.start()
 
     def _delete_old_checkpoints(self) -> None:
         """Delete, on rank 0, the checkpoints that no setting keeps. A disk error is reported; the save stays valid."""

@@ -44,7 +44,7 @@ def copies_problems(config: TrainingConfig) -> list[str]:
             )
     place = config.checkpoint_copies
     if place is None:
-        return problems + _without_effect(config)
+        return problems + _unused_problems(config)
     if not place:
         return [*problems, "checkpoint_copies: is empty; give a URL or a folder, or leave it out"]
     scheme = place.partition("://")[0].lower()
@@ -77,7 +77,7 @@ def _has_secret(place: str) -> bool:
     return ":" in urllib.parse.unquote(user) or bool(user and stores_have_no_users) or "?" in rest or "#" in rest
 
 
-def _without_effect(config: TrainingConfig) -> list[str]:
+def _unused_problems(config: TrainingConfig) -> list[str]:
     fields = type(config).__dataclass_fields__
     names = ("copies_keep_last", "copies_keep_every", "copies_end_limit")
     return [

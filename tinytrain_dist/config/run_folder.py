@@ -161,6 +161,18 @@ class RunFolder:
         return [path for path in self.step_folders() if not name_suffix(path)]
 
 
+def read_copies_record(run: Path) -> dict[str, Any]:
+    """Return what copies.json says, with values of the expected types; {} if the run makes no copies."""
+    try:
+        record = parse_json(read_bytes(run / COPIES_FILE))
+    except (OSError, ValueError):
+        return {}
+    expected = {"url": str, "copied": list, "problem": str, "bytes": int, "bytes_copied": int}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in expected.items()):
+        return {}
+    return record
+
+
 def _is_path(value: Any) -> bool:
     """Return whether a setting can be a path: a damaged config.toml may hold anything."""
     return isinstance(value, str) and all(

@@ -180,7 +180,7 @@ def _load(
     copies = begin_copies(config, context, folder, lambda: phase_timer.enter("load"))
     start.downloaded = copies.downloaded
     loaded = resume() if automatic else loaded
-    checkpoints.start_copier(finish_copies_start(config, context, folder, copies))
+    checkpoints.copier = finish_copies_start(config, context, folder, copies)
     if loaded:
         start.source, state, start.changed_settings = loaded
         start.step, start.record = state["step"], state.get("report", {})

@@ -30,8 +30,8 @@ from tinytrain_dist.utils.text import format_bytes
 # After a failure: the first wait before the next try, and the longest; each is twice the one before.
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 10.0, 600.0
 WARN_SECONDS = 900.0  # between two warnings while nothing can be copied
-# Checkpoints that `copies_keep_every` keeps stay on the local disk until they are copied, but at most so many: a network
-# that stays away must not fill the disk.
+# Checkpoints that `copies_keep_every` keeps stay on the local disk until they are copied, but at most so many: a store
+# that stays away must not let the disk fill up.
 MOST_HELD = 2
 STATUS_SECONDS = 5.0  # between two changes of copies.json that only show progress
 
@@ -80,14 +80,14 @@ class CheckpointCopier(threading.Thread):
 
     # ---------------------------------------------------------------- for the thread that trains, and that of a save
 
-    def wake(self) -> None:
-        """Note that there is a new checkpoint."""
+    def hold(self) -> set[Path]:
+        """Note that there may be a new checkpoint, and return those that must not be deleted yet.
+
+        These are the one that is being copied, and few that wait.
+        """
         with self._changed:
             self._awake = True
             self._changed.notify_all()
-
-    def held(self) -> set[Path]:
-        """Return the checkpoints that must not be deleted yet: the one that is being copied, and few that wait."""
         with contextlib.suppress(OSError):
             waiting = [path for path in self._pending() if self._is_multiple(checkpoint_step(path))]
             with self._changed:
@@ -240,7 +240,7 @@ class CheckpointCopier(threading.Thread):
 
     def _on_reply(self, reply: dict[str, Any]) -> None:
         if reply["kind"] == "note":
-            self._news.append(CopyNews(checkpoint_step(self._current or Path()), "copy_note", str(reply["text"])))
+            self._news.append(CopyNews(checkpoint_step(self._current or Path()), "copied", str(reply["text"])))
         elif reply["kind"] == "progress":
             self._progress = (int(reply["done"]), int(reply["total"]))
             if time.monotonic() - self._status_at > STATUS_SECONDS:

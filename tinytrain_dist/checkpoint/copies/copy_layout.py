@@ -54,12 +54,12 @@ class RemoteCopy:
         return not self.problems
 
 
-def read_copies(remote: RemoteFolder, prefix: str, known: Iterable[RemoteCopy] = ()) -> list[RemoteCopy]:
+def read_copies(remote: RemoteFolder, prefix: str | None, known: Iterable[RemoteCopy] = ()) -> list[RemoteCopy]:
     """Return what is in all folders PREFIX-STEP at the URL, by step. Errors: CopyError.
 
-    known: what an earlier call returned; folders that have not changed since are not read again.
+    prefix: None for any. known: what an earlier call returned; folders that have not changed since are not read again.
     """
-    pattern = re.compile(re.escape(prefix) + r"-\d{8,}", re.ASCII)
+    pattern = re.compile((".+" if prefix is None else re.escape(prefix)) + r"-\d{8,}", re.ASCII)
     folders: dict[str, dict[str, RemoteEntry]] = {}
     for path, entry in remote.list().items():
         folder, _, name = path.partition("/")

@@ -177,9 +177,9 @@ class RemoteFolder:
     def matches(self, name: str, sent: SentFile, path: Path) -> bool:
         """Return whether a file is what was sent: by its size, and its checksum or some of its bytes.
 
-        Errors: CopyError; OSError of the local file. A store that checks what it receives, as S3 does, has refused damaged parts. Without a checksum to compare with,
+        A store that checks what it receives, as S3 does, has refused damaged parts. Without a checksum to compare with,
         only the ends and the middle are read back: reading all would double the traffic, and every byte is compared
-        with its digest before a run resumes from it.
+        with its digest before a run resumes from it. Errors: CopyError; OSError of the local file.
         """
         info = self._try(name, "read", lambda: self._fresh_info(name))
         entry = _entry(info)

@@ -74,7 +74,7 @@ def begin_copies(
 def finish_copies_start(
     config: TrainingConfig, context: DistributedContext, folder: CheckpointFolder, started: StartedCopies
 ) -> CheckpointCopier | None:
-    """Wait a limited time for the claim, and return the copier on rank 0 of a run with copies. A collective.
+    """Wait a limited time for the claim, and start the copier on rank 0 of a run with copies. A collective.
 
     Errors: CheckpointError if the URL holds the copies of another run. Any other problem is a warning, because a run
     with checkpoints may have been started again by a machine.
@@ -93,7 +93,12 @@ def finish_copies_start(
             print_line(f"WARNING: {error}; the run starts, and copies are made when that works again")
 
     collectives.run_on_all_ranks(finish)
-    return None if started.claim is None else CheckpointCopier(config, folder, started.claim)
+    if started.claim is None:
+        return None
+    copier = CheckpointCopier(config, folder, started.claim)
+    folder.hold = copier.hold
+    copier.start()
+    return copier
 
 
 class _Preparation:
