@@ -99,7 +99,8 @@ class RunSaver:
             return
         if copier is not None:
             copier.end()
-        started = last_line = time.monotonic()
+        started = time.monotonic()
+        last_line = started - LINE_SECONDS  # the first line comes after COPY_POLL_SECONDS
         waits = True
         while waits:
             self.phase_timer.enter("checkpoint")

@@ -29,7 +29,7 @@ PART_BYTES = 16 << 20
 MOST_PARTS = 9_000  # a store may refuse more than 10,000
 PART_TRIES = 5
 # Seconds between the tries of a small request, and of a file. The caller tries again later, and for longer.
-RETRY_SECONDS = (0.5, 2.0)
+RETRY_SECONDS = (0.5, 1.0, 2.0)
 READ_BACK_BYTES = 1 << 20  # from the beginning, the middle and the end of a file
 
 Result = TypeVar("Result")

@@ -27,7 +27,7 @@ from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.progress import Advance, progress_lines
 
 # How long the start of a run with checkpoints waits for the store. Copying then begins later, in the background.
-CLAIM_SECONDS = 30.0
+CLAIM_SECONDS = 10.0
 EMPTY_CLAIM_SECONDS = 300.0  # and a run without, which cannot begin before it knows what is there
 TURN_SECONDS = 1.0  # between two messages to the ranks that wait
 
