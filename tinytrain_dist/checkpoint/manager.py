@@ -30,6 +30,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
     check_same_run,
     checkpoints_to_try,
     describe_changes,
+    how_to_restore,
     how_to_start_anew,
 )
 from tinytrain_dist.checkpoint.retention import RetentionRules
@@ -243,8 +244,8 @@ class CheckpointManager:
                 self.checkpoint_folder.set_aside(path, problems)
         if candidates:
             raise CheckpointError(
-                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
-                f"{how_to_start_anew(self.config)}"
+                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; "
+                f"{how_to_restore(self.config)}, or {how_to_start_anew(self.config)}"
             )
         return None
 

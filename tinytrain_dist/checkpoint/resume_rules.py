@@ -87,6 +87,11 @@ def other_folders(config: TrainingConfig) -> str:
     return f"another {' and '.join(names)}"
 
 
+def how_to_restore(config: TrainingConfig) -> str:
+    """Return what to do if all checkpoints are damaged; they have other names then, so a start can download a copy."""
+    return "restore one" if config.checkpoint_copies is None else "start again, from the newest copy of a checkpoint"
+
+
 def how_to_start_anew(config: TrainingConfig) -> str:
     """Return what to do to train from step 0, with the checkpoints of this folder left as they are."""
     named = [name for name in ("resume", "ckpt_path_to_resume") if getattr(config, name) not in ("auto", None)]
