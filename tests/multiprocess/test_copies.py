@@ -18,6 +18,7 @@ from tests.helpers.copies import files_below, status_of
 from tests.helpers.ranks import AGENT, living_processes, run_ranks, training_process
 from tests.helpers.s3_server import BreakingProxy, S3Server, breaking_proxy, s3_server
 from tests.helpers.training import Run, config_file, fit, settings_for
+from tinytrain_dist.checkpoint.copies import copier
 from tinytrain_dist.cli import main
 from tinytrain_dist.utils.json_files import read_json_dict
 
@@ -187,7 +188,7 @@ def test_refused_copies_cost_no_step_and_tell_no_secret(
     proxy.on_request = lambda data: REFUSED if is_upload_of("/model-", data) else None
     folder = tmp_path / "run"
     settings = settings_for(tmp_path, "run", ckpt_every=3, checkpoint_copies="s3://bucket/refused")
-    (result,) = run_ranks(1, fit, settings)
+    (result,) = run_ranks(1, fit_until_three_failures, settings)
     assert result["state"] == "done"
     run = Run(folder)
     texts = run.values("copy_failed", "text")
@@ -223,6 +224,23 @@ def test_refused_copies_cost_no_step_and_tell_no_secret(
     assert (
         "downloaded from s3://bucket/refused/checkpoint-00000006" in Run(tmp_path / "new").values("resumed", "text")[0]
     )
+
+
+def fit_until_three_failures(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train; after the first save, wait until its copy has failed three times."""
+    copier.FIRST_RETRY_SECONDS = 0.01
+
+    def wait_for_failures(trainer: Any) -> None:
+        original = trainer.run_step
+
+        def run_step() -> Any:
+            if trainer.step == 4:
+                wait_until(lambda: status_of(Path(settings["target_dir"]))["failures"] >= 3, "it is tried again")
+            return original()
+
+        trainer.run_step = run_step
+
+    return fit(settings, wait_for_failures)
 
 
 def run_digests(folder: Path) -> dict[str, str]:
