@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # type checkers and editors find the names here; at run time 
     from tinytrain_dist.optim.adamw import AdamW as AdamW
     from tinytrain_dist.optim.clipping import clip_gradients as clip_gradients
     from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule as cosine_lr_schedule
+    from tinytrain_dist.optim.lr_schedule import linear_lr_schedule as linear_lr_schedule
     from tinytrain_dist.optim.lr_schedule import wsd_lr_schedule as wsd_lr_schedule
     from tinytrain_dist.parallel.wrappers import apply_ddp as apply_ddp
     from tinytrain_dist.parallel.wrappers import apply_fsdp as apply_fsdp
@@ -46,6 +47,7 @@ _HOME = {  # the module that defines each public name
     "TrainingError": "errors",
     "cross_entropy_loss": "model.loss",
     "cosine_lr_schedule": "optim.lr_schedule",
+    "linear_lr_schedule": "optim.lr_schedule",
     "wsd_lr_schedule": "optim.lr_schedule",
     "AdamW": "optim.adamw",
     "clip_gradients": "optim.clipping",

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.token_files import save_llm_c, save_megatron, save_tokens
 from tests.helpers.tools import TEXT, Cli
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
@@ -68,6 +69,35 @@ def test_a_text_and_its_token_file_give_the_loss_of_a_plain_loop(tinytrain: Cli,
     assert done.stdout == by_tokens, done.stderr
 
 
+def test_every_format_that_val_data_takes_gives_the_same_numbers(
+    tinytrain: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 50, 300).astype(np.uint16)
+    save_tokens(tmp_path / "all.npy", ids)
+    (tmp_path / "shards").mkdir()
+    save_tokens(tmp_path / "shards" / "t-0.npy", ids[:100])
+    save_llm_c(tmp_path / "shards" / "t-1.bin", ids[100:250])
+    save_tokens(tmp_path / "shards" / "t-2.npy", ids[250:], "int64")
+    save_megatron(tmp_path / "megatron", [ids[:7], ids[7:]])
+    ids.tofile(tmp_path / "plain.bin")
+    expected = None
+    for data, *options in (
+        ("all.npy",),
+        ("shards",),
+        ("shards/t-*",),
+        ("megatron",),
+        ("megatron.bin",),
+        ("plain.bin", "--token-dtype", "uint16"),
+    ):
+        code, out, err = tinytrain("evaluate", folder / "one", "--data", data, "--stride", 5, *options)
+        assert code == 0, err
+        expected = expected or out.splitlines()[1:]
+        assert out.splitlines()[1:] == expected, data
+    code, _, err = tinytrain("evaluate", folder / "one", "--data", "plain.bin")
+    assert (code, "set token_dtype to their type (possible: uint16" in err) == (2, True), err
+
+
 def test_mistakes(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -75,7 +105,9 @@ def test_mistakes(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
         (("--data", tmp_path / "nothing.txt"), "cannot be read"),
         (("--data", tmp_path / "short.txt"), "at least 2 are needed"),
         (("--data", tmp_path / "binary.txt"), "cannot be read"),
-        (("--data", tmp_path / "nothing.npy"), "nothing.npy"),
+        (("--data", tmp_path / "nothing.npy"), "nothing.npy: no such token file"),
+        (("--data", tmp_path / "nothing*"), "no file fits the glob"),
+        (("--data", tmp_path), "the folder has no .npy or .bin file"),
         (("--data", tmp_path / "short.txt", "--nproc", 0), "--nproc: 0 is not a number"),
         (("--data", tmp_path / "short.txt", "--stride", 0), "--stride: 0 is not in 1 .."),
         ((), "--data"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinytrain_dist.cli.main import main as tinytrain
@@ -64,6 +65,34 @@ def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFix
     assert code == 0, text
     assert "batch_size 2048 = micro_batch_size " in text
     assert "micro_batch_size 2048 " not in text
+
+
+def test_epochs_give_the_length_of_the_planned_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", np.zeros(1000 * 32 + 1, np.uint16))
+    small = (*SMALL, "--context-len", "32", "--batch-size", "8", "--sampling", "shuffle")
+    data = ("--train-data", str(tmp_path / "train.npy"))
+    code, by_epochs = run_plan(capsys, *small, *data, "--epochs", "2")
+    assert code == 0, by_epochs
+    assert by_epochs == run_plan(capsys, *small, *data, "--total-steps", "251")[1]  # 2 x 1,001 windows / 8
+    assert "; 251 steps = " in by_epochs
+    code, text = run_plan(capsys, *small, "--train-data", str(tmp_path / "none.npy"), "--epochs", "2")
+    assert code == 2
+    assert "epochs: total_steps follows from the token files of train_data, which cannot be read here (" in text
+
+
+def test_growing_batches_are_named_and_their_tokens_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--batch-size", "32", "--total-steps", "100", "--context-len", "10", "--micro-batch-size", "4", *SMALL)
+    growing = (*settings, "--batch-size-warmup", "0: 8", "30: 16", "60: 32", "--device", "cpu")
+    code, text = run_plan(capsys, *growing)
+    assert code == 0, text
+    assert "\nbatch_size_warmup: 8 from step 0 on, 16 from step 30 on, 32 from step 60 on\n" in text
+    assert f"100 steps = {10 * (30 * 8 + 30 * 16 + 40 * 32):.3g} tokens" in text
+    _, constant = run_plan(capsys, *settings, "--device", "cpu")
+    memory_and_step = [printed.partition("memory of")[2].partition("least time")[0] for printed in (text, constant)]
+    assert memory_and_step[0] == memory_and_step[1] != ""
+    code, text = run_plan(capsys, *growing, "--devices-per-node", "4")
+    assert code == 2
+    assert "8 from step 0 on is not a multiple of micro_batch_size 4 x 4 ranks = 16; possible: 16" in text
 
 
 def test_the_simulated_step_adds_up(capsys: pytest.CaptureFixture[str]) -> None:

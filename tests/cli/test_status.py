@@ -145,6 +145,6 @@ def test_it_needs_no_torch() -> None:
 
 
 def test_what_is_not_known_is_not_printed() -> None:
-    nothing = Status("dead", "", 0, 0, [], [], None, NOW, False, 0.0)
+    nothing = Status("dead", "", 0, 0, None, [], [], None, NOW, False, 0.0)
     said = {name: text for name, text in lines_of(nothing).items() if text}
     assert said == {"state": "dead", "progress": "step 0 of ?", "checkpoint": "none yet"}

@@ -59,11 +59,12 @@ def test_sizes_of_a_model(values: dict[str, Any], data: st.DataObject) -> None:
 
 
 SCHEDULES = st.fixed_dictionaries(
-    {"total_steps": st.integers(1, 400), "schedule": st.sampled_from(["cosine", "wsd", "constant"])},
+    {"total_steps": st.integers(1, 400), "schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"])},
     optional={
         "warmup_iters": st.integers(0, 500),
         "cosine_iters": st.integers(1, 500),
         "decay_iters": st.integers(1, 500),
+        "decay_shape": st.sampled_from(["linear", "sqrt"]),
         "lr_max": st.sampled_from([1e-5, 0.1 + 0.2, 1.0, 1e30]),
         "lr_min": st.sampled_from([0.0, 1e-7, 0.01, 0.1, 5e31]),
         "stop_at_step": st.integers(1, 500),

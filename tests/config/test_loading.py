@@ -385,3 +385,11 @@ def test_a_setting_of_evaluations_has_no_effect_without_val_data(tmp_path: Path,
 
 def test_samples_may_be_disabled_without_evaluations() -> None:
     assert parse_command_line(["--sample-tokens", "0"]).sample_tokens == 0
+
+
+def test_a_run_stands_for_its_config(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("[run]\nseed = 7\n")
+    assert parse_command_line([str(tmp_path / "run"), "--total-steps", "9"]).seed == 7
+    with pytest.raises(ConfigError, match="cannot be read: is a folder"):
+        parse_command_line([str(tmp_path)])

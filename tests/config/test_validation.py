@@ -41,6 +41,13 @@ def test_a_number_that_is_not_negative_can_still_be_wrong(name, value):
     assert only_problem(**{name: value}) == f"{name}: {value} must be a finite number"
 
 
+def test_numbers_are_small_enough_to_be_exact():
+    assert problems_of(total_steps=2**53 // 4, batch_size=4) == []
+    for name in ("total_steps", "batch_size", "log_every", "ckpt_every"):
+        assert only_problem(**{name: 2**53 + 1}).startswith(f"{name}: 9007199254740993 must be at most 2**53 = 9007199")
+    assert "steps x batch_size 4 are more than 2**53" in only_problem(total_steps=2**53 // 4 + 1, batch_size=4)
+
+
 def test_a_seed_has_at_most_64_bits():
     # evaluation uses 1 as the second word of the generator's key
     assert problems_of(seed=2**64 - 1) == []
@@ -65,6 +72,7 @@ def test_a_seed_has_at_most_64_bits():
         ({"betas": [0.9, 1.0]}, "betas: (0.9, 1.0) must both lie in [0, 1)"),
         ({"betas": [float("nan"), 0.9]}, "betas: (nan, 0.9) must both lie in [0, 1)"),
         ({"warmup_iters": 50, "cosine_iters": 40}, "cosine_iters: 40 is less than warmup_iters 50"),
+        ({"schedule": "linear", "warmup_iters": 50, "total_steps": 40}, "total_steps: 40 is less than warmup_iters 50"),
         (
             {"schedule": "wsd", "total_steps": 100, "warmup_iters": 50, "decay_iters": 51},
             "decay_iters: 51 + warmup_iters 50 is more than total_steps 100",
@@ -91,6 +99,9 @@ def test_settings_that_contradict_each_other_are_refused(values, sentence):
     [
         ({"schedule": "constant", "cosine_iters": 10}, {"schedule": "cosine"}),
         ({"schedule": "cosine", "decay_iters": 10}, {"schedule": "wsd"}),
+        ({"schedule": "linear", "decay_iters": 10}, {"schedule": "wsd"}),
+        ({"schedule": "linear", "cosine_iters": 10}, {"schedule": "cosine"}),
+        ({"schedule": "linear", "decay_shape": "sqrt"}, {"schedule": "wsd"}),
         ({"parallel": "ddp", "dp_replicate": 2}, {"parallel": "hsdp"}),
         ({"parallel": "auto", "dp_shard": 2}, {"parallel": "hsdp"}),
         ({"parallel": "ddp", "reshard_after_forward": True}, {"parallel": "fsdp"}),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.token_files import mapped_mib, needs_linux_memory_figures, save_sparse_tokens, save_tokens
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
 from tinytrain_dist.data.token_file import read_windows
 from tinytrain_dist.data.window_sampling import window_starts
@@ -211,6 +212,20 @@ def test_shuffled_windows_are_as_recorded(files: list[str]) -> None:
     sources, positions = TokenDataset(files, CONTEXT_LEN, shuffle_batch=8).draw(1, 2, range(8))
     assert sources.tolist() == [2, 1, 2, 2, 1, 2, 0, 2], "a run, when resumed, would continue with other windows"
     assert positions.tolist() == [19, 43, 33, 12, 1, 5, 15, 40]
+
+
+def test_shuffled_windows_of_growing_batches_are_those_of_a_constant_batch(files: list[str]) -> None:
+    """No window is left out or drawn twice where the size changes; weights change at the same step."""
+    sizes = BatchSizes.of(8, ["0: 2", "3: 4", "5: 8"])
+    phases = [(0, [1.0, 1.0, 1.0]), (4, [1.0, 2.0, 1.0])]
+    growing = TokenDataset(files, CONTEXT_LEN, shuffle_batch=sizes.before, phases=phases)
+    single = TokenDataset(files, CONTEXT_LEN, shuffle_batch=1, phases=[(0, phases[0][1]), (10, phases[1][1])])
+    drawn = [growing.draw(1, step, range(sizes.at(step))) for step in range(9)]
+    one_by_one = [single.draw(1, number, [0]) for number in range(sizes.before(9))]
+    for part in (0, 1):
+        assert np.concatenate([windows[part] for windows in drawn]).tolist() == [w[part][0] for w in one_by_one]
+    assert [growing.epochs(step) for step in range(9)] == [single.epochs(sizes.before(step)) for step in range(9)]
+    assert growing.epochs_of_sources(7) == single.epochs_of_sources(30)
 
 
 def test_a_source_too_short_for_a_window_is_refused_with_shuffle(files: list[str], tmp_path: Path) -> None:

@@ -96,6 +96,19 @@ def test_a_header_of_llm_c_must_fit_the_size(tmp_path: Path) -> None:
     assert "has 998 bytes of tokens, but its llm.c header says 500 tokens of 2 bytes" in refusal(path)
 
 
+def test_an_unknown_version_of_a_header_of_llm_c_is_refused(tmp_path: Path) -> None:
+    path = save_llm_c(tmp_path / "t.bin", IDS)
+    content = path.read_bytes()
+    for version in (0, 2, -1):
+        path.write_bytes(content[:4] + struct.pack("<i", version) + content[8:])
+        assert f"its llm.c header has version {version}, but only 1 of 20240520 is known here" in refusal(path)
+        assert "llm.c header has version" in refusal(path, token_dtype="uint16")
+    llama = save_llm_c(tmp_path / "llama.bin", IDS, 20240801, "<u4")
+    content = llama.read_bytes()
+    llama.write_bytes(content[:4] + struct.pack("<i", 7) + content[8:])
+    assert len(TokenSource(str(llama))) == 500
+
+
 # --- Megatron's index ----------------------------------------------------------------------------------------------
 
 
@@ -124,7 +137,14 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     [
         (lambda index: index[:-9], r"m\.idx: has \d+ bytes, but \d+ by its header"),
         (lambda index: b"MMIDIDX\0\0\2" + index[10:], "has version 2 of Megatron's format"),
-        (lambda index: index[:17] + b"\6" + index[18:], "has the type code 6, which is no type of integers"),
+        (
+            lambda index: index[:17] + b"\6" + index[18:],
+            r"the type code 6 \(float64\), but token IDs have one of these",
+        ),
+        (
+            lambda index: index[:17] + b"\x63" + index[18:],
+            r"type code 99 \(unknown\), .* 1 uint8, .* 8 uint16;",
+        ),
         (lambda index: index[:17] + b"\4" + index[18:], r"tokens lie in several pieces \(sequence 1 begins at byte 10"),
         (lambda index: index[:34] + b"\4" + index[35:], "tokens lie in several pieces"),
         (lambda index: index[:-8] + b"\4" + index[-7:], "its document index ends with sequence 4 of 5"),

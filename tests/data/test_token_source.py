@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,13 @@ def test_many_document_starts_are_found_by_pages(tmp_path: Path) -> None:
     [
         ("mask", np.ones(6, np.uint8), r"t\.mask\.npy: has 6 values, but .*t\.npy has 7 tokens"),
         ("mask", np.ones(7, np.float32), r"t\.mask\.npy: holds 1-D float32, but a mask is"),
+        ("mask", np.zeros(7, np.uint8), r"t\.mask\.npy: no value is 1, so no token counts as a target; write a 1"),
+        ("mask", np.zeros(7, bool), r"t\.mask\.npy: no value is 1"),
+        ("mask", np.full(7, 255, np.uint8), r"t\.mask\.npy: has the value 255 at position 0, but a mask holds only"),
+        ("mask", np.array([0, 0, 3, 1, 2, 1, 1], np.uint8).view(bool), r"has the value 3 at position 2"),
+        ("documents", np.arange(7), "every token begins a document, so there is no document of two tokens"),
+        ("documents", np.array([0.0, 3.0]), "holds 1-D float64, but document starts are"),
+        ("documents", np.array([0, 2**63], np.uint64), r"less than 7 \(number 1 is -9223372036854775808\)"),
         ("documents", np.array([0, 3, 2]), r"ascending positions from 0 to less than 7 \(number 2 is 2\)"),
         ("documents", np.array([1, 3]), r"ascending positions from 0 to less than 7 \(number 0 is 1\)"),
         ("documents", np.array([0, 7]), r"ascending positions from 0 to less than 7 \(number 1 is 7\)"),
@@ -324,15 +332,35 @@ def test_a_file_beside_a_shard_that_does_not_fit_is_refused(
     source = TokenSource(str(save_tokens(tmp_path / "t.npy", range(7))))
     np.save(tmp_path / f"t.{ending}.npy", content)
 
-    def read() -> None:
-        if ending == "mask":
-            source.open_masks()
-        else:
-            source.open_documents()
-            source.document_starts(0, 7)
-
     with pytest.raises(DataError, match=expected):
-        read()
+        source.open_masks() if ending == "mask" else source.open_documents()
+
+
+def save_masks(corpus: Path, values: Callable[[int, int], np.ndarray]) -> TokenSource:
+    """Save values(number, length) as the mask of each shard."""
+    for number, length in enumerate(LENGTHS):
+        np.save(corpus / f"t-{number}.mask.npy", values(number, length).astype(np.uint8))
+    return TokenSource(str(corpus))
+
+
+def test_some_mask_of_a_source_must_count_a_token(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert save_masks(corpus, lambda number, length: np.full(length, number == len(LENGTHS) - 1)).open_masks()
+    nothing = save_masks(corpus, lambda _, length: np.zeros(length))
+    with pytest.raises(DataError, match=rf"^{corpus}, all {len(LENGTHS)} mask files: no value is 1, so no token"):
+        nothing.open_masks()
+    monkeypatch.setattr(token_source, "_MASK_CHECK_TOKENS", 20)
+    assert nothing.open_masks(), "the rest of a large mask is not read at the start"
+
+
+def test_a_wrong_value_in_a_mask_is_named_when_its_window_is_read(corpus: Path) -> None:
+    def values(number: int, length: int) -> np.ndarray:
+        return np.where(np.arange(length) == length - 1, 7 if number == 3 else 1, 1)
+
+    source, end = save_masks(corpus, values), int(ENDS[3])
+    assert source.open_masks()
+    assert source.read_mask(0, end - 1).all()
+    with pytest.raises(DataError, match=rf"t-3\.mask\.npy: has the value 7 at position {LENGTHS[3] - 1}, but a mask"):
+        source.read_mask(end - 4, 8)
 
 
 def test_no_shard_or_all_of_them_have_files_beside_them(corpus: Path) -> None:

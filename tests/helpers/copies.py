@@ -35,9 +35,11 @@ class Copies:
         self.worker = CopyWorker(lambda kind, **values: self.replies.append({"kind": kind, **values}))
         self.worker.open({"url": str(place), "prefix": "checkpoint", "keep_last": keep_last, "keep_every": keep_every})
 
-    def claim(self, claim: str = "first", run: str | None = None, adopt: str | None = TARGET) -> dict[str, Any]:
+    def claim(
+        self, claim: str = "first", run: str | None = None, adopt: str | None = TARGET, **more: Any
+    ) -> dict[str, Any]:
         request = {"run": run, "new_run": f"run-of-{claim}", "target_dir": TARGET, "adopt": adopt, "claim": claim}
-        return self.worker.claim({**request, "by": f"start {claim}"})
+        return self.worker.claim({**request, **more, "by": f"start {claim}"})
 
     def copy(self, checkpoint: Path, newest_step: int | None = None) -> list[str]:
         """Copy a checkpoint, and return the names of the complete copies."""

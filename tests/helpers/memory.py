@@ -16,6 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 3  # DDP allocates its buckets again in the second step
 
+# large matrices and few tokens, so that the update needs most memory
+MUON: dict[str, Any] = {
+    "optimizer": "muon",
+    "num_layers": 2,
+    "d_model": 384,
+    "vocab_size": 64,
+    "context_len": 4,
+    "batch_size": 2,
+}
 # name -> ranks, settings; on top of MODEL
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "none": (1, {"parallel": "none"}),
@@ -34,6 +43,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 2, selective, bf16": (2, {"parallel": "fsdp", "activation_checkpointing": "selective", "precision": "bf16"}),
     "fsdp 4, vocabulary 8192": (4, {"parallel": "fsdp", "vocab_size": 8192}),
     "hsdp 2 x 2, accumulation": (4, {"parallel": "hsdp", "dp_replicate": 2, "dp_shard": 2, "micro_batch_size": 2}),
+    "ddp 2, muon": (2, {"parallel": "ddp", **MUON}),
+    "fsdp 2, muon": (2, {"parallel": "fsdp", **MUON}),
 }
 MODEL: dict[str, Any] = {
     "num_layers": 6,
@@ -97,6 +108,6 @@ def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, st
 def _steps(train_step: Any, count: int) -> None:
     from tinytrain_dist.training.memory_estimate import EmptyBatches, empty_windows
 
-    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.slots)))
+    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.share(0).slots)))
     for step in range(count):
         train_step.run(step, batches).vote.result()

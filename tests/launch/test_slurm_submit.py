@@ -143,6 +143,28 @@ def problems_of(*args: object) -> str:
     return ""
 
 
+def without_steps(config: Path) -> Path:
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("total_steps")))
+    return config
+
+
+def test_a_dry_run_says_how_many_steps_the_epochs_are(config: Path, tmp_path: Path) -> None:
+    shuffled = (without_steps(config), *USUAL, "--vocab-size", 53, "--sampling", "shuffle", "--dry-run")
+    # (4,000 tokens / 12, rounded up) = 334 windows in batches of 8
+    done = submit(*shuffled, "--epochs", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# 3.0 epochs give total_steps = 126\n")
+    (tmp_path / "sweep").write_text("--epochs 1\n--epochs 3\n")
+    done = submit(*shuffled, "--array", tmp_path / "sweep")
+    assert done.stdout.startswith(
+        "# task 0: 1.0 epochs give total_steps = 42\n# task 1: 3.0 epochs give total_steps = 126\n"
+    ), done.stderr
+    assert not (tmp_path / "run").exists()
+    said = refusal(*shuffled, "--epochs", 3, "--train-data", tmp_path / "none.npy")
+    assert "epochs: total_steps follows from the token files of train_data, which cannot be read here (" in said
+
+
 def test_an_own_template_gets_the_configuration_of_its_task_and_keeps_its_number_of_tasks(
     config: Path, tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def fit_until_three_failures(settings: dict[str, Any]) -> dict[str, Any]:
 
         def run_step() -> Any:
             if trainer.step == 4:
+                trainer.saver.collect(trainer.step, wait=True)
                 wait_until(lambda: status_of(Path(settings["target_dir"]))["failures"] >= 3, "it is tried again")
             return original()
 
@@ -262,14 +263,29 @@ def test_a_store_that_is_away_stops_only_a_start_that_could_lose_work(
     assert copied_steps(server, "away") == [6, 7]
 
 
-def test_ctrl_c_ends_the_wait_for_the_last_copy(server: S3Server, proxy: BreakingProxy, tmp_path: Path) -> None:
-    release = threading.Event()
-    proxy.on_request = lambda data: release.wait(LIMIT_SECONDS) and None if is_upload_of("/model-", data) else None
-    config = config_file(tmp_path, total_steps=2, ckpt_every=2, checkpoint_copies="s3://bucket/wait")
+def test_a_second_ctrl_c_ends_the_wait_for_the_last_copy(
+    server: S3Server, proxy: BreakingProxy, tmp_path: Path
+) -> None:
+    """The first one saves and stops the run. All is saved then, so the second one is no failure."""
+    held, release = threading.Event(), threading.Event()
+
+    def block(data: bytes) -> bytes | None:
+        if is_upload_of("/model-", data):
+            held.set()
+            release.wait(LIMIT_SECONDS)
+        return None
+
+    proxy.on_request = block
+    url = "s3://bucket/wait"
+    config = config_file(tmp_path, total_steps=100_000, ckpt_every=5, eval_every=100_000, checkpoint_copies=url)
     with training_process([config], 1, tmp_path, launcher=AGENT) as running:
+        assert held.wait(LIMIT_SECONDS), running.output()
+        running.process.send_signal(signal.SIGINT)
         running.wait_for_output("Ctrl-C ends the wait")
         running.process.send_signal(signal.SIGINT)
-        assert running.wait(LIMIT_SECONDS) == 0
+        assert running.wait(LIMIT_SECONDS) == 0, running.output()
+        assert "ending; everything is saved" in running.output()
         assert "the last checkpoint was not copied; the next start of this run copies it" in running.output()
     release.set()
-    assert read_json_dict(tmp_path / "run" / "state.json")["state"] == "done"
+    assert read_json_dict(tmp_path / "run" / "state.json")["state"] == "preempted"
+    assert not (tmp_path / "run" / "error.json").exists()

@@ -68,7 +68,7 @@ def train_all(variants: list[dict[str, Any]]) -> dict[tuple[str, int], list[Any]
         meshed = context.with_mesh(ParallelDims(mode, replicate, shard, ""))  # type: ignore[arg-type]
         for number, variant in enumerate(variants):
             step = build_train_step(TrainingConfig(**{**TINY, **variant}), meshed)
-            batches = BatchesOfSlots(step.slots)
+            batches = BatchesOfSlots(list(step.share(0).slots))
             numbers = [step.run(index, batches).numbers.read() for index in range(4)]
             weights = gather_full_state_dict(step.model)
             if variant.get("reproducible"):

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,9 @@ def break_counter(_: Any) -> None:
 
 def break_sampling(trainer: Any) -> None:
     """Make the drawn windows depend on the rank."""
-    trainer.train_step.slots = [slot + 1000 * trainer.context.rank for slot in trainer.train_step.slots]
+    share = trainer.train_step.share(0)
+    other = replace(share, slots=tuple(slot + 1000 * trainer.context.rank for slot in share.slots))
+    trainer.train_step.share = lambda _: other
 
 
 def break_initial_weights(trainer: Any) -> None:

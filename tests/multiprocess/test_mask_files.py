@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.ranks import REPOSITORY, run_ranks
-from tests.helpers.training import TINY, VOCABULARY, Run, fit, settings_for
+from tests.helpers.training import TINY, VOCABULARY, Run, config_file, fit, settings_for
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.window_sampling import EVAL_STREAM, TRAIN_STREAM, window_starts
@@ -169,3 +169,21 @@ def test_a_resume_with_other_masks_is_refused(runs: MaskedRuns) -> None:
     assert "train_data" in message
     assert "document_mask" not in message
     assert json.loads((runs.one.checkpoint / "trainer_state.json").read_text())["data"]["train"]["mask"] in message
+
+
+def test_a_run_names_bad_values_in_a_sentence_at_the_start_and_later(tmp_path: Path) -> None:
+    config = config_file(tmp_path, parallel="none", compile=False, loss_mask=True, document_mask=True)
+    for kind, values in (("mask", [1] * 4000), ("documents", [0])):
+        np.save(tmp_path / f"val.{kind}.npy", np.array(values, np.uint8))
+    many = 1 << 22  # more than the start reads of a mask
+    np.save(tmp_path / "train.npy", np.zeros(many, np.uint16))
+    np.save(tmp_path / "train.mask.npy", np.where(np.arange(many) < 1 << 20, 1, 2).astype(np.uint8))
+    np.save(tmp_path / "train.documents.npy", [0, 50, 40])
+    done = tinytrain("train", config, "--nproc", 1)
+    assert f"train.documents.npy: does not hold ascending positions from 0 to less than {many} (number 2" in done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    np.save(tmp_path / "train.documents.npy", [0])
+    done = tinytrain("train", config, "--nproc", 1)
+    place = r"train\.mask\.npy: has the value 2 at position \d+, but a mask holds only 0 and 1; make it again"
+    assert re.search(rf"after step \d+: DataError: .*{place}", done.stderr), done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr

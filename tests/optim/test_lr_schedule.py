@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule, learning_rate, wsd_lr_schedule
+from tinytrain_dist.optim.lr_schedule import cosine_lr_schedule, learning_rate, linear_lr_schedule, wsd_lr_schedule
 
 
 def test_the_signature_stays_as_documented():
@@ -81,11 +81,34 @@ def test_wsd_refuses_what_would_overlap(values):
         wsd_lr_schedule(t, 1.0, 0.1, warmup, decay, end)
 
 
+@pytest.mark.parametrize(("t", "rate"), [(80, 1.0), (85, 0.6), (90, 1 - 0.8 * 0.5**0.5), (100, 0.2), (101, 0.2)])
+def test_the_other_shape_of_the_decay(t, rate):
+    assert wsd_lr_schedule(t, 1.0, 0.2, 10, 20, 100, shape="sqrt") == pytest.approx(rate, abs=1e-15)
+    config = TrainingConfig(
+        schedule="wsd", lr_max=1.0, lr_min=0.2, warmup_iters=10, decay_iters=20, total_steps=100, decay_shape="sqrt"
+    )
+    assert learning_rate(config, t - 1) == pytest.approx(rate, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("t", "rate"), [(0, 0.0), (5, 0.5), (10, 1.0), (55, 0.6), (99, 0.2 + 0.8 / 90), (100, 0.2), (101, 0.2)]
+)
+def test_linear_at_its_points(t, rate):
+    assert linear_lr_schedule(t, 1.0, 0.2, 10, 100) == pytest.approx(rate, abs=1e-15)
+
+
+def test_linear_reaches_zero_exactly_and_refuses_what_does_not_fit():
+    assert linear_lr_schedule(100, 3e-4, 0.0, 10, 100) == 0.0
+    assert [linear_lr_schedule(t, 1.0, 0.0, 4, 4) for t in (0, 2, 4, 5)] == [0.0, 0.5, 1.0, 0.0]
+    with pytest.raises(ValueError, match="warmup_iters=10, end=9"):
+        linear_lr_schedule(3, 1.0, 0.1, 10, 9)
+
+
 def test_wsd_takes_warm_up_and_decay_that_meet():
     assert wsd_lr_schedule(10, 1.0, 0.1, 10, 20, 30) == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_the_first_update_has_a_rate_and_the_last_update_the_last_rate(schedule):
     config = TrainingConfig(total_steps=100, warmup_iters=10, schedule=schedule, lr_max=1.0, lr_min=0.1)
     assert learning_rate(config, 0) == pytest.approx(0.1)
@@ -94,7 +117,7 @@ def test_the_first_update_has_a_rate_and_the_last_update_the_last_rate(schedule)
     assert learning_rate(config, 500) == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_without_warm_up_every_update_has_a_rate(schedule):
     config = TrainingConfig(total_steps=20, warmup_iters=0, schedule=schedule)
     assert all(0 < learning_rate(config, step) <= config.lr_max for step in range(25))
@@ -105,9 +128,9 @@ def test_the_middle_of_each_schedule():
         schedule: learning_rate(
             TrainingConfig(total_steps=110, warmup_iters=10, schedule=schedule, lr_max=1.0, lr_min=0.0), 59
         )
-        for schedule in ("cosine", "wsd", "constant")
+        for schedule in ("cosine", "linear", "wsd", "constant")
     }
-    assert rates == {"cosine": pytest.approx(0.5), "wsd": 1.0, "constant": 1.0}
+    assert rates == {"cosine": pytest.approx(0.5), "linear": pytest.approx(0.5), "wsd": 1.0, "constant": 1.0}
 
 
 def test_stopping_early_leaves_the_curve_alone():

@@ -28,7 +28,7 @@ def test_weights_and_averages_are_exchanged_and_come_back() -> None:
     optimizer = AdamW([param], lr=1.0, weight_decay=0.0)
     optimizer.materialize()
     average = WeightAverage(optimizer, TrainingConfig(ema_decay=0.5))
-    average.set_step(0)
+    average.decay = 2 / 11
     param.grad = torch.ones(5)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[param]["ema"], torch.full((5,), -9 / 11))

@@ -97,10 +97,10 @@ def step_with_and_without_separate_group(dims: ParallelDims) -> dict[str, Any]:
         parallelize.wants_separate_reduce_scatters = lambda *_, separate=separate: separate
         model: Any = build_model(config, context)
         reduction = build_grad_reduction(model, BatchPlan.make(config, dims), context, deterministic=False)
-        reduction.before_micro_step(0)
+        reduction.before_micro_step(0, last=True)
         ids = torch.arange(12).view(1, 12) + context.rank
         model(ids, ids).backward()
-        reduction.after_micro_step(0)
+        reduction.after_micro_step(0, last=True)
         grads.append([local_tensor(param.grad).clone() for param in model.parameters()])
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         states = [unit._get_fsdp_state() for unit in units]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def build_error(settings: dict[str, Any], different_slots: bool = False) -> str:
         real = build._check_ranks
 
         def check(train_step: Any, data: Any, step: int) -> None:
-            train_step.slots = [0, 1, 2, 3]
+            share = replace(train_step.share(step), slots=(0, 1, 2, 3))
+            train_step.share = lambda _: share
             real(train_step, data, step)
 
         build._check_ranks = check

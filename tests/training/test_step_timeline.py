@@ -65,6 +65,8 @@ def four_gpus() -> Iterator[DistributedContext]:
         {"parallel": "fsdp", "tie_embeddings": True, "precision": "bf16", "d_model": 72},
         {"parallel": "hsdp", "micro_batch_size": 2},
         {"parallel": "hsdp", "tie_embeddings": True, "precision": "bf16", "activation_checkpointing": "block"},
+        {"parallel": "fsdp", "optimizer": "muon", "num_kv_heads": 2, "num_layers": 3},
+        {"parallel": "hsdp", "optimizer": "muon", "num_layers": 3, "precision": "bf16"},
     ],
     ids=str,
 )

@@ -15,8 +15,9 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.context import DistributedContext, init_distributed, shutdown
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.optim.clipping import CLIP_EPS
 from tinytrain_dist.optim.lr_schedule import learning_rate
-from tinytrain_dist.training.train_step import CLIP_EPS, TrainStep, build_train_step
+from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, Fixe
     config = TrainingConfig(**{**TINY, "vocab_size": VOCABULARY, "micro_batch_size": 2, "compile": False, **settings})
     step = build_train_step(config, context)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, VOCABULARY, (len(step.slots), config.context_len + 1), generator=generator)
+    rows = torch.randint(0, VOCABULARY, (len(step.share(0).slots), config.context_len + 1), generator=generator)
     return step, FixedBatches(rows.int())
 
 
@@ -93,8 +94,8 @@ def test_a_vote_to_stop_is_in_the_result(context: DistributedContext) -> None:
 
 def test_this_rank_computes_its_own_micro_batches(context: DistributedContext) -> None:
     step, _ = built(context)
-    assert step.micro_batch_indices == [0, 1, 2, 3]
-    assert step.slots == list(range(8))
+    assert step.share(0).micro_batches == (0, 1, 2, 3)
+    assert step.share(0).slots == tuple(range(8))
 
 
 @pytest.mark.parametrize("grad_clip_norm", [1e-3, 1e3, None])
@@ -103,10 +104,10 @@ def test_the_optimizers_kernel_clips_as_a_pass_over_the_gradients_does(
 ) -> None:
     """Clipping in the kernel is for GPUs. The CPU kernel takes the same argument."""
     weights = []
-    for clip_in_optimizer in (False, True):
+    for clips_in_kernel in (False, True):
         step, batches = built(context, grad_clip_norm=grad_clip_norm)
-        assert not step.clip_in_optimizer, "runs on a CPU keep their bits"
-        step.clip_in_optimizer = clip_in_optimizer
+        assert not step.optimizer.clips_in_kernel, "runs on a CPU keep their bits"
+        step.optimizer.clips_in_kernel = clips_in_kernel
         step.run(3, batches)
         moments = [state["exp_avg"] for state in step.optimizer.state.values()]
         weights.append([*step.model.parameters(), *moments])
@@ -117,7 +118,7 @@ def test_the_optimizers_kernel_clips_as_a_pass_over_the_gradients_does(
 
 def test_a_step_that_is_not_finite_changes_nothing_if_the_kernel_clips(context: DistributedContext) -> None:
     step, batches = built(context)
-    step.clip_in_optimizer = True
+    step.optimizer.clips_in_kernel = True
     before = {name: param.clone() for name, param in step.model.named_parameters()}
     step.model.register_forward_hook(lambda *results: results[-1] * torch.nan)
     step.run(0, batches)

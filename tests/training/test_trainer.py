@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def same_slots(trainer: Any) -> None:
-    trainer.train_step.slots = [0, 1, 2, 3]
+    share = replace(trainer.train_step.share(0), slots=(0, 1, 2, 3))
+    trainer.train_step.share = lambda _: share
     from tinytrain_dist.training import build
 
     build._check_ranks(trainer.train_step, trainer.data, trainer.step)

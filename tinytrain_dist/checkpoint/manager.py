@@ -138,7 +138,7 @@ class CheckpointManager:
         """Return the content of trainer_state.json."""
         return {
             "step": step,
-            "tokens": step * self.config.batch_size * self.config.context_len,
+            "tokens": self.config.batch_sizes.before(step) * self.config.context_len,
             "config": self.config.resolved(),
             "data": self.data,
             "report": dict(record),

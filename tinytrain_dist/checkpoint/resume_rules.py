@@ -5,16 +5,28 @@ Must not know tensors: their names and shapes are compared when they are read (`
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
+from tinytrain_dist.utils.text import format_list
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
-ADDED_SETTINGS = ("sampling", "loss_mask", "document_mask", "packing")
+ADDED_SETTINGS = (
+    "batch_size_warmup",
+    "sampling",
+    "loss_mask",
+    "document_mask",
+    "packing",
+    "optimizer",
+    "param_groups",
+)
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -71,14 +83,51 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         if name in IDENTITY_SETTINGS and name not in allowed
     }
     if state.get("data") != data and "train_data" not in allowed:
-        refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now"
+        changed_files = "".join(f"; {change}" for change in _changed_files(state.get("data"), config))
+        refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now{changed_files}"
     if refused:
         remedies = ["restore these settings", how_to_start_anew(config)]
-        if not refused.keys() & SHAPE_SETTINGS:  # otherwise the weights do not fit, whatever is allowed
+        if not refused.keys() & {*SHAPE_SETTINGS, "optimizer"}:  # otherwise the tensors do not fit, whatever is allowed
             remedies.append(f"set allow = {','.join(sorted(allowed | refused.keys()))}")
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())
         )
+
+
+def _changed_files(saved: Any, config: TrainingConfig) -> list[str]:
+    """Return which files of train_data are missing or new, as far as their numbers tell it: ends of a sentence.
+
+    saved: the data in a checkpoint. Of several files it names only the first and the last one.
+    """
+    sources = saved.get("train") if isinstance(saved, dict) else None
+    changes = []
+    for source, entry in zip(sources if isinstance(sources, list) else [sources], config.train_files, strict=False):
+        if not isinstance(source, dict):
+            continue
+        before = _numbered_names(str(source.get("file")), source.get("shards", 1))
+        try:
+            now = {Path(path).name for path in shard_paths(entry)}
+        except NoTokenFilesError:
+            continue
+        if before and max(len(before), len(now)) > 1:
+            for what, names in (("missing now", sorted(before - now)), ("new", sorted(now - before))):
+                changes += [f"{what} in {entry}: {format_list(names)}"] if names else []
+    return changes
+
+
+def _numbered_names(shown: str, count: int) -> set[str]:
+    """Return the names of `count` files that are shown as "FIRST .. LAST" and numbered without gaps; else {}."""
+    first, _, last = shown.partition(" .. ")
+    if count == 1:
+        return {shown}
+    for start, end in zip(re.finditer(r"\d+", first), re.finditer(r"\d+", last), strict=False):
+        low, high = int(start[0]), int(end[0])
+        around = first[: start.start()], first[start.end() :]
+        if start[0] != end[0]:
+            same = around == (last[: end.start()], last[end.end() :])
+            names = {f"{around[0]}{number:0{len(start[0])}d}{around[1]}" for number in range(low, low + count)}
+            return names if same and high - low + 1 == count and last in names else set()
+    return set()
 
 
 def other_folders(config: TrainingConfig) -> str:
@@ -129,4 +178,7 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
     saved = state.get("config", {})
     if saved:
         saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
+    if isinstance(weights := saved.get("train_weights"), list):
+        # phases that begin when this run has ended do not change it, and its configuration must not have them
+        saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]

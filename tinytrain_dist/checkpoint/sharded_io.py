@@ -171,9 +171,9 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Load a folder into model and optimizer, each rank its own rows, and return the saved trainer_state.json.
 
-    optimizer: its state must exist already (AdamW.materialize); None to load only the model. advance: called with the
-    numbers of bytes that this rank has read. If only one of the two has a moving average of the weights, the saved one
-    is left out, or the present one begins with the loaded weights.
+    optimizer: its state must exist already (Optimizer.materialize); None to load only the model. advance: called with
+    the numbers of bytes that this rank has read. If only one of the two has a moving average of the weights, the saved
+    one is left out, or the present one begins with the loaded weights.
 
     Errors: CheckpointError naming the tensors that are missing, surplus, or of another shape or type, with the saved
     and the present shape and type. Nothing has been changed then.

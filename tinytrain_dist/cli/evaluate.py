@@ -1,14 +1,16 @@
-"""`tinytrain evaluate`: the loss of a checkpoint on a token file or a text, in which every token counts once.
+"""`tinytrain evaluate`: the loss of a checkpoint on token files or a text, in which every token counts once.
 
 With --nproc the ranks share the windows; every rank holds the whole model.
 """
 
 from __future__ import annotations
 
+import glob
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,9 @@ from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
-from tinytrain_dist.data.token_dataset import TokenDataset
-from tinytrain_dist.data.token_file import load_token_dataset
+from tinytrain_dist.data.token_dataset import open_side_files
+from tinytrain_dist.data.token_file import SlicedTokens
+from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.distributed.context import init_distributed, launcher_rank, shutdown
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.launch.start import module_command
@@ -38,6 +41,7 @@ from tinytrain_dist.training.scoring import (
 from tinytrain_dist.utils.option_types import Number
 from tinytrain_dist.utils.progress import progress_bar
 from tinytrain_dist.utils.regular_files import read_text
+from tinytrain_dist.utils.shard_paths import TOKEN_FILE_ENDINGS, data_folders
 
 WINDOWS_AT_ONCE = 16  # a rank takes this many windows in a row, so that they share forward passes
 
@@ -46,26 +50,29 @@ WINDOWS_AT_ONCE = 16  # a rank takes this many windows in a row, so that they sh
 class Tokens:
     """What is scored: token IDs, the first of which is only context."""
 
-    ids: npt.NDArray[Any]
+    ids: SlicedTokens
     num_bytes: int | None  # of the text that the other tokens stand for, if they count; None: not known
     marks: TokenMarks = TokenMarks()
 
 
 def evaluate(
     checkpoint: PathArgument,
-    data: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    data: Annotated[str, tyro.conf.arg(metavar="FILE")],
+    token_dtype: Literal["uint16", "uint32", "int32"] | None = None,
     stride: Number = None,
     nproc: Number = None,
     ema: bool = False,
 ) -> int:
     """Print loss, perplexity and bits per byte of a checkpoint on a token file or a text.
 
-    Every token of the file is predicted once, so the numbers do not depend on sampling. The model computes in float32.
-    If it was trained with loss_mask or document_mask, a token file is read with its mask and its documents as well.
+    Every token is predicted once, so the numbers do not depend on sampling. The model computes in float32. If it was
+    trained with loss_mask or document_mask, token files are read with their masks and their documents as well.
 
     Args:
         checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
-        data: A token file (.npy) made with the tokenizer of the model, or a text file (UTF-8).
+        data: Token files made with the tokenizer of the model, as val_data takes them: a .npy or .bin file, a folder,
+            or a glob in quotes, whose files are read as one. Any other file is a text (UTF-8).
+        token_dtype: Type of the token IDs in files without a header.
         stride: Tokens that each window predicts. The tokens before them in the window are context, so a smaller stride
             gives more context and takes longer. Default: context_len, that is windows without overlap.
         nproc: Number of processes. Default: 1.
@@ -74,7 +81,9 @@ def evaluate(
     if nproc is not None and nproc < 1:
         raise UsageError(f"--nproc: {nproc} is not a number of processes; give at least 1", "evaluate")
     if nproc is not None and nproc > 1 and launcher_rank()[1] == 1:
-        _start_ranks(checkpoint, data, stride, nproc, ema)
+        _start_ranks(
+            checkpoint, data, _words({"stride": stride, "token-dtype": token_dtype, "ema": ema or None}), nproc
+        )
     context = init_distributed()
     try:
         folder = find_checkpoint(checkpoint, "model")
@@ -83,7 +92,11 @@ def evaluate(
         stride = context_len if stride is None else stride
         if not 1 <= stride <= context_len:
             raise UsageError(f"--stride: {stride} is not in 1 .. {context_len} (context_len of the model)", "evaluate")
-        tokens = _read_tokens(data, folder, model.model_config.vocab_size or 1)
+        vocab_size = model.model_config.vocab_size or 1
+        if _names_token_files(data, token_dtype):
+            tokens = _read_token_files(data, folder, vocab_size, token_dtype)
+        else:
+            tokens = _read_text(Path(data), folder, vocab_size)
         marks = tokens.marks
         windows = sliding_windows(len(tokens.ids), context_len, stride)
         # blocks of windows, so that the forward passes are the same for any number of ranks
@@ -105,33 +118,63 @@ def _in_order(gathered: list[list[list[float]]], num_blocks: int) -> list[float]
     return [loss for block in range(num_blocks) for loss in gathered[block % world_size][block // world_size]]
 
 
-def _start_ranks(checkpoint: Path, data: Path, stride: int | None, nproc: int, ema: bool) -> NoReturn:
+def _words(options: dict[str, object]) -> list[str]:
+    """Return options as words of a command. None: left out; True: a flag without a value."""
+    given = {f"--{name}": value for name, value in options.items() if value is not None}
+    return [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
+
+
+def _start_ranks(checkpoint: Path, data: str, options: list[str], nproc: int) -> NoReturn:
     """Become the command that runs this verb on several processes."""
-    options = [] if stride is None else ["--stride", str(stride)]
-    options += ["--ema"] if ema else []
-    module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", str(data), *options], nproc).run()
+    module_command("tinytrain_dist.cli.evaluate", [str(checkpoint), "--data", data, *options], nproc).run()
 
 
-def _read_tokens(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
-    """Return the tokens of a token file or a text. Errors: DataError, or UsageError if there is no tokenizer."""
-    if path.suffix == ".npy":
-        ids = load_token_dataset(path, vocab_size=vocab_size)
-        _check_length(path, len(ids))
-        marks = _read_marks(path, checkpoint)
-        folders: list[Path] = [path.parent, checkpoint]
-        tables = (bytes_per_token(folder, vocab_size) for folder in folders)
-        table = next((table for table in tables if table is not None), None)
-        num_bytes = None if table is None else _sum_of_bytes(table, ids, marks)
-        return Tokens(ids, num_bytes, marks)
+def _names_token_files(data: str, token_dtype: str | None) -> bool:
+    """Return whether --data names token files, and not a text."""
+    if token_dtype is not None or data.endswith(TOKEN_FILE_ENDINGS) or os.path.isdir(data):
+        return True
+    return not os.path.exists(data) and (glob.has_magic(data) or os.path.exists(f"{data}.bin"))
+
+
+class _SourceTokens:
+    """The token IDs of a source, which are read when a slice of them is taken."""
+
+    def __init__(self, source: TokenSource) -> None:
+        self.source, self.dtype = source, source.dtype
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        first, last, _ = part.indices(len(self))
+        return self.source.read(first, max(0, last - first))
+
+
+def _read_token_files(data: str, checkpoint: Path, vocab_size: int, token_dtype: str | None) -> Tokens:
+    """Return the tokens of an entry that val_data could have. Errors: DataError."""
+    source = TokenSource(data, vocab_size=vocab_size, token_dtype=token_dtype)
+    _check_length(data, len(source))
+    marks = _read_marks(source, checkpoint)
+    tables = (bytes_per_token(folder, vocab_size) for folder in (*data_folders([data]), checkpoint))
+    table = next((table for table in tables if table is not None), None)
+    ids = _SourceTokens(source)
+    return Tokens(ids, None if table is None else _sum_of_bytes(table, ids, marks), marks)
+
+
+def _read_text(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
+    """Return the tokens of a text. Errors: DataError, or UsageError if there is no tokenizer."""
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UsageError(
-            f"--data: {checkpoint} has no tokenizer.json to read a text with; give a token file (.npy)", "evaluate"
+            f"--data: {checkpoint} has no tokenizer.json to read a text with; give a token file (.npy, .bin)",
+            "evaluate",
         )
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data: {path} cannot be read ({error}); give a token file (.npy) or a text file") from None
+        raise DataError(
+            f"--data: {path} cannot be read ({error}); give token files (.npy, .bin) or a text file"
+        ) from None
     before = ids_before_document(checkpoint, tokenizer)
     found = tokenizer.encode(text, add_special_tokens=False).ids
     _check_length(path, len(before) + len(found))
@@ -142,18 +185,18 @@ def _read_tokens(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
     return Tokens(np.array([*before[-1:], *found]), num_bytes)
 
 
-def _check_length(path: Path, num_tokens: int) -> None:
+def _check_length(path: Path | str, num_tokens: int) -> None:
     if num_tokens < 2:
         raise DataError(f"--data: {path} has {num_tokens} token(s), but at least 2 are needed; give a longer text")
 
 
-def _read_marks(path: Path, checkpoint: Path) -> TokenMarks:
-    """Return the mask and the documents of a token file, if the run of the checkpoint used such. Errors: DataError."""
+def _read_marks(source: TokenSource, checkpoint: Path) -> TokenMarks:
+    """Return the masks and the documents of token files, if the run of the checkpoint used such. Errors: DataError."""
     settings = read_trainer_state(checkpoint).get("config", {})
     loss_mask, document_mask = bool(settings.get("loss_mask")), bool(settings.get("document_mask"))
     if not loss_mask and not document_mask:
         return TokenMarks()
-    (source,) = TokenDataset([str(path)], 1, loss_mask=loss_mask, document_mask=document_mask).sources
+    open_side_files(source, loss_mask, document_mask)
     length = len(source)
     counted = source.read_mask(0, length) if loss_mask else np.ones(length, np.bool_)
     if not document_mask:
@@ -163,7 +206,7 @@ def _read_marks(path: Path, checkpoint: Path) -> TokenMarks:
     return TokenMarks(counted & ~begins, np.cumsum(begins))
 
 
-def _sum_of_bytes(table: npt.NDArray[np.int64], ids: npt.NDArray[Any], marks: TokenMarks, at_once: int = 2**24) -> int:
+def _sum_of_bytes(table: npt.NDArray[np.int64], ids: SlicedTokens, marks: TokenMarks, at_once: int = 2**24) -> int:
     """Return the bytes of all tokens but the first that count, without loading the whole file."""
     total = 0
     for start in range(1, len(ids), at_once):
@@ -173,7 +216,7 @@ def _sum_of_bytes(table: npt.NDArray[np.int64], ids: npt.NDArray[Any], marks: To
 
 
 def _print(
-    checkpoint: Path, data: Path, stride: int, losses: list[float], windows: list[Window], tokens: Tokens
+    checkpoint: Path, data: str, stride: int, losses: list[float], windows: list[Window], tokens: Tokens
 ) -> None:
     score: Score = summarize(losses, windows, tokens.marks)
     if not score.tokens:

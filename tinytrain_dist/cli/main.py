@@ -37,12 +37,14 @@ GROUPS = {
     "Prepare": (
         Verb("new", "make a folder for a run, with a commented configuration", "new"),
         Verb("prepare", "turn text into a tokenizer and token files", "PrepareOptions"),
+        Verb("data", "show what is in token files: duplicates, overlap, windows as text", "DataOptions"),
         Verb("config", "show every setting of a configuration, and where its value comes from", "ConfigOptions"),
-        Verb("schedule", "show the learning rate of a configuration", "ScheduleOptions"),
+        Verb("schedule", "show the learning rate of a configuration, and what else changes", "ScheduleOptions"),
         Verb("plan", "show whether a run fits in memory, what it needs, and how fast it can be", "PlanOptions"),
         Verb("doctor", "find problems on this machine, or on all nodes together", "DoctorOptions"),
     ),
     "Train": (
+        Verb("branch", "make a run that decays the learning rate from a checkpoint of another run", "BranchOptions"),
         Verb("train", "train on this machine, or as one of several nodes", "TrainOptions"),
         Verb("submit", "check a run, and submit it to Slurm", "SubmitOptions"),
     ),

@@ -18,14 +18,17 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_file
 from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
+from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import fake_backend
+from tinytrain_dist.distributed.batch_plan import BatchPlans
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, REACHABLE_SHARE_OF_LINKS, DeviceSpec, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.optim.build import build_optimizer
+from tinytrain_dist.optim.build import build_optimizer, group_parameters, trained_parameters
+from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
 from tinytrain_dist.training.forecast import (
     Cluster,
@@ -145,7 +148,10 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
     print(
         f"{source} on {cluster.nodes} node(s) x {cluster.per_node} {device.name} ({format_gib(device.memory)} each)\n"
     )
-    print(f"{planned.parallel_dims}\n{planned.plan}\n{_parameters(model)}\n")
+    plans = BatchPlans(planned.plan, planned.config.batch_sizes)
+    print(f"{planned.parallel_dims}\n{plans}\n{_parameters(model)}\n")
+    if has_special_groups(config):
+        print(describe_groups(group_parameters(list(trained_parameters(model)), config), config.lr_max) + "\n")
     print(_memory(planned, cluster))
     others = [
         forecast(changed, context, cluster, flops_per_token)
@@ -158,6 +164,7 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
         print(f"\nDOES NOT FIT in memory; it {suggest_change(planned, others, context, cluster, flops_per_token)}\n")
     steps = [predicted_step(each, context, cluster, flops_per_token) for each in (planned, *others)]
     print(_speed(planned, cluster, flops_per_token))
+    print(_orthogonalization(planned), end="")
     if steps[0] is not None:
         print(_timeline(steps[0]))
     print(_disk(config, model))
@@ -206,7 +213,8 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
     peak = peak_flops(planned.config, device)
     reached = f"{device.reached:.0%} of {peak / 1e12:.3g} TFLOP/s"
     tokens_per_day = SECONDS_PER_DAY / planned.seconds * tokens_per_step
-    days = num_steps * planned.seconds / SECONDS_PER_DAY
+    num_tokens = planned.config.batch_sizes.before(num_steps) * planned.plan.context_len
+    days = num_tokens / tokens_per_step * planned.seconds / SECONDS_PER_DAY  # smaller batches take less time
     return "\n".join(
         [
             f"sent in a step: {_gb(planned.inside_bytes)} from each rank to other ranks of its node, "
@@ -215,9 +223,22 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
             f"{flops_per_token:.3g} FLOP per token), {_seconds(planned.inside_seconds)} to send inside nodes, "
             f"{_seconds(planned.across_seconds)} to send across nodes",
             f"at best {_seconds(planned.seconds)} per step = {tokens_per_step / planned.seconds:,.0f} tokens/s, "
-            f"{tokens_per_day:.3g} tokens per day; {num_steps:,} steps = {num_steps * tokens_per_step:.3g} tokens in "
+            f"{tokens_per_day:.3g} tokens per day; {num_steps:,} steps = {num_tokens:.3g} tokens in "
             f"{days:.3g} days",
         ]
+    )
+
+
+def _orthogonalization(planned: Forecast) -> str:
+    """Format what Newton-Schulz takes in a step; "" without Muon."""
+    work = update_work(planned.config, planned.parallel_dims.replicate, planned.parallel_dims.shard)
+    if not work.plan.shapes:
+        return ""
+    flops = work.owned_flops()
+    return (
+        f"of the time to compute, Muon orthogonalizes for {_seconds(planned.matrix_seconds)}: "
+        f"{len(work.plan.shapes)} matrices, at most {len(work.plan.rounds())} on one rank; "
+        f"{sum(flops):.3g} FLOP on all ranks, {max(flops):.3g} on the busiest\n"
     )
 
 

@@ -94,18 +94,33 @@ def read_curve(place: Path, name: str, x: str) -> Curve:
     evaluations = [record for record in records if record["kind"] == "eval"]
     if not train:
         raise TinytrainError(f"{path}: has no logged step yet; wait for the first (log_every)")
-    x_per_step = 1.0
-    if x == "tokens":
-        counted = [record for record in train if record["step"] and "tokens" in record]
-        x_per_step = counted[-1]["tokens"] / counted[-1]["step"] if counted else 1.0
+    counted = {r["step"]: r["tokens"] for r in train if r["step"] and "tokens" in r} if x == "tokens" else {}
+
+    def positions(of_records: list[dict[str, Any]]) -> Numbers:
+        steps = _column(of_records, "step")
+        return _tokens_at(steps, counted) if counted else steps
+
     return Curve(
         name=name,
-        x=_column(train, "step") * x_per_step,
+        x=positions(train),
         loss=_column(train, "loss"),
         lr=_column(train, "lr"),
-        eval_x=_column(evaluations, "step") * x_per_step,
+        eval_x=positions(evaluations),
         eval_loss=_column(evaluations, "loss"),
     )
+
+
+def _tokens_at(steps: Numbers, counted: dict[int, float]) -> Numbers:
+    """Return the tokens of steps: those of the logged steps around them, in proportion.
+
+    counted: the tokens of logged steps. The steps after the last one are as large as those before it.
+    """
+    known = sorted({0: 0.0, **counted}.items())
+    (before, tokens_before), (last, tokens_last) = known[-2:]
+    end = max(last + 1, *steps.tolist())
+    known.append((end, tokens_last + (end - last) * (tokens_last - tokens_before) / (last - before)))
+    tokens: Numbers = np.interp(steps, [step for step, _ in known], [number for _, number in known])
+    return tokens
 
 
 def _column(records: list[dict[str, Any]], key: str) -> Numbers:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_console, new_table, print_table
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.run_folder import (
     ERROR_FILE,
     STATE_FILE,
@@ -57,6 +58,7 @@ class Status:
     reason: str
     step: int
     last_step: int  # at which the run will stop; 0: unknown
+    sizes: BatchSizes | None  # of all steps; None: unknown
     heartbeats: list[Heartbeat]
     records: list[Record]
     checkpoint: Path | None  # the newest one
@@ -89,7 +91,12 @@ class Status:
     def seconds_left(self) -> float | None:
         """The remaining time at the speed of the last record; None if the run has ended."""
         step_seconds = self.last("step_seconds")
-        return (self.last_step - self.step) * step_seconds if self.alive and step_seconds is not None else None
+        if not self.alive or step_seconds is None:
+            return None
+        if self.sizes is None or self.step < 1:
+            return float((self.last_step - self.step) * step_seconds)
+        sequences = self.sizes.before(self.last_step) - self.sizes.before(self.step)
+        return float(sequences / self.sizes.at(self.step - 1) * step_seconds)
 
 
 def read_status(run: RunFolder, now: float | None = None, records: list[Record] | None = None) -> Status:
@@ -114,6 +121,7 @@ def read_status(run: RunFolder, now: float | None = None, records: list[Record] 
         reason=reason,
         step=max([*steps, whole_number(state_record.get("step"))]),
         last_step=min(total_steps, whole_number(settings.get("stop_at_step")) or total_steps),
+        sizes=BatchSizes.read(settings),
         heartbeats=heartbeats,
         records=records,
         checkpoint=checkpoints[-1] if checkpoints else None,

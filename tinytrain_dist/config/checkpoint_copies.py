@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
 ENVIRONMENT = "for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+COPIES_SETTINGS = ("checkpoint_copies", "copies_keep_last", "copies_keep_every", "copies_end_limit")
 READ_ONLY = ("http", "https", "github")  # nothing can be written by these protocols
 
 
@@ -79,9 +80,8 @@ def _has_secret(place: str) -> bool:
 
 def _unused_problems(config: TrainingConfig) -> list[str]:
     fields = type(config).__dataclass_fields__
-    names = ("copies_keep_last", "copies_keep_every", "copies_end_limit")
     return [
         f"{name}: {getattr(config, name)} has no effect without checkpoint_copies; set it, or leave this out"
-        for name in names
+        for name in COPIES_SETTINGS[1:]
         if getattr(config, name) != fields[name].default
     ]

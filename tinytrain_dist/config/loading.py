@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from tinytrain_dist.config.run_folder import parse_toml
+from tinytrain_dist.config.run_folder import CONFIG_FILE, parse_toml
 from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, HINTS, TrainingConfig
 from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.validation import unused_evaluation_settings
@@ -114,13 +114,20 @@ def parse_command_line(
     return load_config(*read_command_line(args, prog, description))
 
 
+def config_file_of(place: str | Path) -> Path:
+    """Return the config.toml of a run if `place` is one, else `place` itself."""
+    inside = Path(place) / CONFIG_FILE
+    return inside if inside.is_file() else Path(place)
+
+
 def read_command_line(args: list[str], prog: str, description: str = "") -> tuple[str | None, dict[str, Any]]:
     """Return the path of the TOML file (None: there is none) and the settings on the command line, by name.
 
-    Dashes and underscores in names are interchangeable. Errors: ConfigError with all problems, among them values that
-    cannot be parsed, and unknown settings with the nearest known name. --help ends the process.
+    In place of the file, a run that has a config.toml can be named. Dashes and underscores in names are
+    interchangeable. Errors: ConfigError with all problems, among them values that cannot be parsed, and unknown
+    settings with the nearest known name. --help ends the process.
     """
-    path = args[0] if args and not args[0].startswith("-") else None
+    path = str(config_file_of(args[0])) if args and not args[0].startswith("-") else None
     tyro_args, names_without_value = _normalize_arguments(args[1:] if path else args)
     if not tyro_args:
         return path, dict.fromkeys(names_without_value)

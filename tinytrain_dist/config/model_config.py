@@ -68,6 +68,33 @@ class ModelConfig:
         feed_forward = 3 * self.d_model * self.ffn_dim
         return embedding_and_head + self.num_layers * (attention + feed_forward)
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter by name, in the order of the model. A tied head has no entry.
+
+        Without vocab_size, embedding and head have 0 rows.
+        """
+        d_model, ffn_dim, vocabulary = self.d_model, self.ffn_dim, self.vocab_size or 0
+        queries, keys = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        block: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj": (queries, d_model),
+            "self_attn.k_proj": (keys, d_model),
+            "self_attn.v_proj": (keys, d_model),
+            "self_attn.o_proj": (d_model, queries),
+            **(
+                {"self_attn.q_norm": (self.head_width,), "self_attn.k_norm": (self.head_width,)} if self.qk_norm else {}
+            ),
+            "mlp.gate_proj": (ffn_dim, d_model),
+            "mlp.up_proj": (ffn_dim, d_model),
+            "mlp.down_proj": (d_model, ffn_dim),
+            "input_layernorm": (d_model,),
+            "post_attention_layernorm": (d_model,),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, d_model)}
+        for layer in range(self.num_layers):
+            shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+        shapes["model.norm.weight"] = (d_model,)
+        return shapes if self.tie_embeddings else {**shapes, "lm_head.weight": (vocabulary, d_model)}
+
     def shape_problems(self) -> list[str]:
         """Return a sentence for each pair of sizes that do not fit together. All sizes must be at least 1."""
         return [_shape_sentence(self, fault) for fault in _shape_faults(self)]

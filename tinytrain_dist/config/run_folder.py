@@ -8,6 +8,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       environment.json                   versions, git commit, hosts, devices and relevant environment variables
       state.json                         status of the run (running, done, preempted or failed) and its step
       error.json                         the first cause of a failure; removed when the run is started again
+      branch.json                        the run and the step that `tinytrain branch` started this run from
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
@@ -59,6 +60,7 @@ CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.json"
 STATE_FILE = "state.json"
 ERROR_FILE = "error.json"
+BRANCH_FILE = "branch.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
 COPIES_FILE = "copies.json"
@@ -73,6 +75,7 @@ STACKS_FOLDER = "stacks"
 ABORT_FILE = "ending.json"
 DEFAULT_RECORDS_PREFIX = "metrics"
 REPLACED_SUFFIX = ".replaced.jsonl"  # in place of .jsonl
+TENSORBOARD_FILES = "events.out.tfevents.*"
 TRACKER_STATE_FILE = "run.json"  # in the folder of a tracker
 
 # In each checkpoint.

@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
 Packing = Literal["none", "best_fit"]
+DecayShape = Literal["linear", "sqrt"]
 TokenType = Literal["uint16", "uint32", "int32"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
+OptimizerName = Literal["adamw", "muon"]
+MuonScale = Literal["match_rms_adamw", "spectral"]
 BF16_PRECISIONS = ("bf16", "fp8")  # blocks compute in bf16; with fp8, all but the products of their linear layers
 SECTIONS = ("run", "data", "model", "optimizer", "parallel", "compute", "checkpoint")  # of a TOML file, in this order
 
@@ -106,6 +110,9 @@ class DataSettings:
     )
     token_dtype: TokenType | None = _setting("data", None, "type of IDs in files without a header (None: not stated)")
     batch_size: int = _setting("data", 32, "sequences per optimizer step over ALL ranks")
+    batch_size_warmup: tuple[str, ...] | None = _setting(
+        "data", None, "phases 'STEP: BATCH_SIZE' of smaller batches, the last with batch_size (None: no warm-up)"
+    )
     micro_batch_size: int | Literal["auto"] | None = _setting(
         "data", None, "sequences per forward pass of one rank (auto: what fits in memory; None: auto on GPUs, else all)"
     )
@@ -113,6 +120,11 @@ class DataSettings:
     loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
     packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
     document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The batch size of every step: batch_size, after the phases of batch_size_warmup."""
+        return BatchSizes.of(self.batch_size, self.batch_size_warmup)
 
     @property
     def fixed_micro_batch_size(self) -> int | None:
@@ -163,15 +175,30 @@ class ModelSettings:
 class OptimizerSettings:
     """Section [optimizer]: how the weights are updated."""
 
+    optimizer: OptimizerName = _setting(
+        "optimizer", "adamw", "what updates the weights; muon: the matrices of blocks with Muon, the rest with AdamW"
+    )
     lr_max: float = _setting("optimizer", 1e-3, "highest learning rate, at the end of the warm-up")
     lr_min: float = _setting("optimizer", 1e-4, "learning rate at the end of the schedule")
-    schedule: Literal["cosine", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = _setting("optimizer", "cosine", "learning-rate schedule")
     warmup_iters: int | None = _setting("optimizer", None, "steps of linear warm-up (None: 1 % of total_steps)")
     cosine_iters: int | None = _setting("optimizer", None, "step at which the cosine ends (None: total_steps)")
     decay_iters: int | None = _setting("optimizer", None, "wsd: steps of the final decay (None: 10 % of total_steps)")
+    decay_shape: DecayShape = _setting("optimizer", "linear", "wsd: the decay falls as 1 - p (linear) or 1 - sqrt(p)")
     betas: tuple[float, float] = _setting("optimizer", (0.9, 0.95), "AdamW: decay rates of the two moments")
     eps: float = _setting("optimizer", 1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _setting("optimizer", 0.1, "AdamW: decoupled decay of matrices (norm weights do not decay)")
+    weight_decay: float = _setting("optimizer", 0.1, "decoupled decay of matrices (norm weights do not decay)")
+    weight_decay_schedule: Literal["constant", "lr"] = _setting(
+        "optimizer", "constant", "weight decay in each step (lr: proportional to the learning rate, full at lr_max)"
+    )
+    muon_momentum: float = _setting("optimizer", 0.95, "Muon: decay rate of the momentum")
+    muon_steps: int = _setting("optimizer", 5, "Muon: steps of the Newton-Schulz iteration")
+    muon_scale: MuonScale = _setting(
+        "optimizer", "match_rms_adamw", "Muon: update as large as AdamW's, or spectral: sqrt(max(1, rows / columns))"
+    )
+    param_groups: tuple[str, ...] = _setting(
+        "optimizer", (), "entries 'PATTERN, PATTERN: lr_factor=X weight_decay=Y optimizer=Z'; the first match counts"
+    )
     grad_clip_norm: float | None = _setting("optimizer", 1.0, "clip gradients to this global norm (None: no clipping)")
     ema_decay: float | None = _setting(
         "optimizer", None, "decay per step of a moving average of the weights, evaluated beside them (None: no average)"

@@ -12,9 +12,11 @@ import re
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.batch_phases import batch_warmup_problems
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.checkpoint_copies import copies_problems
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
@@ -25,12 +27,15 @@ if TYPE_CHECKING:  # not at run time, because schema.py imports this module
 IDENTITY_SETTINGS = (
     *MODEL_SETTINGS,
     "batch_size",
+    "batch_size_warmup",
     "seed",
     "sampling",
     "train_weights",
     "loss_mask",
     "packing",
     "document_mask",
+    "optimizer",
+    "param_groups",
 )
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
@@ -38,9 +43,12 @@ ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile",
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
+# Larger numbers of steps, windows or tokens are not exact as float64, in which records and schedules hold them.
+LARGEST_NUMBER = 1 << 53
+
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last copies_keep_last max_shard_bytes max_skipped_steps ema_every".split()
+    "ckpt_every keep_last copies_keep_last max_shard_bytes max_skipped_steps ema_every muon_steps".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
@@ -67,6 +75,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _schedule_problems,
         _data_problems,
         _schedule_effect_problems,
+        _optimizer_problems,
         _parallel_problems,
         _resume_problems,
         lambda config: config.model.rope_problems(),
@@ -102,9 +111,28 @@ def _range_problems(config: TrainingConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
             problems.append(f"{name}: {value} must {'not be negative' if value < 0 else 'be a finite number'}")
+    problems += _size_problems(config)
     if config.seed >= 1 << 64:
         problems.append(
             f"seed: {config.seed} must be less than 2**64 (one 64-bit word of the generator's key); use a smaller one"
+        )
+    return problems
+
+
+def _size_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of numbers that are too large to be counted exactly."""
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int) and name != "seed"}
+    if config.epochs is not None and config.epochs < math.inf:
+        numbers["epochs"] = math.ceil(config.epochs)
+    problems = [
+        f"{name}: {getattr(config, name)} must be at most 2**53 = {LARGEST_NUMBER}; set a smaller number"
+        for name, value in numbers.items()
+        if value > LARGEST_NUMBER
+    ]
+    if not problems and config.epochs is None and config.total_steps * config.batch_size > LARGEST_NUMBER:
+        problems.append(
+            f"total_steps: {config.total_steps} steps x batch_size {config.batch_size} are more than 2**53 = "
+            f"{LARGEST_NUMBER} windows; set fewer steps"
         )
     return problems
 
@@ -138,6 +166,10 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
             f"batch_size: {config.batch_size} is not a multiple of micro_batch_size {micro_batch_size}; "
             f"micro_batch_size can be {format_list(choices)}"
         )
+    if config.batch_size_warmup is not None:
+        problems += batch_warmup_problems(
+            config.batch_size_warmup, config.batch_size, micro_batch_size, config.reproducible
+        )
     return problems
 
 
@@ -168,16 +200,34 @@ def _schedule_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"betas: {config.betas} must both lie in [0, 1)")
     if config.epochs is not None:
         return problems  # total_steps, on which the others depend, is not known yet
-    if config.schedule == "cosine" and config.cosine_end < config.warmup_steps:
-        problems.append(_cosine_problem(config))
+    if config.schedule in ("cosine", "linear") and config.cosine_end < config.warmup_steps:
+        problems.append(_warmup_problem(config))
     if config.schedule == "wsd" and config.warmup_steps + config.decay_steps > config.total_steps:
         problems.append(_wsd_problem(config))
     return problems
 
 
-def _cosine_problem(config: TrainingConfig) -> str:
-    """Return why the cosine ends before the warm-up, and what can be changed."""
-    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters it ends with the run
+def _optimizer_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of the parameter groups, and of settings for an optimizer that no group has."""
+    if not 0 <= config.muon_momentum < 1:
+        return [f"muon_momentum: {config.muon_momentum} must lie in [0, 1)"]
+    parameters = named_shapes(config.model) if config.param_groups or config.optimizer != "adamw" else []
+    problems = group_problems(parameters, config.param_groups) if config.param_groups else []
+    if problems or any(group.optimizer == "muon" for group in resolve_groups(parameters, config)):
+        return problems
+    if config.optimizer == "muon":
+        problems.append("optimizer: muon has no effect, because param_groups gives all matrices to adamw; change one")
+    problems += [
+        f"{name}: {getattr(config, name)} has no effect without Muon; leave it out, or set optimizer = muon"
+        for name in ("muon_momentum", "muon_steps", "muon_scale")
+        if getattr(config, name) != type(config).__dataclass_fields__[name].default
+    ]
+    return problems
+
+
+def _warmup_problem(config: TrainingConfig) -> str:
+    """Return why the cosine or the line ends before the warm-up, and what can be changed."""
+    end = "cosine_iters" if config.cosine_iters else "total_steps"  # without cosine_iters the decay ends with the run
     warmup, last = config.warmup_steps, config.cosine_end
     return (
         f"{end}: {_value(config, end)} is less than warmup_iters {_value(config, 'warmup_iters', warmup)}; set {end} "
@@ -233,6 +283,8 @@ def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
         problems.append(f"cosine_iters: has no effect with schedule = {config.schedule}; leave it out")
     if config.schedule != "wsd" and config.decay_iters is not None:
         problems.append(f"decay_iters: has no effect with schedule = {config.schedule}; leave it out")
+    if config.schedule != "wsd" and config.decay_shape != "linear":
+        problems.append(f"decay_shape: has no effect with schedule = {config.schedule}; leave it out")
     return problems
 
 

@@ -34,6 +34,14 @@ def weight_phases(train_weights: TrainWeights | None) -> tuple[WeightPhase, ...]
     return tuple(phase for text in texts if (phase := _parse(text)))
 
 
+def phases_before(train_weights: TrainWeights | None, last_step: int) -> TrainWeights | None:
+    """Return train_weights without the phases that begin at `last_step` or later, which a shorter run does not have."""
+    if train_weights is None or not all(isinstance(text, str) for text in train_weights):
+        return train_weights
+    texts = [text for text in train_weights if isinstance(text, str)]
+    return tuple(text for text in texts if (phase := _parse(text)) is None or phase.from_step < last_step)
+
+
 def keeps_source_losses(config: TrainingConfig) -> bool:
     """Return whether the run sums the loss of each source; it then compiles another function for the loss.
 

@@ -61,7 +61,11 @@ def read_megatron_index(path: Path, bin_bytes: int) -> MegatronIndex:
         raise DataError(f"{path}: has version {version} of Megatron's format, but only 1 is known; convert it")
     dtype = np.dtype(_TYPES.get(code, "V1"))
     if dtype.kind not in "ui":
-        raise DataError(f"{path}: has the type code {code}, which is no type of integers; make the files again")
+        what = dtype.name if code in _TYPES else "unknown"
+        known = ", ".join(f"{number} {np.dtype(name).name}" for number, name in _TYPES.items() if name[-2] in "ui")
+        raise DataError(
+            f"{path}: has the type code {code} ({what}), but token IDs have one of these: {known}; make the files again"
+        )
     index = MegatronIndex(dtype, bin_bytes // dtype.itemsize, sequences, entries - 1)
     least = index.documents_at + 8 * entries
     if entries < 1 or size < least:

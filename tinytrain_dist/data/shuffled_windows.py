@@ -31,7 +31,8 @@ class ChosenWindows(NamedTuple):
 class ShuffledWindows:
     """The windows of several sources, in the order in which a run draws them.
 
-    Sample numbers count over the whole run: sample slot s after t steps is number t x batch_size + s.
+    Sample numbers count over the whole run: sample slot s of a step is number n + s, where n is the number of
+    samples in the steps before.
     """
 
     def __init__(self, lengths: Sequence[int], context_len: int, phases: Sequence[SamplePhase] = ()) -> None:

@@ -1,6 +1,6 @@
 """Read the files beside a token file: which tokens count as targets (mask), and where documents begin.
 
-* FILE without its suffix + .mask.npy: uint8 or bool, as many values as FILE has tokens; not 0: the token counts.
+* FILE without its suffix + .mask.npy: uint8 or bool, 0 or 1, as many values as FILE has tokens; 1: the token counts.
 * FILE without its suffix + .documents.npy: int64, the ascending positions in tokens at which documents begin; the first
   is 0. A Megatron index takes its place.
 """
@@ -58,12 +58,23 @@ class Mask:
 
     def __init__(self, path: str, header: NpyHeader, owner: object) -> None:
         """Read the file at `path`, whose header was checked, when values are asked for. owner: of the open file."""
+        self.path = path
         self.header = header
         self._file = _SideFile(path, owner)
 
     def read(self, first: int, count: int) -> npt.NDArray[np.bool_]:
-        """Return which of `count` tokens of the shard count as targets. Errors: DataError; OSError."""
-        return self._file.read(self.header.dtype, first, count, self.header.offset).astype(np.bool_)
+        """Return which of `count` tokens of the shard count as targets.
+
+        Errors: DataError if a value is not 0 or 1, or if the file has changed; OSError.
+        """
+        values = self._file.read(np.dtype(np.uint8), first, count, self.header.offset)
+        if count and values.max() > 1:
+            at = int(np.argmax(values > 1))
+            raise DataError(
+                f"{self.path}: has the value {values[at]} at position {first + at}, but a mask holds only 0 and "
+                "1; make it again with its token file"
+            )
+        return values.view(np.bool_)
 
 
 def open_mask(path: str, tokens: int, owner: object) -> Mask | None:
@@ -89,7 +100,7 @@ def open_mask(path: str, tokens: int, owner: object) -> Mask | None:
 
 
 class DocumentStarts:
-    """Where the documents of one shard begin. Every 4,096th position is kept in memory, from the first use on."""
+    """Where the documents of one shard begin. Every 4,096th position is kept in memory, from `check` on."""
 
     may_repeat = False  # documents may be empty, so that positions repeat or are the number of tokens
 
@@ -108,15 +119,16 @@ class DocumentStarts:
     def between(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Return the positions at which documents begin in first .. last - 1, ascending. Errors: DataError; OSError."""
         if self._samples is None:
-            self._samples = self._scan()
+            self.check()
+        assert self._samples is not None
         # Positions before `low` are less than `first`, and those from `high` on are not less than `last`.
         low = max(0, int(np.searchsorted(self._samples, first, side="left")) - 1) * _PAGE
         high = min(self.count, int(np.searchsorted(self._samples, last, side="left")) * _PAGE)
         starts = self.read(low, max(0, high - low))
         return np.unique(starts[(starts >= first) & (starts < last)])
 
-    def _scan(self) -> npt.NDArray[np.int64]:
-        """Check that the positions ascend from 0, and return every 4,096th."""
+    def check(self) -> None:
+        """Check that the positions ascend from 0, and keep every 4,096th. Errors: DataError; OSError."""
         samples, last = [np.empty(0, np.int64)], -1
         for first in range(0, self.count, _PAGE * _SCAN_PAGES):
             starts = self.read(first, min(_PAGE * _SCAN_PAGES, self.count - first))
@@ -130,7 +142,7 @@ class DocumentStarts:
                 )
             last = int(starts[-1])
             samples.append(starts[::_PAGE])
-        return np.concatenate(samples)
+        self._samples = np.concatenate(samples)
 
 
 class _StartsFile(DocumentStarts):
@@ -166,10 +178,21 @@ class _StartsInIndex(DocumentStarts):
 
 
 def open_document_starts(path: str, layout: Layout, size: int, owner: object) -> DocumentStarts | None:
-    """Return where the documents of a shard begin; None if that is not recorded. Errors: DataError.
+    """Return where the documents of a shard begin, after reading all of it; None if that is not recorded.
 
-    size: of the token file, in bytes. owner: as of `open_mask`.
+    size: of the token file, in bytes. owner: as of `open_mask`. Errors: DataError.
     """
+    try:
+        starts = _find_document_starts(path, layout, size, owner)
+        if starts is not None:
+            starts.check()  # now, so that a bad file is reported before the first step
+    except OSError as error:
+        raise DataError(f"{path}: where its documents begin cannot be read ({error}); restore the file") from None
+    return starts
+
+
+def _find_document_starts(path: str, layout: Layout, size: int, owner: object) -> DocumentStarts | None:
+    """Return where the documents of a shard begin, as `open_document_starts`, without reading it."""
     starts_path = side_path(path, ".documents.npy")
     header = _header(starts_path)
     if header is None:

@@ -49,6 +49,10 @@ class StreamWindows:
         """Return the position in the source of a window's first token."""
         return position
 
+    def pieces(self, position: int) -> list[tuple[int, int]]:
+        """Return the position in the source and the length of each piece of a window: it has one."""
+        return [(position, self.context_len + 1)]
+
     def read_into(
         self,
         position: int,

@@ -5,10 +5,12 @@ Must not know ranks, models or devices: a rank asks for sample slots and gets th
 
 from __future__ import annotations
 
+import operator
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,7 +50,7 @@ class TokenDataset:
         weights: Sequence[float] | None = None,
         token_dtype: str | None = None,
         phases: Sequence[StepPhase] = (),
-        shuffle_batch: int | None = None,
+        shuffle_batch: int | Callable[[int], int] | None = None,
         loss_mask: bool = False,
         document_mask: bool = False,
         packed: bool = False,
@@ -59,7 +61,7 @@ class TokenDataset:
         0 .. vocab_size - 1 (None: not checked). weights: how often each source is drawn from (None: in proportion to
         its windows, so all are equally likely). token_dtype: the type of token IDs in files without a header.
         phases: weights that change, in place of `weights`. shuffle_batch: sample slots of a step, if every token is to
-        be a target once per epoch (None: windows are random).
+        be a target once per epoch (None: windows are random); or a function that returns those of the first n steps.
         loss_mask: read which targets count; every token file needs a mask file. document_mask: separate documents;
         every token file needs a file that tells where they begin. packed: pack whole documents into windows, for which
         every token file needs that file too.
@@ -68,17 +70,17 @@ class TokenDataset:
         self.context_len = context_len
         self.sources = [TokenSource(entry, vocab_size=vocab_size, token_dtype=token_dtype) for entry in entries]
         phases = phases or ([(0, weights)] if weights else [])
-        self._batch_size = shuffle_batch or 0
+        self._samples_before = shuffle_batch if callable(shuffle_batch) else partial(operator.mul, shuffle_batch or 0)
         self._loss_mask, self._document_mask = loss_mask, document_mask
         self.fingerprints: list[dict[str, Any]] = [
-            source.fingerprint | _open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
+            source.fingerprint | open_side_files(source, loss_mask, document_mask or packed) for source in self.sources
         ]
         self._packed = packed
         self._readers: list[StreamWindows | PackedWindows] = [
             PackedWindows(source, context_len, loss_mask) if packed else StreamWindows(source, context_len)
             for source in self.sources
         ]
-        self._shuffled = self._shuffle(phases, shuffle_batch) if shuffle_batch is not None else None
+        self._shuffled = self._shuffle(phases) if shuffle_batch is not None else None
         # number of windows of each source; of shuffled ones in an epoch
         self.windows = self._shuffled.windows if self._shuffled else [len(reader) for reader in self._readers]
         self._random = RandomWindows(self.windows, phases)
@@ -88,9 +90,9 @@ class TokenDataset:
         self._seconds_per_read = 0.0  # of a window, in the recent past
         self._shared_folder = shared_folder([path for source in self.sources for path in source.paths])
 
-    def _shuffle(self, phases: Sequence[StepPhase], batch_size: int) -> ShuffledWindows:
+    def _shuffle(self, phases: Sequence[StepPhase]) -> ShuffledWindows:
         """Return the order of the windows, which cross the ends of shards. Errors: DataError for too few tokens."""
-        in_samples = [SamplePhase(first_step * batch_size, weights) for first_step, weights in phases]
+        in_samples = [SamplePhase(self._samples_before(first_step), weights) for first_step, weights in phases]
         if self._packed:  # a ring of windows in place of one of tokens
             return ShuffledWindows([len(reader) for reader in self._readers], 1, in_samples)
         for source in self.sources:
@@ -124,7 +126,7 @@ class TokenDataset:
     def _choose(self, seed: int, step: int, slots: Sequence[int]) -> ChosenWindows:
         """Return the shuffled windows of these slots."""
         assert self._shuffled is not None
-        return self._shuffled.choose(seed, step * self._batch_size + np.asarray(slots, np.int64))
+        return self._shuffled.choose(seed, self._samples_before(step) + np.asarray(slots, np.int64))
 
     def training_windows(self, seed: int, step: int, slots: Sequence[int]) -> Windows:
         """Return the windows of these sample slots, the targets that count, and the sources. Errors: as `read`."""
@@ -141,11 +143,11 @@ class TokenDataset:
 
     def epochs(self, step: int) -> float | None:
         """Return how many epochs are over after `step` steps; None for random windows."""
-        return None if self._shuffled is None else self._shuffled.epochs(step * self._batch_size)
+        return None if self._shuffled is None else self._shuffled.epochs(self._samples_before(step))
 
     def epochs_of_sources(self, step: int) -> list[float]:
         """Return how often each source was gone through in `step` steps; [] for random windows."""
-        return [] if self._shuffled is None else self._shuffled.epochs_of_sources(step * self._batch_size)
+        return [] if self._shuffled is None else self._shuffled.epochs_of_sources(self._samples_before(step))
 
     @property
     def windows_per_epoch(self) -> int:
@@ -184,6 +186,10 @@ class TokenDataset:
         windows = separate_documents(torch.from_numpy(rows), torch.from_numpy(begins), mask)
         return windows if self._document_mask else replace(windows, documents=None)
 
+    def pieces(self, source: int, position: int) -> list[tuple[int, int]]:
+        """Return the first token in the source, and the length, of each piece of a window that `draw` chose."""
+        return self._readers[source].pieces(position)
+
     def places(self, seed: int, step: int, slots: Sequence[int]) -> list[str]:
         """Return where each slot's training window begins, as FILE:TOKEN for messages."""
         places = []
@@ -195,7 +201,7 @@ class TokenDataset:
         return places
 
 
-def _open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
+def open_side_files(source: TokenSource, loss_mask: bool, documents: bool) -> dict[str, str]:
     """Open the files beside the token files that the settings need, and return what identifies them.
 
     Errors: DataError if there are none, or if one does not fit.

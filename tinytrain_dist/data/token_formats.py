@@ -26,6 +26,7 @@ from tinytrain_dist.utils.regular_files import NotAFileError, check_regular
 STATED_TYPES = ("uint16", "uint32", "int32")  # values of token_dtype
 LLM_C_HEADER_BYTES = 1024
 LLM_C_TYPES = {20240520: "<u2", 20240801: "<u4"}  # by the first int32 of the file
+LLM_C_VERSIONS = {20240520: (1,), 20240801: (1, 7)}  # the second int32; llm.c writes 7 for Llama 3
 _GUESSED_TOKENS = 4096  # read to say which types a headerless file cannot have
 _REMEDY = "make it again with `tinytrain prepare`"
 
@@ -106,12 +107,19 @@ def _llm_c_magic(head: bytes) -> int:
     """Return the magic number of an llm.c header, or 0 if the bytes do not begin with one."""
     if len(head) < LLM_C_HEADER_BYTES:
         return 0
-    magic, version = np.frombuffer(head, "<i4", 2).tolist()
+    magic = int(np.frombuffer(head, "<i4", 1)[0])
     # The numbers behind the count are 0 in every such file. Token IDs do not look like this.
-    return magic if magic in LLM_C_TYPES and 1 <= version <= 100 and not any(head[12:]) else 0
+    return magic if magic in LLM_C_TYPES and not any(head[12:]) else 0
 
 
 def _llm_c_layout(path: Path, head: bytes, size: int, magic: int) -> Layout:
+    version = int(np.frombuffer(head, "<i4", 2)[1])
+    if version not in LLM_C_VERSIONS[magic]:
+        known = " and ".join(map(str, LLM_C_VERSIONS[magic]))
+        raise DataError(
+            f"{path}: its llm.c header has version {version}, but only {known} of {magic} is known here; write the "
+            "file again with llm.c's own scripts"
+        )
     dtype, tokens = np.dtype(LLM_C_TYPES[magic]), int(np.frombuffer(head, "<u4", 3)[2])
     found = size - LLM_C_HEADER_BYTES
     if found != tokens * dtype.itemsize:

@@ -25,6 +25,10 @@ from tinytrain_dist.data.token_formats import find_layout
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 
+# At the start, this many values of the masks of a source are read to find one that counts: a second of reading.
+_MASK_CHECK_TOKENS = 1 << 30
+_MASK_CHECK_BLOCK = 1 << 20
+
 
 class TokenSource:
     """The shards of one source as one stream.
@@ -103,12 +107,37 @@ class TokenSource:
     def open_masks(self) -> bool:
         """Open and check the mask files, FILE without its suffix + .mask.npy; return whether there are any.
 
-        Errors: DataError if one does not fit its shard, or if only some shards have one.
+        Errors: DataError if one does not fit its shard, if only some shards have one, or if no token counts.
         """
         if self._masks is None:
             found = READER_POOL.map(lambda shard: open_mask(shard.path, shard.layout.tokens, self._key), self.shards)
-            self._masks = _of_all(self.shards, found, "mask file", ".mask.npy")
+            masks: list[Mask] = _of_all(self.shards, found, "mask file", ".mask.npy")
+            if masks and not self._some_token_counts(masks):
+                place = masks[0].path if len(masks) == 1 else f"{self.entry}, all {len(masks):,} mask files"
+                raise DataError(
+                    f"{place}: no value is 1, so no token counts as a target; write a 1 for each token that the model "
+                    "shall learn to predict, or set loss_mask = false"
+                )
+            self._masks = masks
         return bool(self._masks)
+
+    def _some_token_counts(self, masks: Sequence[Mask]) -> bool:
+        """Return whether some mask holds a 1; also True if none of the first _MASK_CHECK_TOKENS values is one.
+
+        Reading ends at the first 1, so it costs little unless the masks are wrong.
+        Errors: DataError if a value that is read is not 0 or 1, or if a file cannot be read.
+        """
+        left = _MASK_CHECK_TOKENS
+        for mask, tokens in zip(masks, self.shards.tokens.tolist(), strict=True):
+            for first in range(0, tokens, _MASK_CHECK_BLOCK):
+                count = min(_MASK_CHECK_BLOCK, tokens - first)
+                try:
+                    if left <= 0 or mask.read(first, count).any():
+                        return True
+                except OSError as error:
+                    raise DataError(f"{mask.path}: cannot be read ({error}); restore it") from None
+                left -= count
+        return False
 
     def read_mask(self, position: int, length: int) -> npt.NDArray[np.bool_]:
         """Return which of the tokens from a position count as targets: bool [length]. `open_masks` comes first."""
@@ -121,20 +150,26 @@ class TokenSource:
     def open_documents(self) -> bool:
         """Open the files of document starts, or Megatron's indexes; return whether there are any.
 
-        Errors: DataError if one does not fit its shard, or if only some shards have one.
+        Errors: DataError if one does not fit its shard, if only some shards have one, or if no document has two tokens.
         """
         if self._documents is None:
             found = READER_POOL.map(
                 lambda shard: open_document_starts(shard.path, shard.layout, shard.stamp.size, self._key), self.shards
             )
-            self._documents = _of_all(self.shards, found, "file of document starts", ".documents.npy")
+            documents: list[DocumentStarts] = _of_all(self.shards, found, "file of document starts", ".documents.npy")
+            if documents and all(starts.count == starts.tokens and not starts.may_repeat for starts in documents):
+                raise DataError(
+                    f"{documents[0].path}: every token begins a document, so there is no document of two tokens and "
+                    "nothing to predict; make it again together with the token file"
+                )
+            self._documents = documents
         return bool(self._documents)
 
     def document_starts(self, position: int, length: int) -> npt.NDArray[np.int64]:
         """Return at which of the tokens from a position documents begin: ascending numbers below `length`, int64.
 
         The first token of each shard begins a document. `open_documents` comes first.
-        Errors: DataError if the positions in a file do not ascend.
+        Errors: DataError if a file has changed; OSError if it cannot be read.
         """
         assert self._documents, "open_documents has returned True"
         starts = [np.empty(0, np.int64)]
@@ -142,6 +177,11 @@ class TokenSource:
             found = self._documents[shard].between(first, first + part.stop - part.start)
             starts.append(found - first + part.start)
         return np.concatenate(starts)
+
+    def recorded_documents(self) -> int:
+        """Return how many documents are recorded, also empty ones. `open_documents` comes first."""
+        assert self._documents, "open_documents has returned True"
+        return sum(documents.count for documents in self._documents)
 
     def _opened(self, number: int) -> OpenFile:
         """Return the file of a shard, open. Errors: as of `_open_again`."""

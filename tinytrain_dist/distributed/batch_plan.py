@@ -5,8 +5,11 @@ Must not know torch or which rank it runs on: every rank, and a login node, comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from tinytrain_dist.config.batch_phases import BatchSizes, division_problem
 from tinytrain_dist.config.batch_sizes import divides, divisors, micro_batch_sizes, nearest_batch_sizes, rank_counts
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
@@ -32,14 +35,21 @@ class BatchPlan:
 
     @classmethod
     def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlan:
-        """Return the plan for a configuration on a mesh.
+        """Return the plan of a batch of `batch_size` for a configuration on a mesh.
 
-        Errors: ConfigError if the batch cannot be divided evenly. It lists the sizes that can be used.
+        Without a micro_batch_size, a rank computes its part of a batch in one pass, or that of the smallest batch if
+        there is a warm-up: all steps have the same micro_batch_size, so that compiled code and memory stay the same.
+        Errors: ConfigError if a batch cannot be divided evenly. It lists the sizes that can be used.
         """
         ranks = dims.replicate * dims.shard
-        micro_batch_size = config.fixed_micro_batch_size or max(1, config.batch_size // ranks)
+        largest, rest = divmod(config.batch_sizes.common_divisor, ranks)
+        given = config.fixed_micro_batch_size
+        micro_batch_size = given or (1 if rest else largest)
         if not divides(config.batch_size, micro_batch_size, ranks, config.reproducible):
             raise ConfigError(_division_problem(config, micro_batch_size, dims))
+        divided = (division_problem(phase, given, ranks, config.reproducible) for phase in config.batch_sizes.phases)
+        if problems := list(filter(None, divided)):
+            raise ConfigError(problems)
         return cls(config.batch_size, micro_batch_size, config.context_len, dims.replicate, dims.shard)
 
     @property
@@ -74,15 +84,70 @@ class BatchPlan:
         """
         return (replica * self.accumulation_steps + micro_step) * self.shard + shard
 
+    def is_last(self, micro_step: int) -> bool:
+        """Return whether this is the last micro-step of an optimizer step."""
+        return micro_step == self.accumulation_steps - 1
+
     def slots(self, micro_batch: int) -> range:
         """Return the sample slots of the micro-batch with this index in the global batch."""
         return range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
+
+    def share(self, replica: int, shard: int) -> BatchShare:
+        """Return what the rank at these coordinates on the mesh computes of the batch."""
+        return _share(self, replica, shard)
 
     def __str__(self) -> str:
         return (
             f"batch_size {self.batch_size} = micro_batch_size {self.micro_batch_size} x {self.ranks} ranks x "
             f"{self.accumulation_steps} accumulation steps; {self.tokens_per_step:,} tokens per step"
         )
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """What one rank computes of one batch.
+
+    * `micro_steps`: 0 .. accumulation_steps - 1.
+    * `micro_batches`: the index in the global batch of the micro-batch of each micro-step.
+    * `slots`: the sample slots in these micro-batches.
+    """
+
+    plan: BatchPlan
+    micro_steps: Sequence[int]
+    micro_batches: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+@lru_cache  # the shares of a rank in the phases of a run, which are used in every step
+def _share(plan: BatchPlan, replica: int, shard: int) -> BatchShare:
+    micro_steps = range(plan.accumulation_steps)
+    micro_batches = tuple(plan.micro_batch_index(replica, shard, micro_step) for micro_step in micro_steps)
+    slots = tuple(slot for index in micro_batches for slot in plan.slots(index))
+    return BatchShare(plan, micro_steps, micro_batches, slots)
+
+
+@dataclass(frozen=True)
+class BatchPlans:
+    """The plan of every step: `whole` with the batch size of the step. A pure function of the step."""
+
+    whole: BatchPlan  # of a batch of `batch_size`
+    sizes: BatchSizes
+
+    @classmethod
+    def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlans:
+        """Return the plans for a configuration on a mesh. Errors: as for BatchPlan.make."""
+        return cls(BatchPlan.make(config, dims), config.batch_sizes)
+
+    def at(self, step: int) -> BatchPlan:
+        """Return the plan of the step after `step` completed steps."""
+        return replace(self.whole, batch_size=self.sizes.at(step))
+
+    def tokens_before(self, step: int) -> int:
+        """Return the number of target tokens in the first `step` steps, over all ranks."""
+        return self.sizes.before(step) * self.whole.context_len
+
+    def __str__(self) -> str:
+        return f"{self.whole}\nbatch_size_warmup: {self.sizes}" if self.sizes.varies else str(self.whole)
 
 
 def possible_micro_batch_sizes(config: TrainingConfig, dims: ParallelDims) -> list[int]:

@@ -120,13 +120,31 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
         dist.broadcast(tensor, src=0)
 
 
-def all_to_all(output: Tensor, input: Tensor, group: Group | None, wait: bool = True) -> Any:
+def broadcast(tensor: Tensor, source: int, group: Group | None, wait: bool = True) -> Any:
+    """Overwrite `tensor` with that of rank `source` of the group, in place.
+
+    A collective, with tensors of the same shape on every rank. Blocks if `wait`; else returns a handle with `wait()`,
+    and the tensor must stay alive until then.
+    """
+    return dist.broadcast(tensor, group=group, group_src=source, async_op=not wait)
+
+
+def all_to_all(
+    output: Tensor,
+    input: Tensor,
+    group: Group | None,
+    wait: bool = True,
+    *,
+    received_sizes: list[int] | None = None,
+    sent_sizes: list[int] | None = None,
+) -> Any:
     """Send part i of `input` to rank i of the group, and write what rank i sends to this rank into part i of `output`.
 
-    Both tensors have the same number of elements. Dim 0 of each is split into equal parts, one for each rank.
+    Dim 0 of each tensor is split into one part for each rank: equal parts, or parts of `received_sizes` (output) and
+    `sent_sizes` (input).
     A collective. Blocks if `wait`; else returns a handle with `wait()`, and both tensors must stay alive until then.
     """
-    return dist.all_to_all_single(output, input, group=group, async_op=not wait)
+    return dist.all_to_all_single(output, input, received_sizes, sent_sizes, group=group, async_op=not wait)
 
 
 def all_gather(output: Tensor, input: Tensor | None, group: Group | None, wait: bool = True) -> Any:

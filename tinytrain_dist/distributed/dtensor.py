@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from tinytrain_dist.distributed.parallel_dims import shard_rows as shard_rows
 from tinytrain_dist.distributed.torch_internals import with_local_part
 
 if TYPE_CHECKING:
@@ -38,16 +39,6 @@ def copy_of(tensor: Tensor, device: torch.device) -> Tensor:
     """
     local = local_tensor(tensor).detach().to(device, copy=True)
     return with_local_part(tensor, local) if is_dtensor(tensor) else local
-
-
-def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
-    """Return the first row of shard `index` and the row after its last one.
-
-    Shards have ceil(rows / shards) rows each; the last ones may be shorter or empty. This is how DTensor's Shard(0)
-    splits dim 0.
-    """
-    rows_per_shard = -(-rows // shards)  # rounded up
-    return min(rows, index * rows_per_shard), min(rows, (index + 1) * rows_per_shard)
 
 
 def shard_range(tensor: Tensor) -> tuple[int, int]:

@@ -42,6 +42,16 @@ class ParallelDims:
         return f"parallel = {self.mode}: {self.replicate} replica(s) x {self.shard} shard(s); {self.reason}"
 
 
+def shard_rows(rows: int, shards: int, index: int) -> tuple[int, int]:
+    """Return the first row of shard `index` and the row after its last one.
+
+    Shards have ceil(rows / shards) rows each; the last ones may be shorter or empty. This is how DTensor's Shard(0)
+    splits dim 0.
+    """
+    rows_per_shard = -(-rows // shards)  # rounded up
+    return min(rows, index * rows_per_shard), min(rows, (index + 1) * rows_per_shard)
+
+
 def choose_parallel_dims(
     config: TrainingConfig, world_size: int, local_world_size: int, fits: bool = True, device_type: str = "cpu"
 ) -> ParallelDims:

@@ -36,7 +36,7 @@ class Failure:
     """The error that ended this rank, and what is known about its cause."""
 
     message: str  # the final line of the log
-    trace: str  # "" for a user's mistake
+    trace: str  # "" for one of our own errors
     rank: int
     host: str
     step: int | None  # completed steps; None during the start
@@ -128,7 +128,7 @@ def _describe(watchdog: Watchdog | None, error: BaseException) -> Failure:
     where = f"rank {rank} on {host}" + (f", after step {step}" if step is not None else "")
     return Failure(
         message=str(error) if user_mistake else f"{where}: {type(error).__name__}: {error}",
-        trace="" if user_mistake else trace,
+        trace="" if isinstance(error, TinytrainError) else trace,  # our messages say all that is needed
         rank=rank,
         host=host,
         step=step,

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from tinytrain_dist.config.loading import config_file_of
 from tinytrain_dist.distributed.network import (
     address_towards,
     hand_over,
@@ -107,7 +108,8 @@ class NodeOptions:
 
 
 def check_config_file(config: Path) -> None:
-    """Check that there is such a file on this machine. Errors: StartError."""
+    """Check that there is such a file, or a run with a config.toml, on this machine. Errors: StartError."""
+    config = config_file_of(config)
     if config.exists() and not config.is_file():
         raise StartError(f"CONFIG: {config} is not a regular file; give a .toml file")
     if not config.is_file():

@@ -86,7 +86,8 @@ class RunLog:
         """
         if not self.main:
             return
-        tokens = step * self.config.batch_size * self.config.context_len
+        sizes = self.config.batch_sizes
+        tokens = sizes.before(step) * self.config.context_len
         with self._surviving_disk_errors():
             self._record("train", step, {"tokens": tokens, **values, **groups, "work_seconds_by_rank": work_by_rank})
         numbers = {TAGS[name]: value for name, value in values.items() if name in TAGS}
@@ -95,7 +96,8 @@ class RunLog:
         now = time.time()
         self._track(lambda tracker: tracker.log_numbers(step, numbers, now))
         self._track(lambda tracker: tracker.log_histogram(step, "by_rank/work_seconds", work_by_rank))
-        seconds_left = (self.config.last_step - step) * values["step_seconds"]
+        steps_left = (sizes.before(self.config.last_step) - sizes.before(step)) / sizes.at(step - 1)  # like this one
+        seconds_left = steps_left * values["step_seconds"]
         text = (
             f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.3f} | "
             f"{values['tokens_per_second']:,.0f} tok/s"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
 from tinytrain_dist.distributed.context import DistributedContext, Vote
 from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
@@ -132,7 +132,7 @@ class StepMetrics:
         self,
         config: TrainingConfig,
         context: DistributedContext,
-        plan: BatchPlan,
+        plans: BatchPlans,
         log: RunLog,
         *,
         step: int,
@@ -151,7 +151,7 @@ class StepMetrics:
         """
         self.config = config
         self.context = context
-        self.plan = plan
+        self.plans = plans
         self.log = log
         self.data = data
         self.flops_per_token = flops_per_token
@@ -236,10 +236,11 @@ class StepMetrics:
         bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
         where = "only in the gradient"
         if bad_micro_batches:
-            ranks = [rank for rank in range(self.plan.ranks) if bad_micro_batches & self._micro_batches_of(rank)]
-            slots = [slot for index in sorted(bad_micro_batches) for slot in self.plan.slots(index)]
-            # the windows of a step are drawn by the number of steps completed before it
-            places = self.data.places(self.config.seed, result.step - 1, slots[:MAX_WINDOWS_NAMED])
+            before = result.step - 1  # the number of completed steps, by which the windows of a step are drawn
+            plan = self.plans.at(before)
+            ranks = [rank for rank in range(plan.ranks) if bad_micro_batches & _micro_batches_of(rank, plan)]
+            slots = [slot for index in sorted(bad_micro_batches) for slot in plan.slots(index)]
+            places = self.data.places(self.config.seed, before, slots[:MAX_WINDOWS_NAMED])
             where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
         text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
         self.log.event(result.step, "skipped", text)
@@ -249,13 +250,10 @@ class StepMetrics:
                 f"{self.config.max_skipped_steps}, so the run stops"
             )
 
-    def _micro_batches_of(self, rank: int) -> set[int]:
-        plan = self.plan
-        replica, shard = divmod(rank, plan.shard)
-        return {plan.micro_batch_index(replica, shard, micro_step) for micro_step in range(plan.accumulation_steps)}
-
     def _log(self, result: StepResult, loss: float, norm: float) -> None:
         """Write the record of a logged step, and begin the next interval. A collective."""
+        tokens = self.plans.tokens_before(result.step) - self.plans.tokens_before(self.logged_step)
+        tokens_per_step = tokens / (result.step - self.logged_step)
         ranks = self._gather_times(result)
         wait_seconds = [times.data_wait_seconds for times in ranks]
         work_seconds = [times.work_seconds for times in ranks]
@@ -267,7 +265,7 @@ class StepMetrics:
             "loss": loss,
             "lr": result.lr,
             "grad_norm": norm,
-            "tokens_per_second": self.plan.tokens_per_step / step_seconds,
+            "tokens_per_second": tokens_per_step / step_seconds,
             "step_seconds": step_seconds,
             "data_wait_seconds": max(wait_seconds),
             "memory_gib": max(times.memory_gib for times in ranks),
@@ -277,11 +275,13 @@ class StepMetrics:
             "slowest_to_median": slowest.ratio,
         }
         peak = peak_flops(self.context.device, product_type(self.config.precision, self.config.reproducible))
+        if self.plans.sizes.varies:
+            values["batch_size"] = float(self.plans.sizes.at(result.step - 1))
         epochs = self.data.epochs(result.step)
         if epochs is not None:
             values["epoch"] = epochs
         if peak is not None:
-            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plan.ranks)
+            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plans.whole.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
 
     def _gather_times(self, result: StepResult) -> list[RankTimes]:
@@ -322,3 +322,7 @@ class StepMetrics:
             if epochs:
                 groups["source_epoch"] = dict(zip(names, epochs, strict=True))
         return groups
+
+
+def _micro_batches_of(rank: int, plan: BatchPlan) -> set[int]:
+    return set(plan.share(*divmod(rank, plan.shard)).micro_batches)

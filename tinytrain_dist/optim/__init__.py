@@ -1,4 +1,5 @@
 """The update of the weights.
 
-Reading order: build (the optimizer of a run), adamw, clipping (of gradients), lr_schedule.
+Reading order: build (the optimizer of a run), base, run_optimizer, step_settings, adamw, clipping (of gradients),
+lr_schedule, weight_average.
 """

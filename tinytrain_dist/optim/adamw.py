@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinytrain_dist.distributed.dtensor import local_tensor
-from tinytrain_dist.distributed.torch_internals import without_loading_compiler
+from tinytrain_dist.optim.base import Optimizer, StateTensor, call_closure
 
 SIMD_LANES = 16  # float32 values in the widest CPU vector
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Optimizer):
     """Adam with decoupled weight decay, equal to torch.optim.AdamW. Its state has the type of the parameters.
 
         theta <- theta - lr * weight_decay * theta
@@ -47,20 +47,14 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    add_param_group = without_loading_compiler(torch.optim.Optimizer.add_param_group)
-    state_dict = without_loading_compiler(torch.optim.Optimizer.state_dict)
-    zero_grad = without_loading_compiler(torch.optim.Optimizer.zero_grad)
-
-    def materialize(self) -> None:
-        """Create the state of every parameter as zeros, so that it can be saved or loaded before the first step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if not self.state[param]:
-                    self.state[param] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=local_tensor(param).device),
-                        "exp_avg": torch.zeros_like(param),
-                        "exp_avg_sq": torch.zeros_like(param),
-                    }
+    def state_tensors(self, param: Tensor) -> tuple[StateTensor, ...]:
+        """Return the number of steps and both moments."""
+        shape, dtype = tuple(param.shape), param.dtype
+        return (
+            StateTensor("step", (), torch.float32),
+            StateTensor("exp_avg", shape, dtype),
+            StateTensor("exp_avg_sq", shape, dtype),
+        )
 
     @torch.no_grad()
     def step(
@@ -70,18 +64,11 @@ class AdamW(torch.optim.Optimizer):
         skip: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> Any:
-        """Update all parameters from the gradients in `.grad`. Parameters without a gradient do not change.
+        """Update all parameters that have a gradient; see `Optimizer.step`.
 
-        closure: computes the loss again, as for every torch optimizer; its result is returned.
-        skip: float32 scalar on the parameters' device; if it is 1, neither weights nor state change. It is never read
-        from the device, so that skipping a non-finite step costs no synchronization.
-        grad_scale: float32 scalar on the parameters' device. The kernel divides the gradients by it, and also writes
-        the quotients to `.grad`. This clips the gradients without a pass of its own over them.
+        The kernel divides by `grad_scale` itself, so that clipping needs no pass of its own over the gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = call_closure(closure)
         self.materialize()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]

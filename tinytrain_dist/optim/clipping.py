@@ -1,7 +1,7 @@
 """Clip gradients by their global norm.
 
-Must not know the optimizer or the training loop. The training step has its own clipping, which never reads the norm
-from the device. This function is for training loops that users write themselves.
+Must not know the optimizer or the training loop. A run clips in `RunOptimizer`, which never reads the norm from the
+device. This function is for training loops that users write themselves.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from tinytrain_dist.distributed.dtensor import is_dtensor, local_tensor
 
+CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
+
 
 @torch.no_grad()
 def clip_gradients(
-    params: Iterable[Tensor] | Tensor, max_norm: float, eps: float = 1e-6, *, error_if_nonfinite: bool = True
+    params: Iterable[Tensor] | Tensor, max_norm: float, eps: float = CLIP_EPS, *, error_if_nonfinite: bool = True
 ) -> Tensor:
     """Scale all gradients by max_norm / (norm + eps) if their global L2 norm is larger than `max_norm`.
 

@@ -39,13 +39,12 @@ class WeightAverage:
     parameter, without communication. Source: Polyak & Juditsky 1992; Izmailov et al. 2018 (arXiv 1803.05407).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainingConfig | None = None) -> None:
         """Begin with the present weights, if `ema_decay` is set; otherwise, do nothing here and in all methods."""
-        self.config = config
         self.optimizer = optimizer
-        self.decay = 1.0  # of the next change, see set_step
+        self.decay = 1.0  # of the next update; set in every step, see ema_decay_of_step
         self.params: list[Tensor] = []
-        if config.ema_decay is None:
+        if config is None or config.ema_decay is None:
             return
         self.params = [param for group in optimizer.param_groups for param in group["params"]]
         for param in self.params:
@@ -56,10 +55,6 @@ class WeightAverage:
     def __bool__(self) -> bool:
         """Return whether there is an average."""
         return bool(self.params)
-
-    def set_step(self, step: int) -> None:
-        """Choose the decay of the update after `step` completed steps."""
-        self.decay = ema_decay_of_step(self.config, step)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -52,7 +52,7 @@ def compile_pays_off(config: TrainingConfig, device: torch.device) -> bool:
     Depends only on the configuration and the kind of device, so that all machines make the same choice.
     """
     weights = config.model.approximate_parameter_count
-    flops = 6.0 * weights * config.total_steps * config.batch_size * config.context_len
+    flops = 6.0 * weights * config.batch_sizes.before(config.total_steps) * config.context_len
     return flops >= (MIN_GPU_FLOPS if device.type == "cuda" else MIN_CPU_FLOPS)
 
 

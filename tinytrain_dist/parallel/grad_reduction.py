@@ -45,15 +45,17 @@ ROW_SUM_ELEMENTS = 1 << 24  # whose squares exist at once
 class GradReduction(Protocol):
     """The methods that a training step calls, in this order. Every rank makes every call.
 
+    `last`: whether the micro-step is the last one of its step. Their number may change from step to step.
+
     `view`: what does not depend on the order of the sums, such as the norms by layer and the losses.
     """
 
     view: GradientView
 
-    def before_micro_step(self, micro_step: int) -> None:
+    def before_micro_step(self, micro_step: int, last: bool) -> None:
         """Prepare for the backward of a micro-step, 0 .. accumulation_steps - 1."""
 
-    def after_micro_step(self, micro_step: int) -> None:
+    def after_micro_step(self, micro_step: int, last: bool) -> None:
         """Process the gradients that this backward left in `.grad`."""
 
     def finish(self) -> None:
@@ -87,9 +89,8 @@ class NativeGradReduction:
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: collectives.all_reduce_async(bucket.buffer(), group))
 
-    def before_micro_step(self, micro_step: int) -> None:
+    def before_micro_step(self, micro_step: int, last: bool) -> None:
         """Tell DDP or FSDP whether this backward is the last, so that nothing is reduced twice."""
-        last = self.view.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
         elif is_fsdp_module(self.model):
@@ -101,7 +102,7 @@ class NativeGradReduction:
             if self.scatter is not None:
                 self.scatter.late = not is_used_right_away
 
-    def after_micro_step(self, micro_step: int) -> None:
+    def after_micro_step(self, micro_step: int, last: bool) -> None:
         """Complete the last unit's sum, if it is still in progress."""
         if self.scatter is not None:
             self.scatter.settle()
@@ -142,9 +143,8 @@ class DeterministicGradReduction:
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
 
-    def before_micro_step(self, micro_step: int) -> None:
+    def before_micro_step(self, micro_step: int, last: bool) -> None:
         """Tell DDP or FSDP whether this backward is the last; DDP's buckets then need the sums of the earlier ones."""
-        last = self.view.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
             if last:
@@ -158,11 +158,11 @@ class DeterministicGradReduction:
             assert self.scatter is not None, "made for FSDP"
             self.scatter.late = collectives.uses_gloo()
 
-    def after_micro_step(self, micro_step: int) -> None:
+    def after_micro_step(self, micro_step: int, last: bool) -> None:
         """Move the gradients into the counter; after the last micro-step, add the counter's sums to the gradients."""
         if self.scatter is not None:
             self.scatter.settle()
-        if not self.view.is_last(micro_step):
+        if not last:
             self.counter.add(micro_step, self.view.local_grads())
             for param in self.view.params:
                 param.grad = None

@@ -42,10 +42,6 @@ class GradientView:
         self._is_param_in_layer = torch.tensor(rows, dtype=torch.float64, device=context.device)
         self._device_indices: dict[tuple[int, ...], Tensor] = {}  # see `losses`
 
-    def is_last(self, micro_step: int) -> bool:
-        """Return whether this is the last micro-step of an optimizer step."""
-        return micro_step == self.plan.accumulation_steps - 1
-
     def local_grads(self) -> list[Tensor]:
         """Return this rank's part of every gradient, sharing its memory; parameters without one are left out."""
         return [local_tensor(param.grad) for param in self.params if param.grad is not None]

@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.dtensor import is_dtensor
 from tinytrain_dist.distributed.process_end import keep_group
+from tinytrain_dist.utils.parameter_names import original_name as original_name
 
 if TYPE_CHECKING:  # importing FSDP takes as long as half of torch, so only what shards a model does it
     from torch.distributed.fsdp import FSDPModule
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def apply_ddp(model: nn.Module, mesh: DeviceMesh | None = None) -> DistributedDataParallel:
@@ -108,13 +107,6 @@ def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
     inner = unwrap(model)
     is_sharded: bool = is_fsdp_module(inner)
     return outermost_blocks(inner) if is_sharded else [inner]
-
-
-def original_name(name: str) -> str:
-    """Return a parameter's name without the prefixes that wrappers add to parts of it."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix).replace("." + prefix, ".")
-    return name
 
 
 def gather_full_state_dict(model: nn.Module) -> dict[str, Tensor]:

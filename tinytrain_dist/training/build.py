@@ -21,6 +21,7 @@ from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.loading import resolve_vocab_size
+from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -193,7 +194,7 @@ def _load(
         source = Path(config.init_from)
         part, parts = context.rank, context.world_size
         run_on_all_ranks(lambda: init_from_hf_folder(source, train_step.model, config, part=part, parts=parts))
-        train_step.average.restart()
+        train_step.optimizer.average.restart()
     return start
 
 
@@ -263,7 +264,7 @@ def _open_log(config: TrainingConfig, main: bool, step: int) -> RunLog:
 
 def _plan_lines(train_step: TrainStep, notes: Sequence[str] = ()) -> list[str]:
     """Describe the mesh and how the global batch is divided, with `notes` in between."""
-    return [str(train_step.context.parallel_dims), *notes, str(train_step.plan)]
+    return [str(train_step.context.parallel_dims), *notes, str(train_step.plans)]
 
 
 def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_step: TrainStep) -> None:
@@ -272,6 +273,11 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
     log.about(step, "batch", "\n".join(_plan_lines(train_step)))
     hosts = Counter(rank["host"] for rank in environment.get("ranks", []))
     log.about(step, "environment", to_json(environment | {"ranks": hosts}, indent=1))
+    if has_special_groups(train_step.config):
+        groups = train_step.optimizer.groups
+        table = describe_groups(groups, train_step.config.lr_max)
+        records = [group.record() for group in groups]
+        log.event(step, "parameter_groups", f"{len(groups)} parameter groups:\n{table}", groups=records)
     if start.source is not None:
         changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
         forgotten = f"; {start.forgotten}" if start.forgotten else ""
@@ -284,15 +290,16 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
 def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     """Check what DDP and FSDP do not: replicas start equal, and no two ranks read the same windows. A collective."""
     config, context = train_step.config, train_step.context
+    own_slots, batch_size = train_step.share(step).slots, config.batch_sizes.at(step)
     check_replicas(model_tensors(train_step.model).items(), context)
-    places = data.train.places(config.seed, step, train_step.slots)
-    by_rank = context.all_gather_object((train_step.slots, places))
+    places = data.train.places(config.seed, step, own_slots)
+    by_rank = context.all_gather_object((own_slots, places))
     slots = sorted(slot for rank_slots, _ in by_rank for slot in rank_slots)
-    if slots != list(range(config.batch_size)):
-        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {config.batch_size - 1} once")
+    if slots != list(range(batch_size)):
+        raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {batch_size - 1} once")
     drawn = [tuple(rank_places) for _, rank_places in by_rank]
     # in tiny files, two ranks may draw the same windows by chance
-    probability = len(drawn) ** 2 * data.train.collision_probability ** len(train_step.slots)
+    probability = len(drawn) ** 2 * data.train.collision_probability ** len(own_slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
 
@@ -302,7 +309,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
     return StepMetrics(
         train_step.config,
         train_step.context,
-        train_step.plan,
+        train_step.plans,
         log,
         step=start.step,
         record=start.record,

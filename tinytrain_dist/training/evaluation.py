@@ -76,7 +76,7 @@ class Evaluator:
             return None
         loss, others = measured
         samples = self.sampler.write(self.train_step.model, step)
-        if self.train_step.average:
+        if self.train_step.optimizer.average:
             with self._averaged_weights():
                 measured = self._losses()
             if measured is None:
@@ -114,7 +114,7 @@ class Evaluator:
         """Give the model the moving average of its weights while the block runs."""
         units = self.train_step.reduction.view.units
         _reshard(units)
-        with self.train_step.average.in_place_of_weights():
+        with self.train_step.optimizer.average.in_place_of_weights():
             yield
             _reshard(units)
 
@@ -126,10 +126,11 @@ class Evaluator:
         """
         step = self.train_step
         plan, context, table = step.plan, step.context, self.data.bytes_per_token
+        share = plan.share(context.replica, context.shard)
         indices = [
             batch * plan.num_micro_batches + index
             for batch in range(step.config.eval_steps)
-            for index in step.micro_batch_indices
+            for index in share.micro_batches
         ]
         loss_sums = []
         num_bytes = 0

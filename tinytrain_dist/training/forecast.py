@@ -18,6 +18,7 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
+from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 from tinytrain_dist.training.memory_fitting import keep_gathered_weights, smaller_settings
 from tinytrain_dist.utils.text import format_changes
@@ -65,6 +66,7 @@ class Forecast:
     inside_bytes: float  # that a rank sends to ranks of its node in a step
     across_bytes: float  # that a node sends to other nodes in a step
     compute_seconds: float
+    matrix_seconds: float  # of compute_seconds, to orthogonalize matrices on the busiest rank
     inside_seconds: float
     across_seconds: float
 
@@ -112,6 +114,9 @@ def _forecast_on(
     device = cluster.device
     recomputation = RECOMPUTATION_FACTORS[config.activation_checkpointing]
     flops_per_rank = flops_per_token * recomputation * plan.tokens_per_step / plan.ranks
+    matrix_flops = max(update_work(config, dims.replicate, dims.shard).owned_flops())
+    matrix_peak = device.peak_flops("bf16") if cluster.device_type == "cuda" else peak_flops(config, device)
+    matrix_seconds = matrix_flops / (matrix_peak * device.reached)
     return Forecast(
         config=config,
         parallel_dims=dims,
@@ -120,7 +125,8 @@ def _forecast_on(
         fits=estimate.nbytes <= cluster.room,
         inside_bytes=inside_bytes,
         across_bytes=across_bytes,
-        compute_seconds=flops_per_rank / (peak_flops(config, device) * device.reached),
+        compute_seconds=flops_per_rank / (peak_flops(config, device) * device.reached) + matrix_seconds,
+        matrix_seconds=matrix_seconds,
         inside_seconds=inside_bytes / device.neighbours / REACHABLE_SHARE_OF_LINKS,
         across_seconds=across_bytes / device.network / REACHABLE_SHARE_OF_LINKS,
     )

@@ -84,9 +84,10 @@ class MemoryTracker(NoCommunication):
         return out
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
-        """Record a message that would be sent. Its buffers belong to the reduction, or are gathered weights."""
+        """Record a message that would be sent. Its buffers belong to the reduction or the update, or hold weights."""
+        kind = "gathered" if GATHER_OPERATIONS.search(name) else "reduction"
         for tensor in tensors:
-            self.record(tensor, "gathered" if GATHER_OPERATIONS.search(name) else "reduction")
+            self.record(tensor, None if self.stage == "update" else kind)
         self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
     def record(self, tensor: Tensor, kind: str | None = None) -> None:
@@ -189,7 +190,13 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
     # need the same memory as the second.
     passes = 2 if plan.accumulation_steps > 1 else 1
     batch_size = passes * config.batch_size // plan.accumulation_steps
-    simulated = replace(config, compile=False, batch_size=batch_size)
+    simulated = replace(
+        config,
+        compile=False,
+        batch_size=batch_size,
+        batch_size_warmup=None,
+        micro_batch_size=plan.micro_batch_size,
+    )
     depths = (config.num_layers,) if config.num_layers <= SIMULATED_DEPTHS[1] else SIMULATED_DEPTHS
     trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
     stages = _extrapolate([tracker.peaks() for tracker in trackers], depths, config.num_layers)
@@ -227,7 +234,7 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
                 if not (key == AVERAGE_KEY and config.ema_on_host):
                     tracker.record(tensor, "optimizer")
         _track_stages(train_step, tracker)
-        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.slots))))
+        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.share(0).slots))))
     return tracker
 
 

@@ -128,7 +128,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
     windows = empty_windows(replace(config, document_mask=documents), len(micro_steps) * plan.micro_batch_size)
     try:
         with NoCommunication(), torch.compiler.set_stance("force_eager"):
-            train_step.forward_backward(windows, micro_steps)
+            train_step.forward_backward(windows, replace(plan.share(0, 0), micro_steps=micro_steps))
             train_step.reduction.finish()
     except torch.OutOfMemoryError:
         return False

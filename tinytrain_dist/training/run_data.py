@@ -66,10 +66,7 @@ def open_run_data(config: TrainingConfig) -> RunData:
     assert config.vocab_size is not None, "resolve_vocab_size has filled it"
     vocab_size = config.vocab_size
     train = open_training_data(config, vocab_size)
-    evaluation = {
-        name: TokenDataset([path], config.context_len, vocab_size=vocab_size, **_reading_options(config))
-        for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
-    }
+    evaluation = open_evaluation_data(config, vocab_size)
     tables = (bytes_per_token(folder, vocab_size) for folder in _folders(config))
     table = next((table for table in tables if table is not None), None)
     return RunData(train, evaluation, table)
@@ -85,9 +82,17 @@ def open_training_data(config: TrainingConfig, vocab_size: int | None = None) ->
         config.context_len,
         vocab_size=vocab_size,
         phases=weight_phases(config.train_weights),
-        shuffle_batch=config.batch_size if config.sampling == "shuffle" else None,
+        shuffle_batch=config.batch_sizes.before if config.sampling == "shuffle" else None,
         **_reading_options(config),
     )
+
+
+def open_evaluation_data(config: TrainingConfig, vocab_size: int | None = None) -> dict[str, TokenDataset]:
+    """Open the entries of val_data by short name, as evaluations read them. vocab_size, errors: as of training data."""
+    return {
+        name: TokenDataset([path], config.context_len, vocab_size=vocab_size, **_reading_options(config))
+        for name, path in zip(short_names(config.val_files), config.val_files, strict=True)
+    }
 
 
 def _reading_options(config: TrainingConfig) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.validation import LARGEST_NUMBER
 from tinytrain_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # imports torch, which takes a login node seconds
@@ -42,7 +44,13 @@ def with_total_steps(config: TrainingConfig, windows: int) -> TrainingConfig:
     """
     if config.epochs is None:
         return config
-    steps = steps_of_epochs(config.epochs, windows, config.batch_size)
+    steps = steps_of_epochs(config.epochs, windows, config.batch_sizes)
+    if steps * config.batch_size > LARGEST_NUMBER:
+        raise ConfigError(
+            f"epochs: {config.epochs} epochs of {windows:,} windows are more than 2**53 = {LARGEST_NUMBER} windows; "
+            "set fewer epochs",
+            "the settings with epochs",
+        )
     try:
         return replace(config, epochs=None, total_steps=steps)
     except ConfigError as error:
@@ -50,9 +58,9 @@ def with_total_steps(config: TrainingConfig, windows: int) -> TrainingConfig:
         raise ConfigError([problem + because for problem in error.problems], "the settings with epochs") from None
 
 
-def steps_of_epochs(epochs: float, windows: int, batch_size: int) -> int:
+def steps_of_epochs(epochs: float, windows: int, sizes: BatchSizes) -> int:
     """Return the fewest steps that draw all windows of that many epochs, at least 1."""
-    return max(1, math.ceil(Fraction(repr(epochs)) * windows / batch_size))
+    return max(1, sizes.steps_for(math.ceil(Fraction(repr(epochs)) * windows)))
 
 
 def with_length(config: TrainingConfig, windows: int, context: DistributedContext) -> tuple[TrainingConfig, str]:
@@ -62,7 +70,7 @@ def with_length(config: TrainingConfig, windows: int, context: DistributedContex
     """
     windows = context.broadcast_object(windows)
     resolved = with_total_steps(config, windows)
-    note = (
-        f"{config.epochs} epochs x {windows:,} windows / batch_size {config.batch_size} = {resolved.total_steps} steps"
-    )
+    sizes = config.batch_sizes
+    divided = f"in batches of {sizes}" if sizes.varies else f"/ batch_size {config.batch_size}"
+    note = f"{config.epochs} epochs x {windows:,} windows {divided} = {resolved.total_steps} steps"
     return resolved, note if config.epochs is not None else ""

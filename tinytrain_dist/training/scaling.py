@@ -93,7 +93,7 @@ def _scaled_step(
 ) -> PredictedStep | ConfigError:
     changes: dict[str, Any] = {"parallel": mode, "dp_replicate": None, "dp_shard": None}
     if batch_per_gpu is not None:
-        changes["batch_size"] = batch_per_gpu * cluster.num_devices
+        changes |= {"batch_size": batch_per_gpu * cluster.num_devices, "batch_size_warmup": None}
     if mode == "ddp":
         changes["reshard_after_forward"] = None  # a setting of the other modes
     try:

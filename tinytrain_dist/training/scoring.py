@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinytrain_dist.data.token_file import SlicedTokens
 from tinytrain_dist.data.training_windows import IGNORE_INDEX
 from tinytrain_dist.metrics.perplexity import perplexity_of
 
@@ -77,7 +78,7 @@ def sliding_windows(num_tokens: int, context_len: int, stride: int) -> list[Wind
 @torch.no_grad()
 def window_losses(
     model: nn.Module,
-    tokens: npt.NDArray[Any],
+    tokens: SlicedTokens,
     windows: Sequence[Window],
     device: torch.device,
     progress: Callable[[int], None] = lambda _: None,
@@ -106,7 +107,7 @@ def window_losses(
     return losses
 
 
-def _spans(values: npt.NDArray[Any], windows: Sequence[Window], device: torch.device) -> Tensor:
+def _spans(values: SlicedTokens, windows: Sequence[Window], device: torch.device) -> Tensor:
     """Return the values of the tokens of each window, with the one after them: int64 [windows, length + 1]."""
     spans = np.stack([np.asarray(values[window.begin : window.end + 1]).astype(np.int64) for window in windows])
     return torch.from_numpy(spans).to(device)

@@ -20,6 +20,7 @@ Must not know torch.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +28,22 @@ from typing import Any
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.exchange_plan import ROUNDS_AHEAD, Round
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, gather_time
 from tinytrain_dist.metrics.device_specs import DeviceSpec, product_type
+from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.training.timeline import Task, Timeline, waiting
 
 FLOAT32 = 4  # bytes; gradients, their sums and the optimizer's state are float32
 MIB = 2**20
-# measured (H200, 2026-11-27): norm, clipping and update of 1.28e9 weights take 13.8 ms; these numbers give 12.2
-UPDATE_BYTES = 32  # read and written for each weight, by the norm (4) and by AdamW (28)
+# measured (H200, 2026-11-27): norm, clipping and update with AdamW of 1.28e9 weights take 13.8 ms; these numbers and
+# those of optim/costs.py give 12.2
+NORM_BYTES = 4  # read for each weight by the gradient norm
+BF16 = 2  # bytes; Newton-Schulz on GPUs
 REACHED_OF_MEMORY = 0.7  # share of the memory's bandwidth that the update reaches
-WEIGHTS, GRADIENTS, NORM = "weights", "gradients", "loss and norm"  # what communication is for
+# what communication is for
+WEIGHTS, GRADIENTS, NORM, MATRICES = "weights", "gradients", "loss and norm", "whole matrices"
 # the order in which a block uses its weights; their gradients arrive in the reverse order
 USED_IN_ORDER = (
     "input_layernorm q_proj k_proj v_proj q_norm k_norm o_proj post_attention_layernorm gate_proj up_proj down_proj"
@@ -182,7 +188,7 @@ def seconds_alone(settings: StepSettings) -> float:
     step = _Step(settings)
     flops = sum(unit.forward_flops + unit.backward_flops for unit in step.order)
     computing = settings.plan.accumulation_steps * step.seconds_of(flops)
-    return computing + step.seconds_of_update(settings.units.num_weights)
+    return computing + step.seconds_of_update(1) + step.seconds_of_matrices(sum(step.work.plan.costs))
 
 
 COMPUTE = "compute"
@@ -208,6 +214,7 @@ class _Step:
         }
         units = settings.units
         self.order = [units.norm, units.embedding, *units.blocks, units.head]
+        self.work = update_work(settings.config, dims.replicate, dims.shard)
         self.reductions: list[int] = []  # tasks that the end of the step waits for
         self.last_compute: tuple[int, ...] = ()
 
@@ -219,9 +226,15 @@ class _Step:
         speed = device.peak_flops(product_type(config.precision, config.reproducible)) * device.reached
         return flops_per_token * plan.micro_batch_size * plan.context_len / speed
 
-    def seconds_of_update(self, num_weights: float) -> float:
-        """Return how long the norm and the update of so many weights take."""
-        return num_weights * UPDATE_BYTES / (self.settings.device.bandwidth * REACHED_OF_MEMORY)
+    def seconds_of_update(self, shards: int) -> float:
+        """Return how long the norm and the update of one of so many shards take, without Newton-Schulz."""
+        nbytes = self.settings.units.num_weights * NORM_BYTES + self.work.bytes
+        return nbytes / shards / (self.settings.device.bandwidth * REACHED_OF_MEMORY)
+
+    def seconds_of_matrices(self, flops: float) -> float:
+        """Return how long so many operations of Newton-Schulz take."""
+        device = self.settings.device
+        return flops / (device.peak_flops("bf16") * device.reached)
 
     def compute(self, seconds: float, after: Iterable[int] = ()) -> int:
         """Add a task of the GPU's main stream. Without seconds it only marks a point, and waits."""
@@ -327,11 +340,54 @@ class _Step:
         if plan.ranks > 1:
             losses = self.communicate(NORM, "allreduce", WORLD, 8 * plan.num_micro_batches, [done])
             done = self.compute(0.0, [losses])
-        own_weights = self.settings.units.num_weights / dims.shard
-        self.update_seconds = self.seconds_of_update(own_weights)
-        norm_seconds = self.update_seconds * FLOAT32 / UPDATE_BYTES
+        update_seconds = self.seconds_of_update(dims.shard)
+        norm_bytes = self.settings.units.num_weights * NORM_BYTES
+        norm_seconds = update_seconds * norm_bytes / (norm_bytes + self.work.bytes)
         done = self.compute(norm_seconds)
         after = [done]
         if dims.shard > 1:
             after = [self.communicate(NORM, "allreduce", SHARD, 8, [done])]
-        self.compute(self.update_seconds - norm_seconds, after)
+        self.compute(update_seconds - norm_seconds, after)
+        self.update_seconds = update_seconds + self.exchange_matrices()
+
+    def exchange_matrices(self) -> float:
+        """Add what MatrixExchange does for the matrices of Muon, as seen by rank 0; return the seconds it computes."""
+        plan = self.work.plan
+        rounds = deque(plan.rounds())
+        collected: deque[tuple[Round, list[int]]] = deque()  # a round, and the task to wait for
+        returning: deque[tuple[Round, list[int]]] = deque()
+        sharing: deque[list[int]] = deque()
+        seconds = 0.0
+        while rounds or collected or returning or sharing:
+            while rounds and len(collected) < ROUNDS_AHEAD:
+                collected.append((rounds[0], self.send_rows(rounds.popleft())))
+            is_computing = bool(collected)
+            if is_computing:
+                matrices, arrived = collected.popleft()
+                own_seconds = self.seconds_of_matrices(plan.costs[matrices[0]]) if 0 in matrices else 0.0
+                seconds += own_seconds
+                self.compute(own_seconds, arrived)
+                returning.append((matrices, self.send_rows(matrices)))
+                if rounds:
+                    collected.append((rounds[0], self.send_rows(rounds.popleft())))
+            if sharing:
+                self.compute(0.0, sharing.popleft())
+            if returning and (plan.shards == 1 or len(returning) > is_computing):
+                sharing.append(self.share_rows(*returning.popleft()))
+        return seconds
+
+    def send_rows(self, matrices: Round) -> list[int]:
+        """Add the message that collects the rows of a round's matrices at their owners, or that returns them."""
+        plan = self.work.plan
+        sent, received = plan.collect_sizes(matrices, replica=0, shard=0)
+        if plan.shards == 1 or not any(index is not None for index in plan.owned(matrices, 0)):
+            return []
+        nbytes = BF16 * max(sum(sent), sum(received))
+        return [self.communicate(MATRICES, "alltoall", SHARD, nbytes, self.last_compute)]
+
+    def share_rows(self, matrices: Round, arrived: list[int]) -> list[int]:
+        """Add the messages that send a round's results to the other replicas."""
+        plan = self.work.plan
+        start = self.compute(0.0, arrived)
+        sizes = [plan.share_size(matrices, replica, 0) for replica in range(plan.replicas)] if plan.replicas > 1 else []
+        return [self.communicate(MATRICES, "broadcast", REPLICATE, BF16 * size, [start]) for size in sizes if size]

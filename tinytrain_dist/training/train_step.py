@@ -16,23 +16,19 @@ from torch import Tensor, nn
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.training_windows import Windows
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlans, BatchShare
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.step_metrics import LAYER_NORMS_EVERY, StepResult, due
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy
-from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.build import build_optimizer
-from tinytrain_dist.optim.lr_schedule import learning_rate
-from tinytrain_dist.optim.weight_average import WeightAverage
+from tinytrain_dist.optim.run_optimizer import RunOptimizer
+from tinytrain_dist.optim.step_settings import apply_step_settings
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
 from tinytrain_dist.training.source_sums import SourceSums
 from tinytrain_dist.training.token_count import TokenCount
-
-CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 class Batches(Protocol):
@@ -49,38 +45,34 @@ class TrainStep:
         self,
         config: TrainingConfig,
         context: DistributedContext,
-        plan: BatchPlan,
+        plans: BatchPlans,
         model: nn.Module,
         reduction: GradReduction,
-        optimizer: AdamW,
+        optimizer: RunOptimizer,
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
-        clip_in_optimizer: bool,
     ) -> None:
-        """Combine the parts. plan: divides the global batch. reduction: sums gradients and losses of all ranks.
+        """Combine the parts.
 
-        clip_in_optimizer: whether the optimizer's kernel clips the gradients. This saves one pass over them.
+        plans: how the global batch of each step is divided. reduction: sums gradients and losses of all ranks.
         """
         self.config = config
         self.context = context
-        self.plan = plan
+        self.plans = plans
+        self.plan = plans.whole
         self.model = model
         self.reduction = reduction
         self.optimizer = optimizer
-        self.average = WeightAverage(optimizer, config)
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
-        self.clip_in_optimizer = clip_in_optimizer
-        micro_steps = range(plan.accumulation_steps)
-        # the micro-batches of the global batch that this rank computes, and the sample slots in them
-        self.micro_batch_indices = [
-            plan.micro_batch_index(context.replica, context.shard, micro_step) for micro_step in micro_steps
-        ]
-        self.slots = [slot for index in self.micro_batch_indices for slot in plan.slots(index)]
         transformer: Any = unwrap(model)
         self._row_losses: list[Tensor] = transformer.lm_head.row_losses
         num_sources = len(config.train_files)
         self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
+
+    def share(self, step: int) -> BatchShare:
+        """Return what this rank computes of the global batch after `step` steps."""
+        return self.plans.at(step).share(self.context.replica, self.context.shard)
 
     def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
@@ -95,19 +87,17 @@ class TrainStep:
 
         self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
-        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, self.share(step))
 
         self.phase_timer.enter("reduction")
         self.reduction.finish()
         log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
-        losses, loss, norm = self._losses_and_norm(loss_sums, tokens)
+        losses, loss, norm = self._losses_and_norm(step, loss_sums, tokens)
         skip = (~(loss.isfinite() & norm.isfinite())).float()
 
         self.phase_timer.enter("optimizer")
-        lr = learning_rate(self.config, step)
-        self.average.set_step(step)
-        self._update(norm, lr, skip)
+        lr = self._update(step, norm, skip)
 
         self.phase_timer.enter("reading", step + 1)
         return StepResult(
@@ -123,39 +113,44 @@ class TrainStep:
             source_sums=self._sum_by_source(windows, due(step + 1, self.config.log_every)),
         )
 
-    def forward_backward(self, windows: Windows, micro_steps: Sequence[int]) -> tuple[list[Tensor], TokenCount]:
+    def forward_backward(self, windows: Windows, share: BatchShare) -> tuple[list[Tensor], TokenCount]:
         """Run forward and backward for micro-batches; return their summed losses, and the tokens of the global batch.
 
-        windows: micro_batch_size for each micro-batch; micro_steps: which accumulation steps these are. A collective.
+        windows: micro_batch_size for each micro-step of the share. A collective.
         """
+        plan = share.plan
         loss_sums = []
         self._row_losses.clear()  # those of an evaluation before this step
-        tokens = TokenCount(windows, self.config, self.plan, self.context)
-        micro_batches = split_micro_batches(windows, self.plan.micro_batch_size, self.context.device)
-        for micro_step, micro_batch in zip(micro_steps, micro_batches, strict=True):
-            self.reduction.before_micro_step(micro_step)
+        tokens = TokenCount(windows, self.config, plan, self.context)
+        micro_batches = split_micro_batches(windows, plan.micro_batch_size, self.context.device)
+        for micro_step, micro_batch in zip(share.micro_steps, micro_batches, strict=True):
+            last = plan.is_last(micro_step)
+            self.reduction.before_micro_step(micro_step, last)
             loss_sum = self.model(*micro_batch)
             # the gradients of all micro-batches are summed, so each is divided by the token count of the global batch
             (loss_sum / tokens.value).backward()
-            self.reduction.after_micro_step(micro_step)
+            self.reduction.after_micro_step(micro_step, last)
             loss_sums.append(loss_sum.detach())
         return loss_sums, tokens
 
-    def probe(self, windows: Windows) -> tuple[float, float]:
+    def probe(self, step: int, windows: Windows) -> tuple[float, float]:
         """Return loss and gradient norm of the present weights over `windows`, and change nothing. A collective.
 
-        windows: as of a step. Waits for the device.
+        windows: of the batch after `step` steps. Waits for the device.
         """
         self.phase_timer.enter("forward_backward")
-        loss_sums, tokens = self.forward_backward(windows, range(self.plan.accumulation_steps))
+        loss_sums, tokens = self.forward_backward(windows, self.share(step))
         self.reduction.finish()
-        _, loss, norm = self._losses_and_norm(loss_sums, tokens)
+        _, loss, norm = self._losses_and_norm(step, loss_sums, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm)
 
-    def _losses_and_norm(self, loss_sums: Sequence[Tensor], tokens: TokenCount) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses_and_norm(
+        self, step: int, loss_sums: Sequence[Tensor], tokens: TokenCount
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed losses of all micro-batches, the loss per token and the gradient norm. A collective."""
-        losses = self.reduction.view.losses(self.micro_batch_indices, loss_sums, self.plan.num_micro_batches)
+        share = self.share(step)
+        losses = self.reduction.view.losses(share.micro_batches, loss_sums, share.plan.num_micro_batches)
         return losses, losses.sum() / tokens.value, self.reduction.squared_norm().sqrt()
 
     def _sum_by_source(self, windows: Windows, logged: bool) -> HostCopy | None:
@@ -168,20 +163,11 @@ class TrainStep:
         self._source_sums.add(windows, self._row_losses)
         return self._source_sums.take() if logged else None
 
-    def _update(self, norm: Tensor, lr: float, skip: Tensor) -> None:
-        """Clip the gradients by their global norm and update the weights, unless `skip` is 1."""
-        grad_scale = None
-        if self.config.grad_clip_norm is not None and self.clip_in_optimizer:
-            # at least 1: gradients below the limit are divided by 1, which is exact
-            grad_scale = ((norm + CLIP_EPS) / self.config.grad_clip_norm).clamp(min=1.0).float()
-        elif self.config.grad_clip_norm is not None:
-            factor = (self.config.grad_clip_norm / (norm + CLIP_EPS)).clamp(max=1.0).float()
-            grads = [local_tensor(param.grad) for param in self.model.parameters() if param.grad is not None]
-            torch._foreach_mul_(grads, factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step(skip=skip, grad_scale=grad_scale)
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, step: int, norm: Tensor, skip: Tensor) -> float:
+        """Clip the gradients and update the weights, unless `skip` is 1; return the learning rate of the schedule."""
+        lr = apply_step_settings(self.optimizer, self.config, step)
+        self.optimizer.clip_and_step(norm, self.config.grad_clip_norm, skip)
+        return lr
 
 
 def build_train_step(
@@ -196,18 +182,17 @@ def build_train_step(
     draw=False leaves the initial weights undefined, for a simulation (see `build_model`). A collective.
     """
     assert context.parallel_dims is not None, "with_mesh comes first"
-    plan = BatchPlan.make(config, context.parallel_dims)
+    plans = BatchPlans.make(config, context.parallel_dims)
     model = build_model(config, context, draw=draw)
-    reduction = build_grad_reduction(model, plan, context, deterministic=config.reproducible)
+    reduction = build_grad_reduction(model, plans.whole, context, deterministic=config.reproducible)
     on_gpu = context.device.type == "cuda"
     return TrainStep(
         config,
         context,
-        plan,
+        plans,
         model,
         reduction,
-        build_optimizer(model, config),
+        build_optimizer(model, config, context),
         ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile)),
         phase_timer or PhaseTimer(),
-        clip_in_optimizer=on_gpu,  # on a CPU the two ways round differently, and neither is faster
     )

@@ -110,7 +110,8 @@ class Trainer:
         config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
-        depth = read_ahead_depth(self.data.train.window_bytes * len(self.train_step.slots))
+        windows_per_step = self.train_step.plan.batch_size // self.train_step.plan.ranks
+        depth = read_ahead_depth(self.data.train.window_bytes * windows_per_step)
         self.batches = Prefetcher(self._read_rows, self.step, depth, last_step=config.last_step)
         try:
             collect_garbage(first=True)
@@ -220,13 +221,13 @@ class Trainer:
 
     def _read_rows(self, step: int) -> Windows:
         """Read the windows of this rank's sample slots, in the order of its micro-batches."""
-        windows = self.data.train.training_windows(self.config.seed, step, self.train_step.slots)
+        windows = self.data.train.training_windows(self.config.seed, step, self.train_step.share(step).slots)
         return windows.pin_memory() if self.context.device.type == "cuda" else windows
 
     def _compute_again(self, step: int) -> tuple[float, float]:
         """Return loss and gradient norm of the batch after `step` steps, with the present weights. A collective."""
         present, self.step = self.step, step
-        numbers = self.train_step.probe(self._read_rows(step))
+        numbers = self.train_step.probe(step, self._read_rows(step))
         self.step = present
         return numbers
 

@@ -51,6 +51,16 @@ def format_age(seconds: float) -> str:
     return f"{seconds / 86_400:.0f} days"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return a text in which characters that a terminal does not show are escapes, such as \\x1b; `keep` stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; "" if it has none, or cannot say it."""
     try:

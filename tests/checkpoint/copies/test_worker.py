@@ -174,6 +174,9 @@ def test_only_one_run_and_its_newest_start_copy_to_a_url(place: Path, checkpoint
             Copies(place).claim("other", known, adopt)
         assert caught.value.concerns == "run"
     first.copy(checkpoints[1])
+    assert Copies(place).claim("again", run, None)["run"] == run
+    with pytest.raises(CopyError, match="holds 1 copies of this run, but resume = never"):
+        Copies(place).claim("new", run, None, is_new=True)
     assert Copies(place).claim("moved", adopt="any")["run"] == run
     second = Copies(place)
     assert second.claim("second")["run"] == run

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pyarrow.parquet as parquet
 import pytest
 from tokenizers import Tokenizer
 
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.tokenizers import write_tokenizer
 from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.data.preparation.tokenizer import train_bpe
@@ -123,6 +128,32 @@ def test_a_tokenizer_without_a_template(tmp_path: Path, tokenizer_text: str) -> 
         ChatEncoder(tmp_path / "nowhere")
 
 
+LOAD_IN_A_WORKER = """
+import json, pickle, sys
+from pathlib import Path
+from tinytrain_dist.data.preparation.chat import ChatEncoder
+for folder, kind, record, expected in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    encoded = ChatEncoder(folder, kind).encode(record)
+    assert (encoded.ids.tolist(), encoded.counted.tolist()) == expected, folder
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_worker_loads_the_same_tokenizer_without_torch(tmp_path: Path) -> None:
+    cases = []
+    for family in ("llama3", "gpt2", "qwen", "t5"):
+        folder = write_tokenizer(tmp_path / family, family, chat_template="{{ bos_token }}" + CHATML)
+        encoder, record = ChatEncoder(folder), {"messages": MESSAGES}
+        kind, encoded = encoder.simple_class(), encoder.encode(record)
+        if kind is not None:
+            cases.append((folder, kind, record, (encoded.ids.tolist(), encoded.counted.tolist())))
+    assert len(cases) == 4
+    (tmp_path / "cases").write_bytes(pickle.dumps(cases))
+    command = [sys.executable, "-c", LOAD_IN_A_WORKER, str(tmp_path / "cases")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def write_lines(path: Path, records: list[Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
@@ -171,6 +202,42 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
     assert of_table["digests"] == of_lines["digests"]
 
 
+CALLS = "{% if message.tool_calls is defined %}CALLS{{ message.tool_calls | tojson }}{% endif %}<|im_end|>"
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace("<|im_end|>", CALLS)
+
+
+def test_tools_beside_the_messages_reach_the_template(tmp_path: Path, tokenizer_text: str) -> None:
+    model = folder_with(tmp_path, tokenizer_text, WITH_TOOLS)
+    names = ["city", "day", "sum"]
+    records = [
+        record
+        if number % 4 == 0
+        else {
+            "messages": [
+                record["messages"][1],
+                {"role": "assistant", "content": "", "tool_calls": [{"name": names[number % 3]}]},
+                *record["messages"][2:],
+            ],
+            "tools": [{"name": "f", "parameters": {names[number % 3]: {"type": "string"}}}],
+        }
+        for number, record in enumerate(conversations(40))
+    ]
+    assert (
+        ChatEncoder(model).render(records[1]).startswith('[{"name": "f", "parameters": {"day": {"type": "string"}}}]')
+    )
+    as_text = [record | {"tools": json.dumps(record["tools"]) if "tools" in record else None} for record in records]
+    for name, rows in (("objects", records), ("text", as_text)):
+        table = pa.table({column: [row.get(column) for row in rows] for column in ("messages", "tools")})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    common: dict[str, Any] = {"tokenizer": str(model), "chat": True, "workers": 1}
+    digests = [
+        prepare(str(tmp_path / name), str(tmp_path / f"{name}.out"), **common)["digests"]
+        for name in ("objects.jsonl", "objects.parquet", "text.jsonl", "text.parquet")
+    ]
+    assert digests == digests[:1] * 4
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
@@ -180,6 +247,8 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
         ({"messages": [{"content": "a"}]}, 'line 3: message 1 has no "role"'),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 'line 3: message 2 has no "content"'),
         ({"messages": MESSAGES}, "line 3: the chat template of"),
+        ({"messages": MESSAGES[1:], "tools": "[1"}, "line 3: the text in 'tools' is not JSON ("),
+        ({"messages": MESSAGES[1:], "tools": {"a": 1}}, "line 3: 'tools' is a dict and not a list; write a list"),
     ],
 )
 def test_prepare_names_the_line_that_it_cannot_use(

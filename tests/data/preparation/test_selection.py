@@ -67,6 +67,13 @@ def test_only_documents_with_the_given_ids_are_kept(tmp_path: Path, capsys: pyte
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"filter": ("score = 3",)}, ConfigError, r"filter: 'score = 3' is no condition; write one of FIELD == VALUE, !="),
+    (
+        {"filter": ('language == "en',)},
+        ConfigError,
+        r"'language == \"en' has a quote \" before 'en' that is not",
+    ),
+    ({"filter": ("score == '",)}, ConfigError, r"has a quote ' before '' that is not closed; close it .* write \"'\"$"),
+    ({"filter": ("source in 'a, b', c",)}, ConfigError, r"has a quote ' before 'a' that is not closed; .* a comma"),
     ({"ids": "x"}, ConfigError, "ids: x has no effect without id_field; set both, or neither"),
     ({"id_field": "x"}, ConfigError, "id_field: x has no effect without ids; set both, or neither"),
     ({"id_field": "id", "ids": "missing"}, DataError, r"--ids missing: cannot be read \(No such file"),

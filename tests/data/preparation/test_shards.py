@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.killed_prepare import kill_after
 from tests.helpers.prepared_text import STORIES, content, run_prepare, story
-from tests.helpers.ranks import REPOSITORY
 from tinytrain_dist.data.preparation import encoding, planning, token_writer
 from tinytrain_dist.data.preparation.encoding import Part
 from tinytrain_dist.data.preparation.output_folder import WorkFolder
@@ -96,40 +93,6 @@ def test_shards_are_full_whole_and_the_same_after_an_interruption(
     assert [len(files[name]) - 128 for name in names] == [2 * sum(lengths) for lengths in expected]
 
 
-KILLED = """
-import os, signal, sys
-from tests.helpers.prepared_text import run_prepare
-from tinytrain_dist.data.preparation import encoding, output_folder, token_writer
-encoding._BATCH_BYTES = 500
-left = int(sys.argv[3])
-commit = output_folder.WorkFolder.commit
-
-def commit_and_count(self, progress):
-    global left
-    commit(self, progress)
-    left -= 1
-
-append = token_writer.TokenWriter.append
-
-def die_or_append(self, part):
-    append(self, part)
-    if left <= 0 and self.side == "val":
-        os.kill(os.getpid(), signal.SIGKILL)  # after a part of the next shard was written
-
-output_folder.WorkFolder.commit = commit_and_count
-token_writer.TokenWriter.append = die_or_append
-sources = tuple(sys.argv[4:])
-run_prepare(sources, sys.argv[2], shard_tokens=int(sys.argv[1]), val_fraction=0.3, max_document_bytes=5000)
-"""
-
-
-def kill_after(commits: int, out: Path, *sources: Path) -> None:
-    """Start to prepare, and kill the process in the middle of the shard after so many commits."""
-    command = [sys.executable, "-c", KILLED, str(SHARD), str(out), str(commits), *map(str, sources)]
-    killed = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=False)
-    assert killed.returncode == -signal.SIGKILL
-
-
 @pytest.mark.multiprocess
 def test_a_killed_run_continues_after_its_last_commit_to_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -142,7 +105,7 @@ def test_a_killed_run_continues_after_its_last_commit_to_the_same_bytes(
     run_prepare(names, tmp_path / "whole", **options)
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     for commits in (4, 14, 14):  # in the text, in a row group, and in the stream of batches
-        kill_after(commits, out, *sources)
+        kill_after(commits, out, names, **options)
     assert not out.exists()
     assert partial.is_dir()
     monkeypatch.setattr(planning, "scan_documents", lambda *_: pytest.fail("the first reading was repeated"))

@@ -125,6 +125,7 @@ class CheckpointCopier(threading.Thread):
     def run(self) -> None:
         """Copy what is to be copied, until the end."""
         wait_seconds = FIRST_RETRY_SECONDS
+        self._write_status()
         while (path := self._next()) is not None:
             try:
                 self._copy(path)
@@ -304,14 +305,15 @@ def finish_claim(claim: Claim, given_up: Any = lambda: False, limit_seconds: flo
     claim.run, claim.copies, claim.problem = str(result["run"]), dict(result["copies"]), ""
 
 
-def new_claim(config: TrainingConfig, run: str | None, adopt: str | None) -> Claim:
-    """Return a claim that is still to be made. run: of the run folder; adopt: see CopyWorker.claim."""
+def new_claim(config: TrainingConfig, run: str | None, adopt: str | None, is_new: bool = False) -> Claim:
+    """Return a claim that is still to be made. run: of the run folder; adopt, is_new: see CopyWorker.claim."""
     request = {
         "do": "claim",
         "run": run,
         "new_run": os.urandom(8).hex(),
         "target_dir": config.target_dir,
         "adopt": adopt,
+        "is_new": is_new,
         "claim": os.urandom(8).hex(),
         "by": f"process {os.getpid()} on {os.uname().nodename}",
     }

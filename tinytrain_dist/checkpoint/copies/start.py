@@ -6,6 +6,8 @@ how a run is built.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
-from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.progress import Advance, progress_lines
 
@@ -147,9 +149,11 @@ class _Preparation:
         elif not has_local and is_url(config.resume_from):
             same_place = shown_place(_split(config.resume_from)[0]) == shown_place(str(config.checkpoint_copies))
             adopt = "any" if same_place else None
-        elif not has_local:
-            run = None  # a new run in an old folder
-        claim = new_claim(config, run, adopt)
+        if run is None and adopt is None:
+            run = os.urandom(8).hex()  # noted first: a start that is killed after its claim must know it again
+            with contextlib.suppress(OSError):
+                write_atomically(Path(config.target_dir) / COPIES_FILE, {"run": run})
+        claim = new_claim(config, run, adopt, is_new=not has_local and config.resume_from == "never")
         claim.worker = WorkerProcess(opening(config, claim))
         limit = CLAIM_SECONDS if has_local else EMPTY_CLAIM_SECONDS
         background = ThreadPoolExecutor(1, "copies-claim")

@@ -73,7 +73,8 @@ class CopyWorker:
         """Write the marker, which also shows that files can be written; return the run and its complete copies.
 
         run: of the run folder, None if it has none. adopt: the run at the URL becomes this one if its target_dir is
-        this (any: in any case; None: never). Errors: CopyError if the copies belong to another run.
+        this (any: in any case; None: never). is_new: refuse if there are copies already. Errors: CopyError if the
+        copies belong to another run.
         """
         found = self._remote.read_json(MARKER_FILE)
         run, target_dir = request.get("run"), request["target_dir"]
@@ -84,6 +85,12 @@ class CopyWorker:
         elif run != found["run"]:
             raise CopyError(describe_conflict(self._remote.shown, found), concerns="run")
         self._run, self._claim = str(run), request["claim"]
+        if request.get("is_new") and (copies := self._copies()):
+            raise CopyError(
+                f"checkpoint_copies: {self._remote.shown} holds {len(copies)} copies of this run, but resume = never "
+                "starts a new run; set resume = auto, or another checkpoint_copies",
+                concerns="run",
+            )
         self._remote.write_json(MARKER_FILE, marker(self._run, target_dir, self._claim, request["by"]))
         return {"run": self._run, "copies": self._copies()}
 

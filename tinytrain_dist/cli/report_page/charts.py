@@ -231,6 +231,7 @@ def script_values(runs: Sequence[RunData]) -> dict[str, Any]:
                 "name": run.name,
                 "style": style_of(number),
                 "tokens": run.tokens_per_step,
+                "phases": run.token_phases,
                 "curves": {name: _curve_values(curve) for name, curve in run.curves.items() if curve.points},
                 "events": [[event.step, event.kind] for event in run.events.kept()],
             }

@@ -114,11 +114,10 @@ def _summary_cells(run: RunData) -> list[str]:
     mfu = curves["mfu"].median
     memory = max((point.high for point in curves["memory_gib"].points if point.finite), default=None)
     seconds = None if run.first_time is None or run.last_time is None else run.last_time - run.first_time
-    tokens = run.step * run.tokens_per_step if run.tokens_per_step else None
     return [
         _state(run),
         f"{run.step:,}" + (f" of {run.last_step:,}" if run.last_step else ""),
-        number_text(tokens),
+        number_text(run.tokens()),
         number_text(curves["loss"].last, 5) if curves["loss"].points else "",
         number_text(curves["eval_loss"].last, 5) if curves["eval_loss"].points else "",
         number_text(curves["eval_loss"].low, 5),

@@ -13,6 +13,7 @@ from typing import Any
 
 from tinytrain_dist.cli.report_page.curves import Curve
 from tinytrain_dist.cli.status import read_status
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.run_folder import (
     ENVIRONMENT_FILE,
     Record,
@@ -85,7 +86,9 @@ class RunData:
     checkpoint: str = ""  # the name of the newest one
     step: int = 0
     last_step: int = 0  # at which it will stop; 0: not known
-    tokens_per_step: float | None = None
+    tokens_per_step: float | None = None  # the mean up to the last record
+    # with batch_size_warmup: the first step of each phase, the tokens up to it, and those of each step from there on
+    token_phases: list[tuple[int, int, int]] = field(default_factory=list)
     first_time: float | None = None
     last_time: float | None = None
 
@@ -110,6 +113,13 @@ class RunData:
             self._add_samples(record)
         elif isinstance(record.get("text"), str):
             self.events.add(Event(step, time if is_number(time) else None, kind[:40], record["text"][:MAX_CHARACTERS]))
+
+    def tokens(self) -> float | None:
+        """Return the tokens of all steps so far; None if that is not known."""
+        for first, before, per_step in reversed(self.token_phases):
+            if first <= self.step:
+                return before + (self.step - first) * per_step
+        return self.step * self.tokens_per_step if self.tokens_per_step else None
 
     def _add_samples(self, record: Record) -> None:
         short = {**record, "texts": _short_texts(record.get("texts"))}
@@ -159,8 +169,13 @@ def read_run(place: Path, name: str, max_points: int) -> RunData:
                 last_records.append(record)
     if run is not None:
         _add_status(data, run, last_records)
+    sizes, context_len = BatchSizes.read(settings), whole_number(settings.get("context_len"))
+    if sizes is not None and sizes.varies:
+        data.token_phases = [
+            (step, sizes.before(step) * context_len, size * context_len) for step, size in sizes.phases
+        ]
     if data.tokens_per_step is None:
-        product = whole_number(settings.get("batch_size")) * whole_number(settings.get("context_len"))
+        product = whole_number(settings.get("batch_size")) * context_len
         data.tokens_per_step = float(product) or None
     return data
 

@@ -13,6 +13,11 @@
   const visible = () => data.runs.filter((_, number) => !boxes[number] || boxes[number].checked);
   const byTokens = () => chosen("x").value === "tokens";
 
+  function tokensAt(run, step) {
+    const phase = run.phases.findLast(([first]) => first <= step);
+    return phase ? phase[1] + (step - phase[0]) * phase[2] : step * run.tokens;
+  }
+
   function add(parent, tag, attributes, text) {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -111,7 +116,7 @@
     const xLog = chosen("xlog").checked, yLog = chosen("ylog").checked, tokens = byTokens();
     const series = visible().filter((run) => run.curves[chart.name] && (!tokens || run.tokens)).map((run) => {
       const curve = run.curves[chart.name];
-      const xs = curve.x.map((step) => (tokens ? step * run.tokens : step));
+      const xs = curve.x.map((step) => (tokens ? tokensAt(run, step) : step));
       const line = chart.smooth ? smooth(curve.y, Number(chosen("smoothing").value) / 100) : curve.y;
       return { run, curve, xs, line, low: curve.low || curve.y, high: curve.high || curve.y };
     });
@@ -150,7 +155,7 @@
       if (chart.name === "loss")
         for (const [step, kind] of run.events)
           if (kind !== "saved") {
-            const x = frame.x(tokens ? step * run.tokens : step);
+            const x = frame.x(tokens ? tokensAt(run, step) : step);
             if (x === null) continue;
             const mark = add(group, "line", { class: "mark", x1: x, x2: x, y1: top, y2: frame.floor });
             add(mark, "title", {}, `${run.name}, step ${step}: ${kind}`);
@@ -174,7 +179,7 @@
     if (!svg) return;
     const rows = data.kinds, tokens = byTokens(), xLog = chosen("xlog").checked;
     const events = visible().filter((run) => !tokens || run.tokens).flatMap((run) =>
-      run.events.map(([step, kind]) => ({ run, step, kind, x: tokens ? step * run.tokens : step })));
+      run.events.map(([step, kind]) => ({ run, step, kind, x: tokens ? tokensAt(run, step) : step })));
     const offset = (run) => (data.runs.indexOf(run) - (data.runs.length - 1) / 2) * Math.min(4, 10 / data.runs.length);
     const xLimits = limits(events.map((event) => event.x), xLog);
     if (!xLimits) {

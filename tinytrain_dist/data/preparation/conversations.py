@@ -10,10 +10,13 @@ from typing import Any
 
 from tinytrain_dist.data.preparation.selection import field_of
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import parse_json
+
+TOOLS_FIELD = "tools"  # beside the field with the messages
 
 
 class Conversation(bytes):
-    """A document: {"messages": [...]} as JSON, perhaps with "tools". where: the file and the line or row of it."""
+    """A document: {"messages": [...]} as JSON, perhaps with a list of "tools". where: its file, and line or row."""
 
     where: str
 
@@ -24,14 +27,44 @@ def conversation(where: str, record: Any, messages_field: str) -> Conversation:
     if problem := _problem(messages, record, messages_field):
         raise DataError(f"{where}: {problem}")
     chat = {"messages": messages}
-    if record.get("tools"):
-        chat["tools"] = record["tools"]
+    if tools := _tools(where, record):
+        chat[TOOLS_FIELD] = tools
     try:
         document = Conversation(json.dumps(chat, ensure_ascii=False).encode())
     except UnicodeEncodeError:
         raise DataError(f"{where}: a message has half a surrogate pair; repair it") from None
     document.where = where
     return document
+
+
+def conversation_of_row(where: str, messages: Any, tools: Any, messages_field: str) -> Conversation:
+    """Return the conversation in a row of a table, as `conversation` does for a line of JSON.
+
+    Arrow gives each object all keys that an object of its column has, with null for those that it lacks. They are left
+    out, because a template may ask whether a key is there.
+    """
+    messages = [_without_nulls(message, keep="content") for message in messages] if messages is not None else None
+    return conversation(where, {messages_field: messages, TOOLS_FIELD: _without_nulls(tools)}, messages_field)
+
+
+def _without_nulls(value: Any, keep: str = "") -> Any:
+    """Return a value without the keys whose value is None, at any depth. keep: a key that stays."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None or name == keep}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _tools(where: str, record: dict[str, Any]) -> list[Any] | None:
+    """Return the tools of a conversation: a list, or JSON that is one. Errors: DataError that begins with `where`."""
+    tools = record.get(TOOLS_FIELD)
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise DataError(f"{where}: the text in 'tools' is not JSON ({error}); write a list of tools") from None
+    if tools and not isinstance(tools, list):
+        raise DataError(f"{where}: 'tools' is a {type(tools).__name__} and not a list; write a list of tools")
+    return tools or None
 
 
 def _problem(messages: Any, record: Any, messages_field: str) -> str:

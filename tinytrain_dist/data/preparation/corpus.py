@@ -31,6 +31,7 @@ class Position:
         documents: number of documents of this part that were read
         bytes: number of bytes of this file that were read, for the progress bar
         digest: of the documents of this file that were read, if it is a table
+        total: number of documents of all files that were read
     """
 
     file: int = 0
@@ -38,6 +39,7 @@ class Position:
     documents: int = 0
     bytes: int = 0
     digest: str = ""
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Corpus:
                         f"{shown(path)}: a source changed between its first and second reading; run again when nothing "
                         "writes to it"
                     )
-                self.position = Position(number + 1)
+                self.position = Position(number + 1, total=self.position.total)
 
     def _documents_of(self, source: Source, path: str, start: Position) -> Generator[bytes, None, FileDigest]:
         """Yield the documents of one file from a position in it on; return its digest."""
@@ -105,7 +107,7 @@ class Corpus:
                 blocks = decompressed_blocks(path, meter)
                 texts = split_documents(shown(path), blocks, reading, fact.form)
                 documents = (Document(0, text) for text in texts)
-            block, number, seen_bytes, digest = start.block, 0, start.bytes, start.digest
+            block, number, seen_bytes, digest, total = start.block, 0, start.bytes, start.digest, start.total
             for document in documents:
                 block, number = (block, number + 1) if document.block == block else (document.block, 1)
                 if block == start.block and number <= start.documents:
@@ -114,8 +116,8 @@ class Corpus:
                     digest = hashlib.sha256(bytes.fromhex(digest) + document.text).hexdigest()
                 read_bytes = max(meter.bytes, seen_bytes)
                 self._advance(read_bytes - seen_bytes)
-                seen_bytes = read_bytes
-                self.position = Position(start.file, block, number, seen_bytes, digest)
+                seen_bytes, total = read_bytes, total + 1
+                self.position = Position(start.file, block, number, seen_bytes, digest, total)
                 yield document.text
             self._advance(max(fact.size - seen_bytes, 0))
         return FileDigest(digest if is_table else meter.sha256.hexdigest(), fact.size if is_table else meter.bytes)

@@ -58,11 +58,18 @@ class _TextEncoder:
         return Part(np.concatenate(ids), lengths, sum(map(len, documents)))
 
 
+class ChatTokenizer(NamedTuple):
+    """The tokenizer whose chat template writes conversations; the arguments of ChatEncoder."""
+
+    folder: str
+    tokenizer_class: Any = None
+
+
 class _ConversationEncoder:
     """Encode conversations with a chat template. Errors: DataError that names the file and the row."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
-        self.encoder = ChatEncoder(folder)
+    def __init__(self, chat: ChatTokenizer, dtype: str) -> None:
+        self.encoder = ChatEncoder(chat.folder, chat.tokenizer_class)
         self.dtype = dtype
 
     def __call__(self, documents: list[bytes]) -> Part:
@@ -85,18 +92,14 @@ class BatchEncoder:
     """Encode documents to token IDs, separately for train and val. Each worker has one of these."""
 
     def __init__(
-        self, vocabulary: Vocabulary, use_fast: bool, threshold: int, dtype: str, chat_folder: str | None = None
+        self, vocabulary: Vocabulary, use_fast: bool, threshold: int, dtype: str, chat: ChatTokenizer | None = None
     ) -> None:
         """Create an encoder. Documents whose hash is below `threshold` go to val. dtype: `<u2` or `<u4`.
 
-        chat_folder: of the tokenizer whose chat template writes the documents, which are conversations.
+        chat: the tokenizer whose chat template writes the documents, if they are conversations.
         """
         self.threshold = threshold
-        self.encode = (
-            _TextEncoder(vocabulary, use_fast, dtype)
-            if chat_folder is None
-            else _ConversationEncoder(chat_folder, dtype)
-        )
+        self.encode = _TextEncoder(vocabulary, use_fast, dtype) if chat is None else _ConversationEncoder(chat, dtype)
 
     def __call__(self, documents: list[bytes]) -> list[Part]:
         """Return the train part and the val part."""

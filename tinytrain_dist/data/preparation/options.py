@@ -37,21 +37,25 @@ class PrepareOptions:
         vocab_size: Number of IDs of the tokenizer to train (8192 if neither this nor tokenizer is given).
         tokenizer: A tokenizer.json, or a folder with one, to use instead of training a new one.
         eos_token: End-of-document token of that tokenizer (default: the one in tokenizer_config.json beside it, or
-            `<|endoftext|>`).
+            `<|endoftext|>`). Not with chat, because the chat template writes it.
         special_tokens: What special tokens of that tokenizer that the text spells become: ordinary text (text), or
-            their IDs (ids).
+            their IDs (ids). With chat always IDs, because the chat template spells them.
         val_fraction: Fraction of the documents to hold out, chosen by a hash of their content (default: 0.01, or up
             to 0.1 in a small corpus, to hold out about 500 kB).
         format: What the files contain. auto: the content decides between text, JSON lines, Parquet and Arrow, and
             anything else is refused; text: text, whatever it looks like; jsonl: JSON lines.
         text_field: Field with the text in each JSON line, or column of a table. `a.b` is the field b in the field a.
-        chat: The documents are conversations, {"messages": [{"role": ..., "content": ...}, ...]}, in JSON lines or in a
-            column of a table. They are written with the chat template of the tokenizer, and a mask counts only what the
-            assistant says (train with loss_mask = true). The field is `messages`, unless --text-field names another.
+        chat: The documents are conversations, {"messages": [{"role": ..., "content": ...}, ...]}, perhaps with `tools`,
+            in JSON lines or in columns of a table. They are written with the chat template of the tokenizer, and a mask
+            counts only what the assistant says (train with loss_mask = true). The field is `messages`, unless
+            --text-field names another.
         filter: Keep only documents whose fields meet a condition, such as "language == en", "score >= 0.5",
             "source in wiki, books" or "text is not null". Given several times, all must hold.
         id_field: Field with the ID of a document, for --ids.
         ids: File with one ID on each line. Only documents with these IDs are kept.
+        dedup: Remove documents that repeat an earlier one (exact: the same bytes, after filters and after long
+            documents were cut; with chat, the same text as the chat template writes it). The first one stays. Needs 50
+            MB of memory, and for each million documents 1 MB more, and 40 MB on disk during the first reading.
         split_by: What is one document in a file without separators: the whole file, or each line.
         errors: What to do about bytes that are not UTF-8: stop (strict), or write U+FFFD in their place (replace).
         max_document_bytes: Longer documents are cut into several, at line ends (default: 1/128 of the corpus, at
@@ -76,6 +80,7 @@ class PrepareOptions:
     filter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     id_field: str | None = None
     ids: str | None = None
+    dedup: Literal["none", "exact"] = "none"
     split_by: Literal["file", "line"] = "file"
     errors: Literal["strict", "replace"] = "strict"
     max_document_bytes: int | None = None

@@ -9,19 +9,24 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tinytrain_dist.data.preparation.chat import ChatEncoder
+from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
+from tinytrain_dist.data.preparation.conversations import Conversation
 from tinytrain_dist.data.preparation.corpus import Corpus, FileDigest
+from tinytrain_dist.data.preparation.duplicates import Duplicates
 from tinytrain_dist.data.preparation.options import MIN_DOCUMENT_BYTES, PrepareOptions
 from tinytrain_dist.data.preparation.sample import Scan, document_hashes, scan_documents, training_texts
 from tinytrain_dist.data.preparation.special_tokens import SpecialTokens, SpelledTokens, count_spelled
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.json_files import parse_json
 
 _DEFAULT_VOCAB_SIZE = 8192
 # A small corpus gives this much text to validation by default.
 _VAL_BYTES = 500_000
+_DUPLICATES_FILE = "duplicates.bin"
 # Text on which tiktoken must agree with tokenizers: in all, and at most from one document.
 _COMPARED_BYTES, _COMPARED_DOCUMENT_BYTES = 1_000_000, 20_000
 
@@ -36,20 +41,28 @@ class Plan:
     """What the first reading of a corpus decides.
 
     threshold: documents whose hash is below it go to val. use_fast: tiktoken encodes. digests: of the files.
+    duplicates: documents that are removed, if they were looked for. tokenizer_class: loads the tokenizer faster, if it
+    is known; it is not saved.
     """
 
     threshold: int
     vocabulary: Vocabulary
     use_fast: bool
     digests: list[FileDigest]
+    duplicates: Duplicates | None = None
+    tokenizer_class: Any = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return dataclasses.asdict(self)
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Return the plan as JSON values, after writing what is large to a file in `folder`. Errors: OSError."""
+        value = dataclasses.asdict(dataclasses.replace(self, duplicates=None, tokenizer_class=None))
+        del value["tokenizer_class"]
+        if self.duplicates is not None:
+            value["duplicates"] = self.duplicates.save(folder / _DUPLICATES_FILE)
+        return value
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Plan:
-        """Return the plan that `to_json` wrote."""
+    def load(cls, folder: Path, value: dict[str, Any]) -> Plan:
+        """Return the plan that `save` wrote. Errors: DataError if the file in `folder` is missing or damaged."""
         fields = dict(value["vocabulary"])
         if fields["special"] is not None:
             special = fields["special"]
@@ -57,18 +70,30 @@ class Plan:
                 tuple(special["before"]), tuple(special["after"]), special["config"], tuple(special["notes"])
             )
         digests = [FileDigest(**digest) for digest in value["digests"]]
-        return cls(value["threshold"], Vocabulary(**fields), value["use_fast"], digests)
+        duplicates = value["duplicates"] and Duplicates.load(folder / _DUPLICATES_FILE, value["duplicates"])
+        return cls(value["threshold"], Vocabulary(**fields), value["use_fast"], digests, duplicates)
 
 
-def make_plan(corpus: Corpus, given: PrepareOptions) -> Plan:
-    """Read all documents once, and decide. Errors: DataError for text or a tokenizer that cannot be used."""
-    scan = scan_documents(corpus, given.sample_bytes)
+def make_plan(corpus: Corpus, given: PrepareOptions, folder: Path) -> Plan:
+    """Read all documents once, and decide. folder: for temporary files.
+
+    Errors: DataError for text or a tokenizer that cannot be used; OSError from the disk.
+    """
+    hashes = folder / "hashes" if given.dedup == "exact" else None
+    if given.chat:
+        assert given.tokenizer is not None
+        encoder = ChatEncoder(given.tokenizer)
+        scan = scan_documents(corpus, given.sample_bytes, hashes, _Rendering(encoder))
+    else:
+        scan = scan_documents(corpus, given.sample_bytes, hashes)
     _report_ids(corpus, given)
+    _report_duplicates(scan)
     threshold = _threshold(scan, given.val_fraction or _default_val_fraction(scan))
     if given.tokenizer is None:
         vocabulary = _train(scan, threshold, given.vocab_size or _DEFAULT_VOCAB_SIZE)
     elif given.chat:
-        return Plan(threshold, _load_for_chat(given.tokenizer), False, corpus.digests)
+        vocabulary = _load_for_chat(given.tokenizer, encoder.template)
+        return Plan(threshold, vocabulary, False, corpus.digests, scan.duplicates, encoder.simple_class())
     else:
         vocabulary = _load(scan, given.tokenizer, given.eos_token, given.special_tokens)
     reason = why_not_fast(vocabulary, _comparison_texts(scan))
@@ -77,7 +102,30 @@ def make_plan(corpus: Corpus, given: PrepareOptions) -> Plan:
             "encoding with tokenizers: tiktoken, which is several times faster, cannot be used for this tokenizer "
             f"({reason})"
         )
-    return Plan(threshold, vocabulary, reason is None, corpus.digests)
+    return Plan(threshold, vocabulary, reason is None, corpus.digests, scan.duplicates)
+
+
+class _Rendering:
+    """Return the text of a conversation as the chat template writes it. Errors: DataError that names the place."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, document: bytes) -> bytes:
+        try:
+            return self.encoder.render(parse_json(document)).encode()
+        except BadChatError as error:
+            where = document.where if isinstance(document, Conversation) else "a conversation"
+            raise DataError(f"{where}: {error}") from None
+
+
+def _report_duplicates(scan: Scan) -> None:
+    if scan.duplicates is not None:
+        removed, documents = scan.duplicates, scan.documents + scan.duplicates.documents
+        say(
+            f"--dedup exact: {removed.documents:,} of {documents:,} documents, with {removed.bytes:,} bytes, repeat an "
+            "earlier one and are removed"
+        )
 
 
 def _report_ids(corpus: Corpus, given: PrepareOptions) -> None:
@@ -137,9 +185,8 @@ def _load(scan: Scan, tokenizer: str, eos_token: str | None, spelled: SpelledTok
     return vocabulary
 
 
-def _load_for_chat(tokenizer: str) -> Vocabulary:
+def _load_for_chat(tokenizer: str, template: str) -> Vocabulary:
     """Load a tokenizer whose chat template writes the documents. Its special tokens in a text are tokens."""
-    template = ChatEncoder(tokenizer).template
     vocabulary = load_vocabulary(tokenizer, None, "ids")
     assert vocabulary.special is not None
     special = dataclasses.replace(

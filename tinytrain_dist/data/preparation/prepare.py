@@ -18,7 +18,7 @@ import numpy as np
 
 from tinytrain_dist import __version__
 from tinytrain_dist.data.preparation.corpus import Corpus, Position
-from tinytrain_dist.data.preparation.encoding import encode_all, in_batches
+from tinytrain_dist.data.preparation.encoding import ChatTokenizer, encode_all, in_batches
 from tinytrain_dist.data.preparation.options import MAX_DOCUMENT_BYTES, PrepareOptions
 from tinytrain_dist.data.preparation.output_folder import WorkFolder, new_folder, resumable_folder
 from tinytrain_dist.data.preparation.planning import Plan, make_plan, say
@@ -50,7 +50,7 @@ def prepare_with(given: PrepareOptions) -> dict[str, Any]:
     if given.shard_tokens is None:
         with new_folder(target, given.overwrite) as folder:
             corpus = _corpus(given)
-            return _Preparation(given, corpus, make_plan(corpus, given), folder).run()
+            return _Preparation(given, corpus, make_plan(corpus, given, folder), folder).run()
     with resumable_folder(target, given.overwrite) as work:
         corpus = _corpus(given)
         plan = _resume_or_make_plan(work, corpus, given)
@@ -90,11 +90,11 @@ def _resume_or_make_plan(work: WorkFolder, corpus: Corpus, given: PrepareOptions
     )
     saved = work.resume(identity, given.overwrite)
     if saved is not None:
-        plan = Plan.from_json(saved["plan"])
+        plan = Plan.load(work.path, saved["plan"])
         corpus.digests = plan.digests
         return plan
-    plan = make_plan(corpus, given)
-    work.save_plan({"identity": identity, "plan": plan.to_json()})
+    plan = make_plan(corpus, given, work.path)
+    work.save_plan({"identity": identity, "plan": plan.save(work.path)})
     return plan
 
 
@@ -170,12 +170,14 @@ class _Preparation:
         positions: deque[Position] = deque()  # after each batch that is being encoded
 
         def batches() -> Iterator[list[bytes]]:
-            for batch in in_batches(self.corpus.documents("encoding", start)):
+            for batch in in_batches(self._kept_documents(start)):
                 positions.append(self.corpus.position)
                 yield batch
 
-        chat_folder = self.given.tokenizer if self.given.chat else None
-        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype, chat_folder)
+        chat = None
+        if self.given.chat and self.given.tokenizer is not None:
+            chat = ChatTokenizer(self.given.tokenizer, self.plan.tokenizer_class)
+        settings = (self.plan.vocabulary, self.plan.use_fast, self.plan.threshold, self.dtype, chat)
         committed = train.shards + val.shards
         for parts in encode_all(batches(), settings, self.given.workers or _default_workers()):
             train.append(parts[0])
@@ -185,6 +187,25 @@ class _Preparation:
                 committed = train.shards + val.shards
                 state = {"train": train.commit(), "val": val.commit(), "position": dataclasses.asdict(position)}
                 self.work.commit(state)
+
+    def _kept_documents(self, start: Position | None) -> Iterator[bytes]:
+        """Yield the documents from a position on, without those that repeat an earlier one."""
+        duplicates = self.plan.duplicates
+        for document in self.corpus.documents("encoding", start):
+            if duplicates is None or self.corpus.position.total - 1 not in duplicates:
+                yield document
+
+    def _record_of_duplicates(self) -> dict[str, Any]:
+        removed = self.plan.duplicates
+        if removed is None:
+            return {}
+        return {
+            "dedup": {
+                "method": self.given.dedup,
+                "removed_documents": removed.documents,
+                "removed_bytes": removed.bytes,
+            }
+        }
 
     def _meta(self, files: dict[str, TokenWriter], digests: dict[str, str]) -> dict[str, Any]:
         """Return the contents of meta.json."""
@@ -202,6 +223,7 @@ class _Preparation:
             **shards,
             **({f"{name}_counted_tokens": file.counted for name, file in files.items()} if self.given.chat else {}),
             "max_document_bytes": self.corpus.reading.max_document_bytes,
+            **self._record_of_duplicates(),
             "sources": self.corpus.records(),
             "digests": digests,
             "tokenizer": {

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import heapq
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from tinytrain_dist.data.preparation.corpus import Corpus
+from tinytrain_dist.data.preparation.duplicates import DuplicateFinder, Duplicates
 from tinytrain_dist.data.preparation.text_documents import SEPARATOR, cut
 from tinytrain_dist.errors import DataError
 
@@ -66,9 +68,10 @@ class Sample:
 
 @dataclass
 class Scan:
-    """The result of the first pass over all sources.
+    """The result of the first pass over all sources, about the documents that stay.
 
     min_split_key, max_split_key: smallest and largest of the hashes that assign documents to train or val.
+    duplicates: the documents that are removed because they repeat an earlier one; None if they are not looked for.
     """
 
     sample: Sample
@@ -76,18 +79,33 @@ class Scan:
     bytes: int = 0
     min_split_key: int = 1 << 64
     max_split_key: int = -1
+    duplicates: Duplicates | None = None
 
 
-def scan_documents(corpus: Corpus, sample_bytes: int) -> Scan:
-    """Read all documents once, and keep a sample of at most `sample_bytes`. Errors: DataError if there are none."""
+def scan_documents(
+    corpus: Corpus,
+    sample_bytes: int,
+    hashes_folder: Path | None = None,
+    compared_text: Callable[[bytes], bytes] | None = None,
+) -> Scan:
+    """Read all documents once, and keep a sample of at most `sample_bytes`.
+
+    hashes_folder: look for duplicates, and keep hashes in this new folder (None: keep all documents).
+    compared_text: returns what decides whether a document is a duplicate (None: its own bytes).
+    Errors: DataError if there are no documents.
+    """
     scan = Scan(Sample(sample_bytes))
+    finder = None if hashes_folder is None else DuplicateFinder(hashes_folder)
     for document in corpus.documents("reading"):
-        split_key, sample_key = document_hashes(document)
+        hashes = split_key, sample_key = document_hashes(document)
         scan.documents += 1
         scan.bytes += len(document)
         scan.min_split_key = min(scan.min_split_key, split_key)
         scan.max_split_key = max(scan.max_split_key, split_key)
         scan.sample.add(sample_key, document)
+        if finder is not None:
+            compared = hashes if compared_text is None else document_hashes(compared_text(document))
+            finder.add(compared, split_key, len(document))
     if scan.documents == 0:
         files = sum(len(source.files) for source in corpus.sources)
         if corpus.reading.selection:
@@ -95,6 +113,10 @@ def scan_documents(corpus: Corpus, sample_bytes: int) -> Scan:
         raise DataError(
             f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
         )
+    if finder is not None:
+        scan.duplicates, scan.min_split_key, scan.max_split_key = finder.finish()
+        scan.documents -= scan.duplicates.documents
+        scan.bytes -= scan.duplicates.bytes
     return scan
 
 

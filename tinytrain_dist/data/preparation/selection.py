@@ -58,11 +58,20 @@ def parse_condition(text: str) -> Condition:
         return Condition(text, match["field"], " ".join(match["null"].split()), ())
     comparison = match["comparison"].strip()
     parts = match["value"].split(",") if comparison == "in" else [match["value"]]
-    return Condition(text, match["field"], comparison, tuple(_unquoted(part.strip()) for part in parts))
+    return Condition(text, match["field"], comparison, tuple(_unquoted(text, part.strip()) for part in parts))
 
 
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+def _unquoted(condition: str, value: str) -> str:
+    """Return a value without the quotes around it. Errors: ValueError with the end of a sentence."""
+    if not value or value[0] not in "'\"":
+        return value
+    if len(value) > 1 and value[-1] == value[0]:
+        return value[1:-1]
+    other = "'" if value[0] == '"' else '"'
+    raise ValueError(
+        f"{condition!r} has a quote {value[0]} before {value[1:]!r} that is not closed; close it (a value of `in` "
+        f"cannot contain a comma), or, if it belongs to the value, write {other}{value}{other}"
+    )
 
 
 def read_ids(place: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from tinytrain_dist.data.preparation.compressed_files import Meter
 from tinytrain_dist.data.preparation.content_type import Format
-from tinytrain_dist.data.preparation.conversations import conversation
+from tinytrain_dist.data.preparation.conversations import TOOLS_FIELD, conversation_of_row
 from tinytrain_dist.data.preparation.selection import column_of, top_columns, type_of
 from tinytrain_dist.data.preparation.text_documents import Document, Reading, documents_of_text, to_valid_utf8
 from tinytrain_dist.errors import DataError
@@ -94,10 +94,12 @@ def table_documents(
         texts = column_of(batch, reading.text_field)
         kept = mask.to_pylist() if mask is not None else None
         if reading.chat:
+            has_tools = batch.schema.get_field_index(TOOLS_FIELD) >= 0
+            tools = column_of(batch, TOOLS_FIELD).to_pylist() if has_tools else [None] * len(texts)
             for row, messages in enumerate(texts.to_pylist()):
                 if kept is None or kept[row]:
                     place = f"{where}, row {first_row + row + 1}"
-                    yield Document(block, conversation(place, {reading.text_field: messages}, reading.text_field))
+                    yield Document(block, conversation_of_row(place, messages, tools[row], reading.text_field))
             continue
         binary = "large_binary" if str(texts.type) == "large_string" else "binary"
         for row, text in enumerate(texts.cast(binary).to_pylist()):
@@ -127,7 +129,8 @@ def _name(table: Table, block: int) -> str:
 
 def _batches(table: Table, reading: Reading, start_block: int) -> Iterator[tuple[int, int, pa.RecordBatch]]:
     """Yield (block, number of the first row in it, rows) with the columns that are needed."""
-    columns = top_columns(table.schema, [reading.text_field, *reading.selection.fields])
+    tools = [TOOLS_FIELD] if reading.chat and table.schema.get_field_index(TOOLS_FIELD) >= 0 else []
+    columns = top_columns(table.schema, [reading.text_field, *reading.selection.fields, *tools])
     if table.form == "arrow-stream":
         yield from _stream_batches(table, columns, start_block)
         return

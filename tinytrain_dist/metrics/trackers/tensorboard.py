@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.metrics.trackers.base import Status, TrackedRun, Tracker
 from tinytrain_dist.metrics.trackers.tags import EVENT_ROWS, EVENTS
 
@@ -61,13 +62,14 @@ class TensorBoardTracker(Tracker):
     def start(self, run: TrackedRun) -> None:
         """Open the files, and write the charts, the configuration and the settings by which to compare runs."""
         folder, step = run.logs, run.resumed_step
-        self._tokens_per_step = run.settings["batch_size"] * run.settings["context_len"]
+        self._sizes = BatchSizes.of(run.settings["batch_size"], run.settings["batch_size_warmup"])
+        self._context_len = run.settings["context_len"]
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=FLUSH_SECONDS)
         self._file_writer: Any = self._writer._get_file_writer()
         # Curves by tokens need a folder of their own, because TensorBoard compares purge_step with the x value of every
         # point in a folder.
         self._by_tokens: Any = SummaryWriter(
-            str(folder / "by_tokens"), purge_step=step * self._tokens_per_step + 1, flush_secs=FLUSH_SECONDS
+            str(folder / "by_tokens"), purge_step=self._tokens(step) + 1, flush_secs=FLUSH_SECONDS
         )
         self._writer.add_custom_scalars(CUSTOM_SCALARS)
         self.log_text(step, "about/configuration", run.config_toml)
@@ -89,8 +91,10 @@ class TensorBoardTracker(Tracker):
             self._writer.add_scalar(tag, value, step)
         for kind in ("train", "eval"):
             if f"{kind}/loss" in numbers:
-                tokens = step * self._tokens_per_step
-                self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", numbers[f"{kind}/loss"], tokens)
+                self._by_tokens.add_scalar(f"loss_by_tokens/{kind}", numbers[f"{kind}/loss"], self._tokens(step))
+
+    def _tokens(self, step: int) -> int:
+        return self._sizes.before(step) * int(self._context_len)
 
     def log_histogram(self, step: int, tag: str, values: list[float]) -> None:
         """Add the distribution of `values`."""

@@ -1,0 +1,105 @@
+"""The batch size of every step, and which values of batch_size_warmup are refused, with which sentence."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.configs import only_problem, problems_of
+from tinytrain_dist.config.batch_phases import BatchSizes
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.parallel_dims import ParallelDims
+from tinytrain_dist.errors import ConfigError
+
+WARMUP = ["0: 2", "3: 4", "5: 8"]
+
+
+def test_the_sizes_of_a_run_with_and_without_warm_up() -> None:
+    sizes = TrainingConfig(batch_size=8, batch_size_warmup=tuple(WARMUP)).batch_sizes
+    assert [sizes.at(step) for step in range(8)] == [2, 2, 2, 4, 4, 8, 8, 8]
+    assert [sizes.before(step) for step in range(8)] == [0, 2, 4, 6, 10, 14, 22, 30]
+    assert sizes.varies
+    assert str(sizes) == "2 from step 0 on, 4 from step 3 on, 8 from step 5 on"
+    constant = TrainingConfig(batch_size=8).batch_sizes
+    assert (constant.at(10**9), constant.before(7), constant.varies) == (8, 56, False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5), st.integers(1, 200))
+def test_sums_and_lengths_are_those_of_counting(phases: list[tuple[int, int]], sequences: int) -> None:
+    starts = [0, *itertools.accumulate(length for length, _ in phases)]
+    texts = [f"{start}: {size}" for start, (_, size) in zip(starts, phases, strict=False)]
+    sizes = BatchSizes.of(phases[-1][1], texts)
+    of_steps = [size for length, size in phases for _ in range(length)] + [phases[-1][1]] * 250
+    assert [sizes.at(step) for step in range(60)] == of_steps[:60]
+    assert [sizes.before(step) for step in range(60)] == [sum(of_steps[:step]) for step in range(60)]
+    needed = next(step for step in itertools.count() if sum(of_steps[:step]) >= sequences)
+    assert sizes.steps_for(sequences) == needed
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size_warmup": ["0 2", "3: 8"]}, "batch_size_warmup: '0 2' must be STEP: BATCH_SIZE, for example"),
+        ({"batch_size_warmup": ["0: 0", "3: 8"]}, "batch_size_warmup: '0: 0' must be STEP: BATCH_SIZE, for example"),
+        ({"batch_size_warmup": ["0: 2.5", "3: 8"]}, "batch_size_warmup: '0: 2.5' must be STEP: BATCH_SIZE"),
+        ({"batch_size_warmup": ["-1: 2", "3: 8"]}, "batch_size_warmup: '-1: 2' must be STEP: BATCH_SIZE"),
+        ({"batch_size_warmup": ["0: 8"]}, "batch_size_warmup: one phase has no effect beside batch_size"),
+        ({"batch_size_warmup": ["1: 2", "3: 8"]}, "batch_size_warmup: the first phase begins at step 1"),
+        ({"batch_size_warmup": ["0: 2", "3: 4"]}, "batch_size_warmup: its last phase has 4 sequences, but batch_size"),
+        ({"batch_size_warmup": ["0: 2", "5: 4", "5: 8"]}, "batch_size_warmup: the phase from step 5 comes after the"),
+        ({"micro_batch_size": 4}, "batch_size_warmup: 2 from step 0 on is not a multiple of micro_batch_size 4; "),
+        (
+            {"micro_batch_size": 2, "reproducible": True, "batch_size_warmup": ["0: 6", "3: 8"]},
+            "batch_size_warmup: 6 from step 0 on / micro_batch_size 2 = 3 is not a power of two, which reproducible = "
+            "true requires; possible: 4 or 8",
+        ),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    assert only_problem(**{"batch_size": 8, "batch_size_warmup": WARMUP, **changes}).startswith(sentence)
+
+
+def test_a_run_may_end_before_its_warm_up() -> None:
+    assert problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=4) == []
+
+
+def ddp(ranks: int) -> ParallelDims:
+    return ParallelDims("ddp", ranks, 1, "")
+
+
+def test_every_phase_must_be_divisible_among_the_ranks() -> None:
+    config = TrainingConfig(batch_size=16, batch_size_warmup=("0: 4", "3: 12", "5: 16"), micro_batch_size=2)
+    assert BatchPlan.make(config, ddp(2)).accumulation_steps == 4
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan.make(config, ddp(4))
+    assert caught.value.problems == [
+        "batch_size_warmup: 4 from step 0 on is not a multiple of micro_batch_size 2 x 4 ranks = 8; possible: 8",
+        "batch_size_warmup: 12 from step 3 on is not a multiple of micro_batch_size 2 x 4 ranks = 8; possible: 8 or 16",
+    ]
+    with pytest.raises(ConfigError, match="4 from step 0 on is not a multiple of 8 ranks; possible: 8"):
+        BatchPlan.make(TrainingConfig(batch_size=16, batch_size_warmup=("0: 4", "5: 16")), ddp(8))
+    with pytest.raises(ConfigError, match="9 from step 0 on is not a multiple of 2 ranks; possible: 8 or 10"):
+        BatchPlan.make(TrainingConfig(batch_size=18, batch_size_warmup=("0: 9", "5: 18")), ddp(2))
+
+
+def test_without_a_micro_batch_size_all_phases_have_that_of_the_smallest() -> None:
+    config = TrainingConfig(batch_size=32, batch_size_warmup=("0: 8", "3: 12", "5: 32"))
+    assert BatchPlan.make(config, ddp(2)).micro_batch_size == 2
+    assert BatchPlan.make(TrainingConfig(batch_size=32), ddp(2)).micro_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"batch_size": "8"}, {"batch_size": 8, "batch_size_warmup": [1]}, {"batch_size": 0},
+     {"batch_size": 8, "batch_size_warmup": ["0: 2", "3: 4"]}],
+)  # fmt: skip
+def test_settings_that_were_never_checked_give_no_sizes(settings: dict[str, Any]) -> None:
+    assert BatchSizes.read(settings) is None
+    valid = BatchSizes.read({"batch_size": 8, "batch_size_warmup": WARMUP})
+    assert valid is not None
+    assert valid.before(7) == 30
