@@ -152,6 +152,16 @@ def test_a_checkpoint_of_a_version_without_masks_was_trained_without(tmp_path: P
     check_same_run(tmp_path, {"data": DATA}, config_for(tmp_path, loss_mask=True), DATA)  # saved by an own loop
 
 
+def test_phases_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> None:
+    sources = {"train_data": ["a", "b"], "total_steps": 7}
+    state = saved_state(config_for(tmp_path, **sources), train_weights=["0: 1 1", "5: 1 3", "7: 3 1"])
+    same = config_for(tmp_path, **sources, train_weights=["0: 1 1", "5: 1 3"])
+    check_same_run(tmp_path, state, same, DATA)
+    assert not any("train_weights" in change for change in describe_changes(state, same))
+    with pytest.raises(CheckpointError, match="train_weights: "):
+        check_same_run(tmp_path, state, config_for(tmp_path, **sources, train_weights=["0: 1 1"]), DATA)
+
+
 def test_shards_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
     for number in (0, 1, 3, 4):
         (tmp_path / f"train-{number:03d}.npy").touch()
@@ -168,13 +178,3 @@ def test_shards_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             check_same_run(Path("c"), state, config, DATA)
         assert str(caught.value).endswith("'abc'} now")
-
-
-def test_phases_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> None:
-    sources = {"train_data": ["a", "b"], "total_steps": 7}
-    state = saved_state(config_for(tmp_path, **sources), train_weights=["0: 1 1", "5: 1 3", "7: 3 1"])
-    same = config_for(tmp_path, **sources, train_weights=["0: 1 1", "5: 1 3"])
-    check_same_run(tmp_path, state, same, DATA)
-    assert not any("train_weights" in change for change in describe_changes(state, same))
-    with pytest.raises(CheckpointError, match="train_weights: "):
-        check_same_run(tmp_path, state, config_for(tmp_path, **sources, train_weights=["0: 1 1"]), DATA)

@@ -67,19 +67,6 @@ def test_a_plan_has_the_defaults_of_the_planned_device(capsys: pytest.CaptureFix
     assert "micro_batch_size 2048 " not in text
 
 
-def test_epochs_give_the_length_of_the_planned_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    np.save(tmp_path / "train.npy", np.zeros(1000 * 32 + 1, np.uint16))
-    small = (*SMALL, "--context-len", "32", "--batch-size", "8", "--sampling", "shuffle")
-    data = ("--train-data", str(tmp_path / "train.npy"))
-    code, by_epochs = run_plan(capsys, *small, *data, "--epochs", "2")
-    assert code == 0, by_epochs
-    assert by_epochs == run_plan(capsys, *small, *data, "--total-steps", "251")[1]  # 2 x 1,001 windows / 8
-    assert "; 251 steps = " in by_epochs
-    code, text = run_plan(capsys, *small, "--train-data", str(tmp_path / "none.npy"), "--epochs", "2")
-    assert code == 2
-    assert "epochs: total_steps follows from the token files of train_data, which cannot be read here (" in text
-
-
 def test_growing_batches_are_named_and_their_tokens_counted(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--batch-size", "32", "--total-steps", "100", "--context-len", "10", "--micro-batch-size", "4", *SMALL)
     growing = (*settings, "--batch-size-warmup", "0: 8", "30: 16", "60: 32", "--device", "cpu")
@@ -93,6 +80,19 @@ def test_growing_batches_are_named_and_their_tokens_counted(capsys: pytest.Captu
     code, text = run_plan(capsys, *growing, "--devices-per-node", "4")
     assert code == 2
     assert "8 from step 0 on is not a multiple of micro_batch_size 4 x 4 ranks = 16; possible: 16" in text
+
+
+def test_epochs_give_the_length_of_the_planned_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", np.zeros(1000 * 32 + 1, np.uint16))
+    small = (*SMALL, "--context-len", "32", "--batch-size", "8", "--sampling", "shuffle")
+    data = ("--train-data", str(tmp_path / "train.npy"))
+    code, by_epochs = run_plan(capsys, *small, *data, "--epochs", "2")
+    assert code == 0, by_epochs
+    assert by_epochs == run_plan(capsys, *small, *data, "--total-steps", "251")[1]  # 2 x 1,001 windows / 8
+    assert "; 251 steps = " in by_epochs
+    code, text = run_plan(capsys, *small, "--train-data", str(tmp_path / "none.npy"), "--epochs", "2")
+    assert code == 2
+    assert "epochs: total_steps follows from the token files of train_data, which cannot be read here (" in text
 
 
 def test_the_simulated_step_adds_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 
-MAX_MISTAKES = 8  # more than a run can have at a time
+MAX_MISTAKES = 10  # more than a run can have at a time
 
 
 def optional(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:

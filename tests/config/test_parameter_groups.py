@@ -127,3 +127,42 @@ def test_entries_come_from_a_file_or_from_the_command_line(tmp_path):
     path.write_text(given.to_toml())
     assert load_config(path).param_groups == entries
     assert load_config(path, {"param_groups": []}).param_groups == ()
+
+
+def test_muon_updates_the_matrices_of_blocks_unless_an_entry_says_otherwise():
+    entries = ("*k_proj*: optimizer=adamw", "lm_head.*: optimizer=muon lr_factor=0.5")
+    config = TrainingConfig(**vars(SMALL), optimizer="muon", param_groups=entries)
+    groups = resolve_groups(named_shapes(SMALL), config)
+    optimizer_of = {parameter.names[0]: group.optimizer for group in groups for parameter in group.parameters}
+    for name, shape in SMALL.parameter_shapes().items():
+        is_matrix = ".layers." in name and len(shape) == 2 and "k_proj" not in name
+        assert optimizer_of[name] == ("muon" if is_matrix or name == "lm_head.weight" else "adamw"), name
+    assert [group.optimizer for group in groups] == sorted(group.optimizer for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "muom"}, r"optimizer: 'muom' is not one of adamw, muon"),
+        ({"muon_steps": 3}, r"muon_steps: 3 has no effect without Muon; leave it out, or set optimizer = muon"),
+        ({"muon_scale": "spectral"}, r"muon_scale: spectral has no effect without Muon"),
+        ({"optimizer": "muon", "muon_momentum": 1.0}, r"muon_momentum: 1\.0 must lie in \[0, 1\)"),
+        ({"optimizer": "muon", "muon_steps": 0}, r"muon_steps: 0 must be at least 1"),
+        (
+            {"optimizer": "muon", "param_groups": ("*layers*: optimizer=adamw",)},
+            r"optimizer: muon has no effect, because param_groups gives all matrices to adamw",
+        ),
+        ({"param_groups": ("*: optimizer=sgd",)}, r"'optimizer=sgd' in .* must be one of adamw, muon"),
+        (
+            {"param_groups": ("*layers.0.*: optimizer=muon",)},
+            r"sets optimizer=muon for model\.layers\.0\.input_layernorm\.weight of shape \[512\], but Muon updates",
+        ),
+    ],
+)
+def test_settings_of_optimizers_that_contradict_each_other(settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig(**settings)
+
+
+def test_a_group_with_muon_makes_its_settings_effective():
+    TrainingConfig(param_groups=("*q_proj*: optimizer=muon",), muon_steps=3)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tinytrain_dist.config.parameter_groups import ResolvedGroup
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.optim.adamw import AdamW
 from tinytrain_dist.optim.lr_schedule import learning_rate, weight_decay_factor
-from tinytrain_dist.optim.run_optimizer import GroupSettings, RunOptimizer
+from tinytrain_dist.optim.run_optimizer import RunOptimizer
 from tinytrain_dist.optim.step_settings import apply_step_settings
 
 SCHEDULE = {"schedule": "wsd", "lr_max": 0.5, "lr_min": 0.1, "warmup_iters": 10, "decay_iters": 20, "total_steps": 100}
@@ -17,7 +18,8 @@ DECAYS = [0.1, 0.3]  # of two groups
 
 def two_groups(params: list[torch.nn.Parameter]) -> RunOptimizer:
     adamw = AdamW([{"params": [param]} for param in params])
-    return RunOptimizer([adamw], [GroupSettings(weight_decay=decay) for decay in DECAYS], clips_in_kernel=False)
+    groups = [ResolvedGroup(f"{decay}", "adamw", 1.0, decay, ()) for decay in DECAYS]
+    return RunOptimizer([adamw], groups, clips_in_kernel=False)
 
 
 @pytest.mark.parametrize(

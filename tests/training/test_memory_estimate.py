@@ -71,6 +71,21 @@ def test_the_estimate_counts_an_average_on_the_device_only(world: DistributedCon
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
+def test_muon_holds_a_few_matrices_at_a_time(
+    world: DistributedContext, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """On any number of layers. The state takes a number for each weight of a block."""
+    held = {}
+    for layers in (8, 16):
+        monkeypatch.setattr(memory_estimate, "SIMULATED_DEPTHS", (layers, layers))
+        held[layers] = estimated(world, num_layers=layers, parallel=mode, optimizer="muon").stages["update"]
+    assert held[8]["update"] > 4 * 64 * 64, "at least a matrix"
+    assert held[16]["update"] <= 1.02 * held[8]["update"]
+    in_blocks = held[16]["weights"] - held[8]["weights"]
+    assert held[16]["optimizer"] - held[8]["optimizer"] == pytest.approx(in_blocks, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: DistributedContext, mode: str) -> None:
     """The mesh of a real run on GPUs is of type cuda; only the type of the device is replaced here."""
     config = TrainingConfig(**{**SMALL, "parallel": mode, "precision": "bf16"})

@@ -45,7 +45,7 @@ def with_total_steps(config: TrainingConfig, windows: int) -> TrainingConfig:
     if config.epochs is None:
         return config
     steps = steps_of_epochs(config.epochs, windows, config.batch_sizes)
-    if steps * config.batch_size > LARGEST_NUMBER:
+    if config.batch_sizes.before(steps) > LARGEST_NUMBER:
         raise ConfigError(
             f"epochs: {config.epochs} epochs of {windows:,} windows are more than 2**53 = {LARGEST_NUMBER} windows; "
             "set fewer epochs",
