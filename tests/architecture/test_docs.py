@@ -58,7 +58,7 @@ OF_LAUNCHERS = {
     "network",
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
-OF_DATA = {"all-windows", "json", "slot"}
+OF_VERBS = {"all-windows", "decode", "html", "json", "slot", "step", "ema", "last", "data", "hours"}
 OF_BENCHMARKS = {"quick"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare
@@ -177,7 +177,7 @@ def test_links_and_names_in_the_text_exist(page: Path) -> None:
         assert not anchor or anchor in anchors_of(linked), f"{page.name} links to {target}{anchor}"
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
     for name in re.findall(r"`--([a-z-]+)`", prose):
-        known = name in OF_LAUNCHERS | OF_PREPARE | OF_DATA | OF_BENCHMARKS or name.replace("-", "_") in FIELDS
+        known = name in OF_LAUNCHERS | OF_PREPARE | OF_VERBS | OF_BENCHMARKS or name.replace("-", "_") in FIELDS
         assert known, f"{page.name} names --{name}"
     for verb in re.findall(r"`tinytrain ([a-z]+)", prose):
         assert verb in VERBS, f"{page.name} names tinytrain {verb}"

@@ -73,3 +73,11 @@ def test_a_run_that_logged_nothing_is_an_error(tinytrain: Cli, run: Path) -> Non
     assert "has no logged step yet" in tinytrain("plot", run)[2]
     (run / "logs" / "metrics.jsonl").unlink()
     assert "no records of a run" in tinytrain("plot", run)[2]
+
+
+def test_a_run_without_evaluations_is_drawn_over_its_tokens(tinytrain: Cli, run: Path) -> None:
+    path = run / "logs" / "metrics.jsonl"
+    records = path.read_text().splitlines()
+    path.write_text("\n".join(record for record in records if '"kind": "eval"' not in record) + "\n")
+    code, _, err = tinytrain("plot", run, "--x", "tokens", "--out", run / "loss.png")
+    assert code == 0, err

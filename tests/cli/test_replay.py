@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.tools import Cli
 from tinytrain_dist.cli import replay
+from tinytrain_dist.config.schema import TrainingConfig
 
 
 def replay_in_process(checkpoint: Path) -> tuple[int, str, str]:
@@ -44,6 +45,12 @@ def test_replay_agrees_with_the_record_and_names_the_first_step_that_differs(run
     assert code == 1
     assert out.startswith("step 5: loss ")
     assert "1 of 3 recorded steps are the same" in out
+
+
+def test_a_replay_makes_no_copies(tmp_path: Path) -> None:
+    saved = TrainingConfig(checkpoint_copies="s3://bucket/x", copies_keep_last=5, ckpt_every=2, copies_keep_every=4)
+    config = replay._replay_config(saved.to_dict(), tmp_path, tmp_path / "scratch", 9, ())
+    assert config.checkpoint_copies is None
 
 
 def test_a_step_that_was_not_recorded_cannot_be_replayed(tinytrain: Cli, run: Path) -> None:

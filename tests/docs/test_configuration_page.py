@@ -43,8 +43,11 @@ OTHER_VALUES: dict[str, Any] = {
     "ckpt_writers": 1,
     "save_limit": 600.0,
     "max_shard_bytes": 8000,
+    "copies_keep_last": 1,
+    "copies_keep_every": 4,
+    "copies_end_limit": 300.0,
 }
-CHANGED_BY_THE_FOLDER = {"target_dir", "log_dir", "ckpt_dir", "val_data"}
+CHANGED_BY_THE_FOLDER = {"target_dir", "log_dir", "ckpt_dir", "val_data", "checkpoint_copies"}
 
 
 def test_the_page_is_current() -> None:
@@ -66,6 +69,7 @@ def test_settings_without_effect_on_bits_have_none(tmp_path: Path) -> None:
     assert [name for name, value in OTHER_VALUES.items() if plain.get(name, FIELDS[name].default) == value] == []
     before = train(tmp_path, "plain", 2, **same).digests()
     folders = {"log_dir": str(tmp_path / "logs"), "ckpt_dir": str(tmp_path / "saved")}
+    folders["checkpoint_copies"] = str(tmp_path / "copies")
     changed = settings_for(tmp_path, "changed", **same, **OTHER_VALUES, **folders, val_data=plain["train_data"])
     run_ranks(2, fit, changed)
     manifest = json.loads((tmp_path / "saved" / "state-00000006" / "manifest.json").read_text())

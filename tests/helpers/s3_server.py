@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,9 @@ server.stop()
 """
 
 
+_ACCESS = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
+
+
 class S3Server:
     """A server with one bucket, named `bucket`."""
 
@@ -32,9 +37,8 @@ class S3Server:
         self._put("/bucket", b"")
 
     def _put(self, path: str, data: bytes) -> None:
-        request = urllib.request.Request(self.endpoint + path, data, method="PUT")
+        request = urllib.request.Request(self.endpoint + path, data, _ACCESS, method="PUT")
         request.add_header("Content-Type", "application/octet-stream")
-        request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request")
         with urllib.request.urlopen(request, timeout=60):
             pass
 
@@ -42,6 +46,17 @@ class S3Server:
         """Store a file, and return its URL."""
         self._put(f"/bucket/{key}", data)
         return f"s3://bucket/{key}"
+
+    def get(self, key: str) -> bytes:
+        request = urllib.request.Request(f"{self.endpoint}/bucket/{key}", headers=_ACCESS)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def keys(self, prefix: str = "") -> list[str]:
+        query = urllib.parse.urlencode({"list-type": 2, "prefix": prefix})
+        with urllib.request.urlopen(f"{self.endpoint}/bucket?{query}", timeout=60) as answer:
+            return re.findall(r"<Key>(.*?)</Key>", answer.read().decode())
 
     def store_folder(self, folder: Path, key: str) -> str:
         for path in folder.rglob("*"):
@@ -68,7 +83,8 @@ class BreakingProxy:
     """Pass connections on to a port, and break each after `most_bytes` of the answers.
 
     breaks: how many connections to break; all others live. on_break: called after each. most_in_all: bytes of answers
-    after which no connection works.
+    after which no connection works. on_request: called with each piece of a request; it may block, and what it returns
+    is sent instead of the server's answer.
     """
 
     def __init__(self, port: int, most_bytes: int, breaks: int | None = None) -> None:
@@ -79,6 +95,7 @@ class BreakingProxy:
         self.most_in_all = 1 << 60
         self.passed_bytes = 0
         self.on_break: Callable[[], None] = lambda: None
+        self.on_request: Callable[[bytes], bytes | None] = lambda data: None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
@@ -106,6 +123,9 @@ class BreakingProxy:
                 if is_answer and self.left != 0:
                     data = data[: self.most_bytes - passed]
                 if self.passed_bytes > self.most_in_all:
+                    break
+                if not is_answer and (answer := self.on_request(data)) is not None:
+                    source.sendall(answer)
                     break
                 passed += len(data)
                 target.sendall(data)

@@ -85,6 +85,18 @@ def test_muon_holds_a_few_matrices_at_a_time(
     assert held[16]["optimizer"] - held[8]["optimizer"] == pytest.approx(in_blocks, rel=0.05)
 
 
+def test_groups_of_single_blocks_are_estimated_at_full_depth(world: DistributedContext) -> None:
+    """Fewer blocks would have no parameter of this name. Muon keeps one number for each weight instead of two."""
+    settings: dict[str, Any] = {"num_layers": 6, "parallel": "ddp"}
+    all_alike, other_block = (
+        estimated(world, **settings, param_groups=(f"{pattern}: optimizer=muon",))
+        for pattern in ("*up_proj*", "*layers.5.*up_proj*")
+    )
+    up_proj = 4 * TrainingConfig(**SMALL).ffn_dim * SMALL["d_model"]
+    more = other_block.stages["update"]["optimizer"] - all_alike.stages["update"]["optimizer"]
+    assert more == pytest.approx(5 * up_proj, rel=0.01)
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: DistributedContext, mode: str) -> None:
     """The mesh of a real run on GPUs is of type cuda; only the type of the device is replaced here."""

@@ -36,6 +36,7 @@ class Checkpoints:
     def __init__(self, folder: Path, error: BaseException | None) -> None:
         self.config = SimpleNamespace(target_dir=str(folder), ckpt_async=True)
         self.context = SimpleNamespace(is_main=True)
+        self.copier = None
         self.pending: Any = SimpleNamespace(step=4, seconds=1.5, error=error, is_alive=lambda: True)
 
     def folder(self, step: int) -> Path:

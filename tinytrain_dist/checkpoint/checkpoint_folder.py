@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tinytrain_dist.checkpoint.manifest import is_damaged
@@ -38,6 +38,8 @@ class CheckpointFolder:
         self.directory = directory
         self.prefix = prefix
         self.warn = warn
+        # called after each save, before old checkpoints are deleted; returns those that must stay for now
+        self.hold: Callable[[], Collection[Path]] = tuple
 
     def path(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -101,9 +103,12 @@ class CheckpointFolder:
         A checkpoint that cannot be deleted is reported and kept.
         Errors: OSError if the folder cannot be listed, or if it cannot be written down what keeps a checkpoint.
         """
+        held = self.hold()
         checkpoints = [read_committed_checkpoint(path) for path in self.committed()]
         checkpoints = note_promises(checkpoints, rules)
         for checkpoint in checkpoints_to_delete(checkpoints, rules, is_damaged):
+            if checkpoint.path in held:
+                continue
             try:
                 self.delete(checkpoint.path)
             except OSError as error:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from torch import Tensor
+
+if TYPE_CHECKING:  # not at run time: the process that copies checkpoints does without torch
+    from torch import Tensor
 
 # Number of bytes that are hashed at once. A block must fit into a core's own cache, together with other data.
 # measured (2-core x86 VM, 2026-11-25), from the page cache: blocks of 1 MiB 2.8 GB/s, of 4 MiB 1.9 GB/s

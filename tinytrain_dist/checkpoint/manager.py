@@ -21,6 +21,7 @@ from torch import nn
 
 from tinytrain_dist.checkpoint.async_save import CopyStream, HostBuffers, SaveThread
 from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
+from tinytrain_dist.checkpoint.copies.copier import CheckpointCopier
 from tinytrain_dist.checkpoint.discovery import read_trainer_state
 from tinytrain_dist.checkpoint.huggingface_files import huggingface_files
 from tinytrain_dist.checkpoint.manifest import Manifest, file_bytes
@@ -29,6 +30,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
     check_same_run,
     checkpoints_to_try,
     describe_changes,
+    how_to_restore,
     how_to_start_anew,
 )
 from tinytrain_dist.checkpoint.retention import RetentionRules
@@ -87,12 +89,13 @@ class CheckpointManager:
         writers = config.ckpt_writers or one_of_each_node
         self.shards, _ = collect_shards(model, optimizer, config.max_shard_bytes, writers)
         self.all_shards = list(itertools.chain.from_iterable(self.shards.values()))
-        self._checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
+        self.checkpoint_folder = CheckpointFolder(config.checkpoints_dir, config.ckpt_save_prefix, self._warn)
         on_gpu = context.device.type == "cuda"
         self.buffers = HostBuffers(self.shards, CopyStream(context.device) if on_gpu else None)
         optimizer.register_step_pre_hook(lambda *_: self.buffers.before_update())
         self.pending: SaveThread | None = None  # the save that was started and not yet collected
         self.retention_rules = RetentionRules.of(config, {}, None)  # as of the last save
+        self.copier: CheckpointCopier | None = None  # on rank 0 of a run with checkpoint_copies
         self.group = collectives.new_background_group()
 
     # ---------------------------------------------------------------- saving
@@ -238,11 +241,11 @@ class CheckpointManager:
             if self.config.resume_from != "auto":
                 raise CheckpointError(f"resume = {path}: " + "; ".join(problems))
             if self.context.is_main:
-                self._checkpoint_folder.set_aside(path, problems)
+                self.checkpoint_folder.set_aside(path, problems)
         if candidates:
             raise CheckpointError(
-                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; restore one, or "
-                f"{how_to_start_anew(self.config)}"
+                f"{self.config.checkpoints_dir}: none of {len(candidates)} checkpoint(s) is valid; "
+                f"{how_to_restore(self.config)}, or {how_to_start_anew(self.config)}"
             )
         return None
 
@@ -276,26 +279,26 @@ class CheckpointManager:
 
     def folder(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
-        return self._checkpoint_folder.path(step)
+        return self.checkpoint_folder.path(step)
 
     def committed(self) -> list[Path]:
         """Return the checkpoints under their final name, in order of steps. They are complete, but may be damaged."""
-        return self._checkpoint_folder.committed()
+        return self.checkpoint_folder.committed()
 
     def remove_leftovers(self) -> None:
         """Delete the incomplete folders of earlier processes. Only the process that holds the run may call it."""
-        self._checkpoint_folder.remove_leftovers()
+        self.checkpoint_folder.remove_leftovers()
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename the checkpoints after `step`, because the run diverged; return their new paths. Only on rank 0."""
-        return [] if lost_run(Path(self.config.target_dir)) else self._checkpoint_folder.set_aside_after(step)
+        return [] if lost_run(Path(self.config.target_dir)) else self.checkpoint_folder.set_aside_after(step)
 
     def _delete_old_checkpoints(self) -> None:
         """Delete, on rank 0, the checkpoints that no setting keeps. A disk error is reported; the save stays valid."""
         if not self.context.is_main or lost_run(Path(self.config.target_dir)):
             return
         try:
-            self._checkpoint_folder.delete_old(self.retention_rules)
+            self.checkpoint_folder.delete_old(self.retention_rules)
         except OSError as error:
             self._warn(f"older checkpoints could not be listed ({error}), so none was deleted; they take disk space")
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ranges, up_to
@@ -45,6 +46,8 @@ def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
                 f"set resume = auto, or {other_folders(config)}"
             )
         return []
+    if is_url(config.resume_from):
+        return own[-1:]  # it was downloaded if there was no own one
     path = Path(config.resume_from)
     if path.resolve().parent != config.checkpoints_dir.resolve():
         # A run that started from this path and was then requeued resumes from its own newest checkpoint.
@@ -152,6 +155,11 @@ def other_folders(config: TrainingConfig) -> str:
     """Return the settings that must have other values so that the checkpoints and logs of a run go elsewhere."""
     names = ["target_dir", *(name for name in ("ckpt_dir", "log_dir") if getattr(config, name))]
     return f"another {' and '.join(names)}"
+
+
+def how_to_restore(config: TrainingConfig) -> str:
+    """Return what to do if all checkpoints are damaged; they have other names then, so a start can download a copy."""
+    return "restore one" if config.checkpoint_copies is None else "start again, from the newest copy of a checkpoint"
 
 
 def how_to_start_anew(config: TrainingConfig) -> str:

@@ -20,6 +20,7 @@ from tinytrain_dist.checkpoint.discovery import own_checkpoints, read_trainer_st
 from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.resume_rules import check_same_run
 from tinytrain_dist.cli.arguments import UsageError, parse_options
+from tinytrain_dist.config.checkpoint_copies import COPIES_SETTINGS
 from tinytrain_dist.config.loading import read_command_line
 from tinytrain_dist.config.run_folder import (
     BRANCH_FILE,
@@ -36,7 +37,7 @@ from tinytrain_dist.config.run_folder import (
     read_settings,
     records_file,
 )
-from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError, ConfigError
 from tinytrain_dist.optim.lr_schedule import learning_rate, weight_decay_factor
@@ -134,7 +135,8 @@ def _configuration(
         "resume": "auto",
         "ckpt_path_to_resume": None,
     }
-    other = {"allow": None, "profile": None, "train_weights": phases_before(parent.train_weights, end)}
+    other: dict[str, Any] = {"allow": None, "profile": None, "train_weights": phases_before(parent.train_weights, end)}
+    other |= {name: FIELDS[name].default for name in COPIES_SETTINGS}  # the copies at a URL belong to one run
     values = {**parent.to_dict(), **other, **_given_settings(settings, follows), **follows}
     config = TrainingConfig.from_dict(values, "the settings of the branch")
     check_same_run(checkpoint, state, config, state.get("data", {}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -16,7 +17,9 @@ from tinytrain_dist.checkpoint.manifest import file_bytes, is_damaged, quick_pro
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.run_folder import (
+    DOWNLOAD_SUFFIX,
     ERROR_FILE,
     MANIFEST_FILE,
     STATE_FILE,
@@ -27,6 +30,7 @@ from tinytrain_dist.config.run_folder import (
     is_checkpoint,
     name_suffix,
     open_run,
+    read_copies_record,
     read_records,
     read_settings,
 )
@@ -42,7 +46,7 @@ def ls(folder: PathArgument, full: bool = False) -> int:
     """List the checkpoints of a run, or the runs in a folder.
 
     Args:
-        folder: A run (its target_dir), a checkpoint, or a folder with several runs.
+        folder: A run (its target_dir), a checkpoint, a folder with several runs, or the URL of copies.
         full: Check every byte of every checkpoint, not only the manifest and the sizes.
     """
     if is_checkpoint(folder):
@@ -68,7 +72,9 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
     records = read_records(run.records) if run.records.is_file() else []
     evaluations = {record["step"]: record["loss"] for record in _with_loss(records, "eval")}
     reasons = _reasons_to_stay(run)
-    table = new_table("step", "age", "size", "eval loss", "valid<", "folder<", "stays because of<")
+    copies = read_copies_record(run.folder)
+    columns = ["copied<"] if copies else []
+    table = new_table("step", "age", "size", "eval loss", "valid<", "folder<", *columns, "stays because of<")
     for path in folders:
         manifest = path / MANIFEST_FILE  # written last
         written = manifest if manifest.exists() else path
@@ -77,8 +83,16 @@ def _list_checkpoints(run: RunFolder, folders: list[Path], full: bool) -> None:
         step = checkpoint_step(path)
         shown_step = "" if step < 0 else str(step)
         validity, reason = _validity(path, full), reasons.get(path, "")
-        table.add_row(shown_step, age, size, _eval_loss(path, evaluations), validity, path.name, reason)
+        cells: list[str | Text] = [shown_step, age, size, _eval_loss(path, evaluations), validity, path.name]
+        table.add_row(*cells, *([_copied(path, copies)] if copies else []), reason)
     print_table(table)
+
+
+def _copied(path: Path, copies: dict[str, Any]) -> str:
+    """Return whether there is a copy of a checkpoint, by copies.json."""
+    if path.name in copies["copied"]:
+        return "yes"
+    return "in progress" if copies.get("copying") == path.name and not copies["problem"] else ""
 
 
 def _reasons_to_stay(run: RunFolder) -> dict[Path, str]:
@@ -113,6 +127,8 @@ def _eval_loss(path: Path, evaluations: dict[int, float]) -> str:
 def _validity(path: Path, full: bool) -> Text:
     """Describe whether a checkpoint is intact, by its sizes or, with `full`, by its bytes."""
     suffix = name_suffix(path)
+    if suffix == DOWNLOAD_SUFFIX:
+        return Text("unfinished: being downloaded, or left by a crash", "yellow")
     if suffix == TEMPORARY_SUFFIX:
         return Text("unfinished: being written, or left by a crash", "yellow")
     if suffix:
@@ -174,4 +190,8 @@ def _run_state(run: RunFolder, last_step: int | None) -> Text:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain ls`."""
+    if any(map(is_url, args)):
+        from tinytrain_dist.cli.remote_copies import list_copies  # its libraries take a while to import
+
+        return call_verb(list_copies, "ls", args)
     return call_verb(ls, "ls", args)

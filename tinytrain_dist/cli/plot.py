@@ -117,7 +117,7 @@ def _tokens_at(steps: Numbers, counted: dict[int, float]) -> Numbers:
     """
     known = sorted({0: 0.0, **counted}.items())
     (before, tokens_before), (last, tokens_last) = known[-2:]
-    end = max(last + 1, *steps.tolist())
+    end = max([last + 1, *steps.tolist()])
     known.append((end, tokens_last + (end - last) * (tokens_last - tokens_before) / (last - before)))
     tokens: Numbers = np.interp(steps, [step for step, _ in known], [number for _, number in known])
     return tokens

@@ -18,6 +18,7 @@ from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_st
 from tinytrain_dist.checkpoint.state_digests import tensor_entries
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.config.checkpoint_copies import COPIES_SETTINGS
 from tinytrain_dist.config.run_folder import (
     CHECKPOINTS_FOLDER,
     LOGS_FOLDER,
@@ -130,7 +131,7 @@ def _replay_config(
     logging |= {"profile": None, "sample_tokens": 0, "fingerprint_every": None}
     logging |= {name: FIELDS[name].default for name in ("eval_every", "eval_steps")}  # no effect without val_data
     checkpoints: dict[str, Any] = {"ckpt_save_prefix": "checkpoint", "ckpt_every": 10**9, "keep_every": None}
-    checkpoints |= {"ckpt_writers": None}
+    checkpoints |= {"ckpt_writers": None, **{name: FIELDS[name].default for name in COPIES_SETTINGS}}
     mesh = {"parallel": "auto", "dp_replicate": None, "dp_shard": None, "reshard_after_forward": None}
     given = dict(map(_parse_setting, settings))
     values = {**saved, **folders, **start, **end, **logging, **checkpoints, **mesh, **given}

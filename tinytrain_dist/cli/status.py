@@ -29,6 +29,7 @@ from tinytrain_dist.config.run_folder import (
     RunFolder,
     checkpoint_step,
     open_run,
+    read_copies_record,
     read_records,
     read_settings,
 )
@@ -42,7 +43,7 @@ from tinytrain_dist.reliability.heartbeats import (
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.processes import process_start_time
-from tinytrain_dist.utils.text import format_age
+from tinytrain_dist.utils.text import format_age, format_bytes
 
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late
 MAX_SHOWN_RANKS = 16  # with more ranks, the table shows only those that are furthest behind
@@ -64,6 +65,7 @@ class Status:
     now: float
     alive: bool
     last_sign: float  # time of the last heartbeat or record (alive: now; 0: there is none)
+    copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # see read_copies_record
 
     def last(self, name: str) -> float | None:
         """Return a value from the newest record that has it; None if no record has it."""
@@ -126,6 +128,7 @@ def read_status(run: RunFolder, now: float | None = None, records: list[Record] 
         now=now,
         alive=state == "running",
         last_sign=now if state == "running" else last_sign,
+        copies=read_copies_record(run.folder),
     )
 
 
@@ -204,6 +207,7 @@ def lines_of(status: Status) -> dict[str, str]:
         "state": status.state + (f": {status.reason}" if status.reason else ""),
         "progress": f"step {status.step} of {status.last_step or '?'}{share}{left}",
         "checkpoint": _describe_checkpoint(status),
+        "copies": _describe_copies(status),
         "loss": _describe_losses(status),
         "speed": _describe_speed(status),
         "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time was spent in useful steps",
@@ -222,6 +226,21 @@ def _describe_checkpoint(status: Status) -> str:
     age = format_age(status.now - status.checkpoint.stat().st_mtime)
     steps_ago = status.step - checkpoint_step(status.checkpoint)
     return f"{status.checkpoint.name}, {age} old" + (f", {steps_ago} step(s) ago" if steps_ago > 0 else "")
+
+
+def _describe_copies(status: Status) -> str:
+    """Return the newest copy, the one that is being made, and why none is made; "" for a run without copies."""
+    record = status.copies
+    if not record:
+        return ""
+    names = [name for name in record["copied"] if isinstance(name, str)]
+    parts = [f"{max(names, key=lambda name: (len(name), name))} at {record['url']}" if names else "none yet"]
+    if status.alive and record.get("copying"):
+        done, total = format_bytes(record["bytes_copied"]), format_bytes(record["bytes"])
+        parts.append(f"copying {record['copying']}, {done} of {total}")
+    if record["problem"]:
+        parts.append(f"FAILING: {record['problem']}")
+    return "; ".join(parts)
 
 
 def _describe_losses(status: Status) -> str:

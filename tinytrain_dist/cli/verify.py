@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.run_folder import is_checkpoint, name_suffix, open_run
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.progress import progress_bar
@@ -17,7 +18,7 @@ def verify(place: PathArgument) -> int:
     """Read every byte of a checkpoint, or of all checkpoints of a run; exit code 1 if anything is damaged.
 
     Args:
-        place: A run (its target_dir) or a checkpoint.
+        place: A run (its target_dir), a checkpoint, or the URL of copies or of one copy.
     """
     if is_checkpoint(place):
         return 0 if _verify_checkpoint(place) else 1
@@ -51,4 +52,8 @@ def _verify_checkpoint(path: Path) -> bool:
 
 def main(args: list[str]) -> int:
     """Run `tinytrain verify`."""
+    if any(map(is_url, args)):
+        from tinytrain_dist.cli.remote_copies import verify_copies  # its libraries take a while to import
+
+        return call_verb(verify_copies, "verify", args)
     return call_verb(verify, "verify", args)

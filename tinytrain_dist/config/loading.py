@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypedDict
 from tinytrain_dist.config.run_folder import CONFIG_FILE, parse_toml
 from tinytrain_dist.config.schema import FIELDS, HELP_COMMAND, HINTS, TrainingConfig
 from tinytrain_dist.config.sections import SECTIONS
-from tinytrain_dist.config.validation import unused_evaluation_settings
+from tinytrain_dist.config.validation import LARGEST_NUMBER, unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.regular_files import read_bytes
@@ -291,7 +291,7 @@ def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
         size, tokenizer = content.get("vocab_size"), content.get("digests", {}).get("tokenizer.json")
         if tokenizer is not None and not isinstance(tokenizer, str):
             raise ValueError(f"digest {tokenizer!r}")
-        if size is not None and not (type(size) is int and size >= 1):
+        if size is not None and not (type(size) is int and 1 <= size <= LARGEST_NUMBER):
             raise ValueError(f"vocab_size {size!r}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None

@@ -11,6 +11,7 @@ Must not know torch: the names come from the configuration of the model, or from
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -139,6 +140,22 @@ def _optimizer_of(parameter: NamedShape, rule: GroupRule, default: str) -> str:
 def has_special_groups(config: TrainingConfig) -> bool:
     """Return whether the groups are others than matrices with weight decay and vectors without, both with AdamW."""
     return bool(config.param_groups) or config.optimizer != "adamw"
+
+
+def blocks_are_alike(config: TrainingConfig) -> bool:
+    """Return whether all blocks have the same groups, also by patterns, so that a few blocks can stand for all."""
+    one_block = named_shapes(dataclasses.replace(config.model, num_layers=1))
+    if group_problems(one_block, config.param_groups):
+        return False
+    groups_of_block: dict[str, list[tuple[str, int]]] = {}
+    for index, group in enumerate(resolve_groups(named_shapes(config.model), config)):
+        for parameter in group.parameters:
+            block = re.match(r"model\.layers\.\d+\.", parameter.names[0])
+            if block:
+                name = parameter.names[0].removeprefix(block[0])
+                groups_of_block.setdefault(block[0], []).append((name, index))
+    first, *others = groups_of_block.values()
+    return all(sorted(first) == sorted(other) for other in others)
 
 
 def describe_groups(groups: Sequence[ResolvedGroup], lr_max: float) -> str:

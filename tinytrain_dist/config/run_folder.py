@@ -10,6 +10,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       error.json                         the first cause of a failure; removed when the run is started again
       branch.json                        the run and the step that `tinytrain branch` started this run from
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
+      copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
       submitted/1/                       code, configuration and script of the first job that was submitted
@@ -33,6 +34,7 @@ All code that reads or writes a file of a run takes the name of the file from th
           manifest.json                  sizes and digests of all files and tensors; written last
           kept.json                      why the checkpoint stays, if that was decided after it was written
         checkpoint-00002000.tmp/         a checkpoint that is being written, or was when the process was killed
+        checkpoint-00002000.download/    a copy that is being downloaded, or was when the process was killed
         checkpoint-00000500.damaged/     a checkpoint that failed verification; the second is NAME.damaged-2
         checkpoint-00000700.diverged/    a checkpoint that was saved while the run diverged
 
@@ -61,6 +63,7 @@ ERROR_FILE = "error.json"
 BRANCH_FILE = "branch.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
+COPIES_FILE = "copies.json"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -84,6 +87,7 @@ KEPT_FILE = "kept.json"
 TEMPORARY_SUFFIX = ".tmp"
 DAMAGED_SUFFIX = ".damaged"
 DIVERGED_SUFFIX = ".diverged"
+DOWNLOAD_SUFFIX = ".download"
 
 STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, optionally with a suffix
 # A folder with any of these is a run.
@@ -158,6 +162,18 @@ class RunFolder:
     def committed(self) -> list[Path]:
         """Return the checkpoint folders with their final name (without a suffix), sorted by step."""
         return [path for path in self.step_folders() if not name_suffix(path)]
+
+
+def read_copies_record(run: Path) -> dict[str, Any]:
+    """Return what copies.json says, with values of the expected types; {} if the run makes no copies."""
+    try:
+        record = parse_json(read_bytes(run / COPIES_FILE))
+    except (OSError, ValueError):
+        return {}
+    expected = {"url": str, "copied": list, "problem": str, "bytes": int, "bytes_copied": int}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in expected.items()):
+        return {}
+    return record
 
 
 def _is_path(value: Any) -> bool:

@@ -64,7 +64,7 @@ class RunSettings:
     log_dir: str | None = _setting("run", None, "folder of logs and TensorBoard events (None: target_dir/logs)")
     log_save_prefix: str = _setting("run", "metrics", "name of the metrics file, without .jsonl")
     trackers: tuple[str, ...] = _setting("run", ("tensorboard",), "any of tensorboard, wandb, mlflow, MODULE:CLASS")
-    resume: str = _setting("run", "auto", "auto (from the newest valid checkpoint), never, or the path of a checkpoint")
+    resume: str = _setting("run", "auto", "auto (from the newest valid checkpoint), never, or the path or URL of one")
     ckpt_path_to_resume: str | None = _setting("run", None, "path of a checkpoint; the same as resume = PATH")
     allow: str | None = _setting(
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
@@ -287,3 +287,13 @@ class CheckpointSettings:
         "checkpoint", 3600.0, "abort as hung if a step waits longer than this many seconds for a save (0: never)"
     )
     max_shard_bytes: int = _setting("checkpoint", 2 * 1024**3, "largest file of a checkpoint, in bytes")
+    checkpoint_copies: str | None = _setting(
+        "checkpoint", None, "URL or folder to which checkpoints are copied in the background (None: no copies)"
+    )
+    copies_keep_last: int = _setting("checkpoint", 2, "number of newest copies to keep")
+    copies_keep_every: int | None = _setting(
+        "checkpoint", None, "also keep copies of checkpoints at multiples of this step (None: off)"
+    )
+    copies_end_limit: float = _setting(
+        "checkpoint", 600.0, "at its end, the run waits at most this many seconds for the last copy (0: not at all)"
+    )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinytrain_dist.config.batch_phases import batch_warmup_problems
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
+from tinytrain_dist.config.checkpoint_copies import copies_problems
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
 from tinytrain_dist.config.step_ranges import STEP_RANGES
@@ -50,18 +51,20 @@ LARGEST_NUMBER = 1 << 53
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last max_shard_bytes max_skipped_steps ema_every muon_steps".split()
+    "ckpt_every keep_last copies_keep_last max_shard_bytes max_skipped_steps ema_every muon_steps".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
-    "fingerprint_every stability_every ckpt_writers".split()
+    "fingerprint_every stability_every ckpt_writers copies_keep_every".split()
 )
 POSITIVE_AND_FINITE = tuple(
     "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes z_loss "
     "logit_soft_cap".split()
 )
-NOT_NEGATIVE = tuple("lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens".split())
+NOT_NEGATIVE = tuple(
+    "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens copies_end_limit".split()
+)
 
 
 def find_problems(config: TrainingConfig) -> list[str]:
@@ -88,6 +91,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _reproducible_problems,
         _name_problems,
         _tracker_problems,
+        copies_problems,
     )
     return [problem for check in checks for problem in check(config)]
 

@@ -47,7 +47,7 @@ from tinytrain_dist.launch.torchrun_options import address_arguments, node_range
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
-from tinytrain_dist.reliability.run_state import write_state
+from tinytrain_dist.reliability.run_state import ended_within, write_state
 from tinytrain_dist.reliability.start_marks import claim
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored, unblock_stop_signals
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
@@ -177,6 +177,10 @@ def _count_interrupt() -> int:
     """Tell the user what this Ctrl-C does, and return the signal to send to the ranks."""
     now = time.monotonic()
     if _state.first_interrupt is not None and now - _state.first_interrupt > SECOND_INTERRUPT_SECONDS:
+        since, _state.first_interrupt = now - _state.first_interrupt, now
+        if _state.run_folder is not None and ended_within(_state.run_folder, since):
+            _say("\nending; everything is saved")
+            return signal.SIGINT  # the ranks only wait for copies
         return _kill_at_once("a second Ctrl-C")
     if _state.first_interrupt is None:
         _state.first_interrupt = now

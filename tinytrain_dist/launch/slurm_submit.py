@@ -25,6 +25,7 @@ from pathlib import Path
 
 import tyro
 
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
@@ -204,7 +205,7 @@ def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
         problems += [f"{name}: {problem}" for file in files for problem in check_tokens(file, config)]
     for name in ("ckpt_path_to_resume", "init_from"):
         path = getattr(config, name)
-        if path is not None and not Path(path).is_dir():
+        if path is not None and not is_url(path) and not Path(path).is_dir():
             problems.append(f"{name}: there is no folder {path}; correct the path")
     return problems
 

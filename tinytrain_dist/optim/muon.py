@@ -95,8 +95,8 @@ class Muon(Optimizer):
     ) -> Any:
         """Update all parameters that have a gradient; see `Optimizer.step`. A collective.
 
-        Products and sums are separate operations, each of which rounds once. Fused ones round differently at the end of
-        a tensor, so the bits would depend on the sharding.
+        Products and sums are separate operations, each of which rounds once. A fused one may round differently at the
+        end of a tensor, and then the bits would depend on the sharding.
         """
         loss = call_closure(closure)
         self.materialize()

@@ -6,6 +6,7 @@ The state is a file, because launchers do not pass exit codes on. Must not know 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def owns_run(folder: Path) -> bool:
 def lost_run(folder: Path) -> bool:
     """Return whether another process has taken over a run of this one. Happens when a partitioned node reconnects."""
     return folder in _claimed_runs and _claimed_runs[folder]()
+
+
+def ended_within(folder: Path, seconds: float) -> bool:
+    """Return whether a run has written within the last seconds that it is done or preempted, so all is saved."""
+    try:
+        age = time.time() - (folder / STATE_FILE).stat().st_mtime
+    except OSError:
+        return False
+    return age <= seconds and read_json_object(folder / STATE_FILE).get("state") in ("done", "preempted")
 
 
 def write_state(folder: Path, state: str, step: int | None, reason: str = "") -> None:

@@ -10,6 +10,7 @@ for SIGHUP, and shells for SIGINT and SIGQUIT of a job in the background.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -88,6 +89,11 @@ def received_signal() -> str:
     return _received_signals[0] if _received_signals else os.environ.get("TINYTRAIN_STOP", "")
 
 
+def signals_received() -> int:
+    """Return how many stop signals this process has received."""
+    return len(_received_signals)
+
+
 class StopRequests:
     """Why this process wants to stop: a signal, a file named `stop` in the run folder, or the time limit."""
 
@@ -107,10 +113,16 @@ class StopRequests:
         if time_limit:
             start = time.monotonic() if since is None else since
             deadlines.append(start + time_limit)
+        self._allocation_end = math.inf
         if allocation_end := os.environ.get("TINYTRAIN_DEADLINE"):
             seconds_left = float(allocation_end) - time.time()
-            deadlines.append(time.monotonic() + seconds_left)
+            self._allocation_end = time.monotonic() + seconds_left
+            deadlines.append(self._allocation_end)
         self._deadline = min(deadlines, default=None)
+
+    def seconds_to_allocation_end(self) -> float:
+        """Return the seconds until the allocation of the job ends; infinite if that is not known."""
+        return self._allocation_end - time.monotonic()
 
     def reason(self, reserve_seconds: float = 0.0) -> str:
         """Return why to stop, or "". reserve_seconds: how long before the deadline to stop, so that a save fits."""

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.checkpoint.copies.start import begin_copies, finish_copies_start
 from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.state_collection import model_tensors
+from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.run_folder import (
@@ -77,6 +79,7 @@ class Start:
     record: dict[str, Any] = field(default_factory=dict)  # of the run so far, see EarlyStopping and LossLevel
     saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
     source: Path | None = None  # the loaded checkpoint
+    downloaded: str = ""  # the URL of the copy that it was downloaded from, if it was
     changed_settings: list[str] = field(default_factory=list)
     forgotten: str = ""  # a sentence about evaluations that no longer count, if there are any
     previous_failure: str = ""  # why the previous run in this folder failed; "" if it did not
@@ -171,10 +174,14 @@ def _load(
         # entering the phase again restarts start_limit for each checkpoint that is read
         return checkpoints.resume(lambda: phase_timer.enter("load"))
 
-    automatic = config.resume_from == "auto"
+    automatic = config.resume_from == "auto" or is_url(config.resume_from)
     loaded = None if automatic else resume()  # before the folder is made, in case the path is wrong
     start = _claim_run_folder(config, context, checkpoints)
+    folder = checkpoints.checkpoint_folder
+    copies = begin_copies(config, context, folder, lambda: phase_timer.enter("load"))
+    start.downloaded = copies.downloaded
     loaded = resume() if automatic else loaded
+    checkpoints.copier = finish_copies_start(config, context, folder, copies)
     if loaded:
         start.source, state, start.changed_settings = loaded
         start.step, start.record = state["step"], state.get("report", {})
@@ -185,9 +192,9 @@ def _load(
         if start.source == checkpoints.folder(start.step):
             start.saved_step = start.step
     elif config.init_from:
-        folder = Path(config.init_from)
+        source = Path(config.init_from)
         part, parts = context.rank, context.world_size
-        run_on_all_ranks(lambda: init_from_hf_folder(folder, train_step.model, config, part=part, parts=parts))
+        run_on_all_ranks(lambda: init_from_hf_folder(source, train_step.model, config, part=part, parts=parts))
         train_step.optimizer.average.restart()
     return start
 
@@ -275,7 +282,8 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
     if start.source is not None:
         changes = f"; changed settings: {', '.join(start.changed_settings)}" if start.changed_settings else ""
         forgotten = f"; {start.forgotten}" if start.forgotten else ""
-        log.event(step, "resumed", f"resumed from {start.source}{changes}{forgotten}")
+        origin = f", which was downloaded from {start.downloaded}" if start.downloaded else ""
+        log.event(step, "resumed", f"resumed from {start.source}{origin}{changes}{forgotten}")
     if start.previous_failure:
         log.event(step, "restarted", f"restarted, because {start.previous_failure}")
 

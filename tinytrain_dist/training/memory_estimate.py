@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinytrain_dist.config.parameter_groups import blocks_are_alike
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlan
@@ -32,9 +33,9 @@ from tinytrain_dist.optim.weight_average import AVERAGE_KEY
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
-# Blocks are equal, so the memory of each stage is linear in their number. Deep models are simulated at these two depths
-# and extrapolated (measured: exact). With fewer blocks, none would have neighbours on both sides, which FSDP gathers
-# early and frees late.
+# Blocks are equal, so the memory of each stage is linear in their number, unless param_groups names single blocks. Deep
+# models are simulated at these two depths and extrapolated (measured: exact). With fewer blocks, none would have
+# neighbours on both sides, which FSDP gathers early and frees late.
 SIMULATED_DEPTHS = (3, 4)
 MEMORY_KINDS = {
     "weights": "master weights",
@@ -197,7 +198,8 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
         batch_size_warmup=None,
         micro_batch_size=plan.micro_batch_size,
     )
-    depths = (config.num_layers,) if config.num_layers <= SIMULATED_DEPTHS[1] else SIMULATED_DEPTHS
+    extrapolated = config.num_layers > SIMULATED_DEPTHS[1] and blocks_are_alike(config)
+    depths = SIMULATED_DEPTHS if extrapolated else (config.num_layers,)
     trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
     stages = _extrapolate([tracker.peaks() for tracker in trackers], depths, config.num_layers)
     if config.reproducible:  # a BinaryCounter keeps one sum for each binary digit of the number of passes

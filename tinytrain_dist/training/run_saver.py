@@ -6,6 +6,8 @@ A full disk ends a save but not the run, unless it is the last save. Must not kn
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from tinytrain_dist.errors import CheckpointError, ReplicaMismatchError
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.metrics.run_log import RunLog
 from tinytrain_dist.reliability.run_state import owns_run, write_state
+from tinytrain_dist.utils.progress import LINE_SECONDS
+
+COPY_POLL_SECONDS = 1.0  # between two looks at the copies, at the end of a run
+# The wait for copies ends so long before the end of a job's allocation. The batch script may still have to requeue it.
+ALLOCATION_RESERVE_SECONDS = 30.0
 
 
 class RunSaver:
@@ -53,6 +60,7 @@ class RunSaver:
             pending = self.checkpoints.pending
             if pending is not None and pending.is_alive():
                 self.log.say(f"step {step}: waiting for the save of step {pending.step} to end")
+        self._report_copies()
         save = self.checkpoints.collect(wait)
         if save is None:
             return
@@ -73,6 +81,46 @@ class RunSaver:
         saved = self.saved_step
         newest = f"the newest checkpoint is {self.checkpoints.folder(saved)}" if saved >= 0 else "there is none yet"
         self.log.say(f"step {step}: not saved while updates are skipped; {newest}")
+
+    def _report_copies(self) -> None:
+        """Log what was copied since the last call, and what failed."""
+        copier = self.checkpoints.copier
+        for news in copier.take_news() if copier is not None else ():
+            self.log.event(news.step, news.kind, news.text)
+
+    def finish_copies(self, seconds_left: Callable[[], float], interrupted: Callable[[], bool]) -> None:
+        """Wait for the last copies, at most `copies_end_limit` seconds. A collective: all ranks end together.
+
+        What is not copied is copied at the next start. seconds_left: until the allocation of the job ends. interrupted:
+        whether someone asks for the end again.
+        """
+        config, copier = self.checkpoints.config, self.checkpoints.copier
+        if config.checkpoint_copies is None:
+            return
+        if copier is not None:
+            copier.end()
+        started = time.monotonic()
+        last_line = started - LINE_SECONDS  # the first line comes after COPY_POLL_SECONDS
+        waits = True
+        while waits:
+            self.phase_timer.enter("checkpoint")
+            now = time.monotonic()
+            if copier is not None:
+                limit = min(config.copies_end_limit, now - started + seconds_left() - ALLOCATION_RESERVE_SECONDS)
+                copier.join(min(COPY_POLL_SECONDS, max(0.0, limit)))
+                waits = copier.is_alive() and now - started < limit and not interrupted()
+                if waits and now - last_line >= LINE_SECONDS:
+                    last_line = now
+                    left = f"waiting {max(0.0, limit - now + started):.0f} s more at most; Ctrl-C ends the wait"
+                    self.log.say(f"{copier.progress()}; {left}")
+            waits = self.checkpoints.context.broadcast_object(waits)
+        if copier is not None:
+            late = copier.is_alive()
+            copier.give_up()
+            copier.join(COPY_POLL_SECONDS)
+            self._report_copies()
+            if late:
+                self.log.say("the last checkpoint was not copied; the next start of this run copies it")
 
     def _report_saved(self, save: SaveThread) -> None:
         self.saved_step = save.step

@@ -28,7 +28,7 @@ from tinytrain_dist.parallel.replica_check import fingerprints
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import owns_run, write_state
 from tinytrain_dist.reliability.start_marks import leave_start
-from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal
+from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal, signals_received
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
@@ -269,6 +269,8 @@ class Trainer:
         folder = Path(self.config.target_dir)
         if self.context.is_main and owns_run(folder):
             write_state(folder, state, self.step, reason)
+        signals = signals_received()
+        self.saver.finish_copies(self.stop_requests.seconds_to_allocation_end, lambda: signals_received() > signals)
         # Last, because it may wait for trackers, and a run that was asked to stop may be killed meanwhile.
         self.log.close("finished" if state == "done" else "stopped")
         self.lock.release()

@@ -62,8 +62,11 @@ def may_pass(error: BaseException) -> bool:
     return any(isinstance(found, OSError | EOFError) for found in errors) or bool(names & (_PASSING | _NO_CONNECTION))
 
 
-def error_of(url: str, error: BaseException, tries: int = 1) -> DataError:
-    """Return the error to report: what is wrong with a URL, and what to do. tries: how often it was tried."""
+def error_of(url: str, error: BaseException, tries: int = 1, action: str = "read") -> DataError:
+    """Return the error to report: what is wrong with a URL, and what to do.
+
+    tries: how often it was tried. action: read, or what else was tried, as a participle.
+    """
     errors = list(_chain(error))
     names = {type(found).__name__ for found in errors}
     status = _status(errors)
@@ -84,7 +87,7 @@ def error_of(url: str, error: BaseException, tries: int = 1) -> DataError:
     if status in (404, 410) or any(isinstance(found, FileNotFoundError) for found in errors):
         return DataError(f"{shown(url)}: there is no such file or folder{_in_brackets(status)}; check the URL")
     return DataError(
-        f"{shown(url)}: cannot be read{after} ({_reason(errors)}{_in_brackets(status)}); check the URL and the "
+        f"{shown(url)}: cannot be {action}{after} ({_reason(errors)}{_in_brackets(status)}); check the URL and the "
         "network, and run again"
     )
 
