@@ -75,7 +75,7 @@ ROUNDING = {*validation.ROUNDING_SETTINGS, "device", "cpu_threads"}
 # A test trains with all other settings changed, and expects the same bits.
 NOT_IN_THE_UPDATE = {"max_skipped_steps"}
 UPDATE = {name for name, f in FIELDS.items() if f.metadata["section"] == "optimizer"} - NOT_IN_THE_UPDATE - FIXED
-UPDATE |= {"total_steps", "epochs"}
+UPDATE |= {"total_steps", "epochs", "skip_steps"}
 LAYOUT = {"parallel", "dp_replicate", "dp_shard", "reshard_after_forward", "activation_checkpointing"}
 START = {"init_from", "resume", "ckpt_path_to_resume"}
 

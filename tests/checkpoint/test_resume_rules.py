@@ -143,12 +143,14 @@ def test_another_folder_of_checkpoints_is_advised_where_that_one_is_full(tmp_pat
 def test_a_checkpoint_of_a_version_without_masks_was_trained_without(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     state = saved_state(config)
-    for name in ("loss_mask", "document_mask"):
+    for name in ("loss_mask", "document_mask", "logit_soft_cap"):
         del state["config"][name]
     check_same_run(tmp_path, state, config, DATA)
     assert describe_changes(state, config) == []
     with pytest.raises(CheckpointError, match="document_mask: False in the checkpoint, True now"):
         check_same_run(tmp_path, state, config_for(tmp_path, document_mask=True), DATA)
+    with pytest.raises(CheckpointError, match=r"logit_soft_cap: None in the checkpoint, 30\.0 now"):
+        check_same_run(tmp_path, state, config_for(tmp_path, logit_soft_cap=30.0), DATA)
     check_same_run(tmp_path, {"data": DATA}, config_for(tmp_path, loss_mask=True), DATA)  # saved by an own loop
 
 

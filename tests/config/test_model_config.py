@@ -38,7 +38,7 @@ def test_every_setting_of_the_model_arrives():
     changed = TrainingConfig(
         vocab_size=7, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, d_model=18, d_ff=5, rope_theta=2.0,
         rope_scaling_factor=3.0, rope_original_context_len=8, rope_low_freq_factor=2.0, rope_high_freq_factor=5.0,
-        tie_embeddings=True, qk_norm=True, norm_eps=0.5, context_len=9,
+        tie_embeddings=True, qk_norm=True, norm_eps=0.5, logit_soft_cap=8.0, context_len=9,
     )  # fmt: skip
     default = ModelConfig()
     for name in MODEL_SETTINGS:

@@ -22,7 +22,11 @@ def test_counts_are_at_least_one(name, value):
     assert only_problem(**{name: value}).startswith(f"{name}: {value} must be at least 1")
 
 
-@pytest.mark.parametrize("name", "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor".split())
+@pytest.mark.parametrize(
+    "name",
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor skip_spikes z_loss "
+    "logit_soft_cap".split(),
+)
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_scales_are_positive_and_finite(name, value):
     assert only_problem(**{name: value}) == f"{name}: {value} must be greater than 0 and finite"
@@ -88,6 +92,21 @@ def test_a_seed_has_at_most_64_bits():
         ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
         ({"log_save_prefix": "a/b"}, "log_save_prefix: 'a/b' must be a plain name"),
         ({"ckpt_save_prefix": ""}, "ckpt_save_prefix: '' must be a plain name"),
+        (
+            {"stability_every": 15},
+            "stability_every: 15 is not a multiple of log_every 10 (the default), so some of these steps "
+            "have no record; possible: ",
+        ),
+        ({"skip_spikes": 6.0, "spike_window": 1}, "spike_window: 1 must be at least 2"),
+        ({"spike_window": 64}, "spike_window: 64 has no effect without skip_spikes; set it (6 is usual)"),
+        ({"skip_steps": "5"}, "skip_steps: '5' must be START:STOP, two step numbers, or several of these"),
+        ({"skip_steps": "5:6;8:9"}, "skip_steps: '5:6;8:9' must be START:STOP"),
+        ({"skip_steps": "0:6"}, "skip_steps: 0:6 must be START:STOP with 1 <= START <= STOP"),
+        ({"skip_steps": "1:2, 7:6"}, "skip_steps: 7:6 must be START:STOP with 1 <= START <= STOP"),
+        (
+            {"total_steps": 10, "warmup_iters": 0, "skip_steps": "5:11"},
+            "skip_steps: 5:11 goes beyond total_steps 10; end it there",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values, sentence):

@@ -23,6 +23,7 @@ OTHER_VALUES: dict[str, Any] = {
     "start_limit": 600.0,
     "step_limit": 600.0,
     "log_every": 2,
+    "stability_every": 2,
     "eval_every": 2,
     "eval_steps": 2,
     "trackers": (),

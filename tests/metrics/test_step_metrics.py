@@ -85,7 +85,7 @@ def reads_of(settings: dict[str, Any]) -> list[tuple[int, str]]:
 def test_between_log_lines_only_finished_copies_are_read_and_one_step_late(
     tmp_path: Path, mode: str, ranks: int
 ) -> None:
-    quiet = {"val_data": None, "eval_every": 99, "ckpt_every": 99, "log_every": 4, "total_steps": 10}
+    quiet = {"val_data": None, "eval_every": 99, "ckpt_every": 99, "log_every": 4, "total_steps": 10, "skip_spikes": 6}
     found = run_ranks(ranks, reads_of, settings_for(tmp_path, "run", parallel=mode, **quiet))
     for reads in found:
         # the numbers of step k are read when step k + 1 has been queued; votes on a CPU are plain CPU numbers

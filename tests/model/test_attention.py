@@ -50,3 +50,25 @@ def test_short_blocks_of_attention_equal_the_kernel(monkeypatch: pytest.MonkeyPa
     for kernel, blocks in zip(*results, strict=True):
         torch.testing.assert_close(blocks, kernel, rtol=0.05, atol=0.05)
     assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True)), "both ways must have been taken"
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 64])  # all scores of a window, or two rows
+def test_the_largest_score_is_that_of_the_pairs_that_attend(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    from tinytrain_dist.model import attention
+
+    monkeypatch.setattr(attention, "MAX_SCORES", at_once)
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(3, heads, 8, 6, generator=generator) for heads in (4, 2))
+    # the largest score is that of a later token, and the next one crosses documents
+    q[0, 0], q[0, 2] = q[0, 0] / 100, q[0, 2] / 100
+    q[0, 0, 2] = k[0, 0, 6] = 4.0
+    q[0, 2, 4] = k[0, 1, 2] = 3.0
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0] * 8, [0, 1, 2, 3, 4, 5, 6, 7]])
+    scores = q @ k.repeat_interleave(2, dim=1).transpose(2, 3) / 6**0.5
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    within = causal & (documents[:, :, None] == documents[:, None, :])
+    expected = scores.masked_fill(~causal, -torch.inf).amax()
+    torch.testing.assert_close(attention.largest_score(q, k), expected)
+    expected_within = scores.masked_fill(~within[:, None], -torch.inf).amax()
+    torch.testing.assert_close(attention.largest_score(q, k, documents), expected_within)
+    assert scores.max() > expected > expected_within

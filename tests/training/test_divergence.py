@@ -43,7 +43,7 @@ def test_nothing_is_saved_in_a_streak_and_the_advice_works(tmp_path: Path, resum
         settings["resume"] = str(tmp_path / "run" / "checkpoints" / resume)
     messages = run_ranks(2, fit_error, settings, functools.partial(poison, steps=range(3, 99)))
     assert messages[0] == messages[1]
-    assert "skipped steps in a row: 3, max_skipped_steps: 3" in messages[0]
+    assert "skipped steps in a row: 3 (3 not finite), max_skipped_steps: 3" in messages[0]
     kept = tmp_path / "run" / "checkpoints" / "checkpoint-00000003"
     assert f"The newest checkpoint from before the skipped steps (from step 4 on) is {kept};" in messages[0]
     assert names(tmp_path)[-1] == "00000003"

@@ -12,6 +12,7 @@ from typing import Any
 from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
+from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ranges, up_to
 from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
@@ -26,6 +27,7 @@ ADDED_SETTINGS = (
     "packing",
     "optimizer",
     "param_groups",
+    "logit_soft_cap",
 )
 
 
@@ -82,6 +84,8 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         for name, saved, now in _changed_settings(state, config)
         if name in IDENTITY_SETTINGS and name not in allowed
     }
+    if "skip_steps" not in allowed and (change := _changed_past_steps(state, config)):
+        refused["skip_steps"] = change
     if state.get("data") != data and "train_data" not in allowed:
         changed_files = "".join(f"; {change}" for change in _changed_files(state.get("data"), config))
         refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now{changed_files}"
@@ -92,6 +96,23 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())
         )
+
+
+def _changed_past_steps(state: dict[str, Any], config: TrainingConfig) -> str:
+    """Return "" if `skip_steps` leaves out the same of the steps that the checkpoint has behind it, else both values.
+
+    Later steps may change: what was trained is then still what the newest configuration says.
+    """
+    step = state.get("step", 0)
+    saved = up_to(parse_step_ranges(state.get("config", {}).get("skip_steps")), step)
+    now = up_to(config.left_out_steps, step)
+    if saved == now:
+        return ""
+    values = [format_step_ranges(ranges) or "none" for ranges in (saved, now)]
+    return (
+        f"skip_steps: of the steps 1 to {step}, {values[0]} left out in the checkpoint, {values[1]} now (to leave out "
+        "others, resume from a checkpoint before them, and move later ones away)"
+    )
 
 
 def _changed_files(saved: Any, config: TrainingConfig) -> list[str]:

@@ -22,6 +22,7 @@ from tinytrain_dist.checkpoint.state_collection import MAX_FILE_BYTES
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.model.huggingface_config import soft_cap_of
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
@@ -111,6 +112,12 @@ def _description(source: Path, dtype: torch.dtype) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: config.json cannot be read ({error}); give a checkpoint of a training run"
         ) from None
+    cap = soft_cap_of(config)
+    if cap is not None:
+        raise CheckpointError(
+            f"{source}: was trained with logit_soft_cap = {cap:g}, which Llama and Qwen3 do not have in transformers, "
+            "so the export would give other probabilities; use the checkpoint with `tinytrain`"
+        )
     return {**config, "dtype": _name(dtype), "torch_dtype": _name(dtype)}
 
 

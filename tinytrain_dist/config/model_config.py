@@ -38,6 +38,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-5
+    logit_soft_cap: float | None = None
     context_len: int = 256
 
     @property

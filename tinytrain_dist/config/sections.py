@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
+from tinytrain_dist.config.step_ranges import parse_step_ranges
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Sampling = Literal["random", "shuffle"]
@@ -48,6 +49,9 @@ class RunSettings:
         "run", 1800.0, "abort as hung after this many seconds without progress in a step or evaluation (0: never)"
     )
     log_every: int = _setting("run", 10, "steps between log lines")
+    stability_every: int | None = _setting(
+        "run", None, "steps between records of norms and maxima inside the model; each costs a forward pass (None: off)"
+    )
     eval_every: int = _setting("run", 1000, "steps between evaluations")
     eval_steps: int = _setting("run", 10, "batches of batch_size windows per evaluation, the same every time")
     early_stop_patience: int | None = _setting(
@@ -120,6 +124,14 @@ class DataSettings:
     loss_mask: bool = _setting("data", False, "count only those targets that the mask file beside a token file marks")
     packing: Packing = _setting("data", "none", "best_fit: documents are packed into windows, not cut where they fit")
     document_mask: bool = _setting("data", False, "attention stays within documents, and positions restart in each")
+    skip_steps: str | None = _setting(
+        "data", None, "START:STOP,...: steps whose batches are left out; they change no weights (None: none)"
+    )
+
+    @property
+    def left_out_steps(self) -> tuple[range, ...]:
+        """The steps named in `skip_steps`, both ends of each range included."""
+        return parse_step_ranges(self.skip_steps)
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -169,6 +181,9 @@ class ModelSettings:
     tie_embeddings: bool = _setting("model", False, "share the embedding's weight with the output head")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")
+    logit_soft_cap: float | None = _setting(
+        "model", None, "bound logits by c x tanh(logits / c), as in Gemma 2 (None: not); Hugging Face's Llama cannot"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,7 +220,14 @@ class OptimizerSettings:
     )
     ema_every: int = _setting("optimizer", 1, "steps between changes of the moving average")
     ema_on_host: bool = _setting("optimizer", False, "keep the moving average in host memory instead of on the GPU")
-    max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many non-finite steps in a row")
+    z_loss: float | None = _setting(
+        "optimizer", None, "train with this coefficient of log(Z)^2 beside the loss, as PaLM with 1e-4 (None: without)"
+    )
+    skip_spikes: float | None = _setting(
+        "optimizer", None, "skip steps whose loss or norm is this many standard deviations above its mean (None: off)"
+    )
+    spike_window: int = _setting("optimizer", 128, "skip_spikes: steps of the mean; it acts when half of them are done")
+    max_skipped_steps: int = _setting("optimizer", 10, "stop after skipping this many steps in a row")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, neare
 from tinytrain_dist.config.checkpoint_copies import copies_problems
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
+from tinytrain_dist.config.step_ranges import STEP_RANGES
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
 
@@ -37,6 +38,8 @@ IDENTITY_SETTINGS = (
     "optimizer",
     "param_groups",
 )
+# The same for the part of these settings that is about steps before the checkpoint.
+PAST_SETTINGS = ("skip_steps",)
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
 ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
@@ -53,10 +56,11 @@ AT_LEAST_ONE = tuple(
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
     "loss_chunk_tokens cosine_iters decay_iters rope_original_context_len cpu_threads early_stop_patience "
-    "fingerprint_every ckpt_writers copies_keep_every".split()
+    "fingerprint_every stability_every ckpt_writers copies_keep_every".split()
 )
 POSITIVE_AND_FINITE = tuple(
-    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs".split()
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes z_loss "
+    "logit_soft_cap".split()
 )
 NOT_NEGATIVE = tuple(
     "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens copies_end_limit".split()
@@ -80,6 +84,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _resume_problems,
         lambda config: config.model.rope_problems(),
         _stop_and_profile_problems,
+        _skipping_problems,
         _allow_problems,
         _average_problems,
         _evaluation_and_retention_problems,
@@ -327,11 +332,40 @@ def _stop_and_profile_problems(config: TrainingConfig) -> list[str]:
     return problems
 
 
+def _skipping_problems(config: TrainingConfig) -> list[str]:
+    """Return problems of skip_spikes, spike_window and skip_steps."""
+    problems = []
+    if config.spike_window < 2:
+        problems.append(f"spike_window: {config.spike_window} must be at least 2, to have a standard deviation")
+    elif (
+        config.skip_spikes is None and config.spike_window != type(config).__dataclass_fields__["spike_window"].default
+    ):
+        problems.append(
+            f"spike_window: {config.spike_window} has no effect without skip_spikes; set it (6 is usual), or leave "
+            "this out"
+        )
+    if config.skip_steps is None:
+        return problems
+    if not STEP_RANGES.fullmatch(config.skip_steps):
+        return [
+            *problems,
+            f"skip_steps: {config.skip_steps!r} must be START:STOP, two step numbers, or several of these with commas "
+            "between, for example 1000:1010,2000:2004",
+        ]
+    for start, stop in re.findall(r"(\d+):(\d+)", config.skip_steps):
+        if not 1 <= int(start) <= int(stop):
+            problems.append(f"skip_steps: {start}:{stop} must be START:STOP with 1 <= START <= STOP")
+        elif config.epochs is None and int(stop) > config.total_steps:
+            problems.append(f"skip_steps: {start}:{stop} goes beyond total_steps {config.total_steps}; end it there")
+    return problems
+
+
 def _allow_problems(config: TrainingConfig) -> list[str]:
     """Return a problem for each name in `allow` that is not checked on resume."""
+    checked = (*IDENTITY_SETTINGS, *PAST_SETTINGS, "train_data")
     return [
-        f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(IDENTITY_SETTINGS)}, train_data)"
-        for name in sorted(config.allowed_changes - {*IDENTITY_SETTINGS, "train_data"})
+        f"allow: {name} is not checked on resume; leave it out (checked: {', '.join(checked)})"
+        for name in sorted(config.allowed_changes - {*checked})
     ]
 
 
@@ -357,6 +391,15 @@ def _evaluation_and_retention_problems(config: TrainingConfig) -> list[str]:
     problems = []
     if config.early_stop_patience is not None and not config.val_files:
         problems.append("early_stop_patience: has no effect without val_data; leave it out, or set val_data")
+    if config.stability_every is not None and config.stability_every % config.log_every:
+        choices = {
+            "stability_every": nearest_multiples(config.stability_every, config.log_every),
+            "log_every": [size for size in divisors(config.stability_every) if size <= config.log_every][-3:],
+        }
+        problems.append(
+            f"stability_every: {config.stability_every} is not a multiple of log_every {_value(config, 'log_every')}, "
+            f"so some of these steps have no record; possible: {format_choices(choices)}"
+        )
     if config.keep_every is not None and config.keep_every % config.ckpt_every:
         choices = {
             "keep_every": nearest_multiples(config.keep_every, config.ckpt_every),

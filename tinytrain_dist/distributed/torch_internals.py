@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -284,6 +284,22 @@ def keep_graphs_whole_under_ddp() -> None:
     import torch._dynamo
 
     torch._dynamo.config.optimize_ddp = False
+
+
+@contextmanager
+def without_compiled_calls(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Call modules as they are while the block runs, also those that `Module.compile` has compiled.
+
+    Versions: `Module._compiled_call_impl` in 2.11 to 2.15.
+    """
+    compiled = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, compiled, strict=True):
+            module._compiled_call_impl = call
 
 
 def assume_vector_instructions() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 # because the next usual step makes up for it.
 FACTOR, NATS = 2.0, 1.0
 MEAN_STEPS = 10  # horizon of the running mean, so that one easy batch does not set the level
+SPIKE_WINDOW_KEY = "spike_window"  # in a checkpoint: the losses and norms that skip_spikes compares with
 KEYS = ("sound_step", "mean_loss", "lowest_loss")
 
 
@@ -49,5 +50,5 @@ class LossLevel:
 
 def forget_level(record: dict[str, Any]) -> None:
     """Forget the level of the loss, because the data has changed and losses cannot be compared."""
-    for key in KEYS:
+    for key in (*KEYS, SPIKE_WINDOW_KEY):
         record.pop(key, None)

@@ -16,27 +16,29 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.token_dataset import TokenDataset, short_names
-from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
+from tinytrain_dist.distributed.batch_plan import BatchPlans
 from tinytrain_dist.distributed.context import DistributedContext, Vote
-from tinytrain_dist.errors import DivergenceError, ReplicaMismatchError
+from tinytrain_dist.errors import ReplicaMismatchError
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.metrics.device_stats import peak_flops, peak_memory_bytes
 from tinytrain_dist.metrics.loss_level import LossLevel
 from tinytrain_dist.metrics.phase_timer import STEP_PHASES, start_seconds
 from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.metrics.skipped_steps import SkippedSteps
 from tinytrain_dist.metrics.slow_ranks import SlowRankDetector
 from tinytrain_dist.metrics.source_metrics import ended_epochs, source_groups
+from tinytrain_dist.metrics.stability_metrics import stability_groups
 from tinytrain_dist.metrics.step_timer import ForwardTimer, HostCopy, StepTimer
 from tinytrain_dist.parallel.replica_check import compare_fingerprints
 
 LAYER_NORMS_EVERY = 10  # norms by layer are recorded once in this many logged steps
-MAX_WINDOWS_NAMED = 16  # in the message about a skipped step
 
 
 def due(step: int, every: int) -> bool:
@@ -50,7 +52,9 @@ class StepResult:
 
     step: int  # completed steps, this one included
     lr: float
-    numbers: HostCopy  # loss in nats per token, gradient norm before clipping, skipped (0 or 1)
+    # loss in nats per token, gradient norm before clipping, skipped (0 or 1); with skip_spikes also the means of loss
+    # and norm, and their standard deviations
+    numbers: HostCopy
     micro_batch_losses: Tensor  # summed losses of all micro-batches of the global batch: [num_micro_batches]
     vote: Vote  # on whether the run stops after this step
     data_wait: float  # seconds that this rank waited for data
@@ -58,6 +62,9 @@ class StepResult:
     phases: dict[str, float]  # seconds in each phase since the previous step
     layer_norms: HostCopy | None  # the norms of gradients by layer, then those of weights; None if not computed
     source_sums: HostCopy | None = None  # of this rank since the last logged step, see SourceSums; None: one source
+    z_losses: HostCopy | None = None  # of this rank's micro-batches, per token of the global batch; None: no z_loss
+    stability: HostCopy | None = None  # of this rank, see stability_metrics.py; None: not measured in this step
+    left_out: range | None = None  # the steps of skip_steps to which this one belongs; None: it was computed
 
 
 @dataclass
@@ -140,14 +147,14 @@ class StepMetrics:
         data: TokenDataset,
         flops_per_token: float,
         forward_timer: ForwardTimer,
-        layers: list[str],
+        layer_sizes: dict[str, int],
         process_start: float,
     ) -> None:
         """Begin after `step` steps. A collective: ranks exchange their host names.
 
         record: kept in every checkpoint, see LossLevel. data: the training data, to name the windows of a skipped step.
-        flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank. layers:
-        names of the layers in `layer_norms`. process_start: by time.monotonic().
+        flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank.
+        layer_sizes: parameters of each layer in `layer_norms`. process_start: by time.monotonic().
         """
         self.config = config
         self.context = context
@@ -156,13 +163,12 @@ class StepMetrics:
         self.data = data
         self.flops_per_token = flops_per_token
         self.forward_timer = forward_timer
-        self.layers = layers
+        self.layer_sizes = layer_sizes
         self.process_start = process_start
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
         self.stopping = False  # all ranks have agreed to stop
-        self.skipped = 0  # updates skipped by this process
-        self.skipped_in_row = 0
+        self.skips = SkippedSteps(config, plans, log, data, step)
         self.level = LossLevel(record)
         self.first_step = step + 1
         self.read_step = step  # the newest step whose numbers were read
@@ -188,28 +194,34 @@ class StepMetrics:
         self._unread = None
         if result is None:
             return
-        loss, norm, skipped = result.numbers.read()
+        loss, norm, skipped, *usual = result.numbers.read()
         if result.step == self.first_step:
             self.log.first_step(result.step, start_seconds(result.phases))
         self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
         self.read_step = result.step
-        self.skipped += int(skipped)
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
-        if skipped:
-            self._report_skip(result, loss, norm)
+        if result.left_out is not None:
+            self.skips.leave_out(result.step, result.left_out)
+        elif skipped:
+            self.skips.skip(result, loss, norm, usual)
         else:
+            self.skips.accept(result.step)
             self.level.update(result.step, loss)
         if ended := ended_epochs(self.data, result.step):
             self.log.event(result.step, "epoch", ended)
-        if due(result.step, self.config.log_every):
+        if due(result.step, self.config.log_every) and result.left_out is None:
             self._compare_replicas()
             self._log(result, loss, norm)
         self.stopping = self.stopping or result.vote.result()
 
     @property
+    def skipped(self) -> int:
+        """The updates that were skipped by this process."""
+        return self.skips.total
+
+    @property
     def skipping(self) -> bool:
         """Whether the update of the newest step that was read was skipped."""
-        return self.skipped_in_row > 0
+        return self.skips.in_row > 0
 
     def fingerprint(self, step: int, names: list[str], prints: HostCopy) -> None:
         """Keep the fingerprints of this step's state; replicas compare them at the next logged step."""
@@ -229,26 +241,6 @@ class StepMetrics:
         except ReplicaMismatchError as error:
             self.log.event(kept.step, "replicas_differ", str(error))
             raise
-
-    def _report_skip(self, result: StepResult, loss: float, norm: float) -> None:
-        """Log which ranks and windows made a step non-finite. Errors: DivergenceError after too many in a row."""
-        losses = result.micro_batch_losses.tolist()
-        bad_micro_batches = {index for index, value in enumerate(losses) if not math.isfinite(value)}
-        where = "only in the gradient"
-        if bad_micro_batches:
-            before = result.step - 1  # the number of completed steps, by which the windows of a step are drawn
-            plan = self.plans.at(before)
-            ranks = [rank for rank in range(plan.ranks) if bad_micro_batches & _micro_batches_of(rank, plan)]
-            slots = [slot for index in sorted(bad_micro_batches) for slot in plan.slots(index)]
-            places = self.data.places(self.config.seed, before, slots[:MAX_WINDOWS_NAMED])
-            where = f"rank(s) {ranks}, windows starting at {', '.join(places)}"
-        text = f"not finite: loss {loss}, gradient norm {norm} ({where}); update skipped"
-        self.log.event(result.step, "skipped", text)
-        if self.skipped_in_row >= self.config.max_skipped_steps:
-            raise DivergenceError(
-                f"step {result.step}: {text}; skipped steps in a row: {self.skipped_in_row}, max_skipped_steps: "
-                f"{self.config.max_skipped_steps}, so the run stops"
-            )
 
     def _log(self, result: StepResult, loss: float, norm: float) -> None:
         """Write the record of a logged step, and begin the next interval. A collective."""
@@ -280,6 +272,8 @@ class StepMetrics:
         epochs = self.data.epochs(result.step)
         if epochs is not None:
             values["epoch"] = epochs
+        if result.z_losses is not None:
+            values["z_loss"] = math.fsum(chain(*self.context.all_gather_numbers(result.z_losses.read())))
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plans.whole.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
@@ -304,6 +298,7 @@ class StepMetrics:
     def _groups(self, result: StepResult, ranks: list[RankTimes]) -> dict[str, dict[str, float]]:
         """Return the groups of related numbers: seconds by phase; norms by layer if computed; sources if several.
 
+        With stability_every also those of stability_metrics.py.
         A collective.
         """
         by_phase = zip(*(times.phase_seconds for times in ranks), strict=True)
@@ -312,9 +307,12 @@ class StepMetrics:
         }
         if result.layer_norms is not None:
             norms = result.layer_norms.read()
-            count = len(self.layers)
-            groups["grad_norm_by_layer"] = dict(zip(self.layers, norms[:count], strict=True))
-            groups["weight_norm_by_layer"] = dict(zip(self.layers, norms[count:], strict=True))
+            count = len(self.layer_sizes)
+            groups["grad_norm_by_layer"] = dict(zip(self.layer_sizes, norms[:count], strict=True))
+            groups["weight_norm_by_layer"] = dict(zip(self.layer_sizes, norms[count:], strict=True))
+            if result.stability is not None:
+                rows = self.context.all_gather_numbers(result.stability.read())
+                groups |= stability_groups(rows, groups["grad_norm_by_layer"], self.layer_sizes)
         if result.source_sums is not None:
             names = short_names(self.config.train_files)
             groups |= source_groups(names, self.context.all_gather_numbers(result.source_sums.read()))
@@ -322,7 +320,3 @@ class StepMetrics:
             if epochs:
                 groups["source_epoch"] = dict(zip(names, epochs, strict=True))
         return groups
-
-
-def _micro_batches_of(rank: int, plan: BatchPlan) -> set[int]:
-    return set(plan.share(*divmod(rank, plan.shard)).micro_batches)

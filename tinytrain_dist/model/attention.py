@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ATTENTION_BLOCK_ROWS = 128  # query positions per block
 BLOCKWISE_MAX_POSITIONS = 512  # longest sequence whose attention is computed in blocks
+MAX_SCORES = 1 << 24  # that `largest_score` computes at once
 
 
 class RotaryEmbedding(nn.Module):
@@ -184,6 +185,30 @@ class _CausalSoftmax(torch.autograd.Function):
         return (grad_scores * ctx.scale).to(grad.dtype), None, None, None
 
 
+@torch.no_grad()
+def largest_score(q_bhte: Tensor, k_bkte: Tensor, documents_bt: Tensor | None = None) -> Tensor:
+    """Return the largest scaled score before the softmax, over all heads and pairs that attend: a float32 scalar.
+
+    q, k: rotated, as in `causal_attention`; documents: [b, t], see TransformerLM. At most MAX_SCORES scores exist at
+    once.
+    """
+    _, h, t, e = q_bhte.shape
+    groups = h // k_bkte.shape[1]
+    rows = max(1, MAX_SCORES // (h * t))
+    positions = torch.arange(t, device=q_bhte.device)
+    largest = torch.full((), -math.inf, device=q_bhte.device)
+    for index, (q_hte, k_kte) in enumerate(zip(q_bhte.float(), k_bkte.float(), strict=True)):
+        k_hte = k_kte.repeat_interleave(groups, dim=0)
+        for start in range(0, t, rows):
+            stop = min(t, start + rows)
+            scores = q_hte[:, start:stop] @ k_hte[:, :stop].transpose(1, 2) / math.sqrt(e)
+            does_not_attend = positions[:stop] > positions[start:stop, None]
+            if documents_bt is not None:
+                does_not_attend |= documents_bt[index, :stop] != documents_bt[index, start:stop, None]
+            largest = torch.maximum(largest, scores.masked_fill(does_not_attend, -math.inf).amax())
+    return largest
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries and optional query/key norms."""
 
@@ -205,10 +230,16 @@ class Attention(nn.Module):
         Returns [b, t, d].
         """
         b, t, _ = x_btd.shape
-        q_bhte = self.q_norm(self.q_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
-        k_bkte = self.k_norm(self.k_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
+        q_bhte, k_bkte = self.queries_and_keys(x_btd)
         v_bkte = self.v_proj(x_btd).view(b, t, -1, self.head_width).transpose(1, 2)
         q_bhte, k_bkte = apply_rotary_pos_emb(q_bhte, k_bkte, cos_te, sin_te)
         y_bhte = causal_attention(q_bhte, k_bkte, v_bkte, mask)
         y_btd: Tensor = self.o_proj(y_bhte.transpose(1, 2).reshape(b, t, -1))
         return y_btd
+
+    def queries_and_keys(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries [b, h, t, e] and keys [b, k, t, e], before they are rotated."""
+        b, t, _ = x_btd.shape
+        q_bhte = self.q_norm(self.q_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
+        k_bkte = self.k_norm(self.k_proj(x_btd).view(b, t, -1, self.head_width)).transpose(1, 2)
+        return q_bhte, k_bkte

@@ -28,6 +28,9 @@ SETTING_OF_HF_KEY = {
 REQUIRED_HF_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
+# Ends a model_type with logit_soft_cap. Transformers does not know such a type, and so refuses to load it, instead of
+# ignoring the cap. The key of the cap is Gemma 2's.
+SOFT_CAPPED, SOFT_CAP_KEY = "_soft_capped", "final_logit_softcapping"
 # Keys that change what is computed or trained, with the values that our model supports. A key may also be left out or
 # null.
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -61,10 +64,16 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """Return the config.json with which transformers loads our weights, as a Llama or, with qk_norm, as a Qwen3.
 
+    With logit_soft_cap, transformers has no such model, and refuses this one; see SOFT_CAPPED.
     eos_id: ID of the end-of-text token, if the data has one. bos_id: ID of the token that begins every document, if
     the data has one.
     """
-    model_type, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+    model_type = "qwen3" if config.qk_norm else "llama"
+    architecture = ARCHITECTURES[model_type]
+    cap: dict[str, Any] = {}
+    if config.logit_soft_cap is not None:
+        model_type, architecture = model_type + SOFT_CAPPED, "SoftCapped" + architecture
+        cap = {SOFT_CAP_KEY: config.logit_soft_cap}
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling_factor is not None:
         rope |= {
@@ -98,6 +107,7 @@ def to_hf_config(
         "eos_token_id": eos_id,
         "dtype": "float32",
         "torch_dtype": "float32",
+        **cap,
     }
 
 
@@ -137,6 +147,7 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
+    hf_config, cap = _without_cap(hf_config)
     rope, problems = _rope_settings(hf_config)
     problems = _unsupported_values(hf_config) + problems
     missing = [
@@ -147,7 +158,24 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         for key in REQUIRED_HF_KEYS
         if type(hf_config.get(key)) is not int or hf_config[key] < 1
     ]
-    return {} if missing else _required_settings(hf_config, rope), problems + missing
+    needed = {} if missing else {**_required_settings(hf_config, rope), "logit_soft_cap": cap}
+    return needed, problems + missing
+
+
+def _without_cap(hf_config: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """Return the config.json of the same model without logit_soft_cap, and its value if it has one."""
+    model_type = str(hf_config.get("model_type"))
+    cap = hf_config.get(SOFT_CAP_KEY)
+    if not model_type.endswith(SOFT_CAPPED) or type(cap) not in (int, float):
+        return hf_config, None
+    plain_type = model_type.removesuffix(SOFT_CAPPED)
+    plain = {"model_type": plain_type, "architectures": [ARCHITECTURES.get(plain_type)], SOFT_CAP_KEY: None}
+    return {**hf_config, **plain}, cap
+
+
+def soft_cap_of(hf_config: dict[str, Any]) -> float | None:
+    """Return the logit_soft_cap of a checkpoint with this config.json; None if it has none."""
+    return _without_cap(hf_config)[1]
 
 
 def _required_settings(hf_config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tinytrain_dist.model.fp8 import fp8_linear
 from tinytrain_dist.model.loss import (
     IGNORE_INDEX,
-    chunk_loss_and_grad,
-    chunk_token_losses_and_grad,
+    choose_chunk_loss,
     head_loss_sum,
+    soft_cap_logits,
 )
 from tinytrain_dist.model.matmul import linear
 
@@ -85,25 +85,43 @@ class LMHead(Linear):
 
     keep_row_losses: append the losses of single windows to `row_losses`: float64 [2, b] for each call, the summed loss
     of each window and the number of its targets that count. The caller must clear the list.
+    soft_cap: see `soft_cap_logits` (None: no cap).
+    z_loss: coefficient of log(Z)^2, see `chunk_loss_and_grad` (None: no such loss). It is part of the gradient, but not
+    of the returned loss. Calls with gradients append the summed z-loss to `z_losses`; the caller must clear the list.
     """
 
-    def __init__(self, d_model: int, vocab_size: int, chunk_tokens: int | None, keep_row_losses: bool = False) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        vocab_size: int,
+        chunk_tokens: int | None,
+        keep_row_losses: bool = False,
+        *,
+        soft_cap: float | None = None,
+        z_loss: float | None = None,
+    ) -> None:
         super().__init__(d_model, vocab_size)
         self.chunk_tokens = chunk_tokens
         self.keep_row_losses = keep_row_losses
         self.row_losses: list[Tensor] = []
+        self.soft_cap = soft_cap
+        self.z_losses: list[Tensor] = []
         # a compiled run replaces it with its compiled version
-        self.loss_piece = chunk_token_losses_and_grad if keep_row_losses else chunk_loss_and_grad
+        self.loss_piece = choose_chunk_loss(keep_row_losses, soft_cap, z_loss)
 
     def forward(self, x_btd: Tensor, targets_bt: Tensor | None = None) -> Tensor:
         """x: [b, t, d]; returns logits [b, t, v], or the float32 sum of the losses of targets [b, t]."""
         if targets_bt is None:
-            return super().forward(x_btd)
+            logits_btv = super().forward(x_btd)
+            return logits_btv if self.soft_cap is None else soft_cap_logits(logits_btv, self.soft_cap)
         hidden, targets = x_btd.flatten(0, 1), targets_bt.flatten()
-        if not self.keep_row_losses:
-            return head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece)
-        token_losses: list[Tensor] = []
-        loss = head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece, token_losses)
+        token_losses: list[Tensor] | None = [] if self.keep_row_losses else None
+        z_losses: list[Tensor] = []
+        loss = head_loss_sum(hidden, self.weight, targets, self.chunk_tokens, self.loss_piece, token_losses, z_losses)
+        if z_losses and torch.is_grad_enabled():
+            self.z_losses.append(torch.stack(z_losses).sum())
+        if token_losses is None:
+            return loss
         losses_bt = torch.cat(token_losses).view(targets_bt.shape).double()
         self.row_losses.append(torch.stack([losses_bt, (targets_bt != IGNORE_INDEX).double()]).sum(dim=2))
         return loss

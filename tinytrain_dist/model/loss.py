@@ -21,7 +21,7 @@ MAX_CHUNK_LOGITS = 1 << 24
 # measured (H200, 2026-11-27), 16,384 tokens, d_model 2048, 50,304 logits each, forward and backward: chunks of 256
 # tokens (2^24 logits) 44 ms, 2,048 tokens (2^27) 19 ms, 8,192 tokens 17 ms with 1.8 GB more memory
 MAX_CHUNK_LOGITS_ON_CUDA = 1 << 27
-ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # see chunk_loss_and_grad
 # Losses of single windows are logged in whole numbers of this unit, whose sums do not depend on their order.
 LOSS_UNIT = 2.0**-16
 
@@ -62,27 +62,63 @@ def cross_entropy_loss(
     return loss.reshape(logits.shape[:-1]) if reduction == "none" else loss
 
 
-def chunk_loss_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def soft_cap_logits(logits: Tensor, soft_cap: float) -> Tensor:
+    """Return soft_cap * tanh(logits / soft_cap), computed in float32, in the type of the logits.
+
+    Source: Gemma 2 (arXiv 2408.00118), section 2.
+    """
+    return ((logits.float() / soft_cap).tanh() * soft_cap).to(logits.dtype)
+
+
+def chunk_loss_and_grad(
+    logits: Tensor, targets: Tensor, soft_cap: float | None = None, z_loss: float | None = None
+) -> tuple[Tensor, ...]:
     """Return the summed loss of some tokens, and its gradient with respect to their logits.
 
-    logits: [N, V]; targets: [N] of integers in 0 .. V-1 or IGNORE_INDEX. Returns a float32 scalar and [N, V] in the
-    type of the logits.
+    logits: [N, V]; targets: [N] of integers in 0 .. V-1 or IGNORE_INDEX. soft_cap: see `soft_cap_logits` (None: no
+    cap). Returns a float32 scalar and [N, V] in the type of the logits.
+
+    z_loss: a third value is returned, the sum of z_loss * log(Z)^2, where Z is the sum of the exponentials of a token's
+    logits. The gradient is then that of both sums. Source: PaLM (Chowdhery et al. 2022), section 5.
     """
-    log_p, grad = _log_p_and_grad(logits, targets)
-    return -log_p.sum(), grad
+    log_p, grad, *z_sum = _log_p_and_grad(logits, targets, soft_cap, z_loss)
+    return -log_p.sum(), grad, *z_sum
 
 
-def chunk_token_losses_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of each of some tokens, float32 [N], and the gradient of their sum; see `chunk_loss_and_grad`."""
-    log_p, grad = _log_p_and_grad(logits, targets)
-    return -log_p.squeeze(1), grad
+def chunk_token_losses_and_grad(
+    logits: Tensor, targets: Tensor, soft_cap: float | None = None, z_loss: float | None = None
+) -> tuple[Tensor, ...]:
+    """Return the loss of each of some tokens, float32 [N], and the rest as `chunk_loss_and_grad`."""
+    log_p, grad, *z_sum = _log_p_and_grad(logits, targets, soft_cap, z_loss)
+    return -log_p.squeeze(1), grad, *z_sum
 
 
-def _log_p_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of each target (0 for IGNORE_INDEX), [N, 1], and the gradient of the summed loss."""
+def choose_chunk_loss(keep_token_losses: bool, soft_cap: float | None, z_loss: float | None) -> ChunkLoss:
+    """Return the function of a chunk's logits and targets that computes the loss which the settings choose."""
+    plain = chunk_token_losses_and_grad if keep_token_losses else chunk_loss_and_grad
+    if soft_cap is None and z_loss is None:
+        return plain
+
+    def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return plain(logits, targets, soft_cap, z_loss)
+
+    return chunk_loss
+
+
+def _log_p_and_grad(
+    logits: Tensor, targets: Tensor, soft_cap: float | None, z_loss: float | None
+) -> tuple[Tensor, ...]:
+    """Return the log-probability of each target (0 for IGNORE_INDEX), [N, 1], and the gradient of the summed loss.
+
+    With z_loss, also the sum of z_loss * log(Z)^2.
+    """
     kept = (targets != IGNORE_INDEX).unsqueeze(1)
     ids = targets.clamp_min(0).unsqueeze(1)  # any valid ID in place of IGNORE_INDEX
     logits_float = logits.float()
+    if soft_cap is not None:
+        ratio = (logits_float / soft_cap).tanh()
+        logits_float = ratio * soft_cap
+        slope = 1 - ratio.square()  # the derivative of the capped logits
     # A single exp serves both loss and gradient. In eager mode it works in place.
     # measured (2-core x86 VM, 2026-11-25), [1,024, 10,000]: compiled 15 ms, eager 24 ms; with logsumexp, a second exp
     # and a comparison of all IDs with the target: compiled 25 ms, eager 65 ms
@@ -90,14 +126,26 @@ def _log_p_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     powers = (logits_float - row_max).exp_()
     row_sum = powers.sum(dim=1, keepdim=True)
     target_log_p = logits_float.gather(1, ids) - row_max - row_sum.log()
-    grad = powers.mul_(kept / row_sum).to(logits.dtype)
     # The gradient at the target is p - 1. It is computed with expm1 before the cast, because p itself would round to 1
     # in the type of the logits for a confident token.
-    target_grad = (target_log_p.expm1() * kept).to(grad.dtype)
+    target_grad = target_log_p.expm1() * kept
+    factor = kept / row_sum
+    z_sum: tuple[Tensor, ...] = ()
+    if z_loss is not None:
+        log_z = (row_max + row_sum.log()) * kept
+        z_sum = ((z_loss * log_z.square()).sum(),)
+        # the derivative of log(Z) is p, for every ID
+        factor = factor * (1 + 2 * z_loss * log_z)
+        target_grad = target_grad + 2 * z_loss * log_z * target_log_p.exp()
+    grad = powers.mul_(factor)
+    if soft_cap is not None:
+        grad = grad.mul_(slope)
+        target_grad = target_grad * slope.gather(1, ids)
+    grad = grad.to(logits.dtype)
     # measured (2-core x86 VM, 2026-11-27), this assignment in bfloat16 [1,024, 10,000]: 0.03 ms; scatter_ 19 ms
     rows = torch.arange(len(ids), device=ids.device)
-    grad.index_put_((rows, ids.squeeze(1)), target_grad.squeeze(1))
-    return target_log_p * kept, grad
+    grad.index_put_((rows, ids.squeeze(1)), target_grad.to(grad.dtype).squeeze(1))
+    return target_log_p * kept, grad, *z_sum
 
 
 def head_loss_sum(
@@ -107,6 +155,7 @@ def head_loss_sum(
     chunk_tokens: int | None = None,
     chunk_loss: ChunkLoss = chunk_loss_and_grad,
     token_losses: list[Tensor] | None = None,
+    z_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of `targets` under softmax(hidden @ weight.T), without range checks.
 
@@ -118,7 +167,8 @@ def head_loss_sum(
     chunks of equal size, which torch.compile compiles only once.
     chunk_loss: chunk_loss_and_grad, or its compiled version.
     token_losses: filled with the losses of the tokens, chunk by chunk, if chunk_loss is chunk_token_losses_and_grad.
-    Returns a float32 scalar.
+    z_losses: filled with the z-loss of each chunk, if chunk_loss computes it.
+    Returns a float32 scalar. A z-loss is not part of it, but of its gradient.
     """
     chunk = chunk_tokens or len(hidden)
     if chunk_tokens is None:
@@ -126,7 +176,7 @@ def head_loss_sum(
             chunk = (chunk + 1) // 2
     want_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: Tensor = _ChunkedHeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, chunk, chunk_loss, want_grad, token_losses
+        hidden, weight, targets, chunk, chunk_loss, want_grad, token_losses, z_losses
     )
     return loss
 
@@ -151,6 +201,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         chunk_loss: ChunkLoss,
         want_grad: bool,
         token_losses: list[Tensor] | None,
+        z_losses: list[Tensor] | None,
     ) -> Tensor:
         dtype = matmul_dtype(hidden)
         rounded_weight = weight.to(hidden.dtype).to(dtype)
@@ -159,7 +210,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         grad_weight: Tensor | None = None
         for hidden_chunk, target_chunk in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             hidden_chunk = hidden_chunk.to(dtype)
-            loss, grad = chunk_loss(F.linear(hidden_chunk, rounded_weight), target_chunk)
+            loss, grad, *z_sum = chunk_loss(F.linear(hidden_chunk, rounded_weight), target_chunk)
+            if z_losses is not None:
+                z_losses += z_sum
             if token_losses is not None:
                 token_losses.append(loss)
                 loss = loss.sum()
@@ -178,4 +231,4 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # In place, because a second [V, D] tensor would be the largest of the step. Autograd then refuses a second
         # backward.
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None, None

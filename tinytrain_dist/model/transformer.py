@@ -129,7 +129,14 @@ class TransformerLM(nn.Module):
         self.seed = seed or 0
         self.model = Decoder(model_config, model_config.vocab_size, dtype)
         keep_row_losses = isinstance(config, TrainingConfig) and keeps_source_losses(config)
-        self.lm_head = LMHead(model_config.d_model, model_config.vocab_size, loss_chunk_tokens, keep_row_losses)
+        self.lm_head = LMHead(
+            model_config.d_model,
+            model_config.vocab_size,
+            loss_chunk_tokens,
+            keep_row_losses,
+            soft_cap=model_config.logit_soft_cap,
+            z_loss=config.z_loss if isinstance(config, TrainingConfig) else None,
+        )
         if precision == "fp8":
             for module in self.model.layers.modules():
                 if isinstance(module, Linear):

@@ -26,6 +26,7 @@ class GradientView:
 
     * `params`: the parameters that need a gradient, in the order of the model.
     * `layers`: the names of their layers, in the same order, without duplicates.
+    * `layer_sizes`: how many parameters each layer has over all ranks.
     * `units`: the modules that FSDP shards, outermost first; empty without FSDP.
     """
 
@@ -37,6 +38,9 @@ class GradientView:
         names = [name for name, param in model.named_parameters() if param.requires_grad]
         layer_of_param = [layer_of(name) for name in names]
         self.layers = list(dict.fromkeys(layer_of_param))
+        self.layer_sizes = dict.fromkeys(self.layers, 0)
+        for param, layer in zip(self.params, layer_of_param, strict=True):
+            self.layer_sizes[layer] += param.numel()
         # float64 [layers x params]: 1 where the parameter belongs to the layer, else 0
         rows = [[float(layer == own_layer) for own_layer in layer_of_param] for layer in self.layers]
         self._is_param_in_layer = torch.tensor(rows, dtype=torch.float64, device=context.device)

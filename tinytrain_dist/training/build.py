@@ -187,6 +187,7 @@ def _load(
         start.step, start.record = state["step"], state.get("report", {})
         if state.get("data") != checkpoints.data:
             forget_level(start.record)
+        train_step.step_filter.load(start.record)
         start.forgotten = forget_evaluations(start.record, changed_evaluation_settings(state, config))
         if start.source == checkpoints.folder(start.step):
             start.saved_step = start.step
@@ -316,7 +317,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         data=data.train,
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,
-        layers=train_step.reduction.view.layers,
+        layer_sizes=train_step.reduction.view.layer_sizes,
         process_start=PROCESS_START,
     )
 

@@ -50,7 +50,7 @@ class Divergence:
         step = self.metrics.read_step
         if self.context.any_rank(self.metrics.level.sound_step < step):
             raise DivergenceError(
-                f"step {step}: the run ends here, but its last {self.metrics.skipped_in_row} update(s) were skipped, "
+                f"step {step}: the run ends here, but its last {self.metrics.skips.in_row} update(s) were skipped, "
                 "and its weights have no finite gradient"
             )
 
@@ -74,7 +74,7 @@ class Divergence:
 
         No update was made since, so they are also the weights after every step since. A collective.
         """
-        last_update = self.metrics.read_step - self.metrics.skipped_in_row
+        last_update = self.metrics.skips.last_update
         if last_update < 1:
             return
         loss, norm = self.compute_again(last_update - 1)
@@ -84,7 +84,7 @@ class Divergence:
     def _advice(self, aside: list[Path]) -> str:
         level = self.metrics.level
         own = self.checkpoints.committed()
-        first_skipped = self.metrics.read_step - self.metrics.skipped_in_row + 1
+        first_skipped = self.metrics.skips.last_update + 1
         first_unusual = level.sound_step + 2  # the loss of the step before it was usual, and gave the sound step
         event = f"the skipped steps (from step {first_skipped} on)"
         if 2 <= first_unusual < first_skipped:
@@ -97,7 +97,11 @@ class Divergence:
             start = f"There is no checkpoint from before {event}; the same command begins again at step 0"
         moved = f". Later checkpoints are set aside: {format_list([path.name for path in aside])}" if aside else ""
         settings = [*_lower_learning_rate(self.config), *_resume_settings(self.config, bool(own))]
-        lower = f"Give it a lower learning rate, for example {', '.join(settings)}; or look at those windows"
+        leave_out = self.metrics.skips.setting_that_leaves_out(self.metrics.read_step)
+        lower = (
+            f"Give it a lower learning rate, for example {', '.join(settings)}; or look at those windows, and leave "
+            f"their steps out with {leave_out}"
+        )
         return f"{start}. {lower}{moved}"
 
 

@@ -230,7 +230,8 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
     device = simulate_device(context.target_type)
     on_cpu = context.on_cpu()  # before tensors are fake, because it makes a mesh from real ones
     with fake_tensor_mode(), device, tracker, tracker.tracking_resizes():
-        train_step = build_train_step(config, on_cpu, draw=False)
+        # the forward pass of stability_every needs less memory than a step
+        train_step = build_train_step(replace(config, stability_every=None), on_cpu, draw=False)
         for state in train_step.optimizer.state.values():
             for key, tensor in state.items():
                 if not (key == AVERAGE_KEY and config.ema_on_host):

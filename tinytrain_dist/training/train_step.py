@@ -28,6 +28,8 @@ from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_red
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
 from tinytrain_dist.training.source_sums import SourceSums
+from tinytrain_dist.training.stability_probe import StabilityProbe
+from tinytrain_dist.training.step_filter import StepFilter, build_step_filter
 from tinytrain_dist.training.token_count import TokenCount
 
 
@@ -51,6 +53,7 @@ class TrainStep:
         optimizer: RunOptimizer,
         forward_timer: ForwardTimer,
         phase_timer: PhaseTimer,
+        step_filter: StepFilter,
     ) -> None:
         """Combine the parts.
 
@@ -65,8 +68,11 @@ class TrainStep:
         self.optimizer = optimizer
         self.forward_timer = forward_timer
         self.phase_timer = phase_timer
+        self.step_filter = step_filter
         transformer: Any = unwrap(model)
         self._row_losses: list[Tensor] = transformer.lm_head.row_losses
+        self._z_losses: list[Tensor] = transformer.lm_head.z_losses
+        self.stability = StabilityProbe(config, model, context.device, plans.whole.micro_batch_size)
         num_sources = len(config.train_files)
         self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
 
@@ -78,32 +84,32 @@ class TrainStep:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
 
         Does not wait for the device. wants_stop: this rank's vote on whether the run stops after this step. A step
-        whose loss or gradient norm is not finite changes neither weights nor optimizer state.
+        that `step_filter` skips changes neither weights nor optimizer state.
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
         windows = batches.get(step)
         data_wait = time.perf_counter() - waiting_since
 
-        self.forward_timer.take()  # drop the marks of an evaluation before this step
         self.phase_timer.enter("forward_backward")
+        stability = self.stability.measure(step + 1, windows)
         loss_sums, tokens = self.forward_backward(windows, self.share(step))
 
         self.phase_timer.enter("reduction")
         self.reduction.finish()
-        log_norms = due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
+        log_norms = stability is not None or due(step + 1, LAYER_NORMS_EVERY * self.config.log_every)
         layer_norms = HostCopy(self.reduction.view.layer_norms()) if log_norms else None
         losses, loss, norm = self._losses_and_norm(step, loss_sums, tokens)
-        skip = (~(loss.isfinite() & norm.isfinite())).float()
+        decision = self.step_filter.decide(loss, norm)
 
         self.phase_timer.enter("optimizer")
-        lr = self._update(step, norm, skip)
+        lr = self._update(step, norm, skip=decision[0].float())
 
         self.phase_timer.enter("reading", step + 1)
         return StepResult(
             step=step + 1,
             lr=lr,
-            numbers=HostCopy(torch.stack([loss, norm, skip.double()])),
+            numbers=HostCopy(torch.cat([torch.stack([loss, norm]), decision])),
             micro_batch_losses=losses,
             vote=self.context.start_vote(wants_stop),
             data_wait=data_wait,
@@ -111,6 +117,8 @@ class TrainStep:
             phases=self.phase_timer.take(),
             layer_norms=layer_norms,
             source_sums=self._sum_by_source(windows, due(step + 1, self.config.log_every)),
+            z_losses=self._z_losses_per_token(tokens, due(step + 1, self.config.log_every)),
+            stability=stability,
         )
 
     def forward_backward(self, windows: Windows, share: BatchShare) -> tuple[list[Tensor], TokenCount]:
@@ -120,7 +128,9 @@ class TrainStep:
         """
         plan = share.plan
         loss_sums = []
-        self._row_losses.clear()  # those of an evaluation before this step
+        for kept in (self._row_losses, self._z_losses):
+            kept.clear()  # those of an evaluation before this step
+        self.forward_timer.take()  # so are these marks
         tokens = TokenCount(windows, self.config, plan, self.context)
         micro_batches = split_micro_batches(windows, plan.micro_batch_size, self.context.device)
         for micro_step, micro_batch in zip(share.micro_steps, micro_batches, strict=True):
@@ -163,6 +173,12 @@ class TrainStep:
         self._source_sums.add(windows, self._row_losses)
         return self._source_sums.take() if logged else None
 
+    def _z_losses_per_token(self, tokens: TokenCount, logged: bool) -> HostCopy | None:
+        """Return the share of each of this rank's micro-batches in the z-loss of a logged step; None without z_loss."""
+        if not (logged and self._z_losses):
+            return None
+        return HostCopy(torch.stack(self._z_losses).double() / tokens.value)
+
     def _update(self, step: int, norm: Tensor, skip: Tensor) -> float:
         """Clip the gradients and update the weights, unless `skip` is 1; return the learning rate of the schedule."""
         lr = apply_step_settings(self.optimizer, self.config, step)
@@ -195,4 +211,5 @@ def build_train_step(
         build_optimizer(model, config, context),
         ForwardTimer(modules_without_collectives(model), on_gpu, bool(config.compile)),
         phase_timer or PhaseTimer(),
+        build_step_filter(config, context.device),
     )

@@ -32,6 +32,7 @@ from tinytrain_dist.reliability.stop_requests import StopRequests, received_sign
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
+from tinytrain_dist.training.left_out_steps import StepRunner
 from tinytrain_dist.training.memory_fitting import memory_report
 from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.run_saver import RunSaver
@@ -82,7 +83,8 @@ class Trainer:
         self.profiler = profiler
         self.phase_timer = train_step.phase_timer
         self.step = step  # number of completed optimizer steps
-        self.first_step = step + 1
+        self.runner = StepRunner(train_step)
+        self.first_step = self.runner.first_computed(step + 1)
         self.record = record
         self.divergence = Divergence(metrics, saver, self._compute_again, source)
         self.stop_reason = ""  # why this rank wants to stop
@@ -137,7 +139,7 @@ class Trainer:
     def run_step(self) -> StepResult:
         """Run one optimizer step; log a warning if torch.compile compiled again after the first steps."""
         graphs_before = compiled_graph_count()
-        result = self.train_step.run(self.step, self.batches, bool(self.why_stop()))
+        result = self.runner.run(self.step, self.batches, bool(self.why_stop()))
         self.step = result.step
         new_graphs = compiled_graph_count() - graphs_before
         if new_graphs and self.step >= self.first_step + WARM_UP_STEPS:
@@ -173,12 +175,9 @@ class Trainer:
         return evaluation.loss
 
     def save(self) -> None:
-        """Start to save the current step, unless updates are being skipped. A collective.
-
-        Its weights may then be what makes the steps non-finite.
-        """
+        """Start to save the current step, unless updates are being skipped. A collective."""
         self.metrics.settle()
-        if self.context.any_rank(self.metrics.skipping):
+        if self.context.any_rank(self.metrics.skips.hold_save(last=self.finishing)):
             self.saver.collect(self.step, wait=True)
             self.saver.say_held(self.step)
         else:
@@ -189,7 +188,7 @@ class Trainer:
         sound_step = None if ends_well else self.metrics.level.sound_step
         last = self.finishing or self.step == self.config.last_step
         with self.metrics.watch.paused():
-            self.saver.save(self.step, self.record, last, sound_step)
+            self.saver.save(self.step, self.record | self.train_step.step_filter.state(), last, sound_step)
 
     @property
     def stopping(self) -> bool:

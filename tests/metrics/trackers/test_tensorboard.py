@@ -95,7 +95,8 @@ def test_every_chart_of_the_layout_has_curves(tmp_path):
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     log = RunLog(config_in(tmp_path), True, 0)
-    groups = {"step_time": {"data": 1.0}, "grad_norm_by_layer": {"norm": 1.0}, "weight_norm_by_layer": {"norm": 1.0}}
+    names = "step_time grad_norm_by_layer weight_norm_by_layer attention_logit_max_by_layer activation_rms_by_layer"
+    groups = {**{name: {"x": 1.0} for name in names.split()}, "stability": {"embedding_norm_max": 1.0}}
     log.train(1, {**values(1.0), "mfu": 0.5}, groups, WORK)
     log.evaluation(1, 1.0, 1.0)
     log.event(1, "saved", "x")

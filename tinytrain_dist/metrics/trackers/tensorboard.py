@@ -48,6 +48,9 @@ CUSTOM_SCALARS = {
         "own work, slowest rank to median": _chart("health/slowest_to_median$"),
         "gradient norm by layer": _chart("grad_norm_by_layer/"),
         "weight norm by layer": _chart("weight_norm_by_layer/"),
+        "largest attention logit, by layer": _chart("attention_logit_max_by_layer/"),
+        "RMS of activations, by layer": _chart("activation_rms_by_layer/"),
+        "largest norm of an embedding": _chart("stability/embedding_norm_max$"),
         "peak memory of a rank, GiB": _chart("speed/memory_gib$"),
     },
 }
