@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ranges, up_to
 from tinytrain_dist.config.weight_phases import phases_before
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
-from tinytrain_dist.utils.text import format_list
+from tinytrain_dist.utils.text import format_list, is_url
 
 # Versions without these settings trained as their defaults do, and their checkpoints do not have them.
 ADDED_SETTINGS = (

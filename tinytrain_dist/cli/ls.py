@@ -17,7 +17,6 @@ from tinytrain_dist.checkpoint.manifest import file_bytes, is_damaged, quick_pro
 from tinytrain_dist.checkpoint.retention import read_committed_checkpoint, reasons_to_keep
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument, new_table, print_table
-from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.run_folder import (
     DOWNLOAD_SUFFIX,
     ERROR_FILE,
@@ -39,7 +38,7 @@ from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.progress import progress_bar
-from tinytrain_dist.utils.text import format_age, format_bytes
+from tinytrain_dist.utils.text import format_age, format_bytes, is_url
 
 
 def ls(folder: PathArgument, full: bool = False) -> int:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tinytrain_dist.cli.arguments import call_verb
 from tinytrain_dist.cli.tables import PathArgument
-from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.run_folder import is_checkpoint, name_suffix, open_run
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.progress import progress_bar
-from tinytrain_dist.utils.text import format_bytes
+from tinytrain_dist.utils.text import format_bytes, is_url
 
 
 def verify(place: PathArgument) -> int:

@@ -10,17 +10,15 @@ import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinytrain_dist.config.defaults import changed_from_default
+from tinytrain_dist.utils.text import is_url
+
 if TYPE_CHECKING:  # not at run time, because schema.py imports this module
     from tinytrain_dist.config.schema import TrainingConfig
 
 ENVIRONMENT = "for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
 COPIES_SETTINGS = ("checkpoint_copies", "copies_keep_last", "copies_keep_every", "copies_end_limit")
 READ_ONLY = ("http", "https", "github")  # nothing can be written by these protocols
-
-
-def is_url(place: str) -> bool:
-    """Return whether a place is a URL and not a path."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", place) is not None
 
 
 def shown_place(place: str) -> str:
@@ -79,9 +77,7 @@ def _has_secret(place: str) -> bool:
 
 
 def _unused_problems(config: TrainingConfig) -> list[str]:
-    fields = type(config).__dataclass_fields__
     return [
         f"{name}: {getattr(config, name)} has no effect without checkpoint_copies; set it, or leave this out"
-        for name in COPIES_SETTINGS[1:]
-        if getattr(config, name) != fields[name].default
+        for name in changed_from_default(config, COPIES_SETTINGS[1:])
     ]

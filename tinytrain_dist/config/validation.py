@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tinytrain_dist.config.batch_phases import batch_warmup_problems
 from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, nearest_multiples
 from tinytrain_dist.config.checkpoint_copies import copies_problems
+from tinytrain_dist.config.defaults import changed_from_default
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
 from tinytrain_dist.config.step_ranges import STEP_RANGES
@@ -224,8 +225,7 @@ def _optimizer_problems(config: TrainingConfig) -> list[str]:
         problems.append("optimizer: muon has no effect, because param_groups gives all matrices to adamw; change one")
     problems += [
         f"{name}: {getattr(config, name)} has no effect without Muon; leave it out, or set optimizer = muon"
-        for name in ("muon_momentum", "muon_steps", "muon_scale")
-        if getattr(config, name) != type(config).__dataclass_fields__[name].default
+        for name in changed_from_default(config, ("muon_momentum", "muon_steps", "muon_scale"))
     ]
     return problems
 
@@ -379,10 +379,9 @@ def _average_problems(config: TrainingConfig) -> list[str]:
         ]
     if decay is not None:
         return []
-    defaults = type(config).__dataclass_fields__
-    unused = [name for name in ("ema_every", "ema_on_host") if getattr(config, name) != defaults[name].default]
     return [
-        f"{name}: {_value(config, name)} has no effect without ema_decay; set it, or leave this out" for name in unused
+        f"{name}: {_value(config, name)} has no effect without ema_decay; set it, or leave this out"
+        for name in changed_from_default(config, ("ema_every", "ema_on_host"))
     ]
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import tyro
 
-from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
@@ -40,6 +39,7 @@ from tinytrain_dist.utils.option_types import ConfigFile, Number, OptionalFile, 
 from tinytrain_dist.utils.package_files import PACKAGE, package_folder
 from tinytrain_dist.utils.regular_files import read_text
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
+from tinytrain_dist.utils.text import is_url
 
 PROGRAM = "tinytrain submit"
 SITE_FILE = Path("slurm") / "env.sh"  # of the current folder or the checkout; git ignores it, but the job needs it

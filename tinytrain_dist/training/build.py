@@ -19,7 +19,6 @@ from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.state_collection import model_tensors
-from tinytrain_dist.config.checkpoint_copies import is_url
 from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.run_folder import (
@@ -69,6 +68,7 @@ from tinytrain_dist.training.trainer import Trainer
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import to_json
 from tinytrain_dist.utils.stale_files import describe_leftovers, remove_leftovers
+from tinytrain_dist.utils.text import is_url
 
 
 @dataclass

@@ -89,7 +89,7 @@ class SpikeFilter:
         return {SPIKE_WINDOW_KEY: {"loss": losses[len(losses) - count :], "grad_norm": norms[len(norms) - count :]}}
 
     def load(self, record: dict[str, Any]) -> None:
-        """Continue with the window of a checkpoint, as far as it fits into this one. Without one, begin anew."""
+        """Continue with the window of a checkpoint, as far as it fits into this one, else with an empty one."""
         saved = record.pop(SPIKE_WINDOW_KEY, {})
         pairs = list(zip(saved.get("loss", []), saved.get("grad_norm", []), strict=True))
         columns = [(loss, norm, 1.0) for loss, norm in pairs if math.isfinite(loss) and math.isfinite(norm)]

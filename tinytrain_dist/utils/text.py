@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 
@@ -26,6 +27,11 @@ def format_changes(changes: Mapping[str, object]) -> str:
     without = [name for name, value in changes.items() if value is None]
     parts = [f"with {', '.join(given)}"] if given else []
     return ", ".join([*parts, f"without {' and '.join(without)}"] if without else parts)
+
+
+def is_url(place: str) -> bool:
+    """Return whether a place is a URL and not a path."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", place) is not None
 
 
 def format_duration(seconds: float) -> str:

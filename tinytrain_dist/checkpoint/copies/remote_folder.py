@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinytrain_dist.config.checkpoint_copies import is_url, shown_place
+from tinytrain_dist.config.checkpoint_copies import shown_place
 from tinytrain_dist.data.preparation.remote_errors import error_of, may_pass
 from tinytrain_dist.data.preparation.remote_files import RemoteFile, file_system
 from tinytrain_dist.errors import CheckpointError, DataError
 from tinytrain_dist.utils.json_files import parse_json, to_json
+from tinytrain_dist.utils.text import is_url
 
 # A file is sent in parts, each of which is repeated by itself. A part is held in memory.
 PART_BYTES = 16 << 20

@@ -18,7 +18,7 @@ from tinytrain_dist.checkpoint.checkpoint_folder import CheckpointFolder
 from tinytrain_dist.checkpoint.copies.copier import CheckpointCopier, Claim, finish_claim, new_claim, opening
 from tinytrain_dist.checkpoint.copies.remote_folder import CopyError
 from tinytrain_dist.checkpoint.copies.worker_process import WorkerProcess
-from tinytrain_dist.config.checkpoint_copies import is_url, shown_place
+from tinytrain_dist.config.checkpoint_copies import shown_place
 from tinytrain_dist.config.run_folder import COPIES_FILE, checkpoint_step
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
@@ -27,6 +27,7 @@ from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import read_json_object, write_atomically
 from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.progress import Advance, progress_lines
+from tinytrain_dist.utils.text import is_url
 
 # How long the start of a run with checkpoints waits for the store. Copying then begins later, in the background.
 CLAIM_SECONDS = 10.0

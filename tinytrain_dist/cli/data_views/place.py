@@ -49,7 +49,7 @@ class Vocabulary:
 
     texts: TokenTexts
     size: int | None
-    size_from: str  # where the size is said; "": it is not known
+    size_from: str  # the file that gives the size; "": not known
     eos_id: int | None
     eos_from: str
     note: str  # why tokens have no text; "": they have

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, cast
 
 from tinytrain_dist.data.preparation.content_type import Compression, compression
 from tinytrain_dist.data.preparation.remote_errors import shown
-from tinytrain_dist.data.preparation.remote_files import RemoteFile, is_url
+from tinytrain_dist.data.preparation.remote_files import RemoteFile
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.text import is_url
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tinytrain_dist.data.preparation.remote_errors import shown
-from tinytrain_dist.data.preparation.remote_files import is_url, read_small_file
+from tinytrain_dist.data.preparation.remote_files import read_small_file
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.text import is_url
 
 
 def dataset_files(folder: str) -> list[str] | None:

@@ -23,11 +23,11 @@ from tinytrain_dist.data.preparation.options import MAX_DOCUMENT_BYTES, PrepareO
 from tinytrain_dist.data.preparation.output_folder import WorkFolder, new_folder, resumable_folder
 from tinytrain_dist.data.preparation.planning import Plan, make_plan, say
 from tinytrain_dist.data.preparation.recognition import recognise
-from tinytrain_dist.data.preparation.remote_files import is_url
 from tinytrain_dist.data.preparation.sources import find_sources
 from tinytrain_dist.data.preparation.text_documents import Reading
 from tinytrain_dist.data.preparation.token_writer import TokenWriter, write_file
 from tinytrain_dist.utils.json_files import parse_json, to_json
+from tinytrain_dist.utils.text import is_url
 
 _MIN_DEFAULT_DOCUMENT_BYTES = 4096
 # `prepare` warns about a file with fewer tokens than this: a common context_len and the token after it.

@@ -23,11 +23,12 @@ from tinytrain_dist.data.preparation.content_type import (
     text_format,
 )
 from tinytrain_dist.data.preparation.remote_errors import shown
-from tinytrain_dist.data.preparation.remote_files import RemoteFile, is_url
+from tinytrain_dist.data.preparation.remote_files import RemoteFile
 from tinytrain_dist.data.preparation.sources import Source, text_suffix
 from tinytrain_dist.data.preparation.table_documents import open_table, table_problems
 from tinytrain_dist.data.preparation.text_documents import Reading
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.text import is_url
 
 _SERVER_THREADS = 16  # files on servers are looked at side by side, because each takes several round trips
 

@@ -32,11 +32,6 @@ _EXTRA_OF_PROTOCOL = {"s3": "tinytrain_dist[s3]", "s3a": "tinytrain_dist[s3]", "
 _EXTRA_OF_PROTOCOL |= {"http": "tinytrain_dist[s3]", "https": "tinytrain_dist[s3]", "abfs": "adlfs", "az": "adlfs"}
 
 
-def is_url(name: str) -> bool:
-    """Return whether a source is a URL and not a path."""
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name) is not None
-
-
 @dataclass(frozen=True)
 class RemoteFacts:
     """What a server says about a file. size: None if it does not say. tag: changes when the content does."""

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from tinytrain_dist.data.preparation.compressed_files import COMPRESSED_SUFFIXES, unreadable_error
 from tinytrain_dist.data.preparation.dataset_folders import dataset_files
 from tinytrain_dist.data.preparation.remote_errors import shown
-from tinytrain_dist.data.preparation.remote_files import find_remote, is_url
+from tinytrain_dist.data.preparation.remote_files import find_remote
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.text import is_url
 
 FOLDER_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet", ".arrow")
 _SKIPPED_STDLIB_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}

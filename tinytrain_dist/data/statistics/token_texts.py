@@ -132,7 +132,7 @@ def _bytes_of_characters() -> dict[str, bytes]:
 
 
 def end_of_text_id(folder: Path, texts: TokenTexts) -> tuple[int | None, str]:
-    """Return the ID of the token that ends a document, and where that is said; (None, "") if it is not known."""
+    """Return the ID of the token that ends a document, and the file that names it; (None, "") if there is none."""
     meta, config = _read_json(folder / META_FILE), _read_json(folder / "tokenizer_config.json")
     if is_whole_number(meta.get("eos_id")):
         return int(meta["eos_id"]), META_FILE
@@ -146,7 +146,7 @@ def end_of_text_id(folder: Path, texts: TokenTexts) -> tuple[int | None, str]:
 
 
 def vocabulary_size(folder: Path, texts: TokenTexts) -> tuple[int | None, str]:
-    """Return the size of the vocabulary, and where it is said; (None, "") if it is not known."""
+    """Return the size of the vocabulary, and the file that gives it; (None, "") if there is none."""
     size = _read_json(folder / META_FILE).get("vocab_size")
     if is_whole_number(size, 1):
         return size, META_FILE
