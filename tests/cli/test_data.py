@@ -320,8 +320,10 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
     from tests.helpers.prepared_text import byte_level_bpe
 
     words = ["<script>", "&amp;", "\u0121", "é"]  # the third one stands for the byte 0x7f
-    byte_level_bpe(words, []).save(str(tmp_path / "tokenizer.json"))
-    save_tokens(tmp_path / "t.npy", [0, 1, 2, 3] * 100)
+    tokenizer = byte_level_bpe(words, [])
+    tokenizer.add_special_tokens(["<b>\x1b[31m\u202e"])  # ID 4
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_tokens(tmp_path / "t.npy", [0, 1, 2, 4, 3] * 100)
     path = tmp_path / "p.html"
     code, _, err = tinytrain(
         "data", tmp_path / "t.npy", "--html", path, "--decode", 1, "--context-len", 8, "--eos-id", 3
@@ -330,6 +332,8 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
     page = Page(path.read_text())
     assert "script" not in {tag for tag, _ in page.tags}
     assert any("<script>&amp;\\x7f" in text for text in page.texts)
+    assert "<b>\\x1b[31m\\u202e" in page.texts  # in the table of special tokens
+    assert not re.findall(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", path.read_text())
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
