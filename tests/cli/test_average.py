@@ -56,7 +56,9 @@ def test_the_newest_checkpoints_of_a_run_are_averaged(tinytrain: Cli, folder: Pa
         (["one"], [], "at least two checkpoints"),
         (["one", "one"], [], "named twice"),
         (["one", "other"], ["--weights", 1], "1 weight(s) for 2 checkpoints"),
-        (["one", "other"], ["--weights", 1, -1], "must be finite"),
+        (["one", "other"], ["--weights", 1, -1], "must be at least 0"),
+        (["one", "other"], ["--weights", "nan", 1], "must be at least 0"),
+        (["one", "other"], ["--weights", 1e308, 1e308], "with a finite sum"),
         (["one", "other"], ["--weights", 0, 0], "not all 0"),
         (["one"], ["--last", 99], "99 checkpoints were asked for"),
         (["one"], ["--last", 0], "--last: 0"),
@@ -71,6 +73,25 @@ def test_what_cannot_be_averaged_is_a_sentence(
     assert code == 2
     assert expected in err
     assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_attention_heads": 8, "head_dim": 4}, "num_attention_heads"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping None and 30.0"),
+    ],
+)
+def test_equal_shapes_do_not_make_the_same_model(
+    tinytrain: Cli, folder: Path, run: Path, tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    path = newest(run) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 7} | changes))
+    code, _, err = tinytrain("average", newest(folder / "other"), newest(run), "--out", tmp_path / "mean")
+    assert code == 2
+    assert "of different models by their config.json (" in err
+    assert named in err
+    assert "max_position" not in err
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(tinytrain: Cli, folder: Path, run: Path, tmp_path: Path) -> None:

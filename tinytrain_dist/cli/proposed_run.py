@@ -86,7 +86,7 @@ class ProposalOptions:
         """Check the numbers. Errors: UsageError."""
         problems = []
         if not 0 < self.hours <= MOST_HOURS:  # true for NaN as well
-            problems.append(f"--hours: {self.hours} is not a time; give hours, such as 4 or 0.5")
+            problems.append(f"--hours: {self.hours} must be more than 0 and at most {MOST_HOURS:g}, such as 4 or 0.5")
         for name, value in (("--nodes", self.nodes), ("--devices-per-node", self.devices_per_node)):
             if value is not None and value < 1:
                 problems.append(f"{name}: {value} must be at least 1")
