@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tools import Cli, flip_bit, newest, weights_file
+from tests.helpers.training import fit_all, settings_for
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
@@ -75,23 +77,22 @@ def test_what_cannot_be_averaged_is_a_sentence(
     assert not (tmp_path / "mean").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"num_attention_heads": 8, "head_dim": 4}, "num_attention_heads"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping None and 30.0"),
-    ],
-)
-def test_equal_shapes_do_not_make_the_same_model(
-    tinytrain: Cli, folder: Path, run: Path, tmp_path: Path, changes: dict[str, object], named: str
-) -> None:
-    path = newest(run) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 7} | changes))
-    code, _, err = tinytrain("average", newest(folder / "other"), newest(run), "--out", tmp_path / "mean")
-    assert code == 2
-    assert "of different models by their config.json (" in err
-    assert named in err
-    assert "max_position" not in err
+@pytest.mark.multiprocess
+def test_equal_shapes_do_not_make_the_same_model(tinytrain: Cli, tmp_path: Path) -> None:
+    runs: dict[str, dict[str, object]] = {
+        "plain": {},
+        "longer": {"context_len": 16},
+        "capped": {"logit_soft_cap": 30.0},
+        "theta": {"rope_theta": 500.0},
+    }
+    short = {"total_steps": 1, "warmup_iters": 0, "eval_every": 99, "parallel": "none"}
+    run_ranks(1, fit_all, [settings_for(tmp_path, name, **short, **changes) for name, changes in runs.items()])
+    for name, named in {"capped": "model_type llama and", "theta": "rope_theta 10000.0 and 500.0"}.items():
+        code, _, err = tinytrain("average", tmp_path / "plain", tmp_path / name, "--out", tmp_path / "mean")
+        assert code == 2
+        assert "of different models by their config.json (" in err
+        assert named in err
+    assert tinytrain("average", tmp_path / "plain", tmp_path / "longer", "--out", tmp_path / "mean")[0] == 0
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(tinytrain: Cli, folder: Path, run: Path, tmp_path: Path) -> None:

@@ -135,8 +135,7 @@ def _different_settings(first: Path, second: Path) -> list[str]:
     """Return in what the models of two checkpoints differ whose tensors have the same names and shapes."""
     one, other = (read_json_object(path / "config.json") for path in (first, second))
     names = [name for name in one if name in other and one[name] != other[name] and name not in OTHER_THAN_MODEL]
-    only_one = sorted({"final_logit_softcapping"} & (one.keys() ^ other.keys()))
-    return [f"{name} {one.get(name)} and {other.get(name)}" for name in [*names, *only_one]]
+    return [f"{name} {one[name]} and {other[name]}" for name in names]
 
 
 def mean_of(sources: Sequence[SavedWeights], shares: Sequence[float], name: str) -> Tensor:
