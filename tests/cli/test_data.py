@@ -88,7 +88,7 @@ def test_a_prepared_folder(tinytrain: Cli, prepared: Path) -> None:
     assert of_val["overlap"]["windows_with_ngrams"] == sum(map(any, hits)) < len(rows)
 
 
-def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, folder: Path) -> None:
+def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
     found = values(tinytrain, folder / "one", "--ngram", 5)
     (overlap,) = (each["overlap"] for each in found["evaluation"].values())
     config = (folder / "one" / "config.toml").read_text()
@@ -96,6 +96,10 @@ def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, fold
         int(re.search(rf"^{name} = (\d+)", config, re.MULTILINE)[1]) for name in ("batch_size", "eval_steps")
     )
     assert overlap["windows"] == batch_size * eval_steps
+    longer = tmp_path / "longer.toml"
+    longer.write_text(re.sub(r"(?m)^eval_steps = .*", f"eval_steps = {eval_steps + 2}", config))
+    (of_longer,) = values(tinytrain, longer)["evaluation"].values()
+    assert of_longer["overlap"]["windows"] == batch_size * (eval_steps + 2)
     assert overlap["windows_in_file"] is None
     assert overlap["windows_with_ngrams"] == overlap["windows"]  # both files have the same text
     every = values(tinytrain, folder / "one", "--ngram", 5, "--all-windows")["evaluation"]["val.npy"]["overlap"]
