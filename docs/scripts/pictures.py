@@ -69,10 +69,10 @@ def rank_of_micro_batch(replicate: int, shard: int) -> list[int]:
     """Return the rank that computes each of the micro-batches of a step, by the plan that training uses."""
     plan = BatchPlan(LEAVES, 1, 1, replicate, shard)
     ranks = {
-        plan.micro_batch_index(replica, part, micro_step): replica * shard + part
+        index: replica * shard + part
         for replica in range(replicate)
         for part in range(shard)
-        for micro_step in range(plan.accumulation_steps)
+        for index in plan.share(replica, part).micro_batches
     }
     return [ranks[index] for index in range(LEAVES)]
 

@@ -233,11 +233,10 @@ def break_counter(_: Any) -> None:
     """Add micro-batches one after the other, as `.grad` does."""
     from tinytrain_dist.parallel.tree_reduction import BinaryCounter
 
-    def add(self: BinaryCounter, leaf: int, tensors: list[torch.Tensor]) -> None:
-        if leaf:
-            torch._foreach_add_(self._levels[0], tensors)
-        else:
-            self._levels[0] = tensors
+    def add(self: BinaryCounter, block: range, tensors: list[torch.Tensor]) -> None:
+        for _, left in self._sums:
+            torch._foreach_add_(tensors, left)
+        self._sums = [(block, tensors)]
 
     BinaryCounter.add = add  # type: ignore[method-assign]
 

@@ -20,14 +20,14 @@ def test_the_counter_adds_in_the_order_of_the_tree() -> None:
     leaves = [2.0**24, 1.0, 1.0, 1.0]  # (2^24 + 1) + (1 + 1), the first sum rounded down; in a row it stays 2^24
     counter = BinaryCounter()
     for leaf, value in enumerate(leaves[:-1]):
-        counter.add(leaf, [torch.tensor([value])])
-    levels = counter.pop()
+        counter.add(range(leaf, leaf + 1), [torch.tensor([value])])
+    levels = counter.pop_completed_by(range(3, 4))
     assert len(levels) == 2, "three leaves are two ones in binary"
     total = torch.tensor([leaves[-1]])
     for (level,) in levels:
         total += level
     assert total.item() == tree_sum(torch.tensor(leaves).view(4, 1)).item() == 2.0**24 + 2
-    assert counter.pop() == [], "pop empties the counter"
+    assert counter.pop_all() == [], "pop empties the counter"
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 101])

@@ -19,12 +19,19 @@ from tinytrain_dist.utils.text import format_choices, format_list
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch is divided: batch_size = micro_batch_size x ranks x accumulation_steps.
+    """How the global batch is divided: into micro-batches, and these among the ranks.
 
     * `batch_size`: sequences in one step over all ranks. Each has a sample slot, 0 .. batch_size - 1.
     * `micro_batch_size`: sequences in one forward pass. Slot s belongs to micro-batch s // micro_batch_size.
     * `context_len`: tokens in one sequence.
     * `replicate`, `shard`: the sizes of the mesh axes, as in ParallelDims.
+
+    The number of ranks need not divide the number of micro-batches. The shares are then uneven:
+
+    * Over a whole step, a replica computes a contiguous range of micro-batches. The ranges differ by one micro-batch at
+      most. DDP sums the replicas' gradients once, at the end.
+    * In a micro-step, the ranks of a replica compute consecutive micro-batches. FSDP sums their gradients. In the last
+      micro-step of a replica, the last ranks may have no micro-batch left.
     """
 
     batch_size: int
@@ -64,29 +71,32 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Return the number of forward passes of one rank in one step."""
-        return self.num_micro_batches // self.ranks
+        """Return the number of forward passes in one step of a rank with the largest share."""
+        return -(-self.num_micro_batches // self.ranks)
 
     @property
     def tokens_per_step(self) -> int:
         """Return the number of target tokens in one step, over all ranks."""
         return self.batch_size * self.context_len
 
-    def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int:
+    def micro_batches_of(self, replica: int) -> range:
+        """Return the micro-batches of the global batch that the ranks of a replica compute."""
+        count = self.num_micro_batches
+        return range(replica * count // self.replicate, (replica + 1) * count // self.replicate)
+
+    def micro_steps_of(self, replica: int) -> range:
+        """Return the micro-steps of a replica; in each, every rank of it runs one forward pass."""
+        return range(-(-len(self.micro_batches_of(replica)) // self.shard))
+
+    def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int | None:
         """Return which micro-batch of the global batch a rank computes, 0 .. num_micro_batches - 1.
 
-        `replica`, `shard`: the rank's coordinates on the mesh. `micro_step`: 0 .. accumulation_steps - 1. The formula
-        is the same in every mode:
-
-        * In a micro-step, the ranks of a replica compute consecutive micro-batches. FSDP sums their gradients.
-        * Over a whole step, a replica computes a contiguous range of micro-batches. DDP sums the replicas' gradients
-          once, at the end.
+        `replica`, `shard`: the rank's coordinates on the mesh. `micro_step`: one of `micro_steps_of`. Returns None if
+        the rank has no micro-batch left in the last micro-step of its replica.
         """
-        return (replica * self.accumulation_steps + micro_step) * self.shard + shard
-
-    def is_last(self, micro_step: int) -> bool:
-        """Return whether this is the last micro-step of an optimizer step."""
-        return micro_step == self.accumulation_steps - 1
+        own = self.micro_batches_of(replica)
+        position = micro_step * self.shard + shard
+        return own[position] if position < len(own) else None
 
     def slots(self, micro_batch: int) -> range:
         """Return the sample slots of the micro-batch with this index in the global batch."""
@@ -107,23 +117,41 @@ class BatchPlan:
 class BatchShare:
     """What one rank computes of one batch.
 
-    * `micro_steps`: 0 .. accumulation_steps - 1.
-    * `micro_batches`: the index in the global batch of the micro-batch of each micro-step.
+    * `replica`: the rank's coordinate on the axis dp_replicate.
+    * `micro_steps`: those of its replica.
+    * `micro_batches`: the index in the global batch of the micro-batch of each micro-step. There may be none for the
+      last micro-step.
     * `slots`: the sample slots in these micro-batches.
     """
 
     plan: BatchPlan
+    replica: int
     micro_steps: Sequence[int]
     micro_batches: tuple[int, ...]
     slots: tuple[int, ...]
 
+    def is_last(self, micro_step: int) -> bool:
+        """Return whether this is the last micro-step of this rank in an optimizer step."""
+        return micro_step == self.plan.micro_steps_of(self.replica)[-1]
+
+    def is_repeated(self, micro_step: int) -> bool:
+        """Return whether the rank has no micro-batch left, and repeats one without effect.
+
+        It does so because every rank of a replica must take part in FSDP's collectives.
+        """
+        return micro_step >= len(self.micro_batches)
+
+    def replica_part(self, micro_step: int) -> range:
+        """Return the micro-batches that all ranks of the replica compute in a micro-step, in the order of ranks."""
+        start = micro_step * self.plan.shard
+        return self.plan.micro_batches_of(self.replica)[start : start + self.plan.shard]
+
 
 @lru_cache  # the shares of a rank in the phases of a run, which are used in every step
 def _share(plan: BatchPlan, replica: int, shard: int) -> BatchShare:
-    micro_steps = range(plan.accumulation_steps)
-    micro_batches = tuple(plan.micro_batch_index(replica, shard, micro_step) for micro_step in micro_steps)
+    micro_batches = tuple(plan.micro_batches_of(replica)[shard :: plan.shard])
     slots = tuple(slot for index in micro_batches for slot in plan.slots(index))
-    return BatchShare(plan, micro_steps, micro_batches, slots)
+    return BatchShare(plan, replica, plan.micro_steps_of(replica), micro_batches, slots)
 
 
 @dataclass(frozen=True)
