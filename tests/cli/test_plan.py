@@ -82,6 +82,15 @@ def test_growing_batches_are_named_and_their_tokens_counted(capsys: pytest.Captu
     assert "8 from step 0 on / micro_batch_size 4 = 2 micro-batches are fewer than 4 ranks, and each rank" in text
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_an_uneven_share_is_named_with_what_it_wastes(capsys: pytest.CaptureFixture[str], mode: str) -> None:
+    settings = ("--batch-size", "32", "--context-len", "10", "--micro-batch-size", "4", "--parallel", mode, *SMALL)
+    code, text = run_plan(capsys, *settings, "--reproducible", "true", "--device", "cpu", "--devices-per-node", "3")
+    assert code == 0, text
+    uneven = "uneven shares: 2 of 3 ranks compute 3 micro-batches, the others 2, so 11% of the ranks' time is unused"
+    assert f"batch_size 32 = micro_batch_size 4 x 8 micro-batches; 320 tokens per step\n{uneven}\n" in text
+
+
 def test_epochs_give_the_length_of_the_planned_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.zeros(1000 * 32 + 1, np.uint16))
     small = (*SMALL, "--context-len", "32", "--batch-size", "8", "--sampling", "shuffle")

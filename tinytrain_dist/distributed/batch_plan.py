@@ -97,6 +97,10 @@ class BatchPlan:
         """Return the micro-steps of a replica; in each, every rank of it runs one forward pass."""
         return range(-(-len(self.micro_batches_of(replica)) // self.shard))
 
+    def relative_share(self, replica: int) -> float:
+        """Return the micro-steps of a replica, as a share of those of the replica that has most of them."""
+        return len(self.micro_steps_of(replica)) / self.accumulation_steps
+
     def micro_batch_index(self, replica: int, shard: int, micro_step: int) -> int | None:
         """Return which micro-batch of the global batch a rank computes, 0 .. num_micro_batches - 1.
 

@@ -197,7 +197,9 @@ class StepMetrics:
         loss, norm, skipped, *usual = result.numbers.read()
         if result.step == self.first_step:
             self.log.first_step(result.step, start_seconds(result.phases))
-        self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
+        # as if all ranks had the largest share: a rank with more micro-batches than another is not slow
+        share = self.plans.at(result.step - 1).relative_share(self.context.replica)
+        self._interval.add(result, self.forward_timer.seconds(result.forward) / share, bool(skipped))
         self.read_step = result.step
         if result.left_out is not None:
             self.skips.leave_out(result.step, result.left_out)
