@@ -30,7 +30,8 @@ def print_prepared(given: PrepareOptions) -> None:
         print(f"  {names[side]:11} {tokens:>14,} tokens, {documents:,} documents{files}")
     train, val = (shlex.quote(f"{out}/{name}") for name in names.values())
     print(
-        f"next: tinytrain train CONFIG.toml --train-data {train} --val-data {val}{' --loss-mask true' if given.chat else ''}"
+    mask = " --loss-mask true" if given.chat else ""
+    print(f"next: tinytrain train CONFIG.toml --train-data {train} --val-data {val}{mask}")
     )
 
 
