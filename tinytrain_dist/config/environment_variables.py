@@ -37,7 +37,7 @@ VARIABLES = (
     EnvironmentVariable(
         "TINYTRAIN_STOP",
         "Name of a stop signal that arrived before this rank was started. The rank then saves and ends.",
-        ("tinytrain_dist/launch/elastic_agent.py",),
+        ("tinytrain_dist/launch/agent_signals.py",),
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
     EnvironmentVariable(
