@@ -18,7 +18,8 @@ from tests.helpers.launching import free_port
 from tests.helpers.ranks import REPOSITORY, TrainingProcess, default_signals
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.distributed.network import is_free
-from tinytrain_dist.distributed.torch_internals import serve_rendezvous, tcp_store
+from tinytrain_dist.distributed.torch_internals import tcp_store
+from tinytrain_dist.distributed.torchrun_internals import serve_rendezvous
 from tinytrain_dist.launch import start
 
 pytestmark = pytest.mark.multiprocess

@@ -41,6 +41,19 @@ VARIABLES = (
         ("tinytrain_dist/reliability/stop_requests.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_ELASTIC",
+        "Tells the agent that nodes of the run may come and go (`tinytrain train --store`).",
+        ("tinytrain_dist/launch/start.py",),
+        ("tinytrain_dist/launch/elastic_agent.py",),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_WORLD",
+        "The world of a rank in an elastic run, as JSON: session, round, and the time at which its nodes had found "
+        "each other.",
+        ("tinytrain_dist/launch/elastic_nodes.py",),
+        ("tinytrain_dist/reliability/world.py",),
+    ),
+    EnvironmentVariable(
         "TINYTRAIN_LISTENER",
         "File descriptor of a socket that listens on the port of the rendezvous. The program that starts the ranks has "
         "bound the port and then becomes the agent, or the rank, that serves there.",

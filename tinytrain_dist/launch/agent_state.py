@@ -53,6 +53,7 @@ class AgentState:
     rendezvous_store: Any = None  # kept, because torchrun uses its server
     first_death: RankDeath | None = None  # since the last restart
     ends_rendezvous: bool = False  # torchrun runs, and a run of this number of nodes cannot begin without this one
+    own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
 
 

@@ -34,6 +34,7 @@ from tinytrain_dist.launch.agent_signals import forward_signal, stop_waiting_for
 from tinytrain_dist.launch.agent_state import MISTAKE, TASKS, RankDeath, RunOverError, agent, rank_pids, say
 from tinytrain_dist.launch.blocked_signals import call_if_not_handled
 from tinytrain_dist.launch.death_texts import out_of_memory_kills
+from tinytrain_dist.launch.elastic_nodes import ElasticNodes
 from tinytrain_dist.launch.hanging_starts import begin_to_stop_hanging_starts
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.rank_deaths import first_cause, report_first_death, reported_failure
@@ -73,9 +74,8 @@ def main(args: list[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    from tinytrain_dist.distributed.torch_internals import serve_new_store_to_each_round, serve_rendezvous
+    from tinytrain_dist.distributed.torchrun_internals import hook_into_rendezvous, serve_rendezvous
 
-    serve_new_store_to_each_round()
     options = parse_torchrun_options(args)
     agent.rendezvous_store = serve_rendezvous(options.rdzv_endpoint)
     args = [*address_arguments(options), *args]
@@ -94,7 +94,10 @@ def main(args: list[str]) -> int:
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = out_of_memory_kills()
-        _call_before_close(lambda context: report_first_death(context, folder_note, kills_before))
+        elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
+        nodes = ElasticNodes(config, int(options.nproc_per_node), folder_note) if config and elastic else None
+        hook_into_rendezvous(nodes)
+        _call_before_close(lambda context: report_first_death(context, folder_note, kills_before), nodes)
         announce_node_waits(options, lambda: any(rank_pids()))
         fewest, most = node_range(options)
         agent.ends_rendezvous = 1 < fewest == most
@@ -123,16 +126,17 @@ def _describe_missing_nodes(options: argparse.Namespace, error: Exception) -> st
     )
 
 
-def _call_before_close(report_death: Callable[[Any], bool]) -> None:
+def _call_before_close(report_death: Callable[[Any], bool], nodes: ElasticNodes | None) -> None:
     """Let torchrun call `report_death` before it ends the ranks, for example because one of them died.
 
     report_death: gets torchrun's context of the ranks, and returns whether a rank died. If so, the others are ended by
     SIGKILL. After SIGTERM they would report a preemption, although the run has failed. Where a restart in place makes
-    no sense (`AgentState.over`), RunOverError is raised through torchrun.
+    no sense (`AgentState.over`), RunOverError is raised through torchrun. nodes: of an elastic run; it lets the ranks
+    save before another world begins.
 
     torchrun has no hook between finding a dead rank and ending the others.
     """
-    from tinytrain_dist.distributed.torch_internals import wrap_worker_close
+    from tinytrain_dist.distributed.torchrun_internals import wrap_worker_close
 
     def make_close(close: Callable[..., None]) -> Callable[..., None]:
         def report_and_close(context: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
@@ -140,6 +144,12 @@ def _call_before_close(report_death: Callable[[Any], bool]) -> None:
             context.tinytrain_closed = True
             # torchrun closes twice; the second time, ranks are dead because the first call killed them
             died = is_first_call and report_death(context)
+            if nodes is not None and is_first_call and nodes.changes_world(died):
+                processes = [handler.proc for handler in context.subprocess_handlers.values()]
+                if not died:
+                    pids = [process.pid for process in processes if process.poll() is None]
+                    nodes.end_ranks(pids, lambda: any(process.poll() is None for process in processes))
+                death_sig = signal.SIGKILL
             close(context, signal.SIGKILL if died else death_sig, timeout)
             if died and agent.over is not None:
                 raise RunOverError(agent.over)

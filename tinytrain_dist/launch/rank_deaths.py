@@ -16,6 +16,7 @@ from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.heartbeats import Heartbeat, read_heartbeats
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS
+from tinytrain_dist.reliability.world import REGROUP_EXIT_CODE
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 CLOSING_SECONDS = 5  # for the other ranks to end by themselves after one rank has died
@@ -25,7 +26,7 @@ def report_first_death(context: Any, folder_note: Path, kills_before: int) -> bo
     """Report the first rank that died without an error message; return whether any rank died."""
     agent.first_death = None  # forget the ranks before this restart
     exit_codes = {local_rank: handler.proc.poll() for local_rank, handler in context.subprocess_handlers.items()}
-    dead = [local_rank for local_rank, exit_code in exit_codes.items() if exit_code]
+    dead = [local_rank for local_rank, code in exit_codes.items() if code not in (None, 0, REGROUP_EXIT_CODE)]
     if dead and agent.stopped_in_start:
         agent.over = RankDeath("", 0)
         return True
@@ -34,6 +35,7 @@ def report_first_death(context: Any, folder_note: Path, kills_before: int) -> bo
             pid = context.subprocess_handlers[local_rank].proc.pid
             _report_death(folder_note, local_rank, pid, exit_codes[local_rank], kills_before)
             break
+    agent.own_failure = _own_failure(dead, context.error_files)
     agent.over = _death_without_restart(dead, exit_codes, context.error_files)
     if dead:
         _wait_for_end(context, CLOSING_SECONDS)
@@ -44,6 +46,17 @@ def _read_report(error_file: str) -> dict[str, Any]:
     """Return the message of a rank and what belongs to it, from the file that torchrun gave it; {} if it wrote none."""
     report = read_json_object(Path(error_file)).get("message", {})
     return report if isinstance(report, dict) else {"message": report}
+
+
+def _own_failure(dead: list[int], error_files: dict[int, str]) -> str:
+    """Return how a rank of this node failed first; "" if all have failed because of a rank of another node."""
+    for local_rank in dead:
+        report = _read_report(error_files[local_rank])
+        if not report and agent.first_death is not None:
+            return agent.first_death.text
+        if report.get("extraInfo", {}).get(error_report.FIRST_HAND) is True:
+            return str(report.get("message", ""))
+    return ""
 
 
 def _death_without_restart(
