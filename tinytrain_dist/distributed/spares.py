@@ -21,9 +21,15 @@ def usable_ranks(config: TrainingConfig, ranks: int, ranks_per_node: int) -> int
     return next((count for count in range(ranks, 0, -1) if _problem(config, count, ranks_per_node) is None), 0)
 
 
-def why_not_usable(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str:
-    """Return why a configuration cannot be trained on this number of ranks; "" if it can."""
-    return _problem(config, ranks, ranks_per_node) or ""
+def fewest_nodes_problems(config: TrainingConfig, nodes: int, ranks_per_node: int, option: str) -> list[str]:
+    """Return why a run cannot go on with this smallest number of nodes, as sentences that begin with the option."""
+    ranks = nodes * ranks_per_node
+    if usable_ranks(config, ranks, ranks_per_node):
+        return []
+    return [
+        f"{option}: {nodes} node(s) with {ranks_per_node} process(es) each, the fewest, cannot train this run: "
+        f"{_problem(config, ranks, ranks_per_node)}"
+    ]
 
 
 def _problem(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str | None:

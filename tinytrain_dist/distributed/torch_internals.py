@@ -331,6 +331,20 @@ def check_vector_instructions() -> None:
     torch._dynamo.reset()
 
 
+def use_deterministic_kernels(compiles: bool) -> None:
+    """Do what torch.use_deterministic_algorithms(True) does, without importing the compiler in a run that has no use.
+
+    That import takes as long as the one of torch, in every start of a reproducible run. compiles: whether the run uses
+    torch.compile. If the compiler is imported later after all, it reads the variable.
+    Versions: torch._C._set_deterministic_algorithms in 2.11 to 2.15.
+    """
+    if compiles or "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(True)
+        return
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+
+
 def emulate_eager_rounding() -> None:
     """Make compiled kernels round to bf16 wherever eager mode does, even inside a fused kernel.
 

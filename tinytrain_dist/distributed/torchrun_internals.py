@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from tinytrain_dist.distributed.network import LISTENER_VARIABLE
 from tinytrain_dist.distributed.torch_internals import tcp_store
@@ -52,6 +52,10 @@ class RendezvousHooks(Protocol):
 
     def after_round(self, rendezvous: ElasticRendezvous) -> None:
         """Act after a round is complete, before its ranks are started."""
+
+    def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
+        """End the run by an error, because the store cannot be reached."""
+        raise NotImplementedError
 
     def must_regroup(self, rendezvous: ElasticRendezvous) -> bool:
         """Return whether to end the ranks and join a new round. Called about once a second while ranks run."""
@@ -149,7 +153,8 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     take the port in between.
     Versions: DynamicRendezvousHandler with these attributes in 2.11 to 2.15.
     """
-    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
     plain_next = DynamicRendezvousHandler.next_rendezvous
@@ -160,21 +165,31 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
         self._bootstrap_store_info = None
         if hooks is None:
             return plain_next(self)
-        hooks.before_round(ElasticRendezvous(self))
-        while True:
-            try:
-                joined = plain_next(self)
-                break
-            except RendezvousTimeoutError:
-                if not self._state_holder.state.complete:
-                    raise
-                # the others train, and this node is a spare: it may wait for as long as they do
-        hooks.after_round(ElasticRendezvous(self))
+        rendezvous = ElasticRendezvous(self)
+        try:
+            hooks.before_round(rendezvous)
+            while True:
+                try:
+                    joined = plain_next(self)
+                    break
+                except RendezvousTimeoutError:
+                    if not self._state_holder.state.complete:
+                        raise
+                    # the others train, and this node is a spare: it may wait for as long as they do
+            hooks.after_round(rendezvous)
+        except (RendezvousConnectionError, DistNetworkError):
+            hooks.store_is_lost(rendezvous)
         return joined
 
     def num_nodes_waiting(self: DynamicRendezvousHandler) -> int:
-        waiting = plain_waiting(self)
-        return waiting if hooks is None else int(hooks.must_regroup(ElasticRendezvous(self)))
+        if hooks is None:
+            return plain_waiting(self)
+        rendezvous = ElasticRendezvous(self)
+        try:
+            plain_waiting(self)
+        except RendezvousConnectionError:
+            hooks.store_is_lost(rendezvous)
+        return int(hooks.must_regroup(rendezvous))
 
     DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
     DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]

@@ -20,15 +20,17 @@ stop it ends ranks of it that hang in their start.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.distributed.spares import fewest_nodes_problems
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.agent_signals import forward_signal, stop_waiting_for_nodes
 from tinytrain_dist.launch.agent_state import MISTAKE, TASKS, RankDeath, RunOverError, agent, rank_pids, say
@@ -70,6 +72,11 @@ def main(args: list[str]) -> int:
     except TinytrainError as mistake:
         say(f"error: {mistake}")
         return MISTAKE
+    if "TINYTRAIN_ELASTIC" in os.environ:
+        with quiet_torch():  # it prints native stacks when a store is lost, which we report in a sentence
+            import torch.distributed  # noqa: F401
+        for name in ("agent.server.api", "rendezvous.dynamic_rendezvous"):  # tracebacks about a lost store
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
@@ -77,6 +84,12 @@ def main(args: list[str]) -> int:
     from tinytrain_dist.distributed.torchrun_internals import hook_into_rendezvous, serve_rendezvous
 
     options = parse_torchrun_options(args)
+    elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
+    if config is not None and elastic:
+        problems = fewest_nodes_problems(config, node_range(options)[0], int(options.nproc_per_node), "--nnodes")
+        if problems:
+            say(f"error: {problems[0]}")
+            return MISTAKE
     agent.rendezvous_store = serve_rendezvous(options.rdzv_endpoint)
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
@@ -94,8 +107,9 @@ def main(args: list[str]) -> int:
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         kills_before = out_of_memory_kills()
-        elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
-        nodes = ElasticNodes(config, int(options.nproc_per_node), folder_note) if config and elastic else None
+        nodes = None
+        if config and elastic:
+            nodes = ElasticNodes(config, int(options.nproc_per_node), folder_note, options.rdzv_endpoint)
         hook_into_rendezvous(nodes)
         _call_before_close(lambda context: report_first_death(context, folder_note, kills_before), nodes)
         announce_node_waits(options, lambda: any(rank_pids()))
@@ -115,9 +129,25 @@ def main(args: list[str]) -> int:
         return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
 
 
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Let torch's native code print only errors in this process, if it is imported in this block."""
+    chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        if chosen is None:  # the ranks inherit the variables
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
 def _describe_missing_nodes(options: argparse.Namespace, error: Exception) -> str:
     """Describe why the nodes did not come together: torch's exception says only that it took too long or was closed."""
     where = f" at {options.rdzv_endpoint}" if options.rdzv_endpoint else ""
+    if "TINYTRAIN_ELASTIC" in os.environ and "Connection" in type(error).__name__:
+        return (
+            f"--store: there is no store{where}; start it with `tinytrain store` on a machine that outlives the nodes"
+        )
     if "Timeout" not in type(error).__name__:
         return f"another node has ended the rendezvous{where}, or cannot be reached any more; its own log says why"
     return (

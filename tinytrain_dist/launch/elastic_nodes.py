@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinytrain_dist.config.run_folder import STATE_FILE
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
 from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
-from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note
+from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import parse_json, to_json
 from tinytrain_dist.utils.text import format_list
@@ -39,7 +39,7 @@ LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough o
 SAVE_SECONDS = 600.0  # for the ranks to save before a larger world begins
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
-LOST, LEFT, JOINED = "lost", "left", "joined"
+LOST, LEFT, JOINED, STORE_LOST = "lost", "left", "joined", "store lost"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Regroup:
 class ElasticNodes:
     """The part of an agent that follows the nodes of its run; it implements `RendezvousHooks`."""
 
-    def __init__(self, config: TrainingConfig, ranks_per_node: int, folder_note: Path) -> None:
-        """Prepare for the first world. folder_note: TINYTRAIN_AGENT."""
+    def __init__(self, config: TrainingConfig, ranks_per_node: int, folder_note: Path, endpoint: str) -> None:
+        """Prepare for the first world. folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT of the store."""
+        self._endpoint = endpoint
         self._config = config
         self._ranks_per_node = ranks_per_node
         self._folder_note = folder_note
@@ -225,6 +226,16 @@ class ElasticNodes:
 
     # ------------------------------------------------------------ the end of the ranks of a world
 
+    def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
+        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError."""
+        rendezvous.leave_open()
+        self._regroup = Regroup(STORE_LOST, f"the store at {self._endpoint} cannot be reached any more")
+        say(
+            f"tinytrain: {self._regroup.reason}; the run saves and ends. To go on, start `tinytrain store` again, and "
+            "then the same command on every node"
+        )
+        raise RunOverError(RankDeath("", 0))
+
     def changes_world(self, failed: bool) -> bool:
         """Return whether the ranks end because another world is to begin. failed: one of them has failed."""
         if failed and self._regroup is None:
@@ -240,15 +251,18 @@ class ElasticNodes:
         regroup = self._regroup
         if regroup is None or regroup.kind == LOST:
             return
-        regroup_note(self._folder_note).touch()
+        if regroup.kind == STORE_LOST:
+            stop_note(self._folder_note).write_text(regroup.reason, encoding="utf-8")
+        else:
+            regroup_note(self._folder_note).touch()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + (SAVE_SECONDS if regroup.kind == JOINED else LEFT_SECONDS)
+        end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
         next_look = time.monotonic() + 1.0
         while any_alive() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() > next_look and self._rendezvous is not None:
+            if time.monotonic() > next_look and self._rendezvous is not None and regroup.kind != STORE_LOST:
                 next_look = time.monotonic() + 1.0
                 self._rendezvous.refresh()
                 if (found := self._look(self._rendezvous)) is not None and found.kind == LOST:

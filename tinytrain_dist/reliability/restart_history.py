@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.config.run_folder import restarts_file
-from tinytrain_dist.utils.json_files import parse_json, to_json
+from tinytrain_dist.utils.json_files import is_number, parse_json, to_json
+from tinytrain_dist.utils.text import format_list
 
 MOST_FAILURES_OF_A_NODE = 3  # in one session; the node is then excluded
 MOST_FAILURES_AT_A_STEP = 3  # in a row; the run then ends
@@ -95,6 +96,24 @@ def change_of(changes: Sequence[Change], session: str, round_number: int) -> Cha
         and change["kind"] in ("failed", "lost", "joined")
     ]
     return found[-1] if found else None
+
+
+def describe_changes(changes: Sequence[Change]) -> dict[str, str]:
+    """Return lines for `tinytrain status`: the present nodes, lost time, the last recovery, and excluded nodes."""
+    worlds = [change for change in changes if isinstance(change.get("nodes"), list)]
+    measured = [change for change in changes if is_number(change.get("lost_seconds"))]
+    if not worlds:
+        return {}
+    total = sum(change["lost_seconds"] for change in measured)
+    excluded = [str(change.get("node")) for change in changes if change["kind"] == "excluded"]
+    last = measured[-1].get("recovery_seconds") if measured else None
+    nodes = [str(node) for node in worlds[-1]["nodes"]]
+    return {
+        "nodes": f"{len(nodes)} since the last change: {format_list(nodes)}",
+        "changes": f"{len(worlds)} of the nodes, {total:.0f} s without training",
+        "  last": describe_parts(last) if isinstance(last, dict) and all(map(is_number, last.values())) else "",
+        "excluded": format_list(sorted(set(excluded))) if excluded else "",
+    }
 
 
 def describe_parts(parts: dict[str, float]) -> str:

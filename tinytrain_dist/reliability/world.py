@@ -62,6 +62,19 @@ def regroup_requested() -> bool:
     return note is not None and "TINYTRAIN_STOP" not in os.environ and note.exists()
 
 
+def stop_note(agent_note: Path) -> Path:
+    """Return the file with the reason for which an agent asks its ranks to stop. agent_note: TINYTRAIN_AGENT."""
+    return agent_note.with_name("stop-reason")
+
+
+def stop_reason_of_agent() -> str:
+    """Return why the agent of this rank wants it to stop; "" if it has no reason of its own."""
+    note = _note("stop-reason")
+    with contextlib.suppress(OSError):
+        return note.read_text(encoding="utf-8") if note is not None else ""
+    return ""
+
+
 # ---------------------------------------------------------------- progress, for the agent
 
 

@@ -215,8 +215,8 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
         folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock.acquire(folder, context, (config.checkpoints_dir, config.ckpt_save_prefix))
     claim_run(folder, lock.taken_over)
-    recovery = run_on_all_ranks(lambda: Recovery.begin(folder) if context.is_main else None)
     previous_failure = read_and_clear_error(folder) if context.is_main else ""
+    recovery = run_on_all_ranks(lambda: Recovery.begin(folder) if context.is_main else None)
     previous_failure = recovery.reason if recovery is not None else previous_failure
 
     shards = checkpoints.all_shards
