@@ -28,6 +28,8 @@ ONE, TWO, THREE = Node("node1", 11), Node("node2", 12), Node("node3", 13)
 class Rendezvous:
     """What an agent sees of torchrun's rendezvous, set by a test."""
 
+    fewest_nodes = 1
+
     def __init__(self, *nodes: Node) -> None:
         self.own = nodes[0]
         self.values: dict[str, str] = {}

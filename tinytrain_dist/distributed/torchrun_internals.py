@@ -86,6 +86,11 @@ class ElasticRendezvous:
             tuple(map(_node, sorted(state.wait_list))),
         )
 
+    @property
+    def fewest_nodes(self) -> int:
+        """The smallest number of nodes of a round."""
+        return int(self._handler._settings.min_nodes)
+
     def refresh(self) -> None:
         """Read the state from the store. Errors: RendezvousConnectionError if the store cannot be reached."""
         with self._handler._heartbeat_lock:

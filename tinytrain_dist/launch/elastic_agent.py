@@ -174,6 +174,8 @@ def _call_before_close(report_death: Callable[[Any], bool], nodes: ElasticNodes 
             context.tinytrain_closed = True
             # torchrun closes twice; the second time, ranks are dead because the first call killed them
             died = is_first_call and report_death(context)
+            if nodes is not None and died and agent.over is not None and nodes.forgives_mistake():
+                agent.over = None
             if nodes is not None and is_first_call and nodes.changes_world(died):
                 processes = [handler.proc for handler in context.subprocess_handlers.values()]
                 if not died:

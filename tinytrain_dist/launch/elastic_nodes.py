@@ -69,6 +69,8 @@ class ElasticNodes:
         self._left_at = 0.0  # when this node left its last world
         self._rendezvous: ElasticRendezvous | None = None
         self._spares_told: frozenset[Node] = frozenset()
+        self._is_new = False  # this node has joined a run that was under way, and has not completed a step
+        self._has_new = False  # another node has, without any other change
 
     # ------------------------------------------------------------ between two worlds
 
@@ -94,6 +96,7 @@ class ElasticNodes:
             time.sleep(1.0)
         if rendezvous.state.complete:
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
+            self._is_new = True
         address = rendezvous.own.address
         session = rendezvous.read("session")
         if session and (reason := why_excluded(read_changes(self._run), session, address)):
@@ -109,9 +112,12 @@ class ElasticNodes:
         self._world, self._round = state.nodes, state.round
         self._session = self._session or rendezvous.write_once("session", secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
+        self._is_new = self._is_new and not before
+        self._has_new = bool(before) and set(before) < set(state.nodes)
         if survivors and survivors[0] == rendezvous.own and former_round + 1 == state.round:
             self._record(rendezvous, before, state, now)
-        os.environ["TINYTRAIN_WORLD"] = to_json({"session": self._session, "round": state.round, "ready": now})
+        world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
+        os.environ["TINYTRAIN_WORLD"] = to_json(world)
         if state.nodes[0] == rendezvous.own:
             ranks = len(state.nodes) * self._ranks_per_node
             addresses = format_list([node.address for node in state.nodes])
@@ -235,6 +241,18 @@ class ElasticNodes:
             "then the same command on every node"
         )
         raise RunOverError(RankDeath("", 0))
+
+    def forgives_mistake(self) -> bool:
+        """Return whether this node trains on although all ranks report a mistake of the user, as after any failure.
+
+        If a node has just joined, the mistake is probably its own: other settings, no data. It leaves, and the others
+        train on without it.
+        """
+        if read_progress(self._folder_note) is not None:
+            return False
+        if self._is_new and self._rendezvous is not None:
+            self._rendezvous.leave_open()
+        return self._has_new
 
     def changes_world(self, failed: bool) -> bool:
         """Return whether the ranks end because another world is to begin. failed: one of them has failed."""

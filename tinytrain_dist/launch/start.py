@@ -25,7 +25,10 @@ from tinytrain_dist.distributed.network import (
     hand_over,
     interface_addresses,
     is_free,
+    is_ip_address,
+    is_loopback,
     listen,
+    resolve,
     slurm_hosts,
 )
 from tinytrain_dist.errors import ConfigError
@@ -339,7 +342,10 @@ def _gloo_interface(address: str) -> dict[str, str]:
 
     gloo would use this machine's own name, which may resolve to another interface. NCCL chooses one itself.
     """
-    name = next((name for name, value in interface_addresses().items() if value == address), "")
+    own = resolve(address) or [address]
+    on_loopback = is_ip_address(own[0]) and is_loopback(own[0])  # every 127.x.y.z is there
+    interfaces = interface_addresses().items()
+    name = next((name for name, value in interfaces if value in own or (on_loopback and is_loopback(value))), "")
     return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or name} if name else {}
 
 

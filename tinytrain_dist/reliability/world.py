@@ -27,11 +27,13 @@ class World:
     * `session`: random ID of the run since its nodes were started; it stays the same when nodes come and go.
     * `round`: number of the world in its session; later worlds have larger numbers.
     * `ready`: when the nodes of this world had found each other, in seconds since 1970.
+    * `fewest_nodes`: with which the run goes on.
     """
 
     session: str
     round: int
     ready: float
+    fewest_nodes: int = 1
 
 
 def own_world() -> World | None:
@@ -40,7 +42,9 @@ def own_world() -> World | None:
     if not text:
         return None
     values = parse_json(text)
-    return World(str(values["session"]), int(values["round"]), float(values["ready"]))
+    return World(
+        str(values["session"]), int(values["round"]), float(values["ready"]), int(values.get("fewest_nodes", 1))
+    )
 
 
 # ---------------------------------------------------------------- requests of the agent

@@ -57,9 +57,15 @@ from tinytrain_dist.reliability.storage_checks import (
     check_run_files,
     check_shared_storage,
 )
+from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
-from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
+from tinytrain_dist.training.memory_fitting import (
+    build_fitting_train_step,
+    check_fewest_nodes,
+    with_fitting_mesh,
+    with_resharding,
+)
 from tinytrain_dist.training.recovery import Recovery
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.run_length import with_length
@@ -112,6 +118,8 @@ def build_trainer(
     numerics = configure_determinism(config, context.device)
 
     phase_timer.enter("build")
+    if world := own_world():
+        check_fewest_nodes(config, context, world.fewest_nodes)
     context = with_fitting_mesh(config, context)
     config = with_resharding(config, context, context.device.type)
     train_step, fitting_notes = build_fitting_train_step(config, context, phase_timer)
