@@ -17,6 +17,7 @@ from tests.helpers.training import Run, config_file, settings_for
 from tests.launch.test_elastic_agent import wait_until
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.torchrun_internals import Node, RendezvousState, serve_store
+from tinytrain_dist.launch import agent_state
 from tinytrain_dist.launch.elastic_nodes import JOINED, LEFT, LOST, ElasticNodes
 from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
 from tinytrain_dist.reliability.restart_history import append_change, read_changes
@@ -140,6 +141,27 @@ def test_one_survivor_writes_why_the_world_ended(agent_of_node1: tuple[Any, Rend
     rendezvous.see(3, (ONE, THREE))
     nodes.after_round(rendezvous)
     assert len(read_changes(tmp_path / "run")) == 1, "node 1 writes, and not every survivor"
+
+
+def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    assert not nodes.forgives_mistake(), "all have started together"
+    four = Node("node4", 14)
+    for number, world in ((2, (ONE, TWO, THREE, four)), (3, (ONE, TWO, THREE))):
+        nodes.before_round(rendezvous)
+        rendezvous.see(number, world)
+        nodes.after_round(rendezvous)
+        if number == 2:
+            agent_state.agent.own_failure = "lr_max: 0.02 on rank 3"
+            assert nodes.forgives_mistake()
+            assert nodes.changes_world(failed=True)
+    joined, lost = read_changes(tmp_path / "run")
+    assert (joined["kind"], joined["joined"]) == ("joined", ["node4"])
+    assert (lost["kind"], lost["lost"], lost["failed"]) == ("lost", ["node4"], [])
+    assert lost["reason"] == "node node4 has left: lr_max: 0.02 on rank 3"
+    assert not nodes.forgives_mistake()
 
 
 # ---------------------------------------------------------------- real processes

@@ -113,7 +113,6 @@ class ElasticNodes:
         self._session = self._session or rendezvous.write_once("session", secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
         self._is_new = self._is_new and not before
-        self._has_new = bool(before) and set(before) < set(state.nodes)
         if survivors and survivors[0] == rendezvous.own and former_round + 1 == state.round:
             self._record(rendezvous, before, state, now)
         world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
@@ -124,6 +123,7 @@ class ElasticNodes:
             say(f"tinytrain: {len(state.nodes)} node(s) train: {addresses}")
             if spares := describe_spares(self._config, ranks, self._ranks_per_node):
                 say(f"tinytrain: {spares}")
+        self._has_new = bool(before) and set(before) < set(state.nodes)
         forget_progress(self._folder_note)
         self._regroup = None
         self._missing = self._spares_told = frozenset()
@@ -143,7 +143,9 @@ class ElasticNodes:
         if causes:
             kind, reason = "failed", causes[0][1]
         elif lost:
-            kind, reason = "lost", f"node {format_list(lost)} was lost"
+            mistake = self._regroup.reason if self._has_new else ""
+            how = f"has left: {mistake}" if mistake else "was lost"
+            kind, reason = "lost", f"node {format_list(lost)} {how}"
         elif joined:
             kind, reason = "joined", f"node {format_list(joined)} joined"
         else:
@@ -252,6 +254,9 @@ class ElasticNodes:
             return False
         if self._is_new and self._rendezvous is not None:
             self._rendezvous.leave_open()
+        if self._has_new:
+            self._regroup = Regroup(LEFT, agent.own_failure)
+            agent.own_failure = ""  # this node is not to blame
         return self._has_new
 
     def changes_world(self, failed: bool) -> bool:
