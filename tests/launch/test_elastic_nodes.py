@@ -34,7 +34,7 @@ class Rendezvous:
     def __init__(self, *nodes: Node) -> None:
         self.own = nodes[0]
         self.values: dict[str, str] = {}
-        self.see(1, nodes)
+        self.state = RendezvousState(1, False, False, nodes, ())
 
     def see(self, number: int, nodes: tuple[Node, ...], waiting: tuple[Node, ...] = (), closed: bool = False) -> None:
         self.state = RendezvousState(number, True, closed, nodes, waiting)

@@ -32,13 +32,19 @@ VARIABLES = (
             "tinytrain_dist/reliability/watchdog.py",
             "tinytrain_dist/reliability/start_marks.py",
             "tinytrain_dist/reliability/start_times.py",
+            "tinytrain_dist/reliability/world.py",
         ),
     ),
     EnvironmentVariable(
         "TINYTRAIN_STOP",
         "Name of a stop signal that arrived before this rank was started. The rank then saves and ends.",
         ("tinytrain_dist/launch/agent_signals.py",),
-        ("tinytrain_dist/reliability/stop_requests.py",),
+        (
+            "tinytrain_dist/reliability/stop_requests.py",
+            "tinytrain_dist/reliability/world.py",
+            "tinytrain_dist/launch/elastic_nodes.py",
+            "tinytrain_dist/launch/rank_deaths.py",
+        ),
     ),
     EnvironmentVariable(
         "TINYTRAIN_ELASTIC",

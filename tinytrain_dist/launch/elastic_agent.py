@@ -20,13 +20,13 @@ stop it ends ranks of it that hang in their start.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,13 @@ def main(args: list[str]) -> int:
     except TinytrainError as mistake:
         say(f"error: {mistake}")
         return MISTAKE
-    if "TINYTRAIN_ELASTIC" in os.environ:
-        with quiet_torch():  # it prints native stacks when a store is lost, which we report in a sentence
-            import torch.distributed  # noqa: F401
-        for name in ("agent.server.api", "rendezvous.dynamic_rendezvous"):  # tracebacks about a lost store
-            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import main as torchrun
-
-    from tinytrain_dist.distributed.torchrun_internals import hook_into_rendezvous, serve_rendezvous
+    is_elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
+    if is_elastic:
+        _import_torch_quietly()
+    from tinytrain_dist.distributed.torchrun_internals import serve_rendezvous
 
     options = parse_torchrun_options(args)
-    elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
-    if config is not None and elastic:
+    if config is not None and is_elastic:
         problems = fewest_nodes_problems(config, node_range(options)[0], int(options.nproc_per_node), "--nnodes")
         if problems:
             say(f"error: {problems[0]}")
@@ -106,39 +99,54 @@ def main(args: list[str]) -> int:
             begin_to_stop_hanging_starts()
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
-        kills_before = out_of_memory_kills()
         nodes = None
-        if config and elastic:
+        if config is not None and is_elastic:
             nodes = ElasticNodes(config, int(options.nproc_per_node), folder_note, options.rdzv_endpoint)
-        hook_into_rendezvous(nodes)
-        _call_before_close(lambda context: report_first_death(context, folder_note, kills_before), nodes)
-        announce_node_waits(options, lambda: any(rank_pids()))
-        fewest, most = node_range(options)
-        agent.ends_rendezvous = 1 < fewest == most
-        try:
-            torchrun(args)
-            return 0
-        except RunOverError as over:
-            death = over.death
-        except ChildFailedError as failed:
-            death = agent.first_death or reported_failure(list(failed.failures.values()))
-        except RendezvousError as failed:
-            death = RankDeath(_describe_missing_nodes(options, failed), 1)
+        death = _run_torchrun(args, options, nodes, folder_note)
         if death.exit_code and death.text:
             say(f"error: {first_cause(folder_note) or death.text}")
         return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
 
 
-@contextlib.contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Let torch's native code print only errors in this process, if it is imported in this block."""
+def _run_torchrun(
+    args: list[str], options: argparse.Namespace, nodes: ElasticNodes | None, folder_note: Path
+) -> RankDeath:
+    """Run torchrun until the run ends on this node; return how it ended, with exit code 0 if it ended well."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main as torchrun
+
+    from tinytrain_dist.distributed.torchrun_internals import hook_into_rendezvous
+
+    hook_into_rendezvous(nodes)
+    kills_before = out_of_memory_kills()
+    _call_before_close(lambda context: report_first_death(context, folder_note, kills_before), nodes)
+    announce_node_waits(options, lambda: any(rank_pids()))
+    fewest, most = node_range(options)
+    agent.ends_rendezvous = 1 < fewest == most
+    try:
+        torchrun(args)
+        return RankDeath("", 0)
+    except RunOverError as over:
+        return over.death
+    except ChildFailedError as failed:
+        return agent.first_death or reported_failure(list(failed.failures.values()))
+    except RendezvousError as failed:
+        return RankDeath(_describe_missing_nodes(options, failed), 1)
+
+
+def _import_torch_quietly() -> None:
+    """Import torch so that it prints no native stacks and tracebacks when a store is lost: that is a sentence of ours.
+
+    torch's native code reads the variable when it is loaded. The ranks must not inherit it.
+    """
     chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        yield
-    finally:
-        if chosen is None:  # the ranks inherit the variables
-            del os.environ["TORCH_CPP_LOG_LEVEL"]
+    importlib.import_module("tinytrain_dist.distributed.torchrun_internals")
+    if chosen is None:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    for name in ("agent.server.api", "rendezvous.dynamic_rendezvous"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
 
 
 def _describe_missing_nodes(options: argparse.Namespace, error: Exception) -> str:

@@ -57,12 +57,10 @@ from tinytrain_dist.reliability.storage_checks import (
     check_run_files,
     check_shared_storage,
 )
-from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
 from tinytrain_dist.training.memory_fitting import (
     build_fitting_train_step,
-    check_fewest_nodes,
     with_fitting_mesh,
     with_resharding,
 )
@@ -118,8 +116,6 @@ def build_trainer(
     numerics = configure_determinism(config, context.device)
 
     phase_timer.enter("build")
-    if world := own_world():
-        check_fewest_nodes(config, context, world.fewest_nodes)
     context = with_fitting_mesh(config, context)
     config = with_resharding(config, context, context.device.type)
     train_step, fitting_notes = build_fitting_train_step(config, context, phase_timer)

@@ -19,6 +19,7 @@ from tinytrain_dist.errors import ConfigError, TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
+from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, empty_windows, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 from tinytrain_dist.utils.text import format_bytes, format_changes
@@ -32,7 +33,9 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
     """Return the context with the mesh of the configuration. A collective.
 
     With `parallel = auto` on GPUs, DDP is chosen only for a small model that fits in the memory of each rank.
+    Errors: as for `check_fewest_nodes`.
     """
+    check_fewest_nodes(config, context)
     ranks = (context.world_size, context.local_world_size)
     meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
     assert meshed.parallel_dims is not None
@@ -83,11 +86,15 @@ def keep_gathered_weights(config: TrainingConfig, context: DistributedContext, r
     return kept if held.nbytes <= room_bytes and gathered_bytes <= MAX_GATHERED_SHARE * room_bytes else config
 
 
-def check_fewest_nodes(config: TrainingConfig, context: DistributedContext, nodes: int) -> None:
+def check_fewest_nodes(config: TrainingConfig, context: DistributedContext) -> None:
     """Check that a rank of the smallest world of an elastic run can hold its part of the training state. A collective.
 
-    nodes: their smallest number. Errors: ConfigError on all ranks.
+    Does nothing in another run. Errors: ConfigError on all ranks.
     """
+    world = own_world()
+    if world is None:
+        return
+    nodes = world.fewest_nodes
     per_node = context.local_world_size
     ranks = usable_ranks(config, nodes * per_node, per_node) or nodes * per_node
     dims = choose_parallel_dims(config, ranks, min(ranks, per_node))
