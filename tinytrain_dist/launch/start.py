@@ -217,7 +217,7 @@ def elastic_command(config: Path, settings: Sequence[str], options: NodeOptions)
     nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
     fewest, most = _node_range(nnodes)
     for name, value in (("--node-rank", options.node_rank), ("--head", options.head), ("--direct", options.direct)):
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise StartError(f"{name}: has no effect with --store, where every node is started alike; leave it out")
     host, port = split_head(options.store or "", job_port(slurm), "--store")
     if not host:
