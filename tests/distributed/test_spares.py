@@ -21,12 +21,14 @@ def config(**settings: object) -> TrainingConfig:
     [
         ({}, 4, 1, 4),
         ({"batch_size": 8, "micro_batch_size": 4}, 3, 1, 2),
+        ({"batch_size": 6, "micro_batch_size": 1}, 4, 1, 3),
+        ({"batch_size": 6, "micro_batch_size": 1, "parallel": "fsdp"}, 4, 1, 4),
         ({"parallel": "none"}, 3, 1, 1),
         ({"parallel": "hsdp", "dp_shard": 2, "batch_size": 12}, 7, 2, 6),
         ({"parallel": "hsdp", "dp_shard": 2}, 1, 1, 0),
     ],
 )
-def test_the_largest_number_of_ranks_that_the_batch_and_the_mode_allow(
+def test_the_number_of_ranks_that_a_step_needs_to_be_the_shortest(
     settings: dict[str, object], ranks: int, per_node: int, usable: int
 ) -> None:
     assert usable_ranks(config(**settings), ranks, per_node) == usable
@@ -39,7 +41,7 @@ def test_the_last_ranks_are_the_spares(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, str(value))
         why = leave_spares_out(two)
         assert bool(why) == (rank == 2)
-    assert why.startswith("1 of 3 ranks wait as spares, because batch_size 8 and the mode (parallel = ddp) can use at")
+    assert why.startswith("1 of 3 ranks wait as spares, because more than 2 would not make a step of batch_size 8 ")
     monkeypatch.setenv("RANK", "0")
     assert leave_spares_out(two) == ""
     assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("2", "2")

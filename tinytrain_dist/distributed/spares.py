@@ -14,11 +14,19 @@ from tinytrain_dist.errors import ConfigError
 
 
 def usable_ranks(config: TrainingConfig, ranks: int, ranks_per_node: int) -> int:
-    """Return the largest number of ranks, at most `ranks`, on which this configuration can be trained; 0 for none.
+    """Return the number of ranks, at most `ranks`, on which a step is the shortest; 0 if there is none.
 
-    It depends on batch_size, micro_batch_size and the mode, which stay as configured.
+    It depends on batch_size, micro_batch_size and the mode, which stay as configured. Of several numbers with the same
+    largest share of a rank, it is the smallest one with whole replicas, because more of them would only wait; with
+    shards it is the largest one, because then each rank needs the least memory.
     """
-    return next((count for count in range(ranks, 0, -1) if _problem(config, count, ranks_per_node) is None), 0)
+    plans = {count: plan for count in range(1, ranks + 1) if (plan := _plan(config, count, ranks_per_node)) is not None}
+
+    def cost(count: int) -> tuple[int, int]:
+        plan = plans[count]
+        return plan.accumulation_steps * plan.micro_batch_size, count if plan.shard == 1 else -count
+
+    return min(plans, key=cost, default=0)
 
 
 def fewest_nodes_problems(config: TrainingConfig, nodes: int, ranks_per_node: int, option: str) -> list[str]:
@@ -32,12 +40,19 @@ def fewest_nodes_problems(config: TrainingConfig, nodes: int, ranks_per_node: in
     ]
 
 
-def _problem(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str | None:
+def _plan(config: TrainingConfig, ranks: int, ranks_per_node: int) -> BatchPlan | None:
+    try:
+        return BatchPlan.make(config, choose_parallel_dims(config, ranks, min(ranks, ranks_per_node)))
+    except ConfigError:
+        return None
+
+
+def _problem(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str:
     try:
         BatchPlan.make(config, choose_parallel_dims(config, ranks, min(ranks, ranks_per_node)))
     except ConfigError as error:
         return "; ".join(error.problems)
-    return None
+    return ""
 
 
 def describe_spares(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str:
@@ -46,8 +61,8 @@ def describe_spares(config: TrainingConfig, ranks: int, ranks_per_node: int) -> 
     if used == ranks or used == 0:
         return ""
     return (
-        f"{ranks - used} of {ranks} ranks wait as spares, because batch_size {config.batch_size} and the mode "
-        f"(parallel = {config.parallel}) can use at most {used} of them"
+        f"{ranks - used} of {ranks} ranks wait as spares, because more than {used} would not make a step of batch_size "
+        f"{config.batch_size} shorter (parallel = {config.parallel})"
     )
 
 

@@ -220,7 +220,7 @@ class ElasticNodes:
         addresses = format_list([node.address for node in state.waiting])
         if then <= now:
             if self._spares_told != frozenset(state.waiting):
-                say(f"tinytrain: node {addresses} waits as a spare: the run can use at most {now} rank(s)")
+                say(f"tinytrain: node {addresses} waits as a spare: more than {now} rank(s) would not shorten a step")
             self._spares_told = frozenset(state.waiting)
             return None
         if read_progress(self._folder_note) is None:
