@@ -64,7 +64,13 @@ LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # the launcher st
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
 # What a processor can compute is asked below distributed/, in the one file that is about it.
 TORCH_INTERNALS = Path(PACKAGE, "distributed", "torch_internals.py")
-PRIVATE_TORCH = {TORCH_INTERNALS, Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
+TORCHRUN_INTERNALS = TORCH_INTERNALS.with_name("torchrun_internals.py")
+PRIVATE_TORCH = {
+    TORCH_INTERNALS,
+    TORCHRUN_INTERNALS,
+    Path(PACKAGE, "model", "matmul.py"),
+    Path(PACKAGE, "model", "fp8.py"),
+}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 

@@ -46,6 +46,7 @@ GROUPS = {
     "Train": (
         Verb("branch", "make a run that decays the learning rate from a checkpoint of another run", "BranchOptions"),
         Verb("train", "train on this machine, or as one of several nodes", "TrainOptions"),
+        Verb("store", "serve the list of nodes of a run whose nodes may come and go", "store"),
         Verb("submit", "check a run, and submit it to Slurm", "SubmitOptions"),
     ),
     "Watch": (
