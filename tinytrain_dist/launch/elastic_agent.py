@@ -43,6 +43,7 @@ from tinytrain_dist.launch.blocked_signals import call_if_not_handled
 from tinytrain_dist.launch.death_texts import describe_death, describe_exit, out_of_memory_kills
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
+from tinytrain_dist.launch.snapshot_folder import remove_snapshot_folder, snapshot_folder
 from tinytrain_dist.launch.torchrun_options import address_arguments, node_range, parse_torchrun_options
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
@@ -170,6 +171,7 @@ def _exit_now(code: int) -> NoReturn:
     """End this process wherever it is, and leave no folder behind."""
     if _state.scratch:
         shutil.rmtree(_state.scratch, ignore_errors=True)
+    remove_snapshot_folder()
     os._exit(code)
 
 
@@ -324,7 +326,7 @@ def main(args: list[str]) -> int:
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     if removed := remove_leftovers(Path(tempfile.gettempdir())):
         print(describe_leftovers(removed), file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch, snapshot_folder(config, options):
         _state.scratch = scratch
         tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
         folder_note = Path(scratch) / "run"
