@@ -97,8 +97,7 @@ class HostBuffers:
         Returns the shards with `rows_to_save` in host memory, and an event to wait for before reading them (None
         without a stream). The next call overwrites them.
         """
-        if not self._copied:
-            self._allocate()
+        self.allocate()
         if self._stream is None:
             torch._foreach_copy_(self._copied, self._sources)
         else:
@@ -113,7 +112,10 @@ class HostBuffers:
             self._stream.hold_compute(self._unfinished)
             self._unfinished = None
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Allocate the memory if that was not done. Errors: CheckpointError if the driver of a GPU refuses to pin it."""
+        if self._copied:
+            return
         self._shards = {kind: self._with_buffer(shards_of_kind) for kind, shards_of_kind in self._shards.items()}
         self._copied = [shard.rows_to_save for shards_of_kind in self._shards.values() for shard in shards_of_kind]
 

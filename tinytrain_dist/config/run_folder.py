@@ -95,6 +95,7 @@ STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, optionally w
 # A folder with any of these is a run.
 RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)
 Record = dict[str, Any]
+NODE_VALUES = {"host": str, "folder": str, "bytes": int}  # of each node in snapshots.json
 # the values of records that are read again
 RECORDED_NUMBERS = {"time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
 
@@ -176,6 +177,23 @@ def read_copies_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in expected.items()):
         return {}
     return record
+
+
+def read_snapshots_record(run: Path) -> dict[str, Any]:
+    """Return what snapshots.json says, with values of the expected types; {} if the run takes no snapshots.
+
+    The newest snapshot is left out as long as there is none.
+    """
+    try:
+        record = parse_json(read_bytes(run / SNAPSHOTS_FILE))
+        nodes = record["nodes"]
+        known = all(isinstance(node[key], kind) for node in nodes for key, kind in NODE_VALUES.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not isinstance(nodes, list) or not known:
+        return {}
+    newest = {name: record.get(name) for name in ("step", "time", "stall_seconds")}
+    return {"nodes": nodes} | (newest if all(map(is_number, newest.values())) else {})
 
 
 def _is_path(value: Any) -> bool:

@@ -20,7 +20,7 @@ from tinytrain_dist.checkpoint.sharded_io import exact_optimizer_values
 from tinytrain_dist.checkpoint.snapshots.launches import LaunchRecord, belongs_to_run, read_newest_launch
 from tinytrain_dist.checkpoint.snapshots.placement import Place, Placement
 from tinytrain_dist.checkpoint.snapshots.restore import SnapshotReader
-from tinytrain_dist.checkpoint.snapshots.slot_files import Key, read_records, used_bytes
+from tinytrain_dist.checkpoint.snapshots.slot_files import Key, read_records
 from tinytrain_dist.checkpoint.snapshots.writer import SnapshotWriter
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
@@ -28,6 +28,7 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.host_memory import free_host_bytes
 from tinytrain_dist.utils.json_files import to_json
+from tinytrain_dist.utils.stale_files import disk_bytes
 from tinytrain_dist.utils.text import format_bytes
 
 FOLDER_VARIABLE = "TINYTRAIN_SNAPSHOTS"
@@ -114,17 +115,20 @@ class SnapshotKeeper:
         self._checkpoints.optimizer.register_step_pre_hook(lambda *_: self._writer.before_update())
         nodes = self._nodes()
         self.bytes_per_node = max(node["bytes"] for node in nodes)
-        if self._context.is_main:
-            run, launch_id = Path(self._config.target_dir), self._context.launch_id
-            self._record = LaunchRecord(run, launch_id, self._loaded, nodes)
+        run, launch_id = Path(self._config.target_dir), self._context.launch_id
+
+        def write() -> LaunchRecord | None:
+            return LaunchRecord(run, launch_id, self._loaded, nodes) if self._context.is_main else None
+
+        self._record = collectives.run_on_all_ranks(write)
         return ""
 
     def _open(self, spare: list[Path], needed: list[Path]) -> str:
         """Reserve the memory of this rank; return the problem of some rank, or ""."""
         problem = ""
         try:
-            self._writer.open(spare, needed)
-        except OSError as error:
+            self._writer.open(spare, needed, self._loaded is not None)
+        except (OSError, CheckpointError) as error:
             problem = (
                 f"snapshot_every: {self._shared} on {self._context.host} cannot hold the snapshots ({error}); make it "
                 "larger, or set snapshot_every = 0"
@@ -145,7 +149,7 @@ class SnapshotKeeper:
         """Return "" if the memory of every node suffices, else a sentence about the first where it does not."""
         free: tuple[int, int] = 0, 0
         with contextlib.suppress(OSError):
-            held = used_bytes(self._shared)
+            held = disk_bytes(self._shared)
             free = shutil.disk_usage(self._shared).free + held, free_host_bytes() + held
         free_by_rank = self._context.all_gather_object(free)
         needed_by_host: dict[str, int] = {}

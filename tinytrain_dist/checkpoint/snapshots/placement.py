@@ -36,6 +36,9 @@ class Placement:
             by_node.setdefault((place.host, place.folder), []).append(other)
         self.nodes = list(by_node.values())  # the ranks of each node, in the order of their lowest ranks
         self.node_of_rank = {other: node for node, ranks in enumerate(self.nodes) for other in ranks}
+        self._nodes_of_shard: dict[int, set[int]] = {}
+        for other, place in enumerate(places):
+            self._nodes_of_shard.setdefault(place.shard, set()).add(self.node_of_rank[other])
         self.places = places
         self.rank = rank
 
@@ -51,13 +54,20 @@ class Placement:
 
     def partner(self, rank: int) -> int | None:
         """Return the rank that gets a second copy of what `rank` keeps; None if other nodes hold the same rows."""
-        shard = self.places[rank].shard
-        nodes = {self.node_of_rank[other] for other, place in enumerate(self.places) if place.shard == shard}
-        if len(nodes) > 1 or len(self.nodes) == 1:
+        if len(self._nodes_of_shard[self.places[rank].shard]) > 1 or len(self.nodes) == 1:
             return None
         node = self.node_of_rank[rank]
         partners = self.nodes[(node + 1) % len(self.nodes)]
         return partners[self.nodes[node].index(rank) % len(partners)]
+
+    def shards_per_node(self) -> int:
+        """Return how many shards the fullest node keeps, second copies included."""
+        kept: dict[int, set[int]] = {node: set() for node in range(len(self.nodes))}
+        for rank, place in enumerate(self.places):
+            for holder in (rank, self.partner(rank)):
+                if holder is not None:
+                    kept[self.node_of_rank[holder]].add(place.shard)
+        return max(map(len, kept.values()))
 
     def sources(self) -> list[int]:
         """Return the ranks whose second copies this rank keeps."""

@@ -121,7 +121,8 @@ class Slot:
         try:
             # otherwise a full tmpfs kills this process by SIGBUS when it writes
             os.posix_fallocate(descriptor, 0, size)
-            mapped = mmap.mmap(descriptor, size)
+            # populated, so that the first copy does not wait for page faults
+            mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         finally:
             os.close(descriptor)
         self.memory: Tensor = torch.frombuffer(mapped, dtype=torch.uint8, count=size)[:nbytes]
@@ -191,16 +192,6 @@ def read_records(shared: Path) -> Iterator[tuple[Path, SnapshotRecord]]:
     for folder in sorted(shared.iterdir()):
         with contextlib.suppress(OSError, ValueError):
             yield folder, SnapshotRecord.decode((folder / RECORD_FILE).read_bytes())
-
-
-def used_bytes(shared: Path) -> int:
-    """Return how much memory the files below a folder take."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for path in shared.rglob("*"):
-            with contextlib.suppress(OSError):
-                total += path.stat().st_blocks * 512
-    return total
 
 
 def _digest(piece: Piece, memory: Tensor) -> str:

@@ -30,6 +30,7 @@ from tinytrain_dist.checkpoint.state_collection import ShardsByKind
 from tinytrain_dist.distributed.byte_messages import exchange_bytes
 from tinytrain_dist.distributed.collectives import Group, all_gather_object
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.parallel.replica_check import ReplicaComparison
 
 SLOTS = "ab"
@@ -68,15 +69,19 @@ class SnapshotWriter:
         """Whether this rank cannot take another snapshot now. Once there is a failure it never can."""
         return bool(self.failure) or (self._thread is not None and self._thread.is_alive())
 
-    def open(self, spare: list[Path], needed: list[Path]) -> None:
-        """Reserve memory for the first slot, and if nothing is needed, for the second one too.
+    def open(self, spare: list[Path], needed: list[Path], restored: bool) -> None:
+        """Reserve memory for the first slot, and for the second one too if no snapshot was loaded.
 
-        spare: folders whose memory can be reused. needed: folders of the snapshot that was loaded, which stay until the
-        next one is complete. Errors: OSError if there is not enough memory.
+        Args:
+            spare: folders whose memory can be reused
+            needed: folders of the snapshot that was loaded. They stay until the next one is complete.
+            restored: whether a snapshot was loaded; the same on all ranks
+
+        Errors: OSError if there is not enough memory, CheckpointError if the driver of a GPU refuses to pin it.
         """
         self._spare = spare
         self._open_slots(SLOTS[0])
-        if not needed:
+        if not restored:
             self._open_slots(SLOTS[1])
         self._remove_spare()
         self._spare = list(needed)
@@ -91,7 +96,9 @@ class SnapshotWriter:
             folder = shared / f"{self._context.launch_id}-{source:05d}-{name}"
             self._slots[source, name] = Slot(folder, size, self._spare)
         memory = self._slots[self._placement.rank, name].memory
-        self._buffers[name] = HostBuffers({"state": self._shards}, self._stream, memory)
+        buffers = HostBuffers({"state": self._shards}, self._stream, memory)
+        buffers.allocate()
+        self._buffers[name] = buffers
 
     def _remove_spare(self) -> None:
         for folder in self._spare:
@@ -100,7 +107,7 @@ class SnapshotWriter:
 
     def before_update(self) -> None:
         """Let the GPU finish the newest copy before it changes the weights. The CPU does not wait."""
-        for buffers in self._buffers.values():
+        for buffers in list(self._buffers.values()):  # the thread may add one
             buffers.before_update()
 
     def take(self, step: int, state: bytes, done: Callable[[str, float], None]) -> None:
@@ -194,7 +201,7 @@ def _problem_of(action: Callable[[], Any]) -> str:
     """Return "" if the action succeeds, else what went wrong with the files."""
     try:
         action()
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         return str(error)
     return ""
 
