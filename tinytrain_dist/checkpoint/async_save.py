@@ -113,7 +113,7 @@ class HostBuffers:
             self._unfinished = None
 
     def allocate(self) -> None:
-        """Allocate the memory if that was not done. Errors: CheckpointError if the driver of a GPU refuses to pin it."""
+        """Allocate the memory if that was not done. Errors: CheckpointError if a GPU's driver refuses to pin it."""
         if self._copied:
             return
         self._shards = {kind: self._with_buffer(shards_of_kind) for kind, shards_of_kind in self._shards.items()}
