@@ -129,15 +129,8 @@ def build_trainer(
     _begin_snapshots(start, config, context)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
-    notes = [
-        *_plan_lines(train_step, fitting_notes),
-        precision_note,
-        length_note,
-        compile_note,
-        start.snapshot_note,
-        *warnings,
-    ]
-    log.say("\n".join(filter(None, notes)))
+    notes = [precision_note, length_note, compile_note, start.snapshot_note, *warnings]
+    log.say("\n".join(filter(None, [*_plan_lines(train_step, fitting_notes), *notes])))
     _log_start(log, start, environment, train_step)
     _check_ranks(train_step, data, start.step)
 
@@ -145,8 +138,6 @@ def build_trainer(
     metrics = _step_metrics(train_step, data, log, start)
     log.wait_for_trackers()
     assert start.lock is not None, "_load has taken it"
-    training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
-    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
     return Trainer(
         train_step=train_step,
         data=data,
@@ -155,7 +146,7 @@ def build_trainer(
         saver=RunSaver(checkpoints, log, phase_timer, start.saved_step),
         snapshots=RunSnapshots(start.snapshots, config.snapshot_every, metrics, log, phase_timer),
         log=log,
-        stop_requests=stop_requests,
+        stop_requests=_stop_requests(config, context, start.lock),
         lock=start.lock,
         profiler=_profiler(config, context, phase_timer, log),
         step=start.step,
@@ -346,6 +337,11 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     probability = len(drawn) ** 2 * data.train.collision_probability ** len(own_slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
+
+
+def _stop_requests(config: TrainingConfig, context: DistributedContext, lock: RunLock) -> StopRequests:
+    training_since = PROCESS_START + lock.waited_seconds  # time_limit is for training, not for the lock
+    return StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
 
 
 def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Start) -> StepMetrics:

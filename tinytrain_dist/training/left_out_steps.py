@@ -8,7 +8,6 @@ section 5.1). Must not know how a step is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -26,14 +25,12 @@ class StepRunner:
         self.train_step = train_step
         self.left_out = train_step.config.left_out_steps
 
-    def run(
-        self, step: int, batches: Batches, wants_stop: bool = False, other_votes: Sequence[bool] = ()
-    ) -> StepResult:
+    def run(self, step: int, batches: Batches, wants_stop: bool = False, *votes: bool) -> StepResult:
         """Run step `step` + 1, or leave it out; see `TrainStep.run`. A collective."""
         for left_out in self.left_out:
             if step + 1 in left_out:
-                return self._leave_out(step, batches, (wants_stop, *other_votes), left_out)
-        return self.train_step.run(step, batches, wants_stop, other_votes)
+                return self._leave_out(step, batches, (wants_stop, *votes), left_out)
+        return self.train_step.run(step, batches, wants_stop, *votes)
 
     def first_computed(self, step: int) -> int:
         """Return the first step from `step` on that is not left out."""

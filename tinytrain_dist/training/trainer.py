@@ -143,7 +143,7 @@ class Trainer:
     def run_step(self) -> StepResult:
         """Run one optimizer step; log a warning if torch.compile compiled again after the first steps."""
         graphs_before = compiled_graph_count()
-        result = self.runner.run(self.step, self.batches, bool(self.why_stop()), self.snapshots.votes())
+        result = self.runner.run(self.step, self.batches, bool(self.why_stop()), *self.snapshots.votes())
         self.step = result.step
         new_graphs = compiled_graph_count() - graphs_before
         if new_graphs and self.step >= self.first_step + WARM_UP_STEPS:
