@@ -56,6 +56,7 @@ def test_a_slot_that_is_written_is_no_snapshot_and_memory_is_reused(tmp_path: Pa
     assert (spare, list(tmp_path.iterdir())) == ([], [tmp_path / "b"])
     assert (tmp_path / "b" / "data").stat().st_ino == node
     assert not list(slot_files.read_records(tmp_path))
-    record = committed(tmp_path / "c")
+    slot.commit(committed(tmp_path / "c").encode(), b"{}")
+    assert len(list(slot_files.read_records(tmp_path))) == 2
     slot.invalidate()
-    assert [found for _, found in slot_files.read_records(tmp_path)] == [record]
+    assert [folder for folder, _ in slot_files.read_records(tmp_path)] == [tmp_path / "c"]
