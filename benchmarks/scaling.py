@@ -60,7 +60,7 @@ def measure(ranks: int, latency: float, bytes_per_us: float) -> list[tuple[str, 
         parallel="hsdp", dp_shard=shard,
     )  # fmt: skip
     plan = BatchPlan.make(config, ParallelDims("hsdp", ranks // shard, shard, ""))
-    slots = [slot for k in range(plan.accumulation_steps) for slot in plan.slots(plan.micro_batch_index(0, 0, k))]
+    slots = plan.share(0, 0).slots
     hops = 2 * math.log2(ranks)
     results = []
 

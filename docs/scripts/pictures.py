@@ -37,7 +37,13 @@ STYLE = """
 """
 
 LEAVES = 8
-LAYOUTS = [("1 process", 1, 1), ("DDP, 2 ranks", 2, 1), ("FSDP, 4 ranks", 1, 4), ("HSDP, 2 x 2 ranks", 2, 2)]
+LAYOUTS = [
+    ("1 process", 1, 1),
+    ("DDP, 2 ranks", 2, 1),
+    ("DDP, 3 ranks", 3, 1),
+    ("FSDP, 4 ranks", 1, 4),
+    ("HSDP, 2 x 2 ranks", 2, 2),
+]
 
 
 def svg(width: int, height: int, title: str, shapes: list[str]) -> str:
@@ -69,10 +75,10 @@ def rank_of_micro_batch(replicate: int, shard: int) -> list[int]:
     """Return the rank that computes each of the micro-batches of a step, by the plan that training uses."""
     plan = BatchPlan(LEAVES, 1, 1, replicate, shard)
     ranks = {
-        plan.micro_batch_index(replica, part, micro_step): replica * shard + part
+        index: replica * shard + part
         for replica in range(replicate)
         for part in range(shard)
-        for micro_step in range(plan.accumulation_steps)
+        for index in plan.share(replica, part).micro_batches
     }
     return [ranks[index] for index in range(LEAVES)]
 
@@ -103,7 +109,7 @@ def reduction_tree() -> str:
         shapes.append(text(20, y + 5, name, ""))
         for x, rank in zip(centers[0], rank_of_micro_batch(replicate, shard), strict=True):
             shapes += box(x, y, 52, 28, f"{rank}", f"rank rank{rank}")
-    title = "Binary tree over eight micro-batches, and the ranks that compute them in four layouts"
+    title = "Binary tree over eight micro-batches, and the ranks that compute them in five layouts"
     return svg(left + gap * LEAVES - 20, leaf_y + 92 + 42 * len(LAYOUTS), title, shapes)
 
 

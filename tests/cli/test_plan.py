@@ -79,7 +79,16 @@ def test_growing_batches_are_named_and_their_tokens_counted(capsys: pytest.Captu
     assert memory_and_step[0] == memory_and_step[1] != ""
     code, text = run_plan(capsys, *growing, "--devices-per-node", "4")
     assert code == 2
-    assert "8 from step 0 on is not a multiple of micro_batch_size 4 x 4 ranks = 16; possible: 16" in text
+    assert "8 from step 0 on / micro_batch_size 4 = 2 micro-batches are fewer than 4 ranks, and each rank" in text
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_an_uneven_share_is_named_with_what_it_wastes(capsys: pytest.CaptureFixture[str], mode: str) -> None:
+    settings = ("--batch-size", "32", "--context-len", "10", "--micro-batch-size", "4", "--parallel", mode, *SMALL)
+    code, text = run_plan(capsys, *settings, "--reproducible", "true", "--device", "cpu", "--devices-per-node", "3")
+    assert code == 0, text
+    uneven = "uneven shares: 2 of 3 ranks compute 3 micro-batches, the others 2, so 11% of the ranks' time is unused"
+    assert f"batch_size 32 = micro_batch_size 4 x 8 micro-batches; 320 tokens per step\n{uneven}\n" in text
 
 
 def test_epochs_give_the_length_of_the_planned_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -135,7 +144,7 @@ def test_a_table_compares_the_modes_on_numbers_of_gpus(capsys: pytest.CaptureFix
     # the batch of the configuration, 16 sequences, is not enough for 32 GPUs
     code, text = run_plan(capsys, *config, "--gpus", "32", "--micro-batch-size", "1", "--network", "100")
     assert code == 1, text
-    assert text.count("batch_size: 16 is not a multiple of micro_batch_size 1 x 32 ranks = 32") == 3
+    assert text.count("batch_size: 16 / micro_batch_size 1 = 16 micro-batches are fewer than 32 ranks") == 3
     assert "12.5 GB/s between nodes" in text
 
 
@@ -158,7 +167,7 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
         (("--gpus", "8", "--reproducible", "true"), "--gpus: the step is not simulated with reproducible = true"),
         (("--batch-per-gpu", "8"), "--batch-per-gpu: has no effect without --gpus; set --batch-size instead"),
         (("--devices-per-node", "three"), "--devices-per-node: got 'three'; give a number"),
-        (("--devices-per-node", "3"), "batch_size: 16 is not a multiple of micro_batch_size 8 x 3 ranks = 24"),
+        (("--devices-per-node", "3"), "batch_size: 16 / micro_batch_size 8 = 2 micro-batches are fewer than 3 ranks"),
         (("--devices-per-node", "4", "--parallel", "none"), "parallel: none runs on 1 process, but there are 4"),
         (("--micro-batch-siz", "4"), "micro_batch_siz: unknown setting; did you mean micro_batch_size?"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.helpers.configs import only_problem, problems_of
 from tinytrain_dist.config.batch_phases import BatchSizes
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
 from tinytrain_dist.errors import ConfigError
 
@@ -72,24 +73,30 @@ def ddp(ranks: int) -> ParallelDims:
     return ParallelDims("ddp", ranks, 1, "")
 
 
-def test_every_phase_must_be_divisible_among_the_ranks() -> None:
+def test_every_phase_must_have_a_micro_batch_for_each_rank() -> None:
     config = TrainingConfig(batch_size=16, batch_size_warmup=("0: 4", "3: 12", "5: 16"), micro_batch_size=2)
     assert BatchPlan.make(config, ddp(2)).accumulation_steps == 4
     with pytest.raises(ConfigError) as caught:
         BatchPlan.make(config, ddp(4))
     assert caught.value.problems == [
-        "batch_size_warmup: 4 from step 0 on is not a multiple of micro_batch_size 2 x 4 ranks = 8; possible: 8",
-        "batch_size_warmup: 12 from step 3 on is not a multiple of micro_batch_size 2 x 4 ranks = 8; possible: 8 or 16",
+        "batch_size_warmup: 4 from step 0 on / micro_batch_size 2 = 2 micro-batches are fewer than 4 ranks, and each "
+        "rank needs one; possible: 8"
     ]
-    with pytest.raises(ConfigError, match="4 from step 0 on is not a multiple of 8 ranks; possible: 8"):
+    with pytest.raises(ConfigError, match="4 from step 0 on is fewer than 8 ranks, and each rank needs one; possible"):
         BatchPlan.make(TrainingConfig(batch_size=16, batch_size_warmup=("0: 4", "5: 16")), ddp(8))
-    with pytest.raises(ConfigError, match="9 from step 0 on is not a multiple of 2 ranks; possible: 8 or 10"):
-        BatchPlan.make(TrainingConfig(batch_size=18, batch_size_warmup=("0: 9", "5: 18")), ddp(2))
+
+
+def test_uneven_phases_are_printed_with_what_they_waste() -> None:
+    config = TrainingConfig(batch_size=16, batch_size_warmup=("0: 4", "3: 12", "5: 16"), micro_batch_size=2)
+    assert str(BatchPlans.make(replace(config, micro_batch_size=1), ddp(2))).endswith("16 from step 5 on")
+    text = str(BatchPlans.make(replace(config, batch_size_warmup=("0: 6", "5: 16")), ddp(3)))
+    assert text.endswith("batch_size_warmup: 6 from step 0 on, 16 from step 5 on; unused: 0%, 11% of the ranks' time")
 
 
 def test_without_a_micro_batch_size_all_phases_have_that_of_the_smallest() -> None:
     config = TrainingConfig(batch_size=32, batch_size_warmup=("0: 8", "3: 12", "5: 32"))
     assert BatchPlan.make(config, ddp(2)).micro_batch_size == 2
+    assert BatchPlan.make(config, ddp(8)).micro_batch_size == 1
     assert BatchPlan.make(TrainingConfig(batch_size=32), ddp(2)).micro_batch_size == 16
 
 

@@ -32,30 +32,44 @@ def test_without_micro_batch_size_a_rank_takes_its_part_at_once():
     assert (plan.micro_batch_size, plan.accumulation_steps) == (4, 1)
 
 
+def test_uneven_shares_are_printed_with_what_they_waste():
+    plan = make(TrainingConfig(batch_size=48, micro_batch_size=4, context_len=10), 5)
+    assert str(plan) == (
+        "batch_size 48 = micro_batch_size 4 x 12 micro-batches; 480 tokens per step\n"
+        "uneven shares: 2 of 5 ranks compute 3 micro-batches, the others 2, so 20% of the ranks' time is unused"
+    )
+    assert [len(plan.share(rank, 0).micro_batches) for rank in range(5)] == [2, 2, 3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "micro"),
+    [
+        (12, 3, 4),
+        (500, 8, 5),  # 13 x 5 = 65 sequences on the busiest rank; 63 with 1, 64 with 2 or 4, 70 with 10
+        (8, 3, 1),  # 3 sequences; 4 with 2
+        (7, 7, 1),
+    ],
+)
+def test_without_micro_batch_size_shares_are_as_even_as_with_single_sequences(batch, ranks, micro):
+    assert make(TrainingConfig(batch_size=batch), ranks).micro_batch_size == micro
+
+
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "sentence"),
     [
         (
-            48, 4, 5,
-            "batch_size: 48 is not a multiple of micro_batch_size 4 x 5 ranks = 20; possible: ranks 1, 2, 3, 4, 6, 12; "
-            "or batch_size 40, 60",
-        ),
-        (
-            48, 4, 8,
-            "batch_size: 48 is not a multiple of micro_batch_size 4 x 8 ranks = 32; possible: ranks 1, 2, 3, 4, 6, 12; "
-            "or micro_batch_size 1, 2, 3, 6; or batch_size 32, 64",
+            48, 4, 16,
+            "batch_size: 48 / micro_batch_size 4 = 12 micro-batches are fewer than 16 ranks, and each rank needs one; "
+            "possible: ranks 9, 10, 11, 12; or micro_batch_size 1, 2, 3; or batch_size 64",
         ),
         (
             2, None, 4,
-            "batch_size: 2 cannot be divided evenly among 4 ranks; possible: ranks 1, 2; or batch_size 4",
-        ),
-        (
-            5, "auto", 2,
-            "batch_size: 5 cannot be divided evenly among 2 ranks; possible: ranks 1, 5; or batch_size 4, 6",
+            "batch_size: 2 is fewer than 4 ranks, and each rank needs a sequence; possible: ranks 1, 2; or "
+            "batch_size 4",
         ),
     ],
 )  # fmt: skip
-def test_a_batch_that_cannot_be_cut_lists_what_divides(batch, micro, ranks, sentence):
+def test_fewer_micro_batches_than_ranks_list_what_is_possible(batch, micro, ranks, sentence):
     with pytest.raises(ConfigError) as caught:
         make(TrainingConfig(batch_size=batch, micro_batch_size=micro), ranks)
     assert caught.value.problems == [sentence]
@@ -66,11 +80,11 @@ def test_a_batch_that_cannot_be_cut_lists_what_divides(batch, micro, ranks, sent
     [
         (12, 2, 1, "micro_batch_size 3, 6, 12; or batch_size 8, 16"),
         (12, 2, 2, "micro_batch_size 3, 6; or batch_size 8, 16"),
-        (12, 2, 3, "ranks 2 with micro_batch_size 3, 6"),
-        (12, 3, 3, "ranks 1, 2, 4"),
+        (12, 2, 3, "micro_batch_size 3; or batch_size 8, 16"),
+        (12, 3, 5, "ranks 1, 2, 3, 4; or batch_size 24"),
     ],
 )
-def test_a_reproducible_run_is_offered_what_gives_a_power_of_two_on_its_ranks(batch, micro, ranks, offered):
+def test_a_reproducible_run_is_offered_what_gives_a_power_of_two(batch, micro, ranks, offered):
     with pytest.raises(ConfigError) as caught:
         make(TrainingConfig(batch_size=batch, micro_batch_size=micro, reproducible=True), ranks)
     assert caught.value.problems[0].partition("possible: ")[2] == offered
@@ -79,8 +93,8 @@ def test_a_reproducible_run_is_offered_what_gives_a_power_of_two_on_its_ranks(ba
 @pytest.mark.parametrize(
     ("settings", "replicate", "shard", "offered"),
     [
-        ({"parallel": "none"}, 3, 1, "ranks 1; or batch_size 3, 6"),
-        ({"parallel": "hsdp", "dp_replicate": 3, "dp_shard": 1}, 3, 1, "batch_size 3, 6"),
+        ({"parallel": "none"}, 5, 1, "ranks 1; or batch_size 5"),
+        ({"parallel": "hsdp", "dp_replicate": 5, "dp_shard": 1}, 5, 1, "batch_size 5"),
         ({"parallel": "hsdp", "dp_replicate": 2}, 2, 3, "ranks 2, 4; or batch_size 6"),
     ],
 )
@@ -91,7 +105,7 @@ def test_only_numbers_of_ranks_that_the_mode_allows_are_offered(settings, replic
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks"), [(24, 2, 1), (24, 2, 3), (24, 2, 4)])
-def test_reproducible_needs_powers_of_two(batch, micro, ranks):
+def test_reproducible_needs_a_power_of_two_of_micro_batches(batch, micro, ranks):
     config = TrainingConfig(batch_size=batch, micro_batch_size=micro)
     make(config, ranks)
     with pytest.raises(ConfigError, match=r"reproducible: batch_size 24 / micro_batch_size 2 = 12 .*power") as caught:
@@ -99,58 +113,64 @@ def test_reproducible_needs_powers_of_two(batch, micro, ranks):
     assert caught.value.problems[0].partition("possible: ")[2]
 
 
-def test_reproducible_takes_powers_of_two():
+def test_reproducible_takes_any_number_of_ranks():
     config = TrainingConfig(batch_size=24, micro_batch_size=3, reproducible=True)
-    assert [make(config, ranks).accumulation_steps for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert [make(config, ranks).accumulation_steps for ranks in range(1, 9)] == [8, 4, 3, 2, 2, 2, 2, 1]
+    with pytest.raises(ConfigError, match="= 8 micro-batches are fewer than 9 ranks"):
+        make(config, 9)
 
 
 plans = st.builds(
-    lambda micro, replicate, shard, accumulation: BatchPlan(
-        micro * replicate * shard * accumulation, micro, 8, replicate, shard
-    ),
+    lambda micro, replicate, shard, extra: BatchPlan(micro * (replicate * shard + extra), micro, 8, replicate, shard),
     st.integers(1, 4),
     st.integers(1, 5),
     st.integers(1, 5),
-    st.integers(1, 6),
+    st.integers(0, 40),
 )
 
 
 @given(plans)
 def test_every_slot_is_owned_exactly_once(plan):
-    owned = [
-        slot
-        for replica in range(plan.replicate)
-        for shard in range(plan.shard)
-        for micro_step in range(plan.accumulation_steps)
-        for slot in plan.slots(plan.micro_batch_index(replica, shard, micro_step))
-    ]
-    assert len(owned) == plan.batch_size
-    assert sorted(owned) == list(range(plan.batch_size))
+    shares = [plan.share(replica, shard) for replica in range(plan.replicate) for shard in range(plan.shard)]
+    assert sorted(slot for share in shares for slot in share.slots) == list(range(plan.batch_size))
+    for share in shares:
+        assert share.slots == tuple(slot for index in share.micro_batches for slot in plan.slots(index))
 
 
 @given(plans)
-def test_a_replicas_ranks_hold_neighbouring_micro_batches_in_each_micro_step(plan):
+def test_shares_differ_by_one_micro_batch_and_replicas_by_one_micro_step(plan):
+    shares = [plan.share(replica, shard) for replica in range(plan.replicate) for shard in range(plan.shard)]
+    counts = {len(share.micro_batches) for share in shares}
+    assert max(counts) == plan.accumulation_steps
+    assert min(counts) >= max(1, plan.accumulation_steps - 1)
+    assert {len(share.micro_steps) for share in shares} <= {plan.accumulation_steps, plan.accumulation_steps - 1}
+    if plan.num_micro_batches % plan.ranks == 0 and plan.num_micro_batches // plan.replicate % plan.shard == 0:
+        assert counts == {plan.accumulation_steps}
+        assert plan.unused_share == 0
+
+
+@given(plans)
+def test_a_replica_computes_consecutive_micro_batches_in_each_micro_step(plan):
     for replica in range(plan.replicate):
-        for micro_step in range(plan.accumulation_steps):
+        computed = []
+        for micro_step in plan.micro_steps_of(replica):
+            part = plan.share(replica, 0).replica_part(micro_step)
             indices = [plan.micro_batch_index(replica, shard, micro_step) for shard in range(plan.shard)]
-            assert indices == list(range(indices[0], indices[0] + plan.shard))
-            assert indices[0] % plan.shard == 0
+            assert indices == [*part, *[None] * (plan.shard - len(part))]
+            computed += part
+            for shard, index in enumerate(indices):
+                share = plan.share(replica, shard)
+                assert share.is_repeated(micro_step) == (index is None)
+                assert share.is_last(micro_step) or index is not None
+        assert computed == list(plan.micro_batches_of(replica))
 
 
 @given(plans)
-def test_a_replica_holds_a_contiguous_run_of_micro_batches(plan):
-    run = plan.accumulation_steps * plan.shard
-    for replica in range(plan.replicate):
-        indices = [
-            plan.micro_batch_index(replica, s, k) for k in range(plan.accumulation_steps) for s in range(plan.shard)
-        ]
-        assert indices == list(range(replica * run, (replica + 1) * run))
-
-
-@given(plans)
-def test_the_formula_is_that_of_each_mode(plan):
+def test_even_shares_have_the_formula_of_each_mode(plan):
     """DDP: r * K + k; FSDP: k * W + r."""
     k_count = plan.accumulation_steps
+    if plan.unused_share:
+        return
     for rank in range(plan.ranks):
         for k in range(k_count):
             if plan.shard == 1:
@@ -162,6 +182,7 @@ def test_the_formula_is_that_of_each_mode(plan):
 def test_sizes_that_divide() -> None:
     config = TrainingConfig(batch_size=24, micro_batch_size="auto")
     assert possible_micro_batch_sizes(config, ParallelDims("ddp", 2, 1, "")) == [1, 2, 3, 4, 6, 12]
+    assert possible_micro_batch_sizes(config, ParallelDims("ddp", 5, 1, "")) == [1]  # 5 sequences; 6 with 2 or 3
     with pytest.raises(ConfigError, match="micro_batch_size: must be set to a number with reproducible = true"):
         TrainingConfig(micro_batch_size="auto", reproducible=True)
     with pytest.raises(ConfigError, match="micro_batch_size: 'all' is not a whole number or auto or None"):

@@ -27,8 +27,6 @@ def advice_in(problem: str) -> list[Change]:
 
 def _in_offer(offer: str, setting: str) -> list[Change]:
     offer = offer.removesuffix(", ...")
-    if match := re.fullmatch(r"ranks (\d+) with micro_batch_size ([\d, ]+)", offer):
-        return [{"ranks": int(match[1]), "micro_batch_size": size} for size in _numbers(match[2])]
     if match := re.fullmatch(r"dp_replicate x dp_shard ([\dx, ]+)", offer):
         pairs = [pair.split(" x ") for pair in match[1].split(", ")]
         return [{"dp_replicate": int(replicas), "dp_shard": int(shards)} for replicas, shards in pairs]

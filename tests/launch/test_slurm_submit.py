@@ -121,10 +121,10 @@ def test_a_sweep_has_a_configuration_for_each_task(config: Path, slurm: Path, tm
     assert f'target_dir = "{tmp_path}/run/0"\n' in first
     assert "d_model = 32\n" in second
     assert f'target_dir = "{tmp_path}/wide"\n' in second
-    sweep.write_text("--target-dir same\n--target-dir same\n--batch-size 7\n")
+    sweep.write_text("--target-dir same\n--target-dir same\n--batch-size 3\n")
     text = refusal(config, *USUAL, "--array", sweep)
     assert f"several tasks have the target_dir {REPOSITORY}/same; give each" in text
-    assert "task 2: batch_size: 7 is not a multiple of micro_batch_size 1 x 4 ranks" in text
+    assert "task 2: batch_size: 3 / micro_batch_size 1 = 3 micro-batches are fewer than 4 ranks" in text
 
 
 def parse(args: list[str]) -> tuple[SubmitOptions, list[str]]:
@@ -216,14 +216,14 @@ def test_what_an_array_or_a_template_cannot_do_is_refused(config: Path, tmp_path
 def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no tokens")
     text = refusal(
-        config, "--nodes", 3, "--processes-per-node", 2, "--time", "1", "--context-len", 5000, "--val-data",
+        config, "--nodes", 3, "--processes-per-node", 3, "--time", "1", "--context-len", 5000, "--val-data",
         tmp_path / "text.npy", "--init-from", "/nowhere", "--ckpt-writers", 9,
     )  # fmt: skip
     assert text.startswith(f"error: 6 problems in {config}\n")
     assert "--time: 1 is less than two minutes" in text
     assert (
-        "batch_size: 8 is not a multiple of micro_batch_size 1 x 6 ranks = 6; possible: ranks 1, 2, 4, 8; or batch_size"
-        in text
+        "batch_size: 8 / micro_batch_size 1 = 8 micro-batches are fewer than 9 ranks, and each rank needs one; "
+        "possible: ranks 5, 6, 7, 8; or batch_size 9" in text
     )
     assert "train_data: " in text
     assert (

@@ -52,6 +52,19 @@ def test_a_slow_rank_is_named_once_although_all_steps_take_as_long(tmp_path: Pat
     assert all(0 < fast < slow <= step * 1.01 for (fast, slow), step in zip(work[1:-1], seconds[1:-1], strict=True))
 
 
+def slow_forward(trainer: Any) -> None:
+    unwrap(trainer.train_step.model).model.layers[0].mlp.register_forward_hook(lambda *_: time.sleep(0.05))
+
+
+@pytest.mark.multiprocess
+def test_a_rank_with_more_micro_batches_than_another_is_not_slow(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, "run", parallel="ddp", batch_size=3, eval_every=99, ckpt_every=99)
+    run_ranks(2, fit, settings, slow_forward)
+    run = Run(tmp_path / "run")
+    assert run.values("slow", "text") == []
+    assert all(min(work) > 0.1 for work in run.values("train", "work_seconds_by_rank"))
+
+
 READS = ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__")
 
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.multiprocess
 LAYOUTS: dict[int, list[tuple[str, int, int]]] = {
     1: [("none", 1, 1), ("fsdp", 1, 1)],
     2: [("ddp", 2, 1), ("fsdp", 1, 2)],
+    3: [("ddp", 3, 1), ("fsdp", 1, 3)],  # shares of 1, 1 and 2 micro-batches
     4: [("ddp", 4, 1), ("fsdp", 1, 4), ("hsdp", 2, 2)],
 }
 MASKED: dict[str, Any] = {"loss_mask": True, "document_mask": True, "compile": False, "vocab_size": VOCABULARY}

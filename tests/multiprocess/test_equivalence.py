@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import Run, fit, settings_for, train
+from tests.helpers.training import Run, fit, fit_all, settings_for, train
 from tinytrain_dist.errors import CheckpointError
 
 pytestmark = pytest.mark.multiprocess
@@ -91,6 +91,75 @@ def test_reproducible_runs_have_the_same_bits_on_any_layout(folder: Path, varian
         shutil.rmtree(run.folder)
 
 
+# What depends on the shares of the ranks: a growing batch, sources, z-loss, Muon, the average, and what is measured.
+EVERYTHING: dict[str, Any] = {
+    "optimizer": "muon",
+    "ema_decay": 0.9,
+    "z_loss": 1e-3,
+    "stability_every": 2,
+    "batch_size_warmup": ("0: 4", "2: 8"),
+    "train_weights": (3.0, 1.0),
+    "eval_steps": 2,
+}
+BF16 = {"precision": "bf16", **TIED, "loss_chunk_tokens": 5}
+UNEVEN: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
+    3: [
+        ("ddp3", {"parallel": "ddp"}, {}),
+        ("fsdp3", {"parallel": "fsdp"}, {}),
+        ("ddp3-everything", {"parallel": "ddp", "fingerprint_every": 2}, EVERYTHING),
+        ("fsdp3-everything", {"parallel": "fsdp"}, EVERYTHING),
+    ],
+    5: [
+        ("ddp5-bf16", {"parallel": "ddp"}, BF16),
+        ("fsdp5-bf16", {"parallel": "fsdp"}, BF16),
+    ],
+    6: [
+        ("hsdp2x3", {"parallel": "hsdp", "dp_shard": 3}, {}),
+        ("hsdp3x2", {"parallel": "hsdp", "dp_shard": 2}, {}),
+        ("hsdp3x2-bf16", {"parallel": "hsdp", "dp_shard": 2}, BF16),
+    ],
+}
+
+
+def sources(folder: Path, variant: dict[str, Any]) -> dict[str, Any]:
+    """Return a variant with the files of its sources, which must exist."""
+    settings_for(folder, "any")
+    files = {"train_data": (str(folder / "train.npy"), str(folder / "val.npy"))} if "train_weights" in variant else {}
+    return {**variant, **files}
+
+
+@pytest.mark.parametrize("ranks", UNEVEN)
+def test_uneven_shares_have_the_bits_of_one_process(folder: Path, ranks: int) -> None:
+    """8 micro-batches on 3, 5 and 6 ranks, reproducible and native."""
+    runs = []
+    for name, mode, variant in UNEVEN[ranks]:
+        for exact in (True, False):
+            overrides = {**mode, **sources(folder, variant), "reproducible": exact}
+            runs.append(settings_for(folder, f"{name}-{exact}", **overrides))
+    run_ranks(ranks, fit_all, runs)
+    for name, _, variant in UNEVEN[ranks]:
+        expected = one_process(folder, **sources(folder, {**variant, "reproducible": True}))
+        run = Run(folder / f"{name}-True")
+        assert run.digests() == expected.digests(), name
+        names = ["loss", "grad_norm", "tokens"]
+        if variant is EVERYTHING:
+            names += ["batch_size", "source_share", "source_loss", "z_loss"]
+            measured = ["stability", "activation_rms_by_layer", "attention_logit_max_by_layer"]
+            for group in measured:
+                found = [record[group] for record in run.records if group in record]
+                assert found == [record[group] for record in expected.records if group in record], (name, group)
+                assert found
+        for value in names:
+            assert run.values("train", value) == expected.values("train", value), (name, value)
+        assert run.values("eval", "loss") == expected.values("eval", "loss"), name
+        native = Run(folder / f"{name}-False")
+        for kind in ("train", "eval"):
+            assert native.values(kind, "loss") == pytest.approx(expected.values(kind, "loss"), rel=2e-3), name
+        norms = native.values("train", "grad_norm"), expected.values("train", "grad_norm")
+        assert norms[0] == pytest.approx(norms[1], rel=2e-2), name
+        assert norms[0][0] == pytest.approx(norms[1][0], rel=1e-4), name
+
+
 def test_interrupted_run_equals_the_uninterrupted_one(folder: Path) -> None:
     expected = one_process(folder)
     train(folder, "parts", 1, parallel="none", stop_at_step=2)
@@ -101,8 +170,8 @@ def test_interrupted_run_equals_the_uninterrupted_one(folder: Path) -> None:
 
 def test_a_reproducible_run_continues_with_other_ranks_and_modes(folder: Path) -> None:
     expected = one_process(folder, reproducible=True)
-    train(folder, "moving", 4, parallel="fsdp", reproducible=True, stop_at_step=2)
-    train(folder, "moving", 2, parallel="ddp", reproducible=True, stop_at_step=4)
+    train(folder, "moving", 3, parallel="fsdp", reproducible=True, stop_at_step=2)
+    train(folder, "moving", 4, parallel="ddp", reproducible=True, stop_at_step=4)
     run = train(folder, "moving", 1, parallel="none", reproducible=True)
     assert run.digests() == expected.digests()
 
@@ -233,11 +302,10 @@ def break_counter(_: Any) -> None:
     """Add micro-batches one after the other, as `.grad` does."""
     from tinytrain_dist.parallel.tree_reduction import BinaryCounter
 
-    def add(self: BinaryCounter, leaf: int, tensors: list[torch.Tensor]) -> None:
-        if leaf:
-            torch._foreach_add_(self._levels[0], tensors)
-        else:
-            self._levels[0] = tensors
+    def add(self: BinaryCounter, block: range, tensors: list[torch.Tensor]) -> None:
+        for _, left in self._sums:
+            torch._foreach_add_(tensors, left)
+        self._sums = [(block, tensors)]
 
     BinaryCounter.add = add  # type: ignore[method-assign]
 

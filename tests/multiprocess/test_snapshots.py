@@ -86,7 +86,7 @@ LAYOUTS = {
     "same layout": ("fsdp", [0, 0], [0, 0], "fsdp"),
     "fewer ranks": ("ddp", [0, 0], [0], "none"),
     "more ranks": ("fsdp", [0, 0], [0, 0, 0, 0], "hsdp"),
-    "nodes are lost": ("fsdp", [0, 1, 2, 3], [3, 1], "fsdp"),
+    "a node is lost": ("fsdp", [0, 1, 2], [2, 1], "fsdp"),
     "a node joins": ("ddp", [0], [1, 0], "fsdp"),
 }
 

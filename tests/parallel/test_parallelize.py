@@ -96,11 +96,13 @@ def step_with_and_without_separate_group(dims: ParallelDims) -> dict[str, Any]:
     for separate in (False, True, True):
         parallelize.wants_separate_reduce_scatters = lambda *_, separate=separate: separate
         model: Any = build_model(config, context)
-        reduction = build_grad_reduction(model, BatchPlan.make(config, dims), context, deterministic=False)
-        reduction.before_micro_step(0, last=True)
+        plan = BatchPlan.make(config, dims)
+        share = plan.share(context.replica, context.shard)
+        reduction = build_grad_reduction(model, plan, context, deterministic=False)
+        reduction.before_micro_step(share, 0)
         ids = torch.arange(12).view(1, 12) + context.rank
         model(ids, ids).backward()
-        reduction.after_micro_step(0, last=True)
+        reduction.after_micro_step(share, 0)
         grads.append([local_tensor(param.grad).clone() for param in model.parameters()])
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         states = [unit._get_fsdp_state() for unit in units]

@@ -48,7 +48,7 @@ def replay(checkpoint: PathArgument, steps: int = 10, nproc: int = 1, settings: 
     Args:
         checkpoint: A checkpoint in the folder of its run, or a run (its newest valid checkpoint is used).
         steps: Number of steps to train.
-        nproc: Number of processes on this machine; any number that divides the batch size.
+        nproc: Number of processes on this machine; at most one for each micro-batch.
         settings: Further settings of the replayed run, such as allow_drift=true, train_data=PATH or
             train_data='["PATH", "PATH"]'.
     """

@@ -130,10 +130,12 @@ def division_problem(phase: BatchPhase, micro_batch_size: int | None, ranks: int
         return ""
     where = f"batch_size_warmup: {phase.batch_size} from step {phase.from_step} on"
     possible = " or ".join(map(str, nearest_batch_sizes(phase.batch_size, size, ranks, reproducible)))
-    if not divides(phase.batch_size, size, ranks):
-        unit = f"micro_batch_size {size}" if ranks == 1 else f"micro_batch_size {size} x {ranks} ranks = {size * ranks}"
-        return f"{where} is not a multiple of {unit if micro_batch_size else f'{ranks} ranks'}; possible: {possible}"
-    return (
-        f"{where} / micro_batch_size {size} = {phase.batch_size // size} is not a power of two, which reproducible = "
-        f"true requires; possible: {possible}"
-    )
+    count, rest = divmod(phase.batch_size, size)
+    if rest:
+        return f"{where} is not a multiple of micro_batch_size {size}; possible: {possible}"
+    if micro_batch_size:
+        where += f" / micro_batch_size {size} = {count}"
+    if count < ranks:
+        kind = "micro-batches are" if micro_batch_size else "is"
+        return f"{where} {kind} fewer than {ranks} ranks, and each rank needs one; possible: {possible}"
+    return f"{where} is not a power of two, which reproducible = true requires; possible: {possible}"

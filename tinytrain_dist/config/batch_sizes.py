@@ -6,20 +6,22 @@ Checks and their messages share this rule, so a message offers only accepted val
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 MAX_DIVISOR = 1_000_000  # no larger numbers are tried: a message must not take long
+MAX_EXCESS = 1 / 16  # of the largest share of a rank, if a batch cannot be divided evenly
 
 
 def divides(batch_size: int, micro_batch_size: int, ranks: int, reproducible: bool = False) -> bool:
-    """Return whether each rank gets the same number of micro-batches.
+    """Return whether a batch consists of whole micro-batches, at least one for each rank.
 
-    With `reproducible`, their total must also be a power of two.
-    The gradients of a reproducible run are summed in a binary tree over all micro-batches, which needs the power of
-    two. The number of ranks divides it and so is a power of two as well.
+    With `reproducible`, their number must also be a power of two, because their gradients are summed in a binary tree.
+    Ranks may have different numbers of micro-batches.
     """
-    if batch_size % (micro_batch_size * ranks):
+    count, rest = divmod(batch_size, micro_batch_size)
+    if rest or count < ranks:
         return False
-    return not reproducible or is_power_of_two(batch_size // micro_batch_size)
+    return not reproducible or is_power_of_two(count)
 
 
 def micro_batch_sizes(batch_size: int, ranks: int, reproducible: bool = False) -> list[int]:
@@ -27,26 +29,33 @@ def micro_batch_sizes(batch_size: int, ranks: int, reproducible: bool = False) -
     return [size for size in divisors(batch_size) if divides(batch_size, size, ranks, reproducible)]
 
 
-def rank_counts(batch_size: int, micro_batch_size: int | None, reproducible: bool = False) -> list[int]:
-    """Return every number of ranks among which this batch can be divided, smallest first.
+def even_micro_batch_sizes(sizes: Sequence[int], batch_size: int, ranks: int) -> list[int]:
+    """Return those of the sizes with which the largest share of a rank is hardly larger than it must be.
 
-    micro_batch_size: None if each rank computes its whole part of the batch in one pass.
+    If some sizes divide the batch evenly among the ranks, these are all of them. Otherwise they are those with which
+    the largest share exceeds the smallest possible one by at most MAX_EXCESS.
     """
-    if micro_batch_size is None:
-        return divisors(batch_size)
-    counts = divisors(batch_size // micro_batch_size)
-    return [ranks for ranks in counts if divides(batch_size, micro_batch_size, ranks, reproducible)]
+    if batch_size % ranks == 0:
+        return [size for size in sizes if batch_size // ranks % size == 0]
+    shares = {size: largest_share(batch_size, size, ranks) for size in sizes}
+    limit = min(shares.values(), default=0) * (1 + MAX_EXCESS)
+    return [size for size in sizes if shares[size] <= limit]
+
+
+def largest_share(batch_size: int, micro_batch_size: int, ranks: int) -> int:
+    """Return the sequences of the rank that has most of them."""
+    return -(-batch_size // micro_batch_size // ranks) * micro_batch_size
 
 
 def nearest_batch_sizes(batch_size: int, micro_batch_size: int, ranks: int, reproducible: bool = False) -> list[int]:
     """Return the next smaller and the next larger batch_size that can be divided; fewer if there are none."""
-    step = micro_batch_size * ranks
-    below = batch_size // step * step
-    sizes = [below, below + step]
+    count = batch_size // micro_batch_size
+    counts = [max(count, ranks), max(count + 1, ranks)]
     if reproducible:
-        exponent = max(ranks, batch_size // micro_batch_size, 1).bit_length() - 1
-        sizes = [micro_batch_size << exponent, micro_batch_size << exponent + 1]
-    return [size for size in sizes if size >= 1 and divides(size, micro_batch_size, ranks, reproducible)]
+        smallest = 1 << (ranks - 1).bit_length()
+        power = 1 << max(count, 1).bit_length() - 1
+        counts = [max(power, smallest), max(2 * power, smallest)]
+    return [micro_batch_size * count for count in dict.fromkeys(counts)]
 
 
 def is_power_of_two(number: int) -> bool:

@@ -130,6 +130,13 @@ class DistributedContext:
         rows: list[list[float]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
+    def all_gather_uneven_numbers(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all ranks as `all_gather_numbers` does, of which each rank may have another number."""
+        lengths = [int(length) for (length,) in self.all_gather_numbers([len(values)])]
+        padding = [0.0] * (max(lengths) - len(values))
+        rows = self.all_gather_numbers([*values, *padding])
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
     def broadcast_object(self, value: Any, group: Group | None = None) -> Any:
         """Return rank 0's value on every rank; the values of other ranks are ignored.
 

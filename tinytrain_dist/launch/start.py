@@ -129,7 +129,7 @@ def local_command(
     check_config_file(config)
     gpus, cores = visible_gpus(), usable_cores()
     if nproc is None:
-        # a power of two divides most batch sizes
+        # with a power of two, the shares of most batches are even
         nproc = gpus or min(MOST_CPU_RANKS, 1 << (cores.bit_length() - 1))
     threads = _threads_per_rank(_checked_nproc(nproc), cores)
     restarts = [] if max_restarts is None else ["--max-restarts", str(_restarts(max_restarts))]

@@ -198,7 +198,9 @@ class StepMetrics:
         loss, norm, skipped, *usual = result.numbers.read()
         if result.step == self.first_step:
             self.log.first_step(result.step, start_seconds(result.phases))
-        self._interval.add(result, self.forward_timer.seconds(result.forward), bool(skipped))
+        # as if all ranks had the largest share: a rank with more micro-batches than another is not slow
+        share = self.plans.at(result.step - 1).relative_share(self.context.replica)
+        self._interval.add(result, self.forward_timer.seconds(result.forward) / share, bool(skipped))
         self.read_step = result.step
         if result.left_out is not None:
             self.skips.leave_out(result.step, result.left_out)
@@ -283,7 +285,7 @@ class StepMetrics:
         if epochs is not None:
             values["epoch"] = epochs
         if result.z_losses is not None:
-            values["z_loss"] = math.fsum(chain(*self.context.all_gather_numbers(result.z_losses.read())))
+            values["z_loss"] = math.fsum(chain(*self.context.all_gather_uneven_numbers(result.z_losses.read())))
         if peak is not None:
             values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plans.whole.ranks)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
@@ -321,7 +323,7 @@ class StepMetrics:
             groups["grad_norm_by_layer"] = dict(zip(self.layer_sizes, norms[:count], strict=True))
             groups["weight_norm_by_layer"] = dict(zip(self.layer_sizes, norms[count:], strict=True))
             if result.stability is not None:
-                rows = self.context.all_gather_numbers(result.stability.read())
+                rows = self.context.all_gather_uneven_numbers(result.stability.read())
                 groups |= stability_groups(rows, groups["grad_norm_by_layer"], self.layer_sizes)
         if result.source_sums is not None:
             names = short_names(self.config.train_files)

@@ -21,22 +21,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.distributed import collectives
-from tinytrain_dist.distributed.batch_plan import BatchPlan
+from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchShare
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_rows
 from tinytrain_dist.parallel.grad_view import GradientView
 from tinytrain_dist.parallel.tree_reduction import (
     BinaryCounter,
+    PendingSum,
+    SumsInProgress,
+    TreeExchange,
     halving_row_sums,
-    tree_all_reduce,
-    tree_sum,
 )
 from tinytrain_dist.parallel.wrappers import is_fsdp_module
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-    from tinytrain_dist.parallel.fsdp_collectives import TreeReduceScatter
+    from tinytrain_dist.parallel.fsdp_collectives import GlobalTreeReduceScatter
 
 BUCKET_BYTES = 25 * 1024**2  # as in DDP
 ROW_SUM_ELEMENTS = 1 << 24  # whose squares exist at once
@@ -45,17 +46,18 @@ ROW_SUM_ELEMENTS = 1 << 24  # whose squares exist at once
 class GradReduction(Protocol):
     """The methods that a training step calls, in this order. Every rank makes every call.
 
-    `last`: whether the micro-step is the last one of its step. Their number may change from step to step.
+    `share`: what this rank computes in the step. The number of micro-steps may change from step to step, and one rank
+    may have one more of them than another.
 
     `view`: what does not depend on the order of the sums, such as the norms by layer and the losses.
     """
 
     view: GradientView
 
-    def before_micro_step(self, micro_step: int, last: bool) -> None:
-        """Prepare for the backward of a micro-step, 0 .. accumulation_steps - 1."""
+    def before_micro_step(self, share: BatchShare, micro_step: int) -> None:
+        """Prepare for the backward of one of the share's micro-steps."""
 
-    def after_micro_step(self, micro_step: int, last: bool) -> None:
+    def after_micro_step(self, share: BatchShare, micro_step: int) -> None:
         """Process the gradients that this backward left in `.grad`."""
 
     def finish(self) -> None:
@@ -83,14 +85,18 @@ class NativeGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.scatter = _configure_units(self.view.units, along_tree=collectives.uses_gloo())
+        self.in_progress = SumsInProgress()
+        _configure_units(self.view.units)
+        if collectives.uses_gloo():
+            _sum_along_tree(self.view.units, self.in_progress)
         if isinstance(model, DistributedDataParallel):
             group = context.group(REPLICATE)
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: collectives.all_reduce_async(bucket.buffer(), group))
 
-    def before_micro_step(self, micro_step: int, last: bool) -> None:
+    def before_micro_step(self, share: BatchShare, micro_step: int) -> None:
         """Tell DDP or FSDP whether this backward is the last, so that nothing is reduced twice."""
+        last = share.is_last(micro_step)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
         elif is_fsdp_module(self.model):
@@ -99,13 +105,11 @@ class NativeGradReduction:
             # FSDP uses a sum right away if it adds it to the gradient of an earlier micro-step, or sums over replicas.
             # In all other cases, the sum may be completed late.
             is_used_right_away = micro_step > 0 or self.plan.replicate > 1
-            if self.scatter is not None:
-                self.scatter.late = not is_used_right_away
+            self.in_progress.late = collectives.uses_gloo() and not is_used_right_away
 
-    def after_micro_step(self, micro_step: int, last: bool) -> None:
+    def after_micro_step(self, share: BatchShare, micro_step: int) -> None:
         """Complete the last unit's sum, if it is still in progress."""
-        if self.scatter is not None:
-            self.scatter.settle()
+        self.in_progress.settle()
 
     def finish(self) -> None:
         """Do nothing: backward has completed the sums."""
@@ -124,9 +128,9 @@ class DeterministicGradReduction:
     """Sums along the tree, so that the gradient is the same to the last bit on any number of ranks.
 
     * DDP: a rank computes consecutive micro-batches, and a BinaryCounter adds them. In the last backward, the counter's
-      partial sums are added to each bucket, and then a tree sums the bucket over the ranks.
-    * FSDP: the ranks of a replica compute consecutive micro-batches. In every micro-step, a tree sums over these ranks.
-      A BinaryCounter adds the micro-steps. At the end, a tree sums over the replicas.
+      partial sums are added to each bucket as far as the tree adds them, and a TreeExchange sums over the ranks.
+    * FSDP: the ranks of a replica compute consecutive micro-batches. In every micro-step, the owner of a shard receives
+      the gradients of all ranks, and adds them to a BinaryCounter. At the end, a TreeExchange sums over the replicas.
     """
 
     def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
@@ -135,46 +139,61 @@ class DeterministicGradReduction:
         self.plan = plan
         self.context = context
         self.view = GradientView(model, plan, context)
-        self.scatter = _configure_units(self.view.units, along_tree=True)
-        self.counter = BinaryCounter()  # adds the micro-steps
-        self.partial_sums: list[dict[nn.Parameter, Tensor]] = []  # DDP: the counter's levels, for the last backward
-        self.exchanges: list[tuple[Any, Tensor, Tensor]] = []  # DDP: work, received parts and buffer of each bucket
+        self.in_progress = SumsInProgress()
+        self.scatters: list[GlobalTreeReduceScatter] = []  # FSDP: of each unit
+        if plan.shard > 1:
+            self.scatters = _sum_along_global_tree(self.view.units, self.in_progress)
+        _configure_units(self.view.units)
+        self.counter = BinaryCounter()  # without shards: adds the micro-steps
+        # DDP, for the last backward: sums that are added to the last gradients, and sums that are sent beside them
+        self.added_sums: list[dict[nn.Parameter, Tensor]] = []
+        self.other_sums: list[dict[nn.Parameter, Tensor]] = []
+        self.exchange: TreeExchange | None = None  # of the step that runs
+        self.exchanges: list[tuple[PendingSum, Tensor]] = []  # DDP: the sum and the buffer of each bucket
+        self._exchange_of_plan: dict[BatchPlan, TreeExchange] = {}
         if isinstance(model, DistributedDataParallel):
             # a lambda, because DDP checks the annotations of a hook, and a lambda has none
             model.register_comm_hook(None, lambda _, bucket: self._exchange_bucket(bucket))
 
-    def before_micro_step(self, micro_step: int, last: bool) -> None:
+    def before_micro_step(self, share: BatchShare, micro_step: int) -> None:
         """Tell DDP or FSDP whether this backward is the last; DDP's buckets then need the sums of the earlier ones."""
+        last = share.is_last(micro_step)
+        if last and self.plan.replicate > 1:
+            self.exchange = self._exchange_for(share.plan)
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_backward_grad_sync = last
             if last:
-                self.partial_sums = [dict(zip(self.view.params, level, strict=True)) for level in self.counter.pop()]
+                added = self.counter.pop_completed_by(share.replica_part(micro_step))
+                self.added_sums, self.other_sums = map(self._by_parameter, (added, self.counter.pop_all()))
         elif is_fsdp_module(self.model):
-            # FSDP waits for its own streams only in the "last" backward. The counter reads .grad after every backward,
-            # so each one is marked as the last.
+            # FSDP waits for its own streams only in the "last" backward. `after_micro_step` changes .grad after every
+            # backward, so each one is marked as the last.
             self.model.set_is_last_backward(True)
             self.model.set_requires_all_reduce(last)
             # FSDP never uses a sum right away: .grad is empty before each backward, and `finish` sums over replicas.
-            assert self.scatter is not None, "made for FSDP"
-            self.scatter.late = collectives.uses_gloo()
+            self.in_progress.late = collectives.uses_gloo()
+            for scatter in self.scatters:
+                scatter.begin_micro_step(share.replica_part(micro_step), last)
 
-    def after_micro_step(self, micro_step: int, last: bool) -> None:
+    def after_micro_step(self, share: BatchShare, micro_step: int) -> None:
         """Move the gradients into the counter; after the last micro-step, add the counter's sums to the gradients."""
-        if self.scatter is not None:
-            self.scatter.settle()
-        if not last:
-            self.counter.add(micro_step, self.view.local_grads())
+        self.in_progress.settle()
+        leaf = share.replica_part(micro_step)
+        if not share.is_last(micro_step):
+            if not self.scatters:  # otherwise they have the sums, and .grad is undefined
+                self.counter.add(leaf, self.view.local_grads())
             for param in self.view.params:
                 param.grad = None
-        elif not isinstance(self.model, DistributedDataParallel):  # DDP's buckets already include them
-            for partial_sums in self.counter.pop():
+        elif not self.scatters and not isinstance(self.model, DistributedDataParallel):
+            for partial_sums in self.counter.pop_completed_by(leaf):
                 torch._foreach_add_(self.view.local_grads(), partial_sums)
 
     def finish(self) -> None:
         """Wait for the buckets in flight and sum them (DDP), or sum the replicas (HSDP)."""
         self._sum_exchanged_buckets()
-        if self.view.units and self.plan.replicate > 1:
-            self._sum_replicas()
+        units = [scatter.pop_sums() for scatter in self.scatters if scatter.output is not None]
+        if self.scatters and self.plan.replicate > 1:
+            self._sum_replicas(units)
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of the whole gradient: float64 scalar, the same bits on any number of ranks.
@@ -216,70 +235,89 @@ class DeterministicGradReduction:
         start, stop = shard_rows(rows, self.plan.shard, self.context.shard)
         return [_zeros(squares, start), squares, _zeros(squares, rows - stop)]
 
+    def _exchange_for(self, plan: BatchPlan) -> TreeExchange:
+        """Return the exchange of the replicas' sums in a step with this plan."""
+        if plan not in self._exchange_of_plan:
+            leaves = [plan.micro_batches_of(replica) for replica in range(plan.replicate)]
+            self._exchange_of_plan[plan] = TreeExchange(leaves, self.context.group(REPLICATE))
+        return self._exchange_of_plan[plan]
+
+    def _by_parameter(self, sums: list[list[Tensor]]) -> list[dict[nn.Parameter, Tensor]]:
+        return [dict(zip(self.view.params, tensors, strict=True)) for tensors in sums]
+
     def _exchange_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Add the partial sums to a bucket, then start to send every rank its part of the bucket. This is DDP's hook.
+        """Add partial sums to a bucket, then start to send every rank its part of the bucket. This is DDP's hook.
 
         `finish` waits for the parts, sums them and writes the result into the bucket. The hook returns the bucket to
         DDP before that. The gradients are views of the bucket, so they hold what `finish` writes.
         """
         buffer = bucket.buffer()
-        for sum_of_param in self.partial_sums:
-            torch._foreach_add_(bucket.gradients(), [sum_of_param[param] for param in bucket.parameters()])
-        padding = -len(buffer) % self.plan.replicate
-        padded = torch.nn.functional.pad(buffer, (0, padding)) if padding else buffer
-        parts = torch.empty_like(padded)
-        work = collectives.all_to_all(parts, padded, self.context.group(REPLICATE), wait=False)
-        self.exchanges.append((work, parts, buffer))
+        params = bucket.parameters()
+        for sum_of_param in self.added_sums:
+            torch._foreach_add_(bucket.gradients(), [sum_of_param[param] for param in params])
+        others = [torch.cat([sum_of_param[param].reshape(-1) for param in params]) for sum_of_param in self.other_sums]
+        assert self.exchange is not None, "before_micro_step has run"
+        self.exchanges.append((self.exchange.start([*others, buffer]), buffer))
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
 
     def _sum_exchanged_buckets(self) -> None:
         """Sum this rank's part of each bucket along the tree, gather all parts, and write them into the bucket."""
-        # The buckets include the partial sums by now. Free these, because the gathers need memory.
+        # The messages include the partial sums by now. Free these, because the gathers need memory.
         # measured (2-core x86 VM, 2026-11-25): this saves 10 % of a small step's peak memory
-        self.partial_sums = []
+        self.added_sums, self.other_sums = [], []
         group = self.context.group(REPLICATE)
         gathers = []
-        for work, parts, buffer in self.exchanges:
-            work.wait()
-            part = tree_sum(parts.view(self.plan.replicate, -1))
-            whole = parts  # the parts have been summed, so their memory can be reused for the result
+        for pending, buffer in self.exchanges:
+            part = pending.complete()
+            # the parts have been summed, so their memory can be reused for the result
+            whole = pending.parts[: len(part) * self.plan.replicate]
             gathers.append((collectives.all_gather(whole, part, group, wait=False), whole, buffer))
         for work, whole, buffer in gathers:
             work.wait()
             buffer.copy_(whole[: len(buffer)])
         self.exchanges = []
 
-    def _sum_replicas(self) -> None:
-        """Replace the gradients by their tree sum over the replicas."""
-        group = self.context.group(REPLICATE)
-        for bucket in _buckets(self.view.local_grads()):
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            tree_all_reduce(flat, group)
-            sums = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(sums, bucket, strict=True)])
+    def _sum_replicas(self, units: list[list[Tensor]]) -> None:
+        """Replace the gradients by their tree sum over the replicas. units: the sums of each unit, gradients last."""
+        assert self.exchange is not None, "before_micro_step has run"
+        for bucket in _buckets([sums[-1] for sums in units]):
+            sums_of_bucket, units = units[: len(bucket)], units[len(bucket) :]
+            total = self.exchange.all_reduce([torch.cat(sums) for sums in zip(*sums_of_bucket, strict=True)])
+            torch._foreach_copy_(bucket, list(total.split([len(grads) for grads in bucket])))
 
 
-def _configure_units(units: list[FSDPModule], *, along_tree: bool) -> TreeReduceScatter | None:
+def _configure_units(units: list[FSDPModule]) -> None:
     """Make FSDP sum gradients without dividing: the loss is already divided by the global number of tokens.
 
-    Over gloo, weights are gathered by direct messages. `along_tree`: whether to sum along the tree. Returns what does
-    so; None if FSDP's own collective sums, or without FSDP.
+    Over gloo, weights are gathered by direct messages.
     """
-    if not units:
-        return None
-    from tinytrain_dist.parallel.fsdp_collectives import DirectAllGather, TreeReduceScatter
-
-    scatter = TreeReduceScatter() if along_tree else None
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
-        if scatter is not None:
-            unit.set_custom_reduce_scatter(scatter)
         if collectives.uses_gloo():
+            from tinytrain_dist.parallel.fsdp_collectives import DirectAllGather
+
             unit.set_custom_all_gather(DirectAllGather())
-    return scatter
+
+
+def _sum_along_tree(units: list[FSDPModule], in_progress: SumsInProgress) -> None:
+    """Make FSDP sum the gradients of each micro-step along a tree over the ranks."""
+    for unit in units:
+        from tinytrain_dist.parallel.fsdp_collectives import TreeReduceScatter
+
+        unit.set_custom_reduce_scatter(TreeReduceScatter(in_progress))
+
+
+def _sum_along_global_tree(units: list[FSDPModule], in_progress: SumsInProgress) -> list[GlobalTreeReduceScatter]:
+    """Make FSDP sum gradients along the tree over all micro-batches; return what does so, for each unit."""
+    from tinytrain_dist.parallel.fsdp_collectives import GlobalTreeReduceScatter
+
+    scatters = [GlobalTreeReduceScatter(in_progress) for _ in units]
+    for unit, scatter in zip(units, scatters, strict=True):
+        unit.set_custom_reduce_scatter(scatter)
+    return scatters
 
 
 def _zeros(like: Tensor, length: int) -> Tensor:

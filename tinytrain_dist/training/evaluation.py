@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.token_dataset import TokenDataset
@@ -132,21 +133,25 @@ class Evaluator:
             for batch in range(step.config.eval_steps)
             for index in share.micro_batches
         ]
-        loss_sums = []
+        loss_sums: list[Tensor] = []
+        micro_batch: tuple[Tensor, ...] = ()
         num_bytes = 0
         num_tokens = 0
         vote = None
-        for number, index in enumerate(indices):
-            step.phase_timer.enter("evaluation")
-            if number % plan.accumulation_steps == 0:  # a new batch begins
-                if vote is not None and vote.result():
-                    return None
-                vote = context.start_vote(self.wants_stop())
-            windows = dataset.read(*dataset.draw(0, 0, plan.slots(index), EVAL_STREAM))
-            num_tokens += windows.num_counted
-            if table is not None:
-                num_bytes += bytes_of_targets(table, windows)
-            for micro_batch in split_micro_batches(windows, plan.micro_batch_size, context.device):
+        for _ in range(step.config.eval_steps):
+            if vote is not None and vote.result():
+                return None
+            vote = context.start_vote(self.wants_stop())
+            for micro_step in share.micro_steps:
+                step.phase_timer.enter("evaluation")
+                if share.is_repeated(micro_step):
+                    step.model(*micro_batch)  # the one before it, for FSDP's collectives
+                    continue
+                windows = dataset.read(*dataset.draw(0, 0, plan.slots(indices[len(loss_sums)]), EVAL_STREAM))
+                num_tokens += windows.num_counted
+                if table is not None:
+                    num_bytes += bytes_of_targets(table, windows)
+                (micro_batch,) = split_micro_batches(windows, plan.micro_batch_size, context.device)
                 loss_sums.append(step.model(*micro_batch))
         losses = step.reduction.view.losses(indices, loss_sums, step.config.eval_steps * plan.num_micro_batches)
         return LossSum(float(losses.sum()), num_bytes, num_tokens)

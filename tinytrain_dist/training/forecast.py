@@ -113,7 +113,8 @@ def _forecast_on(
     inside_bytes, across_bytes = sent_bytes(estimate, cluster)
     device = cluster.device
     recomputation = RECOMPUTATION_FACTORS[config.activation_checkpointing]
-    flops_per_rank = flops_per_token * recomputation * plan.tokens_per_step / plan.ranks
+    largest_share = plan.accumulation_steps * plan.micro_batch_size * plan.context_len
+    flops_per_rank = flops_per_token * recomputation * largest_share
     matrix_flops = max(update_work(config, dims.replicate, dims.shard).owned_flops())
     matrix_peak = device.peak_flops("bf16") if cluster.device_type == "cuda" else peak_flops(config, device)
     matrix_seconds = matrix_flops / (matrix_peak * device.reached)

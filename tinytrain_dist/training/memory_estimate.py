@@ -30,6 +30,7 @@ from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
 from tinytrain_dist.model.matmul import simulate_device
 from tinytrain_dist.optim.weight_average import AVERAGE_KEY
+from tinytrain_dist.parallel.tree_reduction import blocks_in
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
 
@@ -124,12 +125,13 @@ class MemoryTracker(NoCommunication):
     def sent_bytes(self, forward_passes: int) -> dict[tuple[int, ...], Counter[str]]:
         """Return the bytes that a step with this many forward passes sends, by ranks of the group and operation.
 
-        A simulation has at most two passes. The first of two represents all passes except the last.
+        The passes of the simulation except its last one represent all passes except the last.
         """
+        simulated = self.forward_passes - 1
         sums: dict[tuple[int, ...], Counter[str]] = {}
         for forward_pass, name, nbytes, ranks in self._messages:
-            repeats = forward_passes - 1 if forward_pass == 1 and self.forward_passes > 1 else 1
-            sums.setdefault(ranks, Counter())[name] += nbytes * repeats
+            repeats = (forward_passes - 1) / simulated if 1 <= forward_pass <= simulated else 1
+            sums.setdefault(ranks, Counter())[name] += round(nbytes * repeats)
         return sums
 
     def peaks(self) -> dict[str, Counter[str]]:
@@ -190,7 +192,10 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
     # With accumulation, two passes are simulated: the first creates gradients, the second adds to them. All later ones
     # need the same memory as the second.
     passes = 2 if plan.accumulation_steps > 1 else 1
-    batch_size = passes * config.batch_size // plan.accumulation_steps
+    num_micro_batches = passes * plan.ranks
+    if config.reproducible:  # a power of two; the simulated rank may then have more passes
+        num_micro_batches = min(1 << (num_micro_batches - 1).bit_length(), plan.num_micro_batches)
+    batch_size = num_micro_batches * plan.micro_batch_size
     simulated = replace(
         config,
         compile=False,
@@ -202,13 +207,20 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
     depths = SIMULATED_DEPTHS if extrapolated else (config.num_layers,)
     trackers = [_simulate_step(replace(simulated, num_layers=depth), context) for depth in depths]
     stages = _extrapolate([tracker.peaks() for tracker in trackers], depths, config.num_layers)
-    if config.reproducible:  # a BinaryCounter keeps one sum for each binary digit of the number of passes
-        kept_sums = max(0, (plan.accumulation_steps - 1).bit_length() - 1)
-        kept_bytes = kept_sums * stages["update"]["gradients"]
+    if config.reproducible:  # a BinaryCounter keeps more sums in the real step
+        kept_sums = max(kept_sums_of(plan, replica) for replica in range(plan.replicate))
+        simulated_sums = kept_sums_of(replace(plan, batch_size=batch_size), replica=0)
+        kept_bytes = max(0, kept_sums - simulated_sums) * stages["update"]["gradients"]
         stages = {stage: kinds + Counter(gradients=kept_bytes) for stage, kinds in stages.items()}
     sent_bytes = [tracker.sent_bytes(plan.accumulation_steps) for tracker in trackers]
     sent = _extrapolate(sent_bytes, depths, config.num_layers)
     return MemoryEstimate(stages, {ranks: dict(operations) for ranks, operations in sent.items()})
+
+
+def kept_sums_of(plan: BatchPlan, replica: int) -> int:
+    """Return how many sums of gradients a rank of a reproducible run keeps beside those of its last micro-step."""
+    before_last = (len(plan.micro_steps_of(replica)) - 1) * plan.shard
+    return len(blocks_in(plan.micro_batches_of(replica)[:before_last]))
 
 
 def _extrapolate(

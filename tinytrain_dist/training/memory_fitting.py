@@ -120,7 +120,8 @@ def _passes_trial(train_step: TrainStep) -> bool:
     Collectives are disabled, so an out-of-memory rank cannot block the others.
     """
     plan, config = train_step.plan, train_step.config
-    last = plan.accumulation_steps - 1
+    share = plan.share(0, 0)
+    last = len(share.micro_steps) - 1
     micro_steps = (0, last) if last else (0,)  # the passes in between need no more memory
     # Attention to documents is left out on a GPU: its kernel takes no more memory than the one without, but works only
     # if it is compiled.
@@ -128,7 +129,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
     windows = empty_windows(replace(config, document_mask=documents), len(micro_steps) * plan.micro_batch_size)
     try:
         with NoCommunication(), torch.compiler.set_stance("force_eager"):
-            train_step.forward_backward(windows, replace(plan.share(0, 0), micro_steps=micro_steps))
+            train_step.forward_backward(windows, replace(share, micro_steps=micro_steps))
             train_step.reduction.finish()
     except torch.OutOfMemoryError:
         return False

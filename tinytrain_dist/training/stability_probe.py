@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.training_windows import Windows
+from tinytrain_dist.distributed.batch_plan import BatchShare
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.torch_internals import without_compiled_calls
 from tinytrain_dist.metrics.step_metrics import due
 from tinytrain_dist.metrics.step_timer import HostCopy
 from tinytrain_dist.model.attention import apply_rotary_pos_emb, largest_score
 from tinytrain_dist.parallel.wrappers import unwrap
+from tinytrain_dist.training.micro_steps import micro_steps
 
 ROW_ELEMENTS = 1 << 24  # of the embedding, whose squares exist at once
 
@@ -28,29 +29,28 @@ ROW_ELEMENTS = 1 << 24  # of the embedding, whose squares exist at once
 class StabilityProbe:
     """Measures the model of a run before the steps at which this is due."""
 
-    def __init__(self, config: TrainingConfig, model: nn.Module, device: torch.device, micro_batch_size: int) -> None:
+    def __init__(self, config: TrainingConfig, model: nn.Module, device: torch.device) -> None:
         """Prepare to measure. model: a TransformerLM in its wrappers."""
         self.every = config.stability_every
         self.model = model
         self.device = device
-        self.micro_batch_size = micro_batch_size
         transformer: Any = unwrap(model)
         self.blocks: list[Any] = list(transformer.model.layers)
         self.embedding: Tensor = transformer.model.embed_tokens.weight  # sharded, if FSDP shards it
 
     @torch.no_grad()
-    def measure(self, step: int, windows: Windows) -> HostCopy | None:
+    def measure(self, step: int, windows: Windows, share: BatchShare) -> HostCopy | None:
         """Return the numbers of this rank for step `step`, as `stability_groups` takes them; None if they are not due.
 
-        windows: those of this rank. A collective, as the forward passes are. Does not wait for the device.
+        windows: those of this rank's share. A collective, as the forward passes are. Does not wait for the device.
         """
         if self.every is None or not due(step, self.every):
             return None
         numbers = [largest_row_norm(local_tensor(self.embedding))]
         with without_compiled_calls(self.blocks):
-            for micro_batch in split_micro_batches(windows, self.micro_batch_size, self.device):
+            for _, counts, micro_batch in micro_steps(share, windows, self.device):
                 measured, elements = self._forward(micro_batch)
-                numbers += measured
+                numbers += measured if counts else []
         head = torch.full((1,), float(elements), dtype=torch.float64, device=self.device)
         return HostCopy(torch.cat([numbers[0].view(1), head, torch.stack(numbers[1:])]))
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.data.batches import split_micro_batches
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlans, BatchShare
 from tinytrain_dist.distributed.context import DistributedContext
@@ -27,6 +26,7 @@ from tinytrain_dist.optim.step_settings import apply_step_settings
 from tinytrain_dist.parallel.grad_reduction import GradReduction, build_grad_reduction
 from tinytrain_dist.parallel.parallelize import build_model
 from tinytrain_dist.parallel.wrappers import modules_without_collectives, unwrap
+from tinytrain_dist.training.micro_steps import micro_steps
 from tinytrain_dist.training.source_sums import SourceSums
 from tinytrain_dist.training.stability_probe import StabilityProbe
 from tinytrain_dist.training.step_filter import StepFilter, build_step_filter
@@ -72,7 +72,7 @@ class TrainStep:
         transformer: Any = unwrap(model)
         self._row_losses: list[Tensor] = transformer.lm_head.row_losses
         self._z_losses: list[Tensor] = transformer.lm_head.z_losses
-        self.stability = StabilityProbe(config, model, context.device, plans.whole.micro_batch_size)
+        self.stability = StabilityProbe(config, model, context.device)
         num_sources = len(config.train_files)
         self._source_sums = SourceSums(num_sources, context.device) if num_sources > 1 else None
 
@@ -92,7 +92,7 @@ class TrainStep:
         data_wait = time.perf_counter() - waiting_since
 
         self.phase_timer.enter("forward_backward")
-        stability = self.stability.measure(step + 1, windows)
+        stability = self.stability.measure(step + 1, windows, self.share(step))
         loss_sums, tokens = self.forward_backward(windows, self.share(step))
 
         self.phase_timer.enter("reduction")
@@ -124,24 +124,30 @@ class TrainStep:
     def forward_backward(self, windows: Windows, share: BatchShare) -> tuple[list[Tensor], TokenCount]:
         """Run forward and backward for micro-batches; return their summed losses, and the tokens of the global batch.
 
-        windows: micro_batch_size for each micro-step of the share. A collective.
+        windows: micro_batch_size for each micro-batch of the share. A collective.
         """
-        plan = share.plan
         loss_sums = []
         for kept in (self._row_losses, self._z_losses):
             kept.clear()  # those of an evaluation before this step
         self.forward_timer.take()  # so are these marks
-        tokens = TokenCount(windows, self.config, plan, self.context)
-        micro_batches = split_micro_batches(windows, plan.micro_batch_size, self.context.device)
-        for micro_step, micro_batch in zip(share.micro_steps, micro_batches, strict=True):
-            last = plan.is_last(micro_step)
-            self.reduction.before_micro_step(micro_step, last)
-            loss_sum = self.model(*micro_batch)
-            # the gradients of all micro-batches are summed, so each is divided by the token count of the global batch
-            (loss_sum / tokens.value).backward()
-            self.reduction.after_micro_step(micro_step, last)
-            loss_sums.append(loss_sum.detach())
+        tokens = TokenCount(windows, self.config, share.plan, self.context)
+        for micro_step, counts, micro_batch in micro_steps(share, windows, self.context.device):
+            self.reduction.before_micro_step(share, micro_step)
+            if counts:
+                loss_sum = self.model(*micro_batch)
+                # the gradients of all micro-batches are summed, so each is divided by the tokens of the global batch
+                (loss_sum / tokens.value).backward()
+                loss_sums.append(loss_sum.detach())
+            else:
+                self._run_without_effect(micro_batch)
+            self.reduction.after_micro_step(share, micro_step)
         return loss_sums, tokens
+
+    def _run_without_effect(self, micro_batch: tuple[Tensor, ...]) -> None:
+        """Run forward and backward with gradients of zero, for FSDP's collectives."""
+        row_losses, z_losses = list(self._row_losses), list(self._z_losses)
+        (self.model(*micro_batch) * 0).backward()
+        self._row_losses[:], self._z_losses[:] = row_losses, z_losses
 
     def probe(self, step: int, windows: Windows) -> tuple[float, float]:
         """Return loss and gradient norm of the present weights over `windows`, and change nothing. A collective.

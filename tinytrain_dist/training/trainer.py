@@ -115,7 +115,8 @@ class Trainer:
         config = self.config
         if self.step and due(self.step, config.eval_every) and self.record.get("eval_step") != self.step:
             self.evaluate()  # the run was stopped before this evaluation
-        windows_per_step = self.train_step.plan.batch_size // self.train_step.plan.ranks
+        plan = self.train_step.plan
+        windows_per_step = plan.accumulation_steps * plan.micro_batch_size
         depth = read_ahead_depth(self.data.train.window_bytes * windows_per_step)
         self.batches = Prefetcher(self._read_rows, self.step, depth, last_step=config.last_step)
         try:
