@@ -11,7 +11,7 @@ import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -77,11 +77,14 @@ class HostBuffers:
     Each kind of state has one flat buffer, and the rows of its shards are views of it.
     """
 
-    def __init__(self, shards: ShardsByKind, stream: CopyStream | None = None) -> None:
+    def __init__(self, shards: ShardsByKind, stream: CopyStream | None = None, memory: Tensor | None = None) -> None:
         """`shards`: what to copy each time. The first copy allocates the memory.
 
-        stream: for shards on a GPU; None for shards on the CPU.
+        stream: for shards on a GPU; None for shards on the CPU. memory: uint8 memory to use instead, for shards of one
+        kind only, as large as `buffer_bytes` says.
         """
+        assert memory is None or len(shards) == 1, "memory holds one kind"
+        self._memory = memory
         self._sources = [shard.rows_to_save for shards_of_kind in shards.values() for shard in shards_of_kind]
         self._stream = stream
         self._shards = shards  # after the first copy: the same shards, with rows_to_save in the buffers
@@ -94,8 +97,7 @@ class HostBuffers:
         Returns the shards with `rows_to_save` in host memory, and an event to wait for before reading them (None
         without a stream). The next call overwrites them.
         """
-        if not self._copied:
-            self._allocate()
+        self.allocate()
         if self._stream is None:
             torch._foreach_copy_(self._copied, self._sources)
         else:
@@ -110,7 +112,10 @@ class HostBuffers:
             self._stream.hold_compute(self._unfinished)
             self._unfinished = None
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Allocate the memory if that was not done. Errors: CheckpointError if a GPU's driver refuses to pin it."""
+        if self._copied:
+            return
         self._shards = {kind: self._with_buffer(shards_of_kind) for kind, shards_of_kind in self._shards.items()}
         self._copied = [shard.rows_to_save for shards_of_kind in self._shards.values() for shard in shards_of_kind]
 
@@ -118,10 +123,14 @@ class HostBuffers:
         """Return shards whose `rows_to_save` are views of one new buffer."""
         sizes = [shard.rows_to_save.nbytes for shard in shards]
         padded_sizes = [size + -size % ALIGNMENT for size in sizes]
-        if self._stream is None or not sum(padded_sizes):  # a driver refuses to pin nothing
-            memory = torch.empty(sum(padded_sizes), dtype=torch.uint8)
-        else:
+        pinned = self._stream is not None and sum(padded_sizes) > 0  # a driver refuses to pin nothing
+        if self._memory is not None:
+            memory = self._memory
+        elif pinned:
             memory = _whole_pages(sum(padded_sizes))
+        else:
+            memory = torch.empty(sum(padded_sizes), dtype=torch.uint8)
+        if pinned and self._stream is not None:
             weakref.finalize(self, self._stream.pin(memory)).atexit = False  # the end of the process unlocks it too
         placed = []
         start = 0
@@ -130,6 +139,11 @@ class HostBuffers:
             placed.append(replace(shard, rows_to_save=memory[start : start + size].view(rows.dtype).view(rows.shape)))
             start += padded_size
         return placed
+
+
+def buffer_bytes(shards: Iterable[TensorShard]) -> int:
+    """Return the size of the buffer that holds the rows to save of shards of one kind."""
+    return sum(size + -size % ALIGNMENT for size in (shard.rows_to_save.nbytes for shard in shards))
 
 
 def _whole_pages(nbytes: int) -> Tensor:

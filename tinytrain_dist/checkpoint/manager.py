@@ -117,7 +117,7 @@ class CheckpointManager:
         beside_training = self.config.ckpt_async and not (last and self.context.device.type == "cpu")
         comparison = ReplicaComparison(self.all_shards, beside_training, self.context)
         shards, copy_event = self.buffers.copy() if beside_training else (self.shards, None)
-        state = self._trainer_state(step, record)
+        state = self.trainer_state(step, record)
 
         def work(manifest: Manifest) -> None:
             if copy_event is not None:
@@ -134,7 +134,7 @@ class CheckpointManager:
             save.join()
         return save
 
-    def _trainer_state(self, step: int, record: dict[str, Any]) -> dict[str, Any]:
+    def trainer_state(self, step: int, record: dict[str, Any]) -> dict[str, Any]:
         """Return the content of trainer_state.json."""
         return {
             "step": step,

@@ -84,7 +84,7 @@ def write_checkpoint(
             write_index(temporary, kind, specs[kind], max_shard_bytes, manifest)
         for name, data in (extra_files or {}).items():
             write_file(temporary, name, data, manifest)
-        write_json_file(temporary, TRAINER_STATE_FILE, _exact_optimizer_values(state), manifest)
+        write_json_file(temporary, TRAINER_STATE_FILE, exact_optimizer_values(state), manifest)
         permit()
         commit_folder(temporary, path, manifest)
 
@@ -100,7 +100,7 @@ def write_checkpoint(
         raise
 
 
-def _exact_optimizer_values(state: dict[str, Any]) -> dict[str, Any]:
+def exact_optimizer_values(state: dict[str, Any]) -> dict[str, Any]:
     """Return the state with numbers of the optimizer that are not finite as texts: JSON would lose them."""
     return {**state, "optimizer": spell_nonfinite(state["optimizer"])} if "optimizer" in state else state
 

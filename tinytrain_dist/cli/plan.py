@@ -15,6 +15,7 @@ import tyro
 from torch import nn
 
 from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_files
+from tinytrain_dist.checkpoint.snapshots.placement import Place, Placement
 from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
@@ -167,7 +168,7 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
     print(_orthogonalization(planned), end="")
     if steps[0] is not None:
         print(_timeline(steps[0]))
-    print(_disk(config, model))
+    print(_disk(config, model, planned, cluster))
     print(_mode_table([planned, *others], steps, cluster))
     return 0 if planned.fits else 1
 
@@ -242,8 +243,8 @@ def _orthogonalization(planned: Forecast) -> str:
     )
 
 
-def _disk(config: TrainingConfig, model: nn.Module) -> str:
-    """Format the size of a checkpoint, and of all checkpoints that are kept at the same time."""
+def _disk(config: TrainingConfig, model: nn.Module, planned: Forecast, cluster: Cluster) -> str:
+    """Format the size of a checkpoint, and of all checkpoints and snapshots that are kept at the same time."""
     shards, _ = collect_shards(model, build_optimizer(model, config), config.max_shard_bytes)
     specs_by_kind = [
         [TensorSpec(shard.name, shard.shape, shard.dtype) for shard in shards_of_kind]
@@ -260,6 +261,20 @@ def _disk(config: TrainingConfig, model: nn.Module) -> str:
     return (
         f"a checkpoint is {_gb(checkpoint_bytes)} in {num_files} tensor file(s); "
         f"the run keeps at most {num_kept} ({kept}) = {_gb(num_kept * checkpoint_bytes)} on disk\n"
+        f"{_snapshots(config, planned, cluster, checkpoint_bytes)}"
+    )
+
+
+def _snapshots(config: TrainingConfig, planned: Forecast, cluster: Cluster, state_bytes: int) -> str:
+    """Format the shared memory for snapshots, which runs take whose ranks may be restarted."""
+    if config.snapshot_every == 0:
+        return ""
+    num_shards = planned.parallel_dims.shard
+    ranks = range(cluster.num_devices)
+    places = [Place(str(rank // cluster.per_node), "", rank % num_shards) for rank in ranks]
+    node_bytes = state_bytes * Placement(places, 0).shards_per_node() / num_shards
+    return (
+        f"snapshots for --max-restarts take 2 x {_gb(node_bytes)} = {_gb(2 * node_bytes)} of shared memory per node\n"
     )
 
 

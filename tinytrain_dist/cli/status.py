@@ -32,6 +32,7 @@ from tinytrain_dist.config.run_folder import (
     read_copies_record,
     read_records,
     read_settings,
+    read_snapshots_record,
 )
 from tinytrain_dist.reliability.heartbeats import (
     HEARTBEAT_SECONDS,
@@ -44,6 +45,7 @@ from tinytrain_dist.reliability.restart_history import Change, describe_changes,
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.processes import process_start_time
+from tinytrain_dist.utils.stale_files import disk_bytes
 from tinytrain_dist.utils.text import format_age, format_bytes
 
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS  # a shared file system may show a change this late
@@ -68,6 +70,7 @@ class Status:
     last_sign: float  # time of the last heartbeat or record (alive: now; 0: there is none)
     copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # see read_copies_record
     changes: list[Change] = dataclasses.field(default_factory=list)  # of the nodes of an elastic run
+    snapshots: dict[str, Any] = dataclasses.field(default_factory=dict)  # see read_snapshots_record
 
     def last(self, name: str) -> float | None:
         """Return a value from the newest record that has it; None if no record has it."""
@@ -132,6 +135,7 @@ def read_status(run: RunFolder, now: float | None = None, records: list[Record] 
         last_sign=now if state == "running" else last_sign,
         copies=read_copies_record(run.folder),
         changes=read_changes(run.folder),
+        snapshots=read_snapshots_record(run.folder),
     )
 
 
@@ -210,6 +214,7 @@ def lines_of(status: Status) -> dict[str, str]:
         "state": status.state + (f": {status.reason}" if status.reason else ""),
         "progress": f"step {status.step} of {status.last_step or '?'}{share}{left}",
         "checkpoint": _describe_checkpoint(status),
+        "snapshot": _describe_snapshot(status),
         "copies": _describe_copies(status),
         "loss": _describe_losses(status),
         "speed": _describe_speed(status),
@@ -230,6 +235,27 @@ def _describe_checkpoint(status: Status) -> str:
     age = format_age(status.now - status.checkpoint.stat().st_mtime)
     steps_ago = status.step - checkpoint_step(status.checkpoint)
     return f"{status.checkpoint.name}, {age} old" + (f", {steps_ago} step(s) ago" if steps_ago > 0 else "")
+
+
+def _describe_snapshot(status: Status) -> str:
+    """Return the newest snapshot in memory; after the run has died, what it has left in the memory of this machine."""
+    nodes = status.snapshots.get("nodes", [])
+    if not nodes:
+        return ""
+    if not status.alive:
+        left = [node["folder"] for node in nodes if node["host"] == socket.gethostname()]
+        left = [folder for folder in left if Path(folder).is_dir()]
+        size = format_bytes(sum(disk_bytes(Path(folder)) for folder in left))
+        return f"{size} of memory left in {', '.join(left)}; the next start on this machine frees it" if left else ""
+    size = format_bytes(max(node["bytes"] for node in nodes))
+    record = status.snapshots
+    if "step" not in record:
+        return f"none yet, {size} per node"
+    steps_ago = status.step - record["step"]
+    return (
+        f"step {record['step']}, {format_age(status.now - record['time'])} old, {steps_ago} step(s) ago; training "
+        f"waited {record['stall_seconds']:.2g} s for it; {size} per node"
+    )
 
 
 def _describe_copies(status: Status) -> str:

@@ -60,6 +60,19 @@ VARIABLES = (
         ("tinytrain_dist/reliability/world.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_SNAPSHOTS",
+        "Folder in the shared memory of a node in which the ranks keep snapshots. The agent makes it if it may restart "
+        "the ranks, and deletes it when it ends.",
+        ("tinytrain_dist/launch/snapshot_folder.py",),
+        ("tinytrain_dist/checkpoint/snapshots/keeper.py",),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_SHARED_MEMORY",
+        "Folder in memory in which the agent makes the folder for snapshots (default: /dev/shm).",
+        ("user",),
+        ("tinytrain_dist/launch/snapshot_folder.py",),
+    ),
+    EnvironmentVariable(
         "TINYTRAIN_LISTENER",
         "File descriptor of a socket that listens on the port of the rendezvous. The program that starts the ranks has "
         "bound the port and then becomes the agent, or the rank, that serves there.",

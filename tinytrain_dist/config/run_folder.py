@@ -11,6 +11,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       branch.json                        the run and the step that `tinytrain branch` started this run from
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       restarts.jsonl                     why nodes of an elastic run came and went, and the time that each change took
+      snapshots.json                     the launch whose snapshots in shared memory may be used, and the newest one
       copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
@@ -66,6 +67,7 @@ LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
 COPIES_FILE = "copies.json"
 RESTARTS_FILE = "restarts.jsonl"
+SNAPSHOTS_FILE = "snapshots.json"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -95,6 +97,7 @@ STEP_FOLDER = re.compile(r".+-(\d{8,})(\..+)?")  # PREFIX-00001000, optionally w
 # A folder with any of these is a run.
 RUN_FILES = (CONFIG_FILE, STATE_FILE, ENVIRONMENT_FILE, LOGS_FOLDER, CHECKPOINTS_FOLDER)
 Record = dict[str, Any]
+NODE_VALUES = {"host": str, "folder": str, "bytes": int}  # of each node in snapshots.json
 # the values of records that are read again
 RECORDED_NUMBERS = {"time", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds"}
 
@@ -181,6 +184,23 @@ def read_copies_record(run: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in expected.items()):
         return {}
     return record
+
+
+def read_snapshots_record(run: Path) -> dict[str, Any]:
+    """Return what snapshots.json says, with values of the expected types; {} if the run takes no snapshots.
+
+    The newest snapshot is left out as long as there is none.
+    """
+    try:
+        record = parse_json(read_bytes(run / SNAPSHOTS_FILE))
+        nodes = record["nodes"]
+        known = all(isinstance(node[key], kind) for node in nodes for key, kind in NODE_VALUES.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if not isinstance(nodes, list) or not known:
+        return {}
+    newest = {name: record.get(name) for name in ("step", "time", "stall_seconds")}
+    return {"nodes": nodes} | (newest if all(map(is_number, newest.values())) else {})
 
 
 def _is_path(value: Any) -> bool:

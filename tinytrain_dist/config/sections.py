@@ -283,6 +283,9 @@ class CheckpointSettings:
     ckpt_writers: int | None = _setting(
         "checkpoint", None, "number of ranks that write files of a checkpoint at the same time (None: one on each node)"
     )
+    snapshot_every: int | None = _setting(
+        "checkpoint", None, "steps between snapshots in memory for restarts of ranks (None: about every 30 s; 0: off)"
+    )
     save_limit: float = _setting(
         "checkpoint", 3600.0, "abort as hung if a step waits longer than this many seconds for a save (0: never)"
     )

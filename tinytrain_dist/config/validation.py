@@ -64,7 +64,8 @@ POSITIVE_AND_FINITE = tuple(
     "logit_soft_cap".split()
 )
 NOT_NEGATIVE = tuple(
-    "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens copies_end_limit".split()
+    "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens copies_end_limit "
+    "snapshot_every".split()
 )
 
 

@@ -161,12 +161,13 @@ class DistributedContext:
         """Block until every rank has called this."""
         self.all_gather_object(None)
 
-    def start_vote(self, flag: bool) -> Vote:
+    def start_vote(self, flag: bool, *others: bool) -> Vote:
         """Start a vote on whether `flag` is True on any rank. A collective; does not block, see `Vote`.
 
-        The vote runs on the CPU in the background, so that no rank waits for its device.
+        The vote runs on the CPU in the background, so that no rank waits for its device. others: further questions that
+        this vote decides with the same message; as many on every rank.
         """
-        ballot = torch.tensor([int(flag)], dtype=torch.int32)
+        ballot = torch.tensor([int(flag), *map(int, others)], dtype=torch.int32)
         return Vote(ballot, dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True))
 
     def start_sum(self, number: int) -> Sum:
@@ -187,7 +188,7 @@ class DistributedContext:
 class Vote:
     """A vote that `DistributedContext.start_vote` has started.
 
-    * `ballot`: int32 [1]. It holds this rank's flag, and after the vote the maximum over all ranks.
+    * `ballot`: int32 [n]. It holds this rank's flags, and after the vote the maxima over all ranks.
     * `work`: the handle of the all-reduce.
     """
 
@@ -196,8 +197,12 @@ class Vote:
 
     def result(self) -> bool:
         """Return whether the flag is True on any rank. Blocks; by the next step the answer has usually arrived."""
+        return self.results()[0]
+
+    def results(self) -> list[bool]:
+        """Return for each flag whether it is True on any rank. Blocks as `result` does."""
         self.work.wait()
-        return bool(self.ballot.item())
+        return [bool(flag) for flag in self.ballot.tolist()]
 
 
 @dataclass

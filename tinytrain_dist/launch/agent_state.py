@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tinytrain_dist.launch.snapshot_folder import remove_snapshot_folder
+
 TASKS = Path("/proc/self/task")
 MISTAKE = 2  # exit code of a program that was started in a wrong way, as usual for command lines
 
@@ -90,4 +92,5 @@ def exit_now(code: int) -> NoReturn:
     """End this process wherever it is, and leave no folder behind."""
     if agent.scratch:
         shutil.rmtree(agent.scratch, ignore_errors=True)
+    remove_snapshot_folder()
     os._exit(code)

@@ -41,6 +41,7 @@ from tinytrain_dist.launch.hanging_starts import begin_to_stop_hanging_starts
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.rank_deaths import first_cause, report_first_death, reported_failure
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
+from tinytrain_dist.launch.snapshot_folder import snapshot_folder
 from tinytrain_dist.launch.torchrun_options import address_arguments, node_range, parse_torchrun_options
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored, unblock_stop_signals
 from tinytrain_dist.utils.current_folder import current_folder_problem
@@ -89,7 +90,7 @@ def main(args: list[str]) -> int:
         logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
     if removed := remove_leftovers(Path(tempfile.gettempdir())):
         print(describe_leftovers(removed), file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as scratch, snapshot_folder(config, options):
         agent.scratch = scratch
         tempfile.tempdir = scratch  # torchrun leaves its temporary folders behind; here they are removed
         folder_note = Path(scratch) / "run"

@@ -180,6 +180,7 @@ class StepMetrics:
         self.useful_seconds = 0.0  # in steps that were not skipped, since the start of this process
         self._interval = Interval()
         self._unread: StepResult | None = None
+        self._other_votes: list[bool] = []  # see take_other_votes
         self._fingerprints: Fingerprints | None = None
 
     def take(self, result: StepResult) -> None:
@@ -218,7 +219,16 @@ class StepMetrics:
         if due(result.step, self.config.log_every) and result.left_out is None:
             self._compare_replicas()
             self._log(result, loss, norm)
-        self.stopping = self.stopping or result.vote.result()
+        stops, *self._other_votes = result.vote.results()
+        self.stopping = self.stopping or stops
+
+    def take_other_votes(self) -> list[bool]:
+        """Return what the newest vote that was read has decided besides the stop; [] if it was returned before.
+
+        The same on all ranks, if they call this at the same places.
+        """
+        votes, self._other_votes = self._other_votes, []
+        return votes
 
     @property
     def skipped(self) -> int:

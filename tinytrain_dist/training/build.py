@@ -19,6 +19,7 @@ from tinytrain_dist.checkpoint.copies.start import begin_copies, finish_copies_s
 from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
+from tinytrain_dist.checkpoint.snapshots.keeper import SnapshotKeeper, build_keeper
 from tinytrain_dist.checkpoint.state_collection import model_tensors
 from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
@@ -27,6 +28,8 @@ from tinytrain_dist.config.run_folder import (
     ENVIRONMENT_FILE,
     LOGS_FOLDER,
     PROFILE_FOLDER,
+    SNAPSHOTS_FILE,
+    checkpoint_step,
     heartbeat_folder,
 )
 from tinytrain_dist.config.schema import TrainingConfig
@@ -68,6 +71,7 @@ from tinytrain_dist.training.recovery import Recovery
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.run_length import with_length
 from tinytrain_dist.training.run_saver import RunSaver
+from tinytrain_dist.training.run_snapshots import RunSnapshots
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 from tinytrain_dist.training.trainer import Trainer
@@ -85,12 +89,15 @@ class Start:
     record: dict[str, Any] = field(default_factory=dict)  # of the run so far, see EarlyStopping and LossLevel
     saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
     source: Path | None = None  # the loaded checkpoint
+    from_snapshot: bool = False  # the state comes from shared memory; then there is no source
     downloaded: str = ""  # the URL of the copy that it was downloaded from, if it was
     changed_settings: list[str] = field(default_factory=list)
     forgotten: str = ""  # a sentence about evaluations that no longer count, if there are any
     previous_failure: str = ""  # why the previous run in this folder failed; "" if it did not
     lock: RunLock | None = None
     recovery: Recovery | None = None  # of an elastic run, on the main rank
+    snapshots: SnapshotKeeper | None = None
+    snapshot_note: str = ""  # why none are taken although a setting asks for them
 
 
 def build_trainer(
@@ -126,10 +133,11 @@ def build_trainer(
 
     phase_timer.enter("load")
     start = _load(config, context, checkpoints, train_step, phase_timer)
+    _begin_snapshots(start, config, context)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
-    notes = [*_plan_lines(train_step, fitting_notes), precision_note, length_note, compile_note, *warnings]
-    log.say("\n".join(filter(None, notes)))
+    notes = [precision_note, length_note, compile_note, start.snapshot_note, *warnings]
+    log.say("\n".join(filter(None, [*_plan_lines(train_step, fitting_notes), *notes])))
     _log_start(log, start, environment, train_step)
     _check_ranks(train_step, data, start.step)
 
@@ -137,16 +145,15 @@ def build_trainer(
     metrics = _step_metrics(train_step, data, log, start)
     log.wait_for_trackers()
     assert start.lock is not None, "_load has taken it"
-    training_since = PROCESS_START + start.lock.waited_seconds  # time_limit is for training, not for the lock
-    stop_requests = StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
     return Trainer(
         train_step=train_step,
         data=data,
         sampler=sampler,
         metrics=metrics,
         saver=RunSaver(checkpoints, log, phase_timer, start.saved_step),
+        snapshots=RunSnapshots(start.snapshots, config.snapshot_every, metrics, log, phase_timer),
         log=log,
-        stop_requests=stop_requests,
+        stop_requests=_stop_requests(config, context, start.lock),
         lock=start.lock,
         profiler=_profiler(config, context, phase_timer, log),
         step=start.step,
@@ -184,26 +191,51 @@ def _load(
     automatic = config.resume_from == "auto" or is_url(config.resume_from)
     loaded = None if automatic else resume()  # before the folder is made, in case the path is wrong
     start = _claim_run_folder(config, context, checkpoints)
+    start.snapshots, start.snapshot_note = build_keeper(config, context, checkpoints)
+    saved_step = _newest_step(checkpoints, loaded)
+    restored = start.snapshots.restore(saved_step) if start.snapshots else None
     folder = checkpoints.checkpoint_folder
     copies = begin_copies(config, context, folder, lambda: phase_timer.enter("load"))
     start.downloaded = copies.downloaded
-    loaded = resume() if automatic else loaded
+    if automatic and not restored:
+        loaded = resume()
+        if start.snapshots and loaded and loaded[1]["step"] < saved_step:  # the newest checkpoint is damaged
+            restored = start.snapshots.restore(loaded[1]["step"])
     checkpoints.copier = finish_copies_start(config, context, folder, copies)
+    if restored:
+        loaded = None, *restored
     if loaded:
         start.source, state, start.changed_settings = loaded
+        start.from_snapshot = restored is not None
         start.step, start.record = state["step"], state.get("report", {})
         if state.get("data") != checkpoints.data:
             forget_level(start.record)
         train_step.step_filter.load(start.record)
         start.forgotten = forget_evaluations(start.record, changed_evaluation_settings(state, config))
-        if start.source == checkpoints.folder(start.step):
-            start.saved_step = start.step
+        if start.source == checkpoints.folder(start.step) or restored:
+            start.saved_step = min(start.step, saved_step)
     elif config.init_from:
         source = Path(config.init_from)
         part, parts = context.rank, context.world_size
         run_on_all_ranks(lambda: init_from_hf_folder(source, train_step.model, config, part=part, parts=parts))
         train_step.optimizer.average.restart()
     return start
+
+
+def _newest_step(checkpoints: CheckpointManager, loaded: Any) -> int:
+    """Return the step of the newest checkpoint of this run or of the one that was loaded; -1 without any."""
+    steps = [checkpoint_step(path) for path in checkpoints.committed()] + ([loaded[1]["step"]] if loaded else [])
+    newest: int = checkpoints.context.broadcast_object(max(steps, default=-1))
+    return newest
+
+
+def _begin_snapshots(start: Start, config: TrainingConfig, context: DistributedContext) -> None:
+    """Reserve the memory of snapshots. A collective. Errors: CheckpointError if it is too small, see `begin`."""
+    problem = start.snapshots.begin() if start.snapshots is not None else ""
+    if problem:
+        start.snapshots, start.snapshot_note = None, f"no snapshots are taken: {problem}"
+    if start.snapshots is None and context.is_main:
+        (Path(config.target_dir) / SNAPSHOTS_FILE).unlink(missing_ok=True)  # of an earlier launch
 
 
 def _claim_run_folder(config: TrainingConfig, context: DistributedContext, checkpoints: CheckpointManager) -> Start:
@@ -293,6 +325,8 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
         forgotten = f"; {start.forgotten}" if start.forgotten else ""
         origin = f", which was downloaded from {start.downloaded}" if start.downloaded else ""
         log.event(step, "resumed", f"resumed from {start.source}{origin}{changes}{forgotten}")
+    if start.from_snapshot:
+        log.event(step, "resumed", f"resumed from the snapshot of step {step} in memory")
     if start.previous_failure:
         log.event(step, "restarted", f"restarted, because {start.previous_failure}")
 
@@ -312,6 +346,11 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     probability = len(drawn) ** 2 * data.train.collision_probability ** len(own_slots)
     if len(set(drawn)) < len(drawn) and probability < 1e-9:
         raise TrainingError(f"two ranks draw the same windows at step {step}: {drawn[:2]}")
+
+
+def _stop_requests(config: TrainingConfig, context: DistributedContext, lock: RunLock) -> StopRequests:
+    training_since = PROCESS_START + lock.waited_seconds  # time_limit is for training, not for the lock
+    return StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
 
 
 def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Start) -> StepMetrics:

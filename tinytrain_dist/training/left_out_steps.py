@@ -25,12 +25,12 @@ class StepRunner:
         self.train_step = train_step
         self.left_out = train_step.config.left_out_steps
 
-    def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
+    def run(self, step: int, batches: Batches, wants_stop: bool = False, *votes: bool) -> StepResult:
         """Run step `step` + 1, or leave it out; see `TrainStep.run`. A collective."""
         for left_out in self.left_out:
             if step + 1 in left_out:
-                return self._leave_out(step, batches, wants_stop, left_out)
-        return self.train_step.run(step, batches, wants_stop)
+                return self._leave_out(step, batches, (wants_stop, *votes), left_out)
+        return self.train_step.run(step, batches, wants_stop, *votes)
 
     def first_computed(self, step: int) -> int:
         """Return the first step from `step` on that is not left out."""
@@ -38,7 +38,7 @@ class StepRunner:
             step = left_out.stop if step in left_out else step
         return step
 
-    def _leave_out(self, step: int, batches: Batches, wants_stop: bool, left_out: range) -> StepResult:
+    def _leave_out(self, step: int, batches: Batches, votes: tuple[bool, ...], left_out: range) -> StepResult:
         """Take the batch of a step, and do nothing with it. The ranks vote on a stop as in every step."""
         phase_timer = self.train_step.phase_timer
         phase_timer.enter("data", step)
@@ -49,7 +49,7 @@ class StepRunner:
             lr=learning_rate(self.train_step.config, step),
             numbers=HostCopy(torch.tensor([math.nan, math.nan, 1.0], dtype=torch.float64)),
             micro_batch_losses=torch.zeros(0),
-            vote=self.train_step.context.start_vote(wants_stop),
+            vote=self.train_step.context.start_vote(*votes),
             data_wait=0.0,
             forward=[],
             phases=phase_timer.take(),

@@ -80,11 +80,11 @@ class TrainStep:
         """Return what this rank computes of the global batch after `step` steps."""
         return self.plans.at(step).share(self.context.replica, self.context.shard)
 
-    def run(self, step: int, batches: Batches, wants_stop: bool = False) -> StepResult:
+    def run(self, step: int, batches: Batches, wants_stop: bool = False, *votes: bool) -> StepResult:
         """Run step `step` + 1 over the global batch, and return its result. A collective.
 
-        Does not wait for the device. wants_stop: this rank's vote on whether the run stops after this step. A step
-        that `step_filter` skips changes neither weights nor optimizer state.
+        Does not wait for the device. wants_stop: this rank's vote on whether the run stops after this step.
+        votes: on other questions, see `DistributedContext.start_vote`. A step that `step_filter` skips changes nothing.
         """
         self.phase_timer.enter("data", step)
         waiting_since = time.perf_counter()
@@ -111,7 +111,7 @@ class TrainStep:
             lr=lr,
             numbers=HostCopy(torch.cat([torch.stack([loss, norm]), decision])),
             micro_batch_losses=losses,
-            vote=self.context.start_vote(wants_stop),
+            vote=self.context.start_vote(wants_stop, *votes),
             data_wait=data_wait,
             forward=self.forward_timer.take(),
             phases=self.phase_timer.take(),

@@ -37,6 +37,7 @@ from tinytrain_dist.training.left_out_steps import StepRunner
 from tinytrain_dist.training.memory_fitting import memory_report
 from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.run_saver import RunSaver
+from tinytrain_dist.training.run_snapshots import RunSnapshots
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
 
@@ -57,6 +58,7 @@ class Trainer:
         sampler: TextSampler,
         metrics: StepMetrics,
         saver: RunSaver,
+        snapshots: RunSnapshots,
         log: RunLog,
         stop_requests: StopRequests,
         lock: RunLock,
@@ -78,6 +80,7 @@ class Trainer:
         self.metrics = metrics
         self.saver = saver
         self.checkpoints = saver.checkpoints
+        self.snapshots = snapshots
         self.log = log
         self.stop_requests = stop_requests
         self.lock = lock
@@ -134,6 +137,7 @@ class Trainer:
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.early_stopping.is_best(self.step):
                     self.save()
+                self.snapshots.after_step(self.step, self._saved_record)
         except TrainingError:
             self.saver.collect(self.step, wait=True)  # that save is intact, or its error is closer to the cause
             raise
@@ -145,7 +149,7 @@ class Trainer:
     def run_step(self) -> StepResult:
         """Run one optimizer step; log a warning if torch.compile compiled again after the first steps."""
         graphs_before = compiled_graph_count()
-        result = self.runner.run(self.step, self.batches, bool(self.why_stop()))
+        result = self.runner.run(self.step, self.batches, bool(self.why_stop()), *self.snapshots.votes())
         self.step = result.step
         self.progress.set(self.step)
         new_graphs = compiled_graph_count() - graphs_before
@@ -195,7 +199,11 @@ class Trainer:
         sound_step = None if ends_well else self.metrics.level.sound_step
         last = self.finishing or self.step == self.config.last_step
         with self.metrics.watch.paused():
-            self.saver.save(self.step, self.record | self.train_step.step_filter.state(), last, sound_step)
+            self.saver.save(self.step, self._saved_record(), last, sound_step)
+
+    def _saved_record(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps besides tensors and settings. May wait for the device."""
+        return self.record | self.train_step.step_filter.state()
 
     @property
     def stopping(self) -> bool:
@@ -266,6 +274,7 @@ class Trainer:
             else:
                 self.save()
         self.saver.collect(self.step, wait=True, last=True)
+        self.snapshots.close()
 
         reasons = [reason for reason in self.context.all_gather_object(self.stop_reason) if reason]
         reason = reasons[0] if state == "preempted" and reasons else ""

@@ -101,6 +101,16 @@ def describe_leftovers(removed: list[Path]) -> str:
     return f"removed what killed processes had left: {names}"
 
 
+def disk_bytes(folder: Path) -> int:
+    """Return how much room the files below a folder take; what cannot be read counts as nothing."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.lstat().st_blocks * 512
+    return total
+
+
 def _is_left(path: Path, match: re.Match[str]) -> bool:
     """Return whether the owner in the name was a process of this host that has ended, and nobody holds the folder."""
     return match["host"] == _host() and has_ended(int(match["pid"]), match["started"]) and not is_held(path)

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from tinytrain_dist.cli.doctor_checks.report import NOTE, OK, PROBLEM, Finding
 from tinytrain_dist.distributed.network import is_loopback, resolve
+from tinytrain_dist.reliability.host_memory import cgroup_limit_bytes
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 MIN_OPEN_FILES = 4096
 MIN_SCRATCH_BYTES = 1e9
 MIN_SHARED_MEMORY_BYTES = 1e9
-CGROUP = Path("/sys/fs/cgroup")
-UNLIMITED_BYTES = 2**60  # version 1 control groups have a huge number instead of no limit
 SIOCGIFADDR = 0x8915  # request number of ioctl for the address of an interface
 
 
@@ -80,29 +79,6 @@ def describe_memory(host: str) -> Finding:
     if limit_bytes is not None and limit_bytes < total_bytes:
         text += f"; this job may use {limit_bytes / 1e9:.1f} GB"
     return OK, text
-
-
-def cgroup_limit_bytes(memberships: str, root: Path = CGROUP) -> int | None:
-    """Return the bytes that this process's control group and those above it allow; None without a limit.
-
-    memberships: the content of /proc/self/cgroup, with lines "ID:CONTROLLERS:PATH". Version 2 names no controllers.
-    """
-    limits = []
-    for line in memberships.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base = root / "memory" if controllers else root
-        limit_name = "memory.limit_in_bytes" if controllers else "memory.max"
-        group = base / path.strip("/")
-        for folder in (group, *group.parents):
-            limit_file = folder / limit_name
-            text = limit_file.read_text().strip() if limit_file.is_file() else "max"
-            if text.isdecimal() and int(text) < UNLIMITED_BYTES:
-                limits.append(int(text))
-            if folder == base:
-                break
-    return min(limits, default=None)
 
 
 def check_limits(host: str) -> list[Finding]:
