@@ -30,7 +30,7 @@ A configuration is a TOML file. The files in `configs/` are examples. Each setti
 or above all headings. The command line overrides the file. It uses the same names, with dashes or underscores:
 
 ```bash
-tinytrain train configs/quickstart.toml --lr-max 6e-3 --total-steps 300
+tinytrain train configs/quickstart.toml --lr-max 3e-3 --total-steps 300
 ```
 
 An unknown name, a value of the wrong type, a value out of range and a setting without effect are errors. All errors of
