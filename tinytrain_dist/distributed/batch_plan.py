@@ -235,8 +235,8 @@ def _division_problem(config: TrainingConfig, dims: ParallelDims) -> str:
         problem = f"batch_size: {batch_size} is fewer than {ranks} ranks, and each rank needs a sequence"
     elif count < ranks:
         problem = (
-            f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than {ranks} ranks, "
-            "and each rank needs one"
+            f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than {ranks} "
+            "ranks, and each rank needs one"
         )
     else:
         problem = (
