@@ -10,6 +10,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       error.json                         the first cause of a failure; removed when the run is started again
       branch.json                        the run and the step that `tinytrain branch` started this run from
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
+      restarts.jsonl                     why nodes of an elastic run came and went, and the time that each change took
       copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
@@ -64,6 +65,7 @@ BRANCH_FILE = "branch.json"
 LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
 COPIES_FILE = "copies.json"
+RESTARTS_FILE = "restarts.jsonl"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -105,6 +107,11 @@ def heartbeat_folder(run: Path) -> Path:
 def heartbeat_file(run: Path, rank: int) -> Path:
     """Return the file in which a rank records its step and phase."""
     return heartbeat_folder(run) / f"rank-{rank:05d}.json"
+
+
+def restarts_file(run: Path) -> Path:
+    """Return the file with the history of the nodes of an elastic run."""
+    return run / RESTARTS_FILE
 
 
 def stacks_file(run: Path, rank: int) -> Path:

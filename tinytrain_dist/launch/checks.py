@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout
+TEST_PROCESSES = min(4, os.cpu_count() or 1)  # most tests wait for processes that they start, so these share the cores
 FOLDERS_WITH_SCRIPTS = (".ci", "launch", "slurm", "tinytrain_dist", "tests", "benchmarks", "examples")
 
 
@@ -43,8 +44,9 @@ def stages(arguments: Sequence[str], root: Path = ROOT) -> list[Stage]:
     parser.add_argument("--torch")
     options, of_pytest = parser.parse_known_args(arguments)
     markers = "not slow and not slurm" if options.torch else "not slow" if options.fast else ""
-    # The last -m counts, so the user's own has precedence.
-    pytest = [sys.executable, "-m", "pytest", *(["-m", markers] if markers else []), *of_pytest]
+    # The last -m or -n counts, so the user's own has precedence. The tests of a file share what they prepare.
+    parallel = ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+    pytest = [sys.executable, "-m", "pytest", *parallel, *(["-m", markers] if markers else []), *of_pytest]
     tests = Stage("pytest", "tests on one and many processes, a few minutes", pytest)
     if options.torch:
         return [tests]
