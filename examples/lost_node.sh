@@ -5,12 +5,12 @@
 #   NODES=2 lost_node.sh CONFIG.toml [SETTINGS]
 #
 # The nodes are addresses of this machine, with one process each. On a cluster each is a machine, --address is not
-# needed, and the store is on a machine that outlives them. The batch must have a micro-batch for each of the nodes.
+# needed, and the store is on a machine that outlives them. The batch must have more micro-batches than there are nodes.
 set -euo pipefail
 
 config=$1
 shift
-nodes=${NODES:-4}
+nodes=${NODES:-3}
 run=runs/lost_node/run quiet=runs/lost_node/undisturbed logs=runs/lost_node/logs
 rm -rf runs/lost_node
 mkdir -p "$logs"

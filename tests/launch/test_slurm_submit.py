@@ -225,7 +225,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
     (tmp_path / "text.npy").write_text("no tokens")
     text = refusal(
         config, "--nodes", 3, "--processes-per-node", 3, "--time", "1", "--context-len", 5000, "--val-data",
-        tmp_path / "text.npy", "--init-from", "/nowhere", "--ckpt-writers", 9,
+        tmp_path / "text.npy", "--init-from", "/nowhere", "--ckpt-writers", 10,
     )  # fmt: skip
     assert text.startswith(f"error: 6 problems in {config}\n")
     assert "--time: 1 is less than two minutes" in text
@@ -241,7 +241,7 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
     assert "val_data: " in text
     assert "not a readable .npy file (it begins with b'no token', which is not how such a file begins)" in text
     assert "init_from: there is no folder /nowhere" in text
-    assert "ckpt_writers: 9 is more than the 6 processes" in text
+    assert "ckpt_writers: 10 is more than the 9 processes" in text
 
 
 @pytest.mark.parametrize(

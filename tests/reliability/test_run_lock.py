@@ -49,7 +49,7 @@ def test_a_lock_of_an_earlier_world_of_the_same_run_is_taken_over_at_once(
 ) -> None:
     """Its node was lost or is cut off. Without this, the others would wait for two minutes."""
     alive = {"started": process_start_time(os.getppid()), "session": "a", "round": 3}
-    write_lock(tmp_path, host="elsewhere", **alive)
+    write_lock(tmp_path, **alive)  # of a process that still runs, as on a node that is cut off
     monkeypatch.setenv("TINYTRAIN_WORLD", '{"session": "a", "round": 4, "ready": 1.0}')
     lock = RunLock.acquire(tmp_path, ALONE)
     assert not lock.taken_over()

@@ -234,8 +234,10 @@ def _division_problem(config: TrainingConfig, dims: ParallelDims) -> str:
     if given is None:
         problem = f"batch_size: {batch_size} is fewer than {ranks} ranks, and each rank needs a sequence"
     elif count < ranks:
-        problem = f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than "
-        problem += f"{ranks} ranks, and each rank needs one"
+        problem = (
+            f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than {ranks} "
+            "ranks, and each rank needs one"
+        )
     else:
         problem = (
             f"reproducible: batch_size {batch_size} / micro_batch_size {given} = {count} is not a power of two, which "
