@@ -64,7 +64,13 @@ LAUNCHER = re.compile(r"torch\.distributed\.(run|elastic)\b")  # the launcher st
 NAME_TYPES_OF_DISTRIBUTION = {"parallel", "checkpoint", "optim", "training"}
 # What a processor can compute is asked below distributed/, in the one file that is about it.
 TORCH_INTERNALS = Path(PACKAGE, "distributed", "torch_internals.py")
-PRIVATE_TORCH = {TORCH_INTERNALS, Path(PACKAGE, "model", "matmul.py"), Path(PACKAGE, "model", "fp8.py")}
+TORCHRUN_INTERNALS = TORCH_INTERNALS.with_name("torchrun_internals.py")
+PRIVATE_TORCH = {
+    TORCH_INTERNALS,
+    TORCHRUN_INTERNALS,
+    Path(PACKAGE, "model", "matmul.py"),
+    Path(PACKAGE, "model", "fp8.py"),
+}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 
 
@@ -299,6 +305,17 @@ def asks_no_version_of_torch(file: File) -> list[str]:
     return [f"{file.at(node)} asks what this torch has; give it a function in {TORCH_INTERNALS}" for node in asking]
 
 
+def names_the_owner_of_temporary_folders(file: File) -> list[str]:
+    """A folder that is not named after its process stays forever if the process is killed."""
+    calls = {id(node.func): node for node in ast.walk(file.tree) if isinstance(node, ast.Call)}
+    return [
+        f"{file.at(node)} makes a temporary folder without an owner; use scratch_folder of utils/stale_files.py"
+        for node, full in dotted_names(file)
+        if full in ("tempfile.TemporaryDirectory", "tempfile.mkdtemp")
+        and (id(node) not in calls or "owner()" not in ast.unparse(calls[id(node)]))
+    ]
+
+
 RULES: list[Callable[[File], list[str]]] = [
     has_a_layer,
     imports_point_down,
@@ -310,6 +327,7 @@ RULES: list[Callable[[File], list[str]]] = [
     uses_no_mock_library,
     private_torch_is_in_one_file,
     asks_no_version_of_torch,
+    names_the_owner_of_temporary_folders,
 ]
 
 
@@ -366,6 +384,7 @@ VIOLATIONS: list[tuple[Callable[[File], list[str]], str, str]] = [
     (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "from torch import __version__\nf(Version(__version__))"),
     (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "import torch\nif hasattr(torch, 'set_timeout'): f()"),
     (asks_no_version_of_torch, "tinytrain_dist/model/x.py", "from torch import cuda as c\nf = getattr(c.m, 'g', None)"),
+    (names_the_owner_of_temporary_folders, "tinytrain_dist/cli/x.py", "import tempfile\ntempfile.mkdtemp(prefix='a')"),
 ]
 
 

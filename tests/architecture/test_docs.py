@@ -49,6 +49,7 @@ OF_LAUNCHERS = {
     "nnodes",
     "node-rank",
     "head",
+    "store",
     "dry-run",
     "follow",
     "version",

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tools import Cli, flip_bit, newest, weights_file
+from tests.helpers.training import fit_all, settings_for
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 
@@ -56,7 +58,9 @@ def test_the_newest_checkpoints_of_a_run_are_averaged(tinytrain: Cli, folder: Pa
         (["one"], [], "at least two checkpoints"),
         (["one", "one"], [], "named twice"),
         (["one", "other"], ["--weights", 1], "1 weight(s) for 2 checkpoints"),
-        (["one", "other"], ["--weights", 1, -1], "must be finite"),
+        (["one", "other"], ["--weights", 1, -1], "must be at least 0"),
+        (["one", "other"], ["--weights", "nan", 1], "must be at least 0"),
+        (["one", "other"], ["--weights", 1e308, 1e308], "with a finite sum"),
         (["one", "other"], ["--weights", 0, 0], "not all 0"),
         (["one"], ["--last", 99], "99 checkpoints were asked for"),
         (["one"], ["--last", 0], "--last: 0"),
@@ -71,6 +75,24 @@ def test_what_cannot_be_averaged_is_a_sentence(
     assert code == 2
     assert expected in err
     assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.multiprocess
+def test_equal_shapes_do_not_make_the_same_model(tinytrain: Cli, tmp_path: Path) -> None:
+    runs: dict[str, dict[str, object]] = {
+        "plain": {},
+        "longer": {"context_len": 16},
+        "capped": {"logit_soft_cap": 30.0},
+        "theta": {"rope_theta": 500.0},
+    }
+    short = {"total_steps": 1, "warmup_iters": 0, "eval_every": 99, "parallel": "none"}
+    run_ranks(1, fit_all, [settings_for(tmp_path, name, **short, **changes) for name, changes in runs.items()])
+    for name, named in {"capped": "model_type llama and", "theta": "rope_theta 10000.0 and 500.0"}.items():
+        code, _, err = tinytrain("average", tmp_path / "plain", tmp_path / name, "--out", tmp_path / "mean")
+        assert code == 2
+        assert "of different models by their config.json (" in err
+        assert named in err
+    assert tinytrain("average", tmp_path / "plain", tmp_path / "longer", "--out", tmp_path / "mean")[0] == 0
 
 
 def test_a_damaged_checkpoint_leaves_nothing_behind(tinytrain: Cli, folder: Path, run: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_prepared_folder(tinytrain: Cli, prepared: Path) -> None:
     assert of_val["overlap"]["windows_with_ngrams"] == sum(map(any, hits)) < len(rows)
 
 
-def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, folder: Path) -> None:
+def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
     found = values(tinytrain, folder / "one", "--ngram", 5)
     (overlap,) = (each["overlap"] for each in found["evaluation"].values())
     config = (folder / "one" / "config.toml").read_text()
@@ -96,6 +96,10 @@ def test_a_run_is_compared_on_the_windows_that_it_evaluates(tinytrain: Cli, fold
         int(re.search(rf"^{name} = (\d+)", config, re.MULTILINE)[1]) for name in ("batch_size", "eval_steps")
     )
     assert overlap["windows"] == batch_size * eval_steps
+    longer = tmp_path / "longer.toml"
+    longer.write_text(re.sub(r"(?m)^eval_steps = .*", f"eval_steps = {eval_steps + 2}", config))
+    (of_longer,) = values(tinytrain, longer)["evaluation"].values()
+    assert of_longer["overlap"]["windows"] == batch_size * (eval_steps + 2)
     assert overlap["windows_in_file"] is None
     assert overlap["windows_with_ngrams"] == overlap["windows"]  # both files have the same text
     every = values(tinytrain, folder / "one", "--ngram", 5, "--all-windows")["evaluation"]["val.npy"]["overlap"]
@@ -150,6 +154,9 @@ def test_ids_outside_the_vocabulary_are_named_and_do_not_stop_it(tinytrain: Cli,
     assert code == 0
     assert "WARNING: train has " in out
     assert "token(s) outside 0 .. 49, the first is id" in out
+    path = save_tokens(prepared.parent / "u.npy", [1, 1 << 24], "uint32")  # its vocabulary is not known
+    outside = "all has 1 token(s) outside 0 .. 16777215, the first is id 16777216 (token 1)"
+    assert values(tinytrain, path)["notes"][-1] == f"{outside}, and this verb counts no larger ids."
 
 
 def test_odd_files(tinytrain: Cli, tmp_path: Path) -> None:
@@ -159,6 +166,8 @@ def test_odd_files(tinytrain: Cli, tmp_path: Path) -> None:
             for html in ([], ["--html", tmp_path / "page.html"]):
                 code, _, err = tinytrain("data", path, *options, *html)
                 assert (code, "Traceback" in err) == (0, False), err
+        found = values(tinytrain, path, "--val-data", path, "--context-len", 1 << 52)["evaluation"][path.name]
+        assert found["overlap"]["windows"] == len(ids)  # a window as wide as the option needs more memory than exists
         code, _, err = tinytrain("data", path, "--decode", 1)
         assert code == 2
         assert "context_len 256 needs at least 257" in err
@@ -205,6 +214,20 @@ def test_a_step_of_a_run_shows_what_it_trained_on(tinytrain: Cli, masked_run: Pa
         values(tinytrain, masked_run / "config.toml", "--decode", 2)["windows"]
         == values(tinytrain, masked_run, "--step", 1, "--slot", 0, 1)["windows"]
     )
+
+
+def test_a_smaller_batch_shows_the_windows_that_it_has(tinytrain: Cli, prepared: Path) -> None:
+    config = prepared / "c.toml"
+    config.write_text(
+        f'[run]\ntotal_steps = 9\n[data]\ntrain_data = "{prepared}/train.npy"\nval_data = "{prepared}/val.npy"\n'
+        'context_len = 24\nbatch_size = 8\nbatch_size_warmup = ["0: 2", "3: 8"]\n[model]\nvocab_size = 100\n'
+    )
+    for step, slots in {1: 2, 3: 2, 4: 8}.items():
+        assert len(values(tinytrain, config, "--step", step)["windows"]) == slots
+    assert len(values(tinytrain, config, "--decode", 8, "--step", 4)["windows"]) == 8
+    for options in (["--decode", 3], ["--step", 3, "--slot", 2]):
+        code, _, err = tinytrain("data", config, *options)
+        assert (code, "(batch_size 2 in step " in err) == (2, True)
 
 
 def test_marks_are_plain_in_a_file_and_colours_on_a_terminal(masked_run: Path, tmp_path: Path) -> None:
@@ -301,8 +324,10 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
     from tests.helpers.prepared_text import byte_level_bpe
 
     words = ["<script>", "&amp;", "\u0121", "é"]  # the third one stands for the byte 0x7f
-    byte_level_bpe(words, []).save(str(tmp_path / "tokenizer.json"))
-    save_tokens(tmp_path / "t.npy", [0, 1, 2, 3] * 100)
+    tokenizer = byte_level_bpe(words, [])
+    tokenizer.add_special_tokens(["<b>\x1b[31m\u202e"])  # ID 4
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_tokens(tmp_path / "t.npy", [0, 1, 2, 4, 3] * 100)
     path = tmp_path / "p.html"
     code, _, err = tinytrain(
         "data", tmp_path / "t.npy", "--html", path, "--decode", 1, "--context-len", 8, "--eos-id", 3
@@ -311,6 +336,8 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
     page = Page(path.read_text())
     assert "script" not in {tag for tag, _ in page.tags}
     assert any("<script>&amp;\\x7f" in text for text in page.texts)
+    assert "<b>\\x1b[31m\\u202e" in page.texts  # in the table of special tokens
+    assert not re.findall(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", path.read_text())
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
@@ -324,6 +351,10 @@ def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path)
         (["--slot", 1], "--slot: needs --step"),
         (["--decode", 1, "--slot", 1], "--slot: has no effect with --decode"),
         (["--decode", 0], "--decode: 0 must be at least 1"),
+        (["--decode", 5], "--decode: 5 is more than the 4 windows of a step (batch_size 4); give at most 4"),
+        (["--step", 1, "--slot", -1], "--slot: -1 must be at least 0"),
+        (["--step", 1, "--slot", 1 << 70], f"--slot: {1 << 70} must be at most 2**53"),
+        (["--step", 1 << 70], f"--step: {1 << 70} must be at most 2**53"),
         (["--seed", 1], "--seed: has no effect on numbers; add --decode"),
         (["--step", 1, "--all-windows"], "--all-windows: has no effect on windows"),
         (["--ngram", 26], "--ngram: 26 is more than the 25 tokens of a window"),

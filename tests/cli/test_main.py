@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import pytest
 from tests.helpers.ranks import default_signals
 from tests.helpers.tools import Cli
 from tinytrain_dist.cli import ls, main
+from tinytrain_dist.cli.tables import new_table, print_table
 
 
 def test_every_verb_has_an_entry() -> None:
@@ -75,6 +77,24 @@ def test_a_reader_that_closes_the_pipe_is_no_error(monkeypatch: pytest.MonkeyPat
     with open(tmp_path / "out", "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert main.main(["ls"]) == 141
+
+
+def test_a_table_that_nobody_reads_has_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def show_table(_: list[str]) -> int:
+        print_table(new_table("a"))
+        return 0
+
+    monkeypatch.setattr(ls, "main", show_table)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main.main(["ls"]) == 141
+
+
+def test_too_little_memory_is_a_sentence(tinytrain: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ls, "main", lambda _: len(bytearray(1 << 62)))
+    assert tinytrain("ls") == (1, "", "error: not enough memory; ask for less\n")
 
 
 def test_errors_of_the_system_are_reported_without_a_traceback(tinytrain: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,9 @@ def test_a_run_is_proposed_for_this_machine_by_timing_its_steps(
     ("options", "expected"),
     [
         (["--hours", "1"], "--hours: needs --data"),
-        (["--hours", "0", "--data", "data"], "--hours: 0.0 is not a time"),
-        (["--hours", "nan", "--data", "data"], "--hours: nan is not a time"),
+        (["--hours", "0", "--data", "data"], "--hours: 0.0 must be more than 0"),
+        (["--hours", "nan", "--data", "data"], "--hours: nan must be more than 0"),
+        (["--hours", "1e5", "--data", "data"], "--hours: 100000.0 must be more than 0 and at most 8760"),
         (["--hours", "1", "--data", "data", "--from", "quickstart"], "--from, --hours"),
         (["--data", "data"], "need --hours"),
         (["--hours", "1", "--data", "nowhere"], "has neither train.npy nor train-*.npy"),

@@ -19,6 +19,7 @@ from tinytrain_dist.data.document_hashes import (
     count_duplicates,
     count_shared,
 )
+from tinytrain_dist.errors import DataError
 
 Documents = list[tuple[int, ...]]
 
@@ -110,6 +111,16 @@ def test_spilled_rows_are_removed_also_after_an_error(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
     if descriptors:
         assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(document_hashes.tempfile, "tempdir", str(tmp_path / "file"))
+    message = (
+        r"file: cannot be written \(Not a directory\), and the hashes of 17 documents .* need up to 680 bytes .*TMPDIR"
+    )
+    with pytest.raises(DataError, match=message):
+        table_of(random_documents(4), 10)
 
 
 def test_many_copies_of_few_documents_need_no_disk() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.ranks import run_ranks
-from tinytrain_dist.distributed import torch_internals
+from tinytrain_dist.distributed import torch_internals, torchrun_internals
 
 
 def set_timeout_of_group() -> list[str]:
@@ -95,7 +95,7 @@ def test_torchrun_ends_workers_through_the_wrapper(monkeypatch: pytest.MonkeyPat
 
     calls: list[Any] = []
     monkeypatch.setattr(SubprocessContext, "_close", lambda *given: calls.append(given))  # restored after the test
-    torch_internals.wrap_worker_close(lambda close: lambda *given: (calls.append("before"), close(*given))[1])
+    torchrun_internals.wrap_worker_close(lambda close: lambda *given: (calls.append("before"), close(*given))[1])
     SubprocessContext._close("context", "signal", 30)  # type: ignore[arg-type]
     assert calls == ["before", ("context", "signal", 30)]
 

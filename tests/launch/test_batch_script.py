@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -73,6 +74,16 @@ def test_batch_script_in_a_container_with_apptainer(tmp_path: Path) -> None:
     assert f"{sys.executable} -P -m tinytrain_dist train --slurm --head 127.0.0.1:" in step
     assert step.endswith(config)
     assert second == step.removeprefix("srun --kill-on-bad-exit=1 --cpus-per-task=2 ")
+    assert "done at step 2, began at 0" in done.stdout
+
+
+def test_a_job_that_outlives_its_nodes_serves_the_list_of_nodes_itself(tmp_path: Path) -> None:
+    config = config_file(tmp_path, total_steps=2, compile=False)
+    done, asked = batch(tmp_path, config, MIN_NODES="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert asked.startswith("srun --no-kill --kill-on-bad-exit=0 --cpus-per-task=2 bash -c trap")
+    assert re.search(r"tinytrain_dist train --slurm --store 127\.0\.0\.1:\d+ --nnodes 1:1 ", asked)
+    assert "tinytrain store: nodes join with --store " in done.stdout
     assert "done at step 2, began at 0" in done.stdout
 
 

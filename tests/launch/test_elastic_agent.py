@@ -20,7 +20,8 @@ from tests.helpers.launching import free_port
 from tests.helpers.ranks import AGENT, REPOSITORY, TrainingProcess, training_process
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.distributed.torch_internals import tcp_store
-from tinytrain_dist.launch import death_texts, elastic_agent
+from tinytrain_dist.launch import agent_signals, death_texts
+from tinytrain_dist.launch.agent_state import AgentState
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability.start_marks import claim
 
@@ -323,16 +324,16 @@ def test_the_agent_holds_the_port_of_the_ranks_and_serves_a_new_store_after_a_re
 
 
 def test_a_second_interrupt_ends_at_once_unless_it_is_the_same_key_press(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = elastic_agent.AgentState()
+    state = AgentState()
     now = 100.0
-    monkeypatch.setattr(elastic_agent, "_state", state)
-    monkeypatch.setattr(elastic_agent.time, "monotonic", lambda: now)
-    assert elastic_agent._count_interrupt() == signal.SIGINT
-    now += elastic_agent.SECOND_INTERRUPT_SECONDS / 2
-    assert elastic_agent._count_interrupt() == signal.SIGINT
+    monkeypatch.setattr(agent_signals, "agent", state)
+    monkeypatch.setattr(agent_signals.time, "monotonic", lambda: now)
+    assert agent_signals._count_interrupt() == signal.SIGINT
+    now += agent_signals.SECOND_INTERRUPT_SECONDS / 2
+    assert agent_signals._count_interrupt() == signal.SIGINT
     assert not state.killed_by
-    now += elastic_agent.SECOND_INTERRUPT_SECONDS
-    assert elastic_agent._count_interrupt() == signal.SIGKILL
+    now += agent_signals.SECOND_INTERRUPT_SECONDS
+    assert agent_signals._count_interrupt() == signal.SIGKILL
     assert state.killed_by == "a second Ctrl-C"
 
 

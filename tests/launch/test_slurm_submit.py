@@ -213,6 +213,14 @@ def test_what_an_array_or_a_template_cannot_do_is_refused(config: Path, tmp_path
     assert "has a quote without its end" in problems_of(config, *USUAL, *array)
 
 
+def test_a_job_that_may_lose_nodes(config: Path) -> None:
+    done = submit(config, *USUAL, "--nodes", "1:3", "--dry-run")
+    assert done.returncode == 0, done.stderr + "three nodes cannot be used at once, but two can"
+    assert "#SBATCH --nodes=1-3\n" in done.stdout
+    assert "#SBATCH --no-kill\n" in done.stdout
+    assert "export MIN_NODES=1\n" in done.stdout
+
+
 def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> None:
     (tmp_path / "text.npy").write_text("no tokens")
     text = refusal(
@@ -252,6 +260,13 @@ def test_all_mistakes_are_reported_together(config: Path, tmp_path: Path) -> Non
         ([*USUAL, "--max-requeues", "-1"], "--max-requeues: -1 must not be negative; give 0 for no requeue"),
         ([*USUAL, "--max-requeus", "1"], "--max-requeus: unknown option; did you mean --max-requeues?"),
         ([*USUAL, "--array", "mine.txt"], "--array: mine.txt cannot be read"),
+        ([*USUAL, "--nodes", "x"], "--nodes: 'x' is not a number of nodes; give a whole number, or MIN:MAX"),
+        ([*USUAL, "--nodes", "3:2"], "--nodes: 3:2 has more nodes at least than at most; give MIN:MAX"),
+        ([*USUAL, "--nodes", "1:2", "--template", "slurm/srun.sbatch"], "--nodes: without torchrun (srun.sbatch) no"),
+        (
+            [*USUAL, "--nodes", "1:2", "--parallel", "hsdp", "--dp-shard", "8"],
+            "--nodes: 1 node(s) with 2 process(es) each, the fewest, cannot train this run: ",
+        ),
     ],
 )
 def test_a_mistake_is_reported_on_the_login_node(config: Path, args: list[str], sentence: str) -> None:

@@ -18,7 +18,8 @@ from tests.helpers.launching import free_port
 from tests.helpers.ranks import REPOSITORY, TrainingProcess, default_signals
 from tests.helpers.training import Run, config_file, train
 from tinytrain_dist.distributed.network import is_free
-from tinytrain_dist.distributed.torch_internals import serve_rendezvous, tcp_store
+from tinytrain_dist.distributed.torch_internals import tcp_store
+from tinytrain_dist.distributed.torchrun_internals import serve_rendezvous
 from tinytrain_dist.launch import start
 
 pytestmark = pytest.mark.multiprocess
@@ -85,6 +86,11 @@ def test_node_reports_what_is_missing(tmp_path: Path) -> None:
         ((config, "--nnodes", "2", "--node-rank", "1", "--head", "no.such.host.invalid"), "cannot be reached from"),
         ((config, "--nnodes", "1", "--node-rank", "0", "--nproc", "0"), "--nproc: 0 is not a number of processes"),
         ((config, "--nnodes", "3:2", "--node-rank", "0", "--head", "a"), "--nnodes: 3:2 has more nodes at least"),
+        ((config, "--nnodes", "3:2", "--store", "127.0.0.1"), "--nnodes: 3:2 has more nodes at least"),
+        ((config, "--nnodes", "2", "--store", "127.0.0.1", "--node-rank", "0"), "--node-rank: has no effect with"),
+        ((config, "--nnodes", "2", "--store", "127.0.0.1:x"), "--store: 'x' is not a port"),
+        ((config, "--nnodes", "2", "--store", "no.such.host.invalid"), "--store: no.such.host.invalid cannot be"),
+        ((config, "--nnodes", "2", "--address", "127.0.0.1"), "--address: has an effect only with --store"),
         ((config, "--nnodes", "2", "--node-rank", "5", "--head", "a"), "--node-rank: '5' is not a node's number"),
         ((tmp_path,), "is not a regular file"),
         ((config, "--nnodes", "1", "--node-rank", "x"), "--node-rank: got 'x'; give a number"),
@@ -180,6 +186,28 @@ def test_the_command_of_a_node_under_slurm(tmp_path: Path, monkeypatch: pytest.M
     assert direct.environment["MASTER_ADDR"] == "127.0.0.1"
     assert direct.environment["MASTER_PORT"] == "20000"
     assert direct.arguments == [*f"{python} -P -m tinytrain_dist.train {config}".split()]
+
+
+def test_the_command_of_a_node_that_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Path(config_file(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    options = start.NodeOptions(nnodes="1:3", store="127.0.0.1", address="127.0.0.3", nproc=2)
+    command = start.node_command(config, [], options)
+    assert command.environment == {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TINYTRAIN_ELASTIC": "1",
+    }
+    conf = "is_host=0,join_timeout=3600,read_timeout=60,last_call_timeout=30,keep_alive_interval=1,"
+    python = sys.executable
+    assert command.arguments == [
+        *f"{python} -P -m tinytrain_dist.agent --nnodes 1:3 --max-restarts 1000 --rdzv-backend c10d".split(),
+        *f"--rdzv-endpoint 127.0.0.1:29400 --rdzv-conf {conf}keep_alive_max_attempt=5".split(),
+        *"--rdzv-id tinytrain --local-addr 127.0.0.3 --nproc-per-node 2 --no-python".split(),
+        *f"{python} -P -u -m tinytrain_dist.train {config}".split(),
+    ]
 
 
 def test_the_command_on_one_machine_has_a_rank_for_each_gpu_or_fills_the_cores(

@@ -74,14 +74,16 @@ def test_muon_is_the_formula(scale: str, momentum: float, steps: int, weight_dec
 @pytest.mark.parametrize(("scale", "theirs"), [("match_rms_adamw", "match_rms_adamw"), ("spectral", "original")])
 def test_muon_is_torchs_own(scale: str, theirs: str, monkeypatch: pytest.MonkeyPatch):
     """torch always orthogonalizes in bf16, so ours does here as well."""
+    ours, others, in_float32 = fresh(), fresh(), fresh()
+    run(Muon(in_float32, 0.02, 0.9, 0.1, steps=4, scale=scale), in_float32, 5)
     monkeypatch.setattr(muon, "newton_schulz_dtype", lambda _: torch.bfloat16)
-    ours, others = fresh(), fresh()
     run(Muon(ours, 0.02, 0.9, 0.1, steps=4, scale=scale), ours, 5)
     run(torch.optim.Muon(others, 0.02, 0.1, 0.9, ns_steps=4, adjust_lr_fn=theirs), others, 5)
     moved = [(param - start).detach().abs().max() for param, start in zip(ours, fresh(), strict=True)]
     for param, other, distance in zip(ours, others, moved, strict=True):
         # bf16 has 8 bits; momentum is summed in another order
         torch.testing.assert_close(param, other, rtol=0, atol=0.02 * float(distance))
+    assert not any(torch.equal(param, other) for param, other in zip(ours, in_float32, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])

@@ -44,6 +44,22 @@ def test_the_lock_of_a_live_process_is_respected(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
 
 
+def test_a_lock_of_an_earlier_world_of_the_same_run_is_taken_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was lost or is cut off. Without this, the others would wait for two minutes."""
+    alive = {"started": process_start_time(os.getppid()), "session": "a", "round": 3}
+    write_lock(tmp_path, host="elsewhere", **alive)
+    monkeypatch.setenv("TINYTRAIN_WORLD", '{"session": "a", "round": 4, "ready": 1.0}')
+    lock = RunLock.acquire(tmp_path, ALONE)
+    assert not lock.taken_over()
+    write_lock(tmp_path, host="elsewhere", **{**alive, "round": 5})
+    assert lock.taken_over(), "the node that was cut off must not write any more"
+    write_lock(tmp_path, **{**alive, "session": "b"})
+    with pytest.raises(CheckpointError, match="is already training in this folder"):
+        RunLock.acquire(tmp_path, ALONE)
+
+
 def test_checkpoints_of_one_name_are_saved_by_one_run_only(tmp_path: Path) -> None:
     mine, other, shared = (tmp_path / name for name in ("mine", "other", "shared"))
     for folder in (mine, other, shared):

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tinytrain_dist.utils.stale_files import (
     hold_folder,
     owner,
     remove_leftovers,
+    scratch_folder,
     temporary_path,
 )
 
@@ -82,3 +84,13 @@ def test_names_of_hosts_are_kept_short_and_different(monkeypatch: pytest.MonkeyP
     assert seen[0] == "node-7"
     assert len(set(seen)) == 4
     assert max(map(len, seen)) <= 20
+
+
+def test_a_scratch_folder_goes_at_its_end_or_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"tinytrain-{owner().split('.')[0]}.{2**22 + 5}.1-abc"
+    left.mkdir()
+    with scratch_folder() as first, scratch_folder() as second:
+        assert set(tmp_path.iterdir()) == {first, second}
+        assert leftovers.is_held(first)
+    assert not list(tmp_path.iterdir())

@@ -26,9 +26,12 @@ from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.config.run_folder import MANIFEST_FILE, TRAINER_STATE_FILE, is_checkpoint, open_run
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
+from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
 from tinytrain_dist.utils.progress import progress_bar
 
+# of config.json: what the weights do not depend on
+OTHER_THAN_MODEL = ("max_position_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id")
 MAX_SHOWN = 5  # tensors named in an error
 NOT_COPIED = (".safetensors", ".safetensors.index.json", MANIFEST_FILE, TRAINER_STATE_FILE)
 
@@ -101,9 +104,9 @@ def _shares(checkpoints: Sequence[Path], weights: Sequence[float]) -> list[float
         raise UsageError(
             f"--weights: {len(weights)} weight(s) for {len(checkpoints)} checkpoints; give one for each", "average"
         )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) <= 0:
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         raise UsageError(
-            f"--weights: {' '.join(map(str, weights))} must be finite, at least 0, and not all 0", "average"
+            f"--weights: {' '.join(map(str, weights))} must be at least 0 and not all 0, with a finite sum", "average"
         )
     return [weight / sum(weights) for weight in weights]
 
@@ -121,6 +124,18 @@ def _check_same_model(sources: Sequence[SavedWeights]) -> None:
                 f"{first.checkpoint} and {other.checkpoint}: are checkpoints of different models; average those of "
                 "one model:\n  " + "\n  ".join([*shown, *more])
             )
+        if problems := _different_settings(first.checkpoint, other.checkpoint):
+            raise CheckpointError(
+                f"{first.checkpoint} and {other.checkpoint}: have tensors of the same shapes, but are of different "
+                f"models by their config.json ({'; '.join(problems)}); average those of one model"
+            )
+
+
+def _different_settings(first: Path, second: Path) -> list[str]:
+    """Return in what the models of two checkpoints differ whose tensors have the same names and shapes."""
+    one, other = (read_json_object(path / "config.json") for path in (first, second))
+    names = [name for name in one if name in other and one[name] != other[name] and name not in OTHER_THAN_MODEL]
+    return [f"{name} {one[name]} and {other[name]}" for name in names]
 
 
 def mean_of(sources: Sequence[SavedWeights], shares: Sequence[float], name: str) -> Tensor:

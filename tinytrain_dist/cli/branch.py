@@ -47,6 +47,9 @@ from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.stale_files import remove_leftovers, temporary_path
 from tinytrain_dist.utils.text import format_list
 
+# kinds of records with which a run continues from a checkpoint
+START_OF_SESSION = ("parameter_groups", "restarted", "resumed")
+
 
 @dataclasses.dataclass(frozen=True)
 class BranchOptions:
@@ -235,14 +238,17 @@ def _link_checkpoint(checkpoint: Path, copied: Path) -> None:
 def _copy_logs(parent: RunFolder, logs: Path, config: TrainingConfig, step: int, event: dict[str, Any]) -> None:
     """Copy the records up to a step, followed by the event of the branch, and the files of TensorBoard.
 
+    Where the parent itself was resumed from this checkpoint is left out, because the branch was not.
+
     A resume hides what TensorBoard's files have after that step.
     """
     logs.mkdir()
     kept = []
     for line in parent.records.read_bytes().split(b"\n") if parent.records.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
-            record_step = parse_json(line)["step"]
-            if is_whole_number(record_step) and record_step <= step:
+            record = parse_json(line)
+            record_step, starts_session = record["step"], record.get("kind") in START_OF_SESSION
+            if is_whole_number(record_step) and (record_step < step or (record_step == step and not starts_session)):
                 kept.append(line.decode() + "\n")
     write_atomically(records_file(logs, config.log_save_prefix), "".join([*kept, to_json(event) + "\n"]))
     for path in parent.records.parent.glob(f"**/{TENSORBOARD_FILES}"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib import import_module
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from tinytrain_dist.cli.arguments import call_verb
+from tinytrain_dist.utils.stale_files import scratch_folder
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> int:
@@ -27,8 +26,8 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> i
     from tinytrain_dist.cli.main import VERBS
 
     arguments = {verb.name: getattr(import_module(verb.module_name()), verb.arguments) for verb in VERBS.values()}
-    with tempfile.TemporaryDirectory(prefix="tinytrain-") as folder:
-        script = Path(folder) / "script"
+    with scratch_folder() as folder:
+        script = folder / "script"
         try:
             tyro.extras.subcommand_cli_from_dict(
                 arguments, prog="tinytrain", args=["--tyro-write-completion", shell, str(script)]

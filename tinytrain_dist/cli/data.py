@@ -18,6 +18,7 @@ from tinytrain_dist.cli.data_views.page import MARK, fill_page
 from tinytrain_dist.cli.data_views.place import Place, Vocabulary, check_slots, find_place, read_vocabulary
 from tinytrain_dist.cli.page_file import check_page_path, write_page
 from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.config.validation import LARGEST_NUMBER
 from tinytrain_dist.data.statistics.windows import MarkedWindow, training_windows
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
 from tinytrain_dist.utils.json_files import to_json
@@ -70,10 +71,17 @@ class DataOptions:
     def check(self) -> None:
         """Raise UsageError with all problems."""
         least = {"vocab_size": 1, "eos_id": 0, "context_len": 1, "ngram": 1, "decode": 1, "step": 1, "seed": 0}
+        given = {name: getattr(self, name) for name in least if getattr(self, name) is not None}
+        numbers = [*given.items(), *(("slot", slot) for slot in self.slot)]
         problems = [
-            f"--{name.replace('_', '-')}: {getattr(self, name)} must be at least {number}"
-            for name, number in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < number
+            f"--{name.replace('_', '-')}: {number} must be at least {least.get(name, 0)}"
+            for name, number in numbers
+            if number < least.get(name, 0)
+        ]
+        problems += [
+            f"--{name.replace('_', '-')}: {number} must be at most 2**53 = {LARGEST_NUMBER}; give a smaller number"
+            for name, number in numbers
+            if number > LARGEST_NUMBER
         ]
         if self.decode is not None and self.slot:
             problems.append("--slot: has no effect with --decode, which shows the first slots; leave one of them out")
@@ -88,7 +96,6 @@ class DataOptions:
                 for name in ("ngram", "all_windows")
                 if getattr(self, name)
             ]
-        problems += [f"--slot: {slot} must be at least 0" for slot in self.slot if slot < 0]
         if problems:
             raise UsageError(problems, "data")
 
@@ -135,14 +142,12 @@ def _ngram(options: DataOptions, window: int) -> int:
 def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> list[MarkedWindow]:
     """Return the windows to show. Errors: DataError; UsageError for a step or a slot that does not exist."""
     config = place.config
-    check_slots(options.slot, place)
     step = options.step or 1
     if place.is_run and config.epochs is None and step > config.total_steps:
         raise UsageError(f"--step: {step} is not in 1 .. {config.total_steps} (total_steps)", "data")
-    slots = options.slot or range(config.batch_size)
+    check_slots(options.slot, options.decode, place, step)
+    slots = options.slot or range(options.decode or config.batch_sizes.at(step - 1))
     dataset = place.training_data()
-    if options.decode is not None:
-        slots = range(options.decode)
     documents = vocabulary.documents_of(dataset.sources)
     return training_windows(dataset, documents, config.seed, step - 1, slots)  # the first step follows 0 steps
 

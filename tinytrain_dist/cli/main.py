@@ -46,6 +46,7 @@ GROUPS = {
     "Train": (
         Verb("branch", "make a run that decays the learning rate from a checkpoint of another run", "BranchOptions"),
         Verb("train", "train on this machine, or as one of several nodes", "TrainOptions"),
+        Verb("store", "serve the list of nodes of a run whose nodes may come and go", "store"),
         Verb("submit", "check a run, and submit it to Slurm", "SubmitOptions"),
     ),
     "Watch": (
@@ -100,6 +101,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended, as in `tinytrain ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except MemoryError as error:  # numpy's says how much; that of Python is empty
+        print(f"error: not enough memory{f' ({error})' if str(error) else ''}; ask for less", file=sys.stderr)
+        return 1
     except OSError as error:  # no permission, a full disk, a missing file: the system's message names it
         print(f"error: {error}", file=sys.stderr)
         return 1

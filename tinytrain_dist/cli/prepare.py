@@ -29,7 +29,8 @@ def print_prepared(given: PrepareOptions) -> None:
         tokens, documents = meta[f"{side}_tokens"], meta[f"{side}_documents"]
         print(f"  {names[side]:11} {tokens:>14,} tokens, {documents:,} documents{files}")
     train, val = (shlex.quote(f"{out}/{name}") for name in names.values())
-    print(f"next: tinytrain train CONFIG.toml --train-data {train} --val-data {val}")
+    mask = " --loss-mask true" if given.chat else ""
+    print(f"next: tinytrain train CONFIG.toml --train-data {train} --val-data {val}{mask}")
 
 
 def main(args: list[str]) -> int:

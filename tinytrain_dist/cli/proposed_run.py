@@ -9,7 +9,6 @@ import os
 import signal
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from tinytrain_dist.launch.start import MOST_CPU_RANKS, local_command
 from tinytrain_dist.metrics.device_specs import find_device_spec
 from tinytrain_dist.training.forecast import Cluster
 from tinytrain_dist.training.proposal import Hardware, Proposal, Timing, propose, reasons
+from tinytrain_dist.utils.stale_files import scratch_folder
 from tinytrain_dist.utils.text import format_duration
 
 GPU_START_SECONDS = 90.0  # imports, process groups, compilation, first step
@@ -86,7 +86,7 @@ class ProposalOptions:
         """Check the numbers. Errors: UsageError."""
         problems = []
         if not 0 < self.hours <= MOST_HOURS:  # true for NaN as well
-            problems.append(f"--hours: {self.hours} is not a time; give hours, such as 4 or 0.5")
+            problems.append(f"--hours: {self.hours} must be more than 0 and at most {MOST_HOURS:g}, such as 4 or 0.5")
         for name, value in (("--nodes", self.nodes), ("--devices-per-node", self.devices_per_node)):
             if value is not None and value < 1:
                 problems.append(f"{name}: {value} must be at least 1")
@@ -211,14 +211,14 @@ class StepClock:
 
     def time_steps(self, settings: dict[str, Any]) -> Timing:
         """Start a run, let it train for MEASURED_SECONDS, and stop it. Errors: ConfigError if it fails."""
-        with tempfile.TemporaryDirectory(prefix="tinytrain_timing_") as folder:
-            run = Path(folder) / "run"
+        with scratch_folder() as folder:
+            run = folder / "run"
             changes: dict[str, Any] = {"target_dir": str(run), "log_every": 1, "trackers": (), "ckpt_every": 10**9}
             train_only = {name: value for name, value in settings.items() if name != "eval_steps"}
             config = TrainingConfig(train_data=self.train_data, **train_only | changes)
-            (Path(folder) / "timing.toml").write_text(config.to_toml(), encoding="utf-8")
-            command = local_command(Path(folder) / "timing.toml", [], self.nproc)
-            output = Path(folder) / "output.txt"
+            (folder / "timing.toml").write_text(config.to_toml(), encoding="utf-8")
+            command = local_command(folder / "timing.toml", [], self.nproc)
+            output = folder / "output.txt"
             started = time.monotonic()
             with (
                 output.open("w") as file,

@@ -5,7 +5,6 @@ Must not import torch. Changes nothing.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import tyro
@@ -25,7 +24,7 @@ from tinytrain_dist.config.checkpoint_copies import shown_place
 from tinytrain_dist.config.run_folder import MANIFEST_FILE, checkpoint_step
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.progress import Advance, progress_bar
-from tinytrain_dist.utils.stale_files import owner
+from tinytrain_dist.utils.stale_files import scratch_folder
 from tinytrain_dist.utils.text import format_bytes
 
 UrlArgument = tyro.conf.Positional[str]
@@ -87,14 +86,14 @@ def _verify(remote: RemoteFolder, copy: RemoteCopy) -> bool:
     problems: list[str] = list(copy.problems)
     size = sum(entry.size for name, entry in copy.found.items() if name != COPY_FILE)
     with (
-        tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as folder,
+        scratch_folder() as folder,
         progress_bar(f"verifying {copy.name}", size, unit="bytes") as advance,
     ):
-        (Path(folder) / MANIFEST_FILE).write_bytes(remote.read(f"{copy.name}/{MANIFEST_FILE}") or b"")
+        (folder / MANIFEST_FILE).write_bytes(remote.read(f"{copy.name}/{MANIFEST_FILE}") or b"")
         try:
-            manifest = read_manifest(Path(folder))
+            manifest = read_manifest(folder)
         except CheckpointError as error:
-            problems.append(str(error).replace(folder, f"{remote.shown}/{copy.name}"))
+            problems.append(str(error).replace(str(folder), f"{remote.shown}/{copy.name}"))
         else:
             readable = [name for name in manifest.files if name in copy.found]
             digests = {name: StreamedDigest(name, manifest) for name in readable}

@@ -41,6 +41,7 @@ from tinytrain_dist.reliability.heartbeats import (
     phase_index,
     read_heartbeats,
 )
+from tinytrain_dist.reliability.restart_history import Change, describe_changes, read_changes
 from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import whole_number
 from tinytrain_dist.utils.processes import process_start_time
@@ -69,6 +70,7 @@ class Status:
     last_sign: float  # time of the last heartbeat or record (alive: now; 0: there is none)
     copies: dict[str, Any] = dataclasses.field(default_factory=dict)  # see read_copies_record
     snapshots: dict[str, Any] = dataclasses.field(default_factory=dict)  # see read_snapshots_record
+    changes: list[Change] = dataclasses.field(default_factory=list)  # of the nodes of an elastic run
 
     def last(self, name: str) -> float | None:
         """Return a value from the newest record that has it; None if no record has it."""
@@ -133,6 +135,7 @@ def read_status(run: RunFolder, now: float | None = None, records: list[Record] 
         last_sign=now if state == "running" else last_sign,
         copies=read_copies_record(run.folder),
         snapshots=read_snapshots_record(run.folder),
+        changes=read_changes(run.folder),
     )
 
 
@@ -216,6 +219,7 @@ def lines_of(status: Status) -> dict[str, str]:
         "loss": _describe_losses(status),
         "speed": _describe_speed(status),
         "goodput": "" if goodput is None else f"{100 * goodput:.0f} % of the time was spent in useful steps",
+        **describe_changes(status.changes),
         "restarts": str(_count_restarts(restarts)) if restarts else "",
         **{f"  step {record['step']}": str(record.get("text", "")) for record in restarts[-5:]},
         "last seen": (

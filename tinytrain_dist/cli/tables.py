@@ -14,9 +14,20 @@ PathArgument = tyro.conf.Positional[Path]
 PIPE_WIDTH = 200  # columns; a pipe has no width, and rich would wrap lines at 80 columns
 
 
+class _PipeConsole(Console):
+    """A console that raises BrokenPipeError when the reader of the output has ended, as print does.
+
+    A plain console exits with code 1 then, as if the verb had found something wrong.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; main.py gives the exit code for it."""
+        raise
+
+
 def new_console() -> Console:
     """Return a console as wide as the terminal, or wide enough for any line where the output is a pipe."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return _PipeConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 def new_table(*columns: str) -> Table:

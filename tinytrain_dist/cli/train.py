@@ -27,6 +27,11 @@ class TrainOptions:
     """0 on the head; 1, 2, ... on the other nodes."""
     head: Text = None
     """HOST or HOST:PORT: how the other nodes reach node 0, and a free port there (default: 29400)."""
+    store: Text = None
+    """HOST:PORT of `tinytrain store`, in place of --node-rank and --head: any node may then be lost, come back or be
+    added. --nnodes MIN:MAX says how many are needed."""
+    address: Text = None
+    """With --store: the address of this node, as the others reach it (default: the one towards the store)."""
     rdzv_id: Text = None
     """A name for this run, so that nodes of another run cannot join it by mistake."""
     max_restarts: Number = None
@@ -55,6 +60,8 @@ def main(args: list[str]) -> int:
         options.nproc,
         options.rdzv_id,
         options.max_restarts,
+        options.store,
+        options.address,
         options.direct,
         options.slurm,
     )

@@ -32,13 +32,32 @@ VARIABLES = (
             "tinytrain_dist/reliability/watchdog.py",
             "tinytrain_dist/reliability/start_marks.py",
             "tinytrain_dist/reliability/start_times.py",
+            "tinytrain_dist/reliability/world.py",
         ),
     ),
     EnvironmentVariable(
         "TINYTRAIN_STOP",
         "Name of a stop signal that arrived before this rank was started. The rank then saves and ends.",
+        ("tinytrain_dist/launch/agent_signals.py",),
+        (
+            "tinytrain_dist/reliability/stop_requests.py",
+            "tinytrain_dist/reliability/world.py",
+            "tinytrain_dist/launch/elastic_nodes.py",
+            "tinytrain_dist/launch/rank_deaths.py",
+        ),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_ELASTIC",
+        "Tells the agent that nodes of the run may come and go (`tinytrain train --store`).",
+        ("tinytrain_dist/launch/start.py",),
         ("tinytrain_dist/launch/elastic_agent.py",),
-        ("tinytrain_dist/reliability/stop_requests.py",),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_WORLD",
+        "The world of a rank in an elastic run, as JSON: session, round, and the time at which its nodes had found "
+        "each other.",
+        ("tinytrain_dist/launch/elastic_nodes.py",),
+        ("tinytrain_dist/reliability/world.py",),
     ),
     EnvironmentVariable(
         "TINYTRAIN_SNAPSHOTS",

@@ -254,8 +254,11 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
         return dataclasses.replace(config, vocab_size=max(meta_by_size))
     if meta_by_size and config.vocab_size < max(meta_by_size):
         largest = max(meta_by_size)
+        remedy = "leave it out"
+        if config.init_from is not None:  # its weights may need this vocab_size
+            remedy += ", or, if init_from needs it, prepare the data with the tokenizer that belongs to that model"
         raise ConfigError(
-            f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; leave it out"
+            f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; {remedy}"
         )
     return config
 

@@ -11,6 +11,7 @@ All code that reads or writes a file of a run takes the name of the file from th
       branch.json                        the run and the step that `tinytrain branch` started this run from
       lock.json                          the process that writes to this folder; it keeps the file's time stamp recent
       snapshots.json                     the launch whose snapshots in shared memory may be used, and the newest one
+      restarts.jsonl                     why nodes of an elastic run came and went, and the time that each change took
       copies.json                        which checkpoints are copied to checkpoint_copies, and what fails
       stop                               created by a user to make the run save and stop
       requeues                           one line for each requeue of the job, written by slurm/train.sbatch
@@ -66,6 +67,7 @@ LOCK_FILE = "lock.json"
 STOP_FILE = "stop"
 COPIES_FILE = "copies.json"
 SNAPSHOTS_FILE = "snapshots.json"
+RESTARTS_FILE = "restarts.jsonl"
 SUBMITTED_FOLDER = "submitted"
 LOGS_FOLDER = "logs"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -108,6 +110,11 @@ def heartbeat_folder(run: Path) -> Path:
 def heartbeat_file(run: Path, rank: int) -> Path:
     """Return the file in which a rank records its step and phase."""
     return heartbeat_folder(run) / f"rank-{rank:05d}.json"
+
+
+def restarts_file(run: Path) -> Path:
+    """Return the file with the history of the nodes of an elastic run."""
+    return run / RESTARTS_FILE
 
 
 def stacks_file(run: Path, rank: int) -> Path:

@@ -7,9 +7,9 @@ files of tokens, only their IDs and where documents begin.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tinytrain_dist.utils.stale_files import hold_folder, owner
+from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.stale_files import scratch_folder
+from tinytrain_dist.utils.text import format_bytes
 
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -133,8 +135,8 @@ class DocumentTable:
         self.documents = 0
         self._waiting: list[Rows] = []
         self._num_waiting = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._held: int | None = None
+        self._cleanup = ExitStack()
+        self._folder: Path | None = None
 
     def __enter__(self) -> DocumentTable:
         """Return the table."""
@@ -144,12 +146,8 @@ class DocumentTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the temporary folder."""
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self._cleanup.close()
+        self._folder = None
 
     @property
     def spilled(self) -> bool:
@@ -157,7 +155,7 @@ class DocumentTable:
         return self._folder is not None
 
     def add(self, found: HashedDocuments) -> None:
-        """Add documents. Errors: OSError if the temporary folder cannot be written."""
+        """Add documents. Errors: DataError if the temporary folder cannot be written."""
         rows = np.empty(len(found.high), _ROW)
         rows["high"], rows["low"], rows["copies"] = found.high, found.low, 1
         rows["position"], rows["length"] = found.positions, found.lengths
@@ -183,19 +181,25 @@ class DocumentTable:
             yield merge_copies(rows)
 
     def _spill(self, merged: Rows) -> None:
-        """Append rows, which are sorted, to the files of the temporary folder."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-")
-            self._held = hold_folder(Path(self._folder.name))
-        for number, rows in enumerate(np.split(merged, _partition_ends(merged))):
-            if len(rows):
-                with open(self._path(number), "ab") as file:
-                    file.write(rows.tobytes())
+        """Append rows, which are sorted, to the files of the temporary folder. Errors: DataError."""
+        try:
+            if self._folder is None:
+                self._folder = self._cleanup.enter_context(scratch_folder())
+            for number, rows in enumerate(np.split(merged, _partition_ends(merged))):
+                if len(rows):
+                    with open(self._path(number), "ab") as file:
+                        file.write(rows.tobytes())
+        except OSError as error:
+            raise DataError(
+                f"{tempfile.gettempdir()}: cannot be written ({error.strerror}), and the hashes of {self.documents:,} "
+                f"documents so far need up to {format_bytes(_ROW.itemsize * self.documents)} there; make room, or set "
+                "TMPDIR to another folder"
+            ) from None
         self._waiting, self._num_waiting = [], 0
 
     def _path(self, number: int) -> Path:
         assert self._folder is not None
-        return Path(self._folder.name) / f"documents-{number:03d}"
+        return self._folder / f"documents-{number:03d}"
 
 
 def merge_copies(rows: Rows) -> Rows:

@@ -7,7 +7,9 @@ Importing this module imports torch and nothing slower: FSDP, the compiler and t
 needed. The only private operations that other modules use are `torch._foreach_*`, on which torch's own optimizers are
 built.
 
-Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, compiler, simulation and memory, torchrun.
+`torchrun_internals` does the same for torchrun.
+
+Sections: memory of a GPU, process groups and stores, flight recorder, FSDP, compiler, simulation and memory.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # 2.11 to 2.15
 from torch.utils._pytree import tree_leaves as tree_leaves  # 2.11 to 2.15
 
-from tinytrain_dist.distributed.network import LISTENER_VARIABLE, take_over_listener
+from tinytrain_dist.distributed.network import take_over_listener
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 COMPILER = "torch._dynamo"  # the module that imports all of torch.compile's front end
@@ -329,6 +331,20 @@ def check_vector_instructions() -> None:
     torch._dynamo.reset()
 
 
+def use_deterministic_kernels(compiles: bool) -> None:
+    """Do what torch.use_deterministic_algorithms(True) does, without importing the compiler in a run that has no use.
+
+    That import takes as long as the one of torch, in every start of a reproducible run. compiles: whether the run uses
+    torch.compile. If the compiler is imported later after all, it reads the variable.
+    Versions: torch._C._set_deterministic_algorithms in 2.11 to 2.15.
+    """
+    if compiles or "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(True)
+        return
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+
+
 def emulate_eager_rounding() -> None:
     """Make compiled kernels round to bf16 wherever eager mode does, even inside a fused kernel.
 
@@ -434,48 +450,3 @@ def write_memory_history(path: str) -> None:
     """
     torch.cuda.memory._dump_snapshot(path)
     torch.cuda.memory._record_memory_history(enabled=None)
-
-
-# ---------------------------------------------------------------- torchrun
-
-
-def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
-    """Replace the method with which torchrun ends its workers by `make_close(original method)`.
-
-    Both have the signature (context, death_sig, timeout=30). `context.subprocess_handlers` maps local ranks to
-    workers, and `context.error_files` maps them to error files. Versions: SubprocessContext._close in 2.11 to 2.15.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-
-    SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]
-
-
-def serve_new_store_to_each_round() -> None:
-    """Let torchrun serve the store of the ranks itself, on a port that it has bound, and a new one after each restart.
-
-    By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
-    take the port in between.
-    Versions: DynamicRendezvousHandler with these two attributes in 2.11 to 2.15.
-    """
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
-
-    plain = DynamicRendezvousHandler.next_rendezvous
-
-    def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
-        self._shared_tcp_store_server = None
-        self._bootstrap_store_info = None
-        return plain(self)
-
-    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
-
-
-def serve_rendezvous(endpoint: str) -> Any:
-    """Serve torchrun's rendezvous at HOST:PORT on the listening socket that this process was given, if there is one.
-
-    torchrun shares this server with its own store of the same port (multi_tenant). Returns the store, to keep.
-    """
-    port = endpoint.rpartition(":")[2]
-    if not (port.isdecimal() and LISTENER_VARIABLE in os.environ):
-        return None
-    return tcp_store("127.0.0.1", int(port), None, True, timedelta(seconds=60))

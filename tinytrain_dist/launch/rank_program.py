@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tinytrain_dist.config.loading import parse_command_line
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
+from tinytrain_dist.distributed.spares import leave_spares_out
 from tinytrain_dist.errors import DataError, DivergenceError, RendezvousError, ReplicaMismatchError, TinytrainError
+from tinytrain_dist.launch.spare_rank import wait_as_spare
 from tinytrain_dist.metrics.phase_timer import START_PHASES
 from tinytrain_dist.reliability import error_report
 from tinytrain_dist.reliability.run_state import owns_run
 from tinytrain_dist.reliability.watchdog import TICK_SECONDS, Watchdog
+from tinytrain_dist.reliability.world import REGROUP_EXIT_CODE, own_world
 from tinytrain_dist.utils.processes import raise_open_file_limit
 
 if TYPE_CHECKING:
@@ -58,12 +61,14 @@ def main(args: list[str]) -> NoReturn:
         from tinytrain_dist.training.trainer import Trainer
 
         faulthandler.enable()  # a crash in native code leaves a stack too
+        if own_world() is not None and (spare := leave_spares_out(config)):
+            wait_as_spare(config, spare)
         watchdog = Watchdog(config, launcher_rank(), _report, flight_record, join_id())
         watchdog.start()
         context = init_distributed(config.device, watchdog.longest_limit + 300.0, traces=watchdog.folder / LOGS_FOLDER)
         watchdog.set_launch_id(context.launch_id)
         trainer = Trainer.build(config, context, watchdog.phase_timer)
-        trainer.fit()
+        ended = trainer.fit()
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
             raise
@@ -75,12 +80,12 @@ def main(args: list[str]) -> NoReturn:
     # which the agent of the other node waited.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(REGROUP_EXIT_CODE if ended == "regrouped" else 0)
 
 
-def _report(message: str, may_print: bool = True, may_retry: bool = True) -> None:
+def _report(message: str, may_print: bool = True, may_retry: bool = True, first_hand: bool = False) -> None:
     """Report the final error to the agent, which prints it. Without our agent, print it here if `may_print`."""
-    if not error_report.report_to_launcher(message, may_retry) and may_print:
+    if not error_report.report_to_launcher(message, may_retry, first_hand) and may_print:
         print(f"error: {message}", file=sys.stderr, flush=True)
 
 
@@ -97,7 +102,8 @@ def _end_failed(watchdog: Watchdog | None, error: BaseException, trainer: Traine
     _record(watchdog, failure)
     is_reporter = failure.rank == 0 or not failure.user_mistake
     print(failure.trace, end="", file=sys.stderr, flush=True)
-    _report(failure.message, is_reporter or isinstance(error, RendezvousError), failure.may_retry)
+    may_print = is_reporter or isinstance(error, RendezvousError)
+    _report(failure.message, may_print, failure.may_retry, not failure.caused_by_peer)
     sys.stdout.flush()
     if watchdog and not failure.user_mistake:
         error_report.request_abort(watchdog.folder, watchdog.launch_id, failure.message)

@@ -30,7 +30,9 @@ from tinytrain_dist.config.run_folder import STOP_FILE, SUBMITTED_FOLDER
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
+from tinytrain_dist.distributed.spares import fewest_nodes_problems
 from tinytrain_dist.errors import ConfigError, DataError
+from tinytrain_dist.launch.submit_checks import check_nodes, check_template
 from tinytrain_dist.launch.sweep import read_sweep, task_settings
 from tinytrain_dist.training.run_length import resolve_epochs
 from tinytrain_dist.utils.atomic_files import write_atomically
@@ -66,8 +68,8 @@ class SubmitOptions:
     """Configuration of the run."""
     time: str
     """Time limit of one job, as Slurm writes it: 30, 8:00:00, 2-0."""
-    nodes: int = 1
-    """Number of nodes."""
+    nodes: str = "1"
+    """Number of nodes, or MIN:MAX: the job goes on while at least MIN nodes are left."""
     gpus_per_node: Number = None
     """GPUs of each node; each GPU gets one process."""
     processes_per_node: Number = None
@@ -93,6 +95,17 @@ class SubmitOptions:
     follow: bool = False
     """Show the log until the job has ended; Ctrl-C only stops showing it."""
     sbatch: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of nodes; (1, 1) if `nodes` cannot be read, which `check` reports."""
+        found = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", self.nodes)
+        return (int(found[1]), int(found[2] or found[1])) if found else (1, 1)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether nodes may be lost."""
+        return ":" in self.nodes
 
     @property
     def batch_script(self) -> Path:
@@ -123,7 +136,7 @@ class Job:
         output = "job-%A_%a.out" if options.array else "job-%j.out"
         named = {
             "job-name": options.job_name or Path(self.base.target_dir).name,
-            "nodes": options.nodes,
+            "nodes": options.nodes.replace(":", "-"),
             "ntasks-per-node": tasks,
             "gpus-per-node": options.gpus_per_node,
             "cpus-per-task": options.cpus_per_task,
@@ -135,7 +148,8 @@ class Job:
             "array": f"0-{len(self.configs) - 1}" if options.array else None,
             "output": str(self.folder / output),
         }
-        return [*(f"--{name}={value}" for name, value in named.items() if value is not None), *options.sbatch]
+        flags = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        return [*flags, *(["--no-kill"] if options.is_elastic else []), *options.sbatch]
 
     def script(self) -> str:
         """Return the template, with the options, variables and arguments of this job added below its own options."""
@@ -143,6 +157,8 @@ class Job:
         variables = {"TINYTRAIN_CODE": code, "PYTHON": os.environ.get("PYTHON", sys.executable)}
         if self.options.processes_per_node:
             variables["PROCESSES_PER_NODE"] = self.options.processes_per_node
+        if self.options.is_elastic:
+            variables["MIN_NODES"] = self.options.node_range[0]
         if self.options.max_requeues is not None:
             variables["MAX_REQUEUES"] = self.options.max_requeues
         task = "-$SLURM_ARRAY_TASK_ID" if self.options.array else ""
@@ -187,18 +203,24 @@ def seconds_of(limit: str) -> int:
 # ---------------------------------------------------------------- checks on the login node
 
 
-def check_run(config: TrainingConfig, nodes: int, per_node: int) -> list[str]:
-    """Return the problems of a run on nodes x per_node processes, as far as a login node can find them."""
+def check_run(config: TrainingConfig, nodes: int, per_node: int, fewest: int | None = None) -> list[str]:
+    """Return the problems of a run on nodes x per_node processes, as far as a login node can find them.
+
+    fewest: the smallest number of nodes with which it goes on; None: all.
+    """
     problems = []
     try:
         config = resolve_vocab_size(config)
         config = resolve_epochs(config)
     except ConfigError as error:
         problems += error.problems
-    try:
-        BatchPlan.make(config, choose_parallel_dims(config, nodes * per_node, per_node))
-    except ConfigError as error:
-        problems += error.problems
+    if fewest is not None:
+        problems += fewest_nodes_problems(config, fewest, per_node, "--nodes")
+    else:
+        try:
+            BatchPlan.make(config, choose_parallel_dims(config, nodes * per_node, per_node))
+        except ConfigError as error:
+            problems += error.problems
     if (config.ckpt_writers or 1) > nodes * per_node:
         problems.append(f"ckpt_writers: {config.ckpt_writers} is more than the {nodes * per_node} processes; lower it")
     for name, files in (("train_data", config.train_files), ("val_data", config.val_files)):
@@ -242,7 +264,8 @@ def check_options(options: SubmitOptions) -> list[str]:
         problems.append(
             "--processes-per-node: with --gpus-per-node there is one process for each GPU; leave one of them out"
         )
-    for name in ("nodes", "gpus_per_node", "processes_per_node", "cpus_per_task"):
+    problems += check_nodes(options)
+    for name in ("gpus_per_node", "processes_per_node", "cpus_per_task"):
         if (value := getattr(options, name)) is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')}: {value} must be at least 1")
     if options.max_requeues is not None and options.max_requeues < 0:
@@ -254,30 +277,6 @@ def check_options(options: SubmitOptions) -> list[str]:
     except ConfigError as error:
         problems += error.problems
     return problems
-
-
-def check_template(options: SubmitOptions) -> list[str]:
-    """Return why the batch script cannot run the job, as sentences."""
-    template = options.batch_script
-    if not template.is_file():
-        return [f"--template: there is no file {template}; the templates are in {package_folder('slurm')}"]
-    try:
-        text = read_text(template)
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"--template: {template} cannot be read ({error}); give a batch script"]
-    if not text.startswith("#!"):
-        return [f"--template: {template} does not begin with #!, so sbatch would refuse it; add #!/usr/bin/env bash"]
-    if template.name == "array.sbatch":
-        return [
-            "--template: array.sbatch reads a sweep by itself, so it cannot run what is submitted here; give --array "
-            "FILE without --template, or submit array.sbatch with sbatch"
-        ]
-    if not options.array and re.search(r"^#SBATCH +(--array|-a)", text, re.MULTILINE):
-        return [
-            f"--template: {template} asks for an array, whose tasks would all train the same run; give --array FILE, "
-            "or remove that line"
-        ]
-    return []
 
 
 def check_array_option(options: SubmitOptions, num_tasks: int) -> list[str]:
@@ -301,6 +300,7 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
     """
     problems = check_options(options)
     per_node = max(1, options.gpus_per_node or options.processes_per_node or 1)
+    fewest = options.node_range[0] if options.is_elastic else None
     lines: list[str | None] = [None]  # of a sweep; None: a single run
     if options.array:
         lines = list(read_sweep(options.array))
@@ -314,7 +314,7 @@ def check(options: SubmitOptions, settings: list[str]) -> tuple[TrainingConfig, 
             more = [] if line is None else task_settings(words, line, task)
             config = parse_command_line([*words, *more], prog=PROGRAM)
             configs.append(config)
-            problems += [prefix + problem for problem in check_run(config, max(1, options.nodes), per_node)]
+            problems += [prefix + problem for problem in check_run(config, options.node_range[1], per_node, fewest)]
         except ConfigError as error:
             problems += [prefix + problem for problem in error.problems]
     problems += shared_places(configs)

@@ -25,7 +25,10 @@ from tinytrain_dist.distributed.network import (
     hand_over,
     interface_addresses,
     is_free,
+    is_ip_address,
+    is_loopback,
     listen,
+    resolve,
     slurm_hosts,
 )
 from tinytrain_dist.errors import ConfigError
@@ -44,6 +47,16 @@ NUM_JOB_PORTS = 12_000
 PORT_STEP = 997  # jobs with neighbouring numbers often start together, and this leads them to different ports
 # Importing from a shared disk can take minutes, and differs between nodes.
 JOIN_SECONDS = 600
+# Of torchrun's rendezvous in a run whose nodes come and go. A node is lost after five seconds without a sign of life:
+# the real gap between two of them is up to twice the interval. last_call: for more nodes at the start, as torchrun's.
+ELASTIC_RENDEZVOUS = {
+    "join_timeout": 3600,
+    "read_timeout": 60,
+    "last_call_timeout": 30,
+    "keep_alive_interval": 1,
+    "keep_alive_max_attempt": 5,
+}
+ELASTIC_RESTARTS = 1000  # the history of the run decides before that, see reliability/restart_history.py
 READ_SECONDS = 300
 
 
@@ -103,6 +116,8 @@ class NodeOptions:
     nproc: int | None = None
     rdzv_id: str | None = None
     max_restarts: int | None = None
+    store: str | None = None  # HOST or HOST:PORT of `tinytrain store`; None: node 0 serves the rendezvous
+    address: str | None = None  # of this node, as the others reach it
     direct: bool = False  # this process is one rank, and srun has started all of them
     slurm: bool = False  # take what is None from Slurm's variables
 
@@ -154,16 +169,16 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
     Errors: StartError if an option is missing or wrong, the head cannot be reached, or its port is taken.
     """
     check_config_file(config)
+    if options.store is not None:
+        return elastic_command(config, settings, options)
+    if options.address is not None:
+        raise StartError("--address: has an effect only with --store; leave it out")
     slurm = os.environ if options.slurm or options.direct else {}
     nodes = SlurmNodes.of(slurm)
     nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
     node_rank = slurm.get("SLURM_NODEID", "") if options.node_rank is None else str(options.node_rank)
-    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
-        raise StartError(f"--nnodes: {nnodes!r} is not a number of nodes; give a whole number, or MIN:MAX")
-    fewest, _, most = nnodes.partition(":")
-    if most and int(fewest) > int(most):
-        raise StartError(f"--nnodes: {nnodes} has more nodes at least than at most; give MIN:MAX")
-    if not node_rank.isdecimal() or int(node_rank) >= int(most or fewest):
+    _, most = _node_range(nnodes)
+    if not node_rank.isdecimal() or int(node_rank) >= most:
         raise StartError(
             f"--node-rank: {node_rank!r} is not a node's number; give 0 on the head, 1, 2, ... on the others"
         )
@@ -186,12 +201,56 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
         environment |= {"MASTER_ADDR": head or address, "MASTER_PORT": str(port)}
         return Command([*_python("-m", RANK_MODULE), str(config), *settings], environment, port=own_port)
     agent = [*_python("-m", AGENT_MODULE), "--nnodes", nnodes, "--max-restarts", str(_restarts(options.max_restarts))]
-    rdzv_id = options.rdzv_id or slurm.get("TINYTRAIN_ATTEMPT") or slurm.get("SLURM_JOB_ID") or "tinytrain"
     # is_host: torch would guess it from host names
     conf = f"is_host={int(is_head)},join_timeout={JOIN_SECONDS},read_timeout={READ_SECONDS}"
     agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{head or address}:{port}", "--rdzv-conf", conf]
-    agent += ["--rdzv-id", rdzv_id, "--local-addr", address]
+    agent += ["--rdzv-id", _run_name(options, slurm), "--local-addr", address]
     return Command([*agent, *_rank_arguments(nproc, config, settings)], environment, port=own_port)
+
+
+def elastic_command(config: Path, settings: Sequence[str], options: NodeOptions) -> Command:
+    """Return the command that starts the ranks of this node in a run whose nodes may come and go.
+
+    Errors: StartError if an option is missing or wrong, or the store cannot be reached.
+    """
+    slurm = os.environ if options.slurm else {}
+    nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
+    fewest, most = _node_range(nnodes)
+    for name, value in (("--node-rank", options.node_rank), ("--head", options.head), ("--direct", options.direct)):
+        if value is not None and value is not False:
+            raise StartError(f"{name}: has no effect with --store, where every node is started alike; leave it out")
+    host, port = split_head(options.store or "", job_port(slurm), "--store")
+    if not host:
+        raise StartError("--store: is empty; give HOST:PORT, as `tinytrain store` prints it")
+    address = options.address or _own_address(host, "--store")
+    nproc = _processes_of_node(options.nproc, slurm)
+    environment = {
+        "OMP_NUM_THREADS": _threads_per_rank(nproc, _cores_of_task(False, slurm)),
+        "PYTHONUNBUFFERED": "1",
+        "TINYTRAIN_ELASTIC": "1",
+        **_gloo_interface(address),
+    }
+    restarts = ELASTIC_RESTARTS if options.max_restarts is None else options.max_restarts
+    conf = {"is_host": 0, **ELASTIC_RENDEZVOUS}
+    agent = [*_python("-m", AGENT_MODULE), "--nnodes", f"{fewest}:{most}", "--max-restarts", str(_restarts(restarts))]
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}"]
+    agent += ["--rdzv-conf", ",".join(f"{name}={value}" for name, value in conf.items())]
+    agent += ["--rdzv-id", _run_name(options, slurm), "--local-addr", address]
+    return Command([*agent, *_rank_arguments(nproc, config, settings)], environment)
+
+
+def _node_range(nnodes: str) -> tuple[int, int]:
+    """Return MIN and MAX of --nnodes. Errors: StartError."""
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nnodes):
+        raise StartError(f"--nnodes: {nnodes!r} is not a number of nodes; give a whole number, or MIN:MAX")
+    fewest, _, most = nnodes.partition(":")
+    if most and int(fewest) > int(most):
+        raise StartError(f"--nnodes: {nnodes} has more nodes at least than at most; give MIN:MAX")
+    return int(fewest), int(most or fewest)
+
+
+def _run_name(options: NodeOptions, slurm: Mapping[str, str]) -> str:
+    return options.rdzv_id or slurm.get("TINYTRAIN_ATTEMPT") or slurm.get("SLURM_JOB_ID") or "tinytrain"
 
 
 def _restarts(asked: int | None) -> int:
@@ -256,25 +315,25 @@ def job_port(environment: Mapping[str, str]) -> int:
     return FIRST_JOB_PORT + int(job) % NUM_JOB_PORTS if job.isdecimal() else DEFAULT_PORT
 
 
-def split_head(head: str, port: int) -> tuple[str, int]:
-    """Return host and port of HOST or HOST:PORT; `port` if it names none. Errors: StartError."""
+def split_head(head: str, port: int, option: str = "--head") -> tuple[str, int]:
+    """Return host and port of HOST or HOST:PORT; `port` if it names none. Errors: StartError, naming the option."""
     if head.count(":") > 1:
-        raise StartError(f"--head: {head!r} is an IPv6 address; give a name that resolves to it, or an IPv4 address")
+        raise StartError(f"{option}: {head!r} is an IPv6 address; give a name that resolves to it, or an IPv4 address")
     host, colon, text = head.partition(":")
     if not colon:
         return head, port
     if not text.isdecimal() or not 1 <= int(text) <= LARGEST_PORT:
-        raise StartError(f"--head: {text!r} is not a port; give HOST:PORT with a port from 1 to {LARGEST_PORT}")
+        raise StartError(f"{option}: {text!r} is not a port; give HOST:PORT with a port from 1 to {LARGEST_PORT}")
     return host, int(text)
 
 
-def _own_address(peer: str) -> str:
+def _own_address(peer: str, option: str = "head") -> str:
     try:
         return address_towards(peer)
     except OSError as error:
         raise StartError(
-            f"head: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address of node 0 that "
-            "this node knows"
+            f"{option}: {peer} cannot be reached from {socket.gethostname()} ({error}); give an address that this node "
+            "knows"
         ) from None
 
 
@@ -283,7 +342,10 @@ def _gloo_interface(address: str) -> dict[str, str]:
 
     gloo would use this machine's own name, which may resolve to another interface. NCCL chooses one itself.
     """
-    name = next((name for name, value in interface_addresses().items() if value == address), "")
+    own = resolve(address) or [address]
+    on_loopback = is_ip_address(own[0]) and is_loopback(own[0])  # every 127.x.y.z is there
+    interfaces = interface_addresses().items()
+    name = next((name for name, value in interfaces if value in own or (on_loopback and is_loopback(value))), "")
     return {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or name} if name else {}
 
 

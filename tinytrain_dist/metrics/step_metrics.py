@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -149,12 +149,14 @@ class StepMetrics:
         forward_timer: ForwardTimer,
         layer_sizes: dict[str, int],
         process_start: float,
+        after_first_step: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         """Begin after `step` steps. A collective: ranks exchange their host names.
 
         record: kept in every checkpoint, see LossLevel. data: the training data, to name the windows of a skipped step.
         flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank.
         layer_sizes: parameters of each layer in `layer_norms`. process_start: by time.monotonic().
+        after_first_step: called once with the seconds of each phase until the end of the first step.
         """
         self.config = config
         self.context = context
@@ -165,6 +167,7 @@ class StepMetrics:
         self.forward_timer = forward_timer
         self.layer_sizes = layer_sizes
         self.process_start = process_start
+        self.after_first_step = after_first_step
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
         self.stopping = False  # all ranks have agreed to stop
@@ -198,6 +201,8 @@ class StepMetrics:
         loss, norm, skipped, *usual = result.numbers.read()
         if result.step == self.first_step:
             self.log.first_step(result.step, start_seconds(result.phases))
+            if self.after_first_step is not None:
+                self.after_first_step(result.phases)
         # as if all ranks had the largest share: a rank with more micro-batches than another is not slow
         share = self.plans.at(result.step - 1).relative_share(self.context.replica)
         self._interval.add(result, self.forward_timer.seconds(result.forward) / share, bool(skipped))

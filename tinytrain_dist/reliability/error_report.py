@@ -25,7 +25,8 @@ from tinytrain_dist.utils.json_files import is_number, to_json
 
 ErrorRecord = dict[str, Any]  # message, rank, host, step, traceback, time (seconds since 1970), secondary
 AbortRequest = dict[str, Any]  # world (the launch ID), message, hang, state
-MAY_RETRY = "may_retry"  # in the file that torchrun reads
+MAY_RETRY = "may_retry"  # in the file that torchrun reads, as the next one
+FIRST_HAND = "first_hand"
 NO_ERROR_MESSAGE = "the previous run ended without an error message: it was killed or its node was lost"
 
 
@@ -85,15 +86,16 @@ def read_abort_request(folder: Path, launch_id: str) -> AbortRequest:
     return request if launch_id and request.get("world") == launch_id and is_complete else {}
 
 
-def report_to_launcher(message: str, may_retry: bool = True) -> bool:
+def report_to_launcher(message: str, may_retry: bool = True, first_hand: bool = False) -> bool:
     """Write why this rank ended to the file that its agent reads; return whether the agent will print it.
 
     Only our own agent prints it; plain torchrun does not. may_retry: whether a restart in place may help.
+    first_hand: whether this rank failed by itself, and not because of another one.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return False
-    extra = {"py_callstack": "", "timestamp": str(int(time.time())), MAY_RETRY: may_retry}
+    extra = {"py_callstack": "", "timestamp": str(int(time.time())), MAY_RETRY: may_retry, FIRST_HAND: first_hand}
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(to_json({"message": {"message": message, "extraInfo": extra}}))

@@ -5,7 +5,8 @@ with `ckpt_dir`, runs with different run folders may save to the same place. A l
 That process touches the file as long as it runs. A lock is stale if
 
 - its process was on this host and has ended,
-- its process belonged to an earlier attempt of the same run in the same Slurm job, or
+- its process belonged to an earlier attempt of the same run in the same Slurm job,
+- its process belonged to an earlier world of the same elastic run, or
 - its process is on another host and has not touched the file for two minutes.
 """
 
@@ -23,6 +24,7 @@ from tinytrain_dist.config.run_folder import LOCK_FILE, checkpoint_lock_file
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict, to_json
 from tinytrain_dist.utils.processes import has_ended, process_start_time
 from tinytrain_dist.utils.stale_files import owner, temporary_path
@@ -59,6 +61,8 @@ class RunLock:
             "job": os.environ.get("SLURM_JOB_ID"),
             "run": str(folder.resolve()),
         }
+        if world := own_world():
+            own_record |= {"session": world.session, "round": world.round}
         record = context.broadcast_object(own_record)
         paths = [folder / LOCK_FILE, *([checkpoint_lock_file(*checkpoints)] if checkpoints else [])]
         lock = cls([LockFile(path, record) for path in paths], holds_files=context.is_main)
@@ -181,6 +185,9 @@ class LockFile:
         if holder is not None:
             if holder == self._record:
                 return True  # this process took it in a start that failed
+            session, number = holder.get("session"), holder.get("round")
+            if session is not None and session == self._record.get("session") and number != self._record["round"]:
+                return True  # of an earlier world of this run; its node was lost, or is cut off
             if holder["host"] == self._record["host"]:
                 return has_ended(holder["pid"], holder["started"])
             own_job, own_run = self._record["job"], self._record.get("run")

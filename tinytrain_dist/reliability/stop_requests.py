@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from tinytrain_dist.config.run_folder import STOP_FILE
+from tinytrain_dist.reliability.world import REGROUP_REASON, regroup_requested, stop_reason_of_agent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a verb; Python turns SIGINT into KeyboardInterrupt
@@ -128,7 +129,7 @@ class StopRequests:
         """Return why to stop, or "". reserve_seconds: how long before the deadline to stop, so that a save fits."""
         now = time.monotonic()
         if name := received_signal():
-            return name
+            return REGROUP_REASON if regroup_requested() else stop_reason_of_agent() or name
         if self._deadline is not None and now + reserve_seconds > self._deadline:
             return "time_limit"
         if self._check_file and now > self._next_file_check:

@@ -36,6 +36,7 @@ from tinytrain_dist.reliability.heartbeats import (
     write_heartbeat,
 )
 from tinytrain_dist.reliability.start_times import earlier_seconds
+from tinytrain_dist.reliability.world import REGROUP_EXIT_CODE, REGROUP_REASON, regroup_requested
 from tinytrain_dist.utils.atomic_files import read_json_object
 
 TICK_SECONDS = 1.0  # between two checks
@@ -162,7 +163,9 @@ class Watchdog(threading.Thread):
         if request := self._read_request(phase):
             self._end(request)
         elif self._signal and phase in START_PHASES:
-            self._end_all(f"{self._signal} during the start", state="preempted")
+            regroups = regroup_requested()
+            state = "regrouped" if regroups else "preempted"
+            self._end_all(f"{REGROUP_REASON if regroups else self._signal} during the start", state=state)
         elif limit and seconds_in_phase > limit:
             message = f"rank {self.rank} on {self.host} made no progress in {phase} for {limit:g} s ({setting})"
             self._end_all(message, hang=True)
@@ -194,6 +197,7 @@ class Watchdog(threading.Thread):
     def _end(self, request: error_report.AbortRequest, noticed_here: bool = False) -> None:
         """Carry out an abort request, and end the process even if the main thread hangs."""
         message = str(request["message"])
+        regrouped = request["state"] == "regrouped"
         preempted = request["state"] == "preempted"
         self.heartbeat()
         try:
@@ -201,13 +205,16 @@ class Watchdog(threading.Thread):
                 with contextlib.suppress(OSError, ValueError):  # a full disk must not keep the error from being printed
                     self._write_stacks()
                     message = self._describe_hang(message) if noticed_here else self._wait_for_cause(message)
-            if not preempted:
+            if not (preempted or regrouped):
                 self._report(message)
-            elif self.rank == 0 and (run_state.owns_run(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ):
+            elif preempted and self._may_write_state():
                 step = read_json_object(self.folder / STATE_FILE).get("step")  # this start has completed no step
                 run_state.write_state(self.folder, "preempted", step)
         finally:  # also if the disk is full
-            os._exit(0 if preempted else 1)
+            os._exit(REGROUP_EXIT_CODE if regrouped else 0 if preempted else 1)
+
+    def _may_write_state(self) -> bool:
+        return self.rank == 0 and (run_state.owns_run(self.folder) or "TINYTRAIN_ATTEMPT" in os.environ)
 
     def _write_stacks(self) -> None:
         """Write the stacks of all threads, and the last collectives."""

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,12 @@ from tinytrain_dist.reliability.storage_checks import (
 )
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
-from tinytrain_dist.training.memory_fitting import build_fitting_train_step, with_fitting_mesh, with_resharding
+from tinytrain_dist.training.memory_fitting import (
+    build_fitting_train_step,
+    with_fitting_mesh,
+    with_resharding,
+)
+from tinytrain_dist.training.recovery import Recovery
 from tinytrain_dist.training.run_data import RunData, open_run_data, tokenizer_warnings
 from tinytrain_dist.training.run_length import with_length
 from tinytrain_dist.training.run_saver import RunSaver
@@ -91,6 +97,7 @@ class Start:
     lock: RunLock | None = None
     snapshots: SnapshotKeeper | None = None
     snapshot_note: str = ""  # why none are taken although a setting asks for them
+    recovery: Recovery | None = None  # of an elastic run, on the main rank
 
 
 def build_trainer(
@@ -245,6 +252,8 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     lock = RunLock.acquire(folder, context, (config.checkpoints_dir, config.ckpt_save_prefix))
     claim_run(folder, lock.taken_over)
     previous_failure = read_and_clear_error(folder) if context.is_main else ""
+    recovery = run_on_all_ranks(lambda: Recovery.begin(folder) if context.is_main else None)
+    previous_failure = recovery.reason if recovery is not None else previous_failure
 
     shards = checkpoints.all_shards
     checkpoint_bytes = sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards)
@@ -258,7 +267,7 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     if config.ckpt_async and (saves_during_training or context.device.type == "cuda"):
         check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
         checkpoints.buffers.copy()  # allocates the buffers now, so that the first save is as fast as the others
-    return Start(previous_failure=previous_failure, lock=lock)
+    return Start(previous_failure=previous_failure, lock=lock, recovery=recovery)
 
 
 def _remove_leftovers(config: TrainingConfig, world_size: int) -> None:
@@ -358,6 +367,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         forward_timer=train_step.forward_timer,
         layer_sizes=train_step.reduction.view.layer_sizes,
         process_start=PROCESS_START,
+        after_first_step=partial(start.recovery.report, log, start.step) if start.recovery else None,
     )
 
 

@@ -13,7 +13,11 @@ import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.validation import ROUNDING_SETTINGS
-from tinytrain_dist.distributed.torch_internals import emulate_eager_rounding, prefer_attention_kernels
+from tinytrain_dist.distributed.torch_internals import (
+    emulate_eager_rounding,
+    prefer_attention_kernels,
+    use_deterministic_kernels,
+)
 from tinytrain_dist.metrics.device_specs import product_type
 from tinytrain_dist.model.matmul import widens_bf16
 
@@ -95,7 +99,7 @@ def configure_determinism(config: TrainingConfig, device: torch.device) -> dict[
         torch.set_num_threads(threads)
     if config.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_kernels(compiles=bool(config.compile))
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - costs time; not needed
         if config.compile:
             # Without this, a fused kernel that contains a cast to bf16 skips the rounding. DDP casts weights inside

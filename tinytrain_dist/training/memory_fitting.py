@@ -14,15 +14,18 @@ from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batc
 from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims, describe_modes
-from tinytrain_dist.errors import TrainingError
+from tinytrain_dist.distributed.spares import usable_ranks
+from tinytrain_dist.errors import ConfigError, TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
+from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, empty_windows, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
-from tinytrain_dist.utils.text import format_changes
+from tinytrain_dist.utils.text import format_bytes, format_changes
 
 MAX_GATHERED_SHARE = 0.125  # of the usable memory, for weights that stay gathered between forward and backward
+LEAST_BYTES_PER_PARAMETER = 12  # weights, gradients and one moment in float32; AdamW has two
 RECOMPUTATION = ("none", "selective", "block")  # values of activation_checkpointing, from most to least memory
 
 
@@ -30,7 +33,9 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
     """Return the context with the mesh of the configuration. A collective.
 
     With `parallel = auto` on GPUs, DDP is chosen only for a small model that fits in the memory of each rank.
+    Errors: as for `check_fewest_nodes`.
     """
+    check_fewest_nodes(config, context)
     ranks = (context.world_size, context.local_world_size)
     meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
     assert meshed.parallel_dims is not None
@@ -79,6 +84,29 @@ def keep_gathered_weights(config: TrainingConfig, context: DistributedContext, r
     held = estimate_memory(smallest, context)
     gathered_bytes = max(kinds["gathered"] for kinds in held.stages.values())
     return kept if held.nbytes <= room_bytes and gathered_bytes <= MAX_GATHERED_SHARE * room_bytes else config
+
+
+def check_fewest_nodes(config: TrainingConfig, context: DistributedContext) -> None:
+    """Check that a rank of the smallest world of an elastic run can hold its part of the training state. A collective.
+
+    Does nothing in another run. Errors: ConfigError on all ranks.
+    """
+    world = own_world()
+    if world is None:
+        return
+    nodes = world.fewest_nodes
+    per_node = context.local_world_size
+    ranks = usable_ranks(config, nodes * per_node, per_node) or nodes * per_node
+    dims = choose_parallel_dims(config, ranks, min(ranks, per_node))
+    shards = ranks if config.parallel == "auto" else dims.shard  # auto shards a model that does not fit otherwise
+    needed = LEAST_BYTES_PER_PARAMETER * config.model.approximate_parameter_count / shards
+    room = min(values[0] for values in context.all_gather_numbers([usable_bytes(context)]))
+    if needed > room:
+        raise ConfigError(
+            f"--nnodes: with {nodes} node(s), the fewest, there are {ranks} ranks in {ranks // shards} replica(s), and "
+            f"each needs {format_bytes(needed)} for its part of weights, gradients and optimizer state, but has "
+            f"{format_bytes(room)}; raise MIN, or set parallel = fsdp; `tinytrain plan` shows what fits"
+        )
 
 
 def usable_bytes(context: DistributedContext) -> float:

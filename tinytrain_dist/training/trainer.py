@@ -29,6 +29,7 @@ from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import owns_run, write_state
 from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal, signals_received
+from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, regroup_requested
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
@@ -91,6 +92,7 @@ class Trainer:
         self.record = record
         self.divergence = Divergence(metrics, saver, self._compute_again, source)
         self.stop_reason = ""  # why this rank wants to stop
+        self.progress = ProgressMark()
         self.finishing = False  # the loop has ended, so the next save is the last one
 
     @classmethod
@@ -103,7 +105,10 @@ class Trainer:
         return build_trainer(config, context, phase_timer)
 
     def fit(self) -> str:
-        """Train to the last step or until asked to stop; return "done" or "preempted". A collective."""
+        """Train to the last step or until asked to stop. A collective.
+
+        Returns "done", "preempted", or "regrouped" if the agents start the ranks again in another world.
+        """
         self._agree_to_begin()
         try:
             self._run_loop()
@@ -132,7 +137,7 @@ class Trainer:
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.early_stopping.is_best(self.step):
                     self.save()
-                self.snapshots.after_step(self.step, self._saved_record)
+                self.snapshots.after_step(self.step, lambda: self.record | self.train_step.step_filter.state())
         except TrainingError:
             self.saver.collect(self.step, wait=True)  # that save is intact, or its error is closer to the cause
             raise
@@ -146,6 +151,7 @@ class Trainer:
         graphs_before = compiled_graph_count()
         result = self.runner.run(self.step, self.batches, bool(self.why_stop()), *self.snapshots.votes())
         self.step = result.step
+        self.progress.set(self.step)
         new_graphs = compiled_graph_count() - graphs_before
         if new_graphs and self.step >= self.first_step + WARM_UP_STEPS:
             text = (
@@ -193,11 +199,7 @@ class Trainer:
         sound_step = None if ends_well else self.metrics.level.sound_step
         last = self.finishing or self.step == self.config.last_step
         with self.metrics.watch.paused():
-            self.saver.save(self.step, self._saved_record(), last, sound_step)
-
-    def _saved_record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides tensors and settings. May wait for the device."""
-        return self.record | self.train_step.step_filter.state()
+            self.saver.save(self.step, self.record | self.train_step.step_filter.state(), last, sound_step)
 
     @property
     def stopping(self) -> bool:
@@ -222,7 +224,7 @@ class Trainer:
         """
         leave_start()
         self.phase_timer.enter("data", self.step)
-        self.stop_reason = received_signal()
+        self.stop_reason = REGROUP_REASON if regroup_requested() else received_signal()
         if self.context.any_rank(bool(self.stop_reason)):
             self.metrics.stopping = True
             self.saver.saved_step = self.step
@@ -272,13 +274,15 @@ class Trainer:
 
         reasons = [reason for reason in self.context.all_gather_object(self.stop_reason) if reason]
         reason = reasons[0] if state == "preempted" and reasons else ""
+        if state == "preempted" and set(reasons) == {REGROUP_REASON}:
+            state = "regrouped"
         why = self._early_stop_summary() if early else reason
         ended = f"{state} ({why})" if why else state
         self.log.event(self.step, "stopped", f"{ended} at step {self.step} of {self.config.total_steps}")
         self.stop_requests.clear()
         folder = Path(self.config.target_dir)
         if self.context.is_main and owns_run(folder):
-            write_state(folder, state, self.step, reason)
+            write_state(folder, *(("running", self.step) if state == "regrouped" else (state, self.step, reason)))
         signals = signals_received()
         self.saver.finish_copies(self.stop_requests.seconds_to_allocation_end, lambda: signals_received() > signals)
         # Last, because it may wait for trackers, and a run that was asked to stop may be killed meanwhile.

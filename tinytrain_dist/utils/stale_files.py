@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tinytrain_dist.utils.processes import has_ended, process_start_time
@@ -55,6 +57,22 @@ def hold_folder(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a temporary folder for a block. If this process is killed, a later one of this program removes the folder.
+
+    Errors: OSError.
+    """
+    remove_leftovers(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"tinytrain-{owner()}-") as name:
+        held = hold_folder(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            if held is not None:
+                os.close(held)
 
 
 def remove_leftovers(folder: Path, of: str | None = None) -> list[Path]:

@@ -39,6 +39,9 @@ def test_bytes_special_tokens_and_unknown_ids_are_visible(tmp_path: Path) -> Non
 def test_ids_that_the_library_does_not_know(tmp_path: Path) -> None:
     texts, _ = read_token_texts(write_tokenizer(tmp_path / "llama2", "llama2"))
     assert texts.text([1, 5000, 2]) == "<s><id 5000></s>"
+    tokenizer = Tokenizer.from_file(str(tmp_path / "llama2" / "tokenizer.json"))
+    ids = tokenizer.encode("two words", add_special_tokens=False).ids
+    assert texts.text([*ids, 5000, *ids]) == "two words<id 5000>two words"
 
 
 def test_without_a_tokenizer_there_are_numbers(tmp_path: Path) -> None:

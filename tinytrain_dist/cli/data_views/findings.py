@@ -131,9 +131,8 @@ def _evaluation_windows(
         return {
             name: drawn_windows(dataset, documents[name], count) for name, dataset in place.evaluation_data().items()
         }
-    return {
-        name: consecutive_windows(source, documents[name], config.context_len, most) for name, source in sources.items()
-    }
+    width = min(config.context_len, max([1, *map(len, sources.values())]))  # no window is longer than its file
+    return {name: consecutive_windows(source, documents[name], width, most) for name, source in sources.items()}
 
 
 def _repeated(findings: Findings, sources: list[TokenSource]) -> list[Repeated]:

@@ -1,6 +1,6 @@
 """Fill a page with the numbers of token files: one HTML file that needs no other file, no network and no script.
 
-Must not know how the numbers were computed. Everything from the data goes through `markup.escaped`.
+Must not know how the numbers were computed. Everything from the data goes through `_shown`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fill_page(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
     sections = {name: content for name, content in _sections(findings, shown) if content}
     style = "".join((folder / "style.css").read_text(encoding="utf-8") for folder in (REPORT_FOLDER, FOLDER))
     return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
-        title=f"Data of {escaped(printable(findings.place.name))}",
+        title=f"Data of {_shown(findings.place.name)}",
         subtitle=f"{findings.train.tokens:,} tokens of training data",
         navigation="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections),
         sections="\n".join(
@@ -44,6 +44,11 @@ def fill_page(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
         version=escaped(__version__),
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def _shown(text: str) -> str:
+    """Return text from the data for a page: what a browser would not show, or obey, becomes an escape."""
+    return escaped(printable(text))
 
 
 def _anchor(name: str) -> str:
@@ -75,8 +80,8 @@ def _summary(findings: Findings) -> str:
                 per_token,
                 counted,
             )
-            rows.append([escaped(printable(label)), *cells, f"{source.files:,}", escaped(source.formats)])
-    lines = "\n".join(f"<p>{escaped(printable(note))}</p>" for note in text.notes(findings))
+            rows.append([_shown(label), *cells, f"{source.files:,}", escaped(source.formats)])
+    lines = "\n".join(f"<p>{_shown(note)}</p>" for note in text.notes(findings))
     return f"{table(columns, rows, numeric=True)}\n{lines}"
 
 
@@ -93,9 +98,9 @@ def _documents(findings: Findings) -> str:
         drawing = draw_bars(f"chart-lengths-{number}", title, labels, counts, "tokens, from this number on", number)
         figures.append(_figure(title, drawing))
         values = [lengths.least, *lengths.percentiles(text.PERCENTS), lengths.greatest]
-        rows.append([escaped(printable(name)), *(f"{value:,}" for value in values), f"{lengths.mean:,.1f}"])
+        rows.append([_shown(name), *(f"{value:,}" for value in values), f"{lengths.mean:,.1f}"])
         histogram_rows += [
-            [escaped(printable(name)), f"{low:,} to {high - 1:,}", f"{count:,}", text.share(count, lengths.documents)]
+            [_shown(name), f"{low:,} to {high - 1:,}", f"{count:,}", text.share(count, lengths.documents)]
             for low, high, count in zip(bounds, bounds[1:], counts, strict=False)
         ]
     columns = ["tokens of documents", "least", *(f"{percent} %" for percent in text.PERCENTS), "most", "mean"]
@@ -112,12 +117,12 @@ def _duplicates(findings: Findings) -> str:
         if found := split.duplicates:
             shares = text.share(found.repeats, found.documents), text.share(found.repeated_tokens, split.tokens)
             numbers = f"{found.documents:,}", f"{found.repeats:,}", shares[0], f"{found.repeated_tokens:,}", shares[1]
-            rows.append([escaped(printable(name)), *numbers])
+            rows.append([_shown(name), *numbers])
     if not rows:
         return ""
     columns = ["", "documents", "exact repeats of another one", "share", "tokens in them", "share"]
     copies = [
-        [f"{each.copies:,}", f"{each.tokens:,}", escaped(each.place), f"<code>{escaped(printable(each.text))}</code>"]
+        [f"{each.copies:,}", f"{each.tokens:,}", _shown(each.place), f"<code>{_shown(each.text)}</code>"]
         for each in findings.repeated
     ]
     most = f"<h3>Most copies</h3>\n{table(('copies', 'tokens', 'first copy', 'beginning'), copies)}" if copies else ""
@@ -135,7 +140,7 @@ def _tokens(findings: Findings) -> str:
         parts.append(
             f"<p>{unused:,} of {size:,} ids ({text.share(unused, size)}) never occur in the training data.</p>"
         )
-    special = [[escaped(name), str(token), f"{count:,}"] for token, name, count in text.special_counts(findings)]
+    special = [[_shown(name), str(token), f"{count:,}"] for token, name, count in text.special_counts(findings)]
     parts.append(
         f"<h3>Special tokens that occur</h3>\n{table(('token', 'id', 'count'), special, numeric=True)}"
         if special
@@ -164,8 +169,8 @@ def _overlap(findings: Findings) -> str:
         bins = share_bins(overlap.found.ngrams, overlap.found.found)
         title = f"Windows of {printable(name)} by their share of {findings.ngram}-grams in the training data"
         figures.append(_figure(title, draw_bars(f"chart-overlap-{number}", title, SHARES, bins, "share", number)))
-        rows.append([escaped(printable(name)), *(f"{count:,}" for count in bins)])
-        lines += [f"<li>{escaped(printable(line))}</li>" for line in text.overlap_lines(findings, name, overlap)]
+        rows.append([_shown(name), *(f"{count:,}" for count in bins)])
+        lines += [f"<li>{_shown(line)}</li>" for line in text.overlap_lines(findings, name, overlap)]
     listed = "\n".join(lines)
     columns = ["windows", *SHARES]
     return f"{_charts(figures)}\n{table(columns, rows, numeric=True)}\n<ul>\n{listed}\n</ul>"
@@ -185,7 +190,7 @@ def _windows(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
             pieces.append(content if segment.counted else f'<span class="uncounted">{content}</span>')
         if window.padding:
             pieces.append(f'<span class="begin">— {window.padding:,} tokens of padding —</span>')
-        parts.append(f"<h3>{escaped(printable(windows.heading(window)))}</h3>\n<pre>{''.join(pieces)}</pre>")
+        parts.append(f"<h3>{_shown(windows.heading(window))}</h3>\n<pre>{''.join(pieces)}</pre>")
     return "\n".join(parts)
 
 

@@ -139,9 +139,18 @@ def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eo
     return Vocabulary(texts, size, size_from, eos_id, eos_from, note)
 
 
-def check_slots(slots: tuple[int, ...], place: Place) -> None:
-    """Check that sample slots exist. Errors: UsageError."""
-    batch_size = place.config.batch_size
-    wrong = [slot for slot in slots if not 0 <= slot < batch_size]
-    if wrong and place.is_run:
-        raise UsageError(f"--slot: {wrong[0]} is not in 0 .. {batch_size - 1} (batch_size {batch_size})", "data")
+def check_slots(slots: tuple[int, ...], decode: int | None, place: Place, step: int) -> None:
+    """Check that a run draws these sample slots in a step, counted from 1. Errors: UsageError.
+
+    decode: how many slots from the first one on (None: not given). Any slot exists where there is no run.
+    """
+    if not place.is_run:
+        return
+    sizes = place.config.batch_sizes
+    count = sizes.at(step - 1)
+    batch = f"batch_size {count}" + (f" in step {step}, by batch_size_warmup" if sizes.varies else "")
+    if wrong := [slot for slot in slots if not 0 <= slot < count]:
+        raise UsageError(f"--slot: {wrong[0]} is not in 0 .. {count - 1} ({batch})", "data")
+    if decode is not None and decode > count:
+        problem = f"--decode: {decode} is more than the {count} windows of a step ({batch})"
+        raise UsageError(f"{problem}; give at most {count}, and other steps with --step", "data")

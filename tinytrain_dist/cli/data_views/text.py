@@ -54,10 +54,15 @@ def notes(findings: Findings) -> list[str]:
     for name, split in splits(findings):
         if split.counts.outside and split.counts.outside_example is not None:
             position, token = split.counts.outside_example
+            outside = (
+                f"{name} has {split.counts.outside:,} token(s) outside 0 .. {split.counts.limit - 1}, the first is id "
+                f"{token} (token {position:,})"
+            )
             found.append(
-                f"WARNING: {name} has {split.counts.outside:,} token(s) outside 0 .. {split.counts.limit - 1}, the "
-                f"first is id {token} (token {position:,}), so training would refuse it; correct vocab_size or "
-                "token_dtype, or make the file again."
+                f"{outside}, and this verb counts no larger ids."
+                if token >= 0 and (vocabulary.size is None or split.counts.limit < vocabulary.size)
+                else f"WARNING: {outside}, so training would refuse it; correct vocab_size or token_dtype, or make the "
+                "file again."
             )
         if empty := sum(source.empty_documents for source in split.sources):
             found.append(f"{name} has {empty:,} empty document(s), which the other numbers leave out.")

@@ -142,6 +142,8 @@ class ChatEncoder:
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.template, **how)
         except Exception as error:  # whatever the template does; TemplateError is what it raises on purpose
             reason = " ".join(str(error).split())
+            name = type(error).__name__
+            faulty = "template" if name == "TemplateSyntaxError" else "messages"  # by name: jinja2 may be missing
             raise BadChatError(
-                f"the chat template of {self.folder} fails ({type(error).__name__}: {reason}); correct the messages"
+                f"the chat template of {self.folder} fails ({name}: {reason}); correct the {faulty}"
             ) from error

@@ -13,6 +13,6 @@ TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name 
 EVENTS = (
     "resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled",
     "output_lost", "first_step", "epoch", "parameter_groups", "branched", "copied", "copy_failed", "left_out",
-    "snapshot", "snapshot_failed",
+    "recovered", "snapshot", "snapshot_failed",
 )  # fmt: skip
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}  # 0 for any other kind

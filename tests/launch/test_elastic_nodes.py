@@ -1,0 +1,218 @@
+"""An agent of an elastic run: what it notices about other nodes, and what it does then."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import AGENT, TrainingProcess, descendants, training_process
+from tests.helpers.training import Run, config_file, settings_for
+from tests.launch.test_elastic_agent import wait_until
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.torchrun_internals import Node, RendezvousState, serve_store
+from tinytrain_dist.launch import agent_state
+from tinytrain_dist.launch.elastic_nodes import JOINED, LEFT, LOST, ElasticNodes
+from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
+from tinytrain_dist.reliability.restart_history import append_change, read_changes
+from tinytrain_dist.reliability.world import ProgressMark
+
+ONE, TWO, THREE = Node("node1", 11), Node("node2", 12), Node("node3", 13)
+
+
+class Rendezvous:
+    """What an agent sees of torchrun's rendezvous, set by a test."""
+
+    fewest_nodes = 1
+
+    def __init__(self, *nodes: Node) -> None:
+        self.own = nodes[0]
+        self.values: dict[str, str] = {}
+        self.state = RendezvousState(1, False, False, nodes, ())
+
+    def see(self, number: int, nodes: tuple[Node, ...], waiting: tuple[Node, ...] = (), closed: bool = False) -> None:
+        self.state = RendezvousState(number, True, closed, nodes, waiting)
+
+    def refresh(self) -> None: ...
+
+    def shorten_last_call(self, seconds: float) -> None: ...
+
+    def reopen(self) -> bool:
+        return True
+
+    def write(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def read(self, key: str) -> str:
+        return self.values.get(key, "")
+
+    def write_once(self, key: str, value: str) -> str:
+        return self.values.setdefault(key, value)
+
+
+@pytest.fixture
+def agent_of_node1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Rendezvous]:
+    """The agent of node 1 in a world of three nodes, of which the batch can use two."""
+    monkeypatch.setenv("TINYTRAIN_WORLD", "")
+    monkeypatch.setenv("TINYTRAIN_AGENT", str(tmp_path / "note"))
+    monkeypatch.delenv("TINYTRAIN_STOP", raising=False)
+    config = TrainingConfig(**settings_for(tmp_path, "run", parallel="ddp", micro_batch_size=4))
+    rendezvous = Rendezvous(ONE, TWO, THREE)
+    nodes = ElasticNodes(config, 1, tmp_path / "note", "store:1")
+    nodes.before_round(rendezvous)  # type: ignore[arg-type]
+    nodes.after_round(rendezvous)  # type: ignore[arg-type]
+    return nodes, rendezvous
+
+
+def noticed(nodes: Any, rendezvous: Rendezvous) -> str | None:
+    return nodes._regroup.kind if nodes.must_regroup(rendezvous) else None
+
+
+def test_a_silent_node_ends_the_world_unless_it_is_a_spare(agent_of_node1: tuple[Any, Rendezvous]) -> None:
+    nodes, rendezvous = agent_of_node1
+    assert noticed(nodes, rendezvous) is None
+    rendezvous.see(1, (ONE, TWO))
+    assert [noticed(nodes, rendezvous) for _ in range(3)] == [None] * 3, "node 3 was a spare"
+    rendezvous.see(1, (ONE, THREE), waiting=(TWO,))
+    assert noticed(nodes, rendezvous) == LEFT
+    rendezvous.see(1, (ONE, THREE))
+    assert noticed(nodes, rendezvous) == LOST, "and missing twice in a row"
+
+
+def test_a_node_that_was_cut_off_notices_it(agent_of_node1: tuple[Any, Rendezvous]) -> None:
+    nodes, rendezvous = agent_of_node1
+    rendezvous.see(2, (TWO, THREE))
+    assert noticed(nodes, rendezvous) == LOST
+    rendezvous.see(2, (TWO, THREE), closed=True)
+    assert noticed(nodes, rendezvous) is None, "the run has ended"
+
+
+def test_a_node_joins_when_it_is_of_use_and_a_step_is_complete(
+    agent_of_node1: tuple[Any, Rendezvous], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    mark = ProgressMark()
+    mark.set(5)
+    rendezvous.see(1, (ONE, TWO, THREE), waiting=(Node("node4", 14),))
+    assert noticed(nodes, rendezvous) is None, "two ranks are the most that can be used"
+
+    rendezvous.see(2, (ONE,))
+    nodes.before_round(rendezvous)
+    nodes.after_round(rendezvous)
+    rendezvous.see(2, (ONE,), waiting=(TWO,))
+    assert noticed(nodes, rendezvous) is None, "this world has not completed a step"
+    mark = ProgressMark()
+    mark.set(6)
+    monkeypatch.setenv("TINYTRAIN_STOP", "SIGTERM")
+    assert noticed(nodes, rendezvous) is None, "the run is about to stop"
+    monkeypatch.delenv("TINYTRAIN_STOP")
+    assert noticed(nodes, rendezvous) == JOINED
+
+
+def test_one_survivor_writes_why_the_world_ended(agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path) -> None:
+    nodes, rendezvous = agent_of_node1
+    ProgressMark().set(7)
+    rendezvous.see(1, (ONE, THREE))
+    assert [nodes.must_regroup(rendezvous) for _ in range(2)] == [False, True]
+    rendezvous.write("left.1.node3.13", json.dumps({"own": "", "text": "", "time": 1.0}))
+    nodes.before_round(rendezvous)
+    rendezvous.see(2, (ONE, THREE))
+    nodes.after_round(rendezvous)
+    (change,) = read_changes(tmp_path / "run")
+    named = {name: change[name] for name in ("kind", "reason", "step", "lost", "failed", "joined", "all_failed")}
+    reason = "node node2 was lost"
+    assert named == {
+        "kind": "lost",
+        "reason": reason,
+        "step": 7,
+        "lost": ["node2"],
+        "failed": [],
+        "joined": [],
+        "all_failed": False,
+    }
+    rendezvous.own = THREE
+    nodes.before_round(rendezvous)
+    rendezvous.see(3, (ONE, THREE))
+    nodes.after_round(rendezvous)
+    assert len(read_changes(tmp_path / "run")) == 1, "node 1 writes, and not every survivor"
+
+
+def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    assert not nodes.forgives_mistake(), "all have started together"
+    four = Node("node4", 14)
+    for number, world in ((2, (ONE, TWO, THREE, four)), (3, (ONE, TWO, THREE))):
+        nodes.before_round(rendezvous)
+        rendezvous.see(number, world)
+        nodes.after_round(rendezvous)
+        if number == 2:
+            agent_state.agent.own_failure = "lr_max: 0.02 on rank 3"
+            assert nodes.forgives_mistake()
+            assert nodes.changes_world(failed=True)
+    joined, lost = read_changes(tmp_path / "run")
+    assert (joined["kind"], joined["joined"]) == ("joined", ["node4"])
+    assert (lost["kind"], lost["lost"], lost["failed"]) == ("lost", ["node4"], [])
+    assert lost["reason"] == "node node4 has left: lr_max: 0.02 on rank 3"
+    assert not nodes.forgives_mistake()
+
+
+# ---------------------------------------------------------------- real processes
+
+
+@contextmanager
+def node(config: str, folder: Path, port: int, number: int, nnodes: str) -> Iterator[TrainingProcess]:
+    """Start the agent of a node at 127.0.0.NUMBER, as `tinytrain train --store` does."""
+    conf = ",".join(f"{name}={value}" for name, value in {"is_host": 0, **ELASTIC_RENDEZVOUS}.items())
+    options = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
+    options += [f"--rdzv-conf={conf}", f"--local-addr=127.0.0.{number}", "--max-restarts=1000"]
+    env = {"TINYTRAIN_ELASTIC": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with training_process([config], 1, folder, env, launcher=AGENT, rendezvous=options) as running:
+        yield running
+
+
+@pytest.mark.multiprocess
+def test_a_node_that_hangs_is_left_behind_and_a_lost_store_ends_the_run_well(tmp_path: Path) -> None:
+    settings = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
+    config = config_file(tmp_path, compile=False, **settings)
+    run = tmp_path / "run"
+    store = [serve_store(0)]
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(node(config, tmp_path, store[0].port, k, "1:2")) for k in (1, 2))
+        wait_until(lambda: "step 5/" in first.output() + second.output(), first)
+        for pid in [second.process.pid, *descendants(second.process.pid)]:
+            os.kill(pid, signal.SIGSTOP)  # none of its threads runs, as after a power loss
+        wait_until(lambda: [c for c in read_changes(run) if c["kind"] == "recovered"], first)
+        assert "tinytrain: node 127.0.0.2 was lost" in first.output()
+        store.clear()
+        assert first.wait(120) == 0, first.output()
+        assert "start `tinytrain store` again, and then the same command on every node" in first.output()
+        assert "Traceback" not in first.output().partition("was lost")[2]
+    state = json.loads((run / "state.json").read_text())
+    assert state["state"] == "preempted"
+    assert state["reason"].startswith("the store at 127.0.0.1:")
+    assert Run(run).checkpoint.name == f"checkpoint-{state['step']:08d}"
+
+
+@pytest.mark.multiprocess
+def test_an_excluded_node_is_named_and_does_not_disturb_the_others(tmp_path: Path) -> None:
+    config = config_file(tmp_path)
+    store = serve_store(0)
+    store.set("tinytrain.test.session", "a")
+    for step in (3, 5, 9):
+        lost = {"lost": ["127.0.0.2"], "failed": [], "reason": "node 127.0.0.2 was lost"}
+        append_change(tmp_path / "run", {"kind": "lost", "session": "a", "step": step, **lost})
+    with node(config, tmp_path, store.port, 2, "1:2") as running:
+        assert running.wait(120) == 1, running.output()
+        last = running.output().rstrip().splitlines()[-1]
+    assert last.startswith(
+        "error: node 127.0.0.2 is excluded: it has caused 3 restarts of this run (after steps 3, 5, 9)"
+    )
+    assert read_changes(tmp_path / "run")[-1]["kind"] == "excluded"

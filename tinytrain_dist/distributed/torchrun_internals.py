@@ -1,0 +1,230 @@
+"""Call the private and version-dependent parts of torchrun: the agent that starts ranks, and its rendezvous.
+
+As in `torch_internals`, each docstring names the torch versions that have these parts. torchrun is imported where it is
+needed, because that takes seconds. Must not know what ranks do, or why nodes come and go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NoReturn, Protocol
+
+from tinytrain_dist.distributed.network import LISTENER_VARIABLE
+from tinytrain_dist.distributed.torch_internals import tcp_store
+
+SILENT_NODE_SECONDS = 10.0  # after which a node of an earlier run, whose rendezvous is closed, has surely ended
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """One agent in the rendezvous: the address that it has announced, and its process ID."""
+
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class RendezvousState:
+    """What all agents know about the rendezvous.
+
+    * `round`: number of the world; it grows with every new world.
+    * `complete`: whether this round has all of its nodes, so that their ranks run.
+    * `closed`: whether the run has ended.
+    * `nodes`: the nodes of the round, in the order of their ranks. A node that is silent is left out.
+    * `waiting`: nodes that wait for the next round.
+    """
+
+    round: int
+    complete: bool
+    closed: bool
+    nodes: tuple[Node, ...]
+    waiting: tuple[Node, ...]
+
+
+class RendezvousHooks(Protocol):
+    """What an agent adds to torchrun's rendezvous. The methods are called in the thread of the agent."""
+
+    def before_round(self, rendezvous: ElasticRendezvous) -> None:
+        """Act before this node leaves its round and joins the next one."""
+
+    def after_round(self, rendezvous: ElasticRendezvous) -> None:
+        """Act after a round is complete, before its ranks are started."""
+
+    def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
+        """End the run by an error, because the store cannot be reached."""
+        raise NotImplementedError
+
+    def must_regroup(self, rendezvous: ElasticRendezvous) -> bool:
+        """Return whether to end the ranks and join a new round. Called about once a second while ranks run."""
+
+
+class ElasticRendezvous:
+    """torchrun's rendezvous, as `RendezvousHooks` see it. Versions: DynamicRendezvousHandler in 2.11 to 2.15."""
+
+    def __init__(self, handler: Any) -> None:
+        """Wrap torchrun's handler."""
+        self._handler = handler
+
+    @property
+    def own(self) -> Node:
+        """This node."""
+        return _node(self._handler._this_node)
+
+    @property
+    def state(self) -> RendezvousState:
+        """The state as of the last exchange with the store."""
+        state = self._handler._state_holder.state
+        ranked = sorted(state.participants)
+        return RendezvousState(
+            state.round,
+            state.complete,
+            state.closed,
+            tuple(map(_node, ranked)),
+            tuple(map(_node, sorted(state.wait_list))),
+        )
+
+    @property
+    def fewest_nodes(self) -> int:
+        """The smallest number of nodes of a round."""
+        return int(self._handler._settings.min_nodes)
+
+    def refresh(self) -> None:
+        """Read the state from the store. Errors: RendezvousConnectionError if the store cannot be reached."""
+        with self._handler._heartbeat_lock:
+            self._handler._state_holder.sync()
+
+    def shorten_last_call(self, seconds: float) -> None:
+        """Wait only this long for more nodes once the fewest have joined."""
+        self._handler._settings.timeout._last_call = timedelta(seconds=seconds)
+
+    def reopen(self) -> bool:
+        """Begin a new run in a rendezvous that an ended run has closed; return whether it is open.
+
+        False: a node of the ended run has still shown a sign of life a few seconds ago.
+        """
+        holder = self._handler._state_holder
+        self.refresh()
+        state = holder.state
+        if not state.closed:
+            return True
+        newest = max(state.last_heartbeats.values(), default=datetime.min.replace(tzinfo=UTC))
+        if datetime.now(UTC) - newest < timedelta(seconds=SILENT_NODE_SECONDS) and state.participants:
+            return False
+        state.closed = state.complete = False
+        state.participants.clear()
+        state.wait_list.clear()
+        state.redundancy_list.clear()
+        state.last_heartbeats.clear()
+        state.deadline = None
+        state.round += 1  # keys of the ended run must not be found again
+        holder.mark_dirty()
+        self.refresh()  # fails if another node was faster; its state is as good
+        return not holder.state.closed
+
+    def leave_open(self) -> None:
+        """Do not close the rendezvous when this agent ends: the other nodes train on."""
+        self._handler.shutdown = lambda: True
+
+    def write(self, key: str, value: str) -> None:
+        """Write a value that all nodes can read."""
+        self._handler._store.set(self._key(key), value)
+
+    def read(self, key: str) -> str:
+        """Return a value that a node has written; "" if there is none."""
+        name = self._key(key)
+        store = self._handler._store
+        return str(store.get(name).decode()) if store.check([name]) else ""
+
+    def write_once(self, key: str, value: str) -> str:
+        """Write a value unless there is one; return the one that counts."""
+        return str(self._handler._store.compare_set(self._key(key), "", value).decode())
+
+    def _key(self, name: str) -> str:
+        return f"tinytrain.{self._handler._settings.run_id}.{name}"
+
+
+def _node(described: Any) -> Node:
+    return Node(described.addr, described.pid)
+
+
+def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
+    """Let torchrun serve a new store to the ranks of each round, and call hooks. None: no hooks.
+
+    By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
+    take the port in between.
+    Versions: DynamicRendezvousHandler with these attributes in 2.11 to 2.15.
+    """
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    plain_next = DynamicRendezvousHandler.next_rendezvous
+    plain_waiting = DynamicRendezvousHandler.num_nodes_waiting
+
+    def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
+        self._shared_tcp_store_server = None
+        self._bootstrap_store_info = None
+        if hooks is None:
+            return plain_next(self)
+        rendezvous = ElasticRendezvous(self)
+        try:
+            hooks.before_round(rendezvous)
+            while True:
+                try:
+                    joined = plain_next(self)
+                    break
+                except RendezvousTimeoutError:
+                    if not self._state_holder.state.complete:
+                        raise
+                    # the others train, and this node is a spare: it may wait for as long as they do
+            hooks.after_round(rendezvous)
+        except (RendezvousConnectionError, DistNetworkError):
+            hooks.store_is_lost(rendezvous)
+        return joined
+
+    def num_nodes_waiting(self: DynamicRendezvousHandler) -> int:
+        if hooks is None:
+            return plain_waiting(self)
+        rendezvous = ElasticRendezvous(self)
+        try:
+            plain_waiting(self)
+        except RendezvousConnectionError:
+            hooks.store_is_lost(rendezvous)
+        return int(hooks.must_regroup(rendezvous))
+
+    DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
+    DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+
+
+def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Replace the method with which torchrun ends its workers by `make_close(original method)`.
+
+    Both have the signature (context, death_sig, timeout=30). `context.subprocess_handlers` maps local ranks to
+    workers, and `context.error_files` maps them to error files. Versions: SubprocessContext._close in 2.11 to 2.15.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]
+
+
+def serve_rendezvous(endpoint: str) -> Any:
+    """Serve torchrun's rendezvous at HOST:PORT on the listening socket that this process was given, if there is one.
+
+    torchrun shares this server with its own store of the same port (multi_tenant). Returns the store, to keep.
+    """
+    port = endpoint.rpartition(":")[2]
+    if not (port.isdecimal() and LISTENER_VARIABLE in os.environ):
+        return None
+    return tcp_store("127.0.0.1", int(port), None, True, timedelta(seconds=60))
+
+
+def serve_store(port: int) -> Any:
+    """Serve a store for torchrun's rendezvous in this process; `port` 0 takes a free one, which `store.port` tells.
+
+    Errors: RuntimeError if the port is taken.
+    """
+    return tcp_store("127.0.0.1", port, None, True, timedelta(seconds=60))

@@ -1,0 +1,293 @@
+"""Let the nodes of a run come and go: notice that one is lost or has joined, and begin a new world without or with it.
+
+torchrun keeps the list of nodes in a store, and each agent writes there every second that it lives. By itself an agent
+reacts to a failed rank and to a node that joins. This module adds
+
+- a node that is silent: its agent does not write any more, because of a power loss, a cut network or SIGSTOP
+- the saving of all ranks before a larger world begins, and spares: nodes that the configuration cannot use
+- the history of all changes with their reasons, and the exclusion of a node that fails repeatedly
+
+Must not know what ranks compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tinytrain_dist.config.run_folder import STATE_FILE
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
+from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
+from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
+from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
+from tinytrain_dist.utils.atomic_files import read_json_object
+from tinytrain_dist.utils.json_files import parse_json, to_json
+from tinytrain_dist.utils.text import format_list
+
+if TYPE_CHECKING:  # importing torchrun takes seconds
+    from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous, Node, RendezvousState
+
+LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough of them
+SAVE_SECONDS = 600.0  # for the ranks to save before a larger world begins
+LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
+POLL_SECONDS = 0.05
+LOST, LEFT, JOINED, STORE_LOST = "lost", "left", "joined", "store lost"
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """Why the present world ends: how nodes changed, a sentence about it, and when it was noticed."""
+
+    kind: str  # LOST: ranks cannot save any more. LEFT: they fail or have saved. JOINED: they are to save
+    reason: str
+    noticed: float = field(default_factory=time.time)
+
+
+class ElasticNodes:
+    """The part of an agent that follows the nodes of its run; it implements `RendezvousHooks`."""
+
+    def __init__(self, config: TrainingConfig, ranks_per_node: int, folder_note: Path, endpoint: str) -> None:
+        """Prepare for the first world. folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT of the store."""
+        self._endpoint = endpoint
+        self._config = config
+        self._ranks_per_node = ranks_per_node
+        self._folder_note = folder_note
+        self._run = Path(config.target_dir)
+        self._world: tuple[Node, ...] = ()
+        self._round = -1
+        self._session = ""
+        self._regroup: Regroup | None = None
+        self._missing: frozenset[Node] = frozenset()  # at the last look
+        self._left_at = 0.0  # when this node left its last world
+        self._rendezvous: ElasticRendezvous | None = None
+        self._spares_told: frozenset[Node] = frozenset()
+        self._is_new = False  # this node has joined a run that was under way, and has not completed a step
+        self._has_new = False  # another node has, without any other change
+
+    # ------------------------------------------------------------ between two worlds
+
+    def before_round(self, rendezvous: ElasticRendezvous) -> None:
+        """Leave the present world, or enter for the first time. Errors: RunOverError if this node is excluded."""
+        self._rendezvous = rendezvous
+        if self._world:
+            rendezvous.shorten_last_call(LAST_CALL_SECONDS)
+            self._regroup = self._regroup or Regroup(LEFT, "")
+            failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
+            rendezvous.write(self._failure_key(self._round, rendezvous.own), to_json(failure))
+        else:
+            self._enter(rendezvous)
+        regroup_note(self._folder_note).unlink(missing_ok=True)
+        self._left_at = time.time()
+
+    def _enter(self, rendezvous: ElasticRendezvous) -> None:
+        told = False
+        while not rendezvous.reopen():
+            if not told:
+                say("tinytrain: waiting until all nodes of the run that has just ended are gone")
+            told = True
+            time.sleep(1.0)
+        if rendezvous.state.complete:
+            rendezvous.shorten_last_call(LAST_CALL_SECONDS)
+            self._is_new = True
+        address = rendezvous.own.address
+        session = rendezvous.read("session")
+        if session and (reason := why_excluded(read_changes(self._run), session, address)):
+            rendezvous.leave_open()
+            change = {"kind": "excluded", "session": session, "time": time.time(), "reason": reason, "node": address}
+            append_change(self._run, change)
+            raise RunOverError(RankDeath(reason, 1))
+
+    def after_round(self, rendezvous: ElasticRendezvous) -> None:
+        """Take note of the new world, and tell its ranks; one survivor writes the history."""
+        state, now = rendezvous.state, time.time()
+        before, former_round = self._world, self._round
+        self._world, self._round = state.nodes, state.round
+        self._session = self._session or rendezvous.write_once("session", secrets.token_hex(8))
+        survivors = sorted(set(before) & set(state.nodes))
+        self._is_new = self._is_new and not before
+        if survivors and survivors[0] == rendezvous.own and former_round + 1 == state.round:
+            self._record(rendezvous, before, state, now)
+        world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
+        os.environ["TINYTRAIN_WORLD"] = to_json(world)
+        if state.nodes[0] == rendezvous.own:
+            ranks = len(state.nodes) * self._ranks_per_node
+            addresses = format_list([node.address for node in state.nodes])
+            say(f"tinytrain: {len(state.nodes)} node(s) train: {addresses}")
+            if spares := describe_spares(self._config, ranks, self._ranks_per_node):
+                say(f"tinytrain: {spares}")
+        self._has_new = bool(before) and set(before) < set(state.nodes)
+        forget_progress(self._folder_note)
+        self._regroup = None
+        self._missing = self._spares_told = frozenset()
+        agent.own_failure = ""
+
+    def _record(
+        self, rendezvous: ElasticRendezvous, before: Sequence[Node], state: RendezvousState, now: float
+    ) -> None:
+        assert self._regroup is not None, "this node was in the world before"
+        reports = {node: self._read_failure(rendezvous, self._round - 1, node) for node in before}
+        failed = [node.address for node in before if reports[node].get("own")]
+        alive = {*state.nodes, *state.waiting}
+        lost = [node.address for node in before if node not in alive]
+        joined = [node.address for node in state.nodes if node not in before]
+        causes = sorted((float(report["time"]), str(report["own"])) for report in reports.values() if report.get("own"))
+        texts = [str(report["text"]) for report in reports.values() if report.get("text")]
+        if causes:
+            kind, reason = "failed", causes[0][1]
+        elif lost:
+            mistake = self._regroup.reason if self._has_new else ""
+            how = f"has left: {mistake}" if mistake else "was lost"
+            kind, reason = "lost", f"node {format_list(lost)} {how}"
+        elif joined:
+            kind, reason = "joined", f"node {format_list(joined)} joined"
+        else:
+            kind, reason = "failed", (texts or ["a rank failed"])[0]
+        step, idle_since = read_progress(self._folder_note) or (None, self._regroup.noticed)
+        change: dict[str, Any] = {
+            "kind": kind,
+            "session": self._session,
+            "round": self._round,
+            "time": now,
+            "reason": reason,
+            "step": step,
+            "nodes": [node.address for node in state.nodes],
+            "failed": failed,
+            "lost": lost,
+            "joined": joined,
+            "all_failed": len(before) > 1 and len(failed) == len(before),
+            "idle_since": idle_since,
+            "detection_seconds": max(0.0, self._regroup.noticed - idle_since),
+            "stop_seconds": self._left_at - self._regroup.noticed,
+            "rendezvous_seconds": now - self._left_at,
+        }
+        append_change(self._run, change)
+        say(f"tinytrain: {reason}; after step {step}, {len(before)} -> {len(state.nodes)} node(s)")
+
+    def _failure_key(self, number: int, node: Node) -> str:
+        return f"left.{number}.{node.address}.{node.pid}"
+
+    def _read_failure(self, rendezvous: ElasticRendezvous, number: int, node: Node) -> dict[str, Any]:
+        text = rendezvous.read(self._failure_key(number, node))
+        report: dict[str, Any] = parse_json(text) if text else {}
+        return report
+
+    # ------------------------------------------------------------ while ranks run
+
+    def must_regroup(self, rendezvous: ElasticRendezvous) -> bool:
+        """Return whether the present world has to end, because of a node that is lost, has left or waits to join."""
+        regroup = self._look(rendezvous)
+        if regroup is not None:
+            self._regroup = regroup
+            say(f"tinytrain: {regroup.reason}")
+        return regroup is not None
+
+    def _look(self, rendezvous: ElasticRendezvous) -> Regroup | None:
+        state = rendezvous.state
+        if state.closed or self._run_has_ended():
+            return None
+        if rendezvous.own not in state.nodes:
+            return Regroup(LOST, f"this node, {rendezvous.own.address}, was silent and the others train without it")
+        missing = frozenset(node for node in self._used_nodes() if node not in state.nodes)
+        left = missing & set(state.waiting)
+        lost = (missing - left) & self._missing  # a node that changes worlds is missing for a moment
+        self._missing = missing
+        if lost:
+            return Regroup(LOST, f"node {format_list(sorted(node.address for node in lost))} was lost")
+        if left:
+            return Regroup(LEFT, f"node {format_list(sorted(node.address for node in left))} has left the world")
+        return self._joining(state)
+
+    def _used_nodes(self) -> tuple[Node, ...]:
+        """Return the nodes of the present world that have a rank which is no spare."""
+        used = usable_ranks(self._config, len(self._world) * self._ranks_per_node, self._ranks_per_node)
+        return self._world[: -(-used // self._ranks_per_node)]
+
+    def _joining(self, state: RendezvousState) -> Regroup | None:
+        """Return the request for a larger world, if nodes wait that it can use and this one has completed a step."""
+        if not state.waiting or "TINYTRAIN_STOP" in os.environ:
+            return None
+        per_node = self._ranks_per_node
+        now = usable_ranks(self._config, len(state.nodes) * per_node, per_node)
+        then = usable_ranks(self._config, (len(state.nodes) + len(state.waiting)) * per_node, per_node)
+        addresses = format_list([node.address for node in state.waiting])
+        if then <= now:
+            if self._spares_told != frozenset(state.waiting):
+                say(f"tinytrain: node {addresses} waits as a spare: more than {now} rank(s) would not shorten a step")
+            self._spares_told = frozenset(state.waiting)
+            return None
+        if read_progress(self._folder_note) is None:
+            return None
+        return Regroup(JOINED, f"node {addresses} joins after the next save")
+
+    def _run_has_ended(self) -> bool:
+        return read_progress(self._folder_note) is not None and (
+            read_json_object(self._run / STATE_FILE).get("state") in ("done", "preempted")
+        )
+
+    # ------------------------------------------------------------ the end of the ranks of a world
+
+    def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
+        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError."""
+        rendezvous.leave_open()
+        self._regroup = Regroup(STORE_LOST, f"the store at {self._endpoint} cannot be reached any more")
+        say(
+            f"tinytrain: {self._regroup.reason}; the run saves and ends. To go on, start `tinytrain store` again, and "
+            "then the same command on every node"
+        )
+        raise RunOverError(RankDeath("", 0))
+
+    def forgives_mistake(self) -> bool:
+        """Return whether this node trains on although all ranks report a mistake of the user, as after any failure.
+
+        If a node has just joined, the mistake is probably its own: other settings, no data. It leaves, and the others
+        train on without it.
+        """
+        if read_progress(self._folder_note) is not None:
+            return False
+        if self._is_new and self._rendezvous is not None:
+            self._rendezvous.leave_open()
+        if self._has_new:
+            self._regroup = Regroup(LEFT, agent.own_failure)
+            agent.own_failure = ""  # this node is not to blame
+        return self._has_new
+
+    def changes_world(self, failed: bool) -> bool:
+        """Return whether the ranks end because another world is to begin. failed: one of them has failed."""
+        if failed and self._regroup is None:
+            self._regroup = Regroup(LEFT, "")
+        return self._regroup is not None
+
+    def end_ranks(self, pids: Sequence[int], any_alive: Any) -> None:
+        """Let the ranks end before this world does: they save, or fail because another node has left.
+
+        any_alive: a function that returns whether one of them still runs. Ranks that do not end in time, or cannot
+        because a node was lost meanwhile, are killed by the caller.
+        """
+        regroup = self._regroup
+        if regroup is None or regroup.kind == LOST:
+            return
+        if regroup.kind == STORE_LOST:
+            stop_note(self._folder_note).write_text(regroup.reason, encoding="utf-8")
+        else:
+            regroup_note(self._folder_note).touch()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
+        next_look = time.monotonic() + 1.0
+        while any_alive() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() > next_look and self._rendezvous is not None and regroup.kind != STORE_LOST:
+                next_look = time.monotonic() + 1.0
+                self._rendezvous.refresh()
+                if (found := self._look(self._rendezvous)) is not None and found.kind == LOST:
+                    self._regroup = found
+                    return
