@@ -137,7 +137,7 @@ class Trainer:
                     self.evaluate()
                 if due(self.step, config.ckpt_every) or self.early_stopping.is_best(self.step):
                     self.save()
-                self.snapshots.after_step(self.step, self._saved_record)
+                self.snapshots.after_step(self.step, lambda: self.record | self.train_step.step_filter.state())
         except TrainingError:
             self.saver.collect(self.step, wait=True)  # that save is intact, or its error is closer to the cause
             raise
@@ -199,11 +199,7 @@ class Trainer:
         sound_step = None if ends_well else self.metrics.level.sound_step
         last = self.finishing or self.step == self.config.last_step
         with self.metrics.watch.paused():
-            self.saver.save(self.step, self._saved_record(), last, sound_step)
-
-    def _saved_record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides tensors and settings. May wait for the device."""
-        return self.record | self.train_step.step_filter.state()
+            self.saver.save(self.step, self.record | self.train_step.step_filter.state(), last, sound_step)
 
     @property
     def stopping(self) -> bool:
