@@ -58,7 +58,8 @@ OF_LAUNCHERS = {
     "batch-per-gpu",
     "network",
 }
-OF_PREPARE = {"filter", "ids", "id-field", "chat", "max-document-bytes", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
+OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
+OF_PREPARE |= {"max-document-bytes"}
 OF_VERBS = {"all-windows", "decode", "html", "json", "slot", "step", "ema", "last", "data", "hours"}
 OF_BENCHMARKS = {"quick"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
