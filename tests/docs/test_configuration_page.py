@@ -41,6 +41,7 @@ OTHER_VALUES: dict[str, Any] = {
     "keep_every": 4,
     "ckpt_async": False,
     "ckpt_writers": 1,
+    "snapshot_every": 2,
     "save_limit": 600.0,
     "max_shard_bytes": 8000,
     "copies_keep_last": 1,

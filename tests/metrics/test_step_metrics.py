@@ -103,11 +103,11 @@ def test_between_log_lines_only_finished_copies_are_read_and_one_step_late(
     for reads in found:
         # the numbers of step k are read when step k + 1 has been queued; votes on a CPU are plain CPU numbers
         assert [step for step, where in reads if where == "HostCopy.read"] == [*range(2, 11)]
-        assert [step for step, where in reads if where == "Vote.result"] == [
+        assert [step for step, where in reads if where == "Vote.results"] == [
             0,
             *range(2, 11),
         ]  # step 0: the decision to begin
-        rest = [(step, where) for step, where in reads if where not in ("HostCopy.read", "Vote.result")]
+        rest = [(step, where) for step, where in reads if where not in ("HostCopy.read", "Vote.results")]
         assert rest == [(5, "DistributedContext.all_gather_numbers"), (9, "DistributedContext.all_gather_numbers")]
 
 
