@@ -159,6 +159,39 @@ def test_ids_outside_the_vocabulary_are_named_and_do_not_stop_it(tinytrain: Cli,
     assert values(tinytrain, path)["notes"][-1] == f"{outside}, and this verb counts no larger ids."
 
 
+def write_tokenizer(folder: Path, ids: int, digest: str = "") -> Path:
+    """Write a byte-level tokenizer with so many IDs into a folder, and its digest if it is given."""
+    tokenizer = {
+        "model": {"type": "BPE", "vocab": {chr(0x100 + token): token for token in range(ids)}},
+        "decoder": {"type": "ByteLevel"},
+        "added_tokens": [],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    meta = {"vocab_size": ids, "eos_id": END, "digests": {"tokenizer.json": digest or f"of {ids}"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_a_mistake_in_the_option(tinytrain: Cli, prepared: Path) -> None:
+    write_tokenizer(prepared, 100)
+    code, out, err = tinytrain("data", prepared, "--vocab-size", 99)
+    assert (code, out) == (2, "")
+    assert f"--vocab-size: 99 is less than the 100 ids of {prepared}/tokenizer.json; leave it out" in err
+    assert values(tinytrain, prepared, "--vocab-size", 101)["vocabulary"]["size"] == 101
+
+
+def test_data_of_different_tokenizers_is_refused_as_training_refuses_it(
+    tinytrain: Cli, prepared: Path, tmp_path: Path
+) -> None:
+    write_tokenizer(prepared, 100, "a")
+    other = write_tokenizer(write_folder(tmp_path / "other"), 100, "b")
+    code, out, err = tinytrain("data", prepared, "--val-data", other / "val.npy")
+    assert (code, out) == (2, "")
+    assert f"train_data, val_data: {prepared} and {other} were made with different tokenizers" in err
+    write_tokenizer(other, 100, "a")
+    assert values(tinytrain, prepared, "--val-data", other / "val.npy")["evaluation"]
+
+
 def test_odd_files(tinytrain: Cli, tmp_path: Path) -> None:
     for name, ids in {"none": [], "one": [3]}.items():
         path = save_tokens(tmp_path / f"{name}.npy", ids)

@@ -18,6 +18,7 @@ from tinytrain_dist.cli.data_views.page import MARK, fill_page
 from tinytrain_dist.cli.data_views.place import Place, Vocabulary, check_slots, find_place, read_vocabulary
 from tinytrain_dist.cli.page_file import check_page_path, write_page
 from tinytrain_dist.cli.tables import PathArgument
+from tinytrain_dist.config.loading import check_tokenizers
 from tinytrain_dist.config.validation import LARGEST_NUMBER
 from tinytrain_dist.data.statistics.windows import MarkedWindow, training_windows
 from tinytrain_dist.reliability.stop_requests import exit_on_stop_signals
@@ -116,6 +117,7 @@ def show(options: DataOptions) -> int:
         raise UsageError(problem, "data")
     ngram = _ngram(options, place.config.context_len + 1)
     vocabulary = read_vocabulary(place, options.vocab_size, options.eos_id)
+    check_tokenizers(place.config)
     shown = _draw(place, vocabulary, options) if options.shows_windows else []
     findings = None
     if not shown or options.html is not None:

@@ -231,18 +231,9 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
     """
     if not config.train_files:
         raise ConfigError("train_data: not set; give a token file made by `tinytrain prepare` (…/train.npy)")
-    meta_by_size: dict[int, Path] = {}
-    folders_by_tokenizer: dict[str, set[str]] = {}
     train_folders = _data_folders("train_data", config.train_files)
-    for folder in (*train_folders, *_data_folders("val_data", config.val_files)):
-        meta = folder / "meta.json"
-        size, tokenizer = _read_data_meta(meta)
-        if size and folder in train_folders:
-            meta_by_size[size] = meta
-        if tokenizer:
-            folders_by_tokenizer.setdefault(tokenizer, set()).add(str(meta.parent))
-    if len(folders_by_tokenizer) > 1:
-        raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
+    sizes = check_tokenizers(config)
+    meta_by_size = {size: folder / "meta.json" for folder, size in sizes.items() if size and folder in train_folders}
     if config.vocab_size is None:
         if not meta_by_size:
             missing = [file for entry in config.train_files for file in shard_paths(entry) if not Path(file).exists()]
@@ -261,6 +252,23 @@ def resolve_vocab_size(config: TrainingConfig) -> TrainingConfig:
             f"vocab_size: {config.vocab_size} is less than the {largest} in {meta_by_size[largest]}; {remedy}"
         )
     return config
+
+
+def check_tokenizers(config: TrainingConfig) -> dict[Path, int | None]:
+    """Check that all token files were made with one tokenizer; return vocab_size in the meta.json of each folder.
+
+    Errors: ConfigError if they were not, or if a meta.json cannot be used. None: there is no vocab_size.
+    """
+    sizes: dict[Path, int | None] = {}
+    folders_by_tokenizer: dict[str, set[str]] = {}
+    train_folders = _data_folders("train_data", config.train_files)
+    for folder in (*train_folders, *_data_folders("val_data", config.val_files)):
+        sizes[folder], tokenizer = _read_data_meta(folder / "meta.json")
+        if tokenizer:
+            folders_by_tokenizer.setdefault(tokenizer, set()).add(str(folder))
+    if len(folders_by_tokenizer) > 1:
+        raise ConfigError(_tokenizer_problem(*map(sorted, folders_by_tokenizer.values())))
+    return sizes
 
 
 def _data_folders(setting: str, entries: Sequence[str]) -> list[Path]:

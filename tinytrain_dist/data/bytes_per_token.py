@@ -30,7 +30,8 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
                 return read_sizes(path, vocab_size)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise DataError(
-                    f"{path}: does not fit vocab_size {vocab_size} ({error}); repair it or remove it"
+                    f"{path}: does not fit vocab_size {vocab_size} ({error}); correct vocab_size, or repair the "
+                    "file or remove it"
                 ) from None
     return None
 
@@ -51,6 +52,9 @@ def _sizes_of_byte_level_bpe(tokenizer_path: Path, vocab_size: int) -> npt.NDArr
     vocabulary = model["vocab"]
     if model["type"] != "BPE" or not decoder or decoder["type"] != "ByteLevel":
         return None
+    ids = [*vocabulary.values(), *(added["id"] for added in tokenizer["added_tokens"])]
+    if ids and max(ids) >= vocab_size:
+        raise ValueError(f"it has {max(ids) + 1:,} ids")
     sizes = np.zeros(vocab_size, dtype=np.int64)
     for token, token_id in vocabulary.items():
         sizes[token_id] = len(token)

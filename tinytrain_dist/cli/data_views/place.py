@@ -121,7 +121,8 @@ def _split_folder(entry: str) -> tuple[str, tuple[str, ...]]:
 def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eos_from: str = "--eos-id") -> Vocabulary:
     """Return what is known of the token IDs, from the first folder of the data that has a tokenizer.
 
-    vocab_size, eos_id: given by the user (None: not). Errors: DataError if a file beside the tokens cannot be used.
+    vocab_size, eos_id: given by the user (None: not). Errors: DataError if a file beside the tokens cannot be used;
+    UsageError if the tokenizer has more IDs than vocab_size.
     """
     try:
         folders = data_folders((*place.train, *place.evaluation))
@@ -129,6 +130,9 @@ def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eo
         raise DataError(str(error)) from None
     folder = next((folder for folder in folders if (folder / TOKENIZER_FILE).is_file()), folders[0])
     texts, note = read_token_texts(folder)
+    if vocab_size is not None and vocab_size < texts.size:
+        problem = f"--vocab-size: {vocab_size} is less than the {texts.size} ids of {folder / TOKENIZER_FILE}"
+        raise UsageError(f"{problem}; leave it out, or give at least {texts.size}", "data")
     size, size_from = vocab_size, "--vocab-size"
     if size is None and place.is_run and place.config.vocab_size is not None:
         size, size_from = place.config.vocab_size, "vocab_size"
