@@ -249,6 +249,31 @@ def test_a_step_of_a_run_shows_what_it_trained_on(tinytrain: Cli, masked_run: Pa
     )
 
 
+def test_windows_of_a_folder_have_its_masks_and_the_output_says_so(
+    tinytrain: Cli, masked_run: Path, tmp_path: Path
+) -> None:
+    data = masked_run.parent
+    dataset = TokenDataset([str(data / "train.npy")], 24, loss_mask=True)
+    expected = dataset.training_windows(0, 0, range(3))
+    options = ("--decode", 3, "--context-len", 24)
+    found = values(tinytrain, data / "train.npy", *options)
+    for window, counted in zip(found["windows"], expected.counted, strict=True):
+        assert window["not_counted"] == [0, *(at + 1 for at in range(24) if not counted[at])]
+    note = "The mask files beside the token files say which tokens count, as in a run with loss_mask = true"
+    assert [each.startswith(note) for each in found["window_notes"]] == [True]
+    page = tmp_path / "page.html"
+    out = tinytrain("data", data / "train.npy", *options, "--html", page)[1]
+    assert note in out
+    assert "--- document begins ---" in out  # where train.documents.npy says
+    assert note in page.read_text()
+    assert values(tinytrain, masked_run, "--decode", 1)["window_notes"] == []
+    for name in ("train.npy", "meta.json"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    found = values(tinytrain, tmp_path / "train.npy", *options)
+    assert all(window["not_counted"] == [0] for window in found["windows"])
+    assert "assumed to begin after each token 0 (meta.json)" in found["window_notes"][0]
+
+
 def test_a_smaller_batch_shows_the_windows_that_it_has(tinytrain: Cli, prepared: Path) -> None:
     config = prepared / "c.toml"
     config.write_text(

@@ -30,9 +30,7 @@ def test_sizes_of_a_byte_level_bpe_add_up_to_the_bytes_of_the_text(tmp_path: Pat
     assert sizes[ids].sum() == len((text + "🦆").encode())
     assert sizes[vocabulary.eos_id] == 0
     assert sizes[vocabulary.size :].sum() == 0  # IDs that only pad the vocabulary stand for no text
-    with pytest.raises(
-        DataError, match=r"tokenizer\.json: does not fit vocab_size 5 \(it has \d+ ids\); correct vocab"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer\.json: does not fit vocab_size 5 \(it has \d+ ids\); correct"):
         bytes_per_token(tmp_path, 5)
 
 

@@ -118,13 +118,13 @@ def show(options: DataOptions) -> int:
     ngram = _ngram(options, place.config.context_len + 1)
     vocabulary = read_vocabulary(place, options.vocab_size, options.eos_id)
     check_tokenizers(place.config)
-    shown = _draw(place, vocabulary, options) if options.shows_windows else []
+    shown, notes = _draw(place, vocabulary, options) if options.shows_windows else ([], [])
     findings = None
     if not shown or options.html is not None:
         findings = collect(place, vocabulary, ngram, options.all_windows)
-    _print(findings, shown, vocabulary, options)
+    _print(findings, shown, notes, vocabulary, options)
     if options.html is not None and findings is not None:
-        page = fill_page(findings, shown)
+        page = fill_page(findings, shown, notes)
         write_page(options.html, "html", page)
         if not options.json:
             print(f"{options.html}: {format_bytes(len(page.encode()))}; open it in a browser")
@@ -141,8 +141,11 @@ def _ngram(options: DataOptions, window: int) -> int:
     return options.ngram
 
 
-def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> list[MarkedWindow]:
-    """Return the windows to show. Errors: DataError; UsageError for a step or a slot that does not exist."""
+def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> tuple[list[MarkedWindow], list[str]]:
+    """Return the windows to show, and sentences about where their marks come from.
+
+    Errors: DataError; UsageError for a step or a slot that does not exist.
+    """
     config = place.config
     step = options.step or 1
     if place.is_run and config.epochs is None and step > config.total_steps:
@@ -151,16 +154,32 @@ def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> list[Ma
     slots = options.slot or range(options.decode or config.batch_sizes.at(step - 1))
     dataset = place.training_data()
     documents = vocabulary.documents_of(dataset.sources)
-    return training_windows(dataset, documents, config.seed, step - 1, slots)  # the first step follows 0 steps
+    notes = []
+    if place.has_masks and not place.is_run:
+        notes.append(
+            "The mask files beside the token files say which tokens count, as in a run with loss_mask = true; a run "
+            "without it counts all."
+        )
+    if any(each.known and not each.recorded for each in documents):
+        notes.append(text.assumption(vocabulary))
+    return training_windows(dataset, documents, config.seed, step - 1, slots), notes  # the first step follows 0 steps
 
 
-def _print(findings: Findings | None, shown: list[MarkedWindow], vocabulary: Vocabulary, options: DataOptions) -> None:
+def _print(
+    findings: Findings | None,
+    shown: list[MarkedWindow],
+    notes: list[str],
+    vocabulary: Vocabulary,
+    options: DataOptions,
+) -> None:
     texts = vocabulary.texts
     if options.json:
         values = {} if findings is None else text.as_values(findings)
-        print(to_json(values | ({"windows": windows.as_values(shown, texts)} if shown else {}), indent=2))
+        if shown:
+            values |= {"windows": windows.as_values(shown, texts), "window_notes": notes}
+        print(to_json(values, indent=2))
     elif shown:
-        windows.print_windows(shown, texts, windows.uses_colour())
+        windows.print_windows(shown, texts, windows.uses_colour(), notes)
     elif findings is not None:
         text.print_findings(findings)
 

@@ -27,9 +27,9 @@ MARK = '<meta name="generator" content="tinytrain data">'
 FREQUENT = 30  # token IDs in the table
 
 
-def fill_page(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
-    """Return the page as HTML. shown: windows to show as text."""
-    sections = {name: content for name, content in _sections(findings, shown) if content}
+def fill_page(findings: Findings, shown: Sequence[MarkedWindow], notes: Sequence[str] = ()) -> str:
+    """Return the page as HTML. shown: windows to show as text. notes: sentences about them."""
+    sections = {name: content for name, content in _sections(findings, shown, notes) if content}
     style = "".join((folder / "style.css").read_text(encoding="utf-8") for folder in (REPORT_FOLDER, FOLDER))
     return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         title=f"Data of {_shown(findings.place.name)}",
@@ -55,14 +55,14 @@ def _anchor(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-def _sections(findings: Findings, shown: Sequence[MarkedWindow]) -> Iterator[tuple[str, str]]:
+def _sections(findings: Findings, shown: Sequence[MarkedWindow], notes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the title and the content of each section; no content for a section that has nothing to show."""
     yield "Summary", _summary(findings)
     yield "Documents", _documents(findings)
     yield "Duplicates", _duplicates(findings)
     yield "Tokens", _tokens(findings)
     yield "Overlap", _overlap(findings)
-    yield "Windows", _windows(findings, shown)
+    yield "Windows", _windows(findings, shown, notes)
 
 
 def _summary(findings: Findings) -> str:
@@ -176,11 +176,12 @@ def _overlap(findings: Findings) -> str:
     return f"{_charts(figures)}\n{table(columns, rows, numeric=True)}\n<ul>\n{listed}\n</ul>"
 
 
-def _windows(findings: Findings, shown: Sequence[MarkedWindow]) -> str:
+def _windows(findings: Findings, shown: Sequence[MarkedWindow], notes: Sequence[str]) -> str:
     if not shown:
         return ""
     texts = findings.vocabulary.texts
     parts = ["<p class='note'>Underlined tokens do not count as targets; the first token of a window never does.</p>"]
+    parts += [f"<p class='note'>{_shown(note)}</p>" for note in notes]
     for window in shown:
         pieces = []
         for segment in windows.segments(window):

@@ -14,6 +14,7 @@ from tinytrain_dist.cli.arguments import UsageError
 from tinytrain_dist.config.loading import load_config
 from tinytrain_dist.config.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, STATE_FILE, is_checkpoint
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.data.statistics.blocks import Documents
 from tinytrain_dist.data.statistics.token_texts import TokenTexts, end_of_text_id, read_token_texts, vocabulary_size
 from tinytrain_dist.data.stored_tokenizer import TOKENIZER_FILE
@@ -34,9 +35,20 @@ class Place:
     config: TrainingConfig  # that of a run, or the defaults with token_dtype and context_len of the command line
     is_run: bool  # whether the configuration is that of a run, and not the defaults
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether mask files say which targets count: of a run by its loss_mask, else because there are such files."""
+        if self.is_run:
+            return self.config.loss_mask
+        paths = (path for entry in self.train for path in shard_paths(entry))
+        return any(os.path.exists(side_path(path, ".mask.npy")) for path in paths)
+
     def training_data(self) -> TokenDataset:
-        """Open the training data as a run samples it. Errors: DataError."""
-        return open_training_data(self.config)
+        """Open the training data as a run samples it. Errors: DataError.
+
+        Without a run, masks are read if there are any.
+        """
+        return open_training_data(dataclasses.replace(self.config, loss_mask=True) if self.has_masks else self.config)
 
     def evaluation_data(self) -> dict[str, TokenDataset]:
         """Open the evaluation data as a run reads it, by short name. Errors: DataError."""

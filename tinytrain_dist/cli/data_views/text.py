@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinytrain_dist.cli.data_views.findings import Findings, Overlap
+from tinytrain_dist.cli.data_views.place import Vocabulary
 from tinytrain_dist.cli.tables import new_table, print_table
 from tinytrain_dist.data.statistics.corpus import SplitStatistics
 from tinytrain_dist.utils.text import printable
@@ -32,16 +33,21 @@ def token_name(findings: Findings, token: int) -> str:
     return f"'{printable(texts.text([token]))}'" if texts.known else f"id {token}"
 
 
+def assumption(vocabulary: Vocabulary) -> str:
+    """Return a sentence about documents that are assumed."""
+    return (
+        f"No file records where documents begin, so one is assumed to begin after each token {vocabulary.eos_id} "
+        f"({vocabulary.eos_from})."
+    )
+
+
 def notes(findings: Findings) -> list[str]:
     """Return sentences about what was assumed or is not known."""
     vocabulary = findings.vocabulary
     found = [f"{vocabulary.note}."] if vocabulary.note else []
     kinds = {source.documents_are for _, split in splits(findings) for source in split.sources}
     if "assumed" in kinds:
-        found.append(
-            f"No file records where documents begin, so one is assumed to begin after each token "
-            f"{vocabulary.eos_id} ({vocabulary.eos_from})."
-        )
+        found.append(assumption(vocabulary))
     if "unknown" in kinds:
         found.append(
             "No file records where documents begin, and no token is known to end them, so lengths and duplicates are "

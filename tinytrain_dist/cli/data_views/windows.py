@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,12 @@ def uses_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def print_windows(windows: list[MarkedWindow], texts: TokenTexts, colour: bool) -> None:
-    """Print windows with marks."""
+def print_windows(windows: list[MarkedWindow], texts: TokenTexts, colour: bool, notes: Sequence[str] = ()) -> None:
+    """Print windows with marks, after sentences about them."""
     mark = "in faint red" if colour else f"in {PLAIN_MARKS[0]} {PLAIN_MARKS[1]}"
     print(f"tokens that do not count as targets are {mark}; the first token of a window never does")
+    for note in notes:
+        print(printable(note))
     for window in windows:
         print()
         print(_marked(printable(heading(window)), BOUNDARY if colour else ("== ", " ==")))
