@@ -65,6 +65,39 @@ def test_only_documents_with_the_given_ids_are_kept(tmp_path: Path, capsys: pyte
         assert "2 of 5 IDs belong to no document that is kept, such as '7'" in capsys.readouterr().err
 
 
+def test_the_number_of_kept_documents_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ids").write_text("".join(f"{n}\n" for n in range(60)))
+    for path in (write_json_lines(tmp_path / "a.jsonl"), write_parquet(tmp_path / "a.parquet")):
+        for number, (settings, said) in enumerate(
+            [
+                ({"filter": ("language == de",)}, "--filter: 40 of 120 documents"),
+                ({"id_field": "id", "ids": str(tmp_path / "ids")}, "--ids: 60 of 120 documents"),
+                (
+                    {"filter": ("language == de",), "id_field": "id", "ids": str(tmp_path / "ids")},
+                    "--filter and --ids: 20 of 120 documents",
+                ),
+            ]
+        ):
+            run_prepare(path, tmp_path / f"{path.suffix}{number}", max_document_bytes=5000, **settings)
+            assert f"{said} (JSON lines or rows) are kept\n" in capsys.readouterr().err
+
+
+def test_a_field_that_no_document_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", [*ROWS, {**ROWS[0], "rare": 1}])
+    for condition, remedy in {
+        "langauge == en": "no document has the field 'langauge', .*; did you mean 'language'",
+        "meta.zzz > 1": "no document has the field 'meta.zzz', .*; the first one has 'text', 'language', 'score',",
+        "rare > 1": "keep no document of 1 files; relax them",
+    }.items():
+        with pytest.raises(DataError, match=remedy):
+            run_prepare(path, tmp_path / "out", filter=("score > -1", condition))
+    run_prepare(path, tmp_path / "out", filter=("langauge is null",))
+    assert "WARNING: no document has the field 'langauge'" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text('[1]\n{"text": "<|endoftext|>", "n": 1}\n')
+    with pytest.raises(DataError, match="the 1 documents that --filter kept contain only white space"):
+        run_prepare(tmp_path / "b.jsonl", tmp_path / "out2", filter=("n == 1",))
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"filter": ("score = 3",)}, ConfigError, r"filter: 'score = 3' is no condition; write one of FIELD == VALUE, !="),
     (

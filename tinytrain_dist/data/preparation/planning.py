@@ -18,6 +18,7 @@ from tinytrain_dist.data.preparation.corpus import Corpus, FileDigest
 from tinytrain_dist.data.preparation.duplicates import Duplicates
 from tinytrain_dist.data.preparation.options import MIN_DOCUMENT_BYTES, PrepareOptions
 from tinytrain_dist.data.preparation.sample import Scan, document_hashes, scan_documents, training_texts
+from tinytrain_dist.data.preparation.selection import Selection
 from tinytrain_dist.data.preparation.special_tokens import SpecialTokens, SpelledTokens, count_spelled
 from tinytrain_dist.data.preparation.tokenizer import Vocabulary, load_vocabulary, train_bpe, why_not_fast
 from tinytrain_dist.errors import DataError
@@ -86,7 +87,7 @@ def make_plan(corpus: Corpus, given: PrepareOptions, folder: Path) -> Plan:
         scan = scan_documents(corpus, given.sample_bytes, hashes, _Rendering(encoder))
     else:
         scan = scan_documents(corpus, given.sample_bytes, hashes)
-    _report_ids(corpus, given)
+    _report_selection(corpus.reading.selection, given)
     _report_duplicates(scan)
     threshold = _threshold(scan, given.val_fraction or _default_val_fraction(scan))
     if given.tokenizer is None:
@@ -128,8 +129,12 @@ def _report_duplicates(scan: Scan) -> None:
         )
 
 
-def _report_ids(corpus: Corpus, given: PrepareOptions) -> None:
-    selection = corpus.reading.selection
+def _report_selection(selection: Selection, given: PrepareOptions) -> None:
+    if selection:
+        tally = selection.tally
+        say(f"{selection.options}: {tally.kept:,} of {tally.records:,} documents (JSON lines or rows) are kept")
+    for problem in selection.unknown_fields():
+        say(f"WARNING: {problem}")
     missing = selection.ids - selection.found
     if missing:
         say(

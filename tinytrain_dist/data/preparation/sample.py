@@ -108,8 +108,15 @@ def scan_documents(
             finder.add(compared, split_key, len(document))
     if scan.documents == 0:
         files = sum(len(source.files) for source in corpus.sources)
-        if corpus.reading.selection:
-            raise DataError(f"no text: --filter and --ids keep no document of {files} files; relax them")
+        selection = corpus.reading.selection
+        if kept := selection.tally.kept:
+            raise DataError(
+                f"no text: the {kept:,} documents that {selection.options} kept contain only white space; change the "
+                "selection, or give files with text"
+            )
+        if selection:
+            remedy = "; ".join(selection.unknown_fields()) or "relax them"
+            raise DataError(f"no text: --filter and --ids keep no document of {files} files; {remedy}")
         raise DataError(
             f"no text: {files} files with {corpus.total_bytes:,} bytes contain only white space; give files with text"
         )

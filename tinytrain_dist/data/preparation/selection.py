@@ -5,6 +5,7 @@ The same conditions hold for JSON lines and for columns of a table. Must not kno
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -89,6 +90,16 @@ def read_ids(place: str) -> frozenset[str]:
     return ids
 
 
+@dataclass
+class Tally:
+    """What a selection has met: records, that is JSON lines and rows, and those kept; fields of conditions; names."""
+
+    records: int = 0
+    kept: int = 0
+    fields: set[str] = field(default_factory=set)
+    names: list[str] = field(default_factory=list)  # of all fields of the first record
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which documents are kept: those that meet all conditions and whose ID is in `ids`. found: IDs that were met."""
@@ -97,6 +108,7 @@ class Selection:
     id_field: str | None = None
     ids: frozenset[str] = frozenset()
     found: set[str] = field(default_factory=set, compare=False)
+    tally: Tally = field(default_factory=Tally, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.conditions) or self.id_field is not None
@@ -106,8 +118,42 @@ class Selection:
         """The fields that it needs."""
         return [condition.field for condition in self.conditions] + ([self.id_field] if self.id_field else [])
 
-    def keeps(self, where: str, record: dict[str, Any]) -> bool:
-        """Return whether a JSON object is kept. Errors: DataError that begins with `where`."""
+    @property
+    def options(self) -> str:
+        """The options that it comes from, for messages."""
+        given = [*(["--filter"] if self.conditions else []), *(["--ids"] if self.id_field else [])]
+        return " and ".join(given)
+
+    def unknown_fields(self) -> list[str]:
+        """Return clauses about conditions on fields that no record had."""
+        clauses = []
+        for condition in self.conditions:
+            if condition.field in self.tally.fields:
+                continue
+            close = [] if "." in condition.field else difflib.get_close_matches(condition.field, self.tally.names, n=1)
+            names = ", ".join(map(repr, self.tally.names[:9])) or "none"
+            hint = f"did you mean {close[0]!r}?" if close else f"the first one has {names}"
+            clauses.append(
+                f"no document has the field {condition.field!r}, which --filter {condition.text!r} names; {hint}"
+            )
+        return clauses
+
+    def keeps(self, where: str, record: Any) -> bool:
+        """Return whether a JSON value is kept, and count it. Errors: DataError that begins with `where`."""
+        tally = self.tally
+        tally.records += 1
+        if not isinstance(record, dict):
+            return False
+        if not tally.names:
+            tally.names += record
+        for condition in self.conditions:
+            if condition.field not in tally.fields and field_of(record, condition.field) is not _MISSING:
+                tally.fields.add(condition.field)
+        is_kept = self._keeps(where, record)
+        tally.kept += is_kept
+        return is_kept
+
+    def _keeps(self, where: str, record: dict[str, Any]) -> bool:
         for condition in self.conditions:
             try:
                 if not _meets(condition, field_of(record, condition.field)):
@@ -128,7 +174,10 @@ class Selection:
         return True
 
     def mask(self, where: str, batch: pa.RecordBatch) -> pa.BooleanArray | None:
-        """Return which rows of a batch are kept; None for all. Errors: DataError that begins with `where`."""
+        """Return which rows of a batch are kept, and count them; None for all.
+
+        Errors: DataError that begins with `where`.
+        """
         import pyarrow.compute as pc
 
         mask = None
@@ -143,6 +192,9 @@ class Selection:
             known = pc.is_in(names, value_set=self._id_array)
             mask = known if mask is None else pc.and_(mask, known)
             self.found.update(names.filter(mask).to_pylist())
+        self.tally.records += len(batch)
+        self.tally.kept += len(batch) if mask is None else mask.true_count
+        self.tally.fields.update(condition.field for condition in self.conditions)  # by check_schema
         return mask
 
     @cached_property

@@ -173,7 +173,7 @@ def _json_records(path: str, blocks: Iterable[bytes], reading: Reading) -> Itera
         if not line.strip():
             continue
         record = _json_record(where, line)
-        if not reading.selection or (isinstance(record, dict) and reading.selection.keeps(where, record)):
+        if not reading.selection or reading.selection.keeps(where, record):
             yield where, record
 
 
