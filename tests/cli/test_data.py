@@ -438,7 +438,7 @@ def test_places_that_cannot_be_read(tinytrain: Cli, tmp_path: Path, prepared: Pa
         "empty": "the folder has no .npy or .bin file",
         "broken": "is a run without config.toml; restore it",
         "c.toml": "train_data: not set, so there is nothing to look at",
-        "data/meta.json": "has no header that names the type",
+        "data/meta.json": "is text and holds no token IDs; make token files of it with `tinytrain prepare ",
     }.items():
         code, _, err = tinytrain("data", tmp_path / place)
         assert code == 2, err

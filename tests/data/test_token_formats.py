@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shlex
 import struct
 from pathlib import Path
 
@@ -58,6 +60,20 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 # --- files without a header ----------------------------------------------------------------------------------------
+
+
+def test_text_and_tables_are_not_taken_for_tokens(tmp_path: Path) -> None:
+    text = ("a" + "é" * 4000).encode()  # the 4,096 bytes that are looked at end within a character
+    files = {"my notes.jsonl": (text, "text"), "a.jsonl.gz": (gzip.compress(text), "a compressed file")}
+    for name, (content, kind) in {**files, "a.parquet": (b"PAR1\x15" + bytes(9), "a Parquet table")}.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        found = refusal(path)
+        assert f"{path}: is {kind} and holds no token IDs; make token files of it with `tinytrain prepare " in found
+        assert "uint16" not in found
+        assert shlex.quote(str(path)) in found
+    (tmp_path / "tokens").write_bytes(IDS.tobytes())
+    assert "possible: uint16" in refusal(tmp_path / "tokens")
 
 
 def test_a_file_without_a_header_is_refused_unless_its_type_is_stated(tmp_path: Path) -> None:

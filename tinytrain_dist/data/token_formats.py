@@ -12,7 +12,9 @@ Must not know torch, so that a login node can check files quickly.
 
 from __future__ import annotations
 
+import codecs
 import os
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,15 @@ LLM_C_HEADER_BYTES = 1024
 LLM_C_TYPES = {20240520: "<u2", 20240801: "<u4"}  # by the first int32 of the file
 LLM_C_VERSIONS = {20240520: (1,), 20240801: (1, 7)}  # the second int32; llm.c writes 7 for Llama 3
 _GUESSED_TOKENS = 4096  # read to say which types a headerless file cannot have
+# How files begin that `tinytrain prepare` reads, besides text.
+_MARKS_OF_TEXT = {
+    b"\x1f\x8b": "a compressed file",
+    b"BZh": "a compressed file",
+    b"\xfd7zXZ\0": "a compressed file",
+    b"\x28\xb5\x2f\xfd": "a compressed file",
+    b"PAR1": "a Parquet table",
+    b"ARROW1": "an Arrow table",
+}
 _REMEDY = "make it again with `tinytrain prepare`"
 
 
@@ -134,6 +145,11 @@ def _headerless_problem(path: Path, size: int, vocab_size: int | None) -> str:
     """Return why a file without a header cannot be used unless token_dtype is set."""
     possible = _possible_types(path, size, vocab_size)
     if size and path.suffix not in (".npy", ".npz"):
+        if path.suffix != ".bin" and (kind := _kind_of_text(path)):
+            return (
+                f"{path}: is {kind} and holds no token IDs; make token files of it with `tinytrain prepare "
+                f"{shlex.quote(str(path))} --out FOLDER`, and give that folder"
+            )
         return (
             f"{path}: has no header that names the type of its token IDs; if it holds token IDs and nothing else, set "
             f"token_dtype to their type ({possible})"
@@ -145,6 +161,19 @@ def _headerless_problem(path: Path, size: int, vocab_size: int | None) -> str:
     if not size or path.suffix == ".npz":
         return refused
     return f"{refused}, or, if it holds token IDs and nothing else, set token_dtype to their type ({possible})"
+
+
+def _kind_of_text(path: Path) -> str:
+    """Return what a file that `tinytrain prepare` may read is, by its first bytes; "" for anything else."""
+    with open(path, "rb") as file:
+        head = file.read(_GUESSED_TOKENS)
+    if kind := next((name for mark, name in _MARKS_OF_TEXT.items() if head.startswith(mark)), ""):
+        return kind
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut
+    except UnicodeDecodeError:
+        return ""
+    return "text" if text and all(letter >= " " or letter in "\t\n\r\f" for letter in text) else ""
 
 
 def _possible_types(path: Path, size: int, vocab_size: int | None) -> str:
