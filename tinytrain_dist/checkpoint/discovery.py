@@ -33,6 +33,7 @@ from tinytrain_dist.utils.json_files import (
     read_json_dict,
 )
 from tinytrain_dist.utils.lost_output import print_line
+from tinytrain_dist.utils.permissions import permission_problem
 
 DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -143,9 +144,8 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
             state["optimizer"] = _read_optimizer_values(state["optimizer"])
         return state
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: {TRAINER_STATE_FILE} cannot be read ({error}); give a checkpoint of a training run"
-        ) from None
+        problem = f"{checkpoint}: {TRAINER_STATE_FILE} cannot be read ({error}); give a checkpoint of a training run"
+        raise CheckpointError(permission_problem(error) or problem) from None
 
 
 def _read_optimizer_values(optimizer: dict[str, Any]) -> dict[str, Any]:

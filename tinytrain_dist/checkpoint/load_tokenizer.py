@@ -7,6 +7,7 @@ from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
 from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict
+from tinytrain_dist.utils.permissions import check_readable, permission_problem
 
 
 def load_tokenizer(checkpoint: Path) -> Any:
@@ -24,11 +25,13 @@ def load_tokenizer(checkpoint: Path) -> Any:
             "tokenizers: not installed, but text needs it; pip install 'tinytrain_dist[prep]', or use --prompt-ids"
         ) from None
     try:
+        check_readable(path)  # first, because the library's error has no number
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:  # tokenizers raises bare Exception for whatever it cannot read, and may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{path}: is not a tokenizer ({error}); use --prompt-ids") from None
+        problem = f"{path}: is not a tokenizer ({error}); use --prompt-ids"
+        raise CheckpointError(permission_problem(error) or problem) from None
     # Special tokens that a text spells were text in preparation, unless tokenizer_config.json says otherwise.
     tokenizer.encode_special_tokens = _read_json(checkpoint / "tokenizer_config.json").get("split_special_tokens", True)
     tokenizer.no_truncation()
@@ -56,7 +59,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json_dict(path) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+        problem = f"{path}: cannot be read ({error}); use another checkpoint"
+        raise CheckpointError(permission_problem(error) or problem) from None
 
 
 def end_id(checkpoint: Path) -> int | None:

@@ -52,6 +52,7 @@ from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.utils.atomic_files import fsync_folder
 from tinytrain_dist.utils.json_files import is_file_name, is_whole_number, read_json_dict, to_json
+from tinytrain_dist.utils.permissions import permission_problem
 
 FORMAT = 3
 READABLE_FORMATS = (1, 2, 3)
@@ -124,7 +125,8 @@ def read_manifest(folder: Path) -> Manifest:
     except KeyError as error:
         raise CheckpointError(f"{path}: cannot be read (it has no key {error}); use another checkpoint") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+        problem = f"{path}: cannot be read ({error}); use another checkpoint"
+        raise CheckpointError(permission_problem(error) or problem) from None
     if not intact:
         raise CheckpointError(f"{path}: was changed after it was written; use another checkpoint")
     if body["format"] not in READABLE_FORMATS:

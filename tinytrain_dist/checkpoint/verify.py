@@ -22,6 +22,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, read_manifest
 from tinytrain_dist.checkpoint.safetensors_io import DTYPE_OF_NAME, THREADS_PER_RANK, read_exactly
 from tinytrain_dist.config.run_folder import MANIFEST_FILE
 from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.progress import Advance, no_progress
 from tinytrain_dist.utils.regular_files import open_regular
 
@@ -158,4 +159,4 @@ def _check_ranges(ranges: list[_ByteRange], advance: Advance) -> list[str]:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"{path}: cannot be read ({error.strerror})"
+    return permission_problem(error) or f"{path}: cannot be read ({error.strerror})"

@@ -17,6 +17,7 @@ from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.utils.current_folder import current_folder_problem
 from tinytrain_dist.utils.interrupts import EXIT_CODE, MESSAGE, raise_on_interrupt
 from tinytrain_dist.utils.lost_output import keep_output_from_failing
+from tinytrain_dist.utils.permissions import permission_problem
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: not enough memory{f' ({error})' if str(error) else ''}; ask for less", file=sys.stderr)
         return 1
     except OSError as error:  # no permission, a full disk, a missing file: the system's message names it
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {permission_problem(error) or error}", file=sys.stderr)
         return 1
 
 

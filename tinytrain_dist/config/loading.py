@@ -23,6 +23,7 @@ from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.validation import LARGEST_NUMBER, unused_evaluation_settings
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.regular_files import read_bytes
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, data_folders, shard_paths
 
@@ -47,7 +48,8 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     try:
         tree = parse_toml(read_bytes(path))
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}; give the path of a .toml file", str(path)) from None
+        problem = f"cannot be read: {error.strerror}; give the path of a .toml file"
+        raise ConfigError(permission_problem(error) or problem, str(path)) from None
     except ValueError as error:
         raise ConfigError(str(error), str(path)) from None
     values: dict[str, Any] = {}
@@ -305,5 +307,6 @@ def _read_data_meta(meta: Path) -> tuple[int | None, str | None]:
         if size is not None and not (type(size) is int and 1 <= size <= LARGEST_NUMBER):
             raise ValueError(f"vocab_size {size!r}")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again") from None
+        problem = f"train_data: {meta} cannot be used ({error}); run `tinytrain prepare` again"
+        raise ConfigError(permission_problem(error) or problem) from None
     return size, tokenizer

@@ -54,6 +54,7 @@ from typing import Any
 
 from tinytrain_dist.errors import CheckpointError, TinytrainError
 from tinytrain_dist.utils.json_files import is_file_name, is_number, is_whole_number, nulls_to_nan, parse_json
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.progress import Advance, no_progress
 from tinytrain_dist.utils.regular_files import open_regular, read_bytes
 
@@ -311,9 +312,8 @@ def _iter_lines(path: Path) -> Iterator[bytes]:
             yield from file
     except (OSError, ValueError) as error:  # ValueError: such a name is not possible
         reason = error.strerror if isinstance(error, OSError) else error
-        raise TinytrainError(
-            f"{path}: no records of a run ({reason}); give the target_dir of a run that has started"
-        ) from None
+        problem = f"{path}: no records of a run ({reason}); give the target_dir of a run that has started"
+        raise TinytrainError(permission_problem(error) or problem) from None
 
 
 def _is_record(record: Record) -> bool:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from tinytrain_dist.data.npy_files import check_npy_file
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.permissions import permission_problem
 
 
 def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
@@ -29,10 +30,11 @@ def bytes_per_token(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | No
             try:
                 return read_sizes(path, vocab_size)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-                raise DataError(
+                problem = (
                     f"{path}: does not fit vocab_size {vocab_size} ({error}); correct vocab_size, or repair the "
                     "file or remove it"
-                ) from None
+                )
+                raise DataError(permission_problem(error) or problem) from None
     return None
 
 

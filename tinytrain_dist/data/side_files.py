@@ -20,6 +20,7 @@ from tinytrain_dist.data.open_files import OPEN_FILES, OpenFile
 from tinytrain_dist.data.parallel_reads import as_array
 from tinytrain_dist.data.token_formats import Layout
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.regular_files import check_regular
 
 _PAGE = 4096  # document starts that are read together
@@ -187,7 +188,8 @@ def open_document_starts(path: str, layout: Layout, size: int, owner: object) ->
         if starts is not None:
             starts.check()  # now, so that a bad file is reported before the first step
     except OSError as error:
-        raise DataError(f"{path}: where its documents begin cannot be read ({error}); restore the file") from None
+        problem = f"{path}: where its documents begin cannot be read ({error}); restore the file"
+        raise DataError(permission_problem(error) or problem) from None
     return starts
 
 
@@ -218,4 +220,5 @@ def _header(path: str) -> NpyHeader | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error}); make it again with its token file") from None
+        problem = f"{path}: not a readable .npy file ({error}); make it again with its token file"
+        raise DataError(permission_problem(error) or problem) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.permissions import permission_problem
 
 TOKENIZER_FILE, META_FILE = "tokenizer.json", "meta.json"
 
@@ -84,4 +85,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json_dict(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); put the original back, or remove it") from None
+        problem = f"{path}: cannot be read ({error}); put the original back, or remove it"
+        raise DataError(permission_problem(error) or problem) from None

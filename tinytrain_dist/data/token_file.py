@@ -22,6 +22,7 @@ from tinytrain_dist.data.token_formats import Layout, find_layout
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import read_json_dict
+from tinytrain_dist.utils.permissions import permission_problem
 
 Tokens = npt.NDArray[Any]  # 1-D, of any integer type
 
@@ -79,7 +80,8 @@ def _open_array(path: Path, layout: Layout, mmap: bool) -> Tokens:
         else:
             array = np.fromfile(path, layout.dtype, layout.tokens, offset=layout.offset)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable token file ({error}); make it again") from None
+        problem = f"{path}: not a readable token file ({error}); make it again"
+        raise DataError(permission_problem(error) or problem) from None
     if not array.flags.c_contiguous:
         raise DataError(f"{path}: is not in C order; save np.ascontiguousarray(ids)")
     return array

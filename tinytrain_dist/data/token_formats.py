@@ -23,6 +23,7 @@ import numpy as np
 from tinytrain_dist.data.megatron_index import is_megatron_index, read_megatron_index
 from tinytrain_dist.data.npy_files import check_npy_file
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.regular_files import NotAFileError, check_regular
 
 STATED_TYPES = ("uint16", "uint32", "int32")  # values of token_dtype
@@ -67,7 +68,8 @@ def find_layout(path: Path, token_dtype: str | None = None, vocab_size: int | No
     except NotAFileError as error:
         raise DataError(f"{error}; give a token file made by `tinytrain prepare`") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it, or correct the path") from None
+        problem = f"{path}: cannot be read ({error}); restore it, or correct the path"
+        raise DataError(permission_problem(error) or problem) from None
     if layout.format != "headerless" and token_dtype not in (None, layout.dtype.name):
         raise DataError(
             f"{path}: holds {layout.dtype.name} by its {layout.format} header, but token_dtype is {token_dtype}; leave "

@@ -23,6 +23,7 @@ from tinytrain_dist.data.side_files import DocumentStarts, Mask, open_document_s
 from tinytrain_dist.data.token_file import Tokens, dataset_fingerprint, load_token_dataset, torch_compatible_dtype
 from tinytrain_dist.data.token_formats import find_layout
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 
 # At the start, this many values of the masks of a source are read to find one that counts: a second of reading.
@@ -135,7 +136,8 @@ class TokenSource:
                     if left <= 0 or mask.read(first, count).any():
                         return True
                 except OSError as error:
-                    raise DataError(f"{mask.path}: cannot be read ({error}); restore it") from None
+                    problem = f"{mask.path}: cannot be read ({error}); restore it"
+                    raise DataError(permission_problem(error) or problem) from None
                 left -= count
         return False
 

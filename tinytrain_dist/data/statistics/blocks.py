@@ -16,6 +16,7 @@ from tinytrain_dist.data.open_files import FileStamp
 from tinytrain_dist.data.token_file import Tokens
 from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.errors import DataError
+from tinytrain_dist.utils.permissions import permission_problem
 
 READ_TOKENS = 1 << 21  # in one read, because a slow file system answers few requests
 # Arrays of 8 bytes for so many tokens stay in the caches of a core.
@@ -94,7 +95,8 @@ def read_blocks(source: TokenSource, documents: Documents, further: int = 0) -> 
         check_unchanged(source)  # its message says more, if that is the cause
         raise
     except OSError as error:
-        raise DataError(f"{source.entry}: cannot be read ({error}); restore the file, or correct the path") from None
+        problem = f"{source.entry}: cannot be read ({error}); restore the file, or correct the path"
+        raise DataError(permission_problem(error) or problem) from None
     check_unchanged(source)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tinytrain_dist.data.stored_tokenizer import META_FILE, TOKENIZER_FILE
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.json_files import is_whole_number, read_json_dict
+from tinytrain_dist.utils.permissions import permission_problem
 
 # Tokens that end a document in well-known tokenizers, for one that does not say which does.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -88,7 +89,8 @@ def read_token_texts(folder: Path) -> tuple[TokenTexts, str]:
         size = max([*map(int, ids), *(int(token["id"]) for token in added), -1]) + 1
         pieces = _byte_level_pieces(tokenizer, added)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not a tokenizer ({error}); put the original back, or remove it") from None
+        problem = f"{path}: is not a tokenizer ({error}); put the original back, or remove it"
+        raise DataError(permission_problem(error) or problem) from None
     if pieces is not None:
         return TokenTexts(special, size, {token: piece for token, piece in pieces.items() if token not in special}), ""
     try:
@@ -158,4 +160,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_json_dict(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); put the original back, or remove it") from None
+        problem = f"{path}: cannot be read ({error}); put the original back, or remove it"
+        raise DataError(permission_problem(error) or problem) from None
