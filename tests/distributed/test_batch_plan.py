@@ -162,7 +162,17 @@ def test_a_replica_computes_consecutive_micro_batches_in_each_micro_step(plan):
                 share = plan.share(replica, shard)
                 assert share.is_repeated(micro_step) == (index is None)
                 assert share.is_last(micro_step) or index is not None
+                assert share.is_last(micro_step) == (len(computed) == len(plan.micro_batches_of(replica)))
         assert computed == list(plan.micro_batches_of(replica))
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "shares"),
+    [(1, 3, [1.0]), (3, 1, [2 / 3, 1.0, 1.0]), (3, 2, [1 / 2, 1.0, 1.0]), (2, 2, [1.0, 1.0])],
+)
+def test_the_relative_share_counts_micro_steps_with_repeated_micro_batches(replicate, shard, shares):
+    plan = BatchPlan(8, 1, 12, replicate, shard)
+    assert [plan.relative_share(replica) for replica in range(replicate)] == shares
 
 
 @given(plans)

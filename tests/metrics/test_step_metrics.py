@@ -58,7 +58,9 @@ def slow_forward(trainer: Any) -> None:
 
 @pytest.mark.multiprocess
 def test_a_rank_with_more_micro_batches_than_another_is_not_slow(tmp_path: Path) -> None:
-    settings = settings_for(tmp_path, "run", parallel="ddp", batch_size=3, eval_every=99, ckpt_every=99)
+    # rank 0 has one of three micro-batches until step 3, and then two of four
+    growing = {"batch_size": 4, "batch_size_warmup": ("0: 3", "3: 4")}
+    settings = settings_for(tmp_path, "run", parallel="ddp", eval_every=99, ckpt_every=99, **growing)
     run_ranks(2, fit, settings, slow_forward)
     run = Run(tmp_path / "run")
     assert run.values("slow", "text") == []

@@ -97,7 +97,9 @@ EVERYTHING: dict[str, Any] = {
     "ema_decay": 0.9,
     "z_loss": 1e-3,
     "stability_every": 2,
-    "batch_size_warmup": ("0: 4", "2: 8"),
+    # 16 micro-batches on 3 ranks: rank 1 sends three sums of blocks, and the last backward of rank 2 adds two
+    "batch_size": 16,
+    "batch_size_warmup": ("0: 4", "2: 8", "4: 16"),
     "train_weights": (3.0, 1.0),
     "eval_steps": 2,
 }

@@ -72,6 +72,20 @@ def test_any_micro_steps_give_the_sum_of_the_tree(count: int, cuts: list[int]) -
     assert torch.equal(total, tree_sum(values))
 
 
+def test_kept_sums_do_not_share_the_memory_of_received_parts() -> None:
+    """The counter would keep all parts of a micro-step; `all_reduce` writes into the memory of the parts."""
+    for leaves in (range(1), range(1, 4), range(4)):
+        parts = values_of(4)
+        counter = BinaryCounter()
+        add_parts(counter, leaves, parts)
+        assert parts.untyped_storage().data_ptr() not in [
+            sums.untyped_storage().data_ptr() for (sums,) in counter.pop_all()
+        ]
+    parts = values_of(3).flatten()  # of three blocks
+    total = TreeExchange([range(1), range(1, 2), range(2, 4)], group=None).sum_parts(parts)
+    assert total.untyped_storage().data_ptr() != parts.untyped_storage().data_ptr()
+
+
 @given(st.sampled_from([2, 4, 8, 16, 32]), st.integers(2, 32))
 def test_any_number_of_ranks_completes_the_tree(count: int, ranks: int) -> None:
     ranks = min(ranks, count)

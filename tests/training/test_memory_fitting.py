@@ -22,6 +22,7 @@ from tinytrain_dist.training.memory_fitting import (
     smaller_settings,
     with_resharding,
 )
+from tinytrain_dist.training.train_step import build_train_step
 
 SMALL: dict[str, Any] = {**MODEL, "num_layers": 2, "d_model": 64}
 
@@ -49,6 +50,21 @@ def test_sizes_within_the_room_fit_and_the_smallest_is_always_tried(two_replicas
     room = estimate_memory(config, two_replicas).nbytes
     assert fitting_micro_batch_sizes([1, 2, 4, 8], room, config, two_replicas) == [1, 2, 4]
     assert fitting_micro_batch_sizes([1, 2, 4, 8], 0.0, config, two_replicas) == [1]
+
+
+@pytest.mark.parametrize(("mode", "shard", "micro_steps"), [("ddp", 1, [1, 1, 2]), ("hsdp", 2, [1, 2, 2])])
+def test_a_trial_has_a_second_pass_if_any_replica_has_one(mode: str, shard: int, micro_steps: list[int]) -> None:
+    context = fake_context(3 * shard, 3 * shard).with_mesh(ParallelDims(mode, 3, shard, ""))
+    try:
+        config = TrainingConfig(**{**SMALL, "vocab_size": 53, "batch_size": 4 * shard, "micro_batch_size": 1})
+        step = build_train_step(config, context)
+        assert [len(step.plan.micro_steps_of(replica)) for replica in range(3)] == micro_steps
+        passes: list[int] = []
+        step.model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+        assert memory_fitting._passes_trial(step)
+        assert passes == [1, 1]
+    finally:
+        shutdown()
 
 
 def test_the_report_names_what_is_held_and_what_would_help(two_replicas: DistributedContext) -> None:

@@ -148,7 +148,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
     Collectives are disabled, so an out-of-memory rank cannot block the others.
     """
     plan, config = train_step.plan, train_step.config
-    share = plan.share(0, 0)
+    share = plan.share(plan.replicate - 1, 0)  # the last replica has the most micro-steps
     last = len(share.micro_steps) - 1
     micro_steps = (0, last) if last else (0,)  # the passes in between need no more memory
     # Attention to documents is left out on a GPU: its kernel takes no more memory than the one without, but works only
