@@ -115,8 +115,9 @@ def run(options: argparse.Namespace, recipe: Recipe, steps: int, seed: int, fold
     """Train once and return what the run reached. Ends the program if the run fails."""
     start = time.monotonic()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = loop_command(options, steps, seed, folder)
-    if recipe.name != "loop":
+    if recipe.name == "loop":
+        command = loop_command(options, steps, seed)
+    else:
         command = trainer_command(options, recipe, steps, seed, folder)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=folder)
     losses = re.findall(r"eval loss ([\d.]+)", done.stdout)
@@ -137,7 +138,7 @@ def trainer_command(options: argparse.Namespace, recipe: Recipe, steps: int, see
     return [sys.executable, "-m", "tinytrain_dist", "train", str(config), "--nproc", str(PROCESSES)]
 
 
-def loop_command(options: argparse.Namespace, steps: int, seed: int, folder: str) -> list[str]:
+def loop_command(options: argparse.Namespace, steps: int, seed: int) -> list[str]:
     """Return the command of the minimal loop."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", __file__]
     return [sys.executable, *launch, "--loop", str(steps), "--seeds", str(seed), "--data", options.data]

@@ -69,7 +69,7 @@ class ElasticNodes:
         self._left_at = 0.0  # when this node left its last world
         self._rendezvous: ElasticRendezvous | None = None
         self._spares_told: frozenset[Node] = frozenset()
-        self._is_new = False  # this node has joined a run that was under way, and has not completed a step
+        self._is_new = False  # this node joined after the run began, and is in its first world
         self._has_new = False  # another node has, without any other change
 
     # ------------------------------------------------------------ between two worlds
