@@ -122,7 +122,7 @@ class HostBuffers:
     def _with_buffer(self, shards: list[TensorShard]) -> list[TensorShard]:
         """Return shards whose `rows_to_save` are views of one new buffer."""
         sizes = [shard.rows_to_save.nbytes for shard in shards]
-        padded_sizes = [size + -size % ALIGNMENT for size in sizes]
+        padded_sizes = [padded(size) for size in sizes]
         pinned = self._stream is not None and sum(padded_sizes) > 0  # a driver refuses to pin nothing
         if self._memory is not None:
             memory = self._memory
@@ -143,7 +143,12 @@ class HostBuffers:
 
 def buffer_bytes(shards: Iterable[TensorShard]) -> int:
     """Return the size of the buffer that holds the rows to save of shards of one kind."""
-    return sum(size + -size % ALIGNMENT for size in (shard.rows_to_save.nbytes for shard in shards))
+    return sum(padded(shard.rows_to_save.nbytes) for shard in shards)
+
+
+def padded(nbytes: int) -> int:
+    """Return the room that rows of so many bytes take in a buffer."""
+    return nbytes + -nbytes % ALIGNMENT
 
 
 def _whole_pages(nbytes: int) -> Tensor:

@@ -20,7 +20,8 @@ def usable_ranks(config: TrainingConfig, ranks: int, ranks_per_node: int) -> int
     largest share of a rank, it is the smallest one with whole replicas, because more of them would only wait; with
     shards it is the largest one, because then each rank needs the least memory.
     """
-    plans = {count: plan for count in range(1, ranks + 1) if (plan := _plan(config, count, ranks_per_node)) is not None}
+    tried = {count: _plan_or_problem(config, count, ranks_per_node) for count in range(1, ranks + 1)}
+    plans = {count: plan for count, plan in tried.items() if isinstance(plan, BatchPlan)}
 
     def cost(count: int) -> tuple[int, int]:
         plan = plans[count]
@@ -36,23 +37,16 @@ def fewest_nodes_problems(config: TrainingConfig, nodes: int, ranks_per_node: in
         return []
     return [
         f"{option}: {nodes} node(s) with {ranks_per_node} process(es) each, the fewest, cannot train this run: "
-        f"{_problem(config, ranks, ranks_per_node)}"
+        f"{_plan_or_problem(config, ranks, ranks_per_node)}"
     ]
 
 
-def _plan(config: TrainingConfig, ranks: int, ranks_per_node: int) -> BatchPlan | None:
+def _plan_or_problem(config: TrainingConfig, ranks: int, ranks_per_node: int) -> BatchPlan | str:
+    """Return the plan of a batch on so many ranks, or why there is none."""
     try:
         return BatchPlan.make(config, choose_parallel_dims(config, ranks, min(ranks, ranks_per_node)))
-    except ConfigError:
-        return None
-
-
-def _problem(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str:
-    try:
-        BatchPlan.make(config, choose_parallel_dims(config, ranks, min(ranks, ranks_per_node)))
     except ConfigError as error:
         return "; ".join(error.problems)
-    return ""
 
 
 def describe_spares(config: TrainingConfig, ranks: int, ranks_per_node: int) -> str:

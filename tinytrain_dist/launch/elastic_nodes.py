@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinytrain_dist.config.run_folder import STATE_FILE
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
 from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
+from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
-from tinytrain_dist.utils.atomic_files import read_json_object
 from tinytrain_dist.utils.json_files import parse_json, to_json
 from tinytrain_dist.utils.text import format_list
 
@@ -228,9 +227,7 @@ class ElasticNodes:
         return Regroup(JOINED, f"node {addresses} joins after the next save")
 
     def _run_has_ended(self) -> bool:
-        return read_progress(self._folder_note) is not None and (
-            read_json_object(self._run / STATE_FILE).get("state") in ("done", "preempted")
-        )
+        return read_progress(self._folder_note) is not None and has_saved_and_ended(self._run)
 
     # ------------------------------------------------------------ the end of the ranks of a world
 

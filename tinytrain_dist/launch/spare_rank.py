@@ -10,10 +10,10 @@ from typing import NoReturn
 
 from tinytrain_dist.config.run_folder import STATE_FILE, STOP_FILE
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import received_signal
 from tinytrain_dist.reliability.world import REGROUP_EXIT_CODE, regroup_requested
-from tinytrain_dist.utils.atomic_files import read_json_object
 
 LOOK_SECONDS = 0.5
 
@@ -33,7 +33,7 @@ def wait_as_spare(config: TrainingConfig, why: str) -> NoReturn:
             code = REGROUP_EXIT_CODE
         elif os.getppid() != agent:
             code = 1
-        elif _written_at(state) != first_written and read_json_object(state).get("state") in ("done", "preempted"):
+        elif _written_at(state) != first_written and has_saved_and_ended(state.parent):
             code = 0
         elif received_signal() and not asked:
             asked = True

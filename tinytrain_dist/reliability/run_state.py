@@ -43,7 +43,12 @@ def ended_within(folder: Path, seconds: float) -> bool:
         age = time.time() - (folder / STATE_FILE).stat().st_mtime
     except OSError:
         return False
-    return age <= seconds and read_json_object(folder / STATE_FILE).get("state") in ("done", "preempted")
+    return age <= seconds and has_saved_and_ended(folder)
+
+
+def has_saved_and_ended(folder: Path) -> bool:
+    """Return whether a run has written that it is done or preempted, so all is saved."""
+    return read_json_object(folder / STATE_FILE).get("state") in ("done", "preempted")
 
 
 def write_state(folder: Path, state: str, step: int | None, reason: str = "") -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinytrain_dist.checkpoint.async_save import ALIGNMENT
+from tinytrain_dist.checkpoint.async_save import padded
 from tinytrain_dist.checkpoint.safetensors_io import NAME_OF_DTYPE
 from tinytrain_dist.checkpoint.snapshots.slot_files import Piece
 from tinytrain_dist.checkpoint.state_collection import ShardsByKind
@@ -101,5 +101,5 @@ def pieces_of(kept: Iterable[tuple[str, TensorShard]]) -> tuple[Piece, ...]:
             dtype = NAME_OF_DTYPE[shard.dtype]
             count = rows.shape[0] if rows.ndim else 1
             pieces.append(Piece(kind, shard.name, shard.shape, dtype, shard.first_row, count, offset))
-            offset += rows.nbytes + -rows.nbytes % ALIGNMENT
+            offset += padded(rows.nbytes)
     return tuple(pieces)
