@@ -154,6 +154,22 @@ def test_a_checkpoint_of_a_version_without_masks_was_trained_without(tmp_path: P
     check_same_run(tmp_path, {"data": DATA}, config_for(tmp_path, loss_mask=True), DATA)  # saved by an own loop
 
 
+def test_a_checkpoint_of_a_version_with_only_one_rotary_scaling_has_that_one(tmp_path: Path) -> None:
+    factor = {"rope_scaling_factor": 8.0, "rope_original_context_len": 8}
+    for settings, other, saved in ((factor, {"rope_type": "yarn"}, "llama3"), ({}, {"rope_type": "linear"}, "None")):
+        config = config_for(tmp_path, **settings)
+        state = saved_state(config)
+        for name in ("rope_type", "rope_beta_fast", "rope_beta_slow", "rope_attention_factor"):
+            del state["config"][name]
+        check_same_run(tmp_path, state, config, DATA)
+        assert describe_changes(state, config) == []
+        with pytest.raises(CheckpointError, match=f"rope_type: {saved} in the checkpoint, {other['rope_type']} now"):
+            check_same_run(
+                tmp_path, state, config_for(tmp_path, **{"rope_scaling_factor": 8.0} | settings | other), DATA
+            )
+    check_same_run(tmp_path, state, config_for(tmp_path, rope_type="default"), DATA)
+
+
 def test_phases_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> None:
     sources = {"train_data": ["a", "b"], "total_steps": 7}
     state = saved_state(config_for(tmp_path, **sources), train_weights=["0: 1 1", "5: 1 3", "7: 3 1"])

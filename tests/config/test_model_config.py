@@ -37,12 +37,18 @@ def test_defaults_and_types_are_those_of_the_settings():
 def test_every_setting_of_the_model_arrives():
     changed = TrainingConfig(
         vocab_size=7, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, d_model=18, d_ff=5, rope_theta=2.0,
-        rope_scaling_factor=3.0, rope_original_context_len=8, rope_low_freq_factor=2.0, rope_high_freq_factor=5.0,
+        rope_type="yarn", rope_scaling_factor=3.0, rope_original_context_len=8, rope_beta_fast=9.0, rope_beta_slow=2.0,
+        rope_attention_factor=1.5,
         tie_embeddings=True, qk_norm=True, norm_eps=0.5, logit_soft_cap=8.0, context_len=9,
     )  # fmt: skip
+    llama3 = TrainingConfig(
+        rope_scaling_factor=3.0, rope_original_context_len=8, rope_low_freq_factor=2.0, rope_high_freq_factor=5.0
+    )
+    only_llama3 = {"rope_low_freq_factor", "rope_high_freq_factor"}
     default = ModelConfig()
     for name in MODEL_SETTINGS:
-        assert getattr(changed.model, name) == getattr(changed, name) != getattr(default, name), name
+        config = llama3 if name in only_llama3 else changed
+        assert getattr(config.model, name) == getattr(config, name) != getattr(default, name), name
     assert (changed.kv_heads, changed.head_width, changed.ffn_dim) == (2, 4, 5)
 
 

@@ -10,6 +10,8 @@ from tests.helpers.configs import only_problem, problems_of
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 
+YARN = {"rope_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_context_len": 64}
+
 
 @pytest.mark.parametrize(
     "name",
@@ -24,8 +26,8 @@ def test_counts_are_at_least_one(name, value):
 
 @pytest.mark.parametrize(
     "name",
-    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor skip_spikes z_loss "
-    "logit_soft_cap".split(),
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor rope_beta_fast rope_beta_slow "
+    "rope_attention_factor skip_spikes z_loss logit_soft_cap".split(),
 )
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_scales_are_positive_and_finite(name, value):
@@ -88,6 +90,23 @@ def test_a_seed_has_at_most_64_bits():
             {"rope_scaling_factor": 8.0, "rope_original_context_len": 64, "rope_low_freq_factor": 4.0},
             "rope_low_freq_factor: 4.0 must be below rope_high_freq_factor 4.0",
         ),
+        (
+            {"rope_type": "yarn", "context_len": 512, "rope_original_context_len": 128},
+            "rope_scaling_factor: must be set with rope_type = yarn; usual is context_len divided by the one that the "
+            "weights were trained with before, which is 4",
+        ),
+        (
+            {"rope_type": "yarn", "rope_scaling_factor": 4.0},
+            "rope_original_context_len: must be set with rope_type = yarn; set it to the context_len that the weights",
+        ),
+        ({"rope_type": "linear"}, "rope_scaling_factor: must be set with rope_type = linear; usual is context_len"),
+        (YARN | {"rope_beta_slow": 32.0}, "rope_beta_slow: 32.0 must be below rope_beta_fast 32.0 (the default)"),
+        (YARN | {"rope_theta": 1.0}, "rope_theta: 1.0 must be greater than 1 with rope_type = yarn"),
+        (
+            YARN | {"rope_type": "dynamic", "context_len": 64},
+            "rope_type: dynamic has no effect while context_len 64 is at most rope_original_context_len 64;",
+        ),
+        (YARN | {"rope_type": "dynamic", "head_dim": 2}, "rope_type: dynamic needs heads wider than 2; set head_dim"),
         ({"total_steps": 10, "stop_at_step": 11}, "stop_at_step: 11 is beyond total_steps 10"),
         ({"reproducible": True}, "micro_batch_size: must be set to a number with reproducible = true"),
         ({"log_save_prefix": "a/b"}, "log_save_prefix: 'a/b' must be a plain name"),
@@ -128,6 +147,12 @@ def test_settings_that_contradict_each_other_are_refused(values, sentence):
             {"rope_low_freq_factor": 2.0},
             {"rope_scaling_factor": 8.0, "rope_original_context_len": 64},
         ),
+        ({"rope_type": "default", "rope_beta_fast": 9.0}, YARN),
+        ({"rope_beta_slow": 0.5}, YARN),
+        ({"rope_attention_factor": 1.5}, YARN),
+        ({"rope_type": "linear", "rope_scaling_factor": 4.0, "rope_original_context_len": 64}, {"rope_type": "yarn"}),
+        (YARN | {"rope_type": "dynamic", "rope_beta_fast": 9.0}, {"rope_type": "yarn"}),
+        (YARN | {"rope_low_freq_factor": 2.0}, {"rope_type": "llama3"}),
     ],
 )
 def test_a_setting_without_effect_is_an_error(values, with_effect):

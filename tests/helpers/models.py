@@ -22,6 +22,24 @@ KINDS = {
     "llama3": dataclasses.replace(
         SMALL, rope_scaling_factor=8.0, rope_original_context_len=32, rope_low_freq_factor=1.0, rope_theta=100.0
     ),
+    "linear": dataclasses.replace(SMALL, rope_type="linear", rope_scaling_factor=4.0),
+    "dynamic": dataclasses.replace(
+        SMALL, rope_type="dynamic", rope_scaling_factor=2.0, rope_original_context_len=16, rope_theta=100.0
+    ),
+    "yarn": dataclasses.replace(
+        SMALL, rope_type="yarn", rope_scaling_factor=4.0, rope_original_context_len=16, rope_theta=100.0
+    ),
+    "yarn qwen3": dataclasses.replace(
+        SMALL,
+        qk_norm=True,
+        head_dim=16,
+        rope_type="yarn",
+        rope_scaling_factor=2.0,
+        rope_original_context_len=32,
+        rope_beta_fast=4.0,
+        rope_beta_slow=0.5,
+        rope_attention_factor=1.5,
+    ),
     "qwen3": dataclasses.replace(SMALL, qk_norm=True, head_dim=16, num_kv_heads=1),
     "qwen3 tied": dataclasses.replace(SMALL, qk_norm=True, tie_embeddings=True),
     "wide heads": dataclasses.replace(SMALL, head_dim=12, d_model=30, num_heads=5),

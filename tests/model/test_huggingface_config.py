@@ -90,9 +90,11 @@ def test_rotary_settings_that_cannot_be_used_or_contradict_each_other_are_refuse
 
 @pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
 def test_other_rotary_scalings_are_refused(tmp_path, where):
-    scaling = {"rope_parameters": None, "rope_scaling": None, where: {"rope_type": "yarn", "factor": 2.0}}
+    scaling = {"rope_parameters": None, "rope_scaling": None, where: {"rope_type": "longrope", "factor": 2.0}}
     (problem,) = fits(tmp_path, SMALL, **scaling)
-    assert problem == "rope_type: 'yarn' is not supported; this model needs default or llama3"
+    assert problem == (
+        "rope_type: 'longrope' is not supported; this model needs default, linear, dynamic, yarn or llama3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,11 +140,11 @@ def test_query_norms_and_scaling_must_agree(tmp_path):
     assert [p.split(":")[0] for p in fits(tmp_path, KINDS["qwen3"], **LLAMA)] == ["qk_norm"]
     scaled = {**to_hf_config(KINDS["llama3"])["rope_parameters"], "rope_theta": 10_000.0}
     problems = fits(tmp_path, SMALL, rope_parameters=scaled)
-    assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
+    assert [p.split(":")[0] for p in problems] == ["rope_type", "rope_scaling_factor", "rope_original_context_len"]
     # the reverse: a scaling is configured here, but the weights were trained without it
     plain = {"rope_type": "default", "rope_theta": 100.0}
     problems = fits(tmp_path, KINDS["llama3"], rope_parameters=plain, rope_scaling=None)
-    assert [p.split(":")[0] for p in problems] == ["rope_scaling_factor", "rope_original_context_len"]
+    assert [p.split(":")[0] for p in problems] == ["rope_type", "rope_scaling_factor", "rope_original_context_len"]
 
 
 def test_keys_left_out_have_transformers_defaults(tmp_path):

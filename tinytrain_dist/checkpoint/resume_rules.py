@@ -27,6 +27,9 @@ ADDED_SETTINGS = (
     "optimizer",
     "param_groups",
     "logit_soft_cap",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_attention_factor",
 )
 
 
@@ -197,7 +200,9 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
     """Return (name, saved value, present value) of the settings that both have and that differ."""
     saved = state.get("config", {})
     if saved:
-        saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
+        # before there was rope_type, llama3 was the only scaling
+        rope_type = None if saved.get("rope_scaling_factor") is None else "llama3"
+        saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | {"rope_type": rope_type} | saved
     if isinstance(weights := saved.get("train_weights"), list):
         # phases that begin when this run has ended do not change it, and its configuration must not have them
         saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}

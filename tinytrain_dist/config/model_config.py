@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinytrain_dist.config.batch_sizes import divisors, nearest_multiples
+from tinytrain_dist.config.rope_scaling import RopeType, rope_scaling_problems
 from tinytrain_dist.utils.text import format_choices
 
 
@@ -31,10 +32,14 @@ class ModelConfig:
     d_model: int = 512
     d_ff: int | None = None
     rope_theta: float = 10_000.0
+    rope_type: RopeType | None = None
     rope_scaling_factor: float | None = None
     rope_original_context_len: int | None = None
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_attention_factor: float | None = None
     tie_embeddings: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-5
@@ -55,6 +60,11 @@ class ModelConfig:
     def ffn_dim(self) -> int:
         """Width of the feed-forward layer: d_ff, or 8/3 d_model rounded up to a multiple of 64 if that is None."""
         return self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64))
+
+    @property
+    def resolved_rope_type(self) -> RopeType:
+        """How rotary positions are scaled: rope_type, or if that is None, llama3 with rope_scaling_factor."""
+        return self.rope_type or ("default" if self.rope_scaling_factor is None else "llama3")
 
     @property
     def approximate_parameter_count(self) -> int:
@@ -110,27 +120,7 @@ class ModelConfig:
 
     def rope_problems(self) -> list[str]:
         """Return a sentence for each setting of the rotary embedding that contradicts another or has no effect."""
-        problems = []
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        if (self.rope_scaling_factor is None) != (self.rope_original_context_len is None):
-            problems.append(
-                "rope_scaling_factor: needs rope_original_context_len, and vice versa; set both, or leave both out"
-            )
-        bands = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
-        if self.rope_scaling_factor is None:
-            problems += [
-                f"{name}: has no effect without rope_scaling_factor; leave it out"
-                for name, default in bands.items()
-                if getattr(self, name) != default
-            ]
-        elif math.isnan(low) or math.isnan(high):
-            problems.append(f"rope_low_freq_factor, rope_high_freq_factor: {low}, {high} must both be numbers")
-        elif low >= high:
-            problems.append(
-                f"rope_low_freq_factor: {_value(self, 'rope_low_freq_factor')} must be below rope_high_freq_factor "
-                f"{_value(self, 'rope_high_freq_factor')}; lower the former, or raise the latter"
-            )
-        return problems
+        return rope_scaling_problems(self)
 
 
 FP8_MULTIPLE = 16  # float8 units multiply matrices whose sizes are multiples of this

@@ -113,8 +113,10 @@ class TrainingConfig(  # the fields of a dataclass begin with those of its last 
         return _config_from_dict(values, source)
 
     def resolved(self) -> dict[str, Any]:
-        """Return `to_dict` with derived sizes filled in, so that a default size equals the same size set explicitly."""
-        return {**self.to_dict(), "d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
+        """Return `to_dict` with derived values filled in, so that a default equals the same value set explicitly."""
+        sizes = {"d_ff": self.ffn_dim, "num_kv_heads": self.kv_heads, "head_dim": self.head_width}
+        rope_type = self.model.resolved_rope_type
+        return {**self.to_dict(), **sizes, "rope_type": None if rope_type == "default" else rope_type}
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML, with derived sizes filled in; None is left out."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinytrain_dist.config.batch_phases import BatchSizes
+from tinytrain_dist.config.rope_scaling import RopeType
 from tinytrain_dist.config.run_folder import LOGS_FOLDER
 from tinytrain_dist.config.step_ranges import parse_step_ranges
 
@@ -174,10 +175,24 @@ class ModelSettings:
         "model", None, "width of the feed-forward layer (None: 8/3 d_model, rounded up to a multiple of 64)"
     )
     rope_theta: float = _setting("model", 10_000.0, "base of the rotary frequencies")
-    rope_scaling_factor: float | None = _setting("model", None, "Llama 3 rotary scaling: factor (None: no scaling)")
-    rope_original_context_len: int | None = _setting("model", None, "Llama 3 rotary scaling: original context length")
+    rope_type: RopeType | None = _setting(
+        "model", None, "scaling of rotary positions (None: llama3 with rope_scaling_factor, else default, not scaled)"
+    )
+    rope_scaling_factor: float | None = _setting(
+        "model", None, "rotary scaling: factor, usually context_len / the one before (None: no scaling)"
+    )
+    rope_original_context_len: int | None = _setting(
+        "model", None, "rotary scaling, except linear: context_len that the weights were trained with before"
+    )
     rope_low_freq_factor: float = _setting("model", 1.0, "Llama 3 rotary scaling: end of the low-frequency band")
     rope_high_freq_factor: float = _setting("model", 4.0, "Llama 3 rotary scaling: start of the high-frequency band")
+    rope_beta_fast: float = _setting(
+        "model", 32.0, "YaRN: rotations in the original context above which none is scaled"
+    )
+    rope_beta_slow: float = _setting("model", 1.0, "YaRN: rotations in the original context below which all are scaled")
+    rope_attention_factor: float | None = _setting(
+        "model", None, "YaRN: factor of cosines and sines (None: 0.1 ln(rope_scaling_factor) + 1)"
+    )
     tie_embeddings: bool = _setting("model", False, "share the embedding's weight with the output head")
     qk_norm: bool = _setting("model", False, "RMSNorm on queries and keys (Qwen3)")
     norm_eps: float = _setting("model", 1e-5, "epsilon of every RMSNorm")

@@ -18,6 +18,7 @@ from tinytrain_dist.config.checkpoint_copies import copies_problems
 from tinytrain_dist.config.defaults import changed_from_default
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
+from tinytrain_dist.config.rope_scaling import SETTINGS_OF_ROPE_TYPE
 from tinytrain_dist.config.step_ranges import STEP_RANGES
 from tinytrain_dist.config.weight_phases import weight_problems
 from tinytrain_dist.utils.text import format_choices, format_list
@@ -60,8 +61,8 @@ NONE_OR_AT_LEAST_ONE = tuple(
     "fingerprint_every stability_every ckpt_writers copies_keep_every".split()
 )
 POSITIVE_AND_FINITE = tuple(
-    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor epochs skip_spikes z_loss "
-    "logit_soft_cap".split()
+    "lr_max eps norm_eps rope_theta grad_clip_norm time_limit rope_scaling_factor rope_beta_fast "
+    "rope_beta_slow rope_attention_factor epochs skip_spikes z_loss logit_soft_cap".split()
 )
 NOT_NEGATIVE = tuple(
     "lr_min weight_decay seed warmup_iters start_limit step_limit save_limit sample_tokens copies_end_limit "
@@ -148,7 +149,7 @@ def _must_be_set(config: TrainingConfig, name: str) -> bool:
     """Return whether another setting needs this one, so that it cannot be left out."""
     if name == "micro_batch_size":
         return config.reproducible
-    return name == "rope_original_context_len" and config.rope_scaling_factor is not None
+    return name == "rope_original_context_len" and name in SETTINGS_OF_ROPE_TYPE[config.model.resolved_rope_type]
 
 
 def _value(config: TrainingConfig, name: str, used: object = None) -> str:

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinytrain_dist.config.model_config import ModelConfig
+from tinytrain_dist.config.rope_scaling import attention_factor, static_rope_theta
 from tinytrain_dist.model.document_mask import attention_with_block_mask
 from tinytrain_dist.model.layers import Linear, RMSNorm
 from tinytrain_dist.model.matmul import is_fake, matmul_dtype, runs_on_cuda
+from tinytrain_dist.model.rope_frequencies import llama3_frequencies, yarn_frequencies
 
 if TYPE_CHECKING:
     from tinytrain_dist.model.document_mask import AttentionMask
@@ -27,11 +29,12 @@ MAX_SCORES = 1 << 24  # that `largest_score` computes at once
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position angles, optionally scaled as in Llama 3. No parameters and no buffers.
+    """Rotary position angles, optionally scaled for longer contexts. No parameters and no buffers.
 
-    dim: head width, even. theta: base of the frequencies. The keyword arguments describe the Llama 3 scaling, which is
-    used if both scaling_factor and original_context_len are given. Errors: ValueError for an odd dim. Source: Su et
-    al. 2021 (arXiv 2104.09864).
+    dim: head width, even. theta: base of the frequencies. rope_type: "linear", "yarn" or "llama3", each with the
+    keyword arguments that it uses (None: "llama3" if both scaling_factor and original_context_len are given, else no
+    scaling). attention_factor: factor of cosines and sines. Errors: ValueError for an odd dim.
+    Source: Su et al. 2021 (arXiv 2104.09864).
     """
 
     def __init__(
@@ -43,36 +46,63 @@ class RotaryEmbedding(nn.Module):
         original_context_len: int | None = None,
         low_freq_factor: float = 1.0,
         high_freq_factor: float = 4.0,
+        rope_type: str | None = None,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: float = 1.0,
     ) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim must be even, got {dim}")
+        is_scaled = scaling_factor is not None and original_context_len is not None
         self.dim = dim
         self.theta = theta
-        self.scaling_factor = scaling_factor
-        self.original_context_len = original_context_len
+        self.rope_type = rope_type or ("llama3" if is_scaled else "default")
+        self.scaling_factor = scaling_factor or 1.0
+        self.original_context_len = original_context_len or 1
         self.low_freq_factor = low_freq_factor
         self.high_freq_factor = high_freq_factor
+        self.beta_fast = beta_fast
+        self.beta_slow = beta_slow
+        self.attention_factor = attention_factor
+
+    @classmethod
+    def of_model(cls, config: ModelConfig) -> RotaryEmbedding:
+        """Return the rotary embedding of a model. With `dynamic`, its base is that of a sequence of context_len."""
+        return cls(
+            config.head_width,
+            static_rope_theta(config),
+            scaling_factor=config.rope_scaling_factor,
+            original_context_len=config.rope_original_context_len,
+            low_freq_factor=config.rope_low_freq_factor,
+            high_freq_factor=config.rope_high_freq_factor,
+            rope_type="default" if config.resolved_rope_type == "dynamic" else config.resolved_rope_type,
+            beta_fast=config.rope_beta_fast,
+            beta_slow=config.rope_beta_slow,
+            attention_factor=attention_factor(config),
+        )
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
         """Return the angle in radians per position for each of the dim / 2 pairs: [dim / 2], float32."""
         exponent = torch.arange(0, self.dim, 2, dtype=torch.int64, device=device).float() / self.dim
-        frequencies = 1.0 / (self.theta**exponent)
-        if self.scaling_factor is None or self.original_context_len is None:
-            return frequencies
-        # Llama 3 divides low frequencies by the factor, keeps high ones, and interpolates between them. `rotations` is
-        # the number of full rotations of a pair within the original context length. `blend` is 0 for low frequencies
-        # and 1 for high ones.
-        rotations = self.original_context_len * frequencies / (2 * math.pi)
-        blend = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        blend = blend.clamp(0.0, 1.0)
-        return (1 - blend) * frequencies / self.scaling_factor + blend * frequencies
+        powers = self.theta**exponent
+        frequencies = 1.0 / powers
+        factor, original = self.scaling_factor, self.original_context_len
+        if self.rope_type == "linear":
+            return frequencies / factor
+        if self.rope_type == "yarn":
+            return yarn_frequencies(powers, self.theta, factor, original, self.beta_fast, self.beta_slow)
+        if self.rope_type == "llama3":
+            return llama3_frequencies(frequencies, factor, original, self.low_freq_factor, self.high_freq_factor)
+        return frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [t] integers; returns cos and sin, each [t, dim] float32 with two equal halves along dim."""
         angles = positions.float()[:, None] * self.frequencies(positions.device)[None, :]
         angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        if self.attention_factor == 1.0:
+            return angles.cos(), angles.sin()
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
 def apply_rotary_pos_emb(q_bhte: Tensor, k_bkte: Tensor, cos_te: Tensor, sin_te: Tensor) -> tuple[Tensor, Tensor]:

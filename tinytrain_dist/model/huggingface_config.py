@@ -5,6 +5,7 @@ Must not know tensors or ranks. Parameter names need no translation, because our
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinytrain_dist.config.model_config import ModelConfig
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.model.huggingface_rope import needed_rope_settings, read_hf_rope, rope_differences, to_hf_rope
 from tinytrain_dist.utils.json_files import read_json
 
 SETTING_OF_HF_KEY = {
@@ -50,13 +52,8 @@ KEYS_OF_OTHER_MODELS = (
     "attn_logit_softcapping query_pre_attn_scalar scale_emb scale_depth dim_model_base clip_qkv qk_layernorm "
     "use_qk_norm rope_interleaved num_experts num_local_experts n_routed_experts"
 ).split()
-LLAMA3_ROPE_KEYS = {
-    "factor": "rope_scaling_factor",
-    "original_max_position_embeddings": "rope_original_context_len",
-    "low_freq_factor": "rope_low_freq_factor",
-    "high_freq_factor": "rope_high_freq_factor",
-}
-ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE_KEYS)
+# max_position_embeddings in transformers, for a config.json without it
+DEFAULT_POSITIONS = {"llama": 2048, "qwen3": 32_768}
 
 
 def to_hf_config(
@@ -74,15 +71,7 @@ def to_hf_config(
     if config.logit_soft_cap is not None:
         model_type, architecture = model_type + SOFT_CAPPED, "SoftCapped" + architecture
         cap = {SOFT_CAP_KEY: config.logit_soft_cap}
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_scaling_factor is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling_factor,
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_context_len,
-        }
+    rope = to_hf_rope(config)
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -100,8 +89,8 @@ def to_hf_config(
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.context_len,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.rope_scaling_factor is not None else None,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": rope if rope["rope_type"] != "default" else None,
         "rope_parameters": rope,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -114,14 +103,22 @@ def to_hf_config(
 def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     """Compare the config.json of a Hugging Face folder with the configuration.
 
+    A longer context_len than that of the folder may come with a new scaling of rotary positions.
     Errors: ConfigError that names every value our model does not support, and every setting that has to change.
     """
-    needed, problems = _read_hf_config(folder)
+    model, problems = _read_hf_config(folder)
     current = config.resolved()
-    for setting, value in needed.items():
-        if current[setting] != value:
-            remedy = "leave it out" if value is None else f"set {setting} = {to_toml_value(value)}"
-            problems.append(f"{setting}: is {current[setting]}, but {folder / 'config.json'} needs {value}; {remedy}")
+    different = {name: (current[name], value) for name, value in model.sizes.items() if current[name] != value}
+    if model.sizes and model.rope is not None:
+        different |= rope_differences(config, model.rope, model.longest, model.sizes["head_dim"])
+    for setting, (value, needed) in different.items():
+        remedy = "leave it out" if needed is None else f"set {setting} = {to_toml_value(needed)}"
+        if setting == "rope_type" and value != "default":
+            remedy += (
+                f" (a new scaling extends the context: it is possible from context_len {model.longest + 1}, because "
+                f"max_position_embeddings is {model.longest})"
+            )
+        problems.append(f"{setting}: is {value}, but {folder / 'config.json'} needs {needed}; {remedy}")
     if problems:
         raise ConfigError(problems, f"init_from = {folder}")
 
@@ -131,15 +128,32 @@ def settings_of_hf_folder(folder: Path) -> dict[str, Any]:
 
     Errors: ConfigError that names every value our model does not support.
     """
-    needed, problems = _read_hf_config(folder)
-    if problems:
+    model, problems = _read_hf_config(folder)
+    if problems or model.rope is None:
         raise ConfigError(problems, str(folder))
-    longest = read_json(folder / "config.json").get("max_position_embeddings")
-    return {**needed, **({"context_len": longest} if type(longest) is int and longest > 0 else {})}
+    longest = model.longest
+    rope = needed_rope_settings(model.rope, longest, model.sizes["head_dim"], longest)
+    if rope["rope_type"] == "default":
+        del rope["rope_type"]
+    return {**model.sizes, **rope, **({"context_len": longest} if model.has_longest else {})}
 
 
-def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings that a Hugging Face folder needs, and what our model does not support, as sentences."""
+@dataclass(frozen=True)
+class HfModel:
+    """What a config.json says. sizes: settings of the model, except rotary ones; rope: of `read_hf_rope`.
+
+    sizes is empty, and rope is None, if they cannot be used. longest: max_position_embeddings, or its default in
+    transformers (then has_longest is false).
+    """
+
+    sizes: dict[str, Any]
+    rope: dict[str, Any] | None
+    longest: int
+    has_longest: bool
+
+
+def _read_hf_config(folder: Path) -> tuple[HfModel, list[str]]:
+    """Return the model of a Hugging Face folder, and what our model does not support, as sentences."""
     path = folder / "config.json"
     try:
         hf_config = read_json(path)
@@ -148,8 +162,8 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
     hf_config, cap = _without_cap(hf_config)
-    rope, problems = _rope_settings(hf_config)
-    problems = _unsupported_values(hf_config) + problems
+    rope, rope_problems = read_hf_rope(hf_config)
+    problems = _unsupported_values(hf_config) + rope_problems
     missing = [
         f"{key}: is missing in {path}; give the folder of a Llama or Qwen3 model"
         if hf_config.get(key) is None
@@ -158,8 +172,12 @@ def _read_hf_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         for key in REQUIRED_HF_KEYS
         if type(hf_config.get(key)) is not int or hf_config[key] < 1
     ]
-    needed = {} if missing else {**_required_settings(hf_config, rope), "logit_soft_cap": cap}
-    return needed, problems + missing
+    sizes = {} if missing else {**_required_settings(hf_config), "logit_soft_cap": cap}
+    longest: Any = hf_config.get("max_position_embeddings")
+    has_longest = type(longest) is int and longest > 0
+    if not has_longest:
+        longest = DEFAULT_POSITIONS.get(str(hf_config.get("model_type")), 2048)
+    return HfModel(sizes, None if rope_problems else rope, longest, has_longest), problems + missing
 
 
 def _without_cap(hf_config: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
@@ -178,8 +196,8 @@ def soft_cap_of(hf_config: dict[str, Any]) -> float | None:
     return _without_cap(hf_config)[1]
 
 
-def _required_settings(hf_config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with which our model computes the same as the model of a config.json."""
+def _required_settings(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings, except rotary ones, with which our model computes the same as that of a config.json."""
     qwen3 = hf_config.get("model_type") == "qwen3"
     # the defaults of transformers for keys that config.json does not have
     needed = {"norm_eps": 1e-6, "tie_embeddings": False, "num_kv_heads": hf_config["num_attention_heads"]}
@@ -187,12 +205,7 @@ def _required_settings(hf_config: dict[str, Any], rope: dict[str, Any]) -> dict[
         needed["num_kv_heads"] = 32
     needed["head_dim"] = 128 if qwen3 else hf_config["hidden_size"] // hf_config["num_attention_heads"]
     needed |= {setting: hf_config[key] for key, setting in SETTING_OF_HF_KEY.items() if hf_config.get(key) is not None}
-    needed["rope_theta"] = rope.get("rope_theta") or hf_config.get("rope_theta") or 10_000.0
     needed["qk_norm"] = qwen3
-    if rope.get("rope_type") == "llama3":
-        needed |= {setting: rope[key] for key, setting in LLAMA3_ROPE_KEYS.items() if rope.get(key) is not None}
-    else:
-        needed |= {"rope_scaling_factor": None, "rope_original_context_len": None}
     return needed
 
 
@@ -220,60 +233,4 @@ def _unsupported_values(hf_config: dict[str, Any]) -> list[str]:
     uses_window = hf_config.get("use_sliding_window", False if hf_config.get("model_type") == "qwen3" else None)
     if hf_config.get("sliding_window") is not None and uses_window is None:
         problems.append(f"sliding_window: {hf_config['sliding_window']!r} is not supported; this model needs null")
-    return problems
-
-
-def _rope_settings(hf_config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the rotary settings of a config.json as one dict, and a sentence for each that cannot be used.
-
-    They may be in `rope_parameters` (transformers 5), in `rope_scaling` (before), or in both.
-    """
-    rope: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    problems: list[str] = []
-    if hf_config.get("rope_theta") is not None:
-        rope["rope_theta"], origin["rope_theta"] = hf_config["rope_theta"], "config.json itself"
-    for place in ("rope_scaling", "rope_parameters"):
-        table = hf_config.get(place) or {}
-        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
-            problems.append(f"{place}: {table!r} is not supported; this model needs one set of values for all layers")
-            continue
-        for key, value in table.items():
-            name = "rope_type" if key == "type" else key
-            if value is None:
-                continue
-            if rope.get(name, value) != value:
-                problems.append(
-                    f"{name}: is {rope[name]!r} in {origin[name]}, but {value!r} in {place}; correct config.json, so "
-                    "that both say what the weights were trained with"
-                )
-            rope[name], origin[name] = value, place
-    return rope, problems + _unsupported_rope(rope)
-
-
-def _unsupported_rope(rope: dict[str, Any]) -> list[str]:
-    """Return a sentence for each rotary setting that our model does not support."""
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "llama3"):
-        return [f"rope_type: {rope_type!r} is not supported; this model needs default or llama3"]
-    problems = [
-        f"{key}: {rope[key]!r} among the rotary settings is not supported; this model has nothing like it"
-        for key in rope
-        if key not in ROPE_KEYS
-    ]
-    if rope.get("partial_rotary_factor", 1) != 1:
-        problems.append(
-            f"partial_rotary_factor: {rope['partial_rotary_factor']!r} is not supported; this model needs 1 or 1.0"
-        )
-    if rope_type == "llama3":
-        problems += [
-            f"{key}: is missing among the rotary settings, and rope_type llama3 needs it; correct config.json"
-            for key in LLAMA3_ROPE_KEYS
-            if key not in rope
-        ]
-    elif rope.get("factor", 1) != 1:
-        problems.append(
-            f"factor: {rope['factor']!r} has no effect with rope_type {rope_type}; correct config.json, so that it "
-            "says what the weights were trained with"
-        )
     return problems

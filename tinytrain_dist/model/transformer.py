@@ -64,14 +64,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(vocab_size, config.d_model, dtype)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.rotary = RotaryEmbedding(
-            config.head_width,
-            config.rope_theta,
-            scaling_factor=config.rope_scaling_factor,
-            original_context_len=config.rope_original_context_len,
-            low_freq_factor=config.rope_low_freq_factor,
-            high_freq_factor=config.rope_high_freq_factor,
-        )
+        self.rotary = RotaryEmbedding.of_model(config)
 
     def forward(self, ids_bt: Tensor, documents_bt: Tensor | None = None) -> Tensor:
         """ids, documents: [b, t], see TransformerLM; returns hidden states [b, t, d]."""
