@@ -11,9 +11,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from tinytrain_dist.checkpoint.manifest import quick_problems
 from tinytrain_dist.checkpoint.safetensors_io import TensorReader
 from tinytrain_dist.checkpoint.sharded_io import load_tensors
 from tinytrain_dist.checkpoint.state_collection import model_tensors
+from tinytrain_dist.config.run_folder import RunFolder
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import CheckpointError
 from tinytrain_dist.model.huggingface_config import check_hf_config
@@ -24,6 +26,15 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 REDUNDANT_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 COMPARED_VALUES = 1 << 22  # number of values of two tensors that are compared at once
 SHOWN_PROBLEMS = 10
+
+
+def weights_folder(place: Path) -> Path:
+    """Return the folder of the weights that `init_from` names: the newest valid checkpoint of a run, or `place`."""
+    run = None if (place / "config.json").exists() else RunFolder.at(place)
+    for checkpoint in reversed(run.committed() if run else []):
+        if not quick_problems(checkpoint):
+            return checkpoint
+    return place
 
 
 def init_from_hf_folder(

@@ -71,7 +71,9 @@ class RunSettings:
         "run", None, "comma-separated settings that may differ from the checkpoint on resume (None: none)"
     )
     init_from: str | None = _setting(
-        "run", None, "folder with Hugging Face Llama or Qwen3 weights to start from (None: random weights from seed)"
+        "run",
+        None,
+        "weights to start from: a Hugging Face folder (Llama, Qwen3), a checkpoint or a run (None: random from seed)",
     )
 
     @property

@@ -160,7 +160,10 @@ def _read_hf_config(folder: Path) -> tuple[HfModel, list[str]]:
         if not isinstance(hf_config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"init_from: {path} cannot be read ({error}); give a Hugging Face model folder") from None
+        raise ConfigError(
+            f"init_from: {path} cannot be read ({error}); give the folder of a Hugging Face model, or a run "
+            "or checkpoint of this program"
+        ) from None
     hf_config, cap = _without_cap(hf_config)
     rope, rope_problems = read_hf_rope(hf_config)
     problems = _unsupported_values(hf_config) + rope_problems

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.checkpoint.copies.start import begin_copies, finish_copies_start
-from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder
+from tinytrain_dist.checkpoint.huggingface_import import init_from_hf_folder, weights_folder
 from tinytrain_dist.checkpoint.manager import CheckpointManager
 from tinytrain_dist.checkpoint.retention import changed_evaluation_settings
 from tinytrain_dist.checkpoint.snapshots.keeper import SnapshotKeeper, build_keeper
@@ -89,6 +89,7 @@ class Start:
     record: dict[str, Any] = field(default_factory=dict)  # of the run so far, see EarlyStopping and LossLevel
     saved_step: int = -1  # the step of the loaded checkpoint if it is one of this run, else -1
     source: Path | None = None  # the loaded checkpoint
+    weights: Path | None = None  # the folder of the initial weights, if they were read
     from_snapshot: bool = False  # the state comes from shared memory; then there is no source
     downloaded: str = ""  # the URL of the copy that it was downloaded from, if it was
     changed_settings: list[str] = field(default_factory=list)
@@ -215,10 +216,11 @@ def _load(
         if start.source == checkpoints.folder(start.step) or restored:
             start.saved_step = min(start.step, saved_step)
     elif config.init_from:
-        source = Path(config.init_from)
+        source = context.broadcast_object(weights_folder(Path(config.init_from)) if context.is_main else None)
         part, parts = context.rank, context.world_size
         run_on_all_ranks(lambda: init_from_hf_folder(source, train_step.model, config, part=part, parts=parts))
         train_step.optimizer.average.restart()
+        start.weights = source
     return start
 
 
@@ -325,6 +327,8 @@ def _log_start(log: RunLog, start: Start, environment: dict[str, Any], train_ste
         forgotten = f"; {start.forgotten}" if start.forgotten else ""
         origin = f", which was downloaded from {start.downloaded}" if start.downloaded else ""
         log.event(step, "resumed", f"resumed from {start.source}{origin}{changes}{forgotten}")
+    if start.weights is not None:
+        log.event(step, "initialized", f"started from the weights in {start.weights}")
     if start.from_snapshot:
         log.event(step, "resumed", f"resumed from the snapshot of step {step} in memory")
     if start.previous_failure:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 from torch import Tensor
 
+from tinytrain_dist.checkpoint.huggingface_import import weights_folder
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.weight_phases import weight_phases
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
@@ -49,7 +50,7 @@ def tokenizer_warnings(config: TrainingConfig) -> list[str]:
     folders = _folders(config)
     warnings = [line for folder in folders for line in check_tokenizer(folder)]
     if config.init_from:
-        warnings += check_source_of_weights(Path(config.init_from), folders[0])
+        warnings += check_source_of_weights(weights_folder(Path(config.init_from)), folders[0])
     return warnings
 
 

@@ -14,6 +14,6 @@ EVENTS = (
     "resumed", "restarted", "saved", "save_failed", "skipped", "slow", "replicas_differ", "stopped", "recompiled",
     "output_lost", "first_step", "epoch", "parameter_groups", "branched", "copied", "copy_failed", "left_out",
     "recovered",
-    "snapshot", "snapshot_failed",
+    "snapshot", "snapshot_failed", "initialized",
 )  # fmt: skip
 EVENT_ROWS = {kind: row for row, kind in enumerate(EVENTS, 1)}  # 0 for any other kind
