@@ -164,6 +164,16 @@ def test_phases_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> Non
         check_same_run(tmp_path, state, config_for(tmp_path, **sources, train_weights=["0: 1 1"]), DATA)
 
 
+def test_batch_sizes_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> None:
+    state = saved_state(config_for(tmp_path), batch_size=8, batch_size_warmup=["0: 2", "5: 4", "7: 8"])
+    for steps, size, warmup in ((7, 4, ["0: 2", "5: 4"]), (5, 2, None)):
+        same = config_for(tmp_path, total_steps=steps, batch_size=size, batch_size_warmup=warmup)
+        check_same_run(tmp_path, state, same, DATA)
+        assert not any("batch_size" in change for change in describe_changes(state, same))
+    with pytest.raises(CheckpointError, match=r"batch_size: 4 in the checkpoint, 2 now(.|\n)*batch_size_warmup: "):
+        check_same_run(tmp_path, state, config_for(tmp_path, total_steps=7, batch_size=2), DATA)
+
+
 def test_shards_that_are_missing_or_new_are_named(tmp_path: Path) -> None:
     for number in (0, 1, 3, 4):
         (tmp_path / f"train-{number:03d}.npy").touch()

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.batch_phases import sizes_before
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ranges, up_to
@@ -198,7 +199,10 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
     saved = state.get("config", {})
     if saved:
         saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | saved
+    # phases that begin when this run has ended do not change it, and its configuration must not have them
     if isinstance(weights := saved.get("train_weights"), list):
-        # phases that begin when this run has ended do not change it, and its configuration must not have them
         saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}
+    if isinstance(warmup := saved.get("batch_size_warmup"), list):
+        size, shorter = sizes_before(saved["batch_size"], warmup, config.total_steps)
+        saved = saved | {"batch_size": size, "batch_size_warmup": None if shorter is None else list(shorter)}
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]
