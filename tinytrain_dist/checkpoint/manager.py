@@ -28,6 +28,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, file_bytes
 from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
+    check_steps_left,
     checkpoints_to_try,
     describe_changes,
     how_to_restore,
@@ -267,9 +268,11 @@ class CheckpointManager:
         """Load `path` into model and optimizer; return the saved state, and a text for each setting that differs.
 
         advance: called with the numbers of bytes that were read. Errors: CheckpointError if the checkpoint belongs to
-        another run, if its tensors do not fit, or if a reproducible run would not compute the same bits from it.
+        another run, if it is beyond total_steps, if its tensors do not fit, or if a reproducible run would not compute
+        the same bits from it.
         """
         state = read_trainer_state(path)
+        check_steps_left(path, state, self.config)
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer, advance)
