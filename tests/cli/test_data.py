@@ -192,6 +192,17 @@ def test_data_of_different_tokenizers_is_refused_as_training_refuses_it(
     assert values(tinytrain, prepared, "--val-data", other / "val.npy")["evaluation"]
 
 
+def test_an_eos_id_that_decides_nothing_is_refused(tinytrain: Cli, prepared: Path, tmp_path: Path) -> None:
+    for options in ([], ["--decode", 1], ["--decode", 1, "--html", tmp_path / "p.html"]):
+        code, out, err = tinytrain("data", prepared, "--eos-id", 3, *options)
+        assert (code, out) == (2, "")
+        assert "--eos-id: has no effect, because files beside the tokens, or Megatron's index, record where" in err
+    plain = save_tokens(tmp_path / "plain.npy", [1, 2, 3] * 20)
+    assert values(tinytrain, prepared, "--val-data", plain, "--eos-id", 3)["evaluation"]["plain.npy"]["documents"] == 20
+    shown = ("--val-data", plain, "--eos-id", 3, "--decode", 1, "--html", tmp_path / "p.html")
+    assert tinytrain("data", prepared, *shown)[0] == 0, "it is used for the evaluation file"
+
+
 def test_odd_files(tinytrain: Cli, tmp_path: Path) -> None:
     for name, ids in {"none": [], "one": [3]}.items():
         path = save_tokens(tmp_path / f"{name}.npy", ids)

@@ -174,4 +174,5 @@ def test_what_cannot_be_proposed_is_a_sentence(
     code, _, err = tinytrain("new", tmp_path / "run", *options)
     assert code == 2
     assert expected in err
+    assert "plan" not in err, "it is another command"
     assert not (tmp_path / "run").exists()
