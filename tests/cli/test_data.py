@@ -388,6 +388,25 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tinytrain: Cli, masked_
     assert {"viewport", "color-scheme"} <= set(page.values("name"))
 
 
+def test_numbers_and_places_of_copies_stay_whole_and_tell_files_apart(
+    tinytrain: Cli, prepared: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "train.npy")
+        np.save(paths[-1], np.tile(np.arange(40) + 40 * len(paths), 2).astype(np.uint16))
+        np.save(tmp_path / name / "train.documents.npy", [0, 40])
+    config = tmp_path / "c.toml"
+    config.write_text(f"train_data = {json.dumps([str(path) for path in paths])}\nvocab_size = 200\ncontext_len = 8\n")
+    path = tmp_path / "p.html"
+    assert tinytrain("data", config, "--html", path)[0] == 0
+    rows = re.findall(r'<span class="whole">(.*?)</span>', path.read_text())
+    assert sorted(rows[2::3]) == ["a/train.npy:0", "b/train.npy:0"]
+    assert rows[:2] == ["2", "40"]
+    assert ".whole { white-space: nowrap; }" in path.read_text()
+
+
 def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from tests.helpers.prepared_text import byte_level_bpe

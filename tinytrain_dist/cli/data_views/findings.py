@@ -142,17 +142,17 @@ def _repeated(findings: Findings, sources: list[TokenSource]) -> list[Repeated]:
     texts = findings.vocabulary.texts
     shown = []
     for document in findings.train.duplicates.most_copies:
-        source, position = locate(sources, document.position)
-        ids = source.read(position, min(TEXT_TOKENS, document.length)).tolist()
-        shown.append(Repeated(document.copies, document.length, place_name(source, position), texts.text(ids)))
+        number, position = locate(sources, document.position)
+        ids = sources[number].read(position, min(TEXT_TOKENS, document.length)).tolist()
+        shown.append(Repeated(document.copies, document.length, place_name(sources, number, position), texts.text(ids)))
     return shown
 
 
-def locate(sources: list[TokenSource], position: int) -> tuple[TokenSource, int]:
-    """Return the source that holds a position of all sources together, and the position there."""
-    for source in sources:
+def locate(sources: list[TokenSource], position: int) -> tuple[int, int]:
+    """Return the number of the source that holds a position of all sources together, and the position there."""
+    for number, source in enumerate(sources):
         if position < len(source):
-            return source, position
+            return number, position
         position -= len(source)
     raise AssertionError("the position lies behind all sources")
 
@@ -167,7 +167,7 @@ def _overlap(
     window, token, length = found.longest
     if length:
         ids = windows.windows.tokens[window, token : token + min(length, TEXT_TOKENS)].tolist()
-        overlap.passage_place = place_name(source, windows.position(window, token))
+        overlap.passage_place = place_name([source], 0, windows.position(window, token))
         overlap.passage_text = texts.text(ids)
     return overlap
 
