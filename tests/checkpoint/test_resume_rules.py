@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinytrain_dist import CheckpointError, TrainingConfig
 from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
+    check_steps_left,
     checkpoints_to_try,
     describe_changes,
 )
@@ -178,6 +180,46 @@ def test_phases_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> Non
     assert not any("train_weights" in change for change in describe_changes(state, same))
     with pytest.raises(CheckpointError, match="train_weights: "):
         check_same_run(tmp_path, state, config_for(tmp_path, **sources, train_weights=["0: 1 1"]), DATA)
+
+
+def test_a_run_that_would_end_before_its_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        check_steps_left(Path("c"), {"step": 7}, config_for(tmp_path, total_steps=6))
+    assert str(caught.value) == (
+        "total_steps: 6 is less than 7, the step of c that this run continues from, so nothing would be trained; set "
+        "it to more than 7 to train on, or start a new run with another target_dir"
+    )
+    check_steps_left(Path("c"), {"step": 7}, config_for(tmp_path, total_steps=7))
+    check_steps_left(Path("c"), {"step": 7}, config_for(tmp_path, total_steps=9, stop_at_step=5))
+
+
+def test_another_optimizer_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
+    adamw, muon = config_for(tmp_path), config_for(tmp_path, optimizer="muon")
+    of_norms = {"param_groups": ["*norm*: lr_factor=0.5"], "allow": "param_groups"}
+    check_same_run(tmp_path, saved_state(adamw), config_for(tmp_path, **of_norms), DATA)
+    by_groups = config_for(tmp_path, param_groups=["*_proj.weight: optimizer=muon"], allow="param_groups")
+    for state, config, setting in (
+        (saved_state(adamw), replace(muon, allow="optimizer"), "optimizer: adamw in the checkpoint, muon now; the "),
+        (saved_state(adamw), by_groups, "param_groups: () in the checkpoint, ('*_proj.weight: optimizer=muon',) now"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            check_same_run(Path("c"), state, config, DATA)
+        first_line, problem = str(caught.value).split(":\n  ")
+        assert "set allow" not in first_line
+        assert "start a new run with another target_dir and init_from = c, which begins with its weights" in first_line
+        assert problem.startswith(setting)
+        state_of = "holds the state of adamw for model.layers.0.self_attn.q_proj.weight and 13 more parameters, which"
+        assert f"{state_of} muon cannot continue from, so allow has no effect" in problem
+
+
+def test_batch_sizes_that_begin_after_the_end_are_not_compared(tmp_path: Path) -> None:
+    state = saved_state(config_for(tmp_path), batch_size=8, batch_size_warmup=["0: 2", "5: 4", "7: 8"])
+    for steps, size, warmup in ((7, 4, ["0: 2", "5: 4"]), (5, 2, None)):
+        same = config_for(tmp_path, total_steps=steps, batch_size=size, batch_size_warmup=warmup)
+        check_same_run(tmp_path, state, same, DATA)
+        assert not any("batch_size" in change for change in describe_changes(state, same))
+    with pytest.raises(CheckpointError, match=r"batch_size: 4 in the checkpoint, 2 now(.|\n)*batch_size_warmup: "):
+        check_same_run(tmp_path, state, config_for(tmp_path, total_steps=7, batch_size=2), DATA)
 
 
 def test_shards_that_are_missing_or_new_are_named(tmp_path: Path) -> None:

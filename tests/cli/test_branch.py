@@ -19,7 +19,7 @@ from tests.helpers.training import TINY, VOCABULARY, Run, fit, fit_all
 from tinytrain_dist.checkpoint.manifest import quick_problems
 from tinytrain_dist.cli import branch
 from tinytrain_dist.config.loading import load_config
-from tinytrain_dist.config.schema import FIELDS
+from tinytrain_dist.config.schema import FIELDS, TrainingConfig
 from tinytrain_dist.training.run_data import open_training_data
 
 WEIGHTS = ["0: 0.5 0.5", "5: 1 3", "12: 3 1"]  # the parent has 16 steps, the branch 7
@@ -89,6 +89,20 @@ def test_a_branch_is_the_run_with_this_decay_and_needs_no_parent(tinytrain: Cli,
     assert load_config(again / "config.toml").total_steps == 13
     kinds = [record["kind"] for record in Run(again).records]
     assert [kind for kind in kinds if kind in ("branched", "resumed")] == ["branched", "branched"]
+
+
+def test_a_branch_has_the_batch_sizes_that_begin_before_its_end(tmp_path: Path) -> None:
+    warmup = ("0: 2", "5: 4", "12: 8")
+    parent = TrainingConfig(
+        batch_size=8, batch_size_warmup=warmup, total_steps=16, schedule="constant", vocab_size=VOCABULARY
+    )
+    state = {"config": parent.resolved(), "data": {}, "step": 3}
+    sizes = []
+    for decay in (10, 8, 1):
+        options = branch.BranchOptions(tmp_path, at=3, decay_iters=decay)
+        config = branch._configuration(options, tmp_path, state, tmp_path / "new", [])
+        sizes.append((config.batch_size, config.batch_size_warmup))
+    assert sizes == [(8, warmup), (4, warmup[:2]), (2, None)]
 
 
 def test_a_rate_that_would_jump_is_refused_and_the_advice_is_right(tinytrain: Cli, run: Path) -> None:

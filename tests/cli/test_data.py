@@ -192,6 +192,17 @@ def test_data_of_different_tokenizers_is_refused_as_training_refuses_it(
     assert values(tinytrain, prepared, "--val-data", other / "val.npy")["evaluation"]
 
 
+def test_an_eos_id_that_decides_nothing_is_refused(tinytrain: Cli, prepared: Path, tmp_path: Path) -> None:
+    for options in ([], ["--decode", 1], ["--decode", 1, "--html", tmp_path / "p.html"]):
+        code, out, err = tinytrain("data", prepared, "--eos-id", 3, *options)
+        assert (code, out) == (2, "")
+        assert "--eos-id: has no effect, because files beside the tokens, or Megatron's index, record where" in err
+    plain = save_tokens(tmp_path / "plain.npy", [1, 2, 3] * 20)
+    assert values(tinytrain, prepared, "--val-data", plain, "--eos-id", 3)["evaluation"]["plain.npy"]["documents"] == 20
+    shown = ("--val-data", plain, "--eos-id", 3, "--decode", 1, "--html", tmp_path / "p.html")
+    assert tinytrain("data", prepared, *shown)[0] == 0, "it is used for the evaluation file"
+
+
 def test_odd_files(tinytrain: Cli, tmp_path: Path) -> None:
     for name, ids in {"none": [], "one": [3]}.items():
         path = save_tokens(tmp_path / f"{name}.npy", ids)
@@ -375,6 +386,25 @@ def test_the_page_has_the_numbers_and_needs_nothing_else(tinytrain: Cli, masked_
     assert f"style-src 'sha256-{digest}'" in text
     assert "prefers-color-scheme: dark" in style
     assert {"viewport", "color-scheme"} <= set(page.values("name"))
+
+
+def test_numbers_and_places_of_copies_stay_whole_and_tell_files_apart(
+    tinytrain: Cli, prepared: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "train.npy")
+        np.save(paths[-1], np.tile(np.arange(40) + 40 * len(paths), 2).astype(np.uint16))
+        np.save(tmp_path / name / "train.documents.npy", [0, 40])
+    config = tmp_path / "c.toml"
+    config.write_text(f"train_data = {json.dumps([str(path) for path in paths])}\nvocab_size = 200\ncontext_len = 8\n")
+    path = tmp_path / "p.html"
+    assert tinytrain("data", config, "--html", path)[0] == 0
+    rows = re.findall(r'<span class="whole">(.*?)</span>', path.read_text())
+    assert sorted(rows[2::3]) == ["a/train.npy:0", "b/train.npy:0"]
+    assert rows[:2] == ["2", "40"]
+    assert ".whole { white-space: nowrap; }" in path.read_text()
 
 
 def test_text_of_the_data_stays_text_on_the_page(tinytrain: Cli, tmp_path: Path) -> None:

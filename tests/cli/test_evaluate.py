@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import subprocess
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.token_files import save_llm_c, save_megatron, save_tokens
-from tests.helpers.tools import TEXT, Cli
+from tests.helpers.tools import TEXT, Cli, flip_bit, newest
 from tinytrain_dist.checkpoint.discovery import find_checkpoint
 from tinytrain_dist.checkpoint.load_model import load_model
 
@@ -96,6 +98,72 @@ def test_every_format_that_val_data_takes_gives_the_same_numbers(
         assert out.splitlines()[1:] == expected, data
     code, _, err = tinytrain("evaluate", folder / "one", "--data", "plain.bin")
     assert (code, "set token_dtype to their type (possible: uint16" in err) == (2, True), err
+
+
+def test_an_export_gives_the_numbers_of_its_checkpoint(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    assert tinytrain("export", folder / "one", exported, "--no-check")[0] == 0
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    for data in (tmp_path / "text.txt", folder / "val.npy"):
+        expected = tinytrain("evaluate", folder / "one", "--data", data)[1]
+        code, out, err = tinytrain("evaluate", exported, "--data", data)
+        assert (code, out.splitlines()[1:]) == (0, expected.splitlines()[1:]), err
+    prompt = ("--prompt", "def", "--temperature", 0, "--device", "cpu")
+    assert tinytrain("sample", exported, *prompt)[1] == tinytrain("sample", folder / "one", *prompt)[1]
+    code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy", "--ema")
+    assert (code, "is a Hugging Face folder, which has one set of weights; leave --ema out" in err) == (2, True)
+
+    masked = save_tokens(tmp_path / "m.npy", np.load(folder / "val.npy"))
+    np.save(tmp_path / "m.mask.npy", np.ones(len(np.load(masked)), np.uint8))
+    code, _, err = tinytrain("evaluate", exported, "--data", masked)
+    assert (code, "does not say with which settings it was trained, so the mask files are not read" in err) == (0, True)
+
+    flip_bit(next(exported.glob("model*.safetensors")))
+    code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy")
+    assert (code, "Traceback" in err) == (2, False)
+    (exported / "manifest.json").unlink()  # as a folder of another program
+    assert tinytrain("evaluate", exported, "--data", folder / "val.npy")[0] == 0
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}))
+    code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy")
+    assert (code, "model_type: 'gemma' is not supported" in err) == (2, True)
+    (exported / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy")
+    assert (code, f"error: {exported}: does not fit this model" in err) == (2, True)
+
+
+def test_a_checkpoint_without_its_state_is_no_hugging_face_folder(tinytrain: Cli, run: Path) -> None:
+    (newest(run) / "trainer_state.json").unlink()
+    code, _, err = tinytrain("evaluate", newest(run), "--data", run)
+    assert (code, "trainer_state.json" in err) == (2, True)
+
+
+def test_token_files_of_another_tokenizer_are_refused(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
+    save_tokens(tmp_path / "val.npy", [1, 2, 3] * 20)
+    tokenizer = (folder / "tokenizer.json").read_text()
+    other = json.loads(tokenizer)
+    first, second = list(other["model"]["vocab"])[10:12]
+    ids = other["model"]["vocab"]
+    ids[first], ids[second] = ids[second], ids[first]
+
+    def evaluate(beside: str | None, digest_of: str) -> tuple[int, str]:
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+        if beside is not None:
+            (tmp_path / "tokenizer.json").write_text(beside)
+        digests = {"tokenizer.json": hashlib.sha256(digest_of.encode()).hexdigest()}
+        (tmp_path / "meta.json").write_text(
+            json.dumps({"vocab_size": 280, "digests": digests, "tokenizer": {"ids_before_document": []}})
+        )
+        code, _, err = tinytrain("evaluate", folder / "one", "--data", tmp_path / "val.npy")
+        return code, err
+
+    changed, spaced = json.dumps(other), json.dumps(json.loads(tokenizer), indent=3)
+    for beside in (changed, None):
+        code, err = evaluate(beside, changed)
+        assert (code, f"the token files in {tmp_path} were made with another tokenizer than " in err) == (2, True)
+        assert "`tinytrain prepare TEXT --tokenizer " in err
+    assert evaluate(spaced, spaced) == (0, ""), "the same ids, written in another way"
+    assert evaluate(None, tokenizer) == (0, "")
 
 
 def test_mistakes(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:

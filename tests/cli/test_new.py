@@ -78,6 +78,14 @@ def test_a_model_folder_gives_its_sizes(tinytrain: Cli, tmp_path: Path) -> None:
     check_hf_config(config, model)  # raises an error if a size does not fit
     assert config.init_from == str(model)
     assert f"--tokenizer '{model}'" in (tmp_path / "tune" / "README.md").read_text()
+    assert (config.loss_mask, config.packing) == (False, "none")
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    code, _, err = tinytrain("new", tmp_path / "chat", "--from", model)
+    assert code == 0, err
+    chat = load_config(tmp_path / "chat" / "config.toml")
+    assert (chat.loss_mask, chat.document_mask, chat.packing) == (True, True, "best_fit")
+    assert chat.train_data == "data/chat/train.npy"
+    assert "tinytrain prepare chat.jsonl --chat --tokenizer" in (tmp_path / "chat" / "README.md").read_text()
     for change in ({"num_key_value_heads": "x"}, {"rms_norm_eps": -1}, {"tie_word_embeddings": 1.5}):
         (model / "config.json").write_text(json.dumps({**to_hf_config(KINDS["qwen3"]), **change}))
         code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
@@ -130,6 +138,12 @@ def test_a_run_is_proposed_for_a_time_on_gpus(tinytrain: Cli, tmp_path: Path) ->
     assert config.train_files == (str(data / "train.npy"),)
     assert config.val_files == (str(data / "val.npy"),)
     assert (config.vocab_size, config.batch_size % 4) == (50, 0)
+    assert not config.loss_mask
+    for side in ("train", "val"):
+        (data / f"{side}.mask.npy").touch()
+    assert tinytrain("new", tmp_path / "masked", *options)[0] == 0
+    masked = load_config(tmp_path / "masked" / "config.toml")
+    assert (masked.loss_mask, masked.document_mask, masked.packing) == (True, True, "best_fit")
     readme = (tmp_path / "run" / "README.md").read_text()
     assert str(data) in readme
     assert "--nodes 1 --gpus-per-node 4" in readme
@@ -174,4 +188,5 @@ def test_what_cannot_be_proposed_is_a_sentence(
     code, _, err = tinytrain("new", tmp_path / "run", *options)
     assert code == 2
     assert expected in err
+    assert "plan" not in err, "it is another command"
     assert not (tmp_path / "run").exists()

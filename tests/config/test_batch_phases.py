@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.configs import only_problem, problems_of
-from tinytrain_dist.config.batch_phases import BatchSizes
+from tinytrain_dist.config.batch_phases import BatchSizes, sizes_before
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
@@ -65,8 +66,35 @@ def test_what_is_refused(changes: dict[str, Any], sentence: str) -> None:
     assert only_problem(**{"batch_size": 8, "batch_size_warmup": WARMUP, **changes}).startswith(sentence)
 
 
-def test_a_run_may_end_before_its_warm_up() -> None:
-    assert problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=4) == []
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(4, "4 from step 5 on is not more than 6"), (6, "6 from step 5 on is not")]
+)
+def test_a_warm_up_only_grows(size: int, sizes: str) -> None:
+    problem = only_problem(batch_size=8, batch_size_warmup=["0: 6", f"5: {size}", "7: 8"])
+    assert problem.startswith(f"batch_size_warmup: {sizes}")
+    assert problem.endswith("but batches grow in a warm-up; give larger sizes, or leave the phase out")
+
+
+def test_phases_that_never_begin_are_refused_with_what_the_shorter_run_has() -> None:
+    problems = problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=5)
+    assert problems == [
+        "batch_size_warmup: the phase from step 5 has no effect, because total_steps is 5; leave it out, and set "
+        "batch_size to 4"
+    ]
+    assert problems_of(batch_size=4, batch_size_warmup=WARMUP[:2], total_steps=5) == []
+    problems = problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=3)
+    assert [re.findall(r"from step (\d).*; (.*)", problem) for problem in problems] == [
+        [(step, "leave batch_size_warmup out, and set batch_size to 2")] for step in "35"
+    ]
+    assert problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=6) == []
+    assert problems_of(batch_size=8, batch_size_warmup=WARMUP, epochs=0.1, sampling="shuffle") == []
+
+
+def test_the_sizes_of_a_shorter_run() -> None:
+    assert sizes_before(8, WARMUP, 6) == (8, tuple(WARMUP))
+    assert sizes_before(8, WARMUP, 5) == (4, tuple(WARMUP[:2]))
+    assert sizes_before(8, WARMUP, 3) == (2, None)
+    assert sizes_before(8, None, 3) == (8, None)
 
 
 def ddp(ranks: int) -> ParallelDims:

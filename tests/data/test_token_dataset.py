@@ -167,6 +167,8 @@ def test_short_names_are_what_tells_paths_apart() -> None:
     assert short_names(["x/train.npy"]) == ["train.npy"]
     assert short_names(["x/a/train.npy", "x/b/train.npy"]) == ["a/train.npy", "b/train.npy"]
     assert short_names(["/d/train.npy", "/d/b/train.npy"]) == ["train.npy", "b/train.npy"]
+    assert short_names(["x/web/"]) == ["web"]
+    assert short_names(["x/web/", "x/books"]) == ["web", "books"]
 
 
 # --- shuffled windows and phases -----------------------------------------------------------------------------------

@@ -59,7 +59,9 @@ def test_only_float32_products_that_may_differ_in_bits_use_tf32() -> None:
 
 def test_a_name_that_is_not_in_the_table_gets_the_nearest() -> None:
     assert find_device_spec("H100", 8, "bf16").bf16_flops == 989e12
-    with pytest.raises(ConfigError, match=r"'h10' is unknown; the nearest names are .*h100"):
+    with pytest.raises(
+        ConfigError, match=r"the command line\n  --device: 'h10' is unknown; the nearest names are .*h100"
+    ):
         find_device_spec("h10", 8, "bf16")
 
 

@@ -195,7 +195,8 @@ def test_a_resume_with_another_optimizer_or_other_groups_is_refused_with_both_va
     other = {**same, "optimizer": "adamw"}
     message = run_ranks(1, refusal, other)[0]
     assert "optimizer: muon in the checkpoint, adamw now" in message
-    assert "allow" not in message, "the state does not fit, whatever is allowed"
+    assert "set allow" not in message, "the state does not fit, whatever is allowed"
+    assert run_ranks(1, refusal, {**other, "allow": "optimizer"})[0] == message
     message = run_ranks(1, refusal, {**same, "param_groups": ("*norm*: lr_factor=0.5",)})[0]
     assert "param_groups: ['*embed_tokens*: lr_factor=2 weight_decay=0', " in message
     assert "['*norm*: lr_factor=0.5'] now" in message

@@ -41,6 +41,10 @@ def test_finished_run_started_again_records_nothing_twice(tmp_path: Path) -> Non
     before = [(r["kind"], r["step"]) for r in run.records if r["kind"] in ("train", "eval", "saved")]
     again = train(tmp_path, "run", 1)
     assert [(r["kind"], r["step"]) for r in again.records if r["kind"] in ("train", "eval", "saved")] == before
+    content = {path: path.read_bytes() for path in (run.folder / "checkpoints").rglob("*") if path.is_file()}
+    message = run_ranks(1, fit_error, settings_for(tmp_path, "run", total_steps=5))[0]
+    assert message.startswith("CheckpointError: total_steps: 5 is less than 6, the step of ")
+    assert {path: path.read_bytes() for path in content} == content
 
 
 def data_of_rank_1_is_gone(settings: dict[str, Any]) -> str:

@@ -81,7 +81,8 @@ def test_a_skipped_step_is_recorded_with_its_reason_and_its_windows(runs: dict[s
         assert spike["mean"] < spike[spike["reason"]]
         assert spike["deviations"] > 6
         assert len(spike["slots"]) == len(spike["windows"]) == 1, "of the micro-batch with the highest loss"
-        assert f"windows starting at {spike['windows'][0]}" in spike["text"]
+        slots = ", ".join(map(str, spike["slots"]))
+        assert f"slots {slots}, windows starting at {spike['windows'][0]}" in spike["text"]
         assert "standard deviations above its mean" in spike["text"]
 
 

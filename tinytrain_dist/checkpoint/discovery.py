@@ -16,6 +16,7 @@ from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.retention import RetentionRules, evaluation_key
 from tinytrain_dist.config.run_folder import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     TRAINER_STATE_FILE,
     RunFolder,
     is_checkpoint,
@@ -35,7 +36,8 @@ from tinytrain_dist.utils.json_files import (
 from tinytrain_dist.utils.lost_output import print_line
 from tinytrain_dist.utils.permissions import permission_problem
 
-DESCRIPTIONS = (TRAINER_STATE_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
+HF_CONFIG_FILE = "config.json"
+DESCRIPTIONS = (TRAINER_STATE_FILE, HF_CONFIG_FILE, "tokenizer.json", "tokenizer_config.json")
 
 DEFAULT_KEEP_LAST = TrainingConfig.keep_last
 DEFAULT_PREFIX = FIELDS["ckpt_save_prefix"].default
@@ -64,6 +66,29 @@ def find_checkpoint(place: Path, kind: str | None = None) -> Path:
         if candidates
         else f"{run.checkpoints}: has no checkpoint yet; wait for the first (ckpt_every), or give another run"
     )
+
+
+def find_model(place: Path) -> Path:
+    """Return the checkpoint at `place`, as `find_checkpoint` does, or `place` itself if it is a Hugging Face folder.
+
+    `tinytrain export` writes such folders; of those, every byte of the weights is checked.
+    Errors: as of `find_checkpoint`.
+    """
+    if not is_huggingface_folder(place):
+        return find_checkpoint(place, "model")
+    if (place / MANIFEST_FILE).exists() and (problems := _problems(place, "model")):
+        raise CheckpointError("\n".join(problems))
+    return place
+
+
+def is_huggingface_folder(path: Path) -> bool:
+    """Return whether a folder is a model in Hugging Face's form, without the state of a run that a checkpoint has.
+
+    A checkpoint that lost this state is damaged, as its manifest shows.
+    """
+    if not (path / HF_CONFIG_FILE).is_file() or (path / TRAINER_STATE_FILE).exists():
+        return False
+    return (path / MANIFEST_FILE).exists() or not is_checkpoint(path)
 
 
 def _problems(path: Path, kind: str | None) -> list[str]:

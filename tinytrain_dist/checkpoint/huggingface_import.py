@@ -47,6 +47,18 @@ def init_from_hf_folder(
     names, shapes or types do not fit, or if weights in the folder would not be used. Nothing has been changed then.
     """
     check_hf_config(config, folder)
+    reader = check_hf_weights(folder, model, config, part=part, parts=parts, setting="init_from = ")
+    load_tensors(reader, model_tensors(model))
+
+
+def check_hf_weights(
+    folder: Path, model: nn.Module, config: TrainingConfig, *, part: int = 0, parts: int = 1, setting: str = ""
+) -> TensorReader:
+    """Check that the weights in a Hugging Face folder are those of the model; return what reads them.
+
+    part, parts: as of `init_from_hf_folder`. setting: what names the folder in an error, such as "init_from = ".
+    Errors: CheckpointError if names, shapes or types do not fit, or if weights would not be used.
+    """
     reader = TensorReader(folder, "model")
     wanted = model_tensors(model)
     problems = _unread_files(reader) + _misfits(reader, wanted)
@@ -55,9 +67,9 @@ def init_from_hf_folder(
         more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
         shown = "\n  ".join(sorted(problems)[:SHOWN_PROBLEMS] + more)
         raise CheckpointError(
-            f"init_from = {folder}: does not fit this model; correct the folder or the model settings:\n  {shown}"
+            f"{setting}{folder}: does not fit this model; correct the folder or the model settings:\n  {shown}"
         )
-    load_tensors(reader, wanted)
+    return reader
 
 
 def _unread_files(reader: TensorReader) -> list[str]:

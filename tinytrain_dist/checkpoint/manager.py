@@ -28,6 +28,7 @@ from tinytrain_dist.checkpoint.manifest import Manifest, file_bytes
 from tinytrain_dist.checkpoint.resume_rules import (
     check_same_numerics,
     check_same_run,
+    check_steps_left,
     checkpoints_to_try,
     describe_changes,
     how_to_restore,
@@ -252,8 +253,7 @@ class CheckpointManager:
     def _verify_and_load(self, path: Path) -> tuple[list[str], Future[LoadedState]]:
         """Verify and load at the same time; return all ranks' problems and the future of `load`. A collective.
 
-        The two run together because each finds in the page cache what the other has read. Each rank verifies a share of
-        the bytes, so that every byte is verified once.
+        Together, because each finds in the page cache what the other has read. Each rank verifies its share of bytes.
         """
         advance = _loading_progress(path, self) if self.context.is_main else no_progress
         with ThreadPoolExecutor(1) as background:
@@ -267,9 +267,10 @@ class CheckpointManager:
         """Load `path` into model and optimizer; return the saved state, and a text for each setting that differs.
 
         advance: called with the numbers of bytes that were read. Errors: CheckpointError if the checkpoint belongs to
-        another run, if its tensors do not fit, or if a reproducible run would not compute the same bits from it.
+        another run, is beyond total_steps, does not fit, or would not give the same bits in a reproducible run.
         """
         state = read_trainer_state(path)
+        check_steps_left(path, state, self.config)
         check_same_run(path, state, self.config, self.data)
         check_same_numerics(path, state, self.config, self.numerics)
         read_checkpoint(path, self.model, self.optimizer, advance)

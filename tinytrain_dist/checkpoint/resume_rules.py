@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.batch_phases import sizes_before
 from tinytrain_dist.config.model_config import SHAPE_SETTINGS
+from tinytrain_dist.config.parameter_groups import optimizer_of_parameters
 from tinytrain_dist.config.schema import FIELDS, IDENTITY_SETTINGS, TrainingConfig
 from tinytrain_dist.config.step_ranges import format_step_ranges, parse_step_ranges, up_to
 from tinytrain_dist.config.weight_phases import phases_before
-from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.errors import CheckpointError, ConfigError
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 from tinytrain_dist.utils.text import format_list, is_url
 
@@ -91,12 +93,50 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
     if state.get("data") != data and "train_data" not in allowed:
         changed_files = "".join(f"; {change}" for change in _changed_files(state.get("data"), config))
         refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now{changed_files}"
+    other_optimizer = _changed_optimizer(state, config)
+    refused |= other_optimizer
     if refused:
         remedies = ["restore these settings", how_to_start_anew(config)]
-        if not refused.keys() & {*SHAPE_SETTINGS, "optimizer"}:  # otherwise the tensors do not fit, whatever is allowed
+        if other_optimizer:
+            remedies[1] += f" and init_from = {path}, which begins with its weights and no state"
+        elif not refused.keys() & SHAPE_SETTINGS:  # otherwise the tensors do not fit, whatever is allowed
             remedies.append(f"set allow = {','.join(sorted(allowed | refused.keys()))}")
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())
+        )
+
+
+def _changed_optimizer(state: dict[str, Any], config: TrainingConfig) -> dict[str, str]:
+    """Return a sentence by setting if some parameter has another optimizer than in the checkpoint, else {}.
+
+    Its state has other tensors then, so the run cannot continue from it, whatever is allowed.
+    """
+    settings = state.get("config", {})
+    try:
+        saved = TrainingConfig.from_dict(settings)
+    except ConfigError:
+        return {}  # of another version; names of tensors are compared when they are read
+    before, now = optimizer_of_parameters(saved), optimizer_of_parameters(config)
+    others = [name for name in before if name in now and now[name] != before[name]]
+    if not settings or not others:
+        return {}
+    first = others[0]
+    more = f" and {len(others) - 1} more parameters" if len(others) > 1 else ""
+    changed = "optimizer" if saved.optimizer != config.optimizer else "param_groups"
+    return {
+        changed: f"{changed}: {getattr(saved, changed)} in the checkpoint, {getattr(config, changed)} now; the "
+        f"checkpoint holds the state of {before[first]} for {first}{more}, which {now[first]} cannot continue from, so "
+        "allow has no effect"
+    }
+
+
+def check_steps_left(path: Path, state: dict[str, Any], config: TrainingConfig) -> None:
+    """Check that the run does not end before its checkpoint. Errors: CheckpointError. Its last step may be the same."""
+    step = state.get("step", 0)
+    if step > config.total_steps:
+        raise CheckpointError(
+            f"total_steps: {config.total_steps} is less than {step}, the step of {path} that this run continues from, "
+            f"so nothing would be trained; set it to more than {step} to train on, or {how_to_start_anew(config)}"
         )
 
 
@@ -203,7 +243,10 @@ def _changed_settings(state: dict[str, Any], config: TrainingConfig) -> list[tup
         # before there was rope_type, llama3 was the only scaling
         rope_type = None if saved.get("rope_scaling_factor") is None else "llama3"
         saved = {name: FIELDS[name].default for name in ADDED_SETTINGS} | {"rope_type": rope_type} | saved
+    # phases that begin when this run has ended do not change it, and its configuration must not have them
     if isinstance(weights := saved.get("train_weights"), list):
-        # phases that begin when this run has ended do not change it, and its configuration must not have them
         saved = saved | {"train_weights": list(phases_before(tuple(weights), config.total_steps) or ())}
+    if isinstance(warmup := saved.get("batch_size_warmup"), list):
+        size, shorter = sizes_before(saved["batch_size"], warmup, config.total_steps)
+        saved = saved | {"batch_size": size, "batch_size_warmup": None if shorter is None else list(shorter)}
     return [(name, saved[name], now) for name, now in config.resolved().items() if name in saved and saved[name] != now]

@@ -20,6 +20,7 @@ from tinytrain_dist.checkpoint.discovery import own_checkpoints, read_trainer_st
 from tinytrain_dist.checkpoint.manifest import quick_problems, read_manifest
 from tinytrain_dist.checkpoint.resume_rules import check_same_run
 from tinytrain_dist.cli.arguments import UsageError, parse_options
+from tinytrain_dist.config.batch_phases import sizes_before
 from tinytrain_dist.config.checkpoint_copies import COPIES_SETTINGS
 from tinytrain_dist.config.loading import read_command_line
 from tinytrain_dist.config.run_folder import (
@@ -138,7 +139,14 @@ def _configuration(
         "resume": "auto",
         "ckpt_path_to_resume": None,
     }
-    other: dict[str, Any] = {"allow": None, "profile": None, "train_weights": phases_before(parent.train_weights, end)}
+    batch_size, warmup = sizes_before(parent.batch_size, parent.batch_size_warmup, end)
+    other: dict[str, Any] = {
+        "allow": None,
+        "profile": None,
+        "train_weights": phases_before(parent.train_weights, end),
+        "batch_size": batch_size,
+        "batch_size_warmup": warmup,
+    }
     other |= {name: FIELDS[name].default for name in COPIES_SETTINGS}  # the copies at a URL belong to one run
     values = {**parent.to_dict(), **other, **_given_settings(settings, follows), **follows}
     config = TrainingConfig.from_dict(values, "the settings of the branch")

@@ -15,7 +15,14 @@ from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.cli.data_views import text, windows
 from tinytrain_dist.cli.data_views.findings import Findings, collect
 from tinytrain_dist.cli.data_views.page import MARK, fill_page
-from tinytrain_dist.cli.data_views.place import Place, Vocabulary, check_slots, find_place, read_vocabulary
+from tinytrain_dist.cli.data_views.place import (
+    Place,
+    Vocabulary,
+    check_eos_id,
+    check_slots,
+    find_place,
+    read_vocabulary,
+)
 from tinytrain_dist.cli.page_file import check_page_path, write_page
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.config.loading import check_tokenizers
@@ -154,6 +161,8 @@ def _draw(place: Place, vocabulary: Vocabulary, options: DataOptions) -> tuple[l
     slots = options.slot or range(options.decode or config.batch_sizes.at(step - 1))
     dataset = place.training_data()
     documents = vocabulary.documents_of(dataset.sources)
+    if options.html is None:  # else it may be used for the evaluation files
+        check_eos_id(vocabulary, documents)
     notes = []
     if place.has_masks and not place.is_run:
         notes.append(

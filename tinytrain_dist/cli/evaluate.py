@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -16,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from tinytrain_dist.checkpoint.discovery import find_checkpoint, read_trainer_state
+from tinytrain_dist.checkpoint.discovery import find_model, is_huggingface_folder, read_trainer_state
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.load_tokenizer import ids_before_document, load_tokenizer
 from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
+from tinytrain_dist.data.stored_tokenizer import check_same_tokenizer
 from tinytrain_dist.data.token_dataset import open_side_files
 from tinytrain_dist.data.token_file import SlicedTokens
 from tinytrain_dist.data.token_source import TokenSource
@@ -69,7 +71,8 @@ def evaluate(
     trained with loss_mask or document_mask, token files are read with their masks and their documents as well.
 
     Args:
-        checkpoint: A checkpoint, or a run (its newest valid checkpoint is used).
+        checkpoint: A checkpoint, a run (its newest valid checkpoint is used), or a Hugging Face folder, such as an
+            export.
         data: Token files made with the tokenizer of the model, as val_data takes them: a .npy or .bin file, a folder,
             or a glob in quotes, whose files are read as one. Any other file is a text (UTF-8).
         token_dtype: Type of the token IDs in files without a header.
@@ -86,7 +89,7 @@ def evaluate(
         )
     context = init_distributed()
     try:
-        folder = find_checkpoint(checkpoint, "model")
+        folder = find_model(checkpoint)
         model = load_model(folder, context.device, average=ema)
         context_len = model.model_config.context_len
         stride = context_len if stride is None else stride
@@ -153,6 +156,8 @@ class _SourceTokens:
 def _read_token_files(data: str, checkpoint: Path, vocab_size: int, token_dtype: str | None) -> Tokens:
     """Return the tokens of an entry that val_data could have. Errors: DataError."""
     source = TokenSource(data, vocab_size=vocab_size, token_dtype=token_dtype)
+    for folder in data_folders([data]):
+        check_same_tokenizer(checkpoint, folder)
     _check_length(data, len(source))
     marks = _read_marks(source, checkpoint)
     tables = (bytes_per_token(folder, vocab_size) for folder in (*data_folders([data]), checkpoint))
@@ -192,6 +197,14 @@ def _check_length(path: Path | str, num_tokens: int) -> None:
 
 def _read_marks(source: TokenSource, checkpoint: Path) -> TokenMarks:
     """Return the masks and the documents of token files, if the run of the checkpoint used such. Errors: DataError."""
+    if is_huggingface_folder(checkpoint):
+        if source.open_masks():
+            print(
+                f"note: {checkpoint} does not say with which settings it was trained, so the mask files are not read "
+                "and all tokens count",
+                file=sys.stderr,
+            )
+        return TokenMarks()
     settings = read_trainer_state(checkpoint).get("config", {})
     loss_mask, document_mask = bool(settings.get("loss_mask")), bool(settings.get("document_mask"))
     if not loss_mask and not document_mask:

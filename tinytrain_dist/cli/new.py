@@ -19,6 +19,7 @@ from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.huggingface_config import settings_of_hf_folder
 from tinytrain_dist.utils.atomic_files import write_atomically
+from tinytrain_dist.utils.json_files import read_json_dict
 from tinytrain_dist.utils.option_types import Number, Text
 from tinytrain_dist.utils.package_files import package_folder
 from tinytrain_dist.utils.text import format_list
@@ -48,9 +49,9 @@ eval_every = 50
 eval_steps = 4
 
 [data]
-train_data = "data/mine/train.npy"
-val_data = "data/mine/val.npy"
-batch_size = 16
+train_data = "{data}/train.npy"
+val_data = "{data}/val.npy"
+{chat}batch_size = 16
 micro_batch_size = 1            # higher is faster, if memory allows
 context_len = {context_len}             # the model was made for up to {longest}
 
@@ -65,6 +66,12 @@ weight_decay = 0.0
 
 [checkpoint]
 ckpt_every = 100
+"""
+CHAT = """\
+# For other text than conversations, prepare it without --chat, and leave out the next three settings.
+packing = "best_fit"            # whole conversations in each window
+document_mask = true            # attention stays within a conversation
+loss_mask = true                # only the assistant's answers count
 """
 FINE_TUNING_CONTEXT = 1024  # tokens; the model may have been made for more
 
@@ -182,11 +189,15 @@ def _of_model(model: Path) -> Template:
     model = model.resolve()
     settings: dict[str, Any] = settings_of_hf_folder(model)
     longest = settings.pop("context_len", FINE_TUNING_CONTEXT)
-    prepare = f"tinytrain prepare TEXT.txt --tokenizer {shlex.quote(str(model))} --out data/mine"
+    is_chat_model = _has_chat_template(model)
+    text, data = ("chat.jsonl --chat", "data/chat") if is_chat_model else ("TEXT.txt", "data/mine")
+    prepare = f"tinytrain prepare {text} --tokenizer {shlex.quote(str(model))} --out {data}"
     sizes = (f"{name} = {to_toml_value(value)}" for name, value in settings.items() if value is not None)
     content = FINE_TUNING.format(
         model=model,
         prepare=prepare,
+        data=data,
+        chat=CHAT if is_chat_model else "",
         init_from=to_toml_value(str(model)),
         context_len=min(longest, FINE_TUNING_CONTEXT),
         longest=longest,
@@ -194,6 +205,16 @@ def _of_model(model: Path) -> Template:
     )
     _check_values(content, model)
     return Template(content, f"`{prepare}`", "runs/fine_tuned")
+
+
+def _has_chat_template(model: Path) -> bool:
+    """Return whether a Hugging Face folder has a chat template, in one of the two places where it can be."""
+    if (model / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(read_json_dict(model / "tokenizer_config.json").get("chat_template"))
+    except (OSError, ValueError):  # without this file, or with a damaged one, which `tinytrain prepare` reports
+        return False
 
 
 def _check_values(content: str, model: Path) -> None:

@@ -20,12 +20,14 @@ from tinytrain_dist.config.loading import resolve_vocab_size
 from tinytrain_dist.config.run_folder import LOGS_FOLDER, iter_records
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.type_conversion import to_toml_value
+from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.errors import ConfigError, TinytrainError
 from tinytrain_dist.launch.machine import usable_cores, visible_gpus
 from tinytrain_dist.launch.start import MOST_CPU_RANKS, local_command
 from tinytrain_dist.metrics.device_specs import find_device_spec
 from tinytrain_dist.training.forecast import Cluster
 from tinytrain_dist.training.proposal import Hardware, Proposal, Timing, propose, reasons
+from tinytrain_dist.utils.shard_paths import shard_paths
 from tinytrain_dist.utils.stale_files import scratch_folder
 from tinytrain_dist.utils.text import format_duration
 
@@ -51,7 +53,7 @@ log_every = 10
 {eval_settings}
 [data]
 train_data = {train_data}
-{val_data}batch_size = {batch_size}                # over all processes
+{val_data}{masks}batch_size = {batch_size}                # over all processes
 {micro_batch_size}context_len = {context_len}
 
 [model]
@@ -69,6 +71,14 @@ grad_clip_norm = 1.0
 
 {compute}[checkpoint]
 ckpt_every = {ckpt_every}
+"""
+
+
+# For data with mask files, such as those of `tinytrain prepare --chat`; other settings would count every token.
+MASKS = """\
+packing = "best_fit"            # whole documents in each window
+document_mask = true            # attention stays within a document
+loss_mask = true                # only the tokens that the mask files mark count
 """
 
 
@@ -158,6 +168,11 @@ def _data_settings(data: Path) -> dict[str, Any]:
             "new",
         )
     return settings
+
+
+def _has_masks(base: dict[str, Any]) -> bool:
+    """Return whether every token file has a mask file beside it."""
+    return all(os.path.exists(side_path(path, ".mask.npy")) for entry in base.values() for path in shard_paths(entry))
 
 
 def _count_tokens(config: TrainingConfig) -> int:
@@ -284,6 +299,7 @@ def _to_toml(
         name=name,
         eval_settings=eval_settings if val_data else "",
         train_data=to_toml_value(base["train_data"]),
+        masks=MASKS if _has_masks(base) else "",
         val_data=f"val_data = {to_toml_value(val_data)}\n" if val_data else "",
         micro_batch_size=f"micro_batch_size = {micro}            # of one process\n" if micro else "",
         compute=f'[parallel]\nactivation_checkpointing = "{recomputed}"\n\n' if recomputed else "",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tinytrain_dist.checkpoint.discovery import find_checkpoint
+from tinytrain_dist.checkpoint.discovery import find_model
 from tinytrain_dist.checkpoint.load_model import load_model
 from tinytrain_dist.checkpoint.load_tokenizer import end_id, ids_before_document, load_tokenizer
 from tinytrain_dist.cli.arguments import call_verb
@@ -28,7 +28,7 @@ class Options:
     """Generate text with a trained model."""
 
     checkpoint: PathArgument
-    """A checkpoint, or a run (its newest valid checkpoint is used)."""
+    """A checkpoint, a run (its newest valid checkpoint is used), or a Hugging Face folder, such as an export."""
     ema: bool = False
     """Use the moving average of the weights (see ema_decay)."""
     prompt: str = ""
@@ -76,7 +76,7 @@ def main(args: list[str]) -> int:
     """Print the prompt and the text that the model generates after it, token by token."""
     options = call_verb(Options, "sample", args)
     options.check()
-    checkpoint = find_checkpoint(options.checkpoint, "model")
+    checkpoint = find_model(options.checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     stop_id = end_id(checkpoint)
     first_ids = ids_before_document(checkpoint, tokenizer)

@@ -63,7 +63,7 @@ class BatchSizes:
         if warmup is None:
             return cls.of(size)
         is_list = isinstance(warmup, list) and all(isinstance(text, str) for text in warmup)
-        return cls.of(size, warmup) if is_list and not batch_warmup_problems(warmup, size, None, False) else None
+        return cls.of(size, warmup) if is_list and not batch_warmup_problems(warmup, size) else None
 
     @property
     def varies(self) -> bool:
@@ -88,10 +88,27 @@ def _parse(text: str) -> BatchPhase | None:
     return None
 
 
+def sizes_before(batch_size: int, warmup: Sequence[str] | None, last_step: int) -> tuple[int, tuple[str, ...] | None]:
+    """Return batch_size and batch_size_warmup without the phases that begin at `last_step` or later.
+
+    A shorter run does not have these phases. warmup: a checked value of batch_size_warmup.
+    """
+    texts = tuple(text for text in warmup or () if (phase := _parse(text)) and phase.from_step < last_step)
+    size = BatchSizes.of(batch_size, texts).phases[-1].batch_size
+    return size, texts if len(texts) > 1 else None
+
+
 def batch_warmup_problems(
-    warmup: Sequence[str], batch_size: int, micro_batch_size: int | None, reproducible: bool
+    warmup: Sequence[str],
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    reproducible: bool = False,
+    total_steps: int | None = None,
 ) -> list[str]:
-    """Return what is wrong with batch_size_warmup, as sentences. micro_batch_size: None if it is not known."""
+    """Return what is wrong with batch_size_warmup, as sentences.
+
+    micro_batch_size, total_steps: None if they are not known.
+    """
     malformed = [text for text in warmup if _parse(text) is None]
     if malformed:
         example = f"'0: {max(1, batch_size // 2)}' '1000: {batch_size}'"
@@ -108,16 +125,38 @@ def batch_warmup_problems(
             f"batch_size_warmup: its last phase has {last.batch_size} sequences, but batch_size is {batch_size}; set "
             f"batch_size to {last.batch_size}, or end with a phase of {batch_size}"
         )
+    problems += _order_problems(phases)
+    late = [phase for phase in phases[1:] if total_steps is not None and phase.from_step >= total_steps]
+    if late and not problems:
+        size, shorter = sizes_before(batch_size, warmup, total_steps or 0)
+        listed = "leave batch_size_warmup out" if shorter is None else "leave it out"
+        problems += [
+            f"batch_size_warmup: the phase from step {phase.from_step} has no effect, because total_steps is "
+            f"{total_steps}; {listed}, and set batch_size to {size}"
+            for phase in late
+        ]
+    divided = (phase for phase in phases if phase.batch_size != batch_size)
+    return problems + [
+        problem for phase in divided if (problem := division_problem(phase, micro_batch_size, 1, reproducible))
+    ]
+
+
+def _order_problems(phases: Sequence[BatchPhase]) -> list[str]:
+    """Return a sentence for each phase that does not come after the one before it, or that has no larger batch."""
+    problems = []
     for phase, following in itertools.pairwise(phases):
         if following.from_step <= phase.from_step:
             problems.append(
                 f"batch_size_warmup: the phase from step {following.from_step} comes after the one from step "
                 f"{phase.from_step}; list the phases in the order of their steps, each step once"
             )
-    divided = (phase for phase in phases if phase.batch_size != batch_size)
-    return problems + [
-        problem for phase in divided if (problem := division_problem(phase, micro_batch_size, 1, reproducible))
-    ]
+        elif following.batch_size <= phase.batch_size:
+            problems.append(
+                f"batch_size_warmup: {following.batch_size} from step {following.from_step} on is not more than "
+                f"{phase.batch_size} from step {phase.from_step} on, but batches grow in a warm-up; give larger "
+                "sizes, or leave the phase out"
+            )
+    return problems
 
 
 def division_problem(phase: BatchPhase, micro_batch_size: int | None, ranks: int, reproducible: bool) -> str:

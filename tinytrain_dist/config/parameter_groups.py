@@ -137,6 +137,12 @@ def _optimizer_of(parameter: NamedShape, rule: GroupRule, default: str) -> str:
     return default if parameter.is_block_matrix else "adamw"
 
 
+def optimizer_of_parameters(config: TrainingConfig) -> dict[str, str]:
+    """Return the name of the optimizer of each parameter, by the name of the parameter in checkpoints."""
+    groups = resolve_groups(named_shapes(config.model), config)
+    return {parameter.names[0]: group.optimizer for group in groups for parameter in group.parameters}
+
+
 def has_special_groups(config: TrainingConfig) -> bool:
     """Return whether the groups are others than matrices with weight decay and vectors without, both with AdamW."""
     return bool(config.param_groups) or config.optimizer != "adamw"

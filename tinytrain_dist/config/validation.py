@@ -175,8 +175,9 @@ def _shape_problems(config: TrainingConfig) -> list[str]:
             f"micro_batch_size can be {format_list(choices)}"
         )
     if config.batch_size_warmup is not None:
+        total_steps = config.total_steps if config.epochs is None else None
         problems += batch_warmup_problems(
-            config.batch_size_warmup, config.batch_size, micro_batch_size, config.reproducible
+            config.batch_size_warmup, config.batch_size, micro_batch_size, config.reproducible, total_steps
         )
     return problems
 

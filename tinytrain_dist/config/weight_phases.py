@@ -96,9 +96,11 @@ def _order_problems(first_steps: Sequence[int], total_steps: int | None) -> list
                 f"train_weights: the phase from step {next_step} comes after the one from step {step}; list the phases "
                 "in the order of their steps, each step once"
             )
-    if total_steps is not None and first_steps[-1] >= total_steps > 0:
-        problems.append(
-            f"train_weights: the phase from step {first_steps[-1]} has no effect, because total_steps is "
-            f"{total_steps}; leave it out"
-        )
+    if total_steps is not None:
+        problems += [
+            f"train_weights: the phase from step {step} has no effect, because total_steps is {total_steps}; leave it "
+            "out"
+            for step in first_steps[1:]
+            if step >= total_steps
+        ]
     return problems

@@ -6,6 +6,7 @@ Must not know how a tokenizer works, only what its tokenizer.json says.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def check_tokenizer(folder: Path) -> list[str]:
         f"WARNING: {path} puts {' and '.join(map(repr, added))} around every text, but the token files beside it were "
         "made without; the model would be used with tokens that it never saw. Run tinytrain prepare again"
     ]
+
+
+def check_same_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Check that token files were not made with another tokenizer than that of a checkpoint, as far as both name one.
+
+    Errors: DataError if they were, or if another tokenizer.json than that in the folder made its token files.
+    """
+    check_tokenizer(folder)
+    path, meta = checkpoint / TOKENIZER_FILE, _read_json(folder / META_FILE)
+    theirs, ours = _read_json(path), _read_json(folder / TOKENIZER_FILE)
+    digests = meta.get("digests")
+    made_with = digests.get(TOKENIZER_FILE) if isinstance(digests, dict) else None
+    if not theirs or hashlib.sha256(path.read_bytes()).hexdigest() == made_with:
+        return
+    if (ours and _ids(theirs) != _ids(ours)) or (made_with and not ours):
+        command = f"tinytrain prepare TEXT --tokenizer {shlex.quote(str(path))} --out FOLDER"
+        raise DataError(
+            f"--data: the token files in {folder} were made with another tokenizer than {path}, so the same ID means "
+            f"different tokens in them; give the text itself, or prepare it again: `{command}`"
+        )
 
 
 def check_source_of_weights(source: Path, folder: Path) -> list[str]:

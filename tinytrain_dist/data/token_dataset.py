@@ -232,5 +232,6 @@ def shared_folder(paths: Sequence[str]) -> str:
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """Return the part of each path that tells the files apart: train.npy, or a/train.npy and b/train.npy."""
+    paths = [os.path.normpath(path) for path in paths]  # the name of corpus/ is corpus, as without the slash
     folder = shared_folder(paths)
     return [os.path.relpath(os.path.abspath(path), folder) for path in paths]

@@ -120,7 +120,7 @@ def find_device_spec(name: str, per_node: int, precision: str) -> DeviceSpec:
     if key == "cpu":
         return _this_cpu(per_node, precision)
     close = difflib.get_close_matches(key, [*DEVICE_SPECS, "cpu"], n=3, cutoff=0.4) or [*DEVICE_SPECS, "cpu"]
-    raise ConfigError(f"device: {name!r} is unknown; the nearest names are {', '.join(close)}", "the settings of plan")
+    raise ConfigError(f"--device: {name!r} is unknown; the nearest names are {', '.join(close)}", "the command line")
 
 
 def _this_cpu(per_node: int, precision: str) -> DeviceSpec:

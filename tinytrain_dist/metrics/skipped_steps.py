@@ -15,6 +15,7 @@ from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchPlans
 from tinytrain_dist.errors import DivergenceError
 from tinytrain_dist.metrics.run_log import RunLog
+from tinytrain_dist.utils.text import format_list
 
 if TYPE_CHECKING:
     from tinytrain_dist.metrics.step_metrics import StepResult
@@ -121,7 +122,8 @@ class SkippedSteps:
         ranks = [rank for rank in range(plan.ranks) if _micro_batches_of(rank, plan).intersection(micro_batches)]
         slots = [slot for index in micro_batches for slot in plan.slots(index)]
         places = self.data.places(self.config.seed, before, slots[:MAX_WINDOWS_NAMED])
-        return f"rank(s) {ranks}, windows starting at {', '.join(places)}", {"slots": slots, "windows": places}
+        where = f"rank(s) {ranks}, slots {format_list(slots)}, windows starting at {', '.join(places)}"
+        return where, {"slots": slots, "windows": places}
 
     def setting_that_leaves_out(self, last: int) -> str:
         """Return the `skip_steps` that leaves out the steps after the last update, up to `last`."""

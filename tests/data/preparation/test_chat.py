@@ -202,6 +202,14 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
     assert of_table["digests"] == of_lines["digests"]
 
 
+def test_a_template_that_does_not_tell_who_speaks_is_refused(tmp_path: Path, tokenizer_text: str) -> None:
+    model = folder_with(tmp_path, tokenizer_text, CHATML.replace("message['role']", "'someone'"))
+    with pytest.raises(DataError, match="writes the same text for the user and for the assistant"):
+        ChatEncoder(model)
+    strict = "{% if messages|length < 2 %}{{ raise_exception('too short') }}{% endif %}" + CHATML
+    ChatEncoder(folder_with(tmp_path, tokenizer_text, strict))
+
+
 CALLS = "{% if message.tool_calls is defined %}CALLS{{ message.tool_calls | tojson }}{% endif %}<|im_end|>"
 WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace("<|im_end|>", CALLS)
 

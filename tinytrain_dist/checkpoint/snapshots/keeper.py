@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain_dist.checkpoint.manager import CheckpointManager, LoadedState
-from tinytrain_dist.checkpoint.resume_rules import check_same_numerics, check_same_run, describe_changes
+from tinytrain_dist.checkpoint.resume_rules import (
+    check_same_numerics,
+    check_same_run,
+    check_steps_left,
+    describe_changes,
+)
 from tinytrain_dist.checkpoint.sharded_io import exact_optimizer_values
 from tinytrain_dist.checkpoint.snapshots.launches import LaunchRecord, belongs_to_run, read_newest_launch
 from tinytrain_dist.checkpoint.snapshots.placement import Place, Placement
@@ -71,13 +76,15 @@ class SnapshotKeeper:
     def restore(self, newer_than: int) -> LoadedState | None:
         """Load the newest snapshot that is complete and belongs to this run, if it is newer than a step.
 
-        Returns what `CheckpointManager.load` returns; None if there is none.
+        Returns what `CheckpointManager.load` returns; None if there is none. Errors: CheckpointError if it is beyond
+        total_steps.
         """
         newest = self._context.broadcast_object(read_newest_launch(Path(self._config.target_dir)))
         reader = SnapshotReader(self._checkpoints.shards, self._placement, self._group)
         for key in reader.find(lambda key: key[0] > newer_than and belongs_to_run(key, newest), self._warn):
             state = reader.read_state()
             place = Path(f"snapshot of step {key[0]}")
+            check_steps_left(place, state, self._config)
             try:  # the same on all ranks
                 check_same_run(place, state, self._config, self._checkpoints.data)
                 check_same_numerics(place, state, self._config, self._checkpoints.numerics)

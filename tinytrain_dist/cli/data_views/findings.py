@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinytrain_dist.cli.data_views.place import Place, Vocabulary
+from tinytrain_dist.cli.data_views.place import Place, Vocabulary, check_eos_id
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
 from tinytrain_dist.data.document_hashes import DocumentTable, count_duplicates, count_shared
 from tinytrain_dist.data.statistics.blocks import Documents
@@ -76,7 +76,7 @@ class Findings:
 
 
 def collect(place: Place, vocabulary: Vocabulary, ngram: int, all_windows: bool, progress: bool = True) -> Findings:
-    """Read all token files once, and compute what is shown. Errors: DataError."""
+    """Read all token files once, and compute what is shown. Errors: DataError; UsageError for an unused --eos-id."""
     dtype = place.config.token_dtype
     train = [TokenSource(entry, token_dtype=dtype) for entry in place.train]
     evaluation = {
@@ -85,6 +85,7 @@ def collect(place: Place, vocabulary: Vocabulary, ngram: int, all_windows: bool,
     }
     documents = vocabulary.documents_of(train)
     of_evaluation = dict(zip(evaluation, vocabulary.documents_of(list(evaluation.values())), strict=True))
+    check_eos_id(vocabulary, (*documents, *of_evaluation.values()))
     windows = _evaluation_windows(place, evaluation, of_evaluation, all_windows)
     search = NgramSearch(joined_windows(list(windows.values())), ngram) if windows else None
     total = sum(map(len, (*train, *evaluation.values())))
@@ -141,17 +142,17 @@ def _repeated(findings: Findings, sources: list[TokenSource]) -> list[Repeated]:
     texts = findings.vocabulary.texts
     shown = []
     for document in findings.train.duplicates.most_copies:
-        source, position = locate(sources, document.position)
-        ids = source.read(position, min(TEXT_TOKENS, document.length)).tolist()
-        shown.append(Repeated(document.copies, document.length, place_name(source, position), texts.text(ids)))
+        number, position = locate(sources, document.position)
+        ids = sources[number].read(position, min(TEXT_TOKENS, document.length)).tolist()
+        shown.append(Repeated(document.copies, document.length, place_name(sources, number, position), texts.text(ids)))
     return shown
 
 
-def locate(sources: list[TokenSource], position: int) -> tuple[TokenSource, int]:
-    """Return the source that holds a position of all sources together, and the position there."""
-    for source in sources:
+def locate(sources: list[TokenSource], position: int) -> tuple[int, int]:
+    """Return the number of the source that holds a position of all sources together, and the position there."""
+    for number, source in enumerate(sources):
         if position < len(source):
-            return source, position
+            return number, position
         position -= len(source)
     raise AssertionError("the position lies behind all sources")
 
@@ -166,7 +167,7 @@ def _overlap(
     window, token, length = found.longest
     if length:
         ids = windows.windows.tokens[window, token : token + min(length, TEXT_TOKENS)].tolist()
-        overlap.passage_place = place_name(source, windows.position(window, token))
+        overlap.passage_place = place_name([source], 0, windows.position(window, token))
         overlap.passage_text = texts.text(ids)
     return overlap
 

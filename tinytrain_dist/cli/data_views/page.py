@@ -122,7 +122,7 @@ def _duplicates(findings: Findings) -> str:
         return ""
     columns = ["", "documents", "exact repeats of another one", "share", "tokens in them", "share"]
     copies = [
-        [f"{each.copies:,}", f"{each.tokens:,}", _shown(each.place), f"<code>{_shown(each.text)}</code>"]
+        [*map(_whole, (f"{each.copies:,}", f"{each.tokens:,}", each.place)), f"<code>{_shown(each.text)}</code>"]
         for each in findings.repeated
     ]
     most = f"<h3>Most copies</h3>\n{table(('copies', 'tokens', 'first copy', 'beginning'), copies)}" if copies else ""
@@ -193,6 +193,11 @@ def _windows(findings: Findings, shown: Sequence[MarkedWindow], notes: Sequence[
             pieces.append(f'<span class="begin">— {window.padding:,} tokens of padding —</span>')
         parts.append(f"<h3>{_shown(windows.heading(window))}</h3>\n<pre>{''.join(pieces)}</pre>")
     return "\n".join(parts)
+
+
+def _whole(text: str) -> str:
+    """Return a number or a name that is not broken into lines."""
+    return f'<span class="whole">{_shown(text)}</span>'
 
 
 def _figure(title: str, drawing: str) -> str:

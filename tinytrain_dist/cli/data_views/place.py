@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.errors import CheckpointError, ConfigError, DataError
 from tinytrain_dist.training.run_data import open_evaluation_data, open_training_data
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, data_folders, shard_paths
+
+EOS_OPTION = "--eos-id"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _split_folder(entry: str) -> tuple[str, tuple[str, ...]]:
     return entry, ()
 
 
-def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eos_from: str = "--eos-id") -> Vocabulary:
+def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eos_from: str = EOS_OPTION) -> Vocabulary:
     """Return what is known of the token IDs, from the first folder of the data that has a tokenizer.
 
     vocab_size, eos_id: given by the user (None: not). Errors: DataError if a file beside the tokens cannot be used;
@@ -153,6 +156,16 @@ def read_vocabulary(place: Place, vocab_size: int | None, eos_id: int | None, eo
     if eos_id is None:
         eos_id, eos_from = end_of_text_id(folder, texts)
     return Vocabulary(texts, size, size_from, eos_id, eos_from, note)
+
+
+def check_eos_id(vocabulary: Vocabulary, documents: Iterable[Documents]) -> None:
+    """Check that --eos-id, if it was given, decides where some of these documents begin. Errors: UsageError."""
+    if vocabulary.eos_from == EOS_OPTION and all(each.recorded for each in documents):
+        raise UsageError(
+            f"{EOS_OPTION}: has no effect, because files beside the tokens, or Megatron's index, record where "
+            "documents begin; leave it out",
+            "data",
+        )
 
 
 def check_slots(slots: tuple[int, ...], decode: int | None, place: Place, step: int) -> None:

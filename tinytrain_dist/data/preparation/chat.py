@@ -76,7 +76,25 @@ class ChatEncoder:
         if not self.tokenizer.is_fast:
             raise DataError(f"--tokenizer {folder}: has no tokenizer.json, which says where each token begins; add one")
         self.template: str = template
+        if not self._writes_roles():
+            raise DataError(
+                f"--tokenizer {folder}: its chat template writes the same text for the user and for the assistant, so "
+                "a model cannot learn who speaks; let it write message.role, or the tokens that stand for it"
+            )
         self.marks_answers = _MARKED_ANSWERS.search(template) is not None
+
+    def _writes_roles(self) -> bool:
+        """Return whether the template writes the user's messages in another way than the assistant's.
+
+        A template that refuses such a short conversation looks at roles.
+        """
+        texts = []
+        for role in ("user", ANSWERING_ROLE):
+            try:
+                texts.append(self.render({"messages": [{"role": role, "content": "x"}]}))
+            except BadChatError:  # also where the template is at fault; the first conversation names it
+                return True
+        return texts[0] != texts[1]
 
     def simple_class(self) -> Any:
         """Return a class that loads this tokenizer as AutoTokenizer does; None if there is none.

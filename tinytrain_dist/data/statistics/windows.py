@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tinytrain_dist.data.statistics.blocks import Documents
 from tinytrain_dist.data.statistics.overlap import EvaluationWindows
-from tinytrain_dist.data.token_dataset import TokenDataset
+from tinytrain_dist.data.token_dataset import TokenDataset, shared_folder
 from tinytrain_dist.data.token_source import TokenSource
 from tinytrain_dist.data.window_sampling import EVAL_STREAM
 
@@ -127,7 +127,11 @@ def joined_windows(parts: Sequence[SourceWindows]) -> EvaluationWindows:
     return EvaluationWindows(*(np.concatenate(part) for part in zip(*(each.windows for each in parts), strict=True)))
 
 
-def place_name(source: TokenSource, position: int) -> str:
-    """Return a position in a source as FILE:TOKEN."""
-    shard, token = source.locate(position)
-    return f"{os.path.basename(source.paths[shard])}:{token}"
+def place_name(sources: Sequence[TokenSource], number: int, position: int) -> str:
+    """Return a position in one of several sources as FILE:TOKEN, with the part of the path that tells files apart.
+
+    number: of the source.
+    """
+    shard, token = sources[number].locate(position)
+    folder = shared_folder([path for source in sources for path in source.paths])
+    return f"{os.path.relpath(os.path.abspath(sources[number].paths[shard]), folder)}:{token}"
