@@ -22,7 +22,7 @@ from tinytrain_dist.launch.agent_state import RunOverError
 from tinytrain_dist.launch.elastic_nodes import ALL_LEAVE, JOINED, LEAVES, LEFT, LOST, ElasticNodes
 from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
 from tinytrain_dist.reliability.restart_history import append_change, read_changes
-from tinytrain_dist.reliability.world import ProgressMark
+from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, main_reason
 
 ONE, TWO, THREE = Node("node1", 11), Node("node2", 12), Node("node3", 13)
 
@@ -191,6 +191,12 @@ def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
     assert (lost["kind"], lost["lost"], lost["failed"]) == ("lost", ["node4"], [])
     assert lost["reason"] == "node node4 has left: lr_max: 0.02 on rank 3"
     assert not nodes.forgives_mistake()
+
+
+def test_a_change_of_nodes_is_the_reason_only_if_there_is_no_other() -> None:
+    assert main_reason(["", REGROUP_REASON, "SIGTERM"]) == "SIGTERM"
+    assert main_reason([REGROUP_REASON, ""]) == REGROUP_REASON
+    assert main_reason(["", ""]) == ""
 
 
 # ---------------------------------------------------------------- real processes
