@@ -18,10 +18,11 @@ from tests.launch.test_elastic_agent import wait_until
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.torchrun_internals import Node, RendezvousState, serve_store
 from tinytrain_dist.launch import agent_state
-from tinytrain_dist.launch.elastic_nodes import JOINED, LEFT, LOST, ElasticNodes
+from tinytrain_dist.launch.agent_state import RunOverError
+from tinytrain_dist.launch.elastic_nodes import ALL_LEAVE, JOINED, LEAVES, LEFT, LOST, ElasticNodes
 from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
 from tinytrain_dist.reliability.restart_history import append_change, read_changes
-from tinytrain_dist.reliability.world import ProgressMark
+from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, main_reason
 
 ONE, TWO, THREE = Node("node1", 11), Node("node2", 12), Node("node3", 13)
 
@@ -40,6 +41,10 @@ class Rendezvous:
         self.state = RendezvousState(number, True, closed, nodes, waiting)
 
     def refresh(self) -> None: ...
+
+    def exit_round(self) -> None: ...
+
+    def leave_open(self) -> None: ...
 
     def shorten_last_call(self, seconds: float) -> None: ...
 
@@ -143,6 +148,30 @@ def test_one_survivor_writes_why_the_world_ended(agent_of_node1: tuple[Any, Rend
     assert len(read_changes(tmp_path / "run")) == 1, "node 1 writes, and not every survivor"
 
 
+def test_a_node_that_was_asked_to_leave_is_told_to_the_others_and_is_no_failure(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    monkeypatch.setattr(agent_state.agent, "leaves", False)
+    rendezvous.see(1, (ONE, TWO, THREE))
+    for node in (THREE, TWO):  # as their agents write it
+        rendezvous.write(f"leaving.1.{node.address}.{node.pid}", "1")
+        rendezvous.write("leaving.1", "1")
+        assert noticed(nodes, rendezvous) == (LEAVES if node == TWO else None), "node 3 is a spare"
+    nodes.before_round(rendezvous)
+    rendezvous.see(2, (ONE,))
+    nodes.after_round(rendezvous)
+    (change,) = read_changes(tmp_path / "run")
+    assert (change["kind"], change["left"], change["lost"]) == ("left", ["node2", "node3"], [])
+    assert change["reason"] == "node node2, node3 was asked to leave"
+
+    agent_state.agent.leaves = True
+    assert noticed(nodes, rendezvous) == ALL_LEAVE, "no node is left, so the run ends"
+    with pytest.raises(RunOverError) as over:
+        nodes.before_round(rendezvous)
+    assert over.value.death.exit_code == 0
+
+
 def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
     agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
 ) -> None:
@@ -164,6 +193,12 @@ def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
     assert not nodes.forgives_mistake()
 
 
+def test_a_change_of_nodes_is_the_reason_only_if_there_is_no_other() -> None:
+    assert main_reason(["", REGROUP_REASON, "SIGTERM"]) == "SIGTERM"
+    assert main_reason([REGROUP_REASON, ""]) == REGROUP_REASON
+    assert main_reason(["", ""]) == ""
+
+
 # ---------------------------------------------------------------- real processes
 
 
@@ -179,18 +214,32 @@ def node(config: str, folder: Path, port: int, number: int, nnodes: str) -> Iter
 
 
 @pytest.mark.multiprocess
-def test_a_node_that_hangs_is_left_behind_and_a_lost_store_ends_the_run_well(tmp_path: Path) -> None:
+def test_nodes_that_hang_or_leave_are_left_behind_and_a_lost_store_ends_the_run_well(tmp_path: Path) -> None:
     settings = {"total_steps": 100_000, "ckpt_every": 100_000, "eval_every": 100_000, "log_every": 5}
     config = config_file(tmp_path, compile=False, **settings)
     run = tmp_path / "run"
+
+    def recoveries() -> int:
+        return sum(change["kind"] == "recovered" for change in read_changes(run))
+
     store = [serve_store(0)]
     with ExitStack() as stack:
         first, second = (stack.enter_context(node(config, tmp_path, store[0].port, k, "1:2")) for k in (1, 2))
         wait_until(lambda: "step 5/" in first.output() + second.output(), first)
         for pid in [second.process.pid, *descendants(second.process.pid)]:
             os.kill(pid, signal.SIGSTOP)  # none of its threads runs, as after a power loss
-        wait_until(lambda: [c for c in read_changes(run) if c["kind"] == "recovered"], first)
+        wait_until(lambda: recoveries() == 1, first)
         assert "tinytrain: node 127.0.0.2 was lost" in first.output()
+
+        third = stack.enter_context(node(config, tmp_path, store[0].port, 3, "1:2"))
+        wait_until(lambda: recoveries() == 2, first)
+        third.process.send_signal(signal.SIGUSR2)
+        assert third.wait(120) == 0, third.output()
+        wait_until(lambda: recoveries() == 3, first)
+        left, recovered = read_changes(run)[-2:]
+        assert (left["kind"], left["left"], left["nodes"]) == ("left", ["127.0.0.3"], ["127.0.0.1"])
+        assert recovered["repeated_steps"] == 0, "all have saved before"
+
         store.clear()
         assert first.wait(120) == 0, first.output()
         assert "start `tinytrain store` again, and then the same command on every node" in first.output()

@@ -32,6 +32,9 @@ class TrainOptions:
     added. --nnodes MIN:MAX says how many are needed."""
     address: Text = None
     """With --store: the address of this node, as the others reach it (default: the one towards the store)."""
+    leave_on_sigterm: bool = False
+    """With --store: SIGTERM takes this node out of the run, after all have saved; the others train on. Without this
+    option, only SIGUSR2 does, and SIGTERM stops the run on all nodes."""
     rdzv_id: Text = None
     """A name for this run, so that nodes of another run cannot join it by mistake."""
     max_restarts: Number = None
@@ -62,6 +65,7 @@ def main(args: list[str]) -> int:
         options.max_restarts,
         options.store,
         options.address,
+        options.leave_on_sigterm,
         options.direct,
         options.slurm,
     )

@@ -43,6 +43,7 @@ VARIABLES = (
             "tinytrain_dist/reliability/stop_requests.py",
             "tinytrain_dist/reliability/world.py",
             "tinytrain_dist/launch/elastic_nodes.py",
+            "tinytrain_dist/launch/leaving_nodes.py",
             "tinytrain_dist/launch/rank_deaths.py",
         ),
     ),
@@ -51,6 +52,12 @@ VARIABLES = (
         "Tells the agent that nodes of the run may come and go (`tinytrain train --store`).",
         ("tinytrain_dist/launch/start.py",),
         ("tinytrain_dist/launch/elastic_agent.py",),
+    ),
+    EnvironmentVariable(
+        "TINYTRAIN_LEAVE_ON_SIGTERM",
+        "Tells the agent that SIGTERM takes its node out of the run (`tinytrain train --leave-on-sigterm`).",
+        ("tinytrain_dist/launch/start.py",),
+        ("tinytrain_dist/launch/leaving_nodes.py",),
     ),
     EnvironmentVariable(
         "TINYTRAIN_WORLD",

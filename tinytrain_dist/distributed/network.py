@@ -23,6 +23,10 @@ LISTENER_VARIABLE = "TINYTRAIN_LISTENER"
 Resolver = Callable[..., list[Any]]
 
 
+class StoreLostError(Exception):
+    """The store through which the nodes of a run find each other cannot be reached any more."""
+
+
 def resolve(name: str, resolver: Resolver | None = None) -> list[str]:
     """Return every IP address of a host name, without duplicates; none if the name is unknown.
 

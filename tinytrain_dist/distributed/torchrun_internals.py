@@ -6,13 +6,14 @@ needed, because that takes seconds. Must not know what ranks do, or why nodes co
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, Protocol
 
-from tinytrain_dist.distributed.network import LISTENER_VARIABLE
+from tinytrain_dist.distributed.network import LISTENER_VARIABLE, StoreLostError
 from tinytrain_dist.distributed.torch_internals import tcp_store
 
 SILENT_NODE_SECONDS = 10.0  # after which a node of an earlier run, whose rendezvous is closed, has surely ended
@@ -44,6 +45,18 @@ class RendezvousState:
     waiting: tuple[Node, ...]
 
 
+@contextlib.contextmanager
+def _store_in_use() -> Iterator[None]:
+    """Let torch's errors about the store be StoreLostError."""
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+    try:
+        yield
+    except (RendezvousConnectionError, DistNetworkError) as error:
+        raise StoreLostError from error
+
+
 class RendezvousHooks(Protocol):
     """What an agent adds to torchrun's rendezvous. The methods are called in the thread of the agent."""
 
@@ -62,7 +75,10 @@ class RendezvousHooks(Protocol):
 
 
 class ElasticRendezvous:
-    """torchrun's rendezvous, as `RendezvousHooks` see it. Versions: DynamicRendezvousHandler in 2.11 to 2.15."""
+    """torchrun's rendezvous, as `RendezvousHooks` see it. Versions: DynamicRendezvousHandler in 2.11 to 2.15.
+
+    The methods that use the store raise StoreLostError if it cannot be reached.
+    """
 
     def __init__(self, handler: Any) -> None:
         """Wrap torchrun's handler."""
@@ -92,8 +108,8 @@ class ElasticRendezvous:
         return int(self._handler._settings.min_nodes)
 
     def refresh(self) -> None:
-        """Read the state from the store. Errors: RendezvousConnectionError if the store cannot be reached."""
-        with self._handler._heartbeat_lock:
+        """Read the state from the store."""
+        with self._handler._heartbeat_lock, _store_in_use():
             self._handler._state_holder.sync()
 
     def shorten_last_call(self, seconds: float) -> None:
@@ -128,19 +144,31 @@ class ElasticRendezvous:
         """Do not close the rendezvous when this agent ends: the other nodes train on."""
         self._handler.shutdown = lambda: True
 
+    def exit_round(self) -> None:
+        """Leave the present round, so that the others need not wait until this node counts as silent."""
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousExitOp
+
+        handler = self._handler
+        handler._stop_heartbeats()
+        with _store_in_use():
+            handler._op_executor.run(_RendezvousExitOp(), handler._get_deadline(handler._settings.timeout.join))
+
     def write(self, key: str, value: str) -> None:
         """Write a value that all nodes can read."""
-        self._handler._store.set(self._key(key), value)
+        with _store_in_use():
+            self._handler._store.set(self._key(key), value)
 
     def read(self, key: str) -> str:
         """Return a value that a node has written; "" if there is none."""
         name = self._key(key)
         store = self._handler._store
-        return str(store.get(name).decode()) if store.check([name]) else ""
+        with _store_in_use():
+            return str(store.get(name).decode()) if store.check([name]) else ""
 
     def write_once(self, key: str, value: str) -> str:
         """Write a value unless there is one; return the one that counts."""
-        return str(self._handler._store.compare_set(self._key(key), "", value).decode())
+        with _store_in_use():
+            return str(self._handler._store.compare_set(self._key(key), "", value).decode())
 
     def _key(self, name: str) -> str:
         return f"tinytrain.{self._handler._settings.run_id}.{name}"
@@ -158,8 +186,7 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     take the port in between.
     Versions: DynamicRendezvousHandler with these attributes in 2.11 to 2.15.
     """
-    from torch.distributed import DistNetworkError
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
     plain_next = DynamicRendezvousHandler.next_rendezvous
@@ -175,14 +202,15 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
             hooks.before_round(rendezvous)
             while True:
                 try:
-                    joined = plain_next(self)
+                    with _store_in_use():
+                        joined = plain_next(self)
                     break
                 except RendezvousTimeoutError:
                     if not self._state_holder.state.complete:
                         raise
                     # the others train, and this node is a spare: it may wait for as long as they do
             hooks.after_round(rendezvous)
-        except (RendezvousConnectionError, DistNetworkError):
+        except StoreLostError:
             hooks.store_is_lost(rendezvous)
         return joined
 
@@ -191,10 +219,11 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
             return plain_waiting(self)
         rendezvous = ElasticRendezvous(self)
         try:
-            plain_waiting(self)
-        except RendezvousConnectionError:
+            with _store_in_use():
+                plain_waiting(self)
+            return int(hooks.must_regroup(rendezvous))
+        except StoreLostError:
             hooks.store_is_lost(rendezvous)
-        return int(hooks.must_regroup(rendezvous))
 
     DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
     DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]

@@ -55,6 +55,7 @@ class AgentState:
     rendezvous_store: Any = None  # kept, because torchrun uses its server
     first_death: RankDeath | None = None  # since the last restart
     ends_rendezvous: bool = False  # torchrun runs, and a run of this number of nodes cannot begin without this one
+    leaves: bool = False  # this node was asked to leave an elastic run, whose other nodes train on
     own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
 

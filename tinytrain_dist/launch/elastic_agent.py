@@ -38,6 +38,7 @@ from tinytrain_dist.launch.blocked_signals import call_if_not_handled
 from tinytrain_dist.launch.death_texts import out_of_memory_kills
 from tinytrain_dist.launch.elastic_nodes import ElasticNodes
 from tinytrain_dist.launch.hanging_starts import begin_to_stop_hanging_starts
+from tinytrain_dist.launch.leaving_nodes import handle_leave_signals
 from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.rank_deaths import first_cause, report_first_death, reported_failure
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
@@ -59,6 +60,8 @@ def main(args: list[str]) -> int:
     raise_open_file_limit()
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
+        if "TINYTRAIN_ELASTIC" in os.environ:
+            handle_leave_signals()
         call_if_not_handled(STOP_SIGNALS, lambda: "TINYTRAIN_STOP" in os.environ, stop_waiting_for_nodes)
         of_torchrun = []
     else:  # on other systems torchrun handles the signals itself

@@ -4,7 +4,8 @@ torchrun keeps the list of nodes in a store, and each agent writes there every s
 reacts to a failed rank and to a node that joins. This module adds
 
 - a node that is silent: its agent does not write any more, because of a power loss, a cut network or SIGSTOP
-- the saving of all ranks before a larger world begins, and spares: nodes that the configuration cannot use
+- the saving of all ranks before a larger world begins, or before a node leaves that was asked to
+- spares: nodes that the configuration cannot use
 - the history of all changes with their reasons, and the exclusion of a node that fails repeatedly
 
 Must not know what ranks compute.
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed.network import StoreLostError
 from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
 from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
+from tinytrain_dist.launch.leaving_nodes import leaving_nodes
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
 from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
@@ -35,17 +38,18 @@ if TYPE_CHECKING:  # importing torchrun takes seconds
     from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous, Node, RendezvousState
 
 LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough of them
-SAVE_SECONDS = 600.0  # for the ranks to save before a larger world begins
+SAVE_SECONDS = 600.0  # for the ranks to save before nodes join or leave
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
-LOST, LEFT, JOINED, STORE_LOST = "lost", "left", "joined", "store lost"
+LOST, LEFT, LEAVES, JOINED = "lost", "left", "leaves", "joined"
+ALL_LEAVE, STORE_LOST = "all leave", "store lost"  # the run ends
 
 
 @dataclass(frozen=True)
 class Regroup:
     """Why the present world ends: how nodes changed, a sentence about it, and when it was noticed."""
 
-    kind: str  # LOST: ranks cannot save any more. LEFT: they fail or have saved. JOINED: they are to save
+    kind: str  # LOST: ranks cannot save any more. LEFT: they fail or have saved. Otherwise: they are to save
     reason: str
     noticed: float = field(default_factory=time.time)
 
@@ -74,17 +78,28 @@ class ElasticNodes:
     # ------------------------------------------------------------ between two worlds
 
     def before_round(self, rendezvous: ElasticRendezvous) -> None:
-        """Leave the present world, or enter for the first time. Errors: RunOverError if this node is excluded."""
+        """Leave the present world, or enter for the first time.
+
+        Errors: RunOverError if this node is excluded, or was asked to leave the run.
+        """
         self._rendezvous = rendezvous
         if self._world:
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._regroup = self._regroup or Regroup(LEFT, "")
             failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
             rendezvous.write(self._failure_key(self._round, rendezvous.own), to_json(failure))
+            if agent.leaves:
+                self._leave_run(rendezvous)
         else:
             self._enter(rendezvous)
         regroup_note(self._folder_note).unlink(missing_ok=True)
         self._left_at = time.time()
+
+    def _leave_run(self, rendezvous: ElasticRendezvous) -> NoReturn:
+        rendezvous.exit_round()
+        rendezvous.leave_open()
+        say("tinytrain: this node has left the run")
+        raise RunOverError(RankDeath("", 0))
 
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         told = False
@@ -135,7 +150,8 @@ class ElasticNodes:
         reports = {node: self._read_failure(rendezvous, self._round - 1, node) for node in before}
         failed = [node.address for node in before if reports[node].get("own")]
         alive = {*state.nodes, *state.waiting}
-        lost = [node.address for node in before if node not in alive]
+        left = [node.address for node in leaving_nodes(rendezvous, self._round - 1, before)]
+        lost = [node.address for node in before if node not in alive and node.address not in left]
         joined = [node.address for node in state.nodes if node not in before]
         causes = sorted((float(report["time"]), str(report["own"])) for report in reports.values() if report.get("own"))
         texts = [str(report["text"]) for report in reports.values() if report.get("text")]
@@ -145,6 +161,8 @@ class ElasticNodes:
             mistake = self._regroup.reason if self._has_new else ""
             how = f"has left: {mistake}" if mistake else "was lost"
             kind, reason = "lost", f"node {format_list(lost)} {how}"
+        elif left:
+            kind, reason = "left", f"node {format_list(left)} was asked to leave"
         elif joined:
             kind, reason = "joined", f"node {format_list(joined)} joined"
         else:
@@ -160,6 +178,7 @@ class ElasticNodes:
             "nodes": [node.address for node in state.nodes],
             "failed": failed,
             "lost": lost,
+            "left": left,
             "joined": joined,
             "all_failed": len(before) > 1 and len(failed) == len(before),
             "idle_since": idle_since,
@@ -181,7 +200,7 @@ class ElasticNodes:
     # ------------------------------------------------------------ while ranks run
 
     def must_regroup(self, rendezvous: ElasticRendezvous) -> bool:
-        """Return whether the present world has to end, because of a node that is lost, has left or waits to join."""
+        """Return whether the present world has to end: a node is lost, has left, is to leave or waits to join."""
         regroup = self._look(rendezvous)
         if regroup is not None:
             self._regroup = regroup
@@ -202,12 +221,25 @@ class ElasticNodes:
             return Regroup(LOST, f"node {format_list(sorted(node.address for node in lost))} was lost")
         if left:
             return Regroup(LEFT, f"node {format_list(sorted(node.address for node in left))} has left the world")
-        return self._joining(state)
+        return self._leaving(rendezvous) or self._joining(state)
 
     def _used_nodes(self) -> tuple[Node, ...]:
         """Return the nodes of the present world that have a rank which is no spare."""
         used = usable_ranks(self._config, len(self._world) * self._ranks_per_node, self._ranks_per_node)
         return self._world[: -(-used // self._ranks_per_node)]
+
+    def _leaving(self, rendezvous: ElasticRendezvous) -> Regroup | None:
+        """Return the request to go on without nodes that were asked to leave. Without a spare, nothing changes."""
+        used = self._used_nodes()
+        leaving = [node for node in leaving_nodes(rendezvous, self._round, self._world) if node in used]
+        if "TINYTRAIN_STOP" in os.environ:
+            return None
+        if set(leaving) == set(used):
+            return Regroup(ALL_LEAVE, "all nodes were asked to leave")
+        if leaving:
+            addresses = format_list([node.address for node in leaving])
+            return Regroup(LEAVES, f"node {addresses} leaves after the next save")
+        return Regroup(LEAVES, "this node is a spare, and leaves") if agent.leaves else None
 
     def _joining(self, state: RendezvousState) -> Regroup | None:
         """Return the request for a larger world, if nodes wait that it can use and this one has completed a step."""
@@ -271,20 +303,30 @@ class ElasticNodes:
         regroup = self._regroup
         if regroup is None or regroup.kind == LOST:
             return
-        if regroup.kind == STORE_LOST:
+        if regroup.kind in (ALL_LEAVE, STORE_LOST):
             stop_note(self._folder_note).write_text(regroup.reason, encoding="utf-8")
         else:
             regroup_note(self._folder_note).touch()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+        looks = regroup.kind != STORE_LOST
         end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
         next_look = time.monotonic() + 1.0
         while any_alive() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() > next_look and self._rendezvous is not None and regroup.kind != STORE_LOST:
+            if looks and time.monotonic() > next_look:
                 next_look = time.monotonic() + 1.0
-                self._rendezvous.refresh()
-                if (found := self._look(self._rendezvous)) is not None and found.kind == LOST:
+                try:
+                    found = self._look_again()
+                except StoreLostError:
+                    looks = False  # the ranks save; what comes next finds out
+                    continue
+                if found is not None and found.kind == LOST:
                     self._regroup = found
                     return
+
+    def _look_again(self) -> Regroup | None:
+        assert self._rendezvous is not None, "ranks run"
+        self._rendezvous.refresh()
+        return self._look(self._rendezvous)

@@ -118,6 +118,7 @@ class NodeOptions:
     max_restarts: int | None = None
     store: str | None = None  # HOST or HOST:PORT of `tinytrain store`; None: node 0 serves the rendezvous
     address: str | None = None  # of this node, as the others reach it
+    leave_on_sigterm: bool = False  # with `store`: SIGTERM takes this node out of the run, and does not stop it
     direct: bool = False  # this process is one rank, and srun has started all of them
     slurm: bool = False  # take what is None from Slurm's variables
 
@@ -173,6 +174,8 @@ def node_command(config: Path, settings: Sequence[str], options: NodeOptions) ->
         return elastic_command(config, settings, options)
     if options.address is not None:
         raise StartError("--address: has an effect only with --store; leave it out")
+    if options.leave_on_sigterm:
+        raise StartError("--leave-on-sigterm: has an effect only with --store; leave it out")
     slurm = os.environ if options.slurm or options.direct else {}
     nodes = SlurmNodes.of(slurm)
     nnodes = options.nnodes or slurm.get("SLURM_JOB_NUM_NODES", "")
@@ -228,6 +231,7 @@ def elastic_command(config: Path, settings: Sequence[str], options: NodeOptions)
         "OMP_NUM_THREADS": _threads_per_rank(nproc, _cores_of_task(False, slurm)),
         "PYTHONUNBUFFERED": "1",
         "TINYTRAIN_ELASTIC": "1",
+        **({"TINYTRAIN_LEAVE_ON_SIGTERM": "1"} if options.leave_on_sigterm else {}),
         **_gloo_interface(address),
     }
     restarts = ELASTIC_RESTARTS if options.max_restarts is None else options.max_restarts

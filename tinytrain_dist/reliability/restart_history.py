@@ -18,7 +18,8 @@ from tinytrain_dist.utils.text import format_list
 MOST_FAILURES_OF_A_NODE = 3  # in one session; the node is then excluded
 MOST_FAILURES_AT_A_STEP = 3  # in a row; the run then ends
 
-# kind: "failed" (a rank failed), "lost" (a node was lost), "joined", or "excluded" (a node was refused).
+# kind: "failed" (a rank failed), "lost" (a node was lost), "left" (it was asked to), "joined", or "excluded" (a node
+# was refused).
 # session, round (the world that began), time, reason, step (last completed one), nodes (of the new world), failed,
 # lost and joined (addresses of nodes), all_failed, idle_since, detection_seconds, stop_seconds, rendezvous_seconds.
 # A second line with the kind "recovered" has the parts in recovery_seconds, and repeated_steps.
@@ -93,7 +94,7 @@ def change_of(changes: Sequence[Change], session: str, round_number: int) -> Cha
         change
         for change in changes
         if (change.get("session"), change.get("round")) == (session, round_number)
-        and change["kind"] in ("failed", "lost", "joined")
+        and change["kind"] in ("failed", "lost", "left", "joined")
     ]
     return found[-1] if found else None
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def regroup_requested() -> bool:
     """Return whether this rank was asked to make room for another world, and not to stop for good."""
     note = _note("regroup")
     return note is not None and "TINYTRAIN_STOP" not in os.environ and note.exists()
+
+
+def main_reason(reasons: Iterable[str]) -> str:
+    """Return the reason to stop that counts, of those of all ranks: a change of nodes only if there is no other."""
+    given = [reason for reason in reasons if reason]
+    return next((reason for reason in given if reason != REGROUP_REASON), given[0] if given else "")
 
 
 def stop_note(agent_note: Path) -> Path:

@@ -29,7 +29,7 @@ from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import owns_run, write_state
 from tinytrain_dist.reliability.start_marks import leave_start
 from tinytrain_dist.reliability.stop_requests import StopRequests, received_signal, signals_received
-from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, regroup_requested
+from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, main_reason, regroup_requested
 from tinytrain_dist.training.determinism import collect_garbage
 from tinytrain_dist.training.divergence import Divergence
 from tinytrain_dist.training.evaluation import EarlyStopping, Evaluator
@@ -272,9 +272,9 @@ class Trainer:
         self.saver.collect(self.step, wait=True, last=True)
         self.snapshots.close()
 
-        reasons = [reason for reason in self.context.all_gather_object(self.stop_reason) if reason]
-        reason = reasons[0] if state == "preempted" and reasons else ""
-        if state == "preempted" and set(reasons) == {REGROUP_REASON}:
+        reasons = self.context.all_gather_object(self.stop_reason)
+        reason = main_reason(reasons) if state == "preempted" else ""
+        if reason == REGROUP_REASON:
             state = "regrouped"
         why = self._early_stop_summary() if early else reason
         ended = f"{state} ({why})" if why else state
