@@ -161,8 +161,7 @@ class Chaos:
         found = self._wait_for_world(before + 1)
         last = found[-1]
         # by the records of the run, and by what was seen from outside
-        loaded = int(last.change["step"] or 0) - last.lost_steps
-        lost = max(step - loaded, *(recovery.lost_steps for recovery in found[before:]))
+        lost = max(step - last.loaded_step, *(recovery.lost_steps for recovery in found[before:]))
         seconds = float(last.times["time"]) - at - last.parts["load"]
         return Outcome(kind, address, seconds, lost, allowed, last, len(changes_of(self.setup.run)) - changes)
 

@@ -7,7 +7,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _start(setup: Setup, shared: Path, options: argparse.Namespace, stack: ExitS
     return chaos
 
 
-def _events(chaos: Chaos, plan: list[str], faults: dict[str, int], number: int) -> Iterator[Outcome]:
+def _events(chaos: Chaos, plan: Sequence[str], faults: dict[str, int], number: int) -> Iterator[Outcome]:
     for kind in plan:
         yield from chaos.planned_event(kind)
     happened = 0

@@ -63,7 +63,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for part in PARTS:
         cells = []
         for is_return in (False, True):
-            own = [each for each in outcomes if each.kind.startswith(RETURN) == is_return]
+            own = [each for each in outcomes if each.kind.startswith(RETURN) == is_return and each.restarts == 1]
             seconds = [each.recovery.parts[part] for each in own if each.recovery is not None]
             cells.append(f"{statistics.median(seconds):.1f} | {max(seconds):.1f}" if seconds else "- | -")
         rows.append(f"| {part} | {' | '.join(cells)} |")

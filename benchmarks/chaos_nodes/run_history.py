@@ -25,6 +25,11 @@ class Recovery:
         return int(self.times["repeated_steps"])
 
     @property
+    def loaded_step(self) -> int:
+        """The step of the snapshot or checkpoint with which the new world began."""
+        return int(self.times["loaded_step"])
+
+    @property
     def parts(self) -> dict[str, float]:
         """The seconds of each part of the time without training."""
         return {name: float(self.times["recovery_seconds"][name]) for name in PARTS}

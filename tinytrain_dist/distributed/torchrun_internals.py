@@ -7,14 +7,18 @@ needed, because that takes seconds. Must not know what ranks do, or why nodes co
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from tinytrain_dist.distributed.network import LISTENER_VARIABLE
 from tinytrain_dist.distributed.torch_internals import tcp_store
 
+HEAD_KEYS = ["MASTER_ADDR", "MASTER_PORT"]  # under which the first node of a round announces itself to the others
+HEAD_POLL_SECONDS = 0.1
 SILENT_NODE_SECONDS = 10.0  # after which a node of an earlier run, whose rendezvous is closed, has surely ended
 
 
@@ -61,12 +65,17 @@ class RendezvousHooks(Protocol):
         """Return whether to end the ranks and join a new round. Called about once a second while ranks run."""
 
 
+class HeadLostError(Exception):
+    """The first node of a round was lost before it has told the others its address, so the round cannot begin."""
+
+
 class ElasticRendezvous:
     """torchrun's rendezvous, as `RendezvousHooks` see it. Versions: DynamicRendezvousHandler in 2.11 to 2.15."""
 
     def __init__(self, handler: Any) -> None:
         """Wrap torchrun's handler."""
         self._handler = handler
+        self.failed_rounds = 0  # that were complete since the last one that began, and could not begin
 
     @property
     def own(self) -> Node:
@@ -100,8 +109,10 @@ class ElasticRendezvous:
         """Wait only this long for more nodes once the fewest have joined."""
         self._handler._settings.timeout._last_call = timedelta(seconds=seconds)
 
-    def reopen(self) -> bool:
+    def reopen(self, forget: str) -> bool:
         """Begin a new run in a rendezvous that an ended run has closed; return whether it is open.
+
+        forget: key of a value of the ended run, which is deleted.
 
         False: a node of the ended run has still shown a sign of life a few seconds ago.
         """
@@ -120,9 +131,24 @@ class ElasticRendezvous:
         state.last_heartbeats.clear()
         state.deadline = None
         state.round += 1  # keys of the ended run must not be found again
+        self._handler._store.delete_key(self._key(forget))
         holder.mark_dirty()
         self.refresh()  # fails if another node was faster; its state is as good
         return not holder.state.closed
+
+    def await_head(self, store: Any) -> None:
+        """Wait until the first node of this round has announced its address. store: torchrun's of this round.
+
+        By itself, torchrun waits for a minute, and then ends all agents. Errors: HeadLostError.
+        """
+        handler = self._handler
+        while handler._state_holder.state.participants.get(handler._this_node) != 0 and not store.check(HEAD_KEYS):
+            self.refresh()
+            ranks = handler._state_holder.state.participants
+            if handler._this_node not in ranks or 0 not in ranks.values():
+                self.failed_rounds += 1
+                raise HeadLostError
+            time.sleep(HEAD_POLL_SECONDS)
 
     def leave_open(self) -> None:
         """Do not close the rendezvous when this agent ends: the other nodes train on."""
@@ -156,6 +182,9 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
     take the port in between.
+
+    TORCH_ELASTIC_WORKER_IDENTICAL: all nodes have the same number of ranks, so torchrun need not wait until all nodes
+    have announced theirs. If a node is lost meanwhile, it would wait for a minute, and then end all agents.
     Versions: DynamicRendezvousHandler with these attributes in 2.11 to 2.15.
     """
     from torch.distributed import DistNetworkError
@@ -165,18 +194,24 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     plain_next = DynamicRendezvousHandler.next_rendezvous
     plain_waiting = DynamicRendezvousHandler.num_nodes_waiting
 
+    if hooks is not None:
+        os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
+
     def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
         self._shared_tcp_store_server = None
         self._bootstrap_store_info = None
         if hooks is None:
             return plain_next(self)
         rendezvous = ElasticRendezvous(self)
+        self._get_store = partial(_store_with_head, rendezvous, type(self)._get_store)  # type: ignore[method-assign]
         try:
             hooks.before_round(rendezvous)
             while True:
                 try:
                     joined = plain_next(self)
                     break
+                except HeadLostError:
+                    continue  # in the next round
                 except RendezvousTimeoutError:
                     if not self._state_holder.state.complete:
                         raise
@@ -198,6 +233,13 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
 
     DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
     DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+
+
+def _store_with_head(rendezvous: ElasticRendezvous, plain_store: Callable[[Any], Any]) -> Any:
+    """Return torchrun's store of a round, when the address of its first node is in it. Errors: HeadLostError."""
+    store = plain_store(rendezvous._handler)
+    rendezvous.await_head(store)
+    return store
 
 
 def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:

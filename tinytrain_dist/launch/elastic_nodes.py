@@ -38,6 +38,7 @@ LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough o
 SAVE_SECONDS = 600.0  # for the ranks to save before a larger world begins
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
+SESSION_KEY = "session"  # of the value that all nodes of a run share, from its first world until it has ended
 LOST, LEFT, JOINED, STORE_LOST = "lost", "left", "joined", "store lost"
 
 
@@ -66,6 +67,7 @@ class ElasticNodes:
         self._regroup: Regroup | None = None
         self._missing: frozenset[Node] = frozenset()  # at the last look
         self._left_at = 0.0  # when this node left its last world
+        self._progress: tuple[int, float] | None = None  # the newest completed step that this node knows, and its time
         self._rendezvous: ElasticRendezvous | None = None
         self._spares_told: frozenset[Node] = frozenset()
         self._is_new = False  # this node joined after the run began, and is in its first world
@@ -79,6 +81,7 @@ class ElasticNodes:
         if self._world:
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._regroup = self._regroup or Regroup(LEFT, "")
+            self._progress = read_progress(self._folder_note) or self._progress
             failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
             rendezvous.write(self._failure_key(self._round, rendezvous.own), to_json(failure))
         else:
@@ -88,16 +91,16 @@ class ElasticNodes:
 
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         told = False
-        while not rendezvous.reopen():
+        while not rendezvous.reopen(forget=SESSION_KEY):
             if not told:
                 say("tinytrain: waiting until all nodes of the run that has just ended are gone")
             told = True
             time.sleep(1.0)
-        if rendezvous.state.complete:
+        session = rendezvous.read(SESSION_KEY)
+        if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._is_new = True
         address = rendezvous.own.address
-        session = rendezvous.read("session")
         if session and (reason := why_excluded(read_changes(self._run), session, address)):
             rendezvous.leave_open()
             change = {"kind": "excluded", "session": session, "time": time.time(), "reason": reason, "node": address}
@@ -109,11 +112,13 @@ class ElasticNodes:
         state, now = rendezvous.state, time.time()
         before, former_round = self._world, self._round
         self._world, self._round = state.nodes, state.round
-        self._session = self._session or rendezvous.write_once("session", secrets.token_hex(8))
+        self._session = self._session or rendezvous.write_once(SESSION_KEY, secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
         self._is_new = self._is_new and not before
-        if survivors and survivors[0] == rendezvous.own and former_round + 1 == state.round:
-            self._record(rendezvous, before, state, now)
+        # a node that was cut off has missed a round, and does not know what has happened
+        has_missed_none = former_round + rendezvous.failed_rounds + 1 == state.round
+        if survivors and survivors[0] == rendezvous.own and has_missed_none:
+            self._record(rendezvous, before, former_round, now)
         world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
         os.environ["TINYTRAIN_WORLD"] = to_json(world)
         if state.nodes[0] == rendezvous.own:
@@ -128,11 +133,10 @@ class ElasticNodes:
         self._missing = self._spares_told = frozenset()
         agent.own_failure = ""
 
-    def _record(
-        self, rendezvous: ElasticRendezvous, before: Sequence[Node], state: RendezvousState, now: float
-    ) -> None:
+    def _record(self, rendezvous: ElasticRendezvous, before: Sequence[Node], former_round: int, now: float) -> None:
         assert self._regroup is not None, "this node was in the world before"
-        reports = {node: self._read_failure(rendezvous, self._round - 1, node) for node in before}
+        state = rendezvous.state
+        reports = {node: self._read_failure(rendezvous, former_round, node) for node in before}
         failed = [node.address for node in before if reports[node].get("own")]
         alive = {*state.nodes, *state.waiting}
         lost = [node.address for node in before if node not in alive]
@@ -149,7 +153,9 @@ class ElasticNodes:
             kind, reason = "joined", f"node {format_list(joined)} joined"
         else:
             kind, reason = "failed", (texts or ["a rank failed"])[0]
-        step, idle_since = read_progress(self._folder_note) or (None, self._regroup.noticed)
+        step, _ = read_progress(self._folder_note) or (None, 0.0)
+        # a world that ends before it has completed a step adds its time to that of the change before
+        trained_until, idle_since = self._progress or (None, self._regroup.noticed)
         change: dict[str, Any] = {
             "kind": kind,
             "session": self._session,
@@ -157,6 +163,7 @@ class ElasticNodes:
             "time": now,
             "reason": reason,
             "step": step,
+            "trained_until": trained_until,
             "nodes": [node.address for node in state.nodes],
             "failed": failed,
             "lost": lost,
