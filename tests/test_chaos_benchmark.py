@@ -49,7 +49,7 @@ def test_a_number_of_nodes_or_an_event_that_cannot_be_is_named() -> None:
     assert "--nodes: 9 is not from 2 to 5" in chaos("--nodes", "9").stdout
     done = chaos("--nodes", "3", "--plan", "kill,flood")
     assert (done.returncode, done.stderr) == (1, "")
-    assert "'flood' is not an event; there are kill, double, rank, stop, cut, slow, return" in done.stdout
+    assert "'flood' is not an event; there are kill, double, rank, stop, cut, isolate, slow, return" in done.stdout
 
 
 def outcome(kind: str, seconds: float | None, lost: int, restarts: int = 1) -> Outcome:

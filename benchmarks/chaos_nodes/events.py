@@ -28,7 +28,9 @@ POLL_SECONDS = 0.2
 SLOW_STEPS = 12  # that a slow node takes part in
 MOST_CAUSED = 2  # restarts by one machine; after the third, the run would exclude it
 RETURN = "return"
-FAULTS = {"kill": 30, "double": 8, "rank": 14, "stop": 20, "cut": 20, "slow": 8}  # and how likely each is
+GIVES_UP = b"cannot be reached any more"
+# and how likely each is; isolate: cut off for so long that the agent gives the store up
+FAULTS = {"kill": 28, "double": 8, "rank": 14, "stop": 20, "cut": 18, "isolate": 4, "slow": 8}
 DOUBLE_SECONDS = 10.0  # by which the second node of "double" is killed later at most: often while the others restart
 
 
@@ -86,7 +88,7 @@ class Chaos:
         caused = self._caused()
         # a machine that is about to be excluded is only killed: then another one takes its place
         candidates = [address for address in sorted(self.alive) if caused[address] < MOST_CAUSED]
-        if kind in ("rank", "stop", "cut") and not candidates:
+        if kind not in ("kill", "double", "slow") and not candidates:
             kind = "kill"
         if kind in ("kill", "double", "slow"):
             candidates = sorted(self.alive)
@@ -98,8 +100,12 @@ class Chaos:
     def _take_out(self, kind: str, address: str) -> list[Outcome]:
         node = self.alive.pop(address)
         self.out[address] = (node, kind)
-        action = {"kill": node.lose_power, "stop": node.freeze, "cut": node.unplug}[kind]
-        return [self._observe(kind, address, action, self._lost_by_one_node())]
+        printed = len(node.log.read_bytes())
+        action = {"kill": node.lose_power, "stop": node.freeze}.get(kind, node.unplug)
+        outcome = self._observe(kind, address, action, self._lost_by_one_node())
+        if kind == "isolate":
+            self._wait(lambda: GIVES_UP in node.log.read_bytes()[printed:], f"node {address} to give the store up")
+        return [outcome]
 
     def _double(self, kind: str, address: str) -> list[Outcome]:
         """Kill a node, and a second one while the others may be restarting."""
@@ -142,7 +148,7 @@ class Chaos:
             node.close()
             return self._observe(f"{RETURN} after {cause}", address, self._add_machine, 0)
         self.alive[address] = node
-        action = {"kill": node.start, "stop": node.thaw, "cut": node.plug_in}[cause]
+        action = {"kill": node.start, "stop": node.thaw}.get(cause, node.plug_in)
         return self._observe(f"{RETURN} after {cause}", address, action, 0)
 
     def _add_machine(self) -> None:

@@ -44,6 +44,8 @@ class Rendezvous:
 
     def refresh(self) -> None: ...
 
+    def limit_silence(self, endpoint: str) -> None: ...
+
     def shorten_last_call(self, seconds: float) -> None:
         self.last_call = seconds
 

@@ -6,7 +6,9 @@ needed, because that takes seconds. Must not know what ranks do, or why nodes co
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from tinytrain_dist.distributed.torch_internals import tcp_store
 
 HEAD_KEYS = ["MASTER_ADDR", "MASTER_PORT"]  # under which the first node of a round announces itself to the others
 HEAD_POLL_SECONDS = 0.1
+PROBE_SECONDS = 2.0  # for a store to answer a new connection
+SILENT_STORE_SECONDS = 30  # after which an agent gives its connection to the store up
 SILENT_NODE_SECONDS = 10.0  # after which a node of an earlier run, whose rendezvous is closed, has surely ended
 
 
@@ -167,6 +171,36 @@ class ElasticRendezvous:
     def write_once(self, key: str, value: str) -> str:
         """Write a value unless there is one; return the one that counts."""
         return str(self._handler._store.compare_set(self._key(key), "", value).decode())
+
+    def limit_silence(self, endpoint: str) -> None:
+        """Let an exchange with the store at HOST:PORT fail after a while without any answer, such as on a cut network.
+
+        By itself it fails after a quarter of an hour. If the network returns before, it takes as long again as it was
+        cut, two minutes at most, until TCP tries again. torch has no setting for this, so its sockets are found by
+        their other end. Versions: TCPStore with a socket of this process in 2.11 to 2.15; only on Linux.
+        """
+        port = int(endpoint.rpartition(":")[2])
+        with contextlib.suppress(OSError):
+            for name in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
+                    if copy.getpeername()[1:2] == (port,):
+                        copy.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_STORE_SECONDS * 1000)
+
+    def is_served_at(self, endpoint: str, key: str, value: str) -> bool | None:
+        """Return whether a store at HOST:PORT has this value, through a new connection; None if nothing answers there.
+
+        False: there is no store, or another one that was started since. None: the network is cut.
+        """
+        host, _, port = endpoint.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+            store = tcp_store(host, int(port), None, False, timedelta(seconds=PROBE_SECONDS))
+            name = self._key(key)
+            return bool(store.check([name])) and store.get(name).decode() == value
+        except ConnectionRefusedError:
+            return False
+        except (OSError, RuntimeError):
+            return None
 
     def _key(self, name: str) -> str:
         return f"tinytrain.{self._handler._settings.run_id}.{name}"

@@ -57,6 +57,7 @@ class AgentState:
     ends_rendezvous: bool = False  # torchrun runs, and a run of this number of nodes cannot begin without this one
     own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
+    joins_again: bool = False  # this node was cut off and has ended its ranks; its agent is to start from the beginning
 
 
 agent = AgentState()

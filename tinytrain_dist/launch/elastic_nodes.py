@@ -17,14 +17,15 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
-from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
+from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, rank_pids, say
+from tinytrain_dist.launch.lost_store import LostStore
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
 from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
@@ -69,6 +70,7 @@ class ElasticNodes:
         self._left_at = 0.0  # when this node left its last world
         self._progress: tuple[int, float] | None = None  # the newest completed step that this node knows, and its time
         self._rendezvous: ElasticRendezvous | None = None
+        self._lost_store: LostStore | None = None
         self._spares_told: frozenset[Node] = frozenset()
         self._is_new = False  # this node joined after the run began, and is in its first world
         self._has_new = False  # another node has, without any other change
@@ -78,6 +80,7 @@ class ElasticNodes:
     def before_round(self, rendezvous: ElasticRendezvous) -> None:
         """Leave the present world, or enter for the first time. Errors: RunOverError if this node is excluded."""
         self._rendezvous = rendezvous
+        rendezvous.limit_silence(self._endpoint)
         if self._world:
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._regroup = self._regroup or Regroup(LEFT, "")
@@ -239,13 +242,16 @@ class ElasticNodes:
     # ------------------------------------------------------------ the end of the ranks of a world
 
     def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
-        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError."""
+        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError.
+
+        If only the network of this node is cut, its ranks cannot save. When it is connected again, it joins again.
+        """
         rendezvous.leave_open()
         self._regroup = Regroup(STORE_LOST, f"the store at {self._endpoint} cannot be reached any more")
-        say(
-            f"tinytrain: {self._regroup.reason}; the run saves and ends. To go on, start `tinytrain store` again, and "
-            "then the same command on every node"
-        )
+        self._lost_store = LostStore(rendezvous, self._endpoint, SESSION_KEY, self._session)
+        self._lost_store.report(self._regroup.reason)
+        if not any(rank_pids()):
+            self._lost_store.wait(lambda: True, SAVE_SECONDS)
         raise RunOverError(RankDeath("", 0))
 
     def forgives_mistake(self) -> bool:
@@ -269,7 +275,7 @@ class ElasticNodes:
             self._regroup = Regroup(LEFT, "")
         return self._regroup is not None
 
-    def end_ranks(self, pids: Sequence[int], any_alive: Any) -> None:
+    def end_ranks(self, pids: Sequence[int], any_alive: Callable[[], bool]) -> None:
         """Let the ranks end before this world does: they save, or fail because another node has left.
 
         any_alive: a function that returns whether one of them still runs. Ranks that do not end in time, or cannot
@@ -285,11 +291,15 @@ class ElasticNodes:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+        if regroup.kind == STORE_LOST:
+            assert self._lost_store is not None
+            self._lost_store.wait(any_alive, SAVE_SECONDS)
+            return
         end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
         next_look = time.monotonic() + 1.0
         while any_alive() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() > next_look and self._rendezvous is not None and regroup.kind != STORE_LOST:
+            if time.monotonic() > next_look and self._rendezvous is not None:
                 next_look = time.monotonic() + 1.0
                 self._rendezvous.refresh()
                 if (found := self._look(self._rendezvous)) is not None and found.kind == LOST:
