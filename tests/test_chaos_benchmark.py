@@ -34,11 +34,11 @@ def chaos(*arguments: str, timeout_seconds: float = 600) -> subprocess.Completed
 @pytest.mark.multiprocess
 @pytest.mark.skipif(why_no_networks() != "", reason=why_no_networks())
 def test_a_run_outlives_a_kill_and_a_cut_network_with_the_same_bits() -> None:
-    done = chaos("--nodes", "2", "--plan", "kill,return,cut,return", "--seed", "3")
+    done = chaos("--nodes", "2", "--plan", "kill,return,isolate,return", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     kinds = [line.partition(" 10.98.0.")[0] for line in lines[:4]]
-    assert kinds == ["1: kill", "2: return after kill", "3: cut", "4: return after cut"]
+    assert kinds == ["1: kill", "2: return after kill", "3: isolate", "4: return after isolate"]
     assert "4 events on 2 nodes (fsdp, seed 3)" in lines[-1]
     assert lines[-1].endswith("digests equal")
 

@@ -86,7 +86,7 @@ class ElasticNodes:
             self._regroup = self._regroup or Regroup(LEFT, "")
             self._progress = read_progress(self._folder_note) or self._progress
             failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
-            rendezvous.write(self._failure_key(self._round, rendezvous.own), to_json(failure))
+            rendezvous.write(_failure_key(self._round, rendezvous.own), to_json(failure))
         else:
             self._enter(rendezvous)
         regroup_note(self._folder_note).unlink(missing_ok=True)
@@ -139,7 +139,7 @@ class ElasticNodes:
     def _record(self, rendezvous: ElasticRendezvous, before: Sequence[Node], former_round: int, now: float) -> None:
         assert self._regroup is not None, "this node was in the world before"
         state = rendezvous.state
-        reports = {node: self._read_failure(rendezvous, former_round, node) for node in before}
+        reports = {node: _read_failure(rendezvous, former_round, node) for node in before}
         failed = [node.address for node in before if reports[node].get("own")]
         alive = {*state.nodes, *state.waiting}
         lost = [node.address for node in before if node not in alive]
@@ -179,14 +179,6 @@ class ElasticNodes:
         }
         append_change(self._run, change)
         say(f"tinytrain: {reason}; after step {step}, {len(before)} -> {len(state.nodes)} node(s)")
-
-    def _failure_key(self, number: int, node: Node) -> str:
-        return f"left.{number}.{node.address}.{node.pid}"
-
-    def _read_failure(self, rendezvous: ElasticRendezvous, number: int, node: Node) -> dict[str, Any]:
-        text = rendezvous.read(self._failure_key(number, node))
-        report: dict[str, Any] = parse_json(text) if text else {}
-        return report
 
     # ------------------------------------------------------------ while ranks run
 
@@ -291,8 +283,7 @@ class ElasticNodes:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        if regroup.kind == STORE_LOST:
-            assert self._lost_store is not None
+        if self._lost_store is not None:
             self._lost_store.wait(any_alive, SAVE_SECONDS)
             return
         end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
@@ -305,3 +296,13 @@ class ElasticNodes:
                 if (found := self._look(self._rendezvous)) is not None and found.kind == LOST:
                     self._regroup = found
                     return
+
+
+def _failure_key(number: int, node: Node) -> str:
+    return f"left.{number}.{node.address}.{node.pid}"
+
+
+def _read_failure(rendezvous: ElasticRendezvous, number: int, node: Node) -> dict[str, Any]:
+    text = rendezvous.read(_failure_key(number, node))
+    report: dict[str, Any] = parse_json(text) if text else {}
+    return report
