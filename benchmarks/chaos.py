@@ -1,6 +1,7 @@
 """Kill a run at random times, resume it each time, and compare its result with a run that was never killed.
 
     python benchmarks/chaos.py [--kills 200] [--seed 0]
+    python benchmarks/chaos.py --nodes 4 [--events 100] [--seed 0]     nodes fail and come back while the run goes on
 
 Each start of the run draws a number of ranks and a mode. Then one rank, or all of them, get SIGKILL at a random
 time. In a fifth of the starts this may happen before the first step.
@@ -9,6 +10,13 @@ Two things must hold at the end, otherwise the exit code is 1:
 
 * weights and optimizer state have the same digests as those of one process that was never killed;
 * no kill cost more steps than one save interval and the steps during one save.
+
+With --nodes (as root), nodes in networks of their own are killed, stopped, cut off, slowed down and brought back:
+
+* no event may cost more steps than one interval of snapshots and the steps during one snapshot;
+* the run trains on after each event, and has the same digests at the end.
+
+How long the run did not train is printed, by part.
 """
 
 from __future__ import annotations
@@ -25,8 +33,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from chaos_nodes.events import FAULTS  # noqa: E402
+from chaos_nodes.program import run_chaos  # noqa: E402
 
 from tests.helpers import ranks as processes  # noqa: E402
 from tests.helpers.training import Run, fit, settings_for  # noqa: E402
@@ -74,7 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="number of kills (200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times and layouts (0)")
+    parser.add_argument(
+        "--nodes", type=int, default=0, help="run this many nodes, from 2 to 5, and let them fail (0: --kills)"
+    )
+    parser.add_argument("--events", type=int, default=100, help="with --nodes: number of events (100)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp", help="with --nodes: the mode (fsdp)")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="with --nodes: which faults may happen (all)")
+    parser.add_argument("--plan", default="", help="with --nodes: these events, such as kill,return,cut,return")
     options = parser.parse_args()
+    if options.nodes:
+        sys.exit(run_chaos(options))
     rng, started = random.Random(options.seed), time.monotonic()
     lost = []
     with tempfile.TemporaryDirectory() as name:

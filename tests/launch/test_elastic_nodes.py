@@ -16,10 +16,18 @@ from tests.helpers.ranks import AGENT, TrainingProcess, descendants, training_pr
 from tests.helpers.training import Run, config_file, settings_for
 from tests.launch.test_elastic_agent import wait_until
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.torchrun_internals import Node, RendezvousState, serve_store
+from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous, Node, RendezvousState, serve_store
 from tinytrain_dist.launch import agent_state
 from tinytrain_dist.launch.agent_state import RunOverError
-from tinytrain_dist.launch.elastic_nodes import ALL_LEAVE, JOINED, LEAVES, LEFT, LOST, ElasticNodes
+from tinytrain_dist.launch.elastic_nodes import (
+    ALL_LEAVE,
+    JOINED,
+    LAST_CALL_SECONDS,
+    LEAVES,
+    LEFT,
+    LOST,
+    ElasticNodes,
+)
 from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
 from tinytrain_dist.reliability.restart_history import append_change, read_changes
 from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, main_reason
@@ -31,6 +39,9 @@ class Rendezvous:
     """What an agent sees of torchrun's rendezvous, set by a test."""
 
     fewest_nodes = 1
+
+    failed_rounds = 0
+    last_call = 30.0
 
     def __init__(self, *nodes: Node) -> None:
         self.own = nodes[0]
@@ -46,9 +57,12 @@ class Rendezvous:
 
     def leave_open(self) -> None: ...
 
-    def shorten_last_call(self, seconds: float) -> None: ...
+    def limit_silence(self, endpoint: str) -> None: ...
 
-    def reopen(self) -> bool:
+    def shorten_last_call(self, seconds: float) -> None:
+        self.last_call = seconds
+
+    def reopen(self, forget: str) -> bool:
         return True
 
     def write(self, key: str, value: str) -> None:
@@ -172,6 +186,49 @@ def test_a_node_that_was_asked_to_leave_is_told_to_the_others_and_is_no_failure(
     assert over.value.death.exit_code == 0
 
 
+def test_a_node_that_comes_between_two_worlds_does_not_wait_for_others(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
+) -> None:
+    _, rendezvous = agent_of_node1
+    assert rendezvous.last_call == 30.0, "the run begins: all nodes are to be in its first world"
+    newcomer = Rendezvous(Node("node4", 14))
+    newcomer.values = rendezvous.values
+    ElasticNodes(agent_of_node1[0]._config, 1, tmp_path / "note4", "store:1").before_round(newcomer)  # type: ignore[arg-type]
+    assert newcomer.last_call == LAST_CALL_SECONDS
+
+
+def test_a_world_that_ends_before_its_first_step_adds_its_time_to_the_change_before(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    ProgressMark().set(7)
+    for number, world in ((2, (ONE, THREE)), (3, (ONE,))):
+        nodes.before_round(rendezvous)
+        rendezvous.see(number, world)
+        nodes.after_round(rendezvous)
+    first, second = read_changes(tmp_path / "run")
+    assert (first["step"], second["step"]) == (7, None)
+    assert (second["trained_until"], second["idle_since"]) == (7, first["idle_since"])
+    assert second["detection_seconds"] > first["detection_seconds"]
+
+
+def test_a_survivor_writes_the_history_after_a_round_that_could_not_begin(
+    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    nodes.before_round(rendezvous)
+    rendezvous.see(3, (ONE, THREE))
+    rendezvous.failed_rounds = 1
+    nodes.after_round(rendezvous)
+    (change,) = read_changes(tmp_path / "run")
+    assert (change["lost"], change["round"]) == (["node2"], 3)
+    rendezvous.failed_rounds = 0
+    nodes.before_round(rendezvous)
+    rendezvous.see(5, (ONE, TWO, THREE))
+    nodes.after_round(rendezvous)
+    assert len(read_changes(tmp_path / "run")) == 1, "this node was cut off while the others were in round 4"
+
+
 def test_the_mistake_of_a_node_that_has_just_joined_ends_only_that_node(
     agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
 ) -> None:
@@ -248,6 +305,41 @@ def test_nodes_that_hang_or_leave_are_left_behind_and_a_lost_store_ends_the_run_
     assert state["state"] == "preempted"
     assert state["reason"].startswith("the store at 127.0.0.1:")
     assert Run(run).checkpoint.name == f"checkpoint-{state['step']:08d}"
+
+
+def own_rendezvous(store: Any, most: int) -> Any:
+    """torchrun's rendezvous of a node at 127.0.0.1 that is played by this process."""
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    backend = C10dRendezvousBackend(store, "test")
+    return DynamicRendezvousHandler.from_backend("test", store, backend, most, most, local_addr="127.0.0.1")
+
+
+def test_a_new_start_of_an_ended_run_forgets_its_session() -> None:
+    store = serve_store(0)
+    handler = own_rendezvous(store, 1)
+    rendezvous = ElasticRendezvous(handler)
+    rendezvous.write_once("session", "the first run")
+    handler.set_closed()
+    assert rendezvous.reopen(forget="session")
+    assert rendezvous.read("session") == ""
+    rendezvous.write_once("session", "the second run")
+    assert rendezvous.reopen(forget="session"), "another node of the second run joins"
+    assert rendezvous.read("session") == "the second run"
+
+
+@pytest.mark.multiprocess
+def test_a_node_that_is_lost_before_it_announces_itself_costs_seconds(tmp_path: Path) -> None:
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousJoinOp
+
+    store = serve_store(0)
+    head = own_rendezvous(store, 2)
+    with node(config_file(tmp_path, total_steps=3), tmp_path, store.port, 2, "1:2") as second:
+        # the first of two nodes joins, and dies before it tells the other one its address
+        head._op_executor.run(_RendezvousJoinOp(), float("inf"))
+        assert second.wait(120) == 0, second.output()
+        assert "1 node(s) train: 127.0.0.2" in second.output()
 
 
 @pytest.mark.multiprocess

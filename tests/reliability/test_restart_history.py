@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,3 +81,17 @@ def test_the_ranks_of_a_run_that_keeps_failing_end_it(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TINYTRAIN_WORLD", '{"session": "a", "round": 3, "ready": 1.0}')
     with pytest.raises(TrainingError, match="has failed 3 times after step 7"):
         Recovery.begin(tmp_path)
+
+
+def test_steps_that_an_earlier_world_has_completed_are_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as when a second node is lost before the survivors of the first loss have completed a step."""
+    append_change(tmp_path, change(step=None, trained_until=9, round=2))
+    monkeypatch.setenv("TINYTRAIN_WORLD", '{"session": "a", "round": 2, "ready": 1.0}')
+    recovery = Recovery.begin(tmp_path)
+    assert recovery is not None
+    events: list[str] = []
+    recovery.report(SimpleNamespace(event=lambda step, kind, text, **values: events.append(text)), 5, {})  # type: ignore[arg-type]
+    assert "4 step(s) are repeated" in events[0]
+    assert (read_changes(tmp_path)[-1]["repeated_steps"], read_changes(tmp_path)[-1]["loaded_step"]) == (4, 5)

@@ -20,6 +20,7 @@ import pytest
 
 from tests.helpers.slurm_cluster import Cluster, Job, wait_until, why_not
 from tests.helpers.training import Run, settings_for, train
+from tinytrain_dist.reliability.restart_history import read_changes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LENGTH = {"reproducible": True, "total_steps": 40, "ckpt_every": 10, "eval_every": 20, "log_every": 1}
@@ -158,6 +159,31 @@ def test_node_that_loses_its_power_costs_at_most_an_interval(
     ((_, resumed),) = job.stopped_and_resumed()
     assert resumed >= 10
     assert Run(data / "power").digests() == alone
+
+
+def test_an_elastic_job_goes_on_without_a_node_and_ends_with_the_same_bits(
+    cluster: Cluster, data: Path, alone: dict[str, str]
+) -> None:
+    nodes = ["--nodes", "2:3", "--processes-per-node", "1", "--time", "20", "--sbatch", "--nodelist=node[1-3]"]
+    path = config(data, "elastic", snapshot_every=5)
+    submitted = cluster(sys.executable, "launch/submit.py", path, *nodes, BRAKE=BRAKE).stdout
+    found = re.search(r"^job (\d+): (?s:.*)tail -F (\S+)$", submitted, re.MULTILINE)
+    assert found, submitted
+    job = Job(cluster, found[1], Path(found[2]))
+    job.wait_for("step 13/")
+    cluster.power_off("node2")  # slurmd, its steps and all that they have started
+    try:
+        job.wait_for("trained again")
+    finally:
+        cluster.start()
+    assert job.ends() == "COMPLETED", job.output()
+    assert job.shows("Restarts") == "0"
+    changes = read_changes(data / "elastic")
+    assert [(change["kind"], len(change.get("lost", []))) for change in changes] == [("lost", 1), ("recovered", 0)]
+    assert len(changes[0]["nodes"]) == 2
+    assert changes[1]["repeated_steps"] <= 2 * 5
+    assert Run(data / "elastic").digests() == alone
+    assert not cluster.processes("node1") + cluster.processes("node2") + cluster.processes("node3")
 
 
 def test_run_that_fails_at_once_is_not_requeued(cluster: Cluster, data: Path) -> None:

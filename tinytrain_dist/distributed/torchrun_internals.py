@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from tinytrain_dist.distributed.network import LISTENER_VARIABLE, StoreLostError
 from tinytrain_dist.distributed.torch_internals import tcp_store
 
+HEAD_KEYS = ["MASTER_ADDR", "MASTER_PORT"]  # under which the first node of a round announces itself to the others
+HEAD_POLL_SECONDS = 0.1
+PROBE_SECONDS = 2.0  # for a store to answer a new connection
+SILENT_STORE_SECONDS = 30  # after which an agent gives its connection to the store up
 SILENT_NODE_SECONDS = 10.0  # after which a node of an earlier run, whose rendezvous is closed, has surely ended
 
 
@@ -74,6 +81,10 @@ class RendezvousHooks(Protocol):
         """Return whether to end the ranks and join a new round. Called about once a second while ranks run."""
 
 
+class HeadLostError(Exception):
+    """The first node of a round was lost before it has told the others its address, so the round cannot begin."""
+
+
 class ElasticRendezvous:
     """torchrun's rendezvous, as `RendezvousHooks` see it. Versions: DynamicRendezvousHandler in 2.11 to 2.15.
 
@@ -83,6 +94,7 @@ class ElasticRendezvous:
     def __init__(self, handler: Any) -> None:
         """Wrap torchrun's handler."""
         self._handler = handler
+        self.failed_rounds = 0  # that were complete since the last one that began, and could not begin
 
     @property
     def own(self) -> Node:
@@ -116,8 +128,10 @@ class ElasticRendezvous:
         """Wait only this long for more nodes once the fewest have joined."""
         self._handler._settings.timeout._last_call = timedelta(seconds=seconds)
 
-    def reopen(self) -> bool:
+    def reopen(self, forget: str) -> bool:
         """Begin a new run in a rendezvous that an ended run has closed; return whether it is open.
+
+        forget: key of a value of the ended run, which is deleted.
 
         False: a node of the ended run has still shown a sign of life a few seconds ago.
         """
@@ -136,9 +150,24 @@ class ElasticRendezvous:
         state.last_heartbeats.clear()
         state.deadline = None
         state.round += 1  # keys of the ended run must not be found again
+        self._handler._store.delete_key(self._key(forget))
         holder.mark_dirty()
         self.refresh()  # fails if another node was faster; its state is as good
         return not holder.state.closed
+
+    def await_head(self, store: Any) -> None:
+        """Wait until the first node of this round has announced its address. store: torchrun's of this round.
+
+        By itself, torchrun waits for a minute, and then ends all agents. Errors: HeadLostError.
+        """
+        handler = self._handler
+        while handler._state_holder.state.participants.get(handler._this_node) != 0 and not store.check(HEAD_KEYS):
+            self.refresh()
+            ranks = handler._state_holder.state.participants
+            if handler._this_node not in ranks or 0 not in ranks.values():
+                self.failed_rounds += 1
+                raise HeadLostError
+            time.sleep(HEAD_POLL_SECONDS)
 
     def leave_open(self) -> None:
         """Do not close the rendezvous when this agent ends: the other nodes train on."""
@@ -170,6 +199,36 @@ class ElasticRendezvous:
         with _store_in_use():
             return str(self._handler._store.compare_set(self._key(key), "", value).decode())
 
+    def limit_silence(self, endpoint: str) -> None:
+        """Let an exchange with the store at HOST:PORT fail after a while without any answer, such as on a cut network.
+
+        By itself it fails after a quarter of an hour. If the network returns before, it takes as long again as it was
+        cut, two minutes at most, until TCP tries again. torch has no setting for this, so its sockets are found by
+        their other end. Versions: TCPStore with a socket of this process in 2.11 to 2.15; only on Linux.
+        """
+        port = int(endpoint.rpartition(":")[2])
+        with contextlib.suppress(OSError):
+            for name in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
+                    if copy.getpeername()[1:2] == (port,):
+                        copy.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_STORE_SECONDS * 1000)
+
+    def is_served_at(self, endpoint: str, key: str, value: str) -> bool | None:
+        """Return whether a store at HOST:PORT has this value, through a new connection; None if nothing answers there.
+
+        False: there is no store, or another one that was started since. None: the network is cut.
+        """
+        host, _, port = endpoint.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+            store = tcp_store(host, int(port), None, False, timedelta(seconds=PROBE_SECONDS))
+            name = self._key(key)
+            return bool(store.check([name])) and store.get(name).decode() == value
+        except ConnectionRefusedError:
+            return False
+        except (OSError, RuntimeError):
+            return None
+
     def _key(self, name: str) -> str:
         return f"tinytrain.{self._handler._settings.run_id}.{name}"
 
@@ -184,6 +243,9 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     By itself torchrun keeps one store across restarts, in which ranks would read the addresses of dead ranks. With
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 it chooses a free port, which rank 0 binds seconds later. Another process can
     take the port in between.
+
+    TORCH_ELASTIC_WORKER_IDENTICAL: all nodes have the same number of ranks, so torchrun need not wait until all nodes
+    have announced theirs. If a node is lost meanwhile, it would wait for a minute, and then end all agents.
     Versions: DynamicRendezvousHandler with these attributes in 2.11 to 2.15.
     """
     from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
@@ -192,12 +254,16 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
     plain_next = DynamicRendezvousHandler.next_rendezvous
     plain_waiting = DynamicRendezvousHandler.num_nodes_waiting
 
+    if hooks is not None:
+        os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
+
     def next_rendezvous(self: DynamicRendezvousHandler) -> Any:
         self._shared_tcp_store_server = None
         self._bootstrap_store_info = None
         if hooks is None:
             return plain_next(self)
         rendezvous = ElasticRendezvous(self)
+        self._get_store = partial(_store_with_head, rendezvous, type(self)._get_store)  # type: ignore[method-assign]
         try:
             hooks.before_round(rendezvous)
             while True:
@@ -205,6 +271,8 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
                     with _store_in_use():
                         joined = plain_next(self)
                     break
+                except HeadLostError:
+                    continue  # in the next round
                 except RendezvousTimeoutError:
                     if not self._state_holder.state.complete:
                         raise
@@ -227,6 +295,13 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
 
     DynamicRendezvousHandler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
     DynamicRendezvousHandler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+
+
+def _store_with_head(rendezvous: ElasticRendezvous, plain_store: Callable[[Any], Any]) -> Any:
+    """Return torchrun's store of a round, when the address of its first node is in it. Errors: HeadLostError."""
+    store = plain_store(rendezvous._handler)
+    rendezvous.await_head(store)
+    return store
 
 
 def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., None]]) -> None:

@@ -58,6 +58,7 @@ class AgentState:
     leaves: bool = False  # this node was asked to leave an elastic run, whose other nodes train on
     own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
+    joins_again: bool = False  # this node was cut off and has ended its ranks; its agent is to start from the beginning
 
 
 agent = AgentState()

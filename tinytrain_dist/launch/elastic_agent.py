@@ -58,6 +58,7 @@ UNUSED_SIGNAL = "SIGURG"  # torchrun must be given one to handle; this is sent o
 def main(args: list[str]) -> int:
     """Run torchrun with its arguments; return 0, the exit code of the first failing rank, or 2 for a wrong setting."""
     raise_open_file_limit()
+    environment = dict(os.environ)
     if TASKS.is_dir():  # Linux
         handle_unless_ignored(HANDLED_SIGNALS, forward_signal)  # before torch is imported, which takes seconds
         if "TINYTRAIN_ELASTIC" in os.environ:
@@ -109,7 +110,9 @@ def main(args: list[str]) -> int:
         death = _run_torchrun(args, options, nodes, folder_note)
         if death.exit_code and death.text:
             say(f"error: {first_cause(folder_note) or death.text}")
-        return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
+    if agent.joins_again:  # torchrun's connections to the store are broken, so this process starts from the beginning
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
 
 
 def _run_torchrun(

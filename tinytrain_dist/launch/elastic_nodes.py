@@ -18,7 +18,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.network import StoreLostError
 from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
-from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, say
+from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, rank_pids, say
 from tinytrain_dist.launch.leaving_nodes import leaving_nodes
+from tinytrain_dist.launch.lost_store import LostStore
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
 from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
@@ -43,6 +44,7 @@ LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a nod
 POLL_SECONDS = 0.05
 LOST, LEFT, LEAVES, JOINED = "lost", "left", "leaves", "joined"
 ALL_LEAVE, STORE_LOST = "all leave", "store lost"  # the run ends
+SESSION_KEY = "session"  # of the value that all nodes of a run share, from its first world until it has ended
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class ElasticNodes:
         self._regroup: Regroup | None = None
         self._missing: frozenset[Node] = frozenset()  # at the last look
         self._left_at = 0.0  # when this node left its last world
+        self._progress: tuple[int, float] | None = None  # the newest completed step that this node knows, and its time
         self._rendezvous: ElasticRendezvous | None = None
+        self._lost_store: LostStore | None = None
         self._spares_told: frozenset[Node] = frozenset()
         self._is_new = False  # this node joined after the run began, and is in its first world
         self._has_new = False  # another node has, without any other change
@@ -83,11 +87,13 @@ class ElasticNodes:
         Errors: RunOverError if this node is excluded, or was asked to leave the run.
         """
         self._rendezvous = rendezvous
+        rendezvous.limit_silence(self._endpoint)
         if self._world:
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._regroup = self._regroup or Regroup(LEFT, "")
+            self._progress = read_progress(self._folder_note) or self._progress
             failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
-            rendezvous.write(self._failure_key(self._round, rendezvous.own), to_json(failure))
+            rendezvous.write(_failure_key(self._round, rendezvous.own), to_json(failure))
             if agent.leaves:
                 self._leave_run(rendezvous)
         else:
@@ -103,16 +109,16 @@ class ElasticNodes:
 
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         told = False
-        while not rendezvous.reopen():
+        while not rendezvous.reopen(forget=SESSION_KEY):
             if not told:
                 say("tinytrain: waiting until all nodes of the run that has just ended are gone")
             told = True
             time.sleep(1.0)
-        if rendezvous.state.complete:
+        session = rendezvous.read(SESSION_KEY)
+        if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._is_new = True
         address = rendezvous.own.address
-        session = rendezvous.read("session")
         if session and (reason := why_excluded(read_changes(self._run), session, address)):
             rendezvous.leave_open()
             change = {"kind": "excluded", "session": session, "time": time.time(), "reason": reason, "node": address}
@@ -124,11 +130,13 @@ class ElasticNodes:
         state, now = rendezvous.state, time.time()
         before, former_round = self._world, self._round
         self._world, self._round = state.nodes, state.round
-        self._session = self._session or rendezvous.write_once("session", secrets.token_hex(8))
+        self._session = self._session or rendezvous.write_once(SESSION_KEY, secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
         self._is_new = self._is_new and not before
-        if survivors and survivors[0] == rendezvous.own and former_round + 1 == state.round:
-            self._record(rendezvous, before, state, now)
+        # a node that was cut off has missed a round, and does not know what has happened
+        has_missed_none = former_round + rendezvous.failed_rounds + 1 == state.round
+        if survivors and survivors[0] == rendezvous.own and has_missed_none:
+            self._record(rendezvous, before, former_round, now)
         world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
         os.environ["TINYTRAIN_WORLD"] = to_json(world)
         if state.nodes[0] == rendezvous.own:
@@ -143,59 +151,29 @@ class ElasticNodes:
         self._missing = self._spares_told = frozenset()
         agent.own_failure = ""
 
-    def _record(
-        self, rendezvous: ElasticRendezvous, before: Sequence[Node], state: RendezvousState, now: float
-    ) -> None:
+    def _record(self, rendezvous: ElasticRendezvous, before: Sequence[Node], former_round: int, now: float) -> None:
         assert self._regroup is not None, "this node was in the world before"
-        reports = {node: self._read_failure(rendezvous, self._round - 1, node) for node in before}
-        failed = [node.address for node in before if reports[node].get("own")]
-        alive = {*state.nodes, *state.waiting}
-        left = [node.address for node in leaving_nodes(rendezvous, self._round - 1, before)]
-        lost = [node.address for node in before if node not in alive and node.address not in left]
-        joined = [node.address for node in state.nodes if node not in before]
-        causes = sorted((float(report["time"]), str(report["own"])) for report in reports.values() if report.get("own"))
-        texts = [str(report["text"]) for report in reports.values() if report.get("text")]
-        if causes:
-            kind, reason = "failed", causes[0][1]
-        elif lost:
-            mistake = self._regroup.reason if self._has_new else ""
-            how = f"has left: {mistake}" if mistake else "was lost"
-            kind, reason = "lost", f"node {format_list(lost)} {how}"
-        elif left:
-            kind, reason = "left", f"node {format_list(left)} was asked to leave"
-        elif joined:
-            kind, reason = "joined", f"node {format_list(joined)} joined"
-        else:
-            kind, reason = "failed", (texts or ["a rank failed"])[0]
-        step, idle_since = read_progress(self._folder_note) or (None, self._regroup.noticed)
+        state = rendezvous.state
+        mistake = self._regroup.reason if self._has_new else ""
+        found = _compare_worlds(rendezvous, former_round, before, mistake)
+        step, _ = read_progress(self._folder_note) or (None, 0.0)
+        # a world that ends before it has completed a step adds its time to that of the change before
+        trained_until, idle_since = self._progress or (None, self._regroup.noticed)
         change: dict[str, Any] = {
-            "kind": kind,
+            **found,
             "session": self._session,
             "round": self._round,
             "time": now,
-            "reason": reason,
             "step": step,
+            "trained_until": trained_until,
             "nodes": [node.address for node in state.nodes],
-            "failed": failed,
-            "lost": lost,
-            "left": left,
-            "joined": joined,
-            "all_failed": len(before) > 1 and len(failed) == len(before),
             "idle_since": idle_since,
             "detection_seconds": max(0.0, self._regroup.noticed - idle_since),
             "stop_seconds": self._left_at - self._regroup.noticed,
             "rendezvous_seconds": now - self._left_at,
         }
         append_change(self._run, change)
-        say(f"tinytrain: {reason}; after step {step}, {len(before)} -> {len(state.nodes)} node(s)")
-
-    def _failure_key(self, number: int, node: Node) -> str:
-        return f"left.{number}.{node.address}.{node.pid}"
-
-    def _read_failure(self, rendezvous: ElasticRendezvous, number: int, node: Node) -> dict[str, Any]:
-        text = rendezvous.read(self._failure_key(number, node))
-        report: dict[str, Any] = parse_json(text) if text else {}
-        return report
+        say(f"tinytrain: {found['reason']}; after step {step}, {len(before)} -> {len(state.nodes)} node(s)")
 
     # ------------------------------------------------------------ while ranks run
 
@@ -264,13 +242,16 @@ class ElasticNodes:
     # ------------------------------------------------------------ the end of the ranks of a world
 
     def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
-        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError."""
+        """Let the ranks save, because without the store no change of nodes can be noticed. Errors: RunOverError.
+
+        If only the network of this node is cut, its ranks cannot save. When it is connected again, it joins again.
+        """
         rendezvous.leave_open()
         self._regroup = Regroup(STORE_LOST, f"the store at {self._endpoint} cannot be reached any more")
-        say(
-            f"tinytrain: {self._regroup.reason}; the run saves and ends. To go on, start `tinytrain store` again, and "
-            "then the same command on every node"
-        )
+        self._lost_store = LostStore(rendezvous, self._endpoint, SESSION_KEY, self._session)
+        self._lost_store.report(self._regroup.reason)
+        if not any(rank_pids()):
+            self._lost_store.wait(lambda: True, SAVE_SECONDS)
         raise RunOverError(RankDeath("", 0))
 
     def forgives_mistake(self) -> bool:
@@ -294,7 +275,7 @@ class ElasticNodes:
             self._regroup = Regroup(LEFT, "")
         return self._regroup is not None
 
-    def end_ranks(self, pids: Sequence[int], any_alive: Any) -> None:
+    def end_ranks(self, pids: Sequence[int], any_alive: Callable[[], bool]) -> None:
         """Let the ranks end before this world does: they save, or fail because another node has left.
 
         any_alive: a function that returns whether one of them still runs. Ranks that do not end in time, or cannot
@@ -310,7 +291,10 @@ class ElasticNodes:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        looks = regroup.kind != STORE_LOST
+        if self._lost_store is not None:
+            self._lost_store.wait(any_alive, SAVE_SECONDS)
+            return
+        looks = True
         end = time.monotonic() + (LEFT_SECONDS if regroup.kind == LEFT else SAVE_SECONDS)
         next_look = time.monotonic() + 1.0
         while any_alive() and time.monotonic() < end:
@@ -330,3 +314,45 @@ class ElasticNodes:
         assert self._rendezvous is not None, "ranks run"
         self._rendezvous.refresh()
         return self._look(self._rendezvous)
+
+
+def _compare_worlds(
+    rendezvous: ElasticRendezvous, former_round: int, before: Sequence[Node], mistake: str
+) -> dict[str, Any]:
+    """Return what has happened to the nodes between two worlds, and the reason, as the history of restarts has it.
+
+    before: the nodes of the former world. mistake: of the user, for which a node has just left; "" if there is none.
+    """
+    state = rendezvous.state
+    reports = {node: _read_failure(rendezvous, former_round, node) for node in before}
+    failed = [node.address for node in before if reports[node].get("own")]
+    alive = {*state.nodes, *state.waiting}
+    left = [node.address for node in leaving_nodes(rendezvous, former_round, before)]
+    lost = [node.address for node in before if node not in alive and node.address not in left]
+    joined = [node.address for node in state.nodes if node not in before]
+    causes = sorted((float(report["time"]), str(report["own"])) for report in reports.values() if report.get("own"))
+    texts = [str(report["text"]) for report in reports.values() if report.get("text")]
+    if causes:
+        kind, reason = "failed", causes[0][1]
+    elif lost:
+        how = f"has left: {mistake}" if mistake else "was lost"
+        kind, reason = "lost", f"node {format_list(lost)} {how}"
+    elif left:
+        kind, reason = "left", f"node {format_list(left)} was asked to leave"
+    elif joined:
+        kind, reason = "joined", f"node {format_list(joined)} joined"
+    else:
+        kind, reason = "failed", (texts or ["a rank failed"])[0]
+    all_failed = len(before) > 1 and len(failed) == len(before)
+    lists = {"failed": failed, "lost": lost, "left": left, "joined": joined}
+    return {"kind": kind, "reason": reason, **lists, "all_failed": all_failed}
+
+
+def _failure_key(number: int, node: Node) -> str:
+    return f"left.{number}.{node.address}.{node.pid}"
+
+
+def _read_failure(rendezvous: ElasticRendezvous, number: int, node: Node) -> dict[str, Any]:
+    text = rendezvous.read(_failure_key(number, node))
+    report: dict[str, Any] = parse_json(text) if text else {}
+    return report

@@ -20,9 +20,10 @@ MOST_FAILURES_AT_A_STEP = 3  # in a row; the run then ends
 
 # kind: "failed" (a rank failed), "lost" (a node was lost), "left" (it was asked to), "joined", or "excluded" (a node
 # was refused).
-# session, round (the world that began), time, reason, step (last completed one), nodes (of the new world), failed,
-# lost and joined (addresses of nodes), all_failed, idle_since, detection_seconds, stop_seconds, rendezvous_seconds.
-# A second line with the kind "recovered" has the parts in recovery_seconds, and repeated_steps.
+# session, round (the world that began), time, reason, step (last completed one of the world that has ended; null if it
+# has completed none), trained_until (last completed one of the run), nodes (of the new world), failed, lost, left and
+# joined (addresses of nodes), all_failed, idle_since, detection_seconds, stop_seconds, rendezvous_seconds.
+# A second line with the kind "recovered" has the parts in recovery_seconds, repeated_steps and loaded_step.
 Change = dict[str, Any]
 
 

@@ -67,7 +67,7 @@ class Recovery:
         parts["start"] = max(0.0, started - self.world.ready) + before_load
         parts |= {name: own.get(name, 0.0) for name in TRAINING_PARTS}
         rounded = {name: round(seconds, 3) for name, seconds in parts.items()}
-        step = self.change.get("step")
+        step = self.change.get("trained_until", self.change.get("step"))
         repeated = max(0, step - loaded_step) if isinstance(step, int) else 0
         text = f"trained again {describe_parts(parts)}; {repeated} step(s) are repeated"
         values = {
@@ -77,4 +77,4 @@ class Recovery:
         }
         log.event(loaded_step + 1, "recovered", text, **values)
         about = {"session": self.world.session, "round": self.world.round, "time": time.time()}
-        append_change(self.run, {"kind": "recovered", **about, **values})
+        append_change(self.run, {"kind": "recovered", **about, **values, "loaded_step": loaded_step})
