@@ -95,17 +95,11 @@ class ElasticNodes:
             failure = {"own": agent.own_failure, "text": self._regroup.reason or agent.own_failure, "time": time.time()}
             rendezvous.write(_failure_key(self._round, rendezvous.own), to_json(failure))
             if agent.leaves:
-                self._leave_run(rendezvous)
+                _leave_run(rendezvous)
         else:
             self._enter(rendezvous)
         regroup_note(self._folder_note).unlink(missing_ok=True)
         self._left_at = time.time()
-
-    def _leave_run(self, rendezvous: ElasticRendezvous) -> NoReturn:
-        rendezvous.exit_round()
-        rendezvous.leave_open()
-        say("tinytrain: this node has left the run")
-        raise RunOverError(RankDeath("", 0))
 
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         told = False
@@ -187,7 +181,8 @@ class ElasticNodes:
 
     def _look(self, rendezvous: ElasticRendezvous) -> Regroup | None:
         state = rendezvous.state
-        if state.closed or self._run_has_ended():
+        has_ended = read_progress(self._folder_note) is not None and has_saved_and_ended(self._run)
+        if state.closed or has_ended:
             return None
         if rendezvous.own not in state.nodes:
             return Regroup(LOST, f"this node, {rendezvous.own.address}, was silent and the others train without it")
@@ -235,9 +230,6 @@ class ElasticNodes:
         if read_progress(self._folder_note) is None:
             return None
         return Regroup(JOINED, f"node {addresses} joins after the next save")
-
-    def _run_has_ended(self) -> bool:
-        return read_progress(self._folder_note) is not None and has_saved_and_ended(self._run)
 
     # ------------------------------------------------------------ the end of the ranks of a world
 
@@ -314,6 +306,13 @@ class ElasticNodes:
         assert self._rendezvous is not None, "ranks run"
         self._rendezvous.refresh()
         return self._look(self._rendezvous)
+
+
+def _leave_run(rendezvous: ElasticRendezvous) -> NoReturn:
+    rendezvous.exit_round()
+    rendezvous.leave_open()
+    say("tinytrain: this node has left the run")
+    raise RunOverError(RankDeath("", 0))
 
 
 def _compare_worlds(
