@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -218,6 +219,14 @@ class ElasticRendezvous:
 
         False: there is no store, or another one that was started since. None: the network is cut.
         """
+        answers: list[bool | None] = []
+        # a thread, because torch waits without a limit for what accepts the connection and then says nothing
+        probe = threading.Thread(target=lambda: answers.append(self._probe(endpoint, key, value)), daemon=True)
+        probe.start()
+        probe.join(3 * PROBE_SECONDS)
+        return answers[0] if answers else None
+
+    def _probe(self, endpoint: str, key: str, value: str) -> bool | None:
         host, _, port = endpoint.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
