@@ -150,8 +150,8 @@ def all_to_all(
 def exchange_parts(parts: Tensor, group_name: str) -> Tensor:
     """Send part i of dim 0 to rank i of a group, and return what the ranks send to this rank: the same shape.
 
-    Dim 0 has one part for each rank. `group_name`: ProcessGroup.group_name, because torch.compile needs a constant. A collective, also in backward: gradients return by the same way. torch.compile
-    keeps it in one graph. Blocks on a CPU.
+    Dim 0 has one part for each rank. `group_name`: ProcessGroup.group_name, because torch.compile needs a constant; it
+    keeps the exchange in one graph. A collective, also in backward, where gradients return. Blocks on a CPU.
     """
     received: Tensor = _ExchangedParts.apply(parts, group_name)  # type: ignore[no-untyped-call]
     return received

@@ -21,7 +21,6 @@ from tinytrain_dist.distributed.torch_internals import (
     tree_leaves,
 )
 
-
 ACTIVATION_EXCHANGE = "all_to_all_single"  # the operator with which context parallelism exchanges activations
 
 

@@ -104,8 +104,10 @@ def choose_parallel_dims(
 
 def _check_cp(config: TrainingConfig, world_size: int, local_world_size: int) -> None:
     """Check that groups of `cp` ranks fill each node. Errors: ConfigError with the numbers that can be used."""
-    for number, processes in ((local_world_size, f"{local_world_size} process(es) of a node"),
-                              (world_size, f"{world_size} processes")):
+    for number, processes in (
+        (local_world_size, f"{local_world_size} process(es) of a node"),
+        (world_size, f"{world_size} processes"),
+    ):
         if number % config.cp:
             common = math.gcd(world_size, local_world_size, config.context_len, config.num_heads)
             raise ConfigError(

@@ -167,9 +167,8 @@ def traceable_all_to_all(parts: Tensor, group_name: str) -> Tensor:
 
 def functional_group_ranks(group_name: str) -> tuple[int, ...]:
     """Return the ranks of the group that an operator of _c10d_functional names. Versions: 2.11 to 2.15; run on 2.13."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return tuple(dist.get_process_group_ranks(_resolve_process_group(group_name)))
+    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 - not exported, for mypy
+    return tuple(dist.get_process_group_ranks(resolve(group_name)))
 
 
 # ---------------------------------------------------------------- flight recorder

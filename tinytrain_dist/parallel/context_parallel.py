@@ -54,7 +54,7 @@ class HeadExchange(nn.Module):
         received = exchange_parts(torch.cat(shares, dim=2), self.group_name)
         # the ranks have sent their parts of the sequence, in order
         whole = received.movedim(0, 2).flatten(2, 3)  # [b, own heads, s, e]
-        return whole.split([share.shape[2] for share in shares], dim=1)
+        return torch.split(whole, [share.shape[2] for share in shares], dim=1)
 
     def _gather_heads(self, y_bhse: Tensor) -> Tensor:
         """Return all heads of this rank's positions: [b, own heads, s, e] -> [b, h, t, e]."""

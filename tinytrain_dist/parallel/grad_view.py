@@ -68,10 +68,10 @@ class GradientView:
     def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
         """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
 
-        `indices`: the micro-batches of this rank. `sums`: their losses on this rank's columns, as scalars on the device.
-        A collective of all ranks; does not wait for the device. Each value is added only to zeros, which is exact, and
-        then the columns of a micro-batch are summed in order. So the vector is the same on any number of data-parallel
-        ranks.
+        `indices`: the micro-batches of this rank. `sums`: their losses, as scalars on the device; with context
+        parallelism those of this rank's columns. A collective of all ranks; does not wait for the device. Each value is
+        added only to zeros, which is exact, and the columns of a micro-batch are then summed in order. So the vector is
+        the same on any number of data-parallel ranks.
         """
         cp = self.plan.cp
         *_, cp_index = self.context.data_coordinates

@@ -99,7 +99,9 @@ def check_fewest_nodes(config: TrainingConfig, context: DistributedContext) -> N
     per_node = context.local_world_size
     ranks = usable_ranks(config, nodes * per_node, per_node) or nodes * per_node
     dims = choose_parallel_dims(config, ranks, min(ranks, per_node))
-    shards = ranks if config.parallel == "auto" else dims.weight_shards  # auto shards a model that does not fit otherwise
+    shards = (
+        ranks if config.parallel == "auto" else dims.weight_shards
+    )  # auto shards a model that does not fit otherwise
     needed = LEAST_BYTES_PER_PARAMETER * config.model.approximate_parameter_count / shards
     room = min(values[0] for values in context.all_gather_numbers([usable_bytes(context)]))
     if needed > room:
