@@ -87,7 +87,7 @@ def test_configured_modes(settings, world, local, expected):
         ({"parallel": "hsdp", "dp_shard": 1}, 4, 4, ("hsdp", 2, 1), 2, 2),
         ({"parallel": "hsdp", "dp_replicate": 2}, 8, 8, ("hsdp", 2, 2), 2, 4),
         ({"parallel": "hsdp", "dp_shard": 1}, 2, 2, ("fsdp", 1, 1), 1, 2),
-        ({"parallel": "auto"}, 2, 2, ("none", 1, 1), 2, 1),
+        ({"parallel": "auto"}, 2, 2, ("ddp", 1, 1), 2, 1),
         ({"parallel": "auto"}, 8, 4, ("ddp", 4, 1), 8, 1),
     ],
 )
@@ -112,7 +112,12 @@ def test_auto_counts_all_ranks_that_hold_a_shard():
         ({}, 6, 3, r"cp: 2 does not divide the 3 process\(es\) of a node; possible: cp 1, or a multiple of 2"),
         ({}, 5, 4, r"cp: 2 does not divide the 5 processes; possible: cp 1, or a multiple of 2"),
         ({"cp": 4}, 6, 6, r"cp: 4 does not divide the 6 process\(es\) of a node; possible: cp 1, 2, or"),
-        ({"parallel": "none"}, 4, 4, "parallel: none runs on cp = 2 processes, but there are 4; start 2 processes, or"),
+        (
+            {"parallel": "none"},
+            4,
+            4,
+            "parallel: none runs on 2 processes with cp = 2, but there are 4; start 2 processes, or",
+        ),
         ({"parallel": "hsdp", "dp_shard": 4}, 4, 4, "dp_shard: 4 does not divide the 2 groups of 2 processes"),
     ],
 )

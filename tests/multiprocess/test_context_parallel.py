@@ -14,7 +14,8 @@ from tinytrain_dist.errors import CheckpointError
 
 pytestmark = pytest.mark.multiprocess
 
-HEADS = {"num_heads": 4, "num_kv_heads": 2}  # with 4 ranks for each sequence, key heads are repeated
+# with 4 ranks for each sequence, key heads are repeated
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "total_steps": 4, "eval_every": 2, "ckpt_every": 4}
 # What depends on the shares of the ranks: sources, masks, z-loss, Muon, the average, what is measured, and chunks of
 # tokens that do not end where the columns of a rank do.
 EVERYTHING: dict[str, Any] = {
@@ -120,7 +121,7 @@ def test_metrics_are_those_of_whole_sequences(runs: dict[str, Run]) -> None:
 
 
 def test_a_checkpoint_continues_with_another_cp(folder: Path, runs: dict[str, Run]) -> None:
-    train(folder, "moving", 4, parallel="hsdp", dp_shard=1, cp=2, stop_at_step=3, **HEADS)
+    train(folder, "moving", 4, parallel="hsdp", dp_shard=1, cp=2, stop_at_step=2, **HEADS)
     run = train(folder, "moving", 1, parallel="none", **HEADS)
     expected = runs["native alone"].values("train", "loss")
     assert run.values("train", "loss") == pytest.approx(expected, rel=1e-5)
@@ -138,7 +139,19 @@ def refused(settings: dict[str, Any]) -> str:
 
 
 def test_a_reproducible_run_does_not_change_its_cp_silently(folder: Path) -> None:
-    train(folder, "kept", 2, parallel="fsdp", cp=2, reproducible=True, stop_at_step=3, **HEADS)
+    train(folder, "kept", 2, parallel="fsdp", cp=2, reproducible=True, stop_at_step=2, **HEADS)
     alone = settings_for(folder, "kept", parallel="none", reproducible=True, **HEADS)
     assert "cp: 2 in the checkpoint, 1 now" in run_ranks(1, refused, alone)[0]
     assert run_ranks(1, refused, {**alone, "allow_drift": True})[0] == "not refused"
+
+
+@pytest.mark.slow
+def test_compiled_runs_have_equal_bits_too(folder: Path) -> None:
+    settings = {**HEADS, "reproducible": True, "compile": True, "precision": "bf16"}
+    for name, ranks in (("none-cp2", 2), ("fsdp-cp2", 2), ("ddp2-cp2", 4)):
+        train(folder, f"compiled {name}", ranks, **settings, **LAYOUTS[ranks][name])
+    alone = train(folder, "compiled alone", 1, parallel="none", **settings)
+    expected = Run(folder / "compiled none-cp2")
+    assert expected.values("train", "loss") == pytest.approx(alone.values("train", "loss"), rel=2e-3)
+    for name in ("fsdp-cp2", "ddp2-cp2"):
+        assert Run(folder / f"compiled {name}").digests() == expected.digests(), name

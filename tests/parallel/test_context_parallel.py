@@ -59,6 +59,41 @@ def compare_with_whole(cases: list[tuple[int, int, str, bool]]) -> list[list[flo
     return differences
 
 
+def logits_of_parts() -> dict[str, list[float]]:
+    """On a rank: return the largest differences from a model alone, for this rank's columns and for whole sequences."""
+    from tests.helpers.models import KINDS, random_model, some_ids
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.distributed.parallel_dims import ParallelDims
+    from tinytrain_dist.parallel.context_parallel import apply_context_parallel, whole_sequences
+
+    context = init_distributed("cpu")
+    context = context.with_mesh(ParallelDims("none", 1, 1, "", context.world_size))
+    config = KINDS["gqa"]
+    ids = some_ids(config)
+    documents = torch.arange(ids.shape[1]).expand(len(ids), -1) // 7
+    columns = torch.arange(ids.shape[1]).chunk(context.world_size)[context.rank]
+    alone, model = random_model(config), random_model(config)
+    apply_context_parallel(model, context)
+    differences: dict[str, list[float]] = {"columns": [], "whole": []}
+
+    def compare() -> None:
+        for separated in (None, documents):
+            y, y_part = alone(ids, documents_bt=separated), model(ids[:, columns], documents_bt=separated)
+            differences["columns"].append(float((y[:, columns] - y_part).abs().max().detach()))
+
+    compare()
+    with whole_sequences(model):
+        differences["whole"].append(float((alone(ids) - model(ids)).abs().max().detach()))
+    compare()
+    return differences
+
+
+def test_a_model_computes_its_columns_and_whole_sequences_to_generate_text() -> None:
+    for differences in run_ranks(2, logits_of_parts):
+        assert max(differences["columns"]) < 1e-5
+        assert differences["whole"] == [0.0]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exchanged_heads_give_the_attention_of_whole_sequences(ranks: int) -> None:
     for rank, differences in enumerate(run_ranks(ranks, compare_with_whole, CASES)):

@@ -292,7 +292,8 @@ def _timeline(step: PredictedStep) -> str:
 
 def _mode_table(forecasts: list[Forecast], steps: list[PredictedStep | None], cluster: Cluster) -> str:
     """Format a row for each mode; the first forecast is this run."""
-    heading = f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"
+    width = 22 if forecasts[0].parallel_dims.cp == 1 else 30
+    heading = f"  {'mode':<{width}}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"
     lines = [f"modes on {cluster.num_devices} device(s), per rank and step:", heading]
     if steps[0] is not None:
         lines[1] += f"{'simulated':>12}{'waiting':>10}"
@@ -302,7 +303,7 @@ def _mode_table(forecasts: list[Forecast], steps: list[PredictedStep | None], cl
         name += " (this run)" if each is forecasts[0] else ""
         fits = "yes" if each.fits else "no"
         sent = f"{_gb(each.inside_bytes):>14}{_gb(each.across_bytes):>14}"
-        line = f"  {name:<22}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
+        line = f"  {name:<{width}}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
         if step is not None:
             line += f"{_seconds(step.timeline.seconds):>12}{_seconds(step.timeline.exposed_seconds):>10}"
         lines.append(line)

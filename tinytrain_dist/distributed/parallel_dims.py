@@ -90,10 +90,10 @@ def choose_parallel_dims(
         prefers_shards = device_type == "cuda" and _gains_from_shards(config)
         return _choose_mode(world_size, local_world_size, cp, fits, prefers_shards)
     if config.parallel == "none" and world_size > cp:
-        processes = "1 process" if cp == 1 else f"cp = {cp} processes"
+        needed, also = ("1 process", "") if cp == 1 else (f"{cp} processes", f" with cp = {cp}")
         raise ConfigError(
-            f"parallel: none runs on {processes}, but there are {world_size}; start {processes.removeprefix('cp = ')}, "
-            f"or set {describe_modes(config, ('auto', 'ddp', 'fsdp'))}"
+            f"parallel: none runs on {needed}{also}, but there are {world_size}; start {needed}, or set "
+            f"{describe_modes(config, ('auto', 'ddp', 'fsdp'))}"
         )
     if config.parallel == "hsdp":
         return _hsdp_dims(config, world_size // cp, local_world_size // cp)
@@ -140,8 +140,6 @@ def _choose_mode(world_size: int, local_world_size: int, cp: int, fits: bool, pr
         nodes = world_size // local_world_size
         reason = "chosen because the GPUs of a node update a model of this size faster if each holds a shard of it"
         return ParallelDims("hsdp" if nodes > 1 else "fsdp", nodes, ranks_of_node, reason, cp)
-    if fits and data_ranks == 1:
-        return ParallelDims("none", 1, 1, "chosen because there is one data-parallel rank", cp)
     if fits:
         return ParallelDims("ddp", data_ranks, 1, "chosen because the model and its optimizer fit on one device", cp)
     if 1 < local_world_size < world_size:
