@@ -187,7 +187,6 @@ def test_what_depends_on_the_length_is_checked_when_epochs_have_given_it() -> No
         dataclasses.replace(config, epochs=None, total_steps=55_000)
 
 
-@pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -206,6 +205,7 @@ def test_replicas_are_those_of_the_weights() -> None:
     assert problems_of(parallel="fsdp", fingerprint_every=2, cp=2) != []
 
 
+@pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])
 def test_steps_to_profile_are_two_numbers_within_the_run(profile):
     assert only_problem(profile=profile, total_steps=10).startswith(f"profile: {profile!r}"[:9])
 
