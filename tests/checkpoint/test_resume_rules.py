@@ -96,6 +96,16 @@ def test_a_reproducible_run_refuses_other_numerics(tmp_path: Path) -> None:
     check_same_numerics(tmp_path, state, config_for(tmp_path, reproducible=False), now)
 
 
+def test_a_checkpoint_from_before_ranks_shared_sequences_had_none_that_did(tmp_path: Path) -> None:
+    config = config_for(tmp_path, reproducible=True)
+    state = saved_state(config)
+    check_same_numerics(tmp_path, state, config, {**state["bits"], "cp": 1})
+    with pytest.raises(CheckpointError, match="cp: 1 in the checkpoint, 2 now"):
+        check_same_numerics(tmp_path, state, config, {**state["bits"], "cp": 2})
+    del state["config"]["cp"]
+    assert describe_changes(state, config_for(tmp_path, cp=2)) == ["cp: 1 -> 2"]
+
+
 def test_changes_are_described_with_both_values(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     assert describe_changes(saved_state(config, lr_max=0.5, gone_since=3), config) == [

@@ -17,7 +17,7 @@ YARN = {"rope_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_context_
     "name",
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model ckpt_every "
     "keep_last max_shard_bytes max_skipped_steps micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step "
-    "keep_every dp_replicate dp_shard loss_chunk_tokens cosine_iters decay_iters rope_original_context_len".split(),
+    "keep_every dp_replicate dp_shard cp loss_chunk_tokens cosine_iters decay_iters rope_original_context_len".split(),
 )
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_are_at_least_one(name, value):
@@ -210,6 +210,24 @@ def test_what_depends_on_the_length_is_checked_when_epochs_have_given_it() -> No
     assert dataclasses.replace(config, epochs=None, total_steps=70_000).total_steps == 70_000
     with pytest.raises(ConfigError, match="60000 is beyond total_steps 55000"):
         dataclasses.replace(config, epochs=None, total_steps=55_000)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"cp": 3}, "cp: 3 does not divide num_heads 4; possible: cp 1, 2, 4"),
+        ({"cp": 4, "context_len": 510}, "cp: 4 does not divide context_len 510; possible: cp 1, 2"),
+    ],
+)
+def test_ranks_that_share_sequences_divide_columns_and_heads(values: dict[str, Any], sentence: str) -> None:
+    assert only_problem(**{"num_heads": 4, "context_len": 516, **values}) == sentence
+
+
+def test_replicas_are_those_of_the_weights() -> None:
+    refused = only_problem(parallel="none", fingerprint_every=2)
+    assert refused == "fingerprint_every: parallel = none has no replicas to compare; leave it out"
+    assert problems_of(parallel="none", fingerprint_every=2, cp=2) == []
+    assert problems_of(parallel="fsdp", fingerprint_every=2, cp=2) != []
 
 
 @pytest.mark.parametrize("profile", ["3", "3:", "a:b", "0:2", "5:3", "11:12", "3:4:5", "-1:2", " 1:2"])

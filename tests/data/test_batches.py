@@ -21,6 +21,24 @@ from tinytrain_dist.data.training_windows import Windows, separate_documents
 from tinytrain_dist.data.window_sampling import window_starts
 from tinytrain_dist.errors import DataError
 
+# --- columns ---
+
+
+def test_columns_of_windows_have_their_targets_and_all_documents() -> None:
+    begins = torch.tensor([[True, False, True, False, False, False, True]])
+    windows = separate_documents(torch.arange(10, 17)[None], begins)
+    parts = [windows.take_columns(slice(start, start + 3)) for start in (0, 3)]
+    assert [part.tokens.tolist() for part in parts] == [[[10, 11, 12, 13]], [[13, 14, 15, 16]]]
+    assert [part.num_counted for part in parts] == [2, 2]
+    assert sum(part.num_counted for part in parts) == windows.num_counted
+    for part in parts:
+        assert part.documents is windows.documents
+        assert len(part) == 1
+    assert windows.take_columns(slice(0, 6)) is windows
+    unmasked = Windows(windows.tokens)
+    assert unmasked.take_columns(slice(3, 6)).num_counted == 3
+
+
 # --- random windows ------------------------------------------------------------------------------------------------
 
 every_way_to_draw = pytest.mark.parametrize(

@@ -27,6 +27,26 @@ def test_accumulation_is_derived():
     assert plan.slots(3) == range(12, 16)
 
 
+def test_ranks_that_share_sequences_have_the_same_slots_and_other_columns():
+    config = TrainingConfig(batch_size=8, micro_batch_size=2, context_len=12, num_heads=6, cp=3)
+    plan = BatchPlan.make(config, ParallelDims("ddp", 2, 1, "", cp=3))
+    assert (plan.ranks, plan.world_size, plan.accumulation_steps, plan.tokens_per_step) == (2, 6, 2, 96)
+    assert str(plan) == (
+        "batch_size 8 = micro_batch_size 2 x 2 data-parallel ranks x 2 accumulation steps; 96 tokens per step; each "
+        "sequence on 3 ranks with 4 tokens each"
+    )
+    shares = [plan.share(1, 0, cp_index) for cp_index in range(3)]
+    assert {share.slots for share in shares} == {(4, 5, 6, 7)}
+    assert [share.columns for share in shares] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert make(TrainingConfig(context_len=10)).share(0, 0).columns == slice(0, 10)
+
+
+def test_a_batch_too_small_for_groups_of_ranks_offers_numbers_of_processes():
+    config = TrainingConfig(batch_size=2, context_len=12, num_heads=6, cp=3)
+    with pytest.raises(ConfigError, match=r"fewer than 4 data-parallel ranks of cp = 3 processes.*ranks 3, 6;"):
+        BatchPlan.make(config, ParallelDims("ddp", 4, 1, "", cp=3))
+
+
 def test_without_micro_batch_size_a_rank_takes_its_part_at_once():
     plan = make(TrainingConfig(batch_size=12), 3)
     assert (plan.micro_batch_size, plan.accumulation_steps) == (4, 1)

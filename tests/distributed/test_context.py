@@ -20,6 +20,17 @@ def test_a_rank_knows_its_replica_and_shard() -> None:
     assert (context.replica, context.shard) == (2, 1)
 
 
+def test_ranks_that_share_sequences_follow_one_another() -> None:
+    context = DistributedContext(7, 3, 12, 4, "node", torch.device("cpu"))
+    assert context.data_coordinates == (0, 0, 0), "there is no mesh yet"
+    sharded = replace(context, parallel_dims=ParallelDims("hsdp", 2, 3, "", cp=2))
+    assert sharded.data_coordinates == (1, 0, 1)
+    assert (sharded.replica, sharded.shard) == (1, 1), "the weights are divided into 6 shards"
+    replicated = replace(context, parallel_dims=ParallelDims("ddp", 6, 1, "", cp=2))
+    assert replicated.data_coordinates == (3, 0, 1)
+    assert (replicated.replica, replicated.shard) == (7, 0)
+
+
 def talk() -> dict[str, Any]:
     """On a rank: call every method that communicates."""
     from tinytrain_dist.distributed.context import init_distributed

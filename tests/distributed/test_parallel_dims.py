@@ -76,6 +76,56 @@ def test_configured_modes(settings, world, local, expected):
     assert mesh(TrainingConfig(**settings), world, local) == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "world", "local", "expected", "replicas", "shards"),
+    [
+        ({"parallel": "none"}, 2, 2, ("none", 1, 1), 2, 1),
+        ({"parallel": "ddp"}, 4, 4, ("ddp", 2, 1), 4, 1),
+        ({"parallel": "fsdp"}, 4, 4, ("fsdp", 1, 2), 1, 4),
+        ({"parallel": "fsdp"}, 2, 2, ("fsdp", 1, 1), 1, 2),
+        ({"parallel": "hsdp"}, 8, 4, ("hsdp", 2, 2), 2, 4),
+        ({"parallel": "hsdp", "dp_shard": 1}, 4, 4, ("hsdp", 2, 1), 2, 2),
+        ({"parallel": "hsdp", "dp_replicate": 2}, 8, 8, ("hsdp", 2, 2), 2, 4),
+        ({"parallel": "hsdp", "dp_shard": 1}, 2, 2, ("fsdp", 1, 1), 1, 2),
+        ({"parallel": "auto"}, 2, 2, ("ddp", 1, 1), 2, 1),
+        ({"parallel": "auto"}, 8, 4, ("ddp", 4, 1), 8, 1),
+    ],
+)
+def test_weights_are_divided_over_more_ranks_than_data(settings, world, local, expected, replicas, shards):
+    dims = choose_parallel_dims(TrainingConfig(**settings, num_heads=4, cp=2), world, local)
+    assert (dims.mode, dims.replicate, dims.shard) == expected
+    assert (dims.cp, dims.weight_replicas, dims.weight_shards) == (2, replicas, shards)
+    assert "2 ranks for each sequence" in str(dims)
+
+
+def test_auto_counts_all_ranks_that_hold_a_shard():
+    config = TrainingConfig(**LARGE, cp=2)
+    choices = [choose_parallel_dims(config, 16, 8, device_type="cuda"), choose_parallel_dims(config, 16, 8, False)]
+    choices.append(choose_parallel_dims(config, 4, 4, fits=False))
+    chosen = [(dims.mode, dims.replicate, dims.shard, dims.cp) for dims in choices]
+    assert chosen == [("hsdp", 2, 4, 2), ("hsdp", 2, 4, 2), ("fsdp", 1, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "local", "message"),
+    [
+        ({}, 6, 3, r"cp: 2 does not divide the 3 process\(es\) of a node; possible: cp 1, or a multiple of 2"),
+        ({}, 5, 4, r"cp: 2 does not divide the 5 processes; possible: cp 1, or a multiple of 2"),
+        ({"cp": 4}, 6, 6, r"cp: 4 does not divide the 6 process\(es\) of a node; possible: cp 1, 2, or"),
+        (
+            {"parallel": "none"},
+            4,
+            4,
+            "parallel: none runs on 2 processes with cp = 2, but there are 4; start 2 processes, or",
+        ),
+        ({"parallel": "hsdp", "dp_shard": 4}, 4, 4, "dp_shard: 4 does not divide the 2 groups of 2 processes"),
+    ],
+)
+def test_ranks_that_cannot_share_sequences_are_refused(settings, world, local, message):
+    with pytest.raises(ConfigError, match=message):
+        choose_parallel_dims(TrainingConfig(**{"num_heads": 4, "cp": 2, **settings}), world, local)
+
+
 def test_none_on_several_processes_is_an_error():
     with pytest.raises(ConfigError, match="parallel: none runs on 1 process, but there are 2"):
         choose_parallel_dims(TrainingConfig(parallel="none"), 2, 2)

@@ -26,6 +26,10 @@ def config(**settings: object) -> TrainingConfig:
         ({"parallel": "none"}, 3, 1, 1),
         ({"parallel": "hsdp", "dp_shard": 2, "batch_size": 12}, 7, 2, 6),
         ({"parallel": "hsdp", "dp_shard": 2}, 1, 1, 0),
+        ({"cp": 2}, 6, 2, 6),
+        ({"cp": 2}, 3, 3, 2),
+        ({"cp": 2, "batch_size": 2}, 8, 4, 4),
+        ({"cp": 2}, 3, 1, 0),
     ],
 )
 def test_the_number_of_ranks_that_a_step_needs_to_be_the_shortest(

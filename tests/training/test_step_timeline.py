@@ -67,6 +67,9 @@ def four_gpus() -> Iterator[DistributedContext]:
         {"parallel": "hsdp", "tie_embeddings": True, "precision": "bf16", "activation_checkpointing": "block"},
         {"parallel": "fsdp", "optimizer": "muon", "num_kv_heads": 2, "num_layers": 3},
         {"parallel": "hsdp", "optimizer": "muon", "num_layers": 3, "precision": "bf16"},
+        {"parallel": "fsdp", "micro_batch_size": 2, "cp": 2, "num_kv_heads": 1},
+        {"parallel": "hsdp", "cp": 2, "precision": "bf16", "activation_checkpointing": "block"},
+        {"parallel": "hsdp", "cp": 2, "activation_checkpointing": "selective"},
     ],
     ids=str,
 )
@@ -75,7 +78,8 @@ def test_the_collectives_are_those_of_the_real_step_in_their_order(
 ) -> None:
     expected = settings_of(**changes)
     tracker = memory_estimate._simulate_step(expected.config, four_gpus.with_mesh(expected.dims))
-    groups = {"shard": tuple(range(expected.dims.shard)), "world": (0, 1, 2, 3), "replicate": (0, 2)}
+    groups = {"shard": tuple(range(expected.dims.weight_shards)), "world": (0, 1, 2, 3), "replicate": (0, 2)}
+    groups["cp"] = (0, 1)
     real = [
         (operation.partition(".")[0].strip("_").replace("_base", ""), nbytes, ranks)
         for _, operation, nbytes, ranks in tracker._messages
@@ -90,6 +94,15 @@ def test_ddp_sends_all_gradients_once(four_gpus: DistributedContext) -> None:
     estimate = memory_estimate.estimate_memory(expected.config, four_gpus.with_mesh(expected.dims))
     sent = sum(nbytes for _, _, nbytes in predict_step(expected).sent)
     assert {(0, 1, 2, 3): {"allreduce_.default": sent + 4}} == estimate.sent  # 4: the vote, on the CPU
+
+
+def test_ddp_also_exchanges_parts_of_sequences(four_gpus: DistributedContext) -> None:
+    expected = settings_of(parallel="ddp", micro_batch_size=2, cp=2)
+    sent = predict_step(expected).sent
+    estimate = memory_estimate.estimate_memory(expected.config, four_gpus.with_mesh(expected.dims))
+    sums = {group: sum(nbytes for name, _, nbytes in sent if name == group) for group in ("cp", "replicate", "world")}
+    assert estimate.sent[0, 1] == {"all_to_all_single": sums["cp"]}
+    assert estimate.sent[0, 1, 2, 3] == {"allreduce_.default": sums["replicate"] + sums["world"] + 4}
 
 
 BUCKETED = {"vocab_size": 2048, "num_layers": 3, "d_model": 256, "d_ff": 1024, "num_heads": 4, "num_kv_heads": 2}

@@ -32,7 +32,9 @@ ADDED_SETTINGS = (
     "rope_beta_fast",
     "rope_beta_slow",
     "rope_attention_factor",
+    "cp",
 )
+ADDED_ROUNDING_SETTINGS = ("cp",)  # the same for what `check_same_numerics` compares
 
 
 def checkpoints_to_try(config: TrainingConfig, own: list[Path]) -> list[Path]:
@@ -218,7 +220,7 @@ def check_same_numerics(path: Path, state: dict[str, Any], config: TrainingConfi
     versions and thread counts.
     Errors: CheckpointError that lists all differences, unless allow_drift is set or the run is not reproducible.
     """
-    saved = state.get("bits", {})
+    saved = {name: FIELDS[name].default for name in ADDED_ROUNDING_SETTINGS} | state.get("bits", {})
     differences = [
         f"{name}: {saved.get(name)} in the checkpoint, {now} now"
         for name, now in numerics.items()

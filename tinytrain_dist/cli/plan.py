@@ -232,7 +232,7 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
 
 def _orthogonalization(planned: Forecast) -> str:
     """Format what Newton-Schulz takes in a step; "" without Muon."""
-    work = update_work(planned.config, planned.parallel_dims.replicate, planned.parallel_dims.shard)
+    work = update_work(planned.config, planned.parallel_dims.weight_replicas, planned.parallel_dims.weight_shards)
     if not work.plan.shapes:
         return ""
     flops = work.owned_flops()
@@ -269,7 +269,7 @@ def _snapshots(config: TrainingConfig, planned: Forecast, cluster: Cluster, stat
     """Format the shared memory for snapshots, which runs take whose ranks may be restarted."""
     if config.snapshot_every == 0:
         return ""
-    num_shards = planned.parallel_dims.shard
+    num_shards = planned.parallel_dims.weight_shards
     ranks = range(cluster.num_devices)
     places = [Place(str(rank // cluster.per_node), "", rank % num_shards) for rank in ranks]
     node_bytes = state_bytes * Placement(places, 0).shards_per_node() / num_shards
@@ -292,16 +292,18 @@ def _timeline(step: PredictedStep) -> str:
 
 def _mode_table(forecasts: list[Forecast], steps: list[PredictedStep | None], cluster: Cluster) -> str:
     """Format a row for each mode; the first forecast is this run."""
-    heading = f"  {'mode':<22}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"
+    width = 22 if forecasts[0].parallel_dims.cp == 1 else 30
+    heading = f"  {'mode':<{width}}{'tensors':>12}{'fits':>6}{'sent inside':>14}{'sent across':>14}{'step at best':>15}"
     lines = [f"modes on {cluster.num_devices} device(s), per rank and step:", heading]
     if steps[0] is not None:
         lines[1] += f"{'simulated':>12}{'waiting':>10}"
     for each, step in zip(forecasts, steps, strict=True):
         dims = each.parallel_dims
-        name = f"{dims.mode} {dims.replicate} x {dims.shard}" + (" (this run)" if each is forecasts[0] else "")
+        name = f"{dims.mode} {dims.replicate} x {dims.shard}" + (f" x cp {dims.cp}" if dims.cp > 1 else "")
+        name += " (this run)" if each is forecasts[0] else ""
         fits = "yes" if each.fits else "no"
         sent = f"{_gb(each.inside_bytes):>14}{_gb(each.across_bytes):>14}"
-        line = f"  {name:<22}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
+        line = f"  {name:<{width}}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
         if step is not None:
             line += f"{_seconds(step.timeline.seconds):>12}{_seconds(step.timeline.exposed_seconds):>10}"
         lines.append(line)

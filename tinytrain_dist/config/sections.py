@@ -254,6 +254,7 @@ class ParallelSettings:
     parallel: Mode = _setting("parallel", "auto", "data-parallel mode (auto: chosen by number of ranks and model size)")
     dp_replicate: int | None = _setting("parallel", None, "hsdp: number of replicas")
     dp_shard: int | None = _setting("parallel", None, "hsdp: ranks that share one replica")
+    cp: int = _setting("parallel", 1, "context parallelism: ranks that share each sequence, for long contexts (1: off)")
     reshard_after_forward: bool | None = _setting(
         "parallel", None, "fsdp, hsdp: gather weights again for backward (None: unless GPUs have memory to keep them)"
     )

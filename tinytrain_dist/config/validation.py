@@ -44,7 +44,7 @@ IDENTITY_SETTINGS = (
 PAST_SETTINGS = ("skip_steps",)
 # A resume of a reproducible run is refused if the checkpoint has another value of one of these settings. They change
 # only how results are rounded.
-ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens")
+ROUNDING_SETTINGS = ("reproducible", "micro_batch_size", "precision", "compile", "loss_chunk_tokens", "cp")
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -53,7 +53,7 @@ LARGEST_NUMBER = 1 << 53
 
 AT_LEAST_ONE = tuple(
     "total_steps log_every eval_every eval_steps batch_size context_len num_layers num_heads d_model "
-    "ckpt_every keep_last copies_keep_last max_shard_bytes max_skipped_steps ema_every muon_steps".split()
+    "ckpt_every keep_last copies_keep_last max_shard_bytes max_skipped_steps ema_every muon_steps cp".split()
 )
 NONE_OR_AT_LEAST_ONE = tuple(
     "micro_batch_size vocab_size num_kv_heads head_dim d_ff stop_at_step keep_every dp_replicate dp_shard "
@@ -307,9 +307,20 @@ def _parallel_problems(config: TrainingConfig) -> list[str]:
         ]
     if config.parallel in ("none", "ddp") and config.reshard_after_forward is not None:
         problems.append(f"reshard_after_forward: has no effect with parallel = {config.parallel}; leave it out")
-    if config.parallel in ("none", "fsdp") and config.fingerprint_every is not None:
+    has_replicas = config.parallel != "fsdp" and (config.parallel != "none" or config.cp > 1)
+    if config.fingerprint_every is not None and not has_replicas:
         problems.append(f"fingerprint_every: parallel = {config.parallel} has no replicas to compare; leave it out")
-    return problems
+    return problems + _cp_problems(config)
+
+
+def _cp_problems(config: TrainingConfig) -> list[str]:
+    """Return a problem if the columns or the heads of a sequence cannot be divided evenly among `cp` ranks."""
+    possible = divisors(math.gcd(config.context_len, config.num_heads))
+    return [
+        f"cp: {config.cp} does not divide {name} {getattr(config, name)}; possible: cp {format_list(possible)}"
+        for name in ("context_len", "num_heads")
+        if getattr(config, name) % config.cp
+    ]
 
 
 def _resume_problems(config: TrainingConfig) -> list[str]:

@@ -145,8 +145,8 @@ class Prefetcher:
 def split_micro_batches(windows: Windows, micro_batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """Yield what the model is called with for micro_batch_size windows each, on the device.
 
-    It is (ids, targets), both int64 [micro_batch_size, context_len], and then the documents if they are separated.
-    Targets that do not count are IGNORE_INDEX.
+    It is (ids, targets), both int64 [micro_batch_size, number of columns], and then the documents of the whole windows
+    if they are separated. Targets that do not count are IGNORE_INDEX.
     """
     # Widened on the device: IDs of 32 bits take half as long over the bus as those of 64.
     tokens, counted, documents = (

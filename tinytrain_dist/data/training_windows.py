@@ -5,7 +5,7 @@ Must not know files, ranks or models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class Windows:
     * `tokens`: [n, context_len + 1], of any integer type: the inputs, and the token after the last one.
     * `counted`: bool [n, context_len]: which targets count in the loss. None: all of them.
     * `documents`: int32 [n, context_len]: the document within its window that each input token belongs to: 0, 1, ... in
-      ascending order. None: documents are not separated.
+      ascending order. None: documents are not separated. They are those of the whole windows, also if `tokens` and
+      `counted` are only some of their columns.
     * `sources`: int64 [n]: the source of each window. None: there is only one, or it does not matter.
     """
 
@@ -38,6 +39,20 @@ class Windows:
         if self.counted is None:
             return len(self.tokens) * (self.tokens.shape[1] - 1)
         return int(self.counted.sum())
+
+    def take_columns(self, columns: slice) -> Windows:
+        """Return these columns of all windows: tokens with their targets, and which of them count.
+
+        The documents stay whole, because attention to them reaches other columns.
+        """
+        start, stop = columns.start, columns.stop
+        if start == 0 and stop == self.tokens.shape[1] - 1:
+            return self
+        return replace(
+            self,
+            tokens=self.tokens[:, start : stop + 1].contiguous(),
+            counted=None if self.counted is None else self.counted[:, start:stop].contiguous(),
+        )
 
     def pin_memory(self) -> Windows:
         """Return the windows in pinned memory, from which a GPU copies without waiting."""

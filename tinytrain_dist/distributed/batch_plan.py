@@ -33,7 +33,10 @@ class BatchPlan:
     * `batch_size`: sequences in one step over all ranks. Each has a sample slot, 0 .. batch_size - 1.
     * `micro_batch_size`: sequences in one forward pass. Slot s belongs to micro-batch s // micro_batch_size.
     * `context_len`: tokens in one sequence.
-    * `replicate`, `shard`: the sizes of the mesh axes, as in ParallelDims.
+    * `replicate`, `shard`: the sizes of the mesh axes, as in ParallelDims. Their product is the number of data-parallel
+      ranks.
+    * `cp`: number of ranks that are one data-parallel rank. They compute the same micro-batches. Each of them has a
+      slice of the columns, in the order of ranks.
 
     The number of ranks need not divide the number of micro-batches. The shares are then uneven:
 
@@ -48,6 +51,7 @@ class BatchPlan:
     context_len: int
     replicate: int
     shard: int
+    cp: int = 1
 
     @classmethod
     def make(cls, config: TrainingConfig, dims: ParallelDims) -> BatchPlan:
@@ -66,12 +70,17 @@ class BatchPlan:
         if problems := list(filter(None, divided)):
             raise ConfigError(problems)
         micro_batch_size = given or _micro_batch_sizes(config, ranks)[-1]
-        return cls(config.batch_size, micro_batch_size, config.context_len, dims.replicate, dims.shard)
+        return cls(config.batch_size, micro_batch_size, config.context_len, dims.replicate, dims.shard, dims.cp)
 
     @property
     def ranks(self) -> int:
         """Return the number of data-parallel ranks."""
         return self.replicate * self.shard
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of all ranks."""
+        return self.ranks * self.cp
 
     @property
     def num_micro_batches(self) -> int:
@@ -115,9 +124,9 @@ class BatchPlan:
         """Return the sample slots of the micro-batch with this index in the global batch."""
         return range(micro_batch * self.micro_batch_size, (micro_batch + 1) * self.micro_batch_size)
 
-    def share(self, replica: int, shard: int) -> BatchShare:
+    def share(self, replica: int, shard: int, cp_index: int = 0) -> BatchShare:
         """Return what the rank at these coordinates on the mesh computes of the batch."""
-        return _share(self, replica, shard)
+        return _share(self, replica, shard, cp_index)
 
     @property
     def unused_share(self) -> float:
@@ -126,9 +135,12 @@ class BatchPlan:
 
     def __str__(self) -> str:
         tokens = f"{self.tokens_per_step:,} tokens per step"
+        if self.cp > 1:
+            tokens += f"; each sequence on {self.cp} ranks with {self.context_len // self.cp:,} tokens each"
         if not self.unused_share:
+            ranks = "ranks" if self.cp == 1 else "data-parallel ranks"
             return (
-                f"batch_size {self.batch_size} = micro_batch_size {self.micro_batch_size} x {self.ranks} ranks x "
+                f"batch_size {self.batch_size} = micro_batch_size {self.micro_batch_size} x {self.ranks} {ranks} x "
                 f"{self.accumulation_steps} accumulation steps; {tokens}"
             )
         most = self.accumulation_steps
@@ -144,7 +156,7 @@ class BatchPlan:
 class BatchShare:
     """What one rank computes of one batch.
 
-    * `replica`: the rank's coordinate on the axis dp_replicate.
+    * `replica`, `cp_index`: the rank's coordinates on the axes dp_replicate and cp.
     * `micro_steps`: those of its replica.
     * `micro_batches`: the index in the global batch of the micro-batch of each micro-step. There may be none for the
       last micro-step.
@@ -156,6 +168,13 @@ class BatchShare:
     micro_steps: Sequence[int]
     micro_batches: tuple[int, ...]
     slots: tuple[int, ...]
+    cp_index: int = 0
+
+    @property
+    def columns(self) -> slice:
+        """Return the columns of its windows that this rank computes: all of them, or those of its place in `cp`."""
+        width = self.plan.context_len // self.plan.cp
+        return slice(self.cp_index * width, (self.cp_index + 1) * width)
 
     def is_last(self, micro_step: int) -> bool:
         """Return whether this is the last micro-step of this rank in an optimizer step."""
@@ -175,10 +194,10 @@ class BatchShare:
 
 
 @lru_cache  # the shares of a rank in the phases of a run, which are used in every step
-def _share(plan: BatchPlan, replica: int, shard: int) -> BatchShare:
+def _share(plan: BatchPlan, replica: int, shard: int, cp_index: int) -> BatchShare:
     micro_batches = tuple(plan.micro_batches_of(replica)[shard :: plan.shard])
     slots = tuple(slot for index in micro_batches for slot in plan.slots(index))
-    return BatchShare(plan, replica, plan.micro_steps_of(replica), micro_batches, slots)
+    return BatchShare(plan, replica, plan.micro_steps_of(replica), micro_batches, slots, cp_index)
 
 
 @dataclass(frozen=True)
@@ -231,12 +250,13 @@ def _division_problem(config: TrainingConfig, dims: ParallelDims) -> str:
     batch_size, ranks = config.batch_size, dims.replicate * dims.shard
     given = config.fixed_micro_batch_size
     count = batch_size // (given or 1)
+    kind = "ranks" if dims.cp == 1 else f"data-parallel ranks of cp = {dims.cp} processes"
     if given is None:
-        problem = f"batch_size: {batch_size} is fewer than {ranks} ranks, and each rank needs a sequence"
+        problem = f"batch_size: {batch_size} is fewer than {ranks} {kind}, and each rank needs a sequence"
     elif count < ranks:
         problem = (
             f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than {ranks} "
-            "ranks, and each rank needs one"
+            f"{kind}, and each rank needs one"
         )
     else:
         problem = (
@@ -252,7 +272,7 @@ def _possible_changes(config: TrainingConfig, ranks: int) -> str:
     fewer = (count for count in range(min(ranks, batch_size // (given or 1)), 0, -1))
     allowed = (n for n in fewer if divides(batch_size, given or 1, n, exact) and _allows_ranks(config, n))
     choices = {
-        "ranks": sorted(itertools.islice(allowed, MAX_RANKS_OFFERED)),
+        "ranks": sorted(count * config.cp for count in itertools.islice(allowed, MAX_RANKS_OFFERED)),
         "micro_batch_size": micro_batch_sizes(batch_size, ranks, exact) if given else [],
         "batch_size": nearest_batch_sizes(batch_size, given or 1, ranks, exact),
     }
@@ -260,9 +280,9 @@ def _possible_changes(config: TrainingConfig, ranks: int) -> str:
 
 
 def _allows_ranks(config: TrainingConfig, ranks: int) -> bool:
-    """Return whether the configured mode can be used with this number of ranks, on one node."""
+    """Return whether the configured mode can be used with this number of data-parallel ranks, on one node."""
     try:
-        choose_parallel_dims(config, ranks, ranks)
+        choose_parallel_dims(config, ranks * config.cp, ranks * config.cp)
     except ConfigError:
         return False
     return True

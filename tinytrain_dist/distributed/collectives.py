@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tinytrain_dist.distributed import process_end  # noqa: F401 - registers what the end of a process needs
-from tinytrain_dist.distributed.torch_internals import all_gather_into
+from tinytrain_dist.distributed.torch_internals import all_gather_into, traceable_all_to_all
 from tinytrain_dist.errors import TinytrainError
 
 Group = dist.ProcessGroup
@@ -145,6 +145,29 @@ def all_to_all(
     A collective. Blocks if `wait`; else returns a handle with `wait()`, and both tensors must stay alive until then.
     """
     return dist.all_to_all_single(output, input, received_sizes, sent_sizes, group=group, async_op=not wait)
+
+
+def exchange_parts(parts: Tensor, group_name: str) -> Tensor:
+    """Send part i of dim 0 to rank i of a group, and return what the ranks send to this rank: the same shape.
+
+    Dim 0 has one part for each rank. `group_name`: ProcessGroup.group_name, because torch.compile needs a constant; it
+    keeps the exchange in one graph. A collective, also in backward, where gradients return. Blocks on a CPU.
+    """
+    received: Tensor = _ExchangedParts.apply(parts, group_name)  # type: ignore[no-untyped-call]
+    return received
+
+
+class _ExchangedParts(torch.autograd.Function):
+    """The all-to-all of `exchange_parts`. It is its own transpose, so backward is the same exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return traceable_all_to_all(parts, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return traceable_all_to_all(grad_outputs[0], ctx.group_name), None
 
 
 def all_gather(output: Tensor, input: Tensor | None, group: Group | None, wait: bool = True) -> Any:

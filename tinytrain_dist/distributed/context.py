@@ -32,7 +32,8 @@ from tinytrain_dist.distributed.rendezvous import (
 from tinytrain_dist.distributed.torch_internals import enable_flight_recorder, set_group_timeout
 from tinytrain_dist.distributed.torch_internals import flight_record as flight_record
 
-REPLICATE, SHARD = "dp_replicate", "dp_shard"  # the names of the mesh axes
+REPLICATE, SHARD = "dp_replicate", "dp_shard"  # the axes of the mesh on which weights are divided
+DATA, CONTEXT = "dp", "cp"  # the axes of the mesh on which sequences are divided
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # exists if this Linux supports huge pages
 
 
@@ -45,8 +46,9 @@ class DistributedContext:
     * `host`: name of this node.
     * `device`: where this rank computes: cpu, or cuda with the index `local_rank` (0 if it sees only one GPU).
     * `launch_id`: random ID shared by all ranks of one launch; it changes on every restart.
-    * `mesh`: the ranks as a (dp_replicate, dp_shard) grid; None before `with_mesh`.
-    * `parallel_dims`: the sizes of that grid, the mode's name and why it was chosen; None before `with_mesh`.
+    * `mesh`: the ranks as a grid (replicas, shards) of copies of the weights; None before `with_mesh`.
+    * `sequence_mesh`: the ranks as a grid (data-parallel ranks, cp); None before `with_mesh`, and if cp is 1.
+    * `parallel_dims`: the sizes of all axes, the mode's name and why it was chosen; None before `with_mesh`.
     * `timeout`: time after which a collective fails; None for torch's defaults.
     * `simulated_type`: of simulated ranks, the type of their devices, cpu or cuda; otherwise "".
     """
@@ -59,6 +61,7 @@ class DistributedContext:
     device: torch.device
     launch_id: str = ""
     mesh: DeviceMesh | None = None
+    sequence_mesh: DeviceMesh | None = None
     parallel_dims: ParallelDims | None = None
     timeout: timedelta | None = None
     simulated_type: str = ""
@@ -74,37 +77,64 @@ class DistributedContext:
         return self.rank == 0
 
     @property
+    def weight_replicas(self) -> int:
+        """Return how many copies of the weights there are."""
+        return self.parallel_dims.weight_replicas if self.parallel_dims else 1
+
+    @property
+    def weight_shards(self) -> int:
+        """Return into how many shards a copy of the weights is divided."""
+        return self.parallel_dims.weight_shards if self.parallel_dims else 1
+
+    @property
     def replica(self) -> int:
-        """Return the index of this rank's replica, 0 .. dp_replicate - 1."""
-        return self.rank // self.parallel_dims.shard if self.parallel_dims else 0
+        """Return the index of this rank's copy of the weights, 0 .. weight_replicas - 1."""
+        return self.rank // self.weight_shards if self.parallel_dims else 0
 
     @property
     def shard(self) -> int:
-        """Return the index of this rank's shard within its replica, 0 .. dp_shard - 1."""
-        return self.rank % self.parallel_dims.shard if self.parallel_dims else 0
+        """Return the index of this rank's shard of the weights, 0 .. weight_shards - 1."""
+        return self.rank % self.weight_shards if self.parallel_dims else 0
+
+    @property
+    def data_coordinates(self) -> tuple[int, int, int]:
+        """Return the place of this rank on the axes dp_replicate, dp_shard and cp, which decide what it computes."""
+        dims = self.parallel_dims
+        if dims is None:
+            return 0, 0, 0
+        data_rank, cp_index = divmod(self.rank, dims.cp)
+        return data_rank // dims.shard, data_rank % dims.shard, cp_index
 
     def with_mesh(self, dims: ParallelDims) -> DistributedContext:
-        """Return this context on a (dp_replicate, dp_shard) mesh. A collective: every rank passes equal `dims`."""
-        mesh = init_device_mesh(self.device.type, (dims.replicate, dims.shard), mesh_dim_names=(REPLICATE, SHARD))
+        """Return this context on the mesh of `dims`. A collective: every rank passes equal `dims`."""
+        mesh = self._new_mesh((dims.weight_replicas, dims.weight_shards), (REPLICATE, SHARD))
+        sequence_mesh = None
+        if dims.cp > 1:
+            sequence_mesh = self._new_mesh((dims.replicate * dims.shard, dims.cp), (DATA, CONTEXT))
+        return replace(self, mesh=mesh, sequence_mesh=sequence_mesh, parallel_dims=dims)
+
+    def _new_mesh(self, sizes: tuple[int, int], axes: tuple[str, str]) -> DeviceMesh:
+        mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=axes)
         if self.timeout is not None:
             # on NCCL, torch gives a mesh's groups a timeout of ten minutes, whatever init_process_group was given
-            for axis in (REPLICATE, SHARD):
+            for axis in axes:
                 set_group_timeout(mesh.get_group(axis), self.timeout)
-        return replace(self, mesh=mesh, parallel_dims=dims)
+        return mesh
 
     def on_cpu(self) -> DistributedContext:
         """Return this context with the CPU as its device, and the same ranks and groups. Needs no communication."""
         if self.mesh is None or self.device.type == "cpu":
             return replace(self, device=torch.device("cpu"))
-        axes = (REPLICATE, SHARD)
-        groups = [self.mesh.get_group(axis) for axis in axes]
-        mesh = DeviceMesh.from_group(groups, "cpu", self.mesh.mesh, mesh_dim_names=axes)
-        return replace(self, device=torch.device("cpu"), mesh=mesh)
+        mesh, sequence_mesh = _mesh_on_cpu(self.mesh), self.sequence_mesh and _mesh_on_cpu(self.sequence_mesh)
+        return replace(self, device=torch.device("cpu"), mesh=mesh, sequence_mesh=sequence_mesh)
 
     def group(self, axis: str | None = None) -> Group | None:
-        """Return the process group of this rank along one axis of the mesh (None: all ranks)."""
-        assert axis is None or self.mesh is not None, "call with_mesh first"
-        return None if axis is None or self.mesh is None else self.mesh.get_group(axis)
+        """Return the process group of this rank along one axis of a mesh (None: all ranks)."""
+        if axis is None:
+            return None
+        mesh = self.mesh if axis in (REPLICATE, SHARD) else self.sequence_mesh
+        assert mesh is not None, "call with_mesh first"
+        return mesh.get_group(axis)
 
     def all_reduce_sum(self, tensor: Tensor, axis: str | None = None) -> Tensor:
         """Sum `tensor` over the ranks of an axis (None: all ranks), in place, and return it.
@@ -182,6 +212,14 @@ class DistributedContext:
         Use only this and `start_vote` for a decision that all ranks must share.
         """
         return self.start_vote(flag).result()
+
+
+def _mesh_on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh for tensors on the CPU with the groups of another one."""
+    axes = mesh.mesh_dim_names
+    assert axes is not None, "_new_mesh names them"
+    groups = [mesh.get_group(axis) for axis in axes]
+    return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=axes)
 
 
 @dataclass

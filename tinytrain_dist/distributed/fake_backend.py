@@ -16,9 +16,12 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.torch_internals import (
     TorchDispatchMode,
     finished_work,
+    functional_group_ranks,
     init_fake_process_group,
     tree_leaves,
 )
+
+ACTIVATION_EXCHANGE = "all_to_all_single"  # the operator with which context parallelism exchanges activations
 
 
 class NoCommunication(TorchDispatchMode):
@@ -29,6 +32,8 @@ class NoCommunication(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Return the unchanged buffers and a finished handle for a collective; run any other operation."""
+        if func.namespace == "_c10d_functional":
+            return self._functional(func.__name__.partition(".")[0], *args)
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
         argument_names = [argument.name for argument in func._schema.arguments]
@@ -39,6 +44,14 @@ class NoCommunication(TorchDispatchMode):
         self.message(func.__name__, tensors, tuple(dist.get_process_group_ranks(group)))
         returns_only_work = len(func._schema.returns) == 1
         return finished_work() if returns_only_work else (args[0], finished_work())
+
+    def _functional(self, name: str, tensor: Tensor, *args: Any) -> Tensor:
+        """Return the result of an operator that torch.compile can trace, as if each rank had sent the same."""
+        if name == "wait_tensor":
+            return tensor
+        assert name == ACTIVATION_EXCHANGE, f"{name} is not used"
+        self.message(name, [tensor], functional_group_ranks(args[-1]))
+        return torch.empty_like(tensor)
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
         """Do nothing; subclasses override this to record each collective that was called.

@@ -151,6 +151,26 @@ def init_fake_process_group(world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
+def traceable_all_to_all(parts: Tensor, group_name: str) -> Tensor:
+    """Send part i of dim 0 to rank i of a group, and return the parts that arrive; torch.compile can trace it.
+
+    `group_name`: ProcessGroup.group_name. Gradients do not pass. A collective; blocks on a CPU.
+    Versions: the operators _c10d_functional in 2.11 to 2.15; run on 2.13.
+    """
+    functional = torch.ops._c10d_functional
+    sizes = [1] * parts.shape[0]
+    received: Tensor = functional.wait_tensor(
+        functional.all_to_all_single(parts.contiguous(), sizes, sizes, group_name)
+    )
+    return received
+
+
+def functional_group_ranks(group_name: str) -> tuple[int, ...]:
+    """Return the ranks of the group that an operator of _c10d_functional names. Versions: 2.11 to 2.15; run on 2.13."""
+    resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009 - not exported, for mypy
+    return tuple(dist.get_process_group_ranks(resolve(group_name)))
+
+
 # ---------------------------------------------------------------- flight recorder
 
 

@@ -119,7 +119,7 @@ class SkippedSteps:
             return "", {}
         before = step - 1  # the number of completed steps, by which the windows of a step are drawn
         plan = self.plans.at(before)
-        ranks = [rank for rank in range(plan.ranks) if _micro_batches_of(rank, plan).intersection(micro_batches)]
+        ranks = [rank for rank in range(plan.world_size) if _micro_batches_of(rank, plan).intersection(micro_batches)]
         slots = [slot for index in micro_batches for slot in plan.slots(index)]
         places = self.data.places(self.config.seed, before, slots[:MAX_WINDOWS_NAMED])
         where = f"rank(s) {ranks}, slots {format_list(slots)}, windows starting at {', '.join(places)}"
@@ -132,7 +132,7 @@ class SkippedSteps:
 
 
 def _micro_batches_of(rank: int, plan: BatchPlan) -> set[int]:
-    return set(plan.share(*divmod(rank, plan.shard)).micro_batches)
+    return set(plan.share(*divmod(rank // plan.cp, plan.shard)).micro_batches)
 
 
 def _deviations(above: float, deviation: float) -> float:

@@ -292,7 +292,7 @@ class StepMetrics:
         if result.z_losses is not None:
             values["z_loss"] = math.fsum(chain(*self.context.all_gather_uneven_numbers(result.z_losses.read())))
         if peak is not None:
-            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.plans.whole.ranks)
+            values["mfu"] = values["tokens_per_second"] * self.flops_per_token / (peak * self.context.world_size)
         self.log.train(result.step, values, self._groups(result, ranks), work_seconds)
 
     def _gather_times(self, result: StepResult) -> list[RankTimes]:

@@ -239,8 +239,20 @@ def largest_score(q_bhte: Tensor, k_bkte: Tensor, documents_bt: Tensor | None = 
     return largest
 
 
+class CausalAttention(nn.Module):
+    """`causal_attention` as a module without weights, which can be replaced or observed."""
+
+    def forward(self, q_bhte: Tensor, k_bkte: Tensor, v_bkte: Tensor, mask: AttentionMask | None = None) -> Tensor:
+        """q, k, v, mask: see `causal_attention`. Returns [b, h, t, e]."""
+        return causal_attention(q_bhte, k_bkte, v_bkte, mask)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries and optional query/key norms."""
+    """Causal self-attention with grouped queries and optional query/key norms.
+
+    `core_attention` is the only part in which positions meet. If a process has only some positions of each sequence,
+    it is replaced by a module that sees the others.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -253,6 +265,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_width, config.d_model)
         self.q_norm: nn.Module = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.core_attention: nn.Module = CausalAttention()
 
     def forward(self, x_btd: Tensor, cos_te: Tensor, sin_te: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """x: [b, t, d]; cos, sin: [t, e] or [b, 1, t, e] of the positions; mask: see `causal_attention`.
@@ -263,7 +276,7 @@ class Attention(nn.Module):
         q_bhte, k_bkte = self.queries_and_keys(x_btd)
         v_bkte = self.v_proj(x_btd).view(b, t, -1, self.head_width).transpose(1, 2)
         q_bhte, k_bkte = apply_rotary_pos_emb(q_bhte, k_bkte, cos_te, sin_te)
-        y_bhte = causal_attention(q_bhte, k_bkte, v_bkte, mask)
+        y_bhte: Tensor = self.core_attention(q_bhte, k_bkte, v_bkte, mask)
         y_btd: Tensor = self.o_proj(y_bhte.transpose(1, 2).reshape(b, t, -1))
         return y_btd
 

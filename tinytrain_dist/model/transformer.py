@@ -57,22 +57,30 @@ class TransformerBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything but the output head. dtype: type in which the blocks compute."""
+    """Embedding, blocks and final norm: everything but the output head. dtype: type in which the blocks compute.
+
+    `sequence_part`: 0, or which of several equal parts of each sequence the IDs are. It decides their positions.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab_size, config.d_model, dtype)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.sequence_part = 0
         self.rotary = RotaryEmbedding.of_model(config)
 
     def forward(self, ids_bt: Tensor, documents_bt: Tensor | None = None) -> Tensor:
-        """ids, documents: [b, t], see TransformerLM; returns hidden states [b, t, d]."""
+        """ids: [b, t]; documents: [b, t of the whole sequence], see TransformerLM; returns hidden states [b, t, d]."""
         x_btd = self.embed_tokens(ids_bt)
-        cos_te, sin_te = self.rotary(torch.arange(ids_bt.shape[1], device=ids_bt.device))
+        t = ids_bt.shape[1]
+        start = self.sequence_part * t
         mask: AttentionMask | None = None
-        if documents_bt is not None:
-            positions_bt = positions_in_documents(documents_bt)
+        if documents_bt is None:
+            cos_te, sin_te = self.rotary(torch.arange(start, start + t, device=ids_bt.device))
+        else:
+            positions_bt = positions_in_documents(documents_bt)[:, start : start + t]
+            cos_te, sin_te = self.rotary(torch.arange(documents_bt.shape[1], device=ids_bt.device))
             # [b, 1, t, e]: each window has its own positions, which are the same for all heads
             cos_te, sin_te = cos_te[positions_bt].unsqueeze(1), sin_te[positions_bt].unsqueeze(1)
             mask = attention_mask(documents_bt, x_btd, self.rotary.dim)

@@ -74,10 +74,10 @@ class Muon(Optimizer):
             raise ValueError(
                 f"Muon: updates matrices only, got a parameter of shape {list(vectors[0].shape)}; use AdamW for it"
             )
-        dims = context.parallel_dims if context else None
         shapes = tuple((param.shape[0], param.shape[1]) for param, _ in self._members)
+        replicas, shards = (context.weight_replicas, context.weight_shards) if context else (1, 1)
         steps_of_each = [group["steps"] for _, group in self._members]
-        plan = newton_schulz_plan(shapes, steps_of_each, dims.replicate if dims else 1, dims.shard if dims else 1)
+        plan = newton_schulz_plan(shapes, steps_of_each, replicas, shards)
         dtype = newton_schulz_dtype(self._members[0][0])
         self._exchange = MatrixExchange(plan, context, dtype)
 

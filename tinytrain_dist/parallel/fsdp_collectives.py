@@ -69,13 +69,15 @@ class TreeReduceScatter(_NewBuffers, ReduceScatter):
 class GlobalTreeReduceScatter(TreeReduceScatter):
     """One unit's reduce-scatter along the tree over all micro-batches of a step, of which each rank has one at a time.
 
+    Ranks that share sequences have one micro-batch together. Their parts are summed first.
     The sums of earlier micro-steps are kept here, so `output` is defined in the last micro-step only. It is then the
     sum of the last block of the micro-batches that this replica computes. Without other replicas there is only one.
     """
 
-    def __init__(self, in_progress: tree_reduction.SumsInProgress) -> None:
-        """in_progress: shared by all units."""
+    def __init__(self, in_progress: tree_reduction.SumsInProgress, cp: int) -> None:
+        """in_progress: shared by all units. cp: consecutive ranks that have a micro-batch together."""
         super().__init__(in_progress)
+        self.cp = cp
         self.leaves = range(0)
         self.is_last = False
         self.counter = tree_reduction.BinaryCounter()
@@ -88,6 +90,7 @@ class GlobalTreeReduceScatter(TreeReduceScatter):
 
     def add_up(self, parts: Tensor, output: Tensor) -> None:
         """Add the parts of the ranks that have a micro-batch. The others have computed something without effect."""
+        parts = tree_reduction.tree_sum(parts.unflatten(0, (-1, self.cp)).transpose(0, 1))
         tree_reduction.add_parts(self.counter, self.leaves, parts)
         if self.is_last:
             (last,) = self.counter.pop_last()

@@ -6,7 +6,7 @@ The protocol `GradReduction` has two implementations, and `build_grad_reduction`
 * `DeterministicGradReduction` sums along a fixed binary tree over the micro-batches of the global batch. It first adds
   micro-batches 0 and 1, 2 and 3, and so on, then the sums of neighbouring pairs. The tree does not depend on which rank
   computes which micro-batch. Floating-point addition is commutative but not associative, so equal trees mean equal
-  bits.
+  bits. With context parallelism, the gradient of a micro-batch is itself a tree sum over the ranks that share it.
 
 Neither divides the sums. Each micro-batch's loss is divided once, by the global number of tokens, before backward. Must
 not know the model's architecture or the optimizer.
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.batch_plan import BatchPlan, BatchShare
-from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
+from tinytrain_dist.distributed.context import CONTEXT, DATA, REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor, shard_rows
 from tinytrain_dist.parallel.grad_view import GradientView
 from tinytrain_dist.parallel.tree_reduction import (
@@ -104,7 +104,7 @@ class NativeGradReduction:
             self.model.set_requires_all_reduce(last)
             # FSDP uses a sum right away if it adds it to the gradient of an earlier micro-step, or sums over replicas.
             # In all other cases, the sum may be completed late.
-            is_used_right_away = micro_step > 0 or self.plan.replicate > 1
+            is_used_right_away = micro_step > 0 or self.context.weight_replicas > 1
             self.in_progress.late = collectives.uses_gloo() and not is_used_right_away
 
     def after_micro_step(self, share: BatchShare, micro_step: int) -> None:
@@ -121,7 +121,7 @@ class NativeGradReduction:
         """
         norms = torch._foreach_norm(self.view.local_grads())
         total = torch.stack(list(norms)).double().square().sum()
-        return self.context.all_reduce_sum(total, SHARD) if self.plan.shard > 1 else total
+        return self.context.all_reduce_sum(total, SHARD) if self.context.weight_shards > 1 else total
 
 
 class DeterministicGradReduction:
@@ -131,6 +131,8 @@ class DeterministicGradReduction:
       partial sums are added to each bucket as far as the tree adds them, and a TreeExchange sums over the ranks.
     * FSDP: the ranks of a replica compute consecutive micro-batches. In every micro-step, the owner of a shard receives
       the gradients of all ranks, and adds them to a BinaryCounter. At the end, a TreeExchange sums over the replicas.
+    * Context parallelism: the ranks that share a micro-batch first sum its gradient. With DDP, they do this in every
+      micro-step.
     """
 
     def __init__(self, model: nn.Module, plan: BatchPlan, context: DistributedContext) -> None:
@@ -141,8 +143,13 @@ class DeterministicGradReduction:
         self.view = GradientView(model, plan, context)
         self.in_progress = SumsInProgress()
         self.scatters: list[GlobalTreeReduceScatter] = []  # FSDP: of each unit
-        if plan.shard > 1:
-            self.scatters = _sum_along_global_tree(self.view.units, self.in_progress)
+        if context.weight_shards > 1:
+            self.scatters = _sum_along_global_tree(self.view.units, self.in_progress, plan.cp)
+        self.column_sums: TreeExchange | None = None  # DDP: sums the columns of a micro-batch over the ranks of cp
+        self.replica_axis = REPLICATE
+        if plan.cp > 1 and not self.scatters:
+            self.column_sums = TreeExchange([range(i, i + 1) for i in range(plan.cp)], context.group(CONTEXT))
+            self.replica_axis = DATA
         _configure_units(self.view.units)
         self.counter = BinaryCounter()  # without shards: adds the micro-steps
         # DDP, for the last backward: sums that are added to the last gradients, and sums that are sent beside them
@@ -181,6 +188,7 @@ class DeterministicGradReduction:
         leaf = share.replica_part(micro_step)
         if not share.is_last(micro_step):
             if not self.scatters:  # otherwise they have the sums, and .grad is undefined
+                self._sum_columns(self.view.local_grads())
                 self.counter.add(leaf, self.view.local_grads())
             for param in self.view.params:
                 param.grad = None
@@ -207,7 +215,7 @@ class DeterministicGradReduction:
         for param in self.view.params:
             parts += self._row_squares(param)
         squares = torch.cat(parts)  # float64 [rows of all parameters]
-        if self.plan.shard > 1:
+        if self.context.weight_shards > 1:
             self.context.all_reduce_sum(squares, SHARD)
         return squares.sum()
 
@@ -229,21 +237,30 @@ class DeterministicGradReduction:
             squares = torch.cat([halving_row_sums(block.square()) for block in blocks]).double()
         else:
             squares = torch.linalg.vector_norm(grad.flatten(1), dim=1).double().square()
-        if self.plan.shard == 1:
+        if self.context.weight_shards == 1:
             return [squares]
         rows = param.shape[0]
-        start, stop = shard_rows(rows, self.plan.shard, self.context.shard)
+        start, stop = shard_rows(rows, self.context.weight_shards, self.context.shard)
         return [_zeros(squares, start), squares, _zeros(squares, rows - stop)]
 
     def _exchange_for(self, plan: BatchPlan) -> TreeExchange:
         """Return the exchange of the replicas' sums in a step with this plan."""
         if plan not in self._exchange_of_plan:
             leaves = [plan.micro_batches_of(replica) for replica in range(plan.replicate)]
-            self._exchange_of_plan[plan] = TreeExchange(leaves, self.context.group(REPLICATE))
+            self._exchange_of_plan[plan] = TreeExchange(leaves, self.context.group(self.replica_axis))
         return self._exchange_of_plan[plan]
 
     def _by_parameter(self, sums: list[list[Tensor]]) -> list[dict[nn.Parameter, Tensor]]:
         return [dict(zip(self.view.params, tensors, strict=True)) for tensors in sums]
+
+    def _sum_columns(self, grads: list[Tensor]) -> None:
+        """Replace the gradients of a micro-batch on this rank's columns by those on all columns. A collective of cp."""
+        if self.column_sums is None:
+            return
+        for bucket in _buckets(grads):
+            total = self.column_sums.all_reduce([torch.cat([grad.flatten() for grad in bucket])])
+            parts = total.split([grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket, strict=True)])
 
     def _exchange_bucket(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Add partial sums to a bucket, then start to send every rank its part of the bucket. This is DDP's hook.
@@ -253,11 +270,12 @@ class DeterministicGradReduction:
         """
         buffer = bucket.buffer()
         params = bucket.parameters()
+        self._sum_columns([buffer])
         for sum_of_param in self.added_sums:
             torch._foreach_add_(bucket.gradients(), [sum_of_param[param] for param in params])
         others = [torch.cat([sum_of_param[param].reshape(-1) for param in params]) for sum_of_param in self.other_sums]
-        assert self.exchange is not None, "before_micro_step has run"
-        self.exchanges.append((self.exchange.start([*others, buffer]), buffer))
+        if self.exchange is not None:  # otherwise there is one data-parallel rank
+            self.exchanges.append((self.exchange.start([*others, buffer]), buffer))
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(buffer)
         return done
@@ -267,7 +285,7 @@ class DeterministicGradReduction:
         # The messages include the partial sums by now. Free these, because the gathers need memory.
         # measured (2-core x86 VM, 2026-11-25): this saves 10 % of a small step's peak memory
         self.added_sums, self.other_sums = [], []
-        group = self.context.group(REPLICATE)
+        group = self.context.group(self.replica_axis)
         gathers = []
         for pending, buffer in self.exchanges:
             part = pending.complete()
@@ -310,11 +328,13 @@ def _sum_along_tree(units: list[FSDPModule], in_progress: SumsInProgress) -> Non
         unit.set_custom_reduce_scatter(TreeReduceScatter(in_progress))
 
 
-def _sum_along_global_tree(units: list[FSDPModule], in_progress: SumsInProgress) -> list[GlobalTreeReduceScatter]:
+def _sum_along_global_tree(
+    units: list[FSDPModule], in_progress: SumsInProgress, cp: int
+) -> list[GlobalTreeReduceScatter]:
     """Make FSDP sum gradients along the tree over all micro-batches; return what does so, for each unit."""
     from tinytrain_dist.parallel.fsdp_collectives import GlobalTreeReduceScatter
 
-    scatters = [GlobalTreeReduceScatter(in_progress) for _ in units]
+    scatters = [GlobalTreeReduceScatter(in_progress, cp) for _ in units]
     for unit, scatter in zip(units, scatters, strict=True):
         unit.set_custom_reduce_scatter(scatter)
     return scatters

@@ -61,24 +61,29 @@ class GradientView:
         squares = torch.stack([grad_norms, weight_norms]).square()
         # [2 x layers]: sums over the parameters of each layer
         sums = squares.detach() @ self._is_param_in_layer.T
-        if self.plan.shard > 1:
+        if self.context.weight_shards > 1:
             self.context.all_reduce_sum(sums, SHARD)
         return sums.sqrt().flatten()
 
     def losses(self, indices: Sequence[int], sums: Sequence[Tensor], num_micro_batches: int) -> Tensor:
         """Return the loss of every micro-batch, float64 [num_micro_batches], on every rank.
 
-        `indices`: the micro-batches of this rank. `sums`: their losses, as scalars on the device. A collective of all
-        ranks; does not wait for the device. Each value is added only to zeros, which is exact, so the vector is the
-        same on any number of ranks.
+        `indices`: the micro-batches of this rank. `sums`: their losses, as scalars on the device; with context
+        parallelism those of this rank's columns. A collective of all ranks; does not wait for the device. Each value is
+        added only to zeros, which is exact, and the columns of a micro-batch are then summed in order. So the vector is
+        the same on any number of data-parallel ranks.
         """
-        key = tuple(indices)
+        cp = self.plan.cp
+        *_, cp_index = self.context.data_coordinates
+        key = tuple(index * cp + cp_index for index in indices)
         if key not in self._device_indices:
             # cached, because copying an index from the host makes a step wait for the device
             self._device_indices[key] = torch.tensor(key, device=self.context.device)
-        vector = torch.zeros(num_micro_batches, dtype=torch.float64, device=self.context.device)
+        vector = torch.zeros(num_micro_batches * cp, dtype=torch.float64, device=self.context.device)
         vector.index_copy_(0, self._device_indices[key], torch.stack(list(sums)).double())
-        return self.context.all_reduce_sum(vector) if self.plan.ranks > 1 else vector
+        if self.plan.world_size > 1:
+            self.context.all_reduce_sum(vector)
+        return vector if cp == 1 else vector.view(-1, cp).sum(dim=1)
 
 
 def layer_of(name: str) -> str:

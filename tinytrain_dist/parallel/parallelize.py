@@ -1,6 +1,7 @@
-"""Build the model and distribute it over ranks: activation checkpointing, then compile, then DDP / FSDP2 / HSDP.
+"""Build the model and distribute it over ranks: context parallelism, activation checkpointing, compile, DDP / FSDP2.
 
-The order matters. Activation checkpointing comes first, so that the recomputation is compiled too. DDP and FSDP come
+The order matters. Context parallelism changes what a block computes, so it comes first. Activation checkpointing comes
+next, so that the recomputation is compiled too. DDP and FSDP come
 last, so that their hooks run around whole blocks. Must not know the optimizer or the training loop.
 """
 
@@ -27,6 +28,7 @@ from tinytrain_dist.distributed.torch_internals import (
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
 from tinytrain_dist.parallel.compile import apply_compile
+from tinytrain_dist.parallel.context_parallel import apply_context_parallel
 
 
 def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bool = True) -> nn.Module:
@@ -39,6 +41,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     assert context.parallel_dims is not None, "call with_mesh first"
     with torch.device("meta"):
         model = TransformerLM(config)
+    if context.parallel_dims.cp > 1:
+        apply_context_parallel(model, context)
     for block in model.model.layers:
         apply_activation_checkpointing(block, config.activation_checkpointing)
     if config.compile:
@@ -46,7 +50,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)
-    if context.parallel_dims.replicate == 1:
+    if context.weight_replicas == 1:
         return model  # there is nothing to sum, and DDP would only cost time
     return replicate_with_ddp(model, context, compiled=bool(config.compile))
 
@@ -54,7 +58,7 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
 def replicate_with_ddp(
     model: nn.Module, context: DistributedContext, *, compiled: bool = True
 ) -> DistributedDataParallel:
-    """Wrap a model for DDP over the axis dp_replicate. The model must have its weights already.
+    """Wrap a model for DDP over all replicas of the weights. The model must have its weights already.
 
     compiled: whether torch.compile may be applied to parts of it, now or later.
     """
@@ -88,14 +92,14 @@ def wants_separate_reduce_scatters(config: TrainingConfig, context: DistributedC
     behind slow reduce-scatters. The sums of reproducible mode are no reduce-scatters.
     """
     assert context.parallel_dims is not None, "call with_mesh first"
-    spans_nodes = context.parallel_dims.shard > context.local_world_size
+    spans_nodes = context.weight_shards > context.local_world_size
     return device_type == "cuda" and spans_nodes and not config.reproducible
 
 
 def shard_with_fsdp(model: Any, config: TrainingConfig, context: DistributedContext, *, draw: bool) -> nn.Module:
     """Give a TransformerLM on the meta device its weights, and shard it with FSDP2, one unit at a time.
 
-    FSDP uses the axis dp_shard; HSDP uses both axes of the mesh. The units are the embedding, the head (with tied
+    FSDP uses the axis of the shards; HSDP uses both axes of the mesh. The units are the embedding, the head (with tied
     weights, both together are one unit), each block, and the rest of the model.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -53,7 +53,7 @@ class ReplicaComparison:
         `beside`: whether training continues during the save, and so changes rows that are not copied.
         """
         self.context = context
-        self.needed = context.parallel_dims is not None and context.parallel_dims.replicate > 1
+        self.needed = context.weight_replicas > 1
         early_shards = []
         if self.needed:
             early_shards = [

@@ -100,9 +100,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def modules_without_collectives(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose forward runs no collective.
+    """Return the modules whose forward runs no collective, except for that of context parallelism.
 
     With FSDP these are the blocks, whose weights are gathered before their forward begins; otherwise the whole model.
+    Ranks that share sequences wait for each other in attention, so one slow rank makes its group slow.
     """
     inner = unwrap(model)
     is_sharded: bool = is_fsdp_module(inner)

@@ -341,7 +341,7 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
     own_slots, batch_size = train_step.share(step).slots, config.batch_sizes.at(step)
     check_replicas(model_tensors(train_step.model).items(), context)
     places = data.train.places(config.seed, step, own_slots)
-    by_rank = context.all_gather_object((own_slots, places))
+    by_rank = context.all_gather_object((own_slots, places))[:: config.cp]  # ranks of a cp group have the same slots
     slots = sorted(slot for rank_slots, _ in by_rank for slot in rank_slots)
     if slots != list(range(batch_size)):
         raise TrainingError(f"ranks draw slots {slots[:8]}... instead of each of 0 .. {batch_size - 1} once")

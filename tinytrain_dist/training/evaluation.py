@@ -20,6 +20,7 @@ from tinytrain_dist.data.token_dataset import TokenDataset
 from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.data.window_sampling import EVAL_STREAM
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.parallel.context_parallel import whole_sequences
 from tinytrain_dist.training.run_data import RunData
 from tinytrain_dist.training.text_samples import TextSampler
 from tinytrain_dist.training.train_step import TrainStep
@@ -76,7 +77,8 @@ class Evaluator:
         if measured is None:
             return None
         loss, others = measured
-        samples = self.sampler.write(self.train_step.model, step)
+        with whole_sequences(self.train_step.model):
+            samples = self.sampler.write(self.train_step.model, step)
         if self.train_step.optimizer.average:
             with self._averaged_weights():
                 measured = self._losses()
@@ -127,7 +129,7 @@ class Evaluator:
         """
         step = self.train_step
         plan, context, table = step.plan, step.context, self.data.bytes_per_token
-        share = plan.share(context.replica, context.shard)
+        share = plan.share(*context.data_coordinates)
         indices = [
             batch * plan.num_micro_batches + index
             for batch in range(step.config.eval_steps)
@@ -147,7 +149,8 @@ class Evaluator:
                 if share.is_repeated(micro_step):
                     step.model(*micro_batch)  # the one before it, for FSDP's collectives
                     continue
-                windows = dataset.read(*dataset.draw(0, 0, plan.slots(indices[len(loss_sums)]), EVAL_STREAM))
+                whole = dataset.read(*dataset.draw(0, 0, plan.slots(indices[len(loss_sums)]), EVAL_STREAM))
+                windows = whole.take_columns(share.columns)
                 num_tokens += windows.num_counted
                 if table is not None:
                     num_bytes += bytes_of_targets(table, windows)

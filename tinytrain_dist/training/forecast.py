@@ -15,6 +15,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.sections import Mode
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.distributed.fake_backend import ACTIVATION_EXCHANGE
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
@@ -113,9 +114,9 @@ def _forecast_on(
     inside_bytes, across_bytes = sent_bytes(estimate, cluster)
     device = cluster.device
     recomputation = RECOMPUTATION_FACTORS[config.activation_checkpointing]
-    largest_share = plan.accumulation_steps * plan.micro_batch_size * plan.context_len
+    largest_share = plan.accumulation_steps * plan.micro_batch_size * plan.context_len / plan.cp
     flops_per_rank = flops_per_token * recomputation * largest_share
-    matrix_flops = max(update_work(config, dims.replicate, dims.shard).owned_flops())
+    matrix_flops = max(update_work(config, dims.weight_replicas, dims.weight_shards).owned_flops())
     matrix_peak = device.peak_flops("bf16") if cluster.device_type == "cuda" else peak_flops(config, device)
     matrix_seconds = matrix_flops / (matrix_peak * device.reached)
     return Forecast(
@@ -158,7 +159,7 @@ def sent_bytes(estimate: MemoryEstimate, cluster: Cluster) -> tuple[float, float
         node = ranks[0] // cluster.per_node
         ranks_here = sum(rank // cluster.per_node == node for rank in ranks)
         for operation, nbytes in operations.items():
-            if "alltoall" in operation:
+            if "alltoall" in operation or operation == ACTIVATION_EXCHANGE:
                 inside += nbytes * (ranks_here - 1) / group_size
                 across += cluster.per_node * nbytes * (group_size - ranks_here) / group_size
                 continue

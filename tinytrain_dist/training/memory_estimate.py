@@ -26,7 +26,7 @@ from tinytrain_dist.data.training_windows import Windows
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
-from tinytrain_dist.distributed.fake_backend import NoCommunication
+from tinytrain_dist.distributed.fake_backend import ACTIVATION_EXCHANGE, NoCommunication
 from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
 from tinytrain_dist.model.matmul import simulate_device
 from tinytrain_dist.optim.weight_average import AVERAGE_KEY
@@ -87,9 +87,11 @@ class MemoryTracker(NoCommunication):
 
     def message(self, name: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
         """Record a message that would be sent. Its buffers belong to the reduction or the update, or hold weights."""
-        kind = "gathered" if GATHER_OPERATIONS.search(name) else "reduction"
+        kind: str | None = "gathered" if GATHER_OPERATIONS.search(name) else "reduction"
+        if self.stage == "update" or name == ACTIVATION_EXCHANGE:
+            kind = None  # that of the stage
         for tensor in tensors:
-            self.record(tensor, None if self.stage == "update" else kind)
+            self.record(tensor, kind)
         self._messages.append((self.forward_passes, name, max(tensor.nbytes for tensor in tensors), ranks))
 
     def record(self, tensor: Tensor, kind: str | None = None) -> None:
@@ -249,7 +251,9 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
                 if not (key == AVERAGE_KEY and config.ema_on_host):
                     tracker.record(tensor, "optimizer")
         _track_stages(train_step, tracker)
-        train_step.run(0, EmptyBatches(empty_windows(config, len(train_step.share(0).slots))))
+        share = train_step.share(0)
+        windows = empty_windows(config, len(share.slots)).take_columns(share.columns)
+        train_step.run(0, EmptyBatches(windows))
     return tracker
 
 

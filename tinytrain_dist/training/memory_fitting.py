@@ -11,7 +11,7 @@ import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
-from tinytrain_dist.distributed.context import REPLICATE, SHARD, DistributedContext
+from tinytrain_dist.distributed.context import CONTEXT, REPLICATE, SHARD, DistributedContext
 from tinytrain_dist.distributed.fake_backend import NoCommunication
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims, describe_modes
 from tinytrain_dist.distributed.spares import usable_ranks
@@ -55,7 +55,8 @@ def connect_groups(context: DistributedContext, device_type: str) -> None:
     NCCL allocates its buffers, up to 1 GB for each group, in the first one. Memory that is measured afterwards is free.
     """
     if device_type == "cuda":
-        for axis in (None, REPLICATE, SHARD):
+        shares_sequences = context.sequence_mesh is not None
+        for axis in (None, REPLICATE, SHARD, *([CONTEXT] if shares_sequences else [])):
             context.all_reduce_sum(torch.zeros(1, device=context.device), axis)
 
 
@@ -98,7 +99,9 @@ def check_fewest_nodes(config: TrainingConfig, context: DistributedContext) -> N
     per_node = context.local_world_size
     ranks = usable_ranks(config, nodes * per_node, per_node) or nodes * per_node
     dims = choose_parallel_dims(config, ranks, min(ranks, per_node))
-    shards = ranks if config.parallel == "auto" else dims.shard  # auto shards a model that does not fit otherwise
+    shards = (
+        ranks if config.parallel == "auto" else dims.weight_shards
+    )  # auto shards a model that does not fit otherwise
     needed = LEAST_BYTES_PER_PARAMETER * config.model.approximate_parameter_count / shards
     room = min(values[0] for values in context.all_gather_numbers([usable_bytes(context)]))
     if needed > room:
@@ -155,6 +158,7 @@ def _passes_trial(train_step: TrainStep) -> bool:
     # if it is compiled.
     documents = config.document_mask and train_step.context.device.type == "cpu"
     windows = empty_windows(replace(config, document_mask=documents), len(micro_steps) * plan.micro_batch_size)
+    windows = windows.take_columns(share.columns)
     try:
         with NoCommunication(), torch.compiler.set_stance("force_eager"):
             train_step.forward_backward(windows, replace(share, micro_steps=micro_steps))

@@ -59,7 +59,7 @@ def predicted_step(
         wants_separate_reduce_scatters(planned.config, meshed, "cuda"),
     )
     timeline = predict_step(settings)
-    flops = flops_per_token * planned.plan.tokens_per_step / planned.plan.ranks
+    flops = flops_per_token * planned.plan.tokens_per_step / planned.plan.world_size
     mfu = flops / timeline.seconds / peak_flops(planned.config, cluster.device)
     return PredictedStep(planned, timeline, mfu, seconds_alone(settings) / timeline.seconds)
 

@@ -19,7 +19,7 @@ from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.torch_internals import without_compiled_calls
 from tinytrain_dist.metrics.step_metrics import due
 from tinytrain_dist.metrics.step_timer import HostCopy
-from tinytrain_dist.model.attention import apply_rotary_pos_emb, largest_score
+from tinytrain_dist.model.attention import CausalAttention, largest_score
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.micro_steps import micro_steps
 
@@ -36,6 +36,9 @@ class StabilityProbe:
         self.device = device
         transformer: Any = unwrap(model)
         self.blocks: list[Any] = list(transformer.model.layers)
+        # each sees whole sequences, of some heads if ranks share sequences
+        modules = [module for block in self.blocks for module in block.modules()]
+        self.attentions = [module for module in modules if isinstance(module, CausalAttention)]
         self.embedding: Tensor = transformer.model.embed_tokens.weight  # sharded, if FSDP shards it
 
     @torch.no_grad()
@@ -60,10 +63,8 @@ class StabilityProbe:
         numbers: list[Tensor] = []
         elements = 0
 
-        def before_attention(attention: Any, args: tuple[Any, ...]) -> None:
-            x_btd, cos_te, sin_te = args[:3]
-            q_bhte, k_bkte = attention.queries_and_keys(x_btd)
-            q_bhte, k_bkte = apply_rotary_pos_emb(q_bhte, k_bkte, cos_te, sin_te)
+        def before_attention(_: nn.Module, args: tuple[Any, ...]) -> None:
+            q_bhte, k_bkte = args[:2]
             numbers.append(largest_score(q_bhte, k_bkte, documents).double())
 
         def after_block(_: nn.Module, __: Any, output_btd: Tensor) -> None:
@@ -72,7 +73,7 @@ class StabilityProbe:
             # before the score, which the attention of this block has appended
             numbers.insert(len(numbers) - 1, output_btd.float().square().sum(dtype=torch.float64))
 
-        handles = [block.self_attn.register_forward_pre_hook(before_attention) for block in self.blocks]
+        handles = [attention.register_forward_pre_hook(before_attention) for attention in self.attentions]
         handles += [block.register_forward_hook(after_block) for block in self.blocks]
         try:
             self.model(*micro_batch)

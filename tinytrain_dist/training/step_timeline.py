@@ -44,6 +44,7 @@ BF16 = 2  # bytes; Newton-Schulz on GPUs
 REACHED_OF_MEMORY = 0.7  # share of the memory's bandwidth that the update reaches
 # what communication is for
 WEIGHTS, GRADIENTS, NORM, MATRICES = "weights", "gradients", "loss and norm", "whole matrices"
+SEQUENCES = "parts of sequences"
 # the order in which a block uses its weights; their gradients arrive in the reverse order
 USED_IN_ORDER = (
     "input_layernorm q_proj k_proj v_proj q_norm k_norm o_proj post_attention_layernorm gate_proj up_proj down_proj"
@@ -191,8 +192,21 @@ def seconds_alone(settings: StepSettings) -> float:
     return computing + step.seconds_of_update(1) + step.seconds_of_matrices(sum(step.work.plan.costs))
 
 
+def exchanged_bytes(config: TrainingConfig, plan: BatchPlan) -> tuple[int, ...]:
+    """Return what a rank sends in the forward pass of a block: queries, keys and values, then what attention returns.
+
+    Nothing without context parallelism. Keys and values have at least one head for each rank.
+    """
+    if plan.cp == 1:
+        return ()
+    width = config.head_width * (BF16 if config.precision in BF16_PRECISIONS else FLOAT32)
+    positions = plan.micro_batch_size * plan.context_len // plan.cp
+    heads = config.num_heads, config.num_heads + 2 * math.lcm(config.kv_heads, plan.cp)
+    return positions * heads[1] * width, positions * heads[0] * width
+
+
 COMPUTE = "compute"
-SHARD, REPLICATE, WORLD = "shard", "replicate", "world"  # groups of ranks; each has a communicator
+SHARD, REPLICATE, WORLD, CONTEXT = "shard", "replicate", "world", "cp"  # groups of ranks, each with a communicator
 REDUCE_SCATTER = "reduce-scatter"  # the second communicator of the shards
 
 
@@ -206,15 +220,17 @@ class _Step:
         self.update_seconds = 0.0
         self.sent: list[tuple[str, str, int]] = []
         dims, per_node = settings.dims, settings.devices_per_node
-        replicas_on_node = max(1, per_node // dims.shard)
+        self.shards, self.replicas, ranks = dims.weight_shards, dims.weight_replicas, settings.plan.world_size
+        replicas_on_node = max(1, per_node // self.shards)
         self.groups = {
-            SHARD: RankGroup(dims.shard, min(dims.shard, per_node), per_node),
-            REPLICATE: RankGroup(dims.replicate, min(dims.replicate, replicas_on_node), per_node),
-            WORLD: RankGroup(settings.plan.ranks, min(settings.plan.ranks, per_node), per_node),
+            SHARD: RankGroup(self.shards, min(self.shards, per_node), per_node),
+            REPLICATE: RankGroup(self.replicas, min(self.replicas, replicas_on_node), per_node),
+            WORLD: RankGroup(ranks, min(ranks, per_node), per_node),
+            CONTEXT: RankGroup(dims.cp, min(dims.cp, per_node), per_node),
         }
         units = settings.units
         self.order = [units.norm, units.embedding, *units.blocks, units.head]
-        self.work = update_work(settings.config, dims.replicate, dims.shard)
+        self.work = update_work(settings.config, self.replicas, self.shards)
         self.reductions: list[int] = []  # tasks that the end of the step waits for
         self.last_compute: tuple[int, ...] = ()
 
@@ -224,7 +240,7 @@ class _Step:
         """Return how long one micro-batch computes this."""
         config, device, plan = self.settings.config, self.settings.device, self.settings.plan
         speed = device.peak_flops(product_type(config.precision, config.reproducible)) * device.reached
-        return flops_per_token * plan.micro_batch_size * plan.context_len / speed
+        return flops_per_token * plan.micro_batch_size * plan.context_len / plan.cp / speed
 
     def seconds_of_update(self, shards: int) -> float:
         """Return how long the norm and the update of one of so many shards take, without Newton-Schulz."""
@@ -247,6 +263,18 @@ class _Step:
         self.compute_seconds += seconds
         return self.compute(seconds)
 
+    def unit_compute(self, unit: Unit, is_backward: bool = False) -> int:
+        """Add a pass through a unit. With context parallelism, a block waits for what its attention exchanges."""
+        is_block = unit in self.settings.units.blocks
+        sizes = exchanged_bytes(self.settings.config, self.settings.plan) if is_block else ()
+        if is_backward:
+            recomputed = sizes if self.settings.config.activation_checkpointing != "none" else ()
+            sizes = (*recomputed, *reversed(sizes))
+        for nbytes in sizes:
+            exchanged = self.communicate(SEQUENCES, "all_to_all_single", CONTEXT, nbytes, self.last_compute)
+            self.compute(0.0, [exchanged])
+        return self.micro_compute(unit.backward_flops if is_backward else unit.forward_flops)
+
     def communicate(self, name: str, operation: str, group: str, nbytes: int, after: Iterable[int]) -> int:
         """Add a collective of a group."""
         ranks, device = self.groups[group], self.settings.device
@@ -263,9 +291,9 @@ class _Step:
 
     def build(self) -> None:
         """Add the tasks of all micro-steps, and of the update."""
-        dims, steps = self.settings.dims, self.settings.plan.accumulation_steps
+        steps = self.settings.plan.accumulation_steps
         for micro_step in range(steps):
-            if dims.shard > 1:
+            if self.shards > 1:
                 self.sharded_micro_step(is_last=micro_step == steps - 1)
             else:
                 self.replicated_micro_step(is_last=micro_step == steps - 1)
@@ -275,10 +303,10 @@ class _Step:
         """Add one micro-step of DDP, which sums gradients in the last one only, or of a single rank."""
         units = self.settings.units
         for unit in self.order:
-            self.micro_compute(unit.forward_flops)
+            self.unit_compute(unit)
         arriving = [units.head, units.norm, *reversed(units.blocks), units.embedding]
-        computed = {id(unit): self.micro_compute(unit.backward_flops) for unit in arriving}
-        if not is_last or self.settings.dims.replicate == 1:
+        computed = {id(unit): self.unit_compute(unit, is_backward=True) for unit in arriving}
+        if not is_last or self.replicas == 1:
             return
         gradients = [(FLOAT32 * math.prod(shape), unit) for unit in arriving for shape in reversed(unit.shapes)]
         cap = (self.settings.bucket_mb or 25) * MIB
@@ -298,7 +326,7 @@ class _Step:
                 # the buffer of the unit before the last one must be free
                 gathered = self.gather(unit, marks[-2:-1] or start)
                 marks.append(self.compute(0.0, [gathered]))
-            self.micro_compute(unit.forward_flops)
+            self.unit_compute(unit)
 
         if units.head.shapes:
             self.micro_compute(units.head.backward_flops)
@@ -311,7 +339,7 @@ class _Step:
             if prefetched is not None:
                 prefetch_after = [self.compute(0.0, [prefetched])]
             prefetched = self.gather(blocks[index - 1], prefetch_after) if index and resharded else None
-            self.micro_compute(blocks[index].backward_flops)
+            self.unit_compute(blocks[index], is_backward=True)
             self.reduce(blocks[index], is_last)
         # their inputs need no gradient, so FSDP reduces these at the end of backward
         self.reduce(units.norm, is_last)
@@ -319,33 +347,33 @@ class _Step:
 
     def gather(self, unit: Unit, after: Iterable[int]) -> int:
         """Add the all-gather of a unit's weights."""
-        nbytes = unit.gathered_bytes * unit.num_weights(self.settings.dims.shard)
+        nbytes = unit.gathered_bytes * unit.num_weights(self.shards)
         return self.communicate(WEIGHTS, "allgather", SHARD, nbytes, after)
 
     def reduce(self, unit: Unit, is_last: bool) -> None:
         """Add the sum of a unit's gradients: over the shards, and in the last micro-step over the replicas."""
-        shards = self.settings.dims.shard
+        shards = self.shards
         nbytes = FLOAT32 * unit.num_weights(shards)
         # the buffer of the previous reduce-scatter must be free
         copied = self.compute(0.0, self.reductions[:1])
         scattered = self.communicate(GRADIENTS, "reduce_scatter", SHARD, nbytes, [copied])
         self.reductions = [scattered]
-        if is_last and self.settings.dims.replicate > 1:
+        if is_last and self.replicas > 1:
             self.reductions.append(self.communicate(GRADIENTS, "allreduce", REPLICATE, nbytes // shards, [scattered]))
 
     def finish(self) -> None:
         """Add what follows the last backward: losses, gradient norm and update."""
-        dims, plan = self.settings.dims, self.settings.plan
+        plan = self.settings.plan
         done = self.compute(0.0, self.reductions)
-        if plan.ranks > 1:
-            losses = self.communicate(NORM, "allreduce", WORLD, 8 * plan.num_micro_batches, [done])
+        if plan.world_size > 1:
+            losses = self.communicate(NORM, "allreduce", WORLD, 8 * plan.num_micro_batches * plan.cp, [done])
             done = self.compute(0.0, [losses])
-        update_seconds = self.seconds_of_update(dims.shard)
+        update_seconds = self.seconds_of_update(self.shards)
         norm_bytes = self.settings.units.num_weights * NORM_BYTES
         norm_seconds = update_seconds * norm_bytes / (norm_bytes + self.work.bytes)
         done = self.compute(norm_seconds)
         after = [done]
-        if dims.shard > 1:
+        if self.shards > 1:
             after = [self.communicate(NORM, "allreduce", SHARD, 8, [done])]
         self.compute(update_seconds - norm_seconds, after)
         self.update_seconds = update_seconds + self.exchange_matrices()

@@ -78,7 +78,7 @@ class TrainStep:
 
     def share(self, step: int) -> BatchShare:
         """Return what this rank computes of the global batch after `step` steps."""
-        return self.plans.at(step).share(self.context.replica, self.context.shard)
+        return self.plans.at(step).share(*self.context.data_coordinates)
 
     def run(self, step: int, batches: Batches, wants_stop: bool = False, *votes: bool) -> StepResult:
         """Run step `step` + 1 over the global batch, and return its result. A collective.

@@ -230,8 +230,9 @@ class Trainer:
             self.saver.saved_step = self.step
 
     def _read_rows(self, step: int) -> Windows:
-        """Read the windows of this rank's sample slots, in the order of its micro-batches."""
-        windows = self.data.train.training_windows(self.config.seed, step, self.train_step.share(step).slots)
+        """Read this rank's columns of the windows of its sample slots, in the order of its micro-batches."""
+        share = self.train_step.share(step)
+        windows = self.data.train.training_windows(self.config.seed, step, share.slots).take_columns(share.columns)
         return windows.pin_memory() if self.context.device.type == "cuda" else windows
 
     def _compute_again(self, step: int) -> tuple[float, float]:
@@ -243,7 +244,7 @@ class Trainer:
 
     def _take_fingerprints(self) -> None:
         """Take fingerprints of weights and optimizer state, if there are replicas that should be equal."""
-        if self.train_step.plan.replicate > 1:
+        if self.context.weight_replicas > 1:
             tensors = {shard.name: shard.local_rows for shard in self.checkpoints.all_shards}
             self.metrics.fingerprint(self.step, list(tensors), HostCopy(fingerprints(tensors.values())))
 
