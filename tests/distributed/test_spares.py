@@ -8,7 +8,12 @@ import pytest
 
 from tests.helpers.training import TINY
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed.spares import describe_spares, leave_spares_out, usable_ranks
+from tinytrain_dist.distributed.spares import (
+    describe_spares,
+    fewest_nodes_problems,
+    leave_spares_out,
+    usable_ranks,
+)
 
 
 def config(**settings: object) -> TrainingConfig:
@@ -36,6 +41,13 @@ def test_the_number_of_ranks_that_a_step_needs_to_be_the_shortest(
     settings: dict[str, object], ranks: int, per_node: int, usable: int
 ) -> None:
     assert usable_ranks(config(**settings), ranks, per_node) == usable
+
+
+def test_nodes_that_cannot_share_sequences_are_refused() -> None:
+    assert fewest_nodes_problems(config(cp=2), 1, 2, "--nnodes") == []
+    (problem,) = fewest_nodes_problems(config(cp=2), 2, 1, "--nnodes")
+    assert problem.startswith("--nnodes: 2 node(s) with 1 process(es) each, the fewest, cannot train this run: cp: 2 ")
+    assert problem.endswith("possible: cp 1, or a multiple of 2 processes on each node")
 
 
 def test_the_last_ranks_are_the_spares(monkeypatch: pytest.MonkeyPatch) -> None:

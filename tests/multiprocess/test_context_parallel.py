@@ -61,7 +61,7 @@ def runs(folder: Path) -> dict[str, Run]:
     files = {"train_data": (str(folder / "train.npy"), str(folder / "val.npy"))}
     kinds: dict[str, dict[str, Any]] = {
         "native": HEADS,
-        "exact": {**HEADS, "reproducible": True},
+        "exact": {**HEADS, "reproducible": True, "activation_checkpointing": "selective"},
         "everything": {**EVERYTHING, **files, "reproducible": True},
     }
     for ranks, layouts in {1: {"alone": {"parallel": "none"}}, **LAYOUTS}.items():
@@ -118,6 +118,12 @@ def test_metrics_are_those_of_whole_sequences(runs: dict[str, Run]) -> None:
                 assert len(found) == len(expected) > 0
                 for own, other in zip(found, expected, strict=True):
                     assert own == pytest.approx(other, rel=2e-3), (name, group)
+
+
+def test_the_largest_micro_batch_that_fits_is_tried_without_other_ranks(folder: Path, runs: dict[str, Run]) -> None:
+    run = train(folder, "auto", 2, **{**HEADS, "parallel": "fsdp", "cp": 2, "micro_batch_size": "auto"})
+    expected = runs["native alone"].values("train", "loss")
+    assert run.values("train", "loss") == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_checkpoint_continues_with_another_cp(folder: Path, runs: dict[str, Run]) -> None:
