@@ -51,6 +51,7 @@ OF_LAUNCHERS = {
     "node-rank",
     "head",
     "store",
+    "leave-on-sigterm",
     "dry-run",
     "follow",
     "version",
@@ -61,7 +62,7 @@ OF_LAUNCHERS = {
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_PREPARE |= {"max-document-bytes"}
-OF_VERBS = {"all-windows", "decode", "html", "json", "slot", "step", "ema", "last", "data", "hours", "leave-on-sigterm"}
+OF_VERBS = {"all-windows", "decode", "html", "json", "slot", "step", "ema", "last", "data", "hours"}
 OF_BENCHMARKS = {"quick", "without", "minutes"}
 OF_LAUNCHERS |= {"print-run", "print-head"}  # former ones, which the changelog names
 OF_LAUNCHERS |= {"filter", "shard-tokens"}  # of tinytrain prepare

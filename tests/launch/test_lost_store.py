@@ -79,7 +79,9 @@ def test_a_store_is_known_by_its_run() -> None:
 def test_a_connection_to_the_store_is_given_up_after_a_while() -> None:
     store = serve_store(0)
     rendezvous = ElasticRendezvous(own_rendezvous(store, 1))
+    before = len(os.listdir("/proc/self/fd"))
     rendezvous.limit_silence(f"127.0.0.1:{store.port}")
+    assert len(os.listdir("/proc/self/fd")) == before, "of files that are no sockets, too, nothing stays open"
     limits = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,9 +211,9 @@ class ElasticRendezvous:
         port = int(endpoint.rpartition(":")[2])
         with contextlib.suppress(OSError):
             for name in os.listdir("/proc/self/fd"):
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
-                    if copy.getpeername()[1:2] == (port,):
-                        copy.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_STORE_SECONDS * 1000)
+                with contextlib.suppress(OSError):
+                    if stat.S_ISSOCK(os.stat(int(name)).st_mode):
+                        _limit_silence_of(int(name), port)
 
     def is_served_at(self, endpoint: str, key: str, value: str) -> bool | None:
         """Return whether a store at HOST:PORT has this value, through a new connection; None if nothing answers there.
@@ -240,6 +241,13 @@ class ElasticRendezvous:
 
     def _key(self, name: str) -> str:
         return f"tinytrain.{self._handler._settings.run_id}.{name}"
+
+
+def _limit_silence_of(descriptor: int, port: int) -> None:
+    """Set the limit for a socket if its other end has this port."""
+    with socket.socket(fileno=os.dup(descriptor)) as copy:  # closes the copy, and not the socket
+        if copy.getpeername()[1:2] == (port,):
+            copy.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_STORE_SECONDS * 1000)
 
 
 def _node(described: Any) -> Node:
