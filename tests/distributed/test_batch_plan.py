@@ -28,7 +28,7 @@ def test_accumulation_is_derived():
 
 
 def test_ranks_that_share_sequences_have_the_same_slots_and_other_columns():
-    config = TrainingConfig(batch_size=8, micro_batch_size=2, context_len=12, num_heads=6, cp=3)
+    config = TrainingConfig(batch_size=8, micro_batch_size=2, context_len=12, num_heads=6, head_dim=8, cp=3)
     plan = BatchPlan.make(config, ParallelDims("ddp", 2, 1, "", cp=3))
     assert (plan.ranks, plan.world_size, plan.accumulation_steps, plan.tokens_per_step) == (2, 6, 2, 96)
     assert str(plan) == (
@@ -42,7 +42,7 @@ def test_ranks_that_share_sequences_have_the_same_slots_and_other_columns():
 
 
 def test_a_batch_too_small_for_groups_of_ranks_offers_numbers_of_processes():
-    config = TrainingConfig(batch_size=2, context_len=12, num_heads=6, cp=3)
+    config = TrainingConfig(batch_size=2, context_len=12, num_heads=6, head_dim=8, cp=3)
     with pytest.raises(ConfigError, match=r"fewer than 4 data-parallel ranks of cp = 3 processes.*ranks 3, 6;"):
         BatchPlan.make(config, ParallelDims("ddp", 4, 1, "", cp=3))
 

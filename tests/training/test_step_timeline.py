@@ -97,7 +97,7 @@ def test_ddp_sends_all_gradients_once(four_gpus: DistributedContext) -> None:
 
 
 def test_ddp_also_exchanges_parts_of_sequences(four_gpus: DistributedContext) -> None:
-    expected = settings_of(parallel="ddp", micro_batch_size=2, cp=2)
+    expected = settings_of(parallel="ddp", micro_batch_size=4, cp=2)
     sent = predict_step(expected).sent
     estimate = memory_estimate.estimate_memory(expected.config, four_gpus.with_mesh(expected.dims))
     sums = {group: sum(nbytes for name, _, nbytes in sent if name == group) for group in ("cp", "replicate", "world")}
