@@ -13,6 +13,7 @@ from pathlib import Path
 
 SUBNET = "10.98.0"  # exists only inside the namespaces
 BRIDGE_ADDRESS = f"{SUBNET}.1"
+BRIDGE_MAC = "02:00:00:00:00:01"  # locally administered
 FIRST_NODE_ADDRESS = 10
 MOST_NODES = 200
 
@@ -37,7 +38,9 @@ class Network:
         self._prefix = f"chaos-{os.getpid()}"
         self._namespaces: list[str] = []
         self.bridge = self._add_namespace("bridge")
-        _ip("-n", self.bridge, "link", "add", "br0", "type", "bridge")
+        # By itself the bridge takes the lowest address of its cables. So another cable may change it, and for nearly a
+        # minute the nodes would send to the old one.
+        _ip("-n", self.bridge, "link", "add", "br0", "address", BRIDGE_MAC, "type", "bridge")
         _ip("-n", self.bridge, "address", "add", f"{BRIDGE_ADDRESS}/24", "dev", "br0")
         _ip("-n", self.bridge, "link", "set", "br0", "up")
 

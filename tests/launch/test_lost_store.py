@@ -48,6 +48,7 @@ def test_a_node_that_was_cut_off_joins_again_when_the_store_answers() -> None:
 
 def test_the_return_of_the_network_may_end_the_ranks_before_the_store_is_asked() -> None:
     assert joins_again(None, True, alive=0)
+    assert joins_again(None, None, None, True, alive=1), "or they have saved, because all nodes had lost the store"
 
 
 def test_a_store_that_is_gone_is_not_asked_again_and_the_ranks_may_save() -> None:

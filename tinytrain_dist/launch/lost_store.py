@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # importing torchrun takes seconds
     from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous
 
 PROBE_INTERVAL_SECONDS = 1.0
+RETURN_SECONDS = 60.0  # for a cut network to return after the ranks have ended
 POLL_SECONDS = 0.05
 
 
@@ -49,15 +50,18 @@ class LostStore:
     def wait(self, must_wait: Callable[[], bool], seconds: float) -> None:
         """Wait until the store answers, and note that this node joins again then. must_wait: False ends the wait.
 
-        A store that is surely gone is not asked again.
+        A store that is surely gone is not asked again. One that does not answer is asked for a minute more.
         """
         end = time.monotonic() + seconds
         answer = self.answers()
         while answer is not True and must_wait() and time.monotonic() < end:
             time.sleep(POLL_SECONDS if answer is False else PROBE_INTERVAL_SECONDS)
             answer = answer if answer is False else self.answers()
-        if answer is None:
-            answer = self.answers()  # once more: the return of the network may have ended the ranks
+        # The return of the network may have ended the ranks. Or they have saved, because all nodes had lost the store.
+        end = time.monotonic() + RETURN_SECONDS
+        while answer is None and time.monotonic() < end:
+            time.sleep(PROBE_INTERVAL_SECONDS)
+            answer = self.answers()
         if answer:
             say("tinytrain: the store answers again: this node was cut off, and joins again")
             agent.joins_again = True
