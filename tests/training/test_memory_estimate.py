@@ -103,5 +103,5 @@ def test_a_rank_with_a_gpu_estimates_on_the_cpu_what_a_gpu_needs(world: Distribu
     config = TrainingConfig(**{**SMALL, "parallel": mode, "precision": "bf16"})
     meshed = world.with_mesh(choose_parallel_dims(config, 4, 2))
     simulated = memory_estimate.estimate_memory(config, replace(meshed, simulated_type="cuda"))
-    found = memory_estimate.estimate_memory(config, replace(meshed, device=torch.device("cuda", 0)))
+    found = memory_estimate.estimate_memory(config, replace(meshed, device=torch.device("cuda", 0), simulated_type=""))
     assert found.stages == simulated.stages

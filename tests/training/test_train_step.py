@@ -47,7 +47,8 @@ def built(context: DistributedContext, **settings: Any) -> tuple[TrainStep, Fixe
 def test_a_step_is_the_textbook_step_over_the_whole_batch(
     context: DistributedContext, reproducible: bool, masked: bool
 ) -> None:
-    step, batches = built(context, reproducible=reproducible, loss_mask=masked)
+    # Adam divides by the size of the gradient, so with the usual eps the rounding of a tiny gradient would show
+    step, batches = built(context, reproducible=reproducible, loss_mask=masked, eps=1e-4)
     counted = torch.ones(8, step.config.context_len, dtype=torch.bool)
     if masked:
         counted = torch.rand(counted.shape, generator=torch.Generator().manual_seed(1)) < 0.3
