@@ -46,11 +46,14 @@ def test_chunks_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
         sizes.append(len(logits))
         return chunk_loss_and_grad(logits, targets)
 
+    torch.manual_seed(0)
     hidden, weight, targets = torch.randn(12, 4).bfloat16(), torch.randn(10, 4), torch.randint(0, 10, (12,))
     on_cpu = head_loss_sum(hidden, weight, targets, None, chunk_loss)
     sizes.clear()
     with simulate_device("cuda"):
-        torch.testing.assert_close(head_loss_sum(hidden, weight, targets, None, chunk_loss), on_cpu)
+        on_gpu = head_loss_sum(hidden, weight, targets, None, chunk_loss)
+    # a CPU without bf16 instructions computes the logits in float32
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-2, atol=0.0)
     assert sizes == [6, 6]
 
 
