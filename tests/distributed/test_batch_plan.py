@@ -43,7 +43,9 @@ def test_ranks_that_share_sequences_have_the_same_slots_and_other_columns():
 
 def test_a_batch_too_small_for_groups_of_ranks_offers_numbers_of_processes():
     config = TrainingConfig(batch_size=2, context_len=12, num_heads=6, head_dim=8, cp=3)
-    with pytest.raises(ConfigError, match=r"fewer than 4 data-parallel ranks of cp = 3 processes.*ranks 3, 6;"):
+    with pytest.raises(
+        ConfigError, match=r"fewer than 4 ranks, .*cp = 3 processes are one data-parallel rank.*ranks 3, 6;"
+    ):
         BatchPlan.make(config, ParallelDims("ddp", 4, 1, "", cp=3))
 
 

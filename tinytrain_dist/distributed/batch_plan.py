@@ -250,13 +250,13 @@ def _division_problem(config: TrainingConfig, dims: ParallelDims) -> str:
     batch_size, ranks = config.batch_size, dims.replicate * dims.shard
     given = config.fixed_micro_batch_size
     count = batch_size // (given or 1)
-    kind = "ranks" if dims.cp == 1 else f"data-parallel ranks of cp = {dims.cp} processes"
+    shared = "" if dims.cp == 1 else f" (cp = {dims.cp} processes are one data-parallel rank)"
     if given is None:
-        problem = f"batch_size: {batch_size} is fewer than {ranks} {kind}, and each rank needs a sequence"
+        problem = f"batch_size: {batch_size} is fewer than {ranks} ranks, and each rank needs a sequence{shared}"
     elif count < ranks:
         problem = (
             f"batch_size: {batch_size} / micro_batch_size {given} = {count} micro-batches are fewer than {ranks} "
-            f"{kind}, and each rank needs one"
+            f"ranks, and each rank needs one{shared}"
         )
     else:
         problem = (
