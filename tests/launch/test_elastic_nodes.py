@@ -256,6 +256,14 @@ def test_a_change_of_nodes_is_the_reason_only_if_there_is_no_other() -> None:
     assert main_reason(["", ""]) == ""
 
 
+def test_a_thread_of_the_agent_may_end_while_its_ranks_are_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1234").mkdir()  # as listed before the thread has ended, without its file `children`
+    monkeypatch.setattr(agent_state, "TASKS", tmp_path)
+    assert list(agent_state.rank_pids()) == []
+
+
 # ---------------------------------------------------------------- real processes
 
 

@@ -67,7 +67,10 @@ agent = AgentState()
 def rank_pids() -> Iterator[int]:
     """Yield the process IDs of the ranks: those children of this process that lead a session."""
     for task in TASKS.iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
+        children = ""
+        with contextlib.suppress(OSError):  # this thread has just ended
+            children = (task / "children").read_text()
+        for pid in map(int, children.split()):
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(pid) == pid:
                     yield pid
