@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests: one thread per process, repeatable examples, text runs, required tests.
+"""Fixtures and settings of all tests: one thread per process, repeatable examples and names, text runs.
 
 With TINYTRAIN_REQUIRE_MULTIPROCESS=1 (or TINYTRAIN_REQUIRE_SLURM=1) the session fails if no test with that marker ran,
 or one was skipped. Without them, success would say nothing about training on many processes.
@@ -35,6 +35,14 @@ def text_checkpoint(text_runs: Path) -> Path:
     from tests.helpers.tools import newest
 
     return newest(text_runs / "one")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name parameters of type bytes after their argument: compressed bytes contain the time, and names must repeat.
+
+    The processes of pytest-xdist compare the names of the tests that they collected, and stop if one differs.
+    """
+    return argname if isinstance(val, bytes) else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
