@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,29 @@ def test_a_node_that_comes_between_two_worlds_does_not_wait_for_others(
     assert newcomer.last_call == LAST_CALL_SECONDS
 
 
+def test_survivors_wait_for_each_other_and_for_nobody_else(
+    agent_of_node1: tuple[Any, Rendezvous], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, rendezvous = agent_of_node1
+    monkeypatch.setattr(agent_state.agent, "leaves", False)
+    rendezvous.write("left.1.node1.11", "{}")
+    rendezvous.write("left.1.node3.13", "{}")  # as agents write it before they leave a world
+    rendezvous.see(2, (ONE,))
+    assert not nodes.all_have_joined(rendezvous), "node 3 has left the former world for this one"
+    rendezvous.see(2, (ONE, THREE))
+    assert nodes.all_have_joined(rendezvous), "node 2 is lost"
+    rendezvous.see(2, (ONE, THREE), waiting=(Node("node4", 14),))
+    assert not nodes.all_have_joined(rendezvous), "a node that waits is about to join"
+    rendezvous.see(2, (ONE,))
+    rendezvous.write("leaving.1", "1")
+    rendezvous.write("leaving.1.node3.13", "1")
+    assert nodes.all_have_joined(rendezvous), "node 3 leaves the run"
+
+    newcomer = Rendezvous(Node("node4", 14))
+    new_agent = ElasticNodes(nodes._config, 1, nodes._folder_note, "store:1")
+    assert not new_agent.all_have_joined(newcomer), "it does not know who else may come"  # type: ignore[arg-type]
+
+
 def test_a_world_that_ends_before_its_first_step_adds_its_time_to_the_change_before(
     agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path
 ) -> None:
@@ -315,13 +339,30 @@ def test_nodes_that_hang_or_leave_are_left_behind_and_a_lost_store_ends_the_run_
     assert Run(run).checkpoint.name == f"checkpoint-{state['step']:08d}"
 
 
-def own_rendezvous(store: Any, most: int) -> Any:
-    """torchrun's rendezvous of a node at 127.0.0.1 that is played by this process."""
+def own_rendezvous(store: Any, most: int, fewest: int | None = None) -> Any:
+    """torchrun's rendezvous of a node at 127.0.0.1 that is played by this process. fewest: default `most`."""
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-    backend = C10dRendezvousBackend(store, "test")
-    return DynamicRendezvousHandler.from_backend("test", store, backend, most, most, local_addr="127.0.0.1")
+    return DynamicRendezvousHandler.from_backend(
+        "test",
+        store,
+        C10dRendezvousBackend(store, "test"),
+        most if fewest is None else fewest,
+        most,
+        local_addr="127.0.0.1",
+        timeout=RendezvousTimeout(join=timedelta(seconds=20), last_call=timedelta(hours=1)),
+    )
+
+
+def test_a_round_begins_as_soon_as_all_have_joined() -> None:
+    store = serve_store(0)
+    handler = own_rendezvous(store, 2, fewest=1)
+    answers = iter([False, True])
+    ElasticRendezvous(handler).begin_when(lambda: next(answers))
+    handler.next_rendezvous()  # otherwise after an hour, the last call
+    assert list(answers) == []
+    handler.shutdown()
 
 
 def test_a_new_start_of_an_ended_run_forgets_its_session() -> None:

@@ -75,6 +75,10 @@ class RendezvousHooks(Protocol):
     def after_round(self, rendezvous: ElasticRendezvous) -> None:
         """Act after a round is complete, before its ranks are started."""
 
+    def all_have_joined(self, rendezvous: ElasticRendezvous) -> bool:
+        """Return whether the round that forms need not wait for further nodes."""
+        raise NotImplementedError
+
     def store_is_lost(self, rendezvous: ElasticRendezvous) -> NoReturn:
         """End the run by an error, because the store cannot be reached."""
         raise NotImplementedError
@@ -129,6 +133,25 @@ class ElasticRendezvous:
     def shorten_last_call(self, seconds: float) -> None:
         """Wait only this long for more nodes once the fewest have joined."""
         self._handler._settings.timeout._last_call = timedelta(seconds=seconds)
+
+    def begin_when(self, all_have_joined: Callable[[], bool]) -> None:
+        """Begin a round without the last call once this node is in it, it has the fewest nodes, and all have joined.
+
+        Versions: _BackendRendezvousStateHolder with these attributes in 2.11 to 2.15.
+        """
+        handler, holder = self._handler, self._handler._state_holder
+        plain_sync = type(holder).sync
+
+        def sync() -> Any:
+            has_written = plain_sync(holder)
+            state = holder.state
+            forms = not state.complete and not state.closed and handler._this_node in state.participants
+            # torchrun sets the deadline when the fewest nodes have joined; the first node that finds it past begins
+            if forms and state.deadline is not None and all_have_joined():
+                state.deadline = datetime.now(UTC) - timedelta(seconds=1)
+            return has_written
+
+        holder.sync = sync
 
     def reopen(self, forget: str) -> bool:
         """Begin a new run in a rendezvous that an ended run has closed; return whether it is open.
@@ -283,6 +306,7 @@ def hook_into_rendezvous(hooks: RendezvousHooks | None) -> None:
         self._get_store = partial(_store_with_head, rendezvous, type(self)._get_store)  # type: ignore[method-assign]
         try:
             hooks.before_round(rendezvous)
+            rendezvous.begin_when(partial(hooks.all_have_joined, rendezvous))
             while True:
                 try:
                     with _store_in_use():

@@ -119,6 +119,19 @@ class ElasticNodes:
             append_change(self._run, change)
             raise RunOverError(RankDeath(reason, 1))
 
+    def all_have_joined(self, rendezvous: ElasticRendezvous) -> bool:
+        """Return whether the next world need not wait for more nodes.
+
+        These are the nodes that wait, and those that have left the present world, without one that leaves the run. If
+        one of them was lost since, the last call ends the waiting. A node that is new does not know who may come.
+        """
+        state = rendezvous.state
+        if not self._world or state.waiting:
+            return False
+        leaving = leaving_nodes(rendezvous, self._round, self._world)
+        expected = [node for node in self._world if node not in state.nodes and node not in leaving]
+        return not any(rendezvous.read(_failure_key(self._round, node)) for node in expected)
+
     def after_round(self, rendezvous: ElasticRendezvous) -> None:
         """Take note of the new world, and tell its ranks; one survivor writes the history."""
         state, now = rendezvous.state, time.time()
