@@ -129,6 +129,24 @@ def test_what_may_be_allowed_is_given_as_it_is_set(tmp_path: Path) -> None:
     assert "allow" not in refusal(saved_state(config, num_layers=7, seed=7), config), "the weights would not fit"
 
 
+def test_a_setting_that_changes_shapes_is_named_although_it_is_allowed(tmp_path: Path) -> None:
+    config = config_for(tmp_path, allow="num_layers, num_heads")
+    state = saved_state(config, num_layers=7)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(Path("x"), state, config, DATA)
+    first, *others = str(caught.value).splitlines()
+    assert first == "x: belongs to another run; restore these settings, or start a new run with another target_dir:"
+    assert others == [
+        f"  num_layers: 7 in the checkpoint, {config.num_layers} now; the tensors of the checkpoint do not fit this "
+        "model, so allow has no effect"
+    ]
+    # the heads together are as wide, so all tensors have the same shapes
+    one = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 4}
+    two = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 2}
+    changed = config_for(tmp_path, **two, allow="num_heads, num_kv_heads, head_dim")
+    check_same_run(Path("x"), saved_state(config_for(tmp_path, **one)), changed, DATA)
+
+
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [

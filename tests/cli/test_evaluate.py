@@ -131,6 +131,12 @@ def test_an_export_gives_the_numbers_of_its_checkpoint(tinytrain: Cli, folder: P
     code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy")
     assert (code, f"error: {exported}: does not fit this model" in err) == (2, True)
 
+    (exported / "config.json").write_text("{")
+    code, _, err = tinytrain("evaluate", exported, "--data", folder / "val.npy")
+    assert (code, f"checkpoint: {exported / 'config.json'} cannot be read (" in err) == (2, True), err
+    code, _, err = tinytrain("sample", exported)
+    assert (code, f"{exported / 'config.json'}: cannot be read (" in err) == (2, True), err
+
 
 def test_a_checkpoint_without_its_state_is_no_hugging_face_folder(tinytrain: Cli, run: Path) -> None:
     (newest(run) / "trainer_state.json").unlink()

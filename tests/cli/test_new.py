@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.tools import Cli
 from tinytrain_dist.cli import proposed_run
 from tinytrain_dist.config.loading import load_config
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.utils.package_files import package_folder
 
 CONFIGS = sorted(path.stem for path in package_folder("configs").glob("*.toml"))
@@ -163,6 +164,27 @@ def test_a_run_is_proposed_for_this_machine_by_timing_its_steps(
     config = load_config(tmp_path / "run" / "config.toml")
     assert config.val_data is None
     assert 0 < config.total_steps * config.batch_size * config.context_len <= 4 * 3000 + config.batch_size * 2048
+
+
+def test_steps_are_timed_with_the_masks_of_the_proposed_run(
+    tinytrain: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, timed = prepared(tmp_path / "data"), []
+
+    def no_command(config: Path, *_: object) -> None:
+        timed.append(load_config(config))
+        raise ConfigError("nothing is timed here")
+
+    monkeypatch.setattr(proposed_run, "local_command", no_command)
+    options = ("--hours", 0.01, "--devices-per-node", 1, "--device", "cpu", "--data", data)
+    for run in ("plain", "masked"):
+        assert "nothing is timed here" in tinytrain("new", tmp_path / run, *options)[2]
+        for side in ("train", "val"):
+            np.save(data / f"{side}.mask.npy", np.ones(3000, np.uint8))
+    plain, masked = timed
+    assert (plain.loss_mask, plain.document_mask, plain.packing) == (False, False, "none")
+    assert (masked.loss_mask, masked.document_mask, masked.packing) == (True, True, "best_fit")
+    assert masked.val_data is None, "evaluations are not timed"
 
 
 @pytest.mark.parametrize(

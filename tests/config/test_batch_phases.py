@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -82,9 +81,14 @@ def test_phases_that_never_begin_are_refused_with_what_the_shorter_run_has() -> 
         "batch_size to 4"
     ]
     assert problems_of(batch_size=4, batch_size_warmup=WARMUP[:2], total_steps=5) == []
-    problems = problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=3)
-    assert [re.findall(r"from step (\d).*; (.*)", problem) for problem in problems] == [
-        [(step, "leave batch_size_warmup out, and set batch_size to 2")] for step in "35"
+    assert problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=3) == [
+        "batch_size_warmup: its last 2 phases, from step 3 on, have no effect, because total_steps is 3; leave "
+        "batch_size_warmup out, and set batch_size to 2"
+    ]
+    many = ["0: 1", *(f"{10 * size}: {size}" for size in range(2, 20))]
+    assert problems_of(batch_size=19, batch_size_warmup=many, total_steps=30) == [
+        "batch_size_warmup: its last 17 phases, from step 30 on, have no effect, because total_steps is 30; leave them "
+        "out, and set batch_size to 2"
     ]
     assert problems_of(batch_size=8, batch_size_warmup=WARMUP, total_steps=6) == []
     assert problems_of(batch_size=8, batch_size_warmup=WARMUP, epochs=0.1, sampling="shuffle") == []

@@ -352,14 +352,20 @@ def test_some_mask_of_a_source_must_count_a_token(corpus: Path, monkeypatch: pyt
     assert nothing.open_masks(), "the rest of a large mask is not read at the start"
 
 
-def test_a_wrong_value_in_a_mask_is_named_when_its_window_is_read(corpus: Path) -> None:
+def test_a_wrong_value_in_a_mask_is_named_at_the_start_or_if_masks_are_large_when_its_window_is_read(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def values(number: int, length: int) -> np.ndarray:
         return np.where(np.arange(length) == length - 1, 7 if number == 3 else 1, 1)
 
+    complaint = rf"t-3\.mask\.npy: has the value 7 at position {LENGTHS[3] - 1}, but a mask"
     source, end = save_masks(corpus, values), int(ENDS[3])
+    with pytest.raises(DataError, match=complaint):
+        source.open_masks()
+    monkeypatch.setattr(token_source, "_CHECKED_MASK_TOKENS", 1)
     assert source.open_masks()
     assert source.read_mask(0, end - 1).all()
-    with pytest.raises(DataError, match=rf"t-3\.mask\.npy: has the value 7 at position {LENGTHS[3] - 1}, but a mask"):
+    with pytest.raises(DataError, match=complaint):
         source.read_mask(end - 4, 8)
 
 

@@ -42,7 +42,7 @@ def _load_huggingface_model(folder: Path, device: torch.device, average: bool) -
             f"ema: {folder} is a Hugging Face folder, which has one set of weights; leave --ema out (`tinytrain export "
             "--ema` writes the average)"
         )
-    config = TrainingConfig.from_dict(settings_of_hf_folder(folder), f"{folder}/config.json")
+    config = TrainingConfig.from_dict(settings_of_hf_folder(folder, "checkpoint"), f"{folder}/config.json")
     with torch.device("meta"):
         model = TransformerLM(config)
     check_hf_weights(folder, model, config)  # before memory is allocated

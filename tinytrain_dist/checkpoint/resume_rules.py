@@ -95,6 +95,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
     if state.get("data") != data and "train_data" not in allowed:
         changed_files = "".join(f"; {change}" for change in _changed_files(state.get("data"), config))
         refused["train_data"] = f"train_data: {state.get('data')} in the checkpoint, {data} now{changed_files}"
+    refused |= _changed_shapes(state, config)
     other_optimizer = _changed_optimizer(state, config)
     refused |= other_optimizer
     if refused:
@@ -106,6 +107,25 @@ def check_same_run(path: Path, state: dict[str, Any], config: TrainingConfig, da
         raise CheckpointError(
             f"{path}: belongs to another run; {', or '.join(remedies)}:\n  " + "\n  ".join(refused.values())
         )
+
+
+def _changed_shapes(state: dict[str, Any], config: TrainingConfig) -> dict[str, str]:
+    """Return a sentence for each setting of the model that differs, if the saved tensors have other shapes, else {}.
+
+    The run cannot continue from them, whatever is allowed.
+    """
+    changed = [change for change in _changed_settings(state, config) if change[0] in SHAPE_SETTINGS]
+    try:
+        saved = TrainingConfig.from_dict(state.get("config", {}))
+    except ConfigError:
+        return {}  # of another version; shapes are compared when tensors are read
+    if saved.model.parameter_shapes() == config.model.parameter_shapes():
+        return {}
+    return {
+        name: f"{name}: {before} in the checkpoint, {now} now; the tensors of the checkpoint do not fit this model, so "
+        "allow has no effect"
+        for name, before, now in changed
+    }
 
 
 def _changed_optimizer(state: dict[str, Any], config: TrainingConfig) -> dict[str, str]:
@@ -140,6 +160,17 @@ def check_steps_left(path: Path, state: dict[str, Any], config: TrainingConfig) 
             f"total_steps: {config.total_steps} is less than {step}, the step of {path} that this run continues from, "
             f"so nothing would be trained; set it to more than {step} to train on, or {how_to_start_anew(config)}"
         )
+
+
+def nothing_to_train(config: TrainingConfig, resumed_step: int) -> str:
+    """Return why a run that continues from this step trains nothing, if stop_at_step is not beyond it, else ""."""
+    stop = config.stop_at_step
+    if not resumed_step or stop is None or stop > resumed_step:
+        return ""
+    return (
+        f"nothing was trained, because stop_at_step {stop} is not beyond step {resumed_step}, from which this run "
+        f"continued; set it to more than {resumed_step}, or leave it out"
+    )
 
 
 def _changed_past_steps(state: dict[str, Any], config: TrainingConfig) -> str:

@@ -187,7 +187,7 @@ def _of_package(name: str) -> Template:
 def _of_model(model: Path) -> Template:
     """Return a configuration that fine-tunes the model in a Hugging Face folder. Errors: ConfigError."""
     model = model.resolve()
-    settings: dict[str, Any] = settings_of_hf_folder(model)
+    settings: dict[str, Any] = settings_of_hf_folder(model, "--from")
     longest = settings.pop("context_len", FINE_TUNING_CONTEXT)
     is_chat_model = _has_chat_template(model)
     text, data = ("chat.jsonl --chat", "data/chat") if is_chat_model else ("TEXT.txt", "data/mine")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tinytrain_dist.cli.arguments import UsageError
 from tinytrain_dist.config.loading import resolve_vocab_size
-from tinytrain_dist.config.run_folder import LOGS_FOLDER, iter_records
+from tinytrain_dist.config.run_folder import LOGS_FOLDER, iter_records, parse_toml
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.type_conversion import to_toml_value
 from tinytrain_dist.data.side_files import side_path
@@ -132,15 +132,16 @@ def proposed_config(options: ProposalOptions, name: str) -> str:
     precision = "fp32" if options.on_cpu else "bf16"
     device = find_device_spec("cpu" if options.on_cpu else options.device or "h100", options.per_node, precision)
     cluster = Cluster(options.nodes, options.per_node, device)
+    masks = parse_toml(MASKS.encode()) if _has_masks(base) else {}
     where = f"{options.nodes} x {options.per_node} {device.name}"
     if options.on_cpu:
         where = f"{options.per_node} process(es) on this machine"
-        clock = StepClock(base["train_data"], options.per_node)
+        clock = StepClock({"train_data": base["train_data"], **masks}, options.per_node)
         print(f"timing steps on this machine, {MEASURED_SECONDS:.0f} s for each model that is tried ...", flush=True)
         timing: Callable[[dict[str, Any]], Timing] = clock.time_steps
         speed_from = f"measured for {MEASURED_SECONDS:.0f} s"
     else:
-        timing = _simulation(cluster)
+        timing = _simulation(cluster, masks)
         speed_from = f"{GPU_SHARE_OF_PLAN:.0%} of what `tinytrain plan` simulates"
     guess = device.bf16_flops * device.reached * cluster.num_devices
     hardware = Hardware(cluster.num_devices, options.on_cpu, guess)
@@ -181,8 +182,11 @@ def _count_tokens(config: TrainingConfig) -> int:
     return sum(len(source) for source in open_training_data(replace(config, context_len=1)).sources)
 
 
-def _simulation(cluster: Cluster) -> Callable[[dict[str, Any]], Timing]:
-    """Return a function that simulates a step on a cluster of GPUs, with recomputation if memory needs it."""
+def _simulation(cluster: Cluster, masks: dict[str, Any]) -> Callable[[dict[str, Any]], Timing]:
+    """Return a function that simulates a step on a cluster of GPUs, with recomputation if memory needs it.
+
+    masks: settings of masks, which need memory.
+    """
     import torch
 
     from tinytrain_dist.distributed import fake_backend
@@ -197,7 +201,7 @@ def _simulation(cluster: Cluster) -> Callable[[dict[str, Any]], Timing]:
         try:
             for recomputed in ("none", "selective", "block"):
                 extra: dict[str, Any] = {} if recomputed == "none" else {"activation_checkpointing": recomputed}
-                config = set_device_defaults(TrainingConfig(**settings, **extra), on_gpu=True, in_bf16=True)
+                config = set_device_defaults(TrainingConfig(**settings, **masks, **extra), on_gpu=True, in_bf16=True)
                 with torch.device("meta"):
                     flops = TransformerLM(config).flops_per_token()
                 planned = forecast(config, context, cluster, flops)
@@ -219,9 +223,9 @@ def _simulation(cluster: Cluster) -> Callable[[dict[str, Any]], Timing]:
 class StepClock:
     """Times steps of real runs on this machine, in a temporary folder."""
 
-    def __init__(self, train_data: str, nproc: int) -> None:
-        """Prepare to time runs on this data with so many processes."""
-        self.train_data = train_data
+    def __init__(self, data: dict[str, Any], nproc: int) -> None:
+        """Prepare to time runs with these settings of their data, and with so many processes."""
+        self.data = data
         self.nproc = nproc
 
     def time_steps(self, settings: dict[str, Any]) -> Timing:
@@ -230,7 +234,7 @@ class StepClock:
             run = folder / "run"
             changes: dict[str, Any] = {"target_dir": str(run), "log_every": 1, "trackers": (), "ckpt_every": 10**9}
             train_only = {name: value for name, value in settings.items() if name != "eval_steps"}
-            config = TrainingConfig(train_data=self.train_data, **train_only | changes)
+            config = TrainingConfig(**self.data | train_only | changes)
             (folder / "timing.toml").write_text(config.to_toml(), encoding="utf-8")
             command = local_command(folder / "timing.toml", [], self.nproc)
             output = folder / "output.txt"

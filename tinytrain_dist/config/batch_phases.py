@@ -129,12 +129,14 @@ def batch_warmup_problems(
     late = [phase for phase in phases[1:] if total_steps is not None and phase.from_step >= total_steps]
     if late and not problems:
         size, shorter = sizes_before(batch_size, warmup, total_steps or 0)
-        listed = "leave batch_size_warmup out" if shorter is None else "leave it out"
-        problems += [
-            f"batch_size_warmup: the phase from step {phase.from_step} has no effect, because total_steps is "
-            f"{total_steps}; {listed}, and set batch_size to {size}"
-            for phase in late
-        ]
+        several = len(late) > 1
+        which = f"its last {len(late)} phases, from step {late[0].from_step} on, have" if several else ""
+        which = which or f"the phase from step {late[0].from_step} has"
+        listed = "leave batch_size_warmup out" if shorter is None else f"leave {'them' if several else 'it'} out"
+        problems.append(
+            f"batch_size_warmup: {which} no effect, because total_steps is {total_steps}; {listed}, and set batch_size "
+            f"to {size}"
+        )
     divided = (phase for phase in phases if phase.batch_size != batch_size)
     return problems + [
         problem for phase in divided if (problem := division_problem(phase, micro_batch_size, 1, reproducible))

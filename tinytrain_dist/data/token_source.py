@@ -26,7 +26,9 @@ from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.permissions import permission_problem
 from tinytrain_dist.utils.shard_paths import NoTokenFilesError, shard_paths
 
-# At the start, this many values of the masks of a source are read to find one that counts: a second of reading.
+# At the start, so many values of the masks of a source are checked, which takes about a tenth of a second. If none of
+# them counts, up to a billion values are read to find one that does.
+_CHECKED_MASK_TOKENS = 1 << 27
 _MASK_CHECK_TOKENS = 1 << 30
 _MASK_CHECK_BLOCK = 1 << 20
 
@@ -125,21 +127,22 @@ class TokenSource:
     def _some_token_counts(self, masks: Sequence[Mask]) -> bool:
         """Return whether some mask holds a 1; also True if none of the first _MASK_CHECK_TOKENS values is one.
 
-        Reading ends at the first 1, so it costs little unless the masks are wrong.
+        Reading ends behind the first 1, but not before _CHECKED_MASK_TOKENS, so that it costs little.
         Errors: DataError if a value that is read is not 0 or 1, or if a file cannot be read.
         """
-        left = _MASK_CHECK_TOKENS
+        some_counts, read = False, 0
         for mask, tokens in zip(masks, self.shards.tokens.tolist(), strict=True):
             for first in range(0, tokens, _MASK_CHECK_BLOCK):
+                if read >= (_CHECKED_MASK_TOKENS if some_counts else _MASK_CHECK_TOKENS):
+                    return True
                 count = min(_MASK_CHECK_BLOCK, tokens - first)
                 try:
-                    if left <= 0 or mask.read(first, count).any():
-                        return True
+                    some_counts |= bool(mask.read(first, count).any())
                 except OSError as error:
                     problem = f"{mask.path}: cannot be read ({error}); restore it"
                     raise DataError(permission_problem(error) or problem) from None
-                left -= count
-        return False
+                read += count
+        return some_counts
 
     def read_mask(self, position: int, length: int) -> npt.NDArray[np.bool_]:
         """Return which of the tokens from a position count as targets: bool [length]. `open_masks` comes first."""

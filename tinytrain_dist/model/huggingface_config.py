@@ -106,7 +106,7 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
     A longer context_len than that of the folder may come with a new scaling of rotary positions.
     Errors: ConfigError that names every value our model does not support, and every setting that has to change.
     """
-    model, problems = _read_hf_config(folder)
+    model, problems = _read_hf_config(folder, "init_from", "the configuration")
     current = config.resolved()
     different = {name: (current[name], value) for name, value in model.sizes.items() if current[name] != value}
     if model.sizes and model.rope is not None:
@@ -123,12 +123,13 @@ def check_hf_config(config: TrainingConfig, folder: Path) -> None:
         raise ConfigError(problems, f"init_from = {folder}")
 
 
-def settings_of_hf_folder(folder: Path) -> dict[str, Any]:
+def settings_of_hf_folder(folder: Path, argument: str = "folder") -> dict[str, Any]:
     """Return the settings of the model in a Hugging Face folder, and the longest context_len that it was made for.
 
-    Errors: ConfigError that names every value our model does not support.
+    argument: what the user has named the folder with. Errors: ConfigError that names every value our model does not
+    support.
     """
-    model, problems = _read_hf_config(folder)
+    model, problems = _read_hf_config(folder, argument, str(folder))
     if problems or model.rope is None:
         raise ConfigError(problems, str(folder))
     longest = model.longest
@@ -152,8 +153,11 @@ class HfModel:
     has_longest: bool
 
 
-def _read_hf_config(folder: Path) -> tuple[HfModel, list[str]]:
-    """Return the model of a Hugging Face folder, and what our model does not support, as sentences."""
+def _read_hf_config(folder: Path, argument: str, source: str) -> tuple[HfModel, list[str]]:
+    """Return the model of a Hugging Face folder, and what our model does not support, as sentences.
+
+    Errors: ConfigError about `argument` and with `source`, if config.json cannot be read.
+    """
     path = folder / "config.json"
     try:
         hf_config = read_json(path)
@@ -161,8 +165,9 @@ def _read_hf_config(folder: Path) -> tuple[HfModel, list[str]]:
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"init_from: {path} cannot be read ({error}); give the folder of a Hugging Face model, or a run "
-            "or checkpoint of this program"
+            f"{argument}: {path} cannot be read ({error}); give the folder of a Hugging Face model, or a run "
+            "or checkpoint of this program",
+            source,
         ) from None
     hf_config, cap = _without_cap(hf_config)
     rope, rope_problems = read_hf_rope(hf_config)

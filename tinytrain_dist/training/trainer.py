@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tinytrain_dist.checkpoint.resume_rules import nothing_to_train
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.data.batches import Prefetcher, read_ahead_depth
 from tinytrain_dist.data.training_windows import Windows
@@ -86,7 +87,7 @@ class Trainer:
         self.lock = lock
         self.profiler = profiler
         self.phase_timer = train_step.phase_timer
-        self.step = step  # number of completed optimizer steps
+        self.step = self.resumed_step = step  # number of completed optimizer steps
         self.runner = StepRunner(train_step)
         self.first_step = self.runner.first_computed(step + 1)
         self.record = record
@@ -277,7 +278,7 @@ class Trainer:
         reason = main_reason(reasons) if state == "preempted" else ""
         if reason == REGROUP_REASON:
             state = "regrouped"
-        why = self._early_stop_summary() if early else reason
+        why = self._early_stop_summary() if early else reason or nothing_to_train(self.config, self.resumed_step)
         ended = f"{state} ({why})" if why else state
         self.log.event(self.step, "stopped", f"{ended} at step {self.step} of {self.config.total_steps}")
         self.stop_requests.clear()
