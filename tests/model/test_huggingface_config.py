@@ -80,6 +80,10 @@ ROPES = [
     ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "factor: 8.0 has no effect with rope_type default"),
     ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section: [1] among the rotary"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: is missing among the rotary"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor: is missing among the rotary"),
+    ({"rope_parameters": {"rope_type": "dynamic"}}, "factor: is missing among the rotary"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "factor: is missing among the rotary"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "8"}}, "factor: '8' among the rotary settings is not a num"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         YARN | {"beta_fast": 1e-4, "beta_slow": 1e-5},
         {"rope_type": "yarn", "rope_beta_fast": 1e-4, "rope_beta_slow": 1e-5},
     ),
+    "yarn with a band that begins before the first pair": (
+        YARN | {"beta_fast": 5000.0},
+        {"rope_type": "yarn", "rope_beta_fast": 5000.0},
+    ),
+    "yarn with a band that ends behind the last pair": (
+        YARN | {"beta_slow": 1e-5},
+        {"rope_type": "yarn", "rope_beta_slow": 1e-5},
+    ),
+    "yarn with a band of no width": (
+        YARN | {"beta_fast": 6000.0, "beta_slow": 2700.0},
+        {"rope_type": "yarn", "rope_beta_fast": 6000.0, "rope_beta_slow": 2700.0},
+    ),
+    "yarn with a factor below 1": (YARN | {"factor": 0.5}, {"rope_type": "yarn", "rope_scaling_factor": 0.5}),
     "yarn with its own attention factor": (
         YARN | {"attention_factor": 1.25},
         {"rope_type": "yarn", "rope_attention_factor": 1.25},
@@ -70,7 +84,7 @@ def our_config(settings: dict[str, Any], width: int, theta: float) -> TrainingCo
     scaled = settings.get("rope_type") in ("yarn", "llama3")
     both = {"rope_scaling_factor": 8.0, "rope_original_context_len": 16_384} if scaled else {}
     return TrainingConfig(
-        vocab_size=67, num_heads=1, d_model=width, context_len=LENGTH, rope_theta=theta, **both, **settings
+        vocab_size=67, num_heads=1, d_model=width, context_len=LENGTH, rope_theta=theta, **{**both, **settings}
     )
 
 
@@ -164,6 +178,12 @@ def test_older_forms_of_yarn_are_read(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="truncate: 0 is not supported; this model needs true"):
         settings_of_hf_folder(tmp_path)
+    # transformers takes its default in place of 0
+    (tmp_path / "config.json").write_text(
+        json.dumps({**to_hf_config(SMALL), "rope_parameters": YARN | {"beta_fast": 40.0, "beta_slow": 0}})
+    )
+    found = settings_of_hf_folder(tmp_path)
+    assert (found["rope_beta_fast"], found["rope_beta_slow"]) == (40.0, 1.0)
 
 
 def refusals(folder: Path, saved: TrainingConfig, **settings: Any) -> list[str]:
@@ -192,6 +212,20 @@ def test_a_longer_context_may_come_with_a_scaling(tmp_path: Path, kind: str) -> 
     if kind != "dynamic":  # the same context length: the scaling is part of the model
         unscaled = dict.fromkeys(("rope_type", "rope_scaling_factor", "rope_original_context_len"))
         assert len(refusals(tmp_path, extended, **unscaled)) >= 2
+        # nor may a larger base take its place in a still longer context
+        assert len(refusals(tmp_path, extended, **unscaled, context_len=512, rope_theta=500_000.0)) >= 2
+
+
+def test_the_attention_factor_of_yarn_need_not_be_named_if_it_is_the_usual_one(tmp_path: Path) -> None:
+    saved = dataclasses.replace(SMALL, **EXTENDED, rope_type="yarn")
+    usual = 0.1 * math.log(4.0) + 1.0
+    assert refusals(tmp_path, saved, rope_attention_factor=usual) == []
+    assert to_hf_config(saved)["rope_parameters"] == {
+        "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0,
+    }  # fmt: skip
+    (problem,) = refusals(tmp_path, saved, rope_attention_factor=1.5)
+    assert problem.startswith("rope_attention_factor: is 1.5, but ")
 
 
 def test_a_scaling_needs_a_longer_context(tmp_path: Path) -> None:
@@ -211,6 +245,35 @@ def test_a_longer_context_may_come_with_a_larger_base(tmp_path: Path) -> None:
     assert refusals(tmp_path, SMALL, context_len=256) == []
     assert len(refusals(tmp_path, SMALL, context_len=64, rope_theta=500_000.0)) == 1
     assert len(refusals(tmp_path, SMALL, context_len=256, rope_theta=5_000.0)) == 1
+
+
+def test_dynamic_changes_nothing_up_to_its_original_length(tmp_path: Path) -> None:
+    """In a folder that transformers saved: there, max_position_embeddings is the length before."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**to_hf_config(SMALL), "rope_parameters": rope, "rope_scaling": None})
+    )
+    for context_len in (16, 64):
+        check_hf_config(dataclasses.replace(SMALL, context_len=context_len), tmp_path)
+    with pytest.raises(ConfigError, match="rope_theta: is 10000"):
+        check_hf_config(dataclasses.replace(SMALL, context_len=65), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own compiler reads it
+def test_scaled_positions_are_the_same_in_compiled_code(kind: str) -> None:
+    """Positions are compiled to a kernel; the model to one graph, which torch's own operators compute."""
+    scaled = {**EXTENDED, "rope_type": kind, "rope_original_context_len": None if kind == "linear" else 64}
+    config = dataclasses.replace(SMALL, **scaled)
+    model, ids = random_model(config), some_ids(config, length=256)
+    positions = torch.arange(256)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model.rotary, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(positions), model.model.rotary(positions), rtol=0, atol=1e-4)
+    expected = model(ids)
+    found = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_dynamic_is_exported_as_the_base_that_it_stands_for(tmp_path: Path) -> None:
