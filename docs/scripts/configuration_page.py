@@ -3,8 +3,8 @@
 Usage: .venv/bin/python docs/scripts/configuration_page.py
 
 All facts come from the package: the settings from config/schema.py, the constraints from config/validation.py,
-config/model_config.py, config/rope_scaling.py and config/parameter_groups.py, and what a resume compares from the lists
-that it uses. A test checks that the page is current.
+config/model_config.py, config/rope_scaling.py, config/parameter_groups.py and config/parallel_problems.py, and what a
+resume compares from the lists that it uses. A test checks that the page is current.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinytrain_dist.config import checkpoint_copies, model_config, parameter_groups, rope_scaling, validation
+from tinytrain_dist.config import (
+    checkpoint_copies,
+    model_config,
+    parallel_problems,
+    parameter_groups,
+    rope_scaling,
+    validation,
+)
 from tinytrain_dist.config.schema import FIELDS, HINTS
 from tinytrain_dist.config.sections import SECTIONS
 from tinytrain_dist.config.type_conversion import describe_type, to_toml_value
@@ -105,7 +112,7 @@ def refusals() -> dict[str, list[str]]:
     They are read from the source of the checks. An ellipsis stands for each value in a message.
     """
     messages: dict[str, list[str]] = {name: [] for name in FIELDS}
-    for module in (validation, model_config, rope_scaling, parameter_groups, checkpoint_copies):
+    for module in (validation, model_config, rope_scaling, parameter_groups, parallel_problems, checkpoint_copies):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef) and function.name.endswith("_problems"):

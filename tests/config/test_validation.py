@@ -235,6 +235,15 @@ def test_steps_to_profile_are_two_numbers_within_the_run(profile):
     assert only_problem(profile=profile, total_steps=10).startswith(f"profile: {profile!r}"[:9])
 
 
+def test_offload_moves_what_checkpointed_blocks_keep() -> None:
+    assert problems_of(activation_offload=True, activation_checkpointing="block") == []
+    for how in ("none", "selective"):
+        assert only_problem(activation_offload=True, activation_checkpointing=how) == (
+            "activation_offload: needs activation_checkpointing = block, whose inputs it moves, but that is "
+            f"{how}; set it, or leave activation_offload out"
+        )
+
+
 def test_trackers_are_known_names_or_classes_and_each_is_there_once():
     assert problems_of(trackers=[]) == problems_of(trackers=["mlflow", "a.b_c:Own"]) == []
     assert problems_of(trackers=["wandn"]) == ["trackers: 'wandn' is unknown; did you mean wandb?"]

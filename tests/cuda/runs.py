@@ -151,6 +151,15 @@ def compiled_masked_steps_wait(context: Any, folder: Path) -> str:
     return fit_without_waiting(context, folder, "strict-masked-compiled", compile=ON_GPU, **MASKED)
 
 
+def offloaded_steps_wait(context: Any, folder: Path) -> str:
+    return fit_without_waiting(context, folder, "strict-offloaded", **OFFLOADED)
+
+
+def compiled_offloaded_steps_wait(context: Any, folder: Path) -> str:
+    return fit_without_waiting(context, folder, "strict-offloaded-compiled", compile=ON_GPU, **OFFLOADED)
+
+
+OFFLOADED: dict[str, Any] = {"activation_checkpointing": "block", "activation_offload": True}
 MASKED: dict[str, Any] = {"loss_mask": True, "document_mask": True}
 
 
@@ -190,6 +199,10 @@ def eager_memory(context: Any, folder: Path) -> tuple[int, int, str]:
 
 def compiled_memory(context: Any, folder: Path) -> tuple[int, int, str]:
     return measure({**MEMORY, "compile": ON_GPU}, context)
+
+
+def offloaded_memory(context: Any, folder: Path) -> tuple[int, int, str]:
+    return measure({**MEMORY, **OFFLOADED}, context)
 
 
 def losses_by_mode(context: Any, folder: Path) -> dict[str, list[float]]:
@@ -296,11 +309,12 @@ def _head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, los
 
 
 def reproducible_digests(context: Any, folder: Path) -> dict[str, dict[str, str]]:
-    """Digests of the same run: twice, with one rank that shards, and stopped and resumed."""
+    """Digests of the same run: twice, with one rank that shards, with offload, and stopped and resumed."""
     found = {
         name: digests_of(context, folder, name, reproducible=True, parallel=mode)
         for name, mode in (("once", "none"), ("twice", "none"), ("sharded", "fsdp"))
     }
+    found["offloaded"] = digests_of(context, folder, "offloaded", reproducible=True, **OFFLOADED)
     trainer_for(context, folder, "resumed", reproducible=True, stop_at_step=3).fit()
     found["resumed"] = digests_of(context, folder, "resumed", reproducible=True)
     return found

@@ -26,8 +26,11 @@ FASTEST = [
     runs.compiled_steps_wait,
     runs.masked_steps_wait,
     runs.compiled_masked_steps_wait,
+    runs.offloaded_steps_wait,
+    runs.compiled_offloaded_steps_wait,
     runs.within_documents,
     runs.eager_memory,
+    runs.offloaded_memory,
     runs.compiled_memory,
     runs.losses_by_mode,
     runs.losses_compiled,
@@ -79,6 +82,8 @@ def result(found: dict[str, Any], part: Any) -> Any:
         runs.compiled_steps_wait,
         runs.masked_steps_wait,
         runs.compiled_masked_steps_wait,
+        runs.offloaded_steps_wait,
+        runs.compiled_offloaded_steps_wait,
     ],
     ids=lambda part: part.__name__,
 )
@@ -86,8 +91,9 @@ def test_no_step_waits_for_the_gpu(fastest: dict[str, Any], part: Any) -> None:
     assert result(fastest, part) == "done"
 
 
-def test_an_eager_step_takes_the_planned_memory(fastest: dict[str, Any]) -> None:
-    measured, predicted, moment = result(fastest, runs.eager_memory)
+@pytest.mark.parametrize("part", [runs.eager_memory, runs.offloaded_memory], ids=lambda part: part.__name__)
+def test_an_eager_step_takes_the_planned_memory(fastest: dict[str, Any], part: Any) -> None:
+    measured, predicted, moment = result(fastest, part)
     assert 0.9 < predicted / measured < 1.1, f"predicted {predicted:,} bytes at {moment}, measured {measured:,}"
 
 

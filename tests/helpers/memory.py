@@ -33,6 +33,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp 2, loss in chunks": (2, {"parallel": "ddp", "vocab_size": 8192, "loss_chunk_tokens": 64}),
     "ddp 2, accumulation": (2, {"parallel": "ddp", "micro_batch_size": 2}),
     "ddp 2, checkpointing": (2, {"parallel": "ddp", "activation_checkpointing": "block"}),
+    "ddp 2, offload": (2, {"parallel": "ddp", "activation_checkpointing": "block", "activation_offload": True}),
+    "fsdp 2, cp 2": (2, {"parallel": "fsdp", "cp": 2}),
     "ddp 2, reproducible": (2, {"parallel": "ddp", "reproducible": True, "micro_batch_size": 2}),
     "ddp 2, documents": (
         2,
@@ -108,6 +110,7 @@ def measure(settings: dict[str, Any], context: Any = None) -> tuple[int, int, st
 def _steps(train_step: Any, count: int) -> None:
     from tinytrain_dist.training.memory_estimate import EmptyBatches, empty_windows
 
-    batches = EmptyBatches(empty_windows(train_step.config, len(train_step.share(0).slots)))
+    share = train_step.share(0)
+    batches = EmptyBatches(empty_windows(train_step.config, len(share.slots)).take_columns(share.columns))
     for step in range(count):
         train_step.run(step, batches).vote.result()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, gather_time
+from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, all_to_all_time, gather_time
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, REACHABLE_SHARE_OF_LINKS
 
 H100 = DEVICE_SPECS["h100"]
@@ -37,6 +37,20 @@ def test_a_small_all_reduce_of_many_ranks_takes_a_tree() -> None:
     tree = all_reduce_time(8, group, H100).latency
     assert tree == pytest.approx((6.8 + 2 * (7 * 0.6 + 7 * 5.0)) * 1e-6)
     assert gather_time(8, group, H100).latency > 8 * tree, "a ring passes every rank"
+
+
+def test_an_all_to_all_sends_parts_for_other_nodes_over_the_network() -> None:
+    on_node, on_two, one_per_node = RankGroup(8, 8, 8), RankGroup(8, 4, 8), RankGroup(2, 1, 8)
+    assert all_to_all_time(GIGABYTE, on_node, H100) == gather_time(GIGABYTE, on_node, H100)
+    # half of each message, over an eighth of the network; the rest stays inside and takes less time
+    for group in (on_two, one_per_node):
+        found = all_to_all_time(GIGABYTE, group, H100)
+        assert found.transfer == pytest.approx(GIGABYTE / 2 / (400e9 / 8 * REACHABLE_SHARE_OF_LINKS))
+        assert found.latency == gather_time(GIGABYTE, group, H100).latency
+    fast = replace(H100, network=8 * 8 * 450e9)
+    assert all_to_all_time(GIGABYTE, on_two, fast).transfer == pytest.approx(
+        GIGABYTE * 3 / 8 / (450e9 * REACHABLE_SHARE_OF_LINKS)
+    )
 
 
 def test_a_single_rank_sends_nothing() -> None:

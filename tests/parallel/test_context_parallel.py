@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
+from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.parallel.context_parallel import placement_problem
 
 pytestmark = pytest.mark.multiprocess
 
@@ -99,3 +102,24 @@ def test_exchanged_heads_give_the_attention_of_whole_sequences(ranks: int) -> No
     for rank, differences in enumerate(run_ranks(ranks, compare_with_whole, CASES)):
         for case, found in zip(CASES, differences, strict=True):
             assert max(found) < (1e-5 if case[2] == "float32" else 5e-2), (rank, case, found)
+
+
+def refused_placement(hosts: list[str]) -> str:
+    """On a rank of a host: return why the ranks cannot share sequences by twos."""
+    from tinytrain_dist.distributed.context import init_distributed
+    from tinytrain_dist.parallel.context_parallel import check_placement
+
+    context = init_distributed("cpu")
+    try:
+        check_placement(replace(context, host=hosts[context.rank]), 2)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_share_sequences_are_on_one_node() -> None:
+    assert placement_problem(["a", "a", "b", "b"], 2) == ""
+    assert placement_problem(["a", "b", "a", "b"], 4).startswith("cp: ranks 0 to 3 share sequences, and must be on one")
+    assert placement_problem(["a", "a", "a", "b"], 2).startswith("cp: ranks 2 to 3 share")
+    for found in run_ranks(2, refused_placement, ["b", "a"]):
+        assert "they are on a, b; give the ranks of a node consecutive numbers" in found

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.reliability.storage_checks import (
     check_disk_space,
     check_host_memory,
@@ -130,3 +130,6 @@ def test_buffers_that_no_host_has_are_refused() -> None:
     check_host_memory(1, ALONE)
     with pytest.raises(CheckpointError, match=r"ckpt_async: saving in the background needs .* GB of buffers on here"):
         check_host_memory(2**60, ALONE)
+    check_host_memory(1, ALONE, "activation_offload")
+    with pytest.raises(TrainingError, match=r"activation_offload: keeping inputs of blocks on the host needs .* GB of"):
+        check_host_memory(2**60, ALONE, "activation_offload")

@@ -50,6 +50,22 @@ def test_the_mask_of_documents_takes_memory_on_a_cpu_only(world: DistributedCont
         assert added <= more <= added + 2**18, f"{device}: {more:,}"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vocab_size": 8192, "loss_chunk_tokens": 60, "z_loss": 1e-3},
+        {"vocab_size": 8192, "loss_chunk_tokens": 30, "train_data": ("a", "b"), "precision": "bf16"},
+    ],
+    ids=["z-loss", "losses by source"],
+)
+def test_a_few_chunks_of_the_loss_have_the_memory_of_all(
+    world: DistributedContext, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    few = estimated(world, parallel="ddp", **settings)
+    monkeypatch.setattr(memory_estimate, "_simulate_few_chunks", lambda _: None)
+    assert few == estimated(world, parallel="ddp", **settings)
+
+
 def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> None:
     with_ddp, with_fsdp = estimated(world, parallel="ddp"), estimated(world, parallel="fsdp")
     weights = 4 * sum(p.numel() for p in meta_model().parameters())
@@ -60,14 +76,37 @@ def test_what_is_held_adds_up_to_the_parameters(world: DistributedContext) -> No
         assert held["gradients"] == pytest.approx(weights / share, rel=0.01)
 
 
-def test_the_estimate_counts_an_average_on_the_device_only(world: DistributedContext) -> None:
+def test_an_average_is_counted_where_it_is(world: DistributedContext) -> None:
     weights = 4 * sum(param.numel() for param in meta_model().parameters())
+    on_gpus = replace(world, simulated_type="cuda")
     without, on_device, on_host = (
-        estimated(world, parallel="fsdp", **settings).stages["update"]["optimizer"]
+        estimated(on_gpus, parallel="fsdp", **settings)
         for settings in ({}, {"ema_decay": 0.9}, {"ema_decay": 0.9, "ema_on_host": True})
     )
-    assert on_device - without == pytest.approx(weights / 4, rel=0.01)
-    assert on_host == without
+    held = [each.stages["update"]["optimizer"] for each in (without, on_device, on_host)]
+    assert held[1] - held[0] == pytest.approx(weights / 4, rel=0.01)
+    assert held[2] == held[0]
+    assert without.host_bytes == on_device.host_bytes == 0
+    assert on_host.host_bytes == pytest.approx(weights / 4, rel=0.01)
+    assert on_host.nbytes - without.nbytes < weights / 40, "it is not counted under another name"
+
+
+def test_inputs_of_blocks_move_to_the_host(world: DistributedContext) -> None:
+    """All but that of the last block. On a CPU, the host is the device."""
+    settings: dict[str, Any] = {"parallel": "fsdp", "num_layers": 9, "context_len": 256, "micro_batch_size": 2}
+    settings["activation_checkpointing"] = "block"
+    each_input = 4 * 2 * 256 * 64
+    for device, moved in (("cuda", 8 * each_input), ("cpu", 0)):
+        context = replace(world, simulated_type=device)
+        stays, moves = (estimated(context, **settings, activation_offload=offload) for offload in (False, True))
+        assert stays.host_bytes == 0
+        assert moves.host_bytes == moved
+        # when backward begins, only that of the last block is on the device, and one arrives while it computes
+        kept = [each.stages["backward: last block"] for each in (stays, moves)]
+        assert kept[0]["forward"] - kept[1]["forward"] == moved, device
+        assert kept[0].total() - kept[1].total() == max(0, moved - each_input) or device == "cpu"
+    odd = estimated(replace(world, simulated_type="cuda"), **{**settings, "d_model": 96}, activation_offload=True)
+    assert odd.host_bytes == 8 * 2 * each_input, "pinned memory is rounded up to a power of two"
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])

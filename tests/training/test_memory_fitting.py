@@ -41,6 +41,12 @@ def test_smaller_settings_come_with_the_cheapest_first(two_replicas: Distributed
         {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "block"},
     ]
+    on_gpus = replace(two_replicas, simulated_type="cuda")
+    offload = {"activation_checkpointing": "block", "activation_offload": True}
+    assert smaller_settings(config, on_gpus)[-2:] == [{"activation_checkpointing": "block"}, offload]
+    recomputing = replace(config, activation_checkpointing="block")
+    assert smaller_settings(recomputing, on_gpus)[-1] == {"activation_offload": True}
+    assert smaller_settings(replace(recomputing, activation_offload=True), on_gpus)[-1] == {"micro_batch_size": 4}
     exact = TrainingConfig(**{**SMALL, "reproducible": True, "micro_batch_size": 8})
     assert smaller_settings(exact, two_replicas)[0] == {"activation_checkpointing": "selective"}
 

@@ -30,6 +30,8 @@ from tinytrain_dist.training.step_timeline import (
     Unit,
     _Step,
     ddp_buckets,
+    offload_seconds,
+    offloaded_bytes,
     predict_step,
     seconds_alone,
     units_of,
@@ -223,6 +225,32 @@ def test_a_block_waits_for_the_reduce_scatter_before_the_last_one() -> None:
     first = backward[0]
     sent = first + 2 * forward + message
     assert backward == pytest.approx([first, first + 2 * forward, sent, sent + message])
+
+
+def test_inputs_of_blocks_leave_and_arrive_beside_the_blocks() -> None:
+    """Four blocks, and a link to the host on which a copy takes half of a forward pass, or three times as long."""
+    settings = one_block(activation_checkpointing="block", activation_offload=True)
+    (block,) = settings.units.blocks
+    units = replace(settings.units, blocks=tuple(replace(block) for _ in range(4)))
+    forward = _Step(settings).seconds_of(FLOPS)
+    nbytes = offloaded_bytes(settings.config, settings.plan)
+    assert nbytes == 2 * 1000 * SMALL["d_model"]
+    waits = {}
+    for copies in (0.5, 3):
+        link = nbytes / (0.8 * copies * forward)
+        device = replace(settings.device, host_link=link)
+        waits[copies] = predict_step(replace(settings, units=units, device=device)).waits.get("inputs of blocks", 0)
+        expected = 2 * (settings.config.num_layers - 1) * copies * forward
+        assert offload_seconds(settings.config, settings.plan, device) == pytest.approx(expected)
+    # in forward, three blocks wait for two thirds of a copy; in backward, which takes two forwards, for a third
+    assert waits == {0.5: 0, 3: pytest.approx(3 * 2 * forward + 3 * forward)}
+
+
+def test_the_inputs_that_move_are_those_of_the_real_step(four_gpus: DistributedContext) -> None:
+    changes: dict[str, Any] = {"parallel": "fsdp", "cp": 2, "micro_batch_size": 2, "precision": "bf16"}
+    expected = settings_of(**changes, num_layers=4, activation_checkpointing="block", activation_offload=True)
+    estimate = memory_estimate.estimate_memory(expected.config, four_gpus.with_mesh(expected.dims))
+    assert estimate.host_bytes == 3 * offloaded_bytes(expected.config, expected.plan) > 0
 
 
 LARGE: dict[str, Any] = {

@@ -261,6 +261,9 @@ class ParallelSettings:
     activation_checkpointing: Literal["none", "block", "selective"] = _setting(
         "parallel", "none", "what backward recomputes: nothing, whole blocks, or all except matrix products (selective)"
     )
+    activation_offload: bool = _setting(
+        "parallel", False, "keep inputs of blocks in host memory until backward; needs activation_checkpointing = block"
+    )
     fingerprint_every: int | None = _setting(
         "parallel", None, "steps between comparisons of the replicas' bits (None: only at each save)"
     )

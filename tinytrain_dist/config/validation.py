@@ -17,6 +17,7 @@ from tinytrain_dist.config.batch_sizes import divisors, micro_batch_sizes, neare
 from tinytrain_dist.config.checkpoint_copies import copies_problems
 from tinytrain_dist.config.defaults import changed_from_default
 from tinytrain_dist.config.model_config import MODEL_SETTINGS
+from tinytrain_dist.config.parallel_problems import parallel_problems
 from tinytrain_dist.config.parameter_groups import group_problems, named_shapes, resolve_groups
 from tinytrain_dist.config.rope_scaling import SETTINGS_OF_ROPE_TYPE
 from tinytrain_dist.config.step_ranges import STEP_RANGES
@@ -83,7 +84,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _data_problems,
         _schedule_effect_problems,
         _optimizer_problems,
-        _parallel_problems,
+        parallel_problems,
         _resume_problems,
         lambda config: config.model.rope_problems(),
         _stop_and_profile_problems,
@@ -294,33 +295,6 @@ def _schedule_effect_problems(config: TrainingConfig) -> list[str]:
     if config.schedule != "wsd" and config.decay_shape != "linear":
         problems.append(f"decay_shape: has no effect with schedule = {config.schedule}; leave it out")
     return problems
-
-
-def _parallel_problems(config: TrainingConfig) -> list[str]:
-    """Return problems of settings that have no effect in the chosen data-parallel mode."""
-    problems = []
-    if config.parallel != "hsdp":
-        problems += [
-            f"{name}: has no effect with parallel = {config.parallel}; leave it out, or set parallel = hsdp"
-            for name in ("dp_replicate", "dp_shard")
-            if getattr(config, name) is not None
-        ]
-    if config.parallel in ("none", "ddp") and config.reshard_after_forward is not None:
-        problems.append(f"reshard_after_forward: has no effect with parallel = {config.parallel}; leave it out")
-    has_replicas = config.parallel != "fsdp" and (config.parallel != "none" or config.cp > 1)
-    if config.fingerprint_every is not None and not has_replicas:
-        problems.append(f"fingerprint_every: parallel = {config.parallel} has no replicas to compare; leave it out")
-    return problems + _cp_problems(config)
-
-
-def _cp_problems(config: TrainingConfig) -> list[str]:
-    """Return a problem if the columns or the heads of a sequence cannot be divided evenly among `cp` ranks."""
-    possible = divisors(math.gcd(config.context_len, config.num_heads))
-    return [
-        f"cp: {config.cp} does not divide {name} {getattr(config, name)}; possible: cp {format_list(possible)}"
-        for name in ("context_len", "num_heads")
-        if getattr(config, name) % config.cp
-    ]
 
 
 def _resume_problems(config: TrainingConfig) -> list[str]:

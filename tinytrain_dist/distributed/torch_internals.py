@@ -324,6 +324,15 @@ def without_compiled_calls(modules: Sequence[nn.Module]) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
+def wrap_calls(module: nn.Module, wrapper: Callable[..., Any]) -> None:
+    """Let `module(...)` call `wrapper(call, ...)`, where `call` runs the module's hooks and forward, compiled or not.
+
+    To be called after `Module.compile`. Versions: `Module._compiled_call_impl` in 2.11 to 2.15.
+    """
+    call = module._compiled_call_impl or module._call_impl
+    module._compiled_call_impl = functools.partial(wrapper, call)
+
+
 def assume_vector_instructions() -> bool:
     """Let inductor use the vector instructions that this processor lists, without a test; return whether that is new.
 

@@ -83,6 +83,20 @@ def gather_time(nbytes: float, group: RankGroup, device: DeviceSpec) -> Collecti
     return _fastest([_ring(protocol, 1, nbytes, group, device) for protocol in PROTOCOLS], group)
 
 
+def all_to_all_time(nbytes: float, group: RankGroup, device: DeviceSpec) -> CollectiveTime:
+    """Return the time in which each rank sends equal parts of `nbytes` to all ranks, itself included.
+
+    Parts for other nodes cross the network, of which each device of a node has an equal share, while the others stay
+    inside.
+    """
+    as_ring = gather_time(nbytes, group, device)
+    if group.nodes == 1:
+        return as_ring
+    inside = (group.on_node - 1) / group.ranks * nbytes / device.neighbours
+    across = (group.ranks - group.on_node) / group.ranks * nbytes / (device.network / group.devices_per_node)
+    return CollectiveTime(as_ring.latency, max(inside, across) / REACHABLE_SHARE_OF_LINKS)
+
+
 def all_reduce_time(nbytes: float, group: RankGroup, device: DeviceSpec) -> CollectiveTime:
     """Return the time of an all-reduce of `nbytes`."""
     rings = [_ring(protocol, 2, nbytes, group, device) for protocol in PROTOCOLS]

@@ -7,6 +7,8 @@ Must not know models or runs. What the numbers mean:
 - peak FLOP/s: dense (without sparsity), accumulated in float32
 - bandwidth within a node: of one device, in one direction
 - bandwidth of the network: of a whole node, in one direction
+- bandwidth to the host: of one device to the memory of its node, in one direction (PCIe or NVLink-C2C)
+- memory of the host: of a node, for each of its devices
 
 The numbers are meant to be those of NVIDIA's data sheets and architecture papers, but some rows were written from
 memory. Which rows were compared with these documents was not recorded. The rows of B200, B300, GB200, GB300, GH200, H20
@@ -15,7 +17,8 @@ and of the NVL and PCIe boards are approximate. Compare a row with the data shee
 A name without an ending is the SXM board. The network is that of DGX H100 for H100, H20 and H200 (eight ports of 400
 Gbit/s), of DGX A100 (eight ports of 200 Gbit/s), DGX B200 (eight of 400), DGX B300 (eight of 800), and of a node with
 four GB200 or GB300 (four ports of 400 or 800 Gbit/s). The network of all other devices is assumed to have 100 Gbit/s.
-`tinytrain plan --network` overrides these values.
+The memory of a host is that of DGX nodes (1 or 2 TB for eight GPUs), and an assumption for other boards.
+`tinytrain plan --network` and `--host-memory` override these values.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ REACHABLE_SHARE_ON_CPU = 0.6  # of the speed of matrix products measured on this
 REACHABLE_SHARE_OF_LINKS = 0.8  # of the bandwidth in the data sheet: what large collectives reach
 # words in the driver's name of a device that is faster or slower than the one in the table, or only a part of it
 OTHER_DEVICES = {"ti", "d", "super", "laptop", "mobile", "max", "mig"}
+PCIE_4, PCIE_5, C2C = 32e9, 64e9, 450e9  # bytes/s in one direction: 16 lanes, and NVLink-C2C
 CONTEXT_BYTES = 1.2 * GIB  # of each process: CUDA context, NCCL's buffers, workspaces of libraries
 
 
@@ -54,6 +58,8 @@ class DeviceSpec:
     network: float  # bytes/s from a whole node to the other nodes
     context: float = CONTEXT_BYTES  # bytes that a process needs in addition to its tensors
     reached: float = REACHABLE_SHARE  # share of the peak that a well-tuned trainer reaches
+    host_link: float = PCIE_5  # bytes/s between one device and the memory of its host, in one direction
+    host_memory: float = 64e9  # bytes of a node's memory for each device
 
     @property
     def tf32_flops(self) -> float:
@@ -68,23 +74,25 @@ class DeviceSpec:
 DEVICE_SPECS = {
     device.name: device
     for device in (
-        DeviceSpec("gb300", 277.0 * GIB, 2.5e15, 80e12, 8.0e12, 900e9, 400e9),
-        DeviceSpec("b300", 268.0 * GIB, 2.25e15, 75e12, 8.0e12, 900e9, 800e9),
-        DeviceSpec("gb200", 184.0 * GIB, 2.5e15, 80e12, 8.0e12, 900e9, 200e9),
-        DeviceSpec("b200", 179.0 * GIB, 2.25e15, 75e12, 8.0e12, 900e9, 400e9),
-        DeviceSpec("gh200", 95.0 * GIB, 989e12, 67e12, 4.0e12, 450e9, 12.5e9),
-        DeviceSpec("h200", 140.4 * GIB, 989e12, 67e12, 4.8e12, 450e9, 400e9),
-        DeviceSpec("h200-nvl", 140.4 * GIB, 835e12, 60e12, 4.8e12, 64e9, 12.5e9),
-        DeviceSpec("h100", 79.6 * GIB, 989e12, 67e12, 3.35e12, 450e9, 400e9),
-        DeviceSpec("h100-pcie", 79.6 * GIB, 756e12, 51e12, 2.0e12, 64e9, 12.5e9),
-        DeviceSpec("h100-nvl", 93.6 * GIB, 835e12, 60e12, 3.9e12, 64e9, 12.5e9),
-        DeviceSpec("h20", 95.6 * GIB, 148e12, 44e12, 4.0e12, 450e9, 400e9),
-        DeviceSpec("a100", 79.3 * GIB, 312e12, 19.5e12, 2.0e12, 300e9, 200e9),
-        DeviceSpec("a100-40gb", 39.4 * GIB, 312e12, 19.5e12, 1.55e12, 300e9, 200e9),
-        DeviceSpec("l40s", 45.0 * GIB, 362e12, 91.6e12, 0.86e12, 32e9, 12.5e9),
-        DeviceSpec("l4", 22.5 * GIB, 121e12, 30.3e12, 0.3e12, 32e9, 12.5e9),
-        DeviceSpec("rtx4090", 23.6 * GIB, 165e12, 82.6e12, 1.0e12, 32e9, 12.5e9),
-        DeviceSpec("rtx3090", 23.6 * GIB, 71e12, 35.6e12, 0.94e12, 32e9, 12.5e9),
+        DeviceSpec("gb300", 277.0 * GIB, 2.5e15, 80e12, 8.0e12, 900e9, 400e9, host_link=C2C / 2, host_memory=240e9),
+        DeviceSpec("b300", 268.0 * GIB, 2.25e15, 75e12, 8.0e12, 900e9, 800e9, host_memory=256e9),
+        DeviceSpec("gb200", 184.0 * GIB, 2.5e15, 80e12, 8.0e12, 900e9, 200e9, host_link=C2C / 2, host_memory=240e9),
+        DeviceSpec("b200", 179.0 * GIB, 2.25e15, 75e12, 8.0e12, 900e9, 400e9, host_memory=256e9),
+        DeviceSpec("gh200", 95.0 * GIB, 989e12, 67e12, 4.0e12, 450e9, 12.5e9, host_link=C2C, host_memory=480e9),
+        DeviceSpec("h200", 140.4 * GIB, 989e12, 67e12, 4.8e12, 450e9, 400e9, host_memory=256e9),
+        DeviceSpec("h200-nvl", 140.4 * GIB, 835e12, 60e12, 4.8e12, 64e9, 12.5e9, host_memory=128e9),
+        DeviceSpec("h100", 79.6 * GIB, 989e12, 67e12, 3.35e12, 450e9, 400e9, host_memory=256e9),
+        DeviceSpec("h100-pcie", 79.6 * GIB, 756e12, 51e12, 2.0e12, 64e9, 12.5e9, host_memory=128e9),
+        DeviceSpec("h100-nvl", 93.6 * GIB, 835e12, 60e12, 3.9e12, 64e9, 12.5e9, host_memory=128e9),
+        DeviceSpec("h20", 95.6 * GIB, 148e12, 44e12, 4.0e12, 450e9, 400e9, host_memory=256e9),
+        DeviceSpec("a100", 79.3 * GIB, 312e12, 19.5e12, 2.0e12, 300e9, 200e9, host_link=PCIE_4, host_memory=128e9),
+        DeviceSpec(
+            "a100-40gb", 39.4 * GIB, 312e12, 19.5e12, 1.55e12, 300e9, 200e9, host_link=PCIE_4, host_memory=128e9
+        ),
+        DeviceSpec("l40s", 45.0 * GIB, 362e12, 91.6e12, 0.86e12, 32e9, 12.5e9, host_link=PCIE_4),
+        DeviceSpec("l4", 22.5 * GIB, 121e12, 30.3e12, 0.3e12, 32e9, 12.5e9, host_link=PCIE_4),
+        DeviceSpec("rtx4090", 23.6 * GIB, 165e12, 82.6e12, 1.0e12, 32e9, 12.5e9, host_link=PCIE_4),
+        DeviceSpec("rtx3090", 23.6 * GIB, 71e12, 35.6e12, 0.94e12, 32e9, 12.5e9, host_link=PCIE_4),
     )
 }
 
@@ -138,7 +146,7 @@ def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
     # importing torch takes about 0.4 GiB; assumed: 5 GB/s between processes of a host, 1 Gbit/s between hosts
     # 20 GB/s of the memory for all processes
-    links = {"neighbours": 5e9, "network": 0.125e9}
+    links = {"neighbours": 5e9, "network": 0.125e9, "host_link": 10e9 / per_node}
     return DeviceSpec(
         "cpu",
         memory,
@@ -148,4 +156,5 @@ def _this_cpu(per_node: int, precision: str) -> DeviceSpec:
         **links,
         context=0.4 * GIB,
         reached=REACHABLE_SHARE_ON_CPU,
+        host_memory=memory,
     )

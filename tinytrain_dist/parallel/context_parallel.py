@@ -12,7 +12,7 @@ rank's share. Must not know how gradients are summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from tinytrain_dist.distributed.collectives import Group, exchange_parts, group_size
 from tinytrain_dist.distributed.context import CONTEXT, DistributedContext
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.parallel.wrappers import unwrap
+from tinytrain_dist.utils.text import format_list
 
 if TYPE_CHECKING:
     from tinytrain_dist.model.document_mask import AttentionMask
@@ -67,6 +69,25 @@ def _repeat_heads(x_bkte: Tensor, copies: int) -> Tensor:
     if copies == 1:
         return x_bkte
     return x_bkte.unsqueeze(2).expand(-1, -1, copies, -1, -1).flatten(1, 2)
+
+
+def check_placement(context: DistributedContext, cp: int) -> None:
+    """Check that the ranks which share sequences are on one node. A collective. Errors: ConfigError on all ranks."""
+    if cp > 1 and (problem := placement_problem(context.all_gather_object(context.host), cp)):
+        raise ConfigError(problem)
+
+
+def placement_problem(hosts: Sequence[str], cp: int) -> str:
+    """Return a sentence if a group of `cp` consecutive ranks spans hosts; "" otherwise. hosts: by rank."""
+    for first in range(0, len(hosts), cp):
+        hosts_of_group = sorted(set(hosts[first : first + cp]))
+        if len(hosts_of_group) > 1:
+            return (
+                f"cp: ranks {first} to {first + cp - 1} share sequences, and must be on one node, but they are on "
+                f"{format_list(hosts_of_group)}; give the ranks of a node consecutive numbers, as torchrun and "
+                "srun --distribution=block do"
+            )
+    return ""
 
 
 def apply_context_parallel(model: Any, context: DistributedContext) -> None:

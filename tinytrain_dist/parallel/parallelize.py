@@ -1,8 +1,9 @@
 """Build the model and distribute it over ranks: context parallelism, activation checkpointing, compile, DDP / FSDP2.
 
 The order matters. Context parallelism changes what a block computes, so it comes first. Activation checkpointing comes
-next, so that the recomputation is compiled too. DDP and FSDP come
-last, so that their hooks run around whole blocks. Must not know the optimizer or the training loop.
+next, so that the recomputation is compiled too. Offload of activations comes after compile, because it is not part of
+what is compiled. DDP and FSDP come last, so that their hooks run around whole blocks. Must not know the optimizer or
+the training loop.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tinytrain_dist.distributed.torch_internals import (
 )
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.activation_checkpointing import apply_activation_checkpointing
+from tinytrain_dist.parallel.activation_offload import apply_activation_offload
 from tinytrain_dist.parallel.compile import apply_compile
 from tinytrain_dist.parallel.context_parallel import apply_context_parallel
 
@@ -47,6 +49,8 @@ def build_model(config: TrainingConfig, context: DistributedContext, *, draw: bo
         apply_activation_checkpointing(block, config.activation_checkpointing)
     if config.compile:
         apply_compile(model, on_cuda=context.device.type == "cuda")
+    if config.activation_offload:
+        apply_activation_offload(list(model.model.layers), context.device)
     if context.parallel_dims.mode not in ("none", "ddp"):
         return shard_with_fsdp(model, config, context, draw=draw)
     _materialize(model, model, context.device, draw=draw)

@@ -27,9 +27,15 @@ from tinytrain_dist.config.run_folder import (
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed import collectives
 from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.errors import CheckpointError
+from tinytrain_dist.errors import CheckpointError, TrainingError
 from tinytrain_dist.utils.regular_files import DEAD_LINK, KINDS, kind_of
 from tinytrain_dist.utils.stale_files import owner
+
+# settings that need buffers in host memory: what for, and the error if there is too little
+HOST_BUFFERS = {
+    "ckpt_async": ("saving in the background", CheckpointError),
+    "activation_offload": ("keeping inputs of blocks on the host", TrainingError),
+}
 
 
 def check_shared_storage(folder: Path, context: DistributedContext, setting: str = "target_dir") -> None:
@@ -127,12 +133,13 @@ def check_disk_space(
     collectives.raise_on_all_ranks(error)
 
 
-def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
-    """Check that the free memory of each host holds the buffers for background saves of all its ranks.
+def check_host_memory(buffer_bytes: int, context: DistributedContext, setting: str = "ckpt_async") -> None:
+    """Check that the free memory of each host holds the buffers that all its ranks need for a setting.
 
-    buffer_bytes: of this rank. A host whose system does not report its free memory is not checked. A collective.
-    Errors: CheckpointError naming the host and both numbers.
+    buffer_bytes: of this rank. setting: a key of HOST_BUFFERS. A host whose system does not report its free memory is
+    not checked. A collective. Errors: CheckpointError or TrainingError, naming the setting, the host and both numbers.
     """
+    purpose, error = HOST_BUFFERS[setting]
     free_bytes = 0  # unknown
     with contextlib.suppress(OSError, ValueError, IndexError):
         free_bytes = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
@@ -143,9 +150,9 @@ def check_host_memory(buffer_bytes: int, context: DistributedContext) -> None:
         free_by_host[host] = free
     for host, needed in needed_by_host.items():
         if 0 < free_by_host[host] < needed:
-            raise CheckpointError(
-                f"ckpt_async: saving in the background needs {_format_size(needed)} of buffers on {host}, where only "
-                f"{_format_size(free_by_host[host])} is free; set ckpt_async = false, or use more hosts"
+            raise error(
+                f"{setting}: {purpose} needs {_format_size(needed)} of buffers on {host}, where only "
+                f"{_format_size(free_by_host[host])} is free; set {setting} = false, or use more hosts"
             )
 
 

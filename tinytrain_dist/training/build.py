@@ -62,6 +62,7 @@ from tinytrain_dist.reliability.storage_checks import (
 )
 from tinytrain_dist.training.determinism import configure_determinism
 from tinytrain_dist.training.evaluation import forget_evaluations
+from tinytrain_dist.training.memory_estimate import estimate_memory
 from tinytrain_dist.training.memory_fitting import (
     build_fitting_train_step,
     with_fitting_mesh,
@@ -135,6 +136,8 @@ def build_trainer(
     phase_timer.enter("load")
     start = _load(config, context, checkpoints, train_step, phase_timer)
     _begin_snapshots(start, config, context)
+    if config.activation_offload and context.device.type == "cuda":
+        check_host_memory(estimate_memory(config, context).host_bytes, context, "activation_offload")
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
     notes = [precision_note, length_note, compile_note, start.snapshot_note, *warnings]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, get_args
 
 from tinytrain_dist.config.schema import TrainingConfig
@@ -22,6 +23,7 @@ from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, D
 from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, MemoryEstimate, estimate_memory
 from tinytrain_dist.training.memory_fitting import keep_gathered_weights, smaller_settings
+from tinytrain_dist.training.step_timeline import offload_seconds
 from tinytrain_dist.utils.text import format_changes
 
 # FLOPs of a step by activation_checkpointing, relative to "none". A third of them are in the forward pass, and "block"
@@ -33,7 +35,7 @@ MIN_GIB = 0.095  # smaller sizes are shown in MiB
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a forecast, as `--nodes`, `--devices-per-node`, `--device` and `--network` describe them."""
+    """The machines of a forecast, as `--nodes`, `--devices-per-node`, `--device` and other options describe them."""
 
     nodes: int
     per_node: int
@@ -54,6 +56,20 @@ class Cluster:
         """Bytes that tensors may use on one device."""
         return USABLE_MEMORY * self.device.memory - self.device.context
 
+    @property
+    def host_room(self) -> float:
+        """Bytes of the host's memory that each of its devices may use."""
+        return USABLE_MEMORY * self.device.host_memory
+
+    def fits(self, estimate: MemoryEstimate) -> bool:
+        """Return whether the memory of a rank fits, on its device and on its host."""
+        return estimate.nbytes <= self.room and estimate.host_bytes <= self.host_room
+
+
+def cluster_of(num_devices: int, per_node: int, device: DeviceSpec) -> Cluster:
+    """Return so many devices, on nodes with `per_node` devices or on a part of one."""
+    return Cluster(max(1, num_devices // per_node), min(num_devices, per_node), device)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -70,11 +86,12 @@ class Forecast:
     matrix_seconds: float  # of compute_seconds, to orthogonalize matrices on the busiest rank
     inside_seconds: float
     across_seconds: float
+    host_seconds: float  # to send inputs of blocks to the host and back
 
     @property
     def seconds(self) -> float:
         """Lower bound of the seconds of a step: computation and communication overlap fully."""
-        return max(self.compute_seconds, self.inside_seconds, self.across_seconds)
+        return max(self.compute_seconds, self.inside_seconds, self.across_seconds, self.host_seconds)
 
 
 def peak_flops(config: TrainingConfig, device: DeviceSpec) -> float:
@@ -124,13 +141,14 @@ def _forecast_on(
         parallel_dims=dims,
         plan=plan,
         estimate=estimate,
-        fits=estimate.nbytes <= cluster.room,
+        fits=cluster.fits(estimate),
         inside_bytes=inside_bytes,
         across_bytes=across_bytes,
         compute_seconds=flops_per_rank / (peak_flops(config, device) * device.reached) + matrix_seconds,
         matrix_seconds=matrix_seconds,
         inside_seconds=inside_bytes / device.neighbours / REACHABLE_SHARE_OF_LINKS,
         across_seconds=across_bytes / device.network / REACHABLE_SHARE_OF_LINKS,
+        host_seconds=offload_seconds(config, plan, device),
     )
 
 
@@ -197,19 +215,22 @@ def suggest_change(
     """
     fixed = replace(now.config, micro_batch_size=now.plan.micro_batch_size)
     meshed = replace(context, parallel_dims=now.parallel_dims)
-    for change in smaller_settings(fixed, meshed):
-        if "micro_batch_size" in change:  # not only the next smaller size, but the largest that fits
-            changed = forecast(replace(fixed, micro_batch_size="auto"), context, cluster, flops_per_token)
-            change = {"micro_batch_size": changed.plan.micro_batch_size}
-        else:
-            changed = forecast(replace(fixed, **change), context, cluster, flops_per_token)
+
+    def changed_settings(offload: bool) -> Iterator[tuple[dict[str, Any], Forecast]]:
+        for change in smaller_settings(fixed, meshed):
+            if ("activation_offload" in change) != offload:
+                continue
+            if "micro_batch_size" in change:  # not only the next smaller size, but the largest that fits
+                changed = forecast(replace(fixed, micro_batch_size="auto"), context, cluster, flops_per_token)
+                yield {"micro_batch_size": changed.plan.micro_batch_size}, changed
+            else:
+                yield change, forecast(replace(fixed, **change), context, cluster, flops_per_token)
+
+    in_other_modes = ((_mode_changes(now.config, other.config), other) for other in others)
+    for changes, changed in chain(changed_settings(offload=False), in_other_modes, changed_settings(offload=True)):
         if changed.fits:
-            return f"fits {format_changes(change)}: {format_gib(changed.estimate.nbytes)} of tensors"
-    for other in others:
-        if other.fits:
-            changes = format_changes(_mode_changes(now.config, other.config))
-            return f"fits {changes}: {format_gib(other.estimate.nbytes)} of tensors"
-    all_changes = _all_changes(fixed, [now, *others])
+            return f"fits {format_changes(changes)}: {format_gib(changed.estimate.nbytes)} of tensors"
+    all_changes = _all_changes(fixed, [now, *others], cluster)
     smallest = forecast(replace(fixed, **all_changes), context, cluster, flops_per_token)
     needed = format_gib(smallest.estimate.nbytes)
     if smallest.fits:
@@ -223,9 +244,11 @@ def _mode_changes(config: TrainingConfig, other: TrainingConfig) -> dict[str, An
     return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(config, name)}
 
 
-def _all_changes(config: TrainingConfig, forecasts: list[Forecast]) -> dict[str, Any]:
+def _all_changes(config: TrainingConfig, forecasts: list[Forecast], cluster: Cluster) -> dict[str, Any]:
     """Return the settings with which the run needs least memory. forecasts: by mode, the configured mode first."""
     changes: dict[str, Any] = {"activation_checkpointing": "block"}
+    if cluster.device_type == "cuda":
+        changes["activation_offload"] = True
     if not config.reproducible:  # in reproducible mode the bits depend on the micro-batch size
         changes["micro_batch_size"] = 1
     changes["loss_chunk_tokens"] = min(SMALL_CHUNK_TOKENS, config.loss_chunk_tokens or SMALL_CHUNK_TOKENS)

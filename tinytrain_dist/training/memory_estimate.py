@@ -28,8 +28,10 @@ from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.dtensor import local_tensor
 from tinytrain_dist.distributed.fake_backend import ACTIVATION_EXCHANGE, NoCommunication
 from tinytrain_dist.distributed.torch_internals import after_storage_resize, fake_tensor_mode, tree_leaves
+from tinytrain_dist.model.loss import ChunkLoss
 from tinytrain_dist.model.matmul import simulate_device
 from tinytrain_dist.optim.weight_average import AVERAGE_KEY
+from tinytrain_dist.parallel.activation_offload import host_buffers
 from tinytrain_dist.parallel.tree_reduction import blocks_in
 from tinytrain_dist.parallel.wrappers import unwrap
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
@@ -49,6 +51,9 @@ MEMORY_KINDS = {
     "backward": "temporaries of backward",
     "update": "temporaries of the update",
 }
+# Kinds of memory of the host of a GPU. Pinned memory comes from an allocator of torch, which rounds sizes up to a power
+# of two.
+HOST, PINNED = "host", "pinned"
 GATHER_OPERATIONS = re.compile(r"allgather|^send|^recv")  # over gloo, weights are gathered by direct messages
 USABLE_MEMORY = 0.92  # share of a device's memory: fragmentation and workspaces of libraries take the rest
 
@@ -72,6 +77,7 @@ class MemoryTracker(NoCommunication):
         self.stage = "weights"
         self.events: list[tuple[str, int, Allocation]] = []  # stage, change in bytes, allocation
         self.forward_passes = 0  # number of passes that have begun
+        self.host_bytes = 0
         # of each: forward pass, operation, bytes, ranks of the group
         self._messages: list[tuple[int, str, int, tuple[int, ...]]] = []
         self._allocations: dict[int, Allocation] = {}
@@ -146,12 +152,20 @@ class MemoryTracker(NoCommunication):
             if stage not in peaks:  # a stage begins with what the previous stage has left
                 highest[stage] = total
                 peaks[stage] = live.copy()
+            if allocation.kind in (HOST, PINNED):
+                continue
             live[allocation.kind] += change
             total += change
             if total > highest[stage]:
                 highest[stage] = total
                 peaks[stage] = live.copy()
         return peaks
+
+    def count_host_memory(self) -> None:
+        """Set `host_bytes` to the host memory that is in use now."""
+        allocations = self._allocations.values()
+        pinned = sum(1 << (each.nbytes - 1).bit_length() for each in allocations if each.kind == PINNED)
+        self.host_bytes = pinned + sum(each.nbytes for each in allocations if each.kind == HOST)
 
 
 def memory_row(name: str, nbytes: float) -> str:
@@ -161,10 +175,14 @@ def memory_row(name: str, nbytes: float) -> str:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """The memory of one rank at each stage of a step (bytes by kind), and what it sends in a step."""
+    """The memory of one rank at each stage of a step (bytes by kind), and what it sends in a step.
+
+    host_bytes: what a rank with a GPU keeps in the memory of its host. On a CPU there is no difference.
+    """
 
     stages: dict[str, Counter[str]]
     sent: dict[tuple[int, ...], dict[str, int]]  # ranks of a group -> operation -> bytes in a step
+    host_bytes: int = 0
 
     @property
     def peak(self) -> str:
@@ -216,7 +234,10 @@ def estimate_memory(config: TrainingConfig, context: DistributedContext) -> Memo
         stages = {stage: kinds + Counter(gradients=kept_bytes) for stage, kinds in stages.items()}
     sent_bytes = [tracker.sent_bytes(plan.accumulation_steps) for tracker in trackers]
     sent = _extrapolate(sent_bytes, depths, config.num_layers)
-    return MemoryEstimate(stages, {ranks: dict(operations) for ranks, operations in sent.items()})
+    on_host = _extrapolate([{HOST: Counter(bytes=each.host_bytes)} for each in trackers], depths, config.num_layers)
+    return MemoryEstimate(
+        stages, {ranks: dict(operations) for ranks, operations in sent.items()}, on_host[HOST]["bytes"]
+    )
 
 
 def kept_sums_of(plan: BatchPlan, replica: int) -> int:
@@ -246,14 +267,19 @@ def _simulate_step(config: TrainingConfig, context: DistributedContext) -> Memor
     with fake_tensor_mode(), device, tracker, tracker.tracking_resizes():
         # the forward pass of stability_every needs less memory than a step
         train_step = build_train_step(replace(config, stability_every=None), on_cpu, draw=False)
+        on_host = context.target_type == "cuda"  # whether the memory of the host is not that of the device
         for state in train_step.optimizer.state.values():
             for key, tensor in state.items():
-                if not (key == AVERAGE_KEY and config.ema_on_host):
-                    tracker.record(tensor, "optimizer")
+                is_on_host = key == AVERAGE_KEY and config.ema_on_host and on_host
+                tracker.record(tensor, HOST if is_on_host else "optimizer")
         _track_stages(train_step, tracker)
+        _simulate_few_chunks(unwrap(train_step.model))
         share = train_step.share(0)
         windows = empty_windows(config, len(share.slots)).take_columns(share.columns)
         train_step.run(0, EmptyBatches(windows))
+        for buffer in host_buffers(unwrap(train_step.model)) if on_host else ():
+            tracker.record(buffer, PINNED)
+        tracker.count_host_memory()  # before it is freed
     return tracker
 
 
@@ -285,6 +311,38 @@ def empty_windows(config: TrainingConfig, num_windows: int) -> Windows:
         torch.ones(shape, dtype=torch.bool) if config.counts_tokens else None,
         torch.zeros(shape, dtype=torch.int32) if config.document_mask else None,
     )
+
+
+class FewChunks:
+    """The loss of a chunk of tokens, which is computed for the first two chunks and the last two.
+
+    The others only have memory for their results, because a long sequence has thousands of chunks.
+    """
+
+    def __init__(self, chunk_loss: ChunkLoss) -> None:
+        self.chunk_loss = chunk_loss
+        self.tokens = 0  # of this forward pass, not yet computed
+        self.results: list[list[tuple[torch.Size, torch.dtype]]] = []  # shapes and types
+
+    def begin(self, tokens: int) -> None:
+        """Begin a forward pass with so many tokens."""
+        self.tokens = tokens
+        self.results.clear()
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Return results of the shapes and types that the loss of the chunk has."""
+        self.tokens -= len(targets)
+        if len(self.results) < 2 or self.tokens <= len(targets):
+            found = self.chunk_loss(logits, targets)
+            self.results.append([(tensor.shape, tensor.dtype) for tensor in found])
+            return found
+        return tuple(logits.new_empty(shape, dtype=dtype) for shape, dtype in self.results[1])
+
+
+def _simulate_few_chunks(model: Any) -> None:
+    chunk_loss = FewChunks(model.lm_head.loss_piece)
+    model.lm_head.loss_piece = chunk_loss
+    model.lm_head.register_forward_pre_hook(lambda _, args: chunk_loss.begin(args[0].shape[:-1].numel()))
 
 
 def _track_stages(train_step: TrainStep, tracker: MemoryTracker) -> None:

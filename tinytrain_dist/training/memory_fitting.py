@@ -19,6 +19,7 @@ from tinytrain_dist.errors import ConfigError, TrainingError
 from tinytrain_dist.metrics.device_stats import free_memory_bytes
 from tinytrain_dist.metrics.phase_timer import PhaseTimer
 from tinytrain_dist.model.loss import MAX_CHUNK_LOGITS, MAX_CHUNK_LOGITS_ON_CUDA
+from tinytrain_dist.parallel.context_parallel import check_placement
 from tinytrain_dist.reliability.world import own_world
 from tinytrain_dist.training.memory_estimate import USABLE_MEMORY, empty_windows, estimate_memory, memory_row
 from tinytrain_dist.training.train_step import TrainStep, build_train_step
@@ -33,11 +34,13 @@ def with_fitting_mesh(config: TrainingConfig, context: DistributedContext) -> Di
     """Return the context with the mesh of the configuration. A collective.
 
     With `parallel = auto` on GPUs, DDP is chosen only for a small model that fits in the memory of each rank.
-    Errors: as for `check_fewest_nodes`.
+    Errors: as for `check_fewest_nodes`, `choose_parallel_dims` and `check_placement`.
     """
     check_fewest_nodes(config, context)
     ranks = (context.world_size, context.local_world_size)
-    meshed = context.with_mesh(choose_parallel_dims(config, *ranks, device_type=context.device.type))
+    dims = choose_parallel_dims(config, *ranks, device_type=context.device.type)
+    check_placement(context, dims.cp)
+    meshed = context.with_mesh(dims)
     assert meshed.parallel_dims is not None
     connect_groups(meshed, context.device.type)
     if config.parallel == "auto" and meshed.parallel_dims.mode == "ddp" and context.device.type == "cuda":
@@ -199,7 +202,10 @@ def memory_report(config: TrainingConfig, context: DistributedContext) -> str:
 
 
 def smaller_settings(config: TrainingConfig, context: DistributedContext) -> list[dict[str, Any]]:
-    """Return changes of one setting that save memory and do not change the training, the cheapest first."""
+    """Return changes that save memory and do not change the training, the cheapest first.
+
+    Each is a change of one setting. Offload of activations also needs that they are recomputed.
+    """
     assert context.parallel_dims is not None
     micro_batch_size = BatchPlan.make(config, context.parallel_dims).micro_batch_size
     changes: list[dict[str, Any]] = []
@@ -212,4 +218,7 @@ def smaller_settings(config: TrainingConfig, context: DistributedContext) -> lis
         changes += [{"micro_batch_size": size} for size in smaller[-1:]]
     current = RECOMPUTATION.index(config.activation_checkpointing)
     changes += [{"activation_checkpointing": choice} for choice in RECOMPUTATION[current + 1 :]]
+    if context.target_type == "cuda" and not config.activation_offload:
+        moved: dict[str, Any] = {"activation_checkpointing": "block", "activation_offload": True}
+        changes.append({name: value for name, value in moved.items() if getattr(config, name) != value})
     return changes

@@ -30,8 +30,8 @@ from tinytrain_dist.config.sections import BF16_PRECISIONS
 from tinytrain_dist.distributed.batch_plan import BatchPlan
 from tinytrain_dist.distributed.exchange_plan import ROUNDS_AHEAD, Round
 from tinytrain_dist.distributed.parallel_dims import ParallelDims
-from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, gather_time
-from tinytrain_dist.metrics.device_specs import DeviceSpec, product_type
+from tinytrain_dist.metrics.collective_times import RankGroup, all_reduce_time, all_to_all_time, gather_time
+from tinytrain_dist.metrics.device_specs import REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
 from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.training.timeline import Task, Timeline, waiting
 
@@ -45,6 +45,7 @@ REACHED_OF_MEMORY = 0.7  # share of the memory's bandwidth that the update reach
 # what communication is for
 WEIGHTS, GRADIENTS, NORM, MATRICES = "weights", "gradients", "loss and norm", "whole matrices"
 SEQUENCES = "parts of sequences"
+INPUTS = "inputs of blocks"  # with activation_offload; between a GPU and its host
 # the order in which a block uses its weights; their gradients arrive in the reverse order
 USED_IN_ORDER = (
     "input_layernorm q_proj k_proj v_proj q_norm k_norm o_proj post_attention_layernorm gate_proj up_proj down_proj"
@@ -205,7 +206,20 @@ def exchanged_bytes(config: TrainingConfig, plan: BatchPlan) -> tuple[int, ...]:
     return positions * heads[1] * width, positions * heads[0] * width
 
 
+def offloaded_bytes(config: TrainingConfig, plan: BatchPlan) -> int:
+    """Return the size of the input of a block in one micro-step, which offload copies to the host and back."""
+    width = config.d_model * (BF16 if config.precision in BF16_PRECISIONS else FLOAT32)
+    return plan.micro_batch_size * plan.context_len // plan.cp * width
+
+
+def offload_seconds(config: TrainingConfig, plan: BatchPlan, device: DeviceSpec) -> float:
+    """Return how long a GPU sends inputs of blocks to its host and back in a step; 0 without offload."""
+    num_copies = 2 * (config.num_layers - 1) * plan.accumulation_steps if config.activation_offload else 0
+    return num_copies * offloaded_bytes(config, plan) / (device.host_link * REACHABLE_SHARE_OF_LINKS)
+
+
 COMPUTE = "compute"
+HOST_COPIES = "host copies"  # the stream of activation_offload
 SHARD, REPLICATE, WORLD, CONTEXT = "shard", "replicate", "world", "cp"  # groups of ranks, each with a communicator
 REDUCE_SCATTER = "reduce-scatter"  # the second communicator of the shards
 
@@ -233,6 +247,8 @@ class _Step:
         self.work = update_work(settings.config, self.replicas, self.shards)
         self.reductions: list[int] = []  # tasks that the end of the step waits for
         self.last_compute: tuple[int, ...] = ()
+        self.leaving: list[int] = []  # copies of the inputs that are on the host, by block
+        self.arriving: int | None = None  # the copy of the input of the next block in backward
 
     # ------------------------------------------------------------ tasks
 
@@ -266,6 +282,9 @@ class _Step:
     def unit_compute(self, unit: Unit, is_backward: bool = False) -> int:
         """Add a pass through a unit. With context parallelism, a block waits for what its attention exchanges."""
         is_block = unit in self.settings.units.blocks
+        if is_block and self.settings.config.activation_offload:
+            move_input = self.fetch_input if is_backward else self.offload_input
+            move_input()
         sizes = exchanged_bytes(self.settings.config, self.settings.plan) if is_block else ()
         if is_backward:
             recomputed = sizes if self.settings.config.activation_checkpointing != "none" else ()
@@ -275,10 +294,31 @@ class _Step:
             self.compute(0.0, [exchanged])
         return self.micro_compute(unit.backward_flops if is_backward else unit.forward_flops)
 
+    def offload_input(self) -> None:
+        """Add the copy of the input of a block to the host. Its forward waits for that of the block before it."""
+        if self.leaving:
+            self.compute(0.0, self.leaving[-1:])
+        if len(self.leaving) < len(self.settings.units.blocks) - 1:  # the last block keeps its input
+            self.leaving.append(self.copy_input())
+
+    def fetch_input(self) -> None:
+        """Let the backward pass of a block wait for its input, and add the copy for the block before it."""
+        if self.arriving is not None:
+            self.compute(0.0, [self.arriving])
+        self.arriving = None
+        if self.leaving:
+            self.leaving.pop()
+            self.arriving = self.copy_input()
+
+    def copy_input(self) -> int:
+        config, plan, device = self.settings.config, self.settings.plan, self.settings.device
+        seconds = offloaded_bytes(config, plan) / (device.host_link * REACHABLE_SHARE_OF_LINKS)
+        return self.timeline.add(Task(INPUTS, HOST_COPIES, seconds, self.last_compute))
+
     def communicate(self, name: str, operation: str, group: str, nbytes: int, after: Iterable[int]) -> int:
         """Add a collective of a group."""
         ranks, device = self.groups[group], self.settings.device
-        time_of = all_reduce_time if operation == "allreduce" else gather_time
+        time_of = {"allreduce": all_reduce_time, "all_to_all_single": all_to_all_time}.get(operation, gather_time)
         time = time_of(nbytes, ranks, device)
         queue = group
         if operation == "reduce_scatter" and self.settings.separate_reduce_scatter:
