@@ -102,12 +102,7 @@ class ElasticNodes:
         self._left_at = time.time()
 
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
-        told = False
-        while not rendezvous.reopen(forget=SESSION_KEY):
-            if not told:
-                say("tinytrain: waiting until all nodes of the run that has just ended are gone")
-            told = True
-            time.sleep(1.0)
+        _reopen(rendezvous)
         session = rendezvous.read(SESSION_KEY)
         if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
@@ -120,17 +115,8 @@ class ElasticNodes:
             raise RunOverError(RankDeath(reason, 1))
 
     def all_have_joined(self, rendezvous: ElasticRendezvous) -> bool:
-        """Return whether the next world need not wait for more nodes.
-
-        These are the nodes that wait, and those that have left the present world, without one that leaves the run. If
-        one of them was lost since, the last call ends the waiting. A node that is new does not know who may come.
-        """
-        state = rendezvous.state
-        if not self._world or state.waiting:
-            return False
-        leaving = leaving_nodes(rendezvous, self._round, self._world)
-        expected = [node for node in self._world if node not in state.nodes and node not in leaving]
-        return not any(rendezvous.read(_failure_key(self._round, node)) for node in expected)
+        """Return whether the next world need not wait for more nodes. A new node does not know who may come."""
+        return bool(self._world) and not _may_come(rendezvous, self._round, self._world)
 
     def after_round(self, rendezvous: ElasticRendezvous) -> None:
         """Take note of the new world, and tell its ranks; one survivor writes the history."""
@@ -319,6 +305,26 @@ class ElasticNodes:
         assert self._rendezvous is not None, "ranks run"
         self._rendezvous.refresh()
         return self._look(self._rendezvous)
+
+
+def _reopen(rendezvous: ElasticRendezvous) -> None:
+    told = False
+    while not rendezvous.reopen(forget=SESSION_KEY):
+        if not told:
+            say("tinytrain: waiting until all nodes of the run that has just ended are gone")
+        told = True
+        time.sleep(1.0)
+
+
+def _may_come(rendezvous: ElasticRendezvous, former_round: int, before: Sequence[Node]) -> bool:
+    """Return whether another node is about to join: one that waits, or has left the former world, but not the run.
+
+    before: the nodes of the former world. If one of them was lost since it has left, the last call ends the waiting.
+    """
+    state = rendezvous.state
+    leaving = leaving_nodes(rendezvous, former_round, before)
+    absent = [node for node in before if node not in state.nodes and node not in leaving]
+    return bool(state.waiting) or any(rendezvous.read(_failure_key(former_round, node)) for node in absent)
 
 
 def _leave_run(rendezvous: ElasticRendezvous) -> NoReturn:

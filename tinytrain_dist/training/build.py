@@ -135,9 +135,7 @@ def build_trainer(
 
     phase_timer.enter("load")
     start = _load(config, context, checkpoints, train_step, phase_timer)
-    _begin_snapshots(start, config, context)
-    if config.activation_offload and context.device.type == "cuda":
-        check_host_memory(estimate_memory(config, context).host_bytes, context, "activation_offload")
+    _reserve_host_memory(start, config, context)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
     notes = [precision_note, length_note, compile_note, start.snapshot_note, *warnings]
@@ -234,8 +232,13 @@ def _newest_step(checkpoints: CheckpointManager, loaded: Any) -> int:
     return newest
 
 
-def _begin_snapshots(start: Start, config: TrainingConfig, context: DistributedContext) -> None:
-    """Reserve the memory of snapshots. A collective. Errors: CheckpointError if it is too small, see `begin`."""
+def _reserve_host_memory(start: Start, config: TrainingConfig, context: DistributedContext) -> None:
+    """Reserve the memory of snapshots, and check that there is enough for activations on the host. A collective.
+
+    Errors: CheckpointError, TrainingError if there is too little.
+    """
+    if config.activation_offload and context.device.type == "cuda":
+        check_host_memory(estimate_memory(config, context).host_bytes, context, "activation_offload")
     problem = start.snapshots.begin() if start.snapshots is not None else ""
     if problem:
         start.snapshots, start.snapshot_note = None, f"no snapshots are taken: {problem}"
