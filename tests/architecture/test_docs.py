@@ -59,6 +59,9 @@ OF_LAUNCHERS = {
     "gpus",
     "batch-per-gpu",
     "network",
+    "contexts",
+    "host-memory",
+    "distribution",
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_PREPARE |= {"max-document-bytes"}
