@@ -61,7 +61,6 @@ OF_LAUNCHERS = {
     "network",
     "contexts",
     "host-memory",
-    "distribution",
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_PREPARE |= {"max-document-bytes"}
