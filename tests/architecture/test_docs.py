@@ -59,6 +59,8 @@ OF_LAUNCHERS = {
     "gpus",
     "batch-per-gpu",
     "network",
+    "contexts",
+    "host-memory",
 }
 OF_PREPARE = {"filter", "ids", "id-field", "chat", "dedup", "eos-token", "shard-tokens", "special-tokens", "text-field"}
 OF_PREPARE |= {"max-document-bytes"}

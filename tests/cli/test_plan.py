@@ -149,6 +149,44 @@ def test_a_table_compares_the_modes_on_numbers_of_gpus(capsys: pytest.CaptureFix
     assert "12.5 GB/s between nodes" in text
 
 
+LONG = (*SMALL, "--num-heads", "4", "--num-layers", "3", "--d-model", "256", "--parallel", "hsdp")
+LONG = (str(ROOT / "configs/quickstart.toml"), *LONG, "--batch-size", "4", "--micro-batch-size", "1")
+
+
+def test_a_table_shows_on_how_many_gpus_contexts_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """A million tokens of a small model, whose activations are the memory that it needs."""
+    code, text = run_plan(capsys, *LONG, "--device", "l4", "--devices-per-node", "2", "--contexts", "8k", "1m")
+    assert code == 0, text
+    rows = [line.split() for line in text.splitlines() if re.match(r" *[0-9,]+ +[0-9]+ +[0-9]+ ", line)]
+    assert [row[:3] for row in rows[:2]] == [["8,192", "1", "1"], ["8,192", "2", "1"]], text
+    assert [row[:2] for row in rows[2:]] == [["1,048,576", "1"], ["1,048,576", "2"]], text
+    assert rows[0][3] == "none"
+    assert rows[0][-1].endswith("%")
+    assert rows[2][3].startswith("block"), text
+    assert rows[3][2] == "2", text
+    assert len(rows[3]) > len(rows[2]), "the exchange has a size and times"
+    # on a number of GPUs that is too small
+    code, text = run_plan(capsys, *LONG, "--device", "l4", "--contexts", "16m", "--gpus", "1")
+    assert code == 1
+    assert re.search(r"16,777,216 +1  does not fit: .* GiB on the device and .* with cp 1, block, offload", text), text
+
+
+def test_the_exchange_and_the_host_are_part_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--cp", "2", "--activation-checkpointing", "block", "--activation-offload", "true")
+    where = ("--devices-per-node", "4", "--context-len", "32768", "--host-memory", "64")
+    code, text = run_plan(capsys, *LONG, *settings, *where)
+    assert code == 0, text
+    found = re.search(r"exchange of the 2 ranks of each sequence, which are on one node: .* in (\S+) (ms|s) ", text)
+    assert found is not None, text
+    across = re.search(r"if they were on two nodes, it would take (\S+) (ms|s)\n", text)
+    assert across is not None, text
+    assert float(across[1]) > float(found[1])
+    assert " to the host and back\n" in text
+    # two inputs of 16,384 x 256 numbers in bf16, on four GPUs
+    host = r"memory of the host for 4 GPU\(s\).*:\n  needed +0\.062 GiB\n  available +54\.836 GiB\n"
+    assert re.search(host, text), text
+
+
 def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_plan(capsys, "--help")
@@ -167,6 +205,17 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
         (("--gpus", "8", "--device", "cpu"), "--gpus: the step is not simulated with --device cpu"),
         (("--gpus", "8", "--reproducible", "true"), "--gpus: the step is not simulated with reproducible = true"),
         (("--batch-per-gpu", "8"), "--batch-per-gpu: has no effect without --gpus; set --batch-size instead"),
+        (("--contexts", "8k", "1g"), "--contexts: '1g' is no number of tokens; give one such as 8192, 8k or 1m"),
+        (("--contexts", "8k", "--nodes", "2"), "--nodes: has no effect with --contexts"),
+        (
+            ("--contexts", "8k", "--batch-per-gpu", "1"),
+            "--batch-per-gpu: has no effect with --contexts; set --batch-si",
+        ),
+        (("--contexts", "8k", "--device", "cpu"), "--contexts: the step is not simulated with --device cpu"),
+        (
+            ("--cp", "4", "--num-heads", "4", "--devices-per-node", "2"),
+            "cp: 4 does not divide the 2 process(es) of a node; possible: cp 1, 2, or a multiple of 4 processes on",
+        ),
         (("--devices-per-node", "three"), "--devices-per-node: got 'three'; give a number"),
         (("--devices-per-node", "3"), "batch_size: 16 / micro_batch_size 8 = 2 micro-batches are fewer than 3 ranks"),
         (("--devices-per-node", "4", "--parallel", "none"), "parallel: none runs on 1 process, but there are 4"),

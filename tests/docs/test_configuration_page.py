@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, Any] = {
     "allow": "seed",
     "max_skipped_steps": 3,
     "allow_drift": True,
+    "activation_offload": True,
     "fingerprint_every": 2,
     "ckpt_every": 2,
     "ckpt_save_prefix": "state",
@@ -65,7 +66,7 @@ def test_every_setting_is_on_the_page() -> None:
 def test_settings_without_effect_on_bits_have_none(tmp_path: Path) -> None:
     without_effect = {name for name in FIELDS if SCRIPT["effect_on_bits"](name) == "none"}
     assert without_effect == {*OTHER_VALUES, *CHANGED_BY_THE_FOLDER}
-    same = {"reproducible": True, "parallel": "ddp"}
+    same = {"reproducible": True, "parallel": "ddp", "activation_checkpointing": "block"}
     plain = settings_for(tmp_path, "plain", **same)
     assert [name for name, value in OTHER_VALUES.items() if plain.get(name, FIELDS[name].default) == value] == []
     before = train(tmp_path, "plain", 2, **same).digests()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from tinytrain_dist.checkpoint.safetensors_io import TensorSpec, split_into_file
 from tinytrain_dist.checkpoint.snapshots.placement import Place, Placement
 from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
+from tinytrain_dist.cli.plan_tables import as_gb, as_time, as_waits, print_contexts, print_scaling
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.schema import TrainingConfig
@@ -26,7 +28,7 @@ from tinytrain_dist.distributed.batch_plan import BatchPlans
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
-from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, REACHABLE_SHARE_OF_LINKS, DeviceSpec, find_device_spec
+from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.build import build_optimizer, group_parameters, trained_parameters
 from tinytrain_dist.optim.costs import update_work
@@ -42,8 +44,7 @@ from tinytrain_dist.training.forecast import (
 )
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
 from tinytrain_dist.training.run_length import resolve_epochs
-from tinytrain_dist.training.scaling import PredictedStep, predicted_step, scaled_steps
-from tinytrain_dist.training.step_timeline import StepPrediction
+from tinytrain_dist.training.scaling import PredictedStep, exchange_cost, predicted_step
 
 SECONDS_PER_DAY = 86_400
 MIN_SHOWN_BYTES = 2**20  # smaller kinds of memory have no line of their own
@@ -56,16 +57,22 @@ class PlanOptions:
     nodes: int = 1
     """Number of nodes."""
     devices_per_node: int | None = None
-    """Number of devices on each node; there is one process for each. Default: 1, or 8 with --gpus."""
+    """Number of devices on each node; there is one process for each. Default: 1, or 8 with --gpus and --contexts."""
     device: str = "h100"
     """A GPU of the list above, or cpu (this machine)."""
     network: Annotated[float | None, tyro.conf.arg(metavar="GBIT", help_behavior_hint="")] = None
     """Bandwidth from a node to other nodes, in Gbit/s. Default: what nodes with this device usually have."""
 
+    host_memory: Annotated[float | None, tyro.conf.arg(metavar="GB", help_behavior_hint="")] = None
+    """Memory of a node in GB, for activation_offload. Default: what nodes with this device usually have."""
+
     gpus: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N N ...")] = ()
     """Instead of the plan, print a table of DDP, FSDP and HSDP on each of these numbers of GPUs."""
     batch_per_gpu: int | None = None
     """With --gpus: sequences of a step for each GPU. Default: batch_size is the same on any number of GPUs."""
+    contexts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="8k 1m ...")] = ()
+    """Instead of the plan, print for each of these values of context_len on how many GPUs it fits, with which cp and
+    recomputation, and what the exchange of cp costs. With --gpus: on these numbers of GPUs."""
 
     def check(self) -> None:
         """Raise ConfigError with all problems."""
@@ -73,6 +80,7 @@ class PlanOptions:
             "nodes": self.nodes,
             "devices_per_node": self.devices_per_node,
             "network": self.network,
+            "host_memory": self.host_memory,
             "batch_per_gpu": self.batch_per_gpu,
             "gpus": min(self.gpus, default=None),
         }
@@ -87,17 +95,33 @@ class PlanOptions:
             for count in self.gpus
             if count > self.per_node and count % self.per_node
         ]
-        if self.gpus and self.nodes != 1:
-            problems.append("--nodes: has no effect with --gpus, which gives the number of GPUs; leave one of them out")
-        if self.batch_per_gpu is not None and not self.gpus:
-            problems.append("--batch-per-gpu: has no effect without --gpus; set --batch-size instead")
+        tables = [name for name in ("gpus", "contexts") if getattr(self, name)]
+        if tables and self.nodes != 1:
+            problems.append(
+                f"--nodes: has no effect with --{tables[0]}, whose table is about several numbers of GPUs; leave one "
+                "of them out"
+            )
+        if self.batch_per_gpu is not None and tables != ["gpus"]:
+            where = "with --contexts" if self.contexts else "without --gpus"
+            problems.append(f"--batch-per-gpu: has no effect {where}; set --batch-size instead")
+        problems += [
+            f"--contexts: {text!r} is no number of tokens; give one such as 8192, 8k or 1m"
+            for text in self.contexts
+            if tokens_of(text) is None
+        ]
         if problems:
             raise ConfigError(problems, "the settings of plan")
 
     @property
     def per_node(self) -> int:
         """Number of devices on each node."""
-        return self.devices_per_node or (8 if self.gpus else 1)
+        return self.devices_per_node or (8 if self.gpus or self.contexts else 1)
+
+
+def tokens_of(text: str) -> int | None:
+    """Return a number of tokens such as 8192, 8k (8,192) or 1m (1,048,576); None for any other text."""
+    found = re.fullmatch(r"([1-9][0-9]{0,11})([km]?)", text.lower())
+    return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]] if found else None
 
 
 PlanOptions.__doc__ = f"""Show whether a run fits in memory, what it sends and saves, and how fast it can be.
@@ -124,8 +148,13 @@ def main(args: list[str]) -> int:
     device = find_device_spec(options.device, per_node, config.precision)
     if options.network is not None:
         device = replace(device, network=options.network * 1e9 / 8)
+    if options.host_memory is not None:
+        device = replace(device, host_memory=options.host_memory * 1e9 / per_node)
+    if options.contexts:
+        contexts = [tokens for text in options.contexts if (tokens := tokens_of(text)) is not None]
+        return print_contexts(config, device, per_node, contexts, options.gpus, _source(settings))
     if options.gpus:
-        return _print_scaling(config, options, device, source=_source(settings))
+        return print_scaling(config, device, per_node, options.gpus, options.batch_per_gpu, _source(settings))
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
     context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
@@ -168,6 +197,7 @@ def _print_plan(config: TrainingConfig, context: DistributedContext, cluster: Cl
     print(_orthogonalization(planned), end="")
     if steps[0] is not None:
         print(_timeline(steps[0]))
+        print(_exchange(steps[0], cluster), end="")
     print(_disk(config, model, planned, cluster))
     print(_mode_table([planned, *others], steps, cluster))
     return 0 if planned.fits else 1
@@ -202,8 +232,20 @@ def _memory(planned: Forecast, cluster: Cluster) -> str:
             memory_row("kept free (fragmentation)", unusable),
             memory_row("needed", estimate.nbytes + device.context + unusable),
             memory_row("available", device.memory),
+            *_host_memory(planned, cluster),
         ]
     )
+
+
+def _host_memory(planned: Forecast, cluster: Cluster) -> list[str]:
+    """Format what the ranks of a node keep in its memory beside their GPUs; [] if they keep nothing there."""
+    if not planned.estimate.host_bytes:
+        return []
+    return [
+        f"memory of the host for {cluster.per_node} GPU(s), without that of the processes:",
+        memory_row("needed", cluster.per_node * planned.estimate.host_bytes),
+        memory_row("available", cluster.per_node * cluster.host_room),
+    ]
 
 
 def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
@@ -215,15 +257,16 @@ def _speed(planned: Forecast, cluster: Cluster, flops_per_token: float) -> str:
     reached = f"{device.reached:.0%} of {peak / 1e12:.3g} TFLOP/s"
     tokens_per_day = SECONDS_PER_DAY / planned.seconds * tokens_per_step
     num_tokens = planned.config.batch_sizes.before(num_steps) * planned.plan.context_len
+    to_host = f", {as_time(planned.host_seconds)} to the host and back" if planned.host_seconds else ""
     days = num_tokens / tokens_per_step * planned.seconds / SECONDS_PER_DAY  # smaller batches take less time
     return "\n".join(
         [
-            f"sent in a step: {_gb(planned.inside_bytes)} from each rank to other ranks of its node, "
-            f"{_gb(planned.across_bytes)} from each node to other nodes",
-            f"least time of a step: {_seconds(planned.compute_seconds)} to compute ({reached}, "
-            f"{flops_per_token:.3g} FLOP per token), {_seconds(planned.inside_seconds)} to send inside nodes, "
-            f"{_seconds(planned.across_seconds)} to send across nodes",
-            f"at best {_seconds(planned.seconds)} per step = {tokens_per_step / planned.seconds:,.0f} tokens/s, "
+            f"sent in a step: {as_gb(planned.inside_bytes)} from each rank to other ranks of its node, "
+            f"{as_gb(planned.across_bytes)} from each node to other nodes",
+            f"least time of a step: {as_time(planned.compute_seconds)} to compute ({reached}, "
+            f"{flops_per_token:.3g} FLOP per token), {as_time(planned.inside_seconds)} to send inside nodes, "
+            f"{as_time(planned.across_seconds)} to send across nodes{to_host}",
+            f"at best {as_time(planned.seconds)} per step = {tokens_per_step / planned.seconds:,.0f} tokens/s, "
             f"{tokens_per_day:.3g} tokens per day; {num_steps:,} steps = {num_tokens:.3g} tokens in "
             f"{days:.3g} days",
         ]
@@ -237,7 +280,7 @@ def _orthogonalization(planned: Forecast) -> str:
         return ""
     flops = work.owned_flops()
     return (
-        f"of the time to compute, Muon orthogonalizes for {_seconds(planned.matrix_seconds)}: "
+        f"of the time to compute, Muon orthogonalizes for {as_time(planned.matrix_seconds)}: "
         f"{len(work.plan.shapes)} matrices, at most {len(work.plan.rounds())} on one rank; "
         f"{sum(flops):.3g} FLOP on all ranks, {max(flops):.3g} on the busiest\n"
     )
@@ -259,8 +302,8 @@ def _disk(config: TrainingConfig, model: nn.Module, planned: Forecast, cluster: 
     if num_permanent:
         kept += f" + {num_permanent} permanent (keep_every)"
     return (
-        f"a checkpoint is {_gb(checkpoint_bytes)} in {num_files} tensor file(s); "
-        f"the run keeps at most {num_kept} ({kept}) = {_gb(num_kept * checkpoint_bytes)} on disk\n"
+        f"a checkpoint is {as_gb(checkpoint_bytes)} in {num_files} tensor file(s); "
+        f"the run keeps at most {num_kept} ({kept}) = {as_gb(num_kept * checkpoint_bytes)} on disk\n"
         f"{_snapshots(config, planned, cluster, checkpoint_bytes)}"
     )
 
@@ -273,20 +316,32 @@ def _snapshots(config: TrainingConfig, planned: Forecast, cluster: Cluster, stat
     ranks = range(cluster.num_devices)
     places = [Place(str(rank // cluster.per_node), "", rank % num_shards) for rank in ranks]
     node_bytes = state_bytes * Placement(places, 0).shards_per_node() / num_shards
-    return (
-        f"snapshots for --max-restarts take 2 x {_gb(node_bytes)} = {_gb(2 * node_bytes)} of shared memory per node\n"
-    )
+    sizes = f"2 x {as_gb(node_bytes)} = {as_gb(2 * node_bytes)}"
+    return f"snapshots for --max-restarts take {sizes} of shared memory per node\n"
 
 
 def _timeline(step: PredictedStep) -> str:
     """Format where the time of the simulated step goes."""
     timeline = step.timeline
-    waits = _waits(timeline)
+    waits = as_waits(timeline)
     return (
-        f"simulated step: {_seconds(timeline.seconds)} = {_seconds(timeline.compute_seconds)} forward and backward + "
-        f"{_seconds(timeline.update_seconds)} update + {_seconds(timeline.exposed_seconds)} waiting for communication "
+        f"simulated step: {as_time(timeline.seconds)} = {as_time(timeline.compute_seconds)} forward and backward + "
+        f"{as_time(timeline.update_seconds)} update + {as_time(timeline.exposed_seconds)} waiting for communication "
         f"({timeline.exposed_seconds / timeline.seconds:.1%}{': ' if waits else ''}{waits}); "
         f"MFU {step.mfu:.1%}, {step.efficiency:.1%} of the speed of a GPU alone"
+    )
+
+
+def _exchange(step: PredictedStep, cluster: Cluster) -> str:
+    """Format what context parallelism costs in the simulated step; "" without it."""
+    cost = exchange_cost(step, cluster.device, cluster.per_node)
+    if cost is None:
+        return ""
+    return (
+        f"exchange of the {step.forecast.plan.cp} ranks of each sequence, which are on one node: "
+        f"{as_gb(cost.sent_bytes)} from each rank in {as_time(cost.seconds)} "
+        f"({cost.seconds / step.timeline.seconds:.1%} of the step); if they were on two nodes, it would take "
+        f"{as_time(cost.seconds_across)}\n"
     )
 
 
@@ -302,63 +357,9 @@ def _mode_table(forecasts: list[Forecast], steps: list[PredictedStep | None], cl
         name = f"{dims.mode} {dims.replicate} x {dims.shard}" + (f" x cp {dims.cp}" if dims.cp > 1 else "")
         name += " (this run)" if each is forecasts[0] else ""
         fits = "yes" if each.fits else "no"
-        sent = f"{_gb(each.inside_bytes):>14}{_gb(each.across_bytes):>14}"
-        line = f"  {name:<{width}}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{_seconds(each.seconds):>15}"
+        sent = f"{as_gb(each.inside_bytes):>14}{as_gb(each.across_bytes):>14}"
+        line = f"  {name:<{width}}{format_gib(each.estimate.nbytes):>12}{fits:>6}{sent}{as_time(each.seconds):>15}"
         if step is not None:
-            line += f"{_seconds(step.timeline.seconds):>12}{_seconds(step.timeline.exposed_seconds):>10}"
+            line += f"{as_time(step.timeline.seconds):>12}{as_time(step.timeline.exposed_seconds):>10}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def _print_scaling(config: TrainingConfig, options: PlanOptions, device: DeviceSpec, source: str) -> int:
-    """Print a row for each mode on each number of GPUs; return 0 if some row fits in memory, else 1."""
-    if device.name == "cpu" or config.reproducible:
-        what = "reproducible = true" if config.reproducible else "--device cpu"
-        raise ConfigError(f"--gpus: the step is not simulated with {what}; leave it out", "the settings of plan")
-    per_node = options.per_node
-    clusters = [Cluster(max(1, count // per_node), min(count, per_node), device) for count in options.gpus]
-    with torch.device("meta"):
-        flops_per_token = TransformerLM(config).flops_per_token()
-    batch = f"batch_size {config.batch_size} on any number of GPUs"
-    if options.batch_per_gpu is not None:
-        batch = f"{options.batch_per_gpu} sequence(s) of a step for each GPU"
-    columns = f"{'tensors':>12}{'fits':>6}{'step':>10}{'update':>11}{'waiting':>10}{'share':>8}{'MFU':>8}"
-    print(
-        f"{source} on nodes of {per_node} {device.name}, {batch}\n"
-        f"computed, not measured: {device.reached:.0%} of the peak, {REACHABLE_SHARE_OF_LINKS:.0%} of "
-        f"{device.neighbours / 1e9:g} GB/s inside a node and of {device.network / 1e9:g} GB/s between nodes\n\n"
-        f"  {'GPUs':>5}  {'mode':<5}{'per GPU':>9}{columns}{'of one GPU':>12}  waiting for",
-        flush=True,
-    )
-    fits = False
-    for cluster, mode, step in scaled_steps(config, clusters, options.batch_per_gpu, flops_per_token):
-        print(f"  {cluster.num_devices:>5}  {mode:<5}{_scaling_columns(step)}", flush=True)
-        fits |= isinstance(step, PredictedStep) and step.forecast.fits
-    return 0 if fits else 1
-
-
-def _scaling_columns(step: PredictedStep | ConfigError) -> str:
-    if isinstance(step, ConfigError):
-        return f"  {step.problems[0].partition(';')[0]}"
-    planned, timeline = step.forecast, step.timeline
-    sequences = f"{planned.plan.accumulation_steps} x {planned.plan.micro_batch_size}"
-    waits = _waits(timeline)
-    return (
-        f"{sequences:>9}{format_gib(planned.estimate.nbytes):>12}{'yes' if planned.fits else 'no':>6}"
-        f"{_seconds(timeline.seconds):>10}{_seconds(timeline.update_seconds):>11}"
-        f"{_seconds(timeline.exposed_seconds):>10}"
-        f"{timeline.exposed_seconds / timeline.seconds:>8.1%}{step.mfu:>8.1%}{step.efficiency:>12.1%}  {waits}"
-    )
-
-
-def _waits(timeline: StepPrediction) -> str:
-    """Format what a simulated step waits for, with the time of each kind."""
-    return ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in timeline.waits.items())
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -135,7 +135,7 @@ def build_trainer(
 
     phase_timer.enter("load")
     start = _load(config, context, checkpoints, train_step, phase_timer)
-    _reserve_host_memory(start, config, context)
+    _begin_snapshots(start, config, context)
     environment = _write_run_folder(config, context, start.step)
     log = run_on_all_ranks(lambda: _open_log(config, context.is_main, start.step))
     notes = [precision_note, length_note, compile_note, start.snapshot_note, *warnings]
@@ -232,13 +232,8 @@ def _newest_step(checkpoints: CheckpointManager, loaded: Any) -> int:
     return newest
 
 
-def _reserve_host_memory(start: Start, config: TrainingConfig, context: DistributedContext) -> None:
-    """Reserve the memory of snapshots, and check that there is enough for activations on the host. A collective.
-
-    Errors: CheckpointError, TrainingError if there is too little.
-    """
-    if config.activation_offload and context.device.type == "cuda":
-        check_host_memory(estimate_memory(config, context).host_bytes, context, "activation_offload")
+def _begin_snapshots(start: Start, config: TrainingConfig, context: DistributedContext) -> None:
+    """Reserve the memory of snapshots. A collective. Errors: CheckpointError if it is too small, see `begin`."""
     problem = start.snapshots.begin() if start.snapshots is not None else ""
     if problem:
         start.snapshots, start.snapshot_note = None, f"no snapshots are taken: {problem}"
@@ -275,6 +270,8 @@ def _claim_run_folder(config: TrainingConfig, context: DistributedContext, check
     if config.ckpt_async and (saves_during_training or context.device.type == "cuda"):
         check_host_memory(sum(shard.rows_to_save.nbytes for shard in shards), context)
         checkpoints.buffers.copy()  # allocates the buffers now, so that the first save is as fast as the others
+    if config.activation_offload and context.device.type == "cuda":
+        check_host_memory(estimate_memory(config, context).host_bytes, context, "activation_offload")
     return Start(previous_failure=previous_failure, lock=lock, recovery=recovery)
 
 

@@ -5,6 +5,7 @@ Must not know how results are printed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,19 @@ from tinytrain_dist.distributed import fake_backend
 from tinytrain_dist.distributed.context import DistributedContext, shutdown
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
+from tinytrain_dist.metrics.collective_times import RankGroup, all_to_all_time
+from tinytrain_dist.metrics.device_specs import DeviceSpec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.parallelize import bucket_megabytes, wants_separate_reduce_scatters
 from tinytrain_dist.training.forecast import Cluster, Forecast, forecast, peak_flops
-from tinytrain_dist.training.step_timeline import StepPrediction, StepSettings, predict_step, seconds_alone, units_of
+from tinytrain_dist.training.step_timeline import (
+    CONTEXT,
+    StepPrediction,
+    StepSettings,
+    predict_step,
+    seconds_alone,
+    units_of,
+)
 
 SHARED_MODES = ("ddp", "fsdp", "hsdp")  # the modes for several GPUs
 
@@ -62,6 +72,38 @@ def predicted_step(
     flops = flops_per_token * planned.plan.tokens_per_step / planned.plan.world_size
     mfu = flops / timeline.seconds / peak_flops(planned.config, cluster.device)
     return PredictedStep(planned, timeline, mfu, seconds_alone(settings) / timeline.seconds)
+
+
+@dataclass(frozen=True)
+class ExchangeCost:
+    """What context parallelism costs in a step.
+
+    * `sent_bytes`: from each rank to the other ranks of its sequences.
+    * `seconds`: on one node, where these ranks are. Computation waits for all of it.
+    * `seconds_across`: if half of these ranks were on a second node.
+    """
+
+    sent_bytes: float
+    seconds: float
+    seconds_across: float
+
+
+def exchange_cost(step: PredictedStep, device: DeviceSpec, per_node: int) -> ExchangeCost | None:
+    """Return what the exchange of parts of sequences costs; None without context parallelism.
+
+    per_node: devices of a node, which share its network, also those that this run does not use.
+    """
+    cp = step.forecast.plan.cp
+    if cp == 1:
+        return None
+    messages = Counter(nbytes for group, _, nbytes in step.timeline.sent if group == CONTEXT)
+
+    def seconds(ranks_of_node: int) -> float:
+        group = RankGroup(cp, ranks_of_node, per_node)
+        return sum(count * all_to_all_time(size, group, device).seconds for size, count in messages.items())
+
+    sent_bytes = (cp - 1) / cp * sum(size * count for size, count in messages.items())
+    return ExchangeCost(sent_bytes, seconds(cp), seconds(max(1, cp // 2)))
 
 
 def scaled_steps(

@@ -1,0 +1,165 @@
+"""Find how a model can be trained with longer contexts: on how many GPUs, and with which settings.
+
+Must not know how results are printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tinytrain_dist.config.batch_sizes import divisors
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.distributed import fake_backend
+from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.metrics.device_specs import DeviceSpec
+from tinytrain_dist.model.transformer import TransformerLM
+from tinytrain_dist.training.forecast import RECOMPUTATION_FACTORS, Cluster, Forecast, cluster_of, forecast
+from tinytrain_dist.training.scaling import PredictedStep, predicted_step
+
+MAX_NODES = 128
+NOTICEABLE = 0.99  # a step that reaches this share of the highest possible MFU is fast enough
+# what backward recomputes, and where it finds the inputs of blocks, from the fastest to the one with least memory
+RECOMPUTATION: tuple[dict[str, Any], ...] = (
+    {"activation_checkpointing": "none", "activation_offload": False},
+    {"activation_checkpointing": "selective", "activation_offload": False},
+    {"activation_checkpointing": "block", "activation_offload": False},
+    {"activation_checkpointing": "block", "activation_offload": True},
+)
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """A context on a number of GPUs.
+
+    * `step`: the fastest step that fits in memory; None if none fits.
+    * `smallest`: the forecast with the most ranks for each sequence. If none fits, it has least memory.
+    """
+
+    context_len: int
+    cluster: Cluster
+    step: PredictedStep | None
+    smallest: Forecast
+
+
+def context_plans(
+    config: TrainingConfig, contexts: list[int], device: DeviceSpec, per_node: int, numbers_of_gpus: tuple[int, ...]
+) -> Iterator[ContextPlan]:
+    """Yield a plan for each context on each number of GPUs.
+
+    Without numbers_of_gpus: on the smallest number on which the context fits, and on a node if that is larger. Each
+    cluster is simulated in a process group of its own, so none may be open. Errors: ConfigError for a context that
+    other settings do not allow.
+    """
+    for context_len in contexts:
+        counts = numbers_of_gpus or _smallest_and_node(config, context_len, device, per_node)
+        for count in counts:
+            yield _best_plan(config, context_len, cluster_of(count, per_node, device))
+
+
+def _smallest_and_node(config: TrainingConfig, context_len: int, device: DeviceSpec, per_node: int) -> tuple[int, ...]:
+    """Return the smallest number of GPUs on which a context fits, and that of a node if it is larger.
+
+    Returns the largest number that is tried if the context fits on none.
+    """
+    parts_of_node = [count for count in divisors(per_node) if count < per_node]
+    nodes = [per_node << exponent for exponent in range(MAX_NODES.bit_length())]
+    for count in (*parts_of_node, *nodes):
+        cluster = cluster_of(count, per_node, device)
+        with _simulated_ranks(cluster) as context:
+            cp = _degrees(config, context_len, cluster)[-1]
+            if _forecast(config, context_len, cp, RECOMPUTATION[-1], context, cluster).fits:
+                break
+    return (count, per_node) if count < per_node else (count,)
+
+
+def _best_plan(config: TrainingConfig, context_len: int, cluster: Cluster) -> ContextPlan:
+    """Return the plan with the fastest settings that fit.
+
+    Each value of cp is tried with the first recomputation that fits. Fewer ranks for each sequence need more memory, so
+    they need at least the recomputation of more ranks.
+    """
+    best: PredictedStep | None = None
+    smallest: Forecast | None = None
+    remaining = RECOMPUTATION
+    with _simulated_ranks(cluster) as context:
+        for cp in reversed(_degrees(config, context_len, cluster)):
+            planned = _forecast(config, context_len, cp, remaining[0], context, cluster)
+            while not planned.fits and len(remaining) > 1 and _may_be_faster(remaining[1], best, cluster):
+                remaining = remaining[1:]
+                planned = _forecast(config, context_len, cp, remaining[0], context, cluster)
+            smallest = smallest or planned
+            if not planned.fits:
+                break
+            step = predicted_step(planned, context, cluster, _flops_per_token(planned.config))
+            assert step is not None, "the caller refuses CPUs and reproducible mode"
+            best = step if best is None or step.mfu > best.mfu else best
+            if not _may_be_faster(remaining[0], best, cluster):
+                break
+    assert smallest is not None, "cp can be 1"
+    return ContextPlan(context_len, cluster, best, smallest)
+
+
+def _may_be_faster(recomputation: dict[str, Any], best: PredictedStep | None, cluster: Cluster) -> bool:
+    """Return whether steps with this recomputation may be noticeably faster than the best one so far.
+
+    Without recomputation of whole blocks they may: a smaller cp sends less.
+    """
+    factor = RECOMPUTATION_FACTORS[recomputation["activation_checkpointing"]]
+    return best is None or factor == 1 or best.mfu < NOTICEABLE * cluster.device.reached / factor
+
+
+@contextmanager
+def _simulated_ranks(cluster: Cluster) -> Iterator[DistributedContext]:
+    context = fake_backend.fake_context(cluster.num_devices, cluster.per_node, cluster.device_type)
+    try:
+        yield context
+    finally:
+        shutdown()
+
+
+def _degrees(config: TrainingConfig, context_len: int, cluster: Cluster) -> list[int]:
+    """Return the values of cp that keep the ranks of each sequence on one node, smallest first."""
+    return divisors(math.gcd(cluster.per_node, config.num_heads, context_len))
+
+
+def _forecast(
+    config: TrainingConfig,
+    context_len: int,
+    cp: int,
+    recomputation: dict[str, Any],
+    context: DistributedContext,
+    cluster: Cluster,
+) -> Forecast:
+    """Forecast a step with this context. Weights are sharded over all ranks, and gathered again for backward.
+
+    The batch has about as many tokens as that of the configuration, and a sequence for each data-parallel rank.
+    """
+    data_ranks = cluster.num_devices // cp
+    tokens = config.batch_size * config.context_len
+    is_sharded = cluster.num_devices > 1
+    changed = replace(
+        config,
+        context_len=context_len,
+        cp=cp,
+        batch_size=data_ranks * max(1, tokens // (context_len * data_ranks)),
+        batch_size_warmup=None,
+        micro_batch_size=1,
+        parallel="fsdp" if is_sharded else "none",
+        dp_replicate=None,
+        dp_shard=None,
+        reshard_after_forward=True if is_sharded else None,
+        fingerprint_every=None,
+        **recomputation,
+    )
+    return forecast(changed, context, cluster, _flops_per_token(changed))
+
+
+def _flops_per_token(config: TrainingConfig) -> float:
+    with torch.device("meta"):
+        return TransformerLM(config).flops_per_token()
