@@ -16,6 +16,7 @@ from tinytrain_dist.checkpoint.resume_rules import (
     check_steps_left,
     checkpoints_to_try,
     describe_changes,
+    nothing_to_train,
 )
 
 DATA = {"train": "abc"}
@@ -145,6 +146,13 @@ def test_a_setting_that_changes_shapes_is_named_although_it_is_allowed(tmp_path:
     two = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 2}
     changed = config_for(tmp_path, **two, allow="num_heads, num_kv_heads, head_dim")
     check_same_run(Path("x"), saved_state(config_for(tmp_path, **one)), changed, DATA)
+
+
+def test_a_stop_that_is_not_beyond_the_checkpoint_trains_nothing(tmp_path: Path) -> None:
+    stopping = config_for(tmp_path, stop_at_step=4)  # of 6 steps
+    assert [step for step in range(7) if nothing_to_train(stopping, step)] == [4, 5], "a finished run needs no stop"
+    assert "set it to more than 5, or leave it out" in nothing_to_train(stopping, 5)
+    assert nothing_to_train(config_for(tmp_path), 5) == ""
 
 
 @pytest.mark.parametrize(

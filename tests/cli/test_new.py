@@ -96,6 +96,9 @@ def test_a_model_folder_gives_its_sizes(tinytrain: Cli, tmp_path: Path) -> None:
     code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
     assert code == 2
     assert "model_type: 'gemma' is not supported" in err
+    (model / "config.json").write_text("{")
+    code, _, err = tinytrain("new", tmp_path / "other", "--from", model)
+    assert (code, f"--from: {model}/config.json cannot be read (" in err) == (2, True), err
     assert not (tmp_path / "other").exists()
 
 

@@ -163,9 +163,9 @@ def check_steps_left(path: Path, state: dict[str, Any], config: TrainingConfig) 
 
 
 def nothing_to_train(config: TrainingConfig, resumed_step: int) -> str:
-    """Return why a run that continues from this step trains nothing, if stop_at_step is not beyond it, else ""."""
+    """Return why an unfinished run trains nothing, if stop_at_step is not beyond where it continues, else ""."""
     stop = config.stop_at_step
-    if not resumed_step or stop is None or stop > resumed_step:
+    if resumed_step == 0 or resumed_step >= config.total_steps or stop is None or stop > resumed_step:
         return ""
     return (
         f"nothing was trained, because stop_at_step {stop} is not beyond step {resumed_step}, from which this run "
