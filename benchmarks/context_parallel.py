@@ -183,7 +183,7 @@ class SentBytes(TorchDispatchMode):
     """Counts the bytes that this process sends to the others of a group, as torch's operators get them."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ranks = ranks
         self.total = 0
 
@@ -222,7 +222,7 @@ class Inputs:
         """Return the output at these positions, and the gradients of q, k and v there."""
         parts = [tensor[:, :, positions].requires_grad_() for tensor in self.tensors]
         y = attend(*parts)
-        y.backward(self.grad[:, :, positions])  # type: ignore[no-untyped-call]
+        y.backward(self.grad[:, :, positions])
         return [y.detach(), *(part.grad for part in parts if part.grad is not None)]
 
     def difference(self, found: list[Tensor], positions: Tensor) -> float:
@@ -284,7 +284,7 @@ def print_measured(cases: list[Case], rounds: int) -> bool:
             kept = ", ".join(f"{case.kept_bytes(method) / 1e6:.2f}" for method in METHODS)
             print_row(f"{case.context:,}", cp, case.heads, case.kv_heads, *times, ratio, sent, kept)
     print(f"largest difference from one process: {max(differences):.1e} of the largest value")
-    return max(differences) < TOLERANCE
+    return bool(max(differences) < TOLERANCE)
 
 
 def print_row(*cells: object) -> None:
