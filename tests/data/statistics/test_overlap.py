@@ -74,6 +74,14 @@ def test_a_planted_passage_is_found_across_blocks_but_not_across_documents() -> 
             assert later.result(0, 1).longest == (0, 7, 13)
 
 
+def test_a_passage_ends_with_its_window() -> None:
+    windows = EvaluationWindows(np.array([[1, 2, 3], [2, 1, 9]]), np.zeros((2, 3), np.bool_), np.array([3, 3]))
+    search = NgramSearch(windows, 1)  # the last token of a window, and the first of the next, are both found
+    search.add(np.array([1, 2, 3]), 3, np.array([0]))
+    assert search.result(0, 2).found.tolist() == [3, 2]
+    assert search.result(0, 2).longest == (0, 0, 3)
+
+
 def test_equal_hashes_are_compared() -> None:
     """With the multiplier 0 a hash is that of the last token alone."""
     rows = np.array([[1, 2, 3, 4], [9, 9, 9, 4]])
