@@ -28,6 +28,7 @@ def test_every_configuration_fits_the_hardware_it_names(config: Path, capsys: py
         "gpt2_124m_ddp": (1, 8, "a100-40gb"),
         "llama_350m_fsdp": (1, 8, "rtx4090"),
         "llama_1b_hsdp": (4, 8, "a100-40gb"),
+        "long_context": (1, 4, "cpu"),
         "quickstart": (1, 2, "cpu"),
         "speedrun_cpu": (1, 2, "cpu"),
         "tinystories": (1, 1, "h100"),

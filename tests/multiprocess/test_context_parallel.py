@@ -46,7 +46,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 COMPARED: dict[str, tuple[str, ...]] = {
     "native": ("none-cp2", "fsdp-cp2", "ddp2-cp2", "hsdp2-cp2", "fsdp-cp4"),
     "exact": tuple(name for layouts in LAYOUTS.values() for name in layouts),
-    "everything": ("none-cp2", "fsdp-cp2", "ddp2-cp2", "fsdp3-cp2", "fsdp-cp4"),
+    "everything": ("none-cp2", "fsdp-cp2", "ddp2-cp2", "fsdp3-cp2", "none-cp4", "fsdp-cp4"),
 }
 MEASURED = ("stability", "activation_rms_by_layer", "attention_logit_max_by_layer")
 
