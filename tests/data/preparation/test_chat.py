@@ -191,6 +191,17 @@ def test_prepare_writes_tokens_documents_and_masks(
     assert (len(list(out.glob("train*.mask.npy"))) > 1) == (shard_tokens is not None)
 
 
+def test_prepare_says_if_no_token_counts(
+    tmp_path: Path, tokenizer_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder_with(tmp_path, tokenizer_text, CHATML)
+    questions: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"And {n}?"}]} for n in range(20)]
+    lines = write_lines(tmp_path / "chat.jsonl", questions)
+    meta = prepare(str(lines), str(tmp_path / "data"), tokenizer=str(model), chat=True, workers=1)
+    assert meta["train_counted_tokens"] == 0
+    assert "train: no token counts, because the assistant says nothing" in capsys.readouterr().err
+
+
 def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: str) -> None:
     model = folder_with(tmp_path, tokenizer_text, CHATML)
     table = pa.table({"chat": [record["messages"] for record in conversations(20)]})

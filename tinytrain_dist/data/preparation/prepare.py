@@ -158,6 +158,11 @@ class _Preparation:
                     f"{writer.side}.npy has only {writer.tokens:,} tokens: context_len must be smaller than that; give "
                     "more text or another --val-fraction"
                 )
+            if self.given.chat and writer.counted == 0:
+                say(
+                    f"{writer.side}: no token counts, because the assistant says nothing in these conversations; "
+                    "training with loss_mask = true needs some that count"
+                )
         return meta
 
     def _writer(self, side: str, progress: dict[str, Any]) -> TokenWriter:
