@@ -29,7 +29,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", ROOT / "
 PAGES += [*GUIDES, *DECISIONS]
 REPOSITORY = "https://github.com/tinytrain-dist/tinytrain_dist/blob/main/"  # links of the site to files outside docs/
 OF_OTHERS: dict[str, set[str]] = {  # flags of programs of others, and of the short scripts
-    "python": {"nodes", "events"},  # benchmarks/chaos.py
+    "python": {"nodes", "events", "extension_steps", "windows"},  # benchmarks/chaos.py, benchmarks/long_context.py
     "torchrun": {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "standalone"},
     "sbatch": {"nodes", "gpus_per_node", "cpus_per_task", "time", "array"},
     "launch/local.sh": {"nproc"},
