@@ -20,6 +20,7 @@ from tinytrain_dist.checkpoint.manifest import quick_problems
 from tinytrain_dist.cli import branch
 from tinytrain_dist.config.loading import load_config
 from tinytrain_dist.config.schema import FIELDS, TrainingConfig
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.training.run_data import open_training_data
 
 WEIGHTS = ["0: 0.5 0.5", "5: 1 3", "12: 3 1"]  # the parent has 16 steps, the branch 7
@@ -103,6 +104,16 @@ def test_a_branch_has_the_batch_sizes_that_begin_before_its_end(tmp_path: Path) 
         config = branch._configuration(options, tmp_path, state, tmp_path / "new", [])
         sizes.append((config.batch_size, config.batch_size_warmup))
     assert sizes == [(8, warmup), (4, warmup[:2]), (2, None)]
+
+
+def test_a_run_whose_rate_has_reached_0_is_branched_earlier(tmp_path: Path) -> None:
+    parent = TrainingConfig(schedule="linear", lr_min=0.0, total_steps=8, warmup_iters=1, vocab_size=VOCABULARY)
+    state = {"config": parent.resolved(), "data": {}, "step": 8}
+    options = branch.BranchOptions(tmp_path, at=8, decay_iters=2)
+    with pytest.raises(
+        ConfigError, match=r"is 0\.0 \(schedule = linear\).*; give an earlier step with --at, or branch"
+    ):
+        branch._configuration(options, tmp_path, state, tmp_path / "new", [])
 
 
 def test_a_rate_that_would_jump_is_refused_and_the_advice_is_right(tinytrain: Cli, run: Path) -> None:

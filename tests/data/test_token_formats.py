@@ -81,6 +81,7 @@ def test_a_file_without_a_header_is_refused_unless_its_type_is_stated(tmp_path: 
         (tmp_path / name).write_bytes(IDS.tobytes())
         said = refusal(tmp_path / name, vocab_size=50_257)
         assert "set token_dtype to their type (possible: uint16; not uint32, which gives the id " in said
+        assert said.endswith("; if Megatron has written it, restore t.idx beside it") == name.endswith("bin")
         assert "\n" not in said
 
 

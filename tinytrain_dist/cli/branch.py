@@ -160,10 +160,11 @@ def _check_continuity(options: BranchOptions, parent: TrainingConfig, config: Tr
     step = options.at - 1  # completed before the last update of the parent
     before, after = learning_rate(parent, step), learning_rate(config, step)
     if before != after:
+        remedy = f"add --lr-max {before!r} to decay from there" if before else "give an earlier step with --at"
         raise ConfigError(
             f"lr_max: the decay would begin at {after!r}, but the learning rate of {options.run} after step "
-            f"{options.at} is {before!r} (schedule = {parent.schedule}), so it would jump; add --lr-max {before!r} to "
-            "decay from there, or branch a run with schedule = wsd or constant"
+            f"{options.at} is {before!r} (schedule = {parent.schedule}), so it would jump; {remedy}, or branch a run "
+            "with schedule = wsd or constant"
         )
     decay = parent.weight_decay * weight_decay_factor(parent, step)
     if config.weight_decay * weight_decay_factor(config, step) != decay:

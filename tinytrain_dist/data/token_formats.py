@@ -154,7 +154,7 @@ def _headerless_problem(path: Path, size: int, vocab_size: int | None) -> str:
             )
         return (
             f"{path}: has no header that names the type of its token IDs; if it holds token IDs and nothing else, set "
-            f"token_dtype to their type ({possible})"
+            f"token_dtype to their type ({possible}){_index_hint(path)}"
         )
     try:
         check_npy_file(path)
@@ -163,6 +163,12 @@ def _headerless_problem(path: Path, size: int, vocab_size: int | None) -> str:
     if not size or path.suffix == ".npz":
         return refused
     return f"{refused}, or, if it holds token IDs and nothing else, set token_dtype to their type ({possible})"
+
+
+def _index_hint(path: Path) -> str:
+    """Return what else to do with a file that may be Megatron's; "" for others."""
+    index = path.with_suffix(".idx")
+    return f"; if Megatron has written it, restore {index.name} beside it" if path.suffix == ".bin" else ""
 
 
 def _kind_of_text(path: Path) -> str:

@@ -149,6 +149,7 @@ def test_a_file_that_changes_between_two_connections_is_an_error(
 
 
 ABSENT = {
+    "s3://": r"s3://: names no bucket; give s3://BUCKET/PATH",
     "s3://bucket/nowhere.parquet": r"s3://bucket/nowhere\.parquet: there is no such file or folder",
     "s3://no-such-bucket/a.parquet": r"there is no such file or folder",
     "s3://bucket/nowhere/*.parquet": r"no file matches",
@@ -186,6 +187,21 @@ def test_missing_credentials_and_a_server_that_refuses_are_errors_that_say_what_
     ):
         run_prepare(("s3://bucket/a.txt",), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_endpoint_without_a_protocol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    assert str(error_of("s3://b/a", ValueError("Invalid endpoint"))) == (
+        "AWS_ENDPOINT_URL: 127.0.0.1:9000 has no protocol; set it to http://127.0.0.1:9000 or https://127.0.0.1:9000"
+    )
+    assert str(error_of("gs://b/a", ValueError("other"))).startswith("gs://b/a: cannot be read")
+
+
+def test_a_server_that_refuses_to_connect_at_once_is_named(tmp_path: Path) -> None:
+    with breaking_proxy(9, most_bytes=0) as proxy:
+        address = proxy.endpoint.partition("://")[2]
+    with pytest.raises(DataError, match=f"ftp://{address}/a.txt: the server cannot be reached"):
+        run_prepare((f"ftp://{address}/a.txt",), tmp_path / "out")
 
 
 def test_access_that_is_refused_is_not_tried_again() -> None:

@@ -77,9 +77,12 @@ def error_of(url: str, error: BaseException, tries: int = 1, action: str = "read
     if status in (401, 403) or any(isinstance(found, PermissionError) for found in errors):
         return DataError(f"{shown(url)}: access was refused{_in_brackets(status)}; check the rights, or {credentials}")
     after = f" after {tries} tries" if tries > 1 else ""
+    variable = next(filter(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")), "") if protocol == "s3" else ""
+    endpoint = os.environ.get(variable, "")
+    if endpoint and "://" not in endpoint:
+        return DataError(f"{variable}: {endpoint} has no protocol; set it to http://{endpoint} or https://{endpoint}")
     if names & _NO_CONNECTION:
-        endpoint = next(filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), "")
-        through = f" and AWS_ENDPOINT_URL ({shown(endpoint)})" if protocol == "s3" and endpoint else ""
+        through = f" and {variable} ({shown(endpoint)})" if endpoint else ""
         return DataError(
             f"{shown(url)}: the server cannot be reached{after} ({_reason(errors)}); check the URL{through} and the "
             "network, and run again"

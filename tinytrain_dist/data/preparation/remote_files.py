@@ -30,6 +30,7 @@ FIRST_RETRY_SECONDS = (0.5, 1.0)
 _MIN_RANGE_BYTES, _FIRST_RANGE_BYTES, _MAX_RANGE_BYTES = 1 << 16, 1 << 18, 8 << 20
 _EXTRA_OF_PROTOCOL = {"s3": "tinytrain_dist[s3]", "s3a": "tinytrain_dist[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
 _EXTRA_OF_PROTOCOL |= {"http": "tinytrain_dist[s3]", "https": "tinytrain_dist[s3]", "abfs": "adlfs", "az": "adlfs"}
+_PROTOCOLS_WITH_BUCKETS = ("s3", "s3a", "gs", "gcs")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def file_system(url: str) -> tuple[Any, str]:
         raise _missing_library_error(url, _EXTRA_OF_PROTOCOL.get(protocol)) from error
     except ValueError as error:
         raise DataError(f"{shown(url)}: the protocol {protocol!r} is not known; check the URL") from error
+    except OSError as error:  # some file systems, such as that of ftp, connect at once
+        raise error_of(url, error) from error
+    if not path and protocol in _PROTOCOLS_WITH_BUCKETS:
+        raise DataError(f"{shown(url)}: names no bucket; give {protocol}://BUCKET/PATH")
     if hasattr(system, "retries"):  # s3fs repeats five times, on top of botocore and of `with_retries`
         system.retries = 1
     return system, path
