@@ -89,7 +89,8 @@ class Task:
         """Return how far before each question of a window its key is: [facts]."""
         asked = self.answers(len(ids) - 1) - 1
         before = ids[: asked[0]]
-        return asked - np.array([int(np.flatnonzero(before == key)[0]) for key in ids[asked]])
+        keys_at: npt.NDArray[np.int64] = np.array([np.flatnonzero(before == key)[0] for key in ids[asked]])
+        return asked - keys_at
 
 
 def write_windows(path: Path, task: Task, windows: int, context_len: int, seed: list[int]) -> None:
