@@ -130,6 +130,42 @@ def test_a_second_forward_before_backward_is_an_error_and_not_another_gradient()
         first.backward()
 
 
+def test_a_pass_waits_for_copies_of_a_backward_pass_that_failed() -> None:
+    log: list[str] = []
+    copies = Recorded(log)
+    blocks = blocks_of(2, False)
+    first = BlockInput(copies, None, stays=False)
+    last = BlockInput(copies, first, stays=True)
+
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = last.call(blocks[1], first.call(blocks[0], x, torch.ones(4)), torch.ones(4))
+        return y
+
+    def fail(*_: Any) -> None:
+        raise ValueError("backward fails")
+
+    y = forward(torch.ones(3, 4, requires_grad=True))
+    hook = blocks[1].linear.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="backward fails"):
+        y.sum().backward()
+    hook.remove()
+    assert first.arriving is not None
+    log.clear()
+    forward(torch.ones(3, 4, requires_grad=True))
+    # before the memory that the failed pass copies into is used again
+    assert log == ["wait", "start", "wait"]
+
+
+def test_an_input_of_another_type_is_not_converted() -> None:
+    blocks = blocks_of(2, True)
+    for dtype in (torch.bfloat16, torch.float64):
+        for block in blocks:
+            block.to(dtype)
+        x = torch.ones(3, 4, dtype=dtype, requires_grad=True)
+        blocks[1](blocks[0](x, torch.ones(4, dtype=dtype)), torch.ones(4, dtype=dtype)).sum().backward()
+        assert [buffer.dtype for buffer in host_buffers(nn.Sequential(*blocks))] == [dtype]
+
+
 def test_an_evaluation_between_forward_and_backward_copies_nothing() -> None:
     blocks = blocks_of(2, True)
     with torch.no_grad():

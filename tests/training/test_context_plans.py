@@ -90,6 +90,12 @@ def test_the_smallest_number_of_gpus_is_found(steps: dict[int, dict[Choice, Pred
 
 
 @pytest.mark.usefixtures("simulated_once")
+def test_a_gpu_is_enough_if_only_the_host_has_too_little_memory() -> None:
+    found = plans(replace(DEVICE_SPECS["h100"], host_memory=1))
+    assert [plan.cluster.num_devices for plan in found] == [1, 2]
+
+
+@pytest.mark.usefixtures("simulated_once")
 def test_the_fastest_settings_that_fit_are_taken(steps: dict[int, dict[Choice, PredictedStep]]) -> None:
     rooms = sorted(map(needed, steps[2].values()))
     for room in rooms:

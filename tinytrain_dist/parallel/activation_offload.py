@@ -67,7 +67,7 @@ class BlockInput:
         if self.before is not None:
             self.before.leave()
         self.passes += 1
-        self.leaving = self.arriving = None  # of a pass that was not completed
+        self.forget_copies()
         self.input = args[0]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
@@ -75,12 +75,19 @@ class BlockInput:
         finally:
             self.input = None
 
+    def forget_copies(self) -> None:
+        """Free what a pass that was not completed has on the device. A copy may still write there, so wait for it."""
+        for unfinished in (self.leaving, self.arriving):
+            if unfinished is not None:
+                self.copies.wait(unfinished[1])
+        self.leaving = self.arriving = None
+
     def pack(self, tensor: Tensor) -> Tensor | int:
         """Return what autograd keeps of a tensor that the block saves; instead of its input, the number of the pass."""
         if self.stays or self.input is None or not _is_same(tensor, self.input):
             return tensor
         if self.leaving is None:  # not if autograd saves it again
-            if self.buffer is None or self.buffer.shape != tensor.shape:
+            if self.buffer is None or (self.buffer.shape, self.buffer.dtype) != (tensor.shape, tensor.dtype):
                 self.buffer = torch.empty_like(tensor, device="cpu", pin_memory=self.copies.stream is not None)
             self.leaving = tensor, self.copies.start(self.buffer, tensor)
         return self.passes

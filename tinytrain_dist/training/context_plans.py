@@ -73,7 +73,9 @@ def _smallest_and_node(config: TrainingConfig, context_len: int, device: DeviceS
         cluster = cluster_of(count, per_node, device)
         with _simulated_ranks(cluster) as context:
             cp = _degrees(config, context_len, cluster)[-1]
-            if _forecast(config, context_len, cp, RECOMPUTATION[-1], context, cluster).fits:
+            # the last one needs least memory of a GPU, and the one before it none of the host
+            least = reversed(RECOMPUTATION[-2:])
+            if any(_forecast(config, context_len, cp, each, context, cluster).fits for each in least):
                 break
     return (count, per_node) if count < per_node else (count,)
 
