@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,18 +12,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.helpers.programs import load_program
+
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "long_context.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("long_context", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["long_context"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_program(PROGRAM)
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.configs import problems_of
+from tests.helpers.programs import load_program
 from tests.helpers.token_files import save_tokens
 
 PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "speedrun.py"
@@ -23,13 +23,7 @@ PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "speedrun.py"
 
 @pytest.fixture(scope="module")
 def speedrun() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("speedrun", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["speedrun"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_program(PROGRAM)
 
 
 def test_recipes_run_with_and_without_a_change(tmp_path: Path) -> None:
