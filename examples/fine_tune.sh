@@ -12,6 +12,8 @@ shift 3
 [ -f "$work/config.toml" ] || tinytrain new "$work" --from "$model"
 cd "$work"
 [ -f data/mine/meta.json ] || tinytrain prepare "$text" --tokenizer "$model" --out data/mine
-tinytrain train config.toml "$@"
+# for a chat model, `new` proposes settings for conversations; this is text
+plain=(--train-data data/mine/train.npy --val-data data/mine/val.npy --packing none --document-mask false --loss-mask false)
+tinytrain train config.toml "${plain[@]}" "$@"
 tinytrain evaluate runs/fine_tuned --data data/mine/val.npy
 [ -d fine_tuned ] || tinytrain export runs/fine_tuned fine_tuned

@@ -63,7 +63,7 @@ def test_an_extended_model_finds_keys_in_the_whole_window(tmp_path: Path) -> Non
     assert (len(short), len(long), len(extended)) == (2, 8, 8), done.stdout
     assert min(short) > 0.9, done.stdout
     assert min(extended) > 0.9, done.stdout
-    assert min(long) < 0.5, done.stdout
+    assert long[-1] < min(extended) - 0.1, done.stdout  # with the positions of short windows
     assert "each sequence on 2 ranks with 128 tokens each" in done.stdout
 
 

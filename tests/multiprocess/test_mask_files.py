@@ -175,9 +175,11 @@ def test_a_run_names_bad_values_in_a_sentence_at_the_start_and_later(tmp_path: P
     config = config_file(tmp_path, parallel="none", compile=False, loss_mask=True, document_mask=True)
     for kind, values in (("mask", [1] * 4000), ("documents", [0])):
         np.save(tmp_path / f"val.{kind}.npy", np.array(values, np.uint8))
-    many = 1 << 22  # more than the start reads of a mask
-    np.save(tmp_path / "train.npy", np.zeros(many, np.uint16))
-    np.save(tmp_path / "train.mask.npy", np.where(np.arange(many) < 1 << 20, 1, 2).astype(np.uint8))
+    many = 1 << 28  # twice what the start checks of a mask
+    np.lib.format.open_memmap(tmp_path / "train.npy", "w+", np.uint16, (many,)).flush()  # zeros, which take no room
+    mask = np.lib.format.open_memmap(tmp_path / "train.mask.npy", "w+", np.uint8, (many,))
+    mask[: 1 << 20], mask[many // 2 :] = 1, 2
+    mask.flush()
     np.save(tmp_path / "train.documents.npy", [0, 50, 40])
     done = tinytrain("train", config, "--nproc", 1)
     assert f"train.documents.npy: does not hold ascending positions from 0 to less than {many} (number 2" in done.stderr

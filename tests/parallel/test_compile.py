@@ -135,6 +135,6 @@ def compile_deep_models(cases: list[tuple[str, str]]) -> list[int]:
 
 def test_deep_models_are_compiled_once_and_in_whole_graphs() -> None:
     cases = [("none", "bf16"), ("selective", "bf16"), ("block", "fp8")]
-    (counts,) = run_ranks(1, compile_deep_models, cases)
+    (counts,) = run_ranks(1, compile_deep_models, cases, timeout_seconds=600)
     # block, norm and loss, with gradients and without; not one for each of the 12 blocks
     assert [count <= 6 for count in counts] == [True, True, True], counts
