@@ -13,7 +13,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, DeviceSpec
 from tinytrain_dist.training import context_plans
 from tinytrain_dist.training.context_plans import RECOMPUTATION, ContextPlan
-from tinytrain_dist.training.forecast import Forecast, cluster_of
+from tinytrain_dist.training.forecast import Forecast, cluster_of, simulated_ranks
 from tinytrain_dist.training.scaling import PredictedStep, exchange_cost, predicted_step
 
 CONFIG = TrainingConfig(**{**SMALL, "num_layers": 2, "precision": "bf16", "parallel": "ddp"})
@@ -50,7 +50,7 @@ def steps() -> dict[int, dict[Choice, PredictedStep]]:
     found: dict[int, dict[Choice, PredictedStep]] = {}
     for count in (1, 2):
         cluster = cluster_of(count, PER_NODE, DEVICE_SPECS["h100"])
-        with context_plans._simulated_ranks(cluster) as context:
+        with simulated_ranks(cluster) as context:
             for cp, level in itertools.product((1, 2), range(len(RECOMPUTATION))):
                 if cp <= count:
                     planned = context_plans._forecast(CONFIG, LENGTH, cp, RECOMPUTATION[level], context, cluster)

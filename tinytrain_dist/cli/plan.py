@@ -23,9 +23,8 @@ from tinytrain_dist.cli.plan_tables import as_gb, as_time, as_waits, print_conte
 from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed import fake_backend
 from tinytrain_dist.distributed.batch_plan import BatchPlans
-from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DEVICE_SPECS, find_device_spec
@@ -40,6 +39,7 @@ from tinytrain_dist.training.forecast import (
     format_gib,
     other_modes,
     peak_flops,
+    simulated_ranks,
     suggest_change,
 )
 from tinytrain_dist.training.memory_estimate import MEMORY_KINDS, USABLE_MEMORY, memory_row
@@ -157,11 +157,8 @@ def main(args: list[str]) -> int:
         return print_scaling(config, device, per_node, options.gpus, options.batch_per_gpu, _source(settings))
     cluster = Cluster(nodes, per_node, device)
     choose_parallel_dims(config, cluster.num_devices, per_node)  # raises errors before anything is printed
-    context = fake_backend.fake_context(cluster.num_devices, per_node, cluster.device_type)
-    try:
+    with simulated_ranks(cluster) as context:
         return _print_plan(config, context, cluster, source=_source(settings))
-    finally:
-        shutdown()
 
 
 def _source(settings: list[str]) -> str:

@@ -189,16 +189,13 @@ def _simulation(cluster: Cluster, masks: dict[str, Any]) -> Callable[[dict[str, 
     """
     import torch
 
-    from tinytrain_dist.distributed import fake_backend
-    from tinytrain_dist.distributed.context import shutdown
     from tinytrain_dist.model.transformer import TransformerLM
     from tinytrain_dist.parallel.device_defaults import set_device_defaults
-    from tinytrain_dist.training.forecast import forecast
+    from tinytrain_dist.training.forecast import forecast, simulated_ranks
     from tinytrain_dist.training.scaling import predicted_step
 
     def time_step(settings: dict[str, Any]) -> Timing:
-        context = fake_backend.fake_context(cluster.num_devices, cluster.per_node, cluster.device_type)
-        try:
+        with simulated_ranks(cluster) as context:
             for recomputed in ("none", "selective", "block"):
                 extra: dict[str, Any] = {} if recomputed == "none" else {"activation_checkpointing": recomputed}
                 config = set_device_defaults(TrainingConfig(**settings, **masks, **extra), on_gpu=True, in_bf16=True)
@@ -209,8 +206,6 @@ def _simulation(cluster: Cluster, masks: dict[str, Any]) -> Callable[[dict[str, 
                     step = predicted_step(planned, context, cluster, flops)
                     assert step is not None, "the device is a GPU"
                     return Timing(step.timeline.seconds / GPU_SHARE_OF_PLAN, GPU_START_SECONDS, extra)
-        finally:
-            shutdown()
         raise ConfigError(
             f"the model for this time ({settings['num_layers']} layers x {settings['d_model']}) does not fit in the "
             f"memory of {cluster.num_devices} x {cluster.device.name}; give less time, or more or larger devices",

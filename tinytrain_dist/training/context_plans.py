@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +14,17 @@ import torch
 
 from tinytrain_dist.config.batch_sizes import divisors
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed import fake_backend
-from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.metrics.device_specs import DeviceSpec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.training.forecast import RECOMPUTATION_FACTORS, Cluster, Forecast, cluster_of, forecast
+from tinytrain_dist.training.forecast import (
+    RECOMPUTATION_FACTORS,
+    Cluster,
+    Forecast,
+    cluster_of,
+    forecast,
+    simulated_ranks,
+)
 from tinytrain_dist.training.scaling import PredictedStep, predicted_step
 
 MAX_NODES = 128
@@ -71,7 +76,7 @@ def _smallest_and_node(config: TrainingConfig, context_len: int, device: DeviceS
     nodes = [per_node << exponent for exponent in range(MAX_NODES.bit_length())]
     for count in (*parts_of_node, *nodes):
         cluster = cluster_of(count, per_node, device)
-        with _simulated_ranks(cluster) as context:
+        with simulated_ranks(cluster) as context:
             cp = _degrees(config, context_len, cluster)[-1]
             # the last one needs least memory of a GPU, and the one before it none of the host
             least = reversed(RECOMPUTATION[-2:])
@@ -89,7 +94,7 @@ def _best_plan(config: TrainingConfig, context_len: int, cluster: Cluster) -> Co
     best: PredictedStep | None = None
     smallest: Forecast | None = None
     remaining = RECOMPUTATION
-    with _simulated_ranks(cluster) as context:
+    with simulated_ranks(cluster) as context:
         for cp in reversed(_degrees(config, context_len, cluster)):
             planned = _forecast(config, context_len, cp, remaining[0], context, cluster)
             while not planned.fits and len(remaining) > 1 and _may_be_faster(remaining[1], best, cluster):
@@ -114,15 +119,6 @@ def _may_be_faster(recomputation: dict[str, Any], best: PredictedStep | None, cl
     """
     factor = RECOMPUTATION_FACTORS[recomputation["activation_checkpointing"]]
     return best is None or factor == 1 or best.mfu < NOTICEABLE * cluster.device.reached / factor
-
-
-@contextmanager
-def _simulated_ranks(cluster: Cluster) -> Iterator[DistributedContext]:
-    context = fake_backend.fake_context(cluster.num_devices, cluster.per_node, cluster.device_type)
-    try:
-        yield context
-    finally:
-        shutdown()
 
 
 def _degrees(config: TrainingConfig, context_len: int, cluster: Cluster) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, get_args
@@ -15,8 +16,8 @@ from typing import Any, get_args
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.config.sections import Mode
 from tinytrain_dist.distributed.batch_plan import BatchPlan, possible_micro_batch_sizes
-from tinytrain_dist.distributed.context import DistributedContext
-from tinytrain_dist.distributed.fake_backend import ACTIVATION_EXCHANGE
+from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.fake_backend import ACTIVATION_EXCHANGE, fake_context
 from tinytrain_dist.distributed.parallel_dims import ParallelDims, choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import GIB, REACHABLE_SHARE_OF_LINKS, DeviceSpec, product_type
@@ -69,6 +70,16 @@ class Cluster:
 def cluster_of(num_devices: int, per_node: int, device: DeviceSpec) -> Cluster:
     """Return so many devices, on nodes with `per_node` devices or on a part of one."""
     return Cluster(max(1, num_devices // per_node), min(num_devices, per_node), device)
+
+
+@contextmanager
+def simulated_ranks(cluster: Cluster) -> Iterator[DistributedContext]:
+    """Simulate a rank on each device of a cluster while the block runs. No process group may be open."""
+    context = fake_context(cluster.num_devices, cluster.per_node, cluster.device_type)
+    try:
+        yield context
+    finally:
+        shutdown()
 
 
 @dataclass(frozen=True)

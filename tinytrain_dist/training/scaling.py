@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from tinytrain_dist.config.schema import TrainingConfig
-from tinytrain_dist.distributed import fake_backend
-from tinytrain_dist.distributed.context import DistributedContext, shutdown
+from tinytrain_dist.distributed.context import DistributedContext
 from tinytrain_dist.distributed.parallel_dims import choose_parallel_dims
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.collective_times import RankGroup, all_to_all_time
 from tinytrain_dist.metrics.device_specs import DeviceSpec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.parallel.parallelize import bucket_megabytes, wants_separate_reduce_scatters
-from tinytrain_dist.training.forecast import Cluster, Forecast, forecast, peak_flops
+from tinytrain_dist.training.forecast import Cluster, Forecast, forecast, peak_flops, simulated_ranks
 from tinytrain_dist.training.step_timeline import (
     CONTEXT,
     StepPrediction,
@@ -115,14 +114,11 @@ def scaled_steps(
     cluster (strong scaling). Each cluster is simulated in a process group of its own, so none may be open.
     """
     for cluster in clusters:
-        context = fake_backend.fake_context(cluster.num_devices, cluster.per_node, cluster.device_type)
-        try:
+        with simulated_ranks(cluster) as context:
             for mode in SHARED_MODES:
                 if mode == "hsdp" and cluster.nodes == 1:
                     continue  # one replica on one node is fsdp
                 yield cluster, mode, _scaled_step(config, mode, context, cluster, batch_per_gpu, flops_per_token)
-        finally:
-            shutdown()
 
 
 def _scaled_step(
