@@ -148,14 +148,14 @@ class StepMetrics:
         flops_per_token: float,
         forward_timer: ForwardTimer,
         layer_sizes: dict[str, int],
-        process_start: float,
+        rank_start: float,
         after_first_step: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         """Begin after `step` steps. A collective: ranks exchange their host names.
 
         record: kept in every checkpoint, see LossLevel. data: the training data, to name the windows of a skipped step.
         flops_per_token: of forward and backward. forward_timer: measures the forward passes of this rank.
-        layer_sizes: parameters of each layer in `layer_norms`. process_start: by time.monotonic().
+        layer_sizes: parameters of each layer in `layer_norms`. rank_start: by time.monotonic().
         after_first_step: called once with the seconds of each phase until the end of the first step.
         """
         self.config = config
@@ -166,7 +166,7 @@ class StepMetrics:
         self.flops_per_token = flops_per_token
         self.forward_timer = forward_timer
         self.layer_sizes = layer_sizes
-        self.process_start = process_start
+        self.rank_start = rank_start
         self.after_first_step = after_first_step
         self.watch = StepTimer()  # paused during evaluations and saves
         self.slow_ranks = SlowRankDetector(context.all_gather_object(context.host))
@@ -177,7 +177,7 @@ class StepMetrics:
         self.read_step = step  # the newest step whose numbers were read
         self.logged_step = step  # the last logged step
         self.step_seconds = 0.0  # per step, in the last logged interval
-        self.useful_seconds = 0.0  # in steps that were not skipped, since the start of this process
+        self.useful_seconds = 0.0  # in steps that were not skipped, since the start of this rank
         self._interval = Interval()
         self._unread: StepResult | None = None
         self._other_votes: list[bool] = []  # see take_other_votes
@@ -279,7 +279,7 @@ class StepMetrics:
             "data_wait_seconds": max(wait_seconds),
             "memory_gib": max(times.memory_gib for times in ranks),
             "skipped_steps": float(self.skipped),
-            "goodput": self.useful_seconds / (time.monotonic() - self.process_start),
+            "goodput": self.useful_seconds / (time.monotonic() - self.rank_start),
             "slowest_rank": float(slowest.rank),
             "slowest_to_median": slowest.ratio,
         }

@@ -25,7 +25,6 @@ from tinytrain_dist.reliability.world import REGROUP_REASON, regroup_requested, 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of a verb; Python turns SIGINT into KeyboardInterrupt
 FILE_CHECK_SECONDS = 1.0  # between two checks for the stop file
-PROCESS_START = time.monotonic()  # roughly when the process started: this module is imported first
 
 # The names of the stop signals that this process received. This is a global variable, because a signal handler belongs
 # to the process and cannot be given an object. Only the first signal counts: the run is already stopping because of it.

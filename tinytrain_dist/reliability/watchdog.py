@@ -35,7 +35,7 @@ from tinytrain_dist.reliability.heartbeats import (
     read_heartbeats,
     write_heartbeat,
 )
-from tinytrain_dist.reliability.start_times import earlier_seconds
+from tinytrain_dist.reliability.start_times import earlier_seconds, rank_start
 from tinytrain_dist.reliability.world import REGROUP_EXIT_CODE, REGROUP_REASON, regroup_requested
 from tinytrain_dist.utils.atomic_files import read_json_object
 
@@ -68,7 +68,7 @@ class Watchdog(threading.Thread):
         self.rank, self.world_size, self.host = identity
         self.launch_id = ""  # known when all ranks have joined
         self._join_id = join_id
-        self._process_start = time.time() - (time.monotonic() - stop_requests.PROCESS_START)
+        self._rank_start = time.time() - (time.monotonic() - rank_start())
         self._report = report
         self._flight_record = flight_record
         # The name and value of the setting that limits each phase; step_limit is for all other phases. 0: no limit.
@@ -179,7 +179,7 @@ class Watchdog(threading.Thread):
             request = error_report.read_abort_request(self.folder, self._join_id)
             with contextlib.suppress(OSError):
                 # an earlier start may have had the same ID
-                if abort_file(self.folder).stat().st_mtime < self._process_start - JOIN_REQUEST_SECONDS:
+                if abort_file(self.folder).stat().st_mtime < self._rank_start - JOIN_REQUEST_SECONDS:
                     return {}
         return request
 

@@ -53,7 +53,8 @@ from tinytrain_dist.reliability.heartbeats import remove_heartbeats
 from tinytrain_dist.reliability.rank_consistency import check_rank_consistency
 from tinytrain_dist.reliability.run_lock import RunLock
 from tinytrain_dist.reliability.run_state import claim_run, write_state
-from tinytrain_dist.reliability.stop_requests import PROCESS_START, StopRequests
+from tinytrain_dist.reliability.start_times import rank_start
+from tinytrain_dist.reliability.stop_requests import StopRequests
 from tinytrain_dist.reliability.storage_checks import (
     check_disk_space,
     check_host_memory,
@@ -356,7 +357,7 @@ def _check_ranks(train_step: TrainStep, data: RunData, step: int) -> None:
 
 
 def _stop_requests(config: TrainingConfig, context: DistributedContext, lock: RunLock) -> StopRequests:
-    training_since = PROCESS_START + lock.waited_seconds  # time_limit is for training, not for the lock
+    training_since = rank_start() + lock.waited_seconds  # time_limit is for training, not for the lock
     return StopRequests(Path(config.target_dir), config.time_limit, context.is_main, since=training_since)
 
 
@@ -373,7 +374,7 @@ def _step_metrics(train_step: TrainStep, data: RunData, log: RunLog, start: Star
         flops_per_token=model.flops_per_token(),
         forward_timer=train_step.forward_timer,
         layer_sizes=train_step.reduction.view.layer_sizes,
-        process_start=PROCESS_START,
+        rank_start=rank_start(),
         after_first_step=partial(start.recovery.report, log, start.step) if start.recovery else None,
     )
 

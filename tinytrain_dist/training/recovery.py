@@ -6,7 +6,6 @@ nodes are noticed to be lost.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from tinytrain_dist.reliability.restart_history import (
     read_changes,
     why_over,
 )
+from tinytrain_dist.reliability.start_times import rank_start
 from tinytrain_dist.reliability.world import World, own_world
-from tinytrain_dist.utils.processes import process_age
 
 TRAINING_PARTS = ("load", "first_step")
 
@@ -59,7 +58,7 @@ class Recovery:
 
     def report(self, log: RunLog, loaded_step: int, phases: Mapping[str, float]) -> None:
         """Record the parts of the time without training, after the first step. phases: of this process until then."""
-        started = time.time() - process_age(os.getpid())
+        started = time.time() - (time.monotonic() - rank_start())
         own = start_seconds(phases)
         parts = {name: float(self.change.get(f"{name}_seconds") or 0.0) for name in ("detection", "stop", "rendezvous")}
         # `launch` is the age of the agent, which may have waited for this world
