@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_nodes.network import BRIDGE_ADDRESS, Network, in_namespace, write_names
-from tests.helpers.ranks import REPOSITORY, descendants
+from tests.helpers.ranks import REPOSITORY, descendants, standbys
 from tests.helpers.training import settings_for
 
 STORE_PORT = 29400
@@ -215,7 +215,7 @@ class Node:
 
     def _ranks(self) -> list[int]:
         own = self._process.pid
-        return [pid for pid in descendants(own) if _leads_session(pid)]
+        return [pid for pid in descendants(own) if _leads_session(pid) and pid not in standbys(own)]
 
     def _signal(self, number: int) -> None:
         for pid in [self._process.pid, *descendants(self._process.pid)]:

@@ -28,6 +28,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.launch.standby_rank import STANDBY_NAME
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRELOAD = [
     "torch",
@@ -459,6 +461,17 @@ def descendants(pid: int) -> list[int]:
         found += new
         queue += new
     return found
+
+
+def standbys(agent: int) -> list[int]:
+    """Return the process IDs of the standbys of an agent that have imported torch or do so; see standby_rank.py."""
+    return [pid for pid in descendants(agent) if _process_name(pid) == STANDBY_NAME]
+
+
+def _process_name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def living_processes() -> list[tuple[int, int]]:

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import AGENT, TrainingProcess, descendants, training_process
+from tests.helpers.ranks import (
+    AGENT,
+    TrainingProcess,
+    descendants,
+    living_processes,
+    standbys,
+    training_process,
+)
 from tests.helpers.training import Run, config_file, settings_for
 from tests.launch.test_elastic_agent import wait_until
 from tinytrain_dist.config.schema import TrainingConfig
@@ -29,7 +36,9 @@ from tinytrain_dist.launch.elastic_nodes import (
     LOST,
     ElasticNodes,
 )
+from tinytrain_dist.launch.standby_pool import StandbyPool
 from tinytrain_dist.launch.start import ELASTIC_RENDEZVOUS
+from tinytrain_dist.reliability.heartbeats import read_heartbeats
 from tinytrain_dist.reliability.restart_history import append_change, read_changes
 from tinytrain_dist.reliability.world import REGROUP_REASON, ProgressMark, main_reason
 
@@ -84,7 +93,7 @@ def agent_of_node1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
     monkeypatch.delenv("TINYTRAIN_STOP", raising=False)
     config = TrainingConfig(**settings_for(tmp_path, "run", parallel="ddp", micro_batch_size=4))
     rendezvous = Rendezvous(ONE, TWO, THREE)
-    nodes = ElasticNodes(config, 1, tmp_path / "note", "store:1")
+    nodes = ElasticNodes(config, 1, tmp_path / "note", "store:1", StandbyPool(config))
     nodes.before_round(rendezvous)  # type: ignore[arg-type]
     nodes.after_round(rendezvous)  # type: ignore[arg-type]
     return nodes, rendezvous
@@ -194,7 +203,9 @@ def test_a_node_that_comes_between_two_worlds_does_not_wait_for_others(
     assert rendezvous.last_call == 30.0, "the run begins: all nodes are to be in its first world"
     newcomer = Rendezvous(Node("node4", 14))
     newcomer.values = rendezvous.values
-    ElasticNodes(agent_of_node1[0]._config, 1, tmp_path / "note4", "store:1").before_round(newcomer)  # type: ignore[arg-type]
+    config = agent_of_node1[0]._config
+    new_agent = ElasticNodes(config, 1, tmp_path / "note4", "store:1", StandbyPool(config))
+    new_agent.before_round(newcomer)  # type: ignore[arg-type]
     assert newcomer.last_call == LAST_CALL_SECONDS
 
 
@@ -217,7 +228,7 @@ def test_survivors_wait_for_each_other_and_for_nobody_else(
     assert nodes.all_have_joined(rendezvous), "node 3 leaves the run"
 
     newcomer = Rendezvous(Node("node4", 14))
-    new_agent = ElasticNodes(nodes._config, 1, nodes._folder_note, "store:1")
+    new_agent = ElasticNodes(nodes._config, 1, nodes._folder_note, "store:1", StandbyPool(nodes._config))
     assert not new_agent.all_have_joined(newcomer), "it does not know who else may come"  # type: ignore[arg-type]
 
 
@@ -315,15 +326,20 @@ def test_nodes_that_hang_or_leave_are_left_behind_and_a_lost_store_ends_the_run_
     with ExitStack() as stack:
         first, second = (stack.enter_context(node(config, tmp_path, store[0].port, k, "1:2")) for k in (1, 2))
         wait_until(lambda: "step 5/" in first.output() + second.output(), first)
+        wait_until(lambda: standbys(first.process.pid), first)
+        (standby,) = standbys(first.process.pid)
         for pid in [second.process.pid, *descendants(second.process.pid)]:
             os.kill(pid, signal.SIGSTOP)  # none of its threads runs, as after a power loss
         wait_until(lambda: recoveries() == 1, first)
         assert "tinytrain: node 127.0.0.2 was lost" in first.output()
+        assert [beat["pid"] for beat in read_heartbeats(run)] == [standby], "it is the rank of the new world"
 
         third = stack.enter_context(node(config, tmp_path, store[0].port, 3, "1:2"))
         wait_until(lambda: recoveries() == 2, first)
         third.process.send_signal(signal.SIGUSR2)
+        family = descendants(third.process.pid)
         assert third.wait(120) == 0, third.output()
+        wait_until(lambda: not set(family) & {pid for pid, _ in living_processes()})
         wait_until(lambda: recoveries() == 3, first)
         left, recovered = read_changes(run)[-2:]
         assert (left["kind"], left["left"], left["nodes"]) == ("left", ["127.0.0.3"], ["127.0.0.1"])

@@ -80,6 +80,13 @@ VARIABLES = (
         ("tinytrain_dist/launch/snapshot_folder.py",),
     ),
     EnvironmentVariable(
+        "TINYTRAIN_STANDBY",
+        "File descriptor of the connection through which a process of an elastic run, which has imported torch, waits "
+        "for its agent to make it a rank.",
+        ("tinytrain_dist/launch/standby_pool.py",),
+        ("tinytrain_dist/launch/standby_rank.py",),
+    ),
+    EnvironmentVariable(
         "TINYTRAIN_LISTENER",
         "File descriptor of a socket that listens on the port of the rendezvous. The program that starts the ranks has "
         "bound the port and then becomes the agent, or the rank, that serves there.",

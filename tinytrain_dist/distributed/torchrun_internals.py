@@ -12,10 +12,11 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from subprocess import Popen
 from typing import Any, NoReturn, Protocol
 
 from tinytrain_dist.distributed.network import LISTENER_VARIABLE, StoreLostError
@@ -354,6 +355,25 @@ def wrap_worker_close(make_close: Callable[[Callable[..., None]], Callable[..., 
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     SubprocessContext._close = make_close(SubprocessContext._close)  # type: ignore[method-assign]
+
+
+def wrap_rank_start(take: Callable[[Sequence[str], Mapping[str, str]], Popen[bytes] | None]) -> None:
+    """Let torchrun use processes that are ready to become ranks.
+
+    take: gets the command and the environment of a rank, and returns the process that has become this rank; None: it is
+    started as usual. Ranks whose output torchrun redirects are always started as usual.
+    Versions: SubprocessHandler._popen in 2.11 to 2.15.
+    """
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    plain_popen = SubprocessHandler._popen
+
+    def popen(self: Any, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes]:
+        is_plain = self._stdout is None and self._stderr is None
+        taken = take(args, env) if is_plain else None
+        return plain_popen(self, args, env) if taken is None else taken
+
+    SubprocessHandler._popen = popen  # type: ignore[method-assign]
 
 
 def serve_rendezvous(endpoint: str) -> Any:

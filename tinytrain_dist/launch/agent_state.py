@@ -9,10 +9,11 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,8 @@ class AgentState:
     leaves: bool = False  # this node was asked to leave an elastic run, whose other nodes train on
     own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
+    standbys: set[int] = field(default_factory=set)  # process IDs of those that wait to become ranks
+    main_rank: int | None = None  # process ID of the last rank 0 of this node that was a standby
     joins_again: bool = False  # this node was cut off and has ended its ranks; its agent is to start from the beginning
 
 
@@ -65,14 +68,17 @@ agent = AgentState()
 
 
 def rank_pids() -> Iterator[int]:
-    """Yield the process IDs of the ranks: those children of this process that lead a session."""
+    """Yield the process IDs of the ranks: those children of this process that lead a session.
+
+    Standbys lead one as well, but wait to become ranks.
+    """
     for task in TASKS.iterdir():
         children = ""
         with contextlib.suppress(OSError):  # this thread has just ended
             children = (task / "children").read_text()
         for pid in map(int, children.split()):
             with contextlib.suppress(ProcessLookupError):
-                if os.getsid(pid) == pid:
+                if os.getsid(pid) == pid and pid not in agent.standbys:
                     yield pid
 
 
@@ -98,4 +104,7 @@ def exit_now(code: int) -> NoReturn:
     if agent.scratch:
         shutil.rmtree(agent.scratch, ignore_errors=True)
     remove_snapshot_folder()
+    for pid in agent.standbys:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     os._exit(code)

@@ -20,6 +20,7 @@ stop it ends ranks of it that hang in their start.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.spares import fewest_nodes_problems
 from tinytrain_dist.errors import TinytrainError
 from tinytrain_dist.launch.agent_signals import forward_signal, stop_waiting_for_nodes
@@ -43,6 +45,7 @@ from tinytrain_dist.launch.node_wait import announce_node_waits
 from tinytrain_dist.launch.rank_deaths import first_cause, report_first_death, reported_failure
 from tinytrain_dist.launch.settings_check import runs_verb, training_config
 from tinytrain_dist.launch.snapshot_folder import snapshot_folder
+from tinytrain_dist.launch.standby_pool import StandbyPool
 from tinytrain_dist.launch.torchrun_options import address_arguments, node_range, parse_torchrun_options
 from tinytrain_dist.reliability.stop_requests import STOP_SIGNALS, handle_unless_ignored, unblock_stop_signals
 from tinytrain_dist.utils.current_folder import current_folder_problem
@@ -77,17 +80,33 @@ def main(args: list[str]) -> int:
     except TinytrainError as mistake:
         say(f"error: {mistake}")
         return MISTAKE
-    is_elastic = config is not None and "TINYTRAIN_ELASTIC" in os.environ
-    if is_elastic:
-        _import_torch_quietly()
-    from tinytrain_dist.distributed.torchrun_internals import serve_rendezvous
+    with contextlib.ExitStack() as stack:
+        standbys = None
+        if config is not None and "TINYTRAIN_ELASTIC" in os.environ:
+            standbys = stack.enter_context(contextlib.closing(StandbyPool(config)))
+            standbys.fill(1)  # every node has a rank at least; it imports torch while this process does
+            _import_torch_quietly()
+        death = _supervise(args, config, standbys)
+    if agent.joins_again:  # torchrun's connections to the store are broken, so this process starts from the beginning
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
+
+
+def _supervise(args: list[str], config: TrainingConfig | None, standbys: StandbyPool | None) -> RankDeath:
+    """Run torchrun with its arguments, say what ended the run if it failed, and return how it ended.
+
+    config: of the run; None if the ranks run another program. standbys: of an elastic run.
+    """
+    from tinytrain_dist.distributed.torchrun_internals import serve_rendezvous, wrap_rank_start
 
     options = parse_torchrun_options(args)
-    if config is not None and is_elastic:
-        problems = fewest_nodes_problems(config, node_range(options)[0], int(options.nproc_per_node), "--nnodes")
+    ranks_per_node = int(options.nproc_per_node) if standbys is not None else 0
+    if config is not None and standbys is not None:
+        problems = fewest_nodes_problems(config, node_range(options)[0], ranks_per_node, "--nnodes")
         if problems:
             say(f"error: {problems[0]}")
-            return MISTAKE
+            return RankDeath("", MISTAKE)
+        standbys.fill(ranks_per_node)
     agent.rendezvous_store = serve_rendezvous(options.rdzv_endpoint)
     args = [*address_arguments(options), *args]
     for name in ("api", "errors.error_handler"):  # their messages repeat ours, less clearly
@@ -105,14 +124,13 @@ def main(args: list[str]) -> int:
         # a rank that finds this variable writes its run folder into the file, and lets the agent print its error
         os.environ["TINYTRAIN_AGENT"] = str(folder_note)
         nodes = None
-        if config is not None and is_elastic:
-            nodes = ElasticNodes(config, int(options.nproc_per_node), folder_note, options.rdzv_endpoint)
+        if config is not None and standbys is not None:
+            nodes = ElasticNodes(config, ranks_per_node, folder_note, options.rdzv_endpoint, standbys)
+            wrap_rank_start(standbys.take)
         death = _run_torchrun(args, options, nodes, folder_note)
         if death.exit_code and death.text:
             say(f"error: {first_cause(folder_note) or death.text}")
-    if agent.joins_again:  # torchrun's connections to the store are broken, so this process starts from the beginning
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    return death.exit_code if death.exit_code >= 0 else 128 - death.exit_code
+    return death
 
 
 def _run_torchrun(

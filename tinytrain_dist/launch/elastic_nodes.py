@@ -29,6 +29,7 @@ from tinytrain_dist.distributed.spares import describe_spares, usable_ranks
 from tinytrain_dist.launch.agent_state import RankDeath, RunOverError, agent, rank_pids, say
 from tinytrain_dist.launch.leaving_nodes import leaving_nodes
 from tinytrain_dist.launch.lost_store import LostStore
+from tinytrain_dist.launch.standby_pool import StandbyPool
 from tinytrain_dist.reliability.restart_history import append_change, read_changes, why_excluded
 from tinytrain_dist.reliability.run_state import has_saved_and_ended
 from tinytrain_dist.reliability.world import forget_progress, read_progress, regroup_note, stop_note
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # importing torchrun takes seconds
     from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous, Node, RendezvousState
 
 LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough of them
+READY_SECONDS = 60.0  # for the ranks of a new node to import torch, while the others train
+START_SECONDS = 20.0  # of a world, after which its start needs the processors less
 SAVE_SECONDS = 600.0  # for the ranks to save before nodes join or leave
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
@@ -59,9 +62,15 @@ class Regroup:
 class ElasticNodes:
     """The part of an agent that follows the nodes of its run; it implements `RendezvousHooks`."""
 
-    def __init__(self, config: TrainingConfig, ranks_per_node: int, folder_note: Path, endpoint: str) -> None:
-        """Prepare for the first world. folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT of the store."""
+    def __init__(
+        self, config: TrainingConfig, ranks_per_node: int, folder_note: Path, endpoint: str, standbys: StandbyPool
+    ) -> None:
+        """Prepare for the first world.
+
+        folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT of the store. standbys: of this node.
+        """
         self._endpoint = endpoint
+        self._standbys = standbys
         self._config = config
         self._ranks_per_node = ranks_per_node
         self._folder_note = folder_note
@@ -71,6 +80,7 @@ class ElasticNodes:
         self._session = ""
         self._regroup: Regroup | None = None
         self._missing: frozenset[Node] = frozenset()  # at the last look
+        self._began = 0.0  # when the present world did
         self._left_at = 0.0  # when this node left its last world
         self._progress: tuple[int, float] | None = None  # the newest completed step that this node knows, and its time
         self._rendezvous: ElasticRendezvous | None = None
@@ -104,6 +114,8 @@ class ElasticNodes:
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         _reopen(rendezvous)
         session = rendezvous.read(SESSION_KEY)
+        if rendezvous.state.complete:
+            self._standbys.wait(READY_SECONDS)
         if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._is_new = True
@@ -122,7 +134,7 @@ class ElasticNodes:
         """Take note of the new world, and tell its ranks; one survivor writes the history."""
         state, now = rendezvous.state, time.time()
         before, former_round = self._world, self._round
-        self._world, self._round = state.nodes, state.round
+        self._world, self._round, self._began = state.nodes, state.round, now
         self._session = self._session or rendezvous.write_once(SESSION_KEY, secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
         self._is_new = self._is_new and not before
@@ -176,7 +188,13 @@ class ElasticNodes:
         if regroup is not None:
             self._regroup = regroup
             say(f"tinytrain: {regroup.reason}")
+        elif "TINYTRAIN_STOP" not in os.environ and self._has_started():
+            self._standbys.fill()
         return regroup is not None
+
+    def _has_started(self) -> bool:
+        """Return whether the processors are free for standbys: spares, and ranks that compile, complete no step."""
+        return read_progress(self._folder_note) is not None or time.time() - self._began > START_SECONDS
 
     def _look(self, rendezvous: ElasticRendezvous) -> Regroup | None:
         state = rendezvous.state

@@ -77,6 +77,8 @@ def _write_preempted(pids: list[int], hanging: list[int]) -> None:
 
 
 def _has_rank_0(pid: int) -> bool:
+    if pid == agent.main_rank:
+        return True
     with contextlib.suppress(OSError):
         return b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return False

@@ -1,0 +1,125 @@
+"""Keep processes of this node ready to become ranks, so that a new world need not wait until each has imported torch.
+
+Only for runs whose nodes may come and go. Must not know how nodes find each other, or torch: the agent starts the
+first standby before it imports torch itself.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tinytrain_dist.config.schema import TrainingConfig
+from tinytrain_dist.launch.agent_state import agent
+from tinytrain_dist.launch.settings_check import training_arguments
+from tinytrain_dist.utils.json_files import to_json
+
+MODULE = "tinytrain_dist.launch.standby_rank"
+HAND_OVER_SECONDS = 10.0  # for a standby to take a large environment while it still imports
+# What is imported until the first step of a run, some of it only when it is needed.
+IMPORTS = (
+    "tinytrain_dist.launch.rank_program",
+    "tinytrain_dist.training.trainer",
+    "tinytrain_dist.training.build",
+    "tyro",
+    "tinytrain_dist.metrics.trackers.tensorboard",
+)
+SHARDED_IMPORTS = ("torch.distributed.fsdp", "torch._dynamo", "tinytrain_dist.parallel.fsdp_collectives")
+COMPILER_IMPORTS = ("torch._dynamo", "torch._inductor.compile_fx")
+
+
+def imports_of(config: TrainingConfig) -> list[str]:
+    """Return the modules that a standby imports for a run. None depends on the number of ranks."""
+    modules = [*IMPORTS]
+    if config.parallel in ("auto", "fsdp", "hsdp"):
+        modules += SHARDED_IMPORTS
+    if config.compile:
+        modules += COMPILER_IMPORTS
+    return modules
+
+
+@dataclass(frozen=True)
+class Standby:
+    """A process that waits for a rank, and the connection through which it gets one."""
+
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+    def end(self) -> None:
+        """Kill the process, if it still runs."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+        agent.standbys.discard(self.process.pid)
+
+
+class StandbyPool:
+    """The standbys of this node: as many as it has ranks."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        """Begin without any. config: of the run, for what its ranks import."""
+        self._size = 0
+        self._has_failed = False
+        self._modules = imports_of(config)
+        self._waiting: list[Standby] = []
+
+    def fill(self, size: int | None = None) -> None:
+        """Start the standbys that are missing. They need seconds to get ready; this does not wait for them.
+
+        size: how many there are to be from now on. If one has failed, no other one is started: it would fail as well.
+        """
+        self._size = self._size if size is None else size
+        self._has_failed = self._has_failed or any(standby.process.poll() is not None for standby in self._waiting)
+        while len(self._waiting) < self._size and not self._has_failed:
+            self._waiting.append(self._start())
+
+    def _start(self) -> Standby:
+        own, other = socket.socketpair()
+        own.settimeout(HAND_OVER_SECONDS)
+        with other:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-m", MODULE, *self._modules],
+                env={**os.environ, "TINYTRAIN_STANDBY": str(other.fileno())},
+                pass_fds=[other.fileno()],
+                start_new_session=True,  # as torchrun starts ranks
+            )
+        agent.standbys.add(process.pid)
+        return Standby(process, own)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the standbys have imported everything, have failed, or the time is over."""
+        end = time.monotonic() + seconds
+        for standby in self._waiting:
+            select.select([standby.connection], [], [], max(0.0, end - time.monotonic()))
+
+    def take(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
+        """Let a standby become the rank that torchrun would start with this command and this environment.
+
+        None: there is no standby, or the command is not that of our training program alone.
+        """
+        arguments = training_arguments(command[1:]) if command[0] == sys.executable else None
+        while self._waiting and arguments is not None:
+            standby = self._waiting.pop(0)
+            order = to_json({"arguments": arguments, "environment": dict(environment)})
+            try:
+                standby.connection.sendall(order.encode())
+                standby.connection.close()
+            except OSError:  # it has ended, or does not read
+                standby.end()
+                continue
+            agent.standbys.discard(standby.process.pid)
+            if environment.get("RANK") == "0":
+                agent.main_rank = standby.process.pid
+            return standby.process
+        return None
+
+    def close(self) -> None:
+        """End all standbys."""
+        while self._waiting:
+            self._waiting.pop().end()
