@@ -105,9 +105,23 @@ def test_without_a_standby_ranks_start_as_usual(
     for standby in pool._waiting:
         standby.process.kill()
         standby.process.wait()
-    pool.fill()
+    pool.refill(ranks_train=True)
     assert len(pool._waiting) == 2, "more of them would die as well"
     assert pool.take(command, environment) is None
+
+
+def test_new_standbys_leave_the_processors_to_ranks_that_start(
+    pool: StandbyPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[int] = []
+    monkeypatch.setattr(pool, "fill", filled.append)
+    pool._size, pool._taken_at = 2, time.monotonic()
+    pool.refill(ranks_train=False)
+    assert filled == []
+    pool.refill(ranks_train=True)
+    pool._taken_at -= 2 * standby_pool.START_SECONDS
+    pool.refill(ranks_train=False)
+    assert filled == [2, 2]
 
 
 def test_a_standby_imports_all_that_takes_long(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -60,7 +60,7 @@ class AgentState:
     own_failure: str = ""  # how a rank of this node failed first, and not because of another node
     over: RankDeath | None = None  # a death after which there is no restart
     standbys: set[int] = field(default_factory=set)  # process IDs of those that wait to become ranks
-    main_rank: int | None = None  # process ID of the last rank 0 of this node that was a standby
+    called_up: dict[int, list[str]] = field(default_factory=dict)  # NAME=VALUE that former standbys were given, by ID
     joins_again: bool = False  # this node was cut off and has ended its ranks; its agent is to start from the beginning
 
 

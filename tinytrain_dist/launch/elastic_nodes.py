@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # importing torchrun takes seconds
 
 LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough of them
 READY_SECONDS = 60.0  # for the ranks of a new node to import torch, while the others train
-START_SECONDS = 20.0  # of a world, after which its start needs the processors less
 SAVE_SECONDS = 600.0  # for the ranks to save before nodes join or leave
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
@@ -65,10 +64,7 @@ class ElasticNodes:
     def __init__(
         self, config: TrainingConfig, ranks_per_node: int, folder_note: Path, endpoint: str, standbys: StandbyPool
     ) -> None:
-        """Prepare for the first world.
-
-        folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT of the store. standbys: of this node.
-        """
+        """Prepare for the first world. folder_note: TINYTRAIN_AGENT. endpoint: HOST:PORT. standbys: of this node."""
         self._endpoint = endpoint
         self._standbys = standbys
         self._config = config
@@ -80,7 +76,6 @@ class ElasticNodes:
         self._session = ""
         self._regroup: Regroup | None = None
         self._missing: frozenset[Node] = frozenset()  # at the last look
-        self._began = 0.0  # when the present world did
         self._left_at = 0.0  # when this node left its last world
         self._progress: tuple[int, float] | None = None  # the newest completed step that this node knows, and its time
         self._rendezvous: ElasticRendezvous | None = None
@@ -114,17 +109,13 @@ class ElasticNodes:
     def _enter(self, rendezvous: ElasticRendezvous) -> None:
         _reopen(rendezvous)
         session = rendezvous.read(SESSION_KEY)
+        if session:
+            _end_if_excluded(rendezvous, self._run, session)
         if rendezvous.state.complete:
             self._standbys.wait(READY_SECONDS)
         if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._is_new = True
-        address = rendezvous.own.address
-        if session and (reason := why_excluded(read_changes(self._run), session, address)):
-            rendezvous.leave_open()
-            change = {"kind": "excluded", "session": session, "time": time.time(), "reason": reason, "node": address}
-            append_change(self._run, change)
-            raise RunOverError(RankDeath(reason, 1))
 
     def all_have_joined(self, rendezvous: ElasticRendezvous) -> bool:
         """Return whether the next world need not wait for more nodes. A new node does not know who may come."""
@@ -134,7 +125,7 @@ class ElasticNodes:
         """Take note of the new world, and tell its ranks; one survivor writes the history."""
         state, now = rendezvous.state, time.time()
         before, former_round = self._world, self._round
-        self._world, self._round, self._began = state.nodes, state.round, now
+        self._world, self._round = state.nodes, state.round
         self._session = self._session or rendezvous.write_once(SESSION_KEY, secrets.token_hex(8))
         survivors = sorted(set(before) & set(state.nodes))
         self._is_new = self._is_new and not before
@@ -145,11 +136,7 @@ class ElasticNodes:
         world = {"session": self._session, "round": state.round, "ready": now, "fewest_nodes": rendezvous.fewest_nodes}
         os.environ["TINYTRAIN_WORLD"] = to_json(world)
         if state.nodes[0] == rendezvous.own:
-            ranks = len(state.nodes) * self._ranks_per_node
-            addresses = format_list([node.address for node in state.nodes])
-            say(f"tinytrain: {len(state.nodes)} node(s) train: {addresses}")
-            if spares := describe_spares(self._config, ranks, self._ranks_per_node):
-                say(f"tinytrain: {spares}")
+            _tell_nodes(state.nodes, self._config, self._ranks_per_node)
         self._has_new = bool(before) and set(before) < set(state.nodes)
         forget_progress(self._folder_note)
         self._regroup = None
@@ -188,13 +175,9 @@ class ElasticNodes:
         if regroup is not None:
             self._regroup = regroup
             say(f"tinytrain: {regroup.reason}")
-        elif "TINYTRAIN_STOP" not in os.environ and self._has_started():
-            self._standbys.fill()
+        elif "TINYTRAIN_STOP" not in os.environ:
+            self._standbys.refill(read_progress(self._folder_note) is not None)
         return regroup is not None
-
-    def _has_started(self) -> bool:
-        """Return whether the processors are free for standbys: spares, and ranks that compile, complete no step."""
-        return read_progress(self._folder_note) is not None or time.time() - self._began > START_SECONDS
 
     def _look(self, rendezvous: ElasticRendezvous) -> Regroup | None:
         state = rendezvous.state
@@ -325,6 +308,12 @@ class ElasticNodes:
         return self._look(self._rendezvous)
 
 
+def _tell_nodes(nodes: Sequence[Node], config: TrainingConfig, ranks_per_node: int) -> None:
+    say(f"tinytrain: {len(nodes)} node(s) train: {format_list([node.address for node in nodes])}")
+    if spares := describe_spares(config, len(nodes) * ranks_per_node, ranks_per_node):
+        say(f"tinytrain: {spares}")
+
+
 def _reopen(rendezvous: ElasticRendezvous) -> None:
     told = False
     while not rendezvous.reopen(forget=SESSION_KEY):
@@ -343,6 +332,15 @@ def _may_come(rendezvous: ElasticRendezvous, former_round: int, before: Sequence
     leaving = leaving_nodes(rendezvous, former_round, before)
     absent = [node for node in before if node not in state.nodes and node not in leaving]
     return bool(state.waiting) or any(rendezvous.read(_failure_key(former_round, node)) for node in absent)
+
+
+def _end_if_excluded(rendezvous: ElasticRendezvous, run: Path, session: str) -> None:
+    address = rendezvous.own.address
+    if reason := why_excluded(read_changes(run), session, address):
+        rendezvous.leave_open()
+        change = {"kind": "excluded", "session": session, "time": time.time(), "reason": reason, "node": address}
+        append_change(run, change)
+        raise RunOverError(RankDeath(reason, 1))
 
 
 def _leave_run(rendezvous: ElasticRendezvous) -> NoReturn:

@@ -77,8 +77,8 @@ def _write_preempted(pids: list[int], hanging: list[int]) -> None:
 
 
 def _has_rank_0(pid: int) -> bool:
-    if pid == agent.main_rank:
-        return True
+    if pid in agent.called_up:  # the system shows the environment in which it waited
+        return "RANK=0" in agent.called_up[pid]
     with contextlib.suppress(OSError):
         return b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return False

@@ -21,6 +21,7 @@ from tinytrain_dist.launch.settings_check import training_arguments
 from tinytrain_dist.utils.json_files import to_json
 
 MODULE = "tinytrain_dist.launch.standby_rank"
+START_SECONDS = 20.0  # for ranks to start, if they do not train
 HAND_OVER_SECONDS = 10.0  # for a standby to take a large environment while it still imports
 # What is imported until the first step of a run, some of it only when it is needed.
 IMPORTS = (
@@ -65,19 +66,28 @@ class StandbyPool:
     def __init__(self, config: TrainingConfig) -> None:
         """Begin without any. config: of the run, for what its ranks import."""
         self._size = 0
+        self._taken_at = 0.0  # when the last one became a rank, by time.monotonic()
         self._has_failed = False
         self._modules = imports_of(config)
         self._waiting: list[Standby] = []
 
-    def fill(self, size: int | None = None) -> None:
-        """Start the standbys that are missing. They need seconds to get ready; this does not wait for them.
+    def fill(self, size: int) -> None:
+        """Start standbys until there are `size`. They need seconds to get ready; this does not wait for them.
 
-        size: how many there are to be from now on. If one has failed, no other one is started: it would fail as well.
+        If one has failed, no other one is started: it would fail as well.
         """
-        self._size = self._size if size is None else size
+        self._size = size
         self._has_failed = self._has_failed or any(standby.process.poll() is not None for standby in self._waiting)
         while len(self._waiting) < self._size and not self._has_failed:
             self._waiting.append(self._start())
+
+    def refill(self, ranks_train: bool) -> None:
+        """Start the standbys that are missing, unless the ranks that took their places still need the processors.
+
+        ranks_train: whether they have completed a step. Spares never do, and ranks that compile not for minutes.
+        """
+        if ranks_train or time.monotonic() - self._taken_at > START_SECONDS:
+            self.fill(self._size)
 
     def _start(self) -> Standby:
         own, other = socket.socketpair()
@@ -113,9 +123,9 @@ class StandbyPool:
             except OSError:  # it has ended, or does not read
                 standby.end()
                 continue
+            self._taken_at = time.monotonic()
             agent.standbys.discard(standby.process.pid)
-            if environment.get("RANK") == "0":
-                agent.main_rank = standby.process.pid
+            agent.called_up[standby.process.pid] = [f"{name}={value}" for name, value in environment.items()]
             return standby.process
         return None
 
