@@ -23,7 +23,7 @@ from tinytrain_dist.reliability import start_times
 from tinytrain_dist.utils.processes import process_age
 
 pytestmark = pytest.mark.multiprocess
-RANK = [sys.executable, "-P", "-u", "-m", "tinytrain_dist.train"]
+RANK = (sys.executable, "-P", "-u", "-m", "tinytrain_dist.train")
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 TAKE_LONG = ("tinytrain_dist.", "torch._dynamo", "torch.distributed", "torch.utils.tensorboard", "tyro")
 READY_SECONDS = 120.0
@@ -73,9 +73,9 @@ def test_a_standby_becomes_the_rank_that_it_is_told_to_be(
     age = process_age(first)
 
     config = str(tmp_path / "run.toml")
-    assert pool.take(["/usr/bin/python3", *RANK[1:], config], environment) is None, "another interpreter"
-    assert pool.take([sys.executable, "-m", "other_program"], environment) is None
-    rank = pool.take([*RANK, config, "--total-steps", "3"], environment | {"ODD": "a\udcff\n", "LARGE": "x" * 100_000})
+    assert pool.take(("/usr/bin/python3", *RANK[1:], config), environment) is None, "another interpreter"
+    assert pool.take((sys.executable, "-m", "other_program"), environment) is None
+    rank = pool.take((*RANK, config, "--total-steps", "3"), environment | {"ODD": "a\udcff\n", "LARGE": "x" * 100_000})
     assert rank is not None
     assert rank.pid == first
     assert hanging_starts._has_rank_0(first)
@@ -99,7 +99,7 @@ def test_a_standby_ends_when_its_agent_ends(pool: StandbyPool, capfd: pytest.Cap
 def test_without_a_standby_ranks_start_as_usual(
     tmp_path: Path, pool: StandbyPool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*RANK, str(tmp_path / "run.toml")]
+    command = (*RANK, str(tmp_path / "run.toml"))
     assert pool.take(command, environment) is None, "none was started"
     pool.fill(2)
     for standby in pool._waiting:

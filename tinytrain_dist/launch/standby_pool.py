@@ -113,7 +113,7 @@ class StandbyPool:
 
         None: there is no standby, or the command is not that of our training program alone.
         """
-        arguments = training_arguments(command[1:]) if command[0] == sys.executable else None
+        arguments = training_arguments([*command[1:]]) if command[0] == sys.executable else None
         while self._waiting and arguments is not None:
             standby = self._waiting.pop(0)
             order = to_json({"arguments": arguments, "environment": dict(environment)})
