@@ -23,6 +23,7 @@ def test_the_mean_is_that_of_the_formula(
     options = ["--weights", *weights] if weights else []
     code, text, err = tinytrain("average", one, other, "--out", tmp_path / "mean", *options)
     assert code == 0, err
+    assert text.startswith("the mean of the weights in 2 checkpoints")
     assert str(one) in text
     shares = (0.25, 0.75) if weights else (0.5, 0.5)
     mean, first, second = (TensorReader(path, "model") for path in (tmp_path / "mean", one, other))

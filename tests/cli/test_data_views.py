@@ -114,6 +114,20 @@ def test_notes_tell_what_training_would_refuse_and_what_is_left_out(tinytrain: C
     assert warning.startswith("WARNING: all has 1 token(s) outside 0 .. 49, the first is id 60 (token 1), so training")
 
 
+def test_a_stated_type_that_gives_odd_ids_is_questioned(tinytrain: Cli, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(1, 50_000, 1000)
+    for written, stated, doubt in (
+        ("uint16", "uint32", "all: WARNING: most ids are above 1,048,576,"),
+        ("uint32", "uint16", "all: WARNING: every second token is id 0,"),
+        ("uint16", "uint16", ""),
+        ("uint32", "int32", ""),
+    ):
+        ids.astype(written).tofile(tmp_path / "t.bin")
+        notes = " ".join(values(tinytrain, tmp_path / "t.bin", "--token-dtype", stated)["notes"])
+        assert ("check token_dtype" in notes) == bool(doubt), (written, stated)
+        assert doubt in notes
+
+
 def test_masks_of_a_source_are_counted_and_wrong_values_are_named(tinytrain: Cli, tmp_path: Path) -> None:
     path = save_documents(tmp_path / "t.npy", [[3] * 50, [4] * 50])
     mask = np.zeros(100, np.uint8)

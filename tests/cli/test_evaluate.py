@@ -34,6 +34,7 @@ def test_a_text_and_its_token_file_give_the_loss_of_a_plain_loop(tinytrain: Cli,
     (tmp_path / "text.txt").write_text(TEXT * 3)
     code, out, err = tinytrain("evaluate", run, "--data", tmp_path / "text.txt", "--stride", 5)
     assert code == 0, err
+    assert "note:" not in err
     from tokenizers import Tokenizer
 
     checkpoint = find_checkpoint(run, "model")
@@ -69,6 +70,13 @@ def test_a_text_and_its_token_file_give_the_loss_of_a_plain_loop(tinytrain: Cli,
         [*module, "--stride", "5", "--nproc", "2"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.stdout == by_tokens, done.stderr
+
+
+def test_json_lines_are_read_as_they_are_with_a_note(tinytrain: Cli, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.JSONL").write_text('{"text": "a"}\n')
+    code, _, err = tinytrain("evaluate", folder / "one", "--data", tmp_path / "text.JSONL")
+    assert code == 0, err
+    assert f"note: {tmp_path / 'text.JSONL'} is read as it is, so its braces" in err
 
 
 def test_every_format_that_val_data_takes_gives_the_same_numbers(

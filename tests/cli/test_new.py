@@ -29,6 +29,7 @@ def test_a_new_folder_has_all_that_a_user_edits(tinytrain: Cli, tmp_path: Path, 
     original = load_config(package_folder("configs") / f"{name}.toml")
     assert load_config(folder / "config.toml") == original
     readme = (folder / "README.md").read_text()
+    assert '--prompt "Once upon a time"`; all commands' in readme
     assert original.target_dir in readme
     assert "configs/" not in readme + (folder / "config.toml").read_text()
     assert original.train_files[0].rpartition("/")[0] in readme, "the command that makes the data names their folder"
@@ -86,7 +87,9 @@ def test_a_model_folder_gives_its_sizes(tinytrain: Cli, tmp_path: Path) -> None:
     chat = load_config(tmp_path / "chat" / "config.toml")
     assert (chat.loss_mask, chat.document_mask, chat.packing) == (True, True, "best_fit")
     assert chat.train_data == "data/chat/train.npy"
-    assert "tinytrain prepare chat.jsonl --chat --tokenizer" in (tmp_path / "chat" / "README.md").read_text()
+    readme = (tmp_path / "chat" / "README.md").read_text()
+    assert "tinytrain prepare chat.jsonl --chat --tokenizer" in readme
+    assert "--prompt PROMPT`, where PROMPT is what the chat template writes" in readme
     for change in ({"num_key_value_heads": "x"}, {"rms_norm_eps": -1}, {"tie_word_embeddings": 1.5}):
         (model / "config.json").write_text(json.dumps({**to_hf_config(KINDS["qwen3"]), **change}))
         code, _, err = tinytrain("new", tmp_path / "other", "--from", model)

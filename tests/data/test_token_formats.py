@@ -87,12 +87,15 @@ def test_a_file_without_a_header_is_refused_unless_its_type_is_stated(tmp_path: 
 
 def test_an_odd_size_cannot_be_a_type(tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(IDS.tobytes()[:-1])
-    assert "none is possible; not uint16, because the size of 999 bytes is no multiple of 2" in refusal(
+    for said in (refusal(tmp_path / "t.bin"), refusal(tmp_path / "t.bin", token_dtype="uint16")):
+        assert said.count("999") == 1, "the reason is said once"
+        assert "perhaps cut short" in said
+    (tmp_path / "t.bin").write_bytes(IDS.tobytes()[:-2])
+    assert "possible: uint16; not uint32 or int32, because the size of 998 bytes is no multiple of 4" in refusal(
         tmp_path / "t.bin"
     )
-    assert "has 999 bytes, which is no multiple of the 2 of token_dtype uint16" in refusal(
-        tmp_path / "t.bin", token_dtype="uint16"
-    )
+    said = refusal(tmp_path / "t.bin", token_dtype="uint32")
+    assert "has 998 bytes, which is no multiple of the 4 of token_dtype uint32; set token_dtype to uint16" in said
 
 
 def test_ids_beyond_the_vocabulary_question_the_stated_type(tmp_path: Path) -> None:
@@ -105,6 +108,16 @@ def test_a_stated_type_never_overrides_a_header(tmp_path: Path) -> None:
     for path in (save_tokens(tmp_path / "a.npy", IDS), save_llm_c(tmp_path / "b.bin", IDS)):
         assert "holds uint16 by its" in refusal(path, token_dtype="int32")
         assert len(TokenSource(str(path), token_dtype="uint16")) == 500
+
+
+def test_a_stated_type_is_for_the_files_of_a_source_that_have_no_header(tmp_path: Path) -> None:
+    save_tokens(tmp_path / "a.npy", IDS, "uint32")
+    save_llm_c(tmp_path / "b.bin", IDS)
+    with pytest.raises(DataError, match=r"a\.npy: holds uint32 by its npy header, but token_dtype is uint16"):
+        TokenSource(str(tmp_path), token_dtype="uint16")
+    (tmp_path / "c.bin").write_bytes(IDS.tobytes())
+    source = TokenSource(str(tmp_path), token_dtype="uint16")
+    assert source.read(0, 1500).tolist() == IDS.tolist() * 3
 
 
 def test_a_header_of_llm_c_must_fit_the_size(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.model.transformer import TransformerLM
+from tinytrain_dist.training import proposal as proposals
 from tinytrain_dist.training import scaling_rules
 from tinytrain_dist.training.proposal import Hardware, Proposal, Timing, propose, reasons
 from tinytrain_dist.training.scaling_rules import Budget, best_model, flops_per_token, model_of
@@ -71,6 +72,13 @@ def test_the_proposal_does_not_depend_on_the_first_guess_and_fills_the_time(gues
     assert proposal.settings == proposed().settings
     assert 0.9 * 3600 < proposal.seconds < 3600
     TrainingConfig(**proposal.settings)  # raises an error if settings contradict each other
+
+
+@pytest.mark.parametrize("steps", [1, 19, 21, 39, 59, 1000])
+def test_there_are_no_more_evaluations_than_time_is_planned_for(steps: int) -> None:
+    length = proposals._length(steps)
+    assert steps // length["eval_every"] <= proposals.EVALUATIONS
+    assert steps // length["ckpt_every"] <= proposals.CHECKPOINTS
 
 
 def test_settings_that_a_timing_needed_are_kept() -> None:

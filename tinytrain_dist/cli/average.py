@@ -59,7 +59,8 @@ def average(
     shares = _shares(checkpoints, weights)
     sources = [SavedWeights(path, average=ema) for path in checkpoints]
     _check_same_model(sources)
-    print(f"the mean of {len(checkpoints)} checkpoints:")
+    averaged = "the moving averages of the weights in" if ema else "the weights in"
+    print(f"the mean of {averaged} {len(checkpoints)} checkpoints:")
     for path, share in zip(checkpoints, shares, strict=True):
         print(f"  {share:.4f}  {path}")
     _write(out, sources, shares, ema)

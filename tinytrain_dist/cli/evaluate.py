@@ -24,6 +24,7 @@ from tinytrain_dist.cli.arguments import UsageError, call_verb
 from tinytrain_dist.cli.rank_program import run_rank
 from tinytrain_dist.cli.tables import PathArgument
 from tinytrain_dist.data.bytes_per_token import bytes_per_token
+from tinytrain_dist.data.preparation.content_type import JSON_LINES_SUFFIXES
 from tinytrain_dist.data.stored_tokenizer import check_same_tokenizer
 from tinytrain_dist.data.token_dataset import open_side_files
 from tinytrain_dist.data.token_file import SlicedTokens
@@ -180,6 +181,11 @@ def _read_text(path: Path, checkpoint: Path, vocab_size: int) -> Tokens:
         raise DataError(
             f"--data: {path} cannot be read ({error}); give token files (.npy, .bin) or a text file"
         ) from None
+    if path.name.lower().endswith(JSON_LINES_SUFFIXES):
+        _print_note(
+            f"{path} is read as it is, so its braces and field names are scored as well; `tinytrain prepare` makes "
+            "token files of its texts"
+        )
     before = ids_before_document(checkpoint, tokenizer)
     found = tokenizer.encode(text, add_special_tokens=False).ids
     _check_length(path, len(before) + len(found))
@@ -199,10 +205,9 @@ def _read_marks(source: TokenSource, checkpoint: Path) -> TokenMarks:
     """Return the masks and the documents of token files, if the run of the checkpoint used such. Errors: DataError."""
     if is_huggingface_folder(checkpoint):
         if source.open_masks():
-            print(
-                f"note: {checkpoint} does not say with which settings it was trained, so the mask files are not read "
-                "and all tokens count",
-                file=sys.stderr,
+            _print_note(
+                f"{checkpoint} does not say with which settings it was trained, so the mask files are not read and all "
+                "tokens count"
             )
         return TokenMarks()
     settings = read_trainer_state(checkpoint).get("config", {})
@@ -217,6 +222,12 @@ def _read_marks(source: TokenSource, checkpoint: Path) -> TokenMarks:
     begins = np.zeros(length, np.bool_)
     begins[source.document_starts(0, length)] = True
     return TokenMarks(counted & ~begins, np.cumsum(begins))
+
+
+def _print_note(note: str) -> None:
+    """Print a note on one rank."""
+    if launcher_rank()[0] == 0:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _sum_of_bytes(table: npt.NDArray[np.int64], ids: SlicedTokens, marks: TokenMarks, at_once: int = 2**24) -> int:

@@ -24,7 +24,7 @@ from tinytrain_dist.data.open_files import FileStamp, OpenFile
 from tinytrain_dist.data.parallel_reads import READER_POOL, as_array, in_chunks
 from tinytrain_dist.data.side_files import side_path
 from tinytrain_dist.data.token_file import SlicedTokens, Tokens, check_id_range, dataset_fingerprint, scan_id_range
-from tinytrain_dist.data.token_formats import Layout, find_layout
+from tinytrain_dist.data.token_formats import Layout, check_stated_type, find_layout
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import read_json_dict
@@ -169,6 +169,9 @@ def open_shards(paths: Sequence[str], token_dtype: str | None, vocab_size: int |
             table[number] = row
         _write_manifest(places, table)  # now, because a killed start should not begin again
     shards = Shards(paths, table)
+    if token_dtype is not None and not (table["format"] == "headerless").any():
+        for shard in shards:
+            check_stated_type(shard.path, shard.layout, token_dtype)
     if vocab_size is not None:
         outside = (table["smallest"] < 0) | (table["largest"] >= vocab_size)
         for number in np.flatnonzero(outside & (table["tokens"] > 0))[:1].tolist():

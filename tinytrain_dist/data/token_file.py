@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinytrain_dist.data.npy_files import missing_tokens
-from tinytrain_dist.data.token_formats import Layout, find_layout
+from tinytrain_dist.data.token_formats import Layout, check_stated_type, find_layout
 from tinytrain_dist.errors import DataError
 from tinytrain_dist.utils.atomic_files import write_atomically
 from tinytrain_dist.utils.json_files import read_json_dict
@@ -57,6 +57,7 @@ def load_token_dataset(
     """
     path = Path(path)
     layout = find_layout(path, token_dtype, vocab_size)
+    check_stated_type(path, layout, token_dtype)
     tokens = _open_array(path, layout, mmap)
     if vocab_size is not None:
         check_id_range(path, layout, _id_range(path, tokens), vocab_size)

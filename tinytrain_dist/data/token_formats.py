@@ -70,12 +70,19 @@ def find_layout(path: Path, token_dtype: str | None = None, vocab_size: int | No
     except OSError as error:
         problem = f"{path}: cannot be read ({error}); restore it, or correct the path"
         raise DataError(permission_problem(error) or problem) from None
+    return layout
+
+
+def check_stated_type(path: str | Path, layout: Layout, token_dtype: str | None) -> None:
+    """Check that token_dtype does not contradict the header of a file, for a source in which all files have a header.
+
+    Errors: DataError.
+    """
     if layout.format != "headerless" and token_dtype not in (None, layout.dtype.name):
         raise DataError(
             f"{path}: holds {layout.dtype.name} by its {layout.format} header, but token_dtype is {token_dtype}; leave "
             "token_dtype out, which is only for files without a header"
         )
-    return layout
 
 
 def _read_layout(path: Path, token_dtype: str | None, vocab_size: int | None) -> Layout:
@@ -96,9 +103,14 @@ def _read_layout(path: Path, token_dtype: str | None, vocab_size: int | None) ->
         raise DataError(_headerless_problem(path, size, vocab_size))
     dtype = np.dtype(token_dtype).newbyteorder("<")
     if size % dtype.itemsize:
+        if size % 2:
+            raise DataError(
+                f"{path}: has {size:,} bytes, an odd number, so it was perhaps cut short: token IDs have 2 or 4 bytes; "
+                "make or copy it again"
+            )
         raise DataError(
             f"{path}: has {size:,} bytes, which is no multiple of the {dtype.itemsize} of token_dtype {token_dtype}; "
-            f"correct token_dtype, or make the file again ({_possible_types(path, size, vocab_size)})"
+            "set token_dtype to uint16 if that is the type, or make the file again"
         )
     return Layout("headerless", dtype, 0, size // dtype.itemsize)
 
@@ -188,15 +200,20 @@ def _possible_types(path: Path, size: int, vocab_size: int | None) -> str:
     """Return which values of token_dtype the size and the first token IDs allow, and why not the others."""
     with open(path, "rb") as file:
         head = file.read(4 * _GUESSED_TOKENS)
-    possible, reasons = [], []
+    possible, of_other_size, reasons = [], [], []
     for name in STATED_TYPES:
         dtype = np.dtype(name).newbyteorder("<")
         ids = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
         if size % dtype.itemsize:
-            reasons.append(f"not {name}, because the size of {size:,} bytes is no multiple of {dtype.itemsize}")
+            of_other_size.append(name)
         elif vocab_size is not None and len(ids) and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
             wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             reasons.append(f"not {name}, which gives the id {wrong}, outside vocab_size {vocab_size}")
         else:
             possible.append(name)
+    if size % 2:
+        return f"none is possible, because the size of {size:,} bytes is odd, so the file was perhaps cut short"
+    if of_other_size:
+        multiple = f"because the size of {size:,} bytes is no multiple of 4"
+        reasons.append(f"not {' or '.join(of_other_size)}, {multiple}")
     return "; ".join([f"possible: {', '.join(possible)}" if possible else "none is possible", *reasons])

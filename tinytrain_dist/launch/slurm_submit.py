@@ -238,12 +238,15 @@ def check_tokens(entry: str, config: TrainingConfig) -> list[str]:
     Of many files only some are opened, spread evenly, so that the check takes about a second.
     """
     from tinytrain_dist.data.npy_files import missing_tokens
-    from tinytrain_dist.data.token_formats import find_layout
+    from tinytrain_dist.data.token_formats import check_stated_type, find_layout
 
     try:
         paths = shard_paths(entry)
         checked = paths[:: -(-len(paths) // MOST_FILES_CHECKED)]
         layouts = [find_layout(Path(path), config.token_dtype, config.vocab_size) for path in checked]
+        if checked == paths and all(layout.format != "headerless" for layout in layouts):
+            for path, layout in zip(paths, layouts, strict=True):
+                check_stated_type(path, layout, config.token_dtype)
     except NoTokenFilesError:
         return []  # resolve_vocab_size has reported it
     except DataError as error:

@@ -159,8 +159,8 @@ def _length(steps: int) -> dict[str, Any]:
     return {
         "total_steps": steps,
         "warmup_iters": min(LONGEST_WARMUP, max(1, steps // 50)),
-        "eval_every": max(1, steps // EVALUATIONS),
-        "ckpt_every": max(1, steps // CHECKPOINTS),
+        "eval_every": math.ceil(steps / EVALUATIONS),  # upwards, because the time is planned for so many at most
+        "ckpt_every": math.ceil(steps / CHECKPOINTS),
     }
 
 

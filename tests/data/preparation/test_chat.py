@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tests.helpers.ranks import REPOSITORY
 from tests.helpers.tokenizers import write_tokenizer
 from tinytrain_dist.data.preparation.chat import BadChatError, ChatEncoder
+from tinytrain_dist.data.preparation.conversations import conversation, conversation_of_row
 from tinytrain_dist.data.preparation.prepare import prepare
 from tinytrain_dist.data.preparation.tokenizer import train_bpe
 from tinytrain_dist.errors import ConfigError, DataError
@@ -213,6 +214,14 @@ def test_prepare_reads_conversations_of_tables(tmp_path: Path, tokenizer_text: s
     assert of_table["digests"] == of_lines["digests"]
 
 
+def test_messages_of_sharegpt_are_those_with_roles() -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    messages = [{"from": names[message["role"]], "value": message["content"]} for message in MESSAGES]
+    expected = conversation("here", {"messages": MESSAGES}, "messages")
+    assert conversation("here", {"conversations": messages}, "conversations") == expected
+    assert conversation_of_row("here", messages, None, "conversations") == expected
+
+
 def test_a_template_that_does_not_tell_who_speaks_is_refused(tmp_path: Path, tokenizer_text: str) -> None:
     model = folder_with(tmp_path, tokenizer_text, CHATML.replace("message['role']", "'someone'"))
     with pytest.raises(DataError, match="writes the same text for the user and for the assistant"):
@@ -262,7 +271,9 @@ def test_tools_beside_the_messages_reach_the_template(tmp_path: Path, tokenizer_
     [
         ({"text": "a"}, "line 3: has no list in the field 'messages' (found: 'text')"),
         ([], "line 3: has no list in the field 'messages' (found: a list)"),
+        ({"conversations": []}, "set --text-field to the field with the messages, perhaps 'conversations'"),
         ({"messages": []}, "line 3: has no messages"),
+        ({"messages": [{"from": "tool", "value": "a"}]}, "line 3: message 1 is \"from\" 'tool', but only human, user,"),
         ({"messages": [{"content": "a"}]}, 'line 3: message 1 has no "role"'),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, 'line 3: message 2 has no "content"'),
         ({"messages": MESSAGES}, "line 3: the chat template of"),
@@ -278,7 +289,8 @@ def test_prepare_names_the_line_that_it_cannot_use(
     lines = write_lines(tmp_path / "chat.jsonl", [good, {"messages": MESSAGES[3:]}, record])
     with pytest.raises(DataError) as caught:
         prepare(str(lines), str(tmp_path / "data"), tokenizer=str(model), chat=True, workers=2)
-    assert f"{lines}: {problem}" in str(caught.value)
+    assert str(caught.value).startswith(f"{lines}: line 3: ")
+    assert problem in str(caught.value)
     assert not (tmp_path / "data").exists()
 
 

@@ -18,6 +18,7 @@ from tests.helpers.s3_server import S3Server, breaking_proxy, s3_server
 from tests.helpers.tables import ROWS, save_with_datasets, write_json_lines, write_parquet
 from tinytrain_dist.data.preparation import remote_files
 from tinytrain_dist.data.preparation.remote_errors import error_of, may_pass, shown
+from tinytrain_dist.data.preparation.sources import find_sources
 from tinytrain_dist.errors import DataError
 
 pytest.importorskip("s3fs")
@@ -153,6 +154,7 @@ ABSENT = {
     "s3://bucket/nowhere.parquet": r"s3://bucket/nowhere\.parquet: there is no such file or folder",
     "s3://no-such-bucket/a.parquet": r"there is no such file or folder",
     "s3://bucket/nowhere/*.parquet": r"no file matches",
+    "s3://no-such-bucket/*.parquet": r"s3://no-such-bucket/\*\.parquet: there is no bucket 'no-such-bucket'",
     "http://user:{secret}@127.0.0.1:{port}/a.txt?X-Amz-Signature={secret}": r"http://127\.0\.0\.1:\d+/a\.txt: there is",
 }
 
@@ -186,6 +188,11 @@ def test_missing_credentials_and_a_server_that_refuses_are_errors_that_say_what_
         DataError, match="no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
     ):
         run_prepare(("s3://bucket/a.txt",), tmp_path / "out")
+    for variable in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"):  # the latter counts if both are set
+        monkeypatch.setenv(variable, f"value-of-{variable}")
+        remote_files.file_system("s3://b")[0].clear_instance_cache()
+        with pytest.raises(DataError, match=rf"a\.txt: {variable} is 'value-of-{variable}', but the AWS con"):
+            run_prepare(("s3://bucket/a.txt",), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,10 +254,26 @@ def test_a_web_server_without_ranges_is_read_from_the_start_again(tmp_path: Path
                 assert SECRET not in (tmp_path / "out" / "meta.json").read_text()
                 run_prepare((f"{proxy.endpoint}/a.parquet",), tmp_path / "table", max_document_bytes=5000)
                 assert all_documents(tmp_path / "table") == sorted(row["text"] for row in ROWS)
+            _check_folders(f"http://127.0.0.1:{site.server_port}", tmp_path / "site")
         finally:
             site.shutdown()
             thread.join()
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["sources"][0]["bytes"] == lines.stat().st_size
+
+
+def _check_folders(url: str, site: Path) -> None:
+    """Check what is found in the folders of a web server, which it lists on pages."""
+    (site / "texts" / "below").mkdir(parents=True)
+    for name in ("a.txt", "a b.txt", ".hidden.txt", "c.pdf", "below/d.txt"):
+        (site / "texts" / name).write_text("a text")
+    for folder in ("texts", "texts/"):
+        (source,) = find_sources([f"{url}/{folder}"], print)
+        assert source.files == (f"{url}/texts/a%20b.txt", f"{url}/texts/a.txt")
+    (site / "none").mkdir()
+    with pytest.raises(DataError, match=r"/none/: no file matches, or the folder contains no \.txt"):
+        find_sources([f"{url}/none/"], print)
+    (site / "page.html").write_text("<html>a page is a file</html>")
+    assert find_sources([f"{url}/page.html"], print)[0].files == (f"{url}/page.html",)
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):

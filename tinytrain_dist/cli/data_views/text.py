@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tinytrain_dist.utils.text import printable
 PERCENTS = (1, 10, 50, 90, 99)
 FREQUENT, UNUSED = 10, 8  # IDs that are named
 EMPTY = "no tokens"
+HUGE_ID = 1 << 20  # four times the largest vocabularies
 
 
 def splits(findings: Findings) -> Iterator[tuple[str, SplitStatistics]]:
@@ -70,9 +72,30 @@ def notes(findings: Findings) -> list[str]:
                 else f"WARNING: {outside}, so training would refuse it; correct vocab_size or token_dtype, or make the "
                 "file again."
             )
+        if doubt := _doubt_of_type(split, vocabulary.size):
+            found.append(f"{name}: {doubt}")
         if empty := sum(source.empty_documents for source in split.sources):
             found.append(f"{name} has {empty:,} empty document(s), which the other numbers leave out.")
     return found
+
+
+def _doubt_of_type(split: SplitStatistics, vocab_size: int | None) -> str:
+    """Return why the stated type of files without a header is probably wrong; "" if nothing speaks against it.
+
+    vocab_size: if it is known, ids beyond it are reported in any case.
+    """
+    half = sum(source.tokens for source in split.sources) / 2
+    formats = " ".join(source.formats for source in split.sources)
+    counts = split.counts.counts
+    if "headerless uint16" in formats and len(counts) and counts[0] >= half > 0:
+        return "WARNING: every second token is id 0, as if larger numbers were read as uint16; check token_dtype."
+    huge = int(counts[HUGE_ID:].sum()) + split.counts.outside
+    if vocab_size is None and re.search(r"headerless u?int32", formats) and huge > half:
+        return (
+            f"WARNING: most ids are above {HUGE_ID:,}, more than a vocabulary has, as if several numbers were read as "
+            "one; check token_dtype."
+        )
+    return ""
 
 
 def print_findings(findings: Findings) -> None:

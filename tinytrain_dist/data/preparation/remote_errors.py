@@ -72,6 +72,12 @@ def error_of(url: str, error: BaseException, tries: int = 1, action: str = "read
     status = _status(errors)
     protocol = url.partition("://")[0].lower().replace("s3a", "s3").replace("gcs", "gs")
     credentials = _CREDENTIALS_OF.get(protocol, "check the user, the password or the token in the URL")
+    profile = next(filter(os.environ.get, ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")), "")  # the order of botocore
+    if "ProfileNotFound" in names and profile:
+        return DataError(
+            f"{shown(url)}: {profile} is {os.environ[profile]!r}, but the AWS configuration has no such profile; "
+            "correct or unset it"
+        )
     if names & _NO_CREDENTIALS:
         return DataError(f"{shown(url)}: no credentials were found; {credentials}")
     if status in (401, 403) or any(isinstance(found, PermissionError) for found in errors):

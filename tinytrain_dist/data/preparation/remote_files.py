@@ -30,6 +30,7 @@ FIRST_RETRY_SECONDS = (0.5, 1.0)
 _MIN_RANGE_BYTES, _FIRST_RANGE_BYTES, _MAX_RANGE_BYTES = 1 << 16, 1 << 18, 8 << 20
 _EXTRA_OF_PROTOCOL = {"s3": "tinytrain_dist[s3]", "s3a": "tinytrain_dist[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
 _EXTRA_OF_PROTOCOL |= {"http": "tinytrain_dist[s3]", "https": "tinytrain_dist[s3]", "abfs": "adlfs", "az": "adlfs"}
+_PAGE_TYPES = ("text/html", "application/xhtml+xml")
 _PROTOCOLS_WITH_BUCKETS = ("s3", "s3a", "gs", "gcs")
 
 
@@ -86,15 +87,38 @@ def find_remote(url: str, wanted: Callable[[str], bool]) -> list[str] | None:
     is_web = url.lower().startswith(("http://", "https://"))
     if "*" in path or (not is_web and re.search(r"[?\[]", path)):
         found = with_retries(url, lambda: system.glob(path), FIRST_RETRY_SECONDS)
+        if not found and url.lower().startswith(tuple(f"{name}://" for name in _PROTOCOLS_WITH_BUCKETS)):
+            _check_bucket(url, system, path)
         return [system.unstrip_protocol(match) for match in sorted(found)] or None
-    if is_web and not url.endswith("/"):
-        remote_facts(url)
-        return [url]
+    if is_web:
+        return _find_on_web_server(url, system, path, wanted)
     if with_retries(url, lambda: system.info(path)["type"], FIRST_RETRY_SECONDS) == "file":
         return [url]
     below = with_retries(url, lambda: system.find(path), FIRST_RETRY_SECONDS)
     names = [name for name in sorted(below) if not re.search(r"/[.][^/]*", name[len(path) :]) and wanted(name)]
     return [system.unstrip_protocol(name) for name in names] or None
+
+
+def _find_on_web_server(url: str, system: Any, path: str, wanted: Callable[[str], bool]) -> list[str] | None:
+    """Return the URL itself, or those of the wanted files of a folder that the server lists on a page."""
+    info = with_retries(url, lambda: dict(system.info(path)), FIRST_RETRY_SECONDS)
+    place = str(info.get("url") or url)  # with the slash to which servers redirect
+    if "?" in url or not place.endswith("/") or info.get("mimetype") not in _PAGE_TYPES:
+        return [url]
+    # Not `find`, which would also follow links out of the folder, such as that to the folder above.
+    found = with_retries(url, lambda: system.glob(f"{path.rstrip('/')}/*"), FIRST_RETRY_SECONDS)
+    return [name for name in sorted(found) if not os.path.basename(name).startswith(".") and wanted(name)] or None
+
+
+def _check_bucket(url: str, system: Any, path: str) -> None:
+    """Check that the bucket of a glob exists, because a glob in a missing one is only empty. Errors: DataError."""
+    bucket = path.partition("/")[0]
+    try:
+        system.info(bucket)
+    except FileNotFoundError:
+        raise DataError(f"{shown(url)}: there is no bucket {bucket!r}; check the URL") from None
+    except Exception:  # it may be forbidden to ask about the bucket
+        return
 
 
 def read_small_file(url: str) -> bytes | None:
