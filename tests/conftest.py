@@ -45,6 +45,20 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+LONGEST_FIRST = ("slurm", "multiprocess", "slow")  # a file of the first of these markers takes minutes
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the processes of pytest-xdist begin with the longest files, or one of them would run such a file alone."""
+    if hasattr(config, "workerinput"):
+        length: dict[Path, tuple[int, int]] = {}  # of a file: its first marker, and the number of its tests
+        for item in items:
+            markers = [number for number, name in enumerate(LONGEST_FIRST) if item.get_closest_marker(name)]
+            marker, tests = length.get(item.path, (len(LONGEST_FIRST), 0))
+            length[item.path] = min([marker, *markers]), tests - 1
+        items.sort(key=lambda item: length[item.path])
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for marker in REQUIRED:
         if marker in report.keywords:

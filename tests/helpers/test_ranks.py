@@ -6,6 +6,7 @@ passes it to `run_ranks`.
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -216,3 +217,21 @@ def test_a_training_process_ends_with_its_workers(tmp_path: Path, script: Path) 
         with pytest.raises(AssertionError, match=r"was not done after 0\.1 s"):
             running.wait(0.1)
     wait_until_gone(workers)
+
+
+def start_of_this_rank() -> tuple[bool, str, float]:
+    preloaded = ranks.PRELOADED in sys.modules
+    from tinytrain_dist.reliability import stop_requests
+    from tinytrain_dist.training import build
+
+    assert build.PROCESS_START == stop_requests.PROCESS_START
+    return preloaded, stop_requests.__file__, build.PROCESS_START
+
+
+def test_a_rank_has_the_imports_of_the_server_but_not_its_start() -> None:
+    run_ranks(1, rank_environment)  # the server runs
+    before = time.monotonic()
+    ((preloaded, file, start),) = run_ranks(1, start_of_this_rank)
+    assert preloaded == (ranks.START_METHOD == "forkserver")
+    assert Path(file).is_relative_to(ranks.REPOSITORY), "not another checkout"
+    assert before < start < time.monotonic()

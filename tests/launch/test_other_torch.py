@@ -100,8 +100,8 @@ def test_a_wrong_version_is_told_in_one_sentence(checkout: Path, args: list[str]
 def names_and_markers(*args: str) -> tuple[list[str], list[str]]:
     planned = checks.stages(args)
     words = list(planned[-1].command)
-    assert words[3:7] == ["-n", str(checks.TEST_PROCESSES), "--dist", "loadfile"]
-    return [stage.name for stage in planned], words[7:]
+    assert words[3:8] == ["-n", str(checks.TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
+    return [stage.name for stage in planned], words[8:]
 
 
 def test_another_torch_means_the_tests_alone_without_slow_ones() -> None:

@@ -330,6 +330,7 @@ def garbage(settings: dict[str, Any]) -> tuple[list[int], bool, int]:
     from tinytrain_dist.distributed.context import init_distributed
     from tinytrain_dist.training.trainer import Trainer
 
+    gc.unfreeze()  # what the server of the ranks has frozen
     trainer = Trainer.build(TrainingConfig(**settings), init_distributed("cpu"))
     watch_garbage(trainer)
     trainer.fit()

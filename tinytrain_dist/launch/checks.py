@@ -45,7 +45,8 @@ def stages(arguments: Sequence[str], root: Path = ROOT) -> list[Stage]:
     options, of_pytest = parser.parse_known_args(arguments)
     markers = "not slow and not slurm" if options.torch else "not slow" if options.fast else ""
     # The last -m or -n counts, so the user's own has precedence. The tests of a file share what they prepare.
-    parallel = ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+    # tests/conftest.py sorts the files by length; pytest-xdist would sort them by the number of tests.
+    parallel = ["-n", str(TEST_PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder"]
     pytest = [sys.executable, "-m", "pytest", *parallel, *(["-m", markers] if markers else []), *of_pytest]
     tests = Stage("pytest", "tests on one and many processes, a few minutes", pytest)
     if options.torch:
