@@ -65,7 +65,9 @@ class Setup:
     def environment(self, **variables: str) -> dict[str, str]:
         """Return the environment of a process that runs the copied code."""
         shared = {"PYTHONPATH": str(self.folder / "code"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return {**os.environ, **shared, **variables}
+        # as on a user's machine: otherwise each process would compile the copied code again
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return {**own, **shared, **variables}
 
     def train_alone(self, name: str, step: int) -> Path:
         """Train the same run in one undisturbed process until a step; return its folder. Errors: ChaosError."""
