@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import gc
 import importlib
-import time
-
-from tinytrain_dist.reliability import stop_requests
-from tinytrain_dist.training import build
 
 for name in (
+    "tinytrain_dist.training.build",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -25,10 +22,3 @@ for name in (
 ):
     importlib.import_module(name)
 gc.freeze()  # training collects garbage at its start, which would take a rank 0.2 s for all these modules
-
-
-def note_process_start() -> None:
-    """Note when this process started, which the modules did when the server imported them."""
-    now = time.monotonic()
-    for module in (stop_requests, build):
-        vars(module)["PROCESS_START"] = now

@@ -204,8 +204,6 @@ def _rank_main(
     try:
         import torch
 
-        if PRELOADED in sys.modules:
-            sys.modules[PRELOADED].note_process_start()
         torch.set_num_threads(1)
         random.seed(0)
         function, args = pickle.loads(call)
