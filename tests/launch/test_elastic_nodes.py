@@ -209,20 +209,6 @@ def test_a_node_that_comes_between_two_worlds_does_not_wait_for_others(
     assert newcomer.last_call == LAST_CALL_SECONDS
 
 
-def test_a_node_that_joins_gets_its_ranks_ready_while_the_others_train(
-    agent_of_node1: tuple[Any, Rendezvous], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = agent_of_node1[0]._config
-    waits: list[bool] = []
-    newcomer = Rendezvous(Node("node4", 14))
-    monkeypatch.setattr(StandbyPool, "wait", lambda self, seconds: waits.append(newcomer.state.complete))
-    ElasticNodes(config, 1, tmp_path / "note4", "store:1", StandbyPool(config)).before_round(newcomer)  # type: ignore[arg-type]
-    assert waits == [], "between two worlds the others wait for it"
-    newcomer.see(2, (ONE, TWO))
-    ElasticNodes(config, 1, tmp_path / "note4", "store:1", StandbyPool(config)).before_round(newcomer)  # type: ignore[arg-type]
-    assert waits == [True]
-
-
 def test_survivors_wait_for_each_other_and_for_nobody_else(
     agent_of_node1: tuple[Any, Rendezvous], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # importing torchrun takes seconds
     from tinytrain_dist.distributed.torchrun_internals import ElasticRendezvous, Node, RendezvousState
 
 LAST_CALL_SECONDS = 2.0  # for more survivors to arrive, once there are enough of them
-READY_SECONDS = 60.0  # for the ranks of a new node to import torch, while the others train
 SAVE_SECONDS = 600.0  # for the ranks to save before nodes join or leave
 LEFT_SECONDS = 10.0  # for the ranks to fail or to end by themselves after a node has left the world
 POLL_SECONDS = 0.05
@@ -111,8 +110,6 @@ class ElasticNodes:
         session = rendezvous.read(SESSION_KEY)
         if session:
             _end_if_excluded(rendezvous, self._run, session)
-        if rendezvous.state.complete:
-            self._standbys.wait(READY_SECONDS)
         if session or rendezvous.state.complete:  # not complete: between two worlds
             rendezvous.shorten_last_call(LAST_CALL_SECONDS)
             self._is_new = True

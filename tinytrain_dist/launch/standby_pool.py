@@ -7,7 +7,6 @@ first standby before it imports torch itself.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -101,12 +100,6 @@ class StandbyPool:
             )
         agent.standbys.add(process.pid)
         return Standby(process, own)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the standbys have imported everything, have failed, or the time is over."""
-        end = time.monotonic() + seconds
-        for standby in self._waiting:
-            select.select([standby.connection], [], [], max(0.0, end - time.monotonic()))
 
     def take(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
         """Let a standby become the rank that torchrun would start with this command and this environment.
