@@ -150,8 +150,8 @@ def test_a_table_compares_the_modes_on_numbers_of_gpus(capsys: pytest.CaptureFix
     assert "12.5 GB/s between nodes" in text
 
 
-LONG = (*SMALL, "--num-heads", "4", "--num-layers", "3", "--d-model", "256", "--parallel", "hsdp")
-LONG = (str(ROOT / "configs/quickstart.toml"), *LONG, "--batch-size", "4", "--micro-batch-size", "1")
+LONG = (*SMALL, "--num-heads", "4", "--num-layers", "3", "--d-model", "256", "--batch-size", "4")
+LONG = (str(ROOT / "configs/quickstart.toml"), *LONG)
 
 
 def test_a_table_shows_on_how_many_gpus_contexts_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +174,7 @@ def test_a_table_shows_on_how_many_gpus_contexts_fit(capsys: pytest.CaptureFixtu
 
 def test_the_exchange_and_the_host_are_part_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--cp", "2", "--activation-checkpointing", "block", "--activation-offload", "true")
+    settings = (*settings, "--parallel", "hsdp", "--micro-batch-size", "1")
     where = ("--devices-per-node", "4", "--context-len", "32768", "--host-memory", "64")
     code, text = run_plan(capsys, *LONG, *settings, *where)
     assert code == 0, text
@@ -207,6 +208,12 @@ def test_the_help_names_every_device(capsys: pytest.CaptureFixture[str]) -> None
         (("--gpus", "8", "--reproducible", "true"), "--gpus: the step is not simulated with reproducible = true"),
         (("--batch-per-gpu", "8"), "--batch-per-gpu: has no effect without --gpus; set --batch-size instead"),
         (("--contexts", "8k", "1g"), "--contexts: '1g' is no number of tokens; give one such as 8192, 8k or 1m"),
+        (("--contexts", "8k,32k"), "--contexts: '8k,32k' has a comma; give numbers such as 8192, 8k or 1m, with sp"),
+        (("--contexts",), "--contexts: needs at least one value; give some, as in --contexts 8k 1m, or leave it out"),
+        (("--gpus",), "--gpus: needs at least one value; give some, as in --gpus 8 64, or leave it out"),
+        (("--gpus", "8,16"), "--gpus: got '8,16'; give numbers, with spaces between them"),
+        (("--contexts", "8k", "--cp", "3"), "cp: has no effect with --contexts, which chooses it; leave it out"),
+        (("--context-len", str(2**53), "--total-steps", "60"), "context_len: 9007199254740992 is too large to be sim"),
         (("--contexts", "8k", "--nodes", "2"), "--nodes: has no effect with --contexts"),
         (
             ("--contexts", "8k", "--batch-per-gpu", "1"),
@@ -229,6 +236,32 @@ def test_what_cannot_run_is_refused_with_the_error_of_a_run(
     code, text = run_plan(capsys, str(ROOT / "configs/quickstart.toml"), "--vocab-size", "4096", *args)
     assert code == 2
     assert sentence in text
+
+
+def test_contexts_that_cannot_be_planned_are_refused_before_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ("--batch-size", "512", "--context-len", "4096", "--num-heads", "3", "--d-model", "48")
+    scaled = ("--rope-type", "dynamic", "--rope-scaling-factor", "2", "--rope-original-context-len", "1024")
+    config = (str(ROOT / "configs/long_context.toml"), "--vocab-size", "512", "--num-kv-heads", "3")
+    contexts = ("--contexts", "8k", "999999999999m", "511", "1024")
+    code, text = run_plan(capsys, *config, *batch, *scaled, *contexts)
+    assert code == 2
+    head, *problems = text.splitlines()
+    assert head == "error: 3 problems in the settings of plan", text
+    assert problems[0].endswith("--contexts: 1048575999998951424 is too large to be simulated; give at most 16777216")
+    # a step has 2,097,152 tokens, and 4,096 sequences are simulated
+    assert "--contexts: 511 makes 4104 sequences of the 2097152 tokens of a step" in problems[1]
+    assert problems[1].endswith("give at least 512, or set a smaller --batch-size")
+    assert problems[2].strip().startswith("--contexts: 1024 is not possible: rope_type: dynamic has no effect while")
+
+
+def test_a_step_with_too_many_micro_steps_has_no_simulated_time(capsys: pytest.CaptureFixture[str]) -> None:
+    many = (str(ROOT / "configs/quickstart.toml"), *SMALL, "--batch-size", "1048576", "--micro-batch-size", "1")
+    code, text = run_plan(capsys, *many)
+    assert code == 0, text
+    assert "simulated" not in text
+    code, text = run_plan(capsys, *many, "--gpus", "2")
+    assert code == 1
+    assert text.count("524288 micro-steps of a GPU are too many to be simulated") == 2, text
 
 
 def test_the_vocabulary_must_be_known(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ def _describe(printed: str, target: Callable[..., Any]) -> str:
     if wrong := re.match(r"Error parsing (\S+?):", text):
         values = re.search(r"\[(.*?)\]", text) or re.search(r": ('[^']*')$", text)
         kind = "a number" if re.search(r"\b(int|float)\b", text, re.IGNORECASE) else "another value"
+        if f"{wrong[1]} N N" in printed:
+            kind = "numbers, with spaces between them"
         return f"{wrong[1]}: {'got ' + values[1] if values else 'cannot be read'}; give {kind} (--help explains it)"
     return f"{text}; --help lists the options"
 

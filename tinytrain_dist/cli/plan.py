@@ -20,7 +20,7 @@ from tinytrain_dist.checkpoint.snapshots.placement import Place, Placement
 from tinytrain_dist.checkpoint.state_collection import collect_shards
 from tinytrain_dist.cli.arguments import SETTINGS_HELP, parse_options
 from tinytrain_dist.cli.plan_tables import as_gb, as_time, as_waits, print_contexts, print_scaling
-from tinytrain_dist.config.loading import parse_command_line, resolve_vocab_size
+from tinytrain_dist.config.loading import load_config, parse_command_line, read_command_line, resolve_vocab_size
 from tinytrain_dist.config.parameter_groups import describe_groups, has_special_groups
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.batch_plan import BatchPlans
@@ -32,6 +32,7 @@ from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.optim.build import build_optimizer, group_parameters, trained_parameters
 from tinytrain_dist.optim.costs import update_work
 from tinytrain_dist.parallel.device_defaults import set_device_defaults
+from tinytrain_dist.training.context_plans import CHOSEN_SETTINGS, MAX_CONTEXT
 from tinytrain_dist.training.forecast import (
     Cluster,
     Forecast,
@@ -104,11 +105,7 @@ class PlanOptions:
         if self.batch_per_gpu is not None and tables != ["gpus"]:
             where = "with --contexts" if self.contexts else "without --gpus"
             problems.append(f"--batch-per-gpu: has no effect {where}; set --batch-size instead")
-        problems += [
-            f"--contexts: {text!r} is no number of tokens; give one such as 8192, 8k or 1m"
-            for text in self.contexts
-            if tokens_of(text) is None
-        ]
+        problems += [problem for text in self.contexts if (problem := _token_problem(text))]
         if problems:
             raise ConfigError(problems, "the settings of plan")
 
@@ -122,6 +119,41 @@ def tokens_of(text: str) -> int | None:
     """Return a number of tokens such as 8192, 8k (8,192) or 1m (1,048,576); None for any other text."""
     found = re.fullmatch(r"([1-9][0-9]{0,11})([km]?)", text.lower())
     return int(found[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[found[2]] if found else None
+
+
+def _token_problem(text: str) -> str:
+    """Return a sentence if a value of --contexts is no number of tokens; "" otherwise."""
+    if tokens_of(text) is not None:
+        return ""
+    if "," in text:
+        return f"--contexts: {text!r} has a comma; give numbers such as 8192, 8k or 1m, with spaces between them"
+    return f"--contexts: {text!r} is no number of tokens; give one such as 8192, 8k or 1m"
+
+
+def _problems_of_lists(args: list[str], options: PlanOptions) -> list[str]:
+    """Return a sentence for each list of values that is given without any, which tyro takes as left out."""
+    examples = {"gpus": "8 64", "contexts": "8k 1m"}
+    return [
+        f"--{name}: needs at least one value; give some, as in --{name} {example}, or leave it out"
+        for name, example in examples.items()
+        if f"--{name}" in args and not getattr(options, name)
+    ]
+
+
+def _read_for_contexts(settings: list[str]) -> TrainingConfig:
+    """Return the configuration without the settings that the table of contexts chooses itself.
+
+    Errors: ConfigError if one of these is on the command line. In a file it is meant for a run.
+    """
+    path, overrides = read_command_line(settings, "tinytrain plan")
+    problems = [
+        f"{name}: has no effect with --contexts, which chooses it; leave it out"
+        for name in CHOSEN_SETTINGS
+        if name in overrides
+    ]
+    if problems:
+        raise ConfigError(problems, "the settings of plan")
+    return load_config(path, overrides | CHOSEN_SETTINGS)
 
 
 PlanOptions.__doc__ = f"""Show whether a run fits in memory, what it sends and saves, and how fast it can be.
@@ -138,7 +170,13 @@ def main(args: list[str]) -> int:
     """Print the plan; return 0 if the run fits in memory, else 1. Errors: ConfigError as in the run itself."""
     options, settings = parse_options(PlanOptions, "plan", args)
     options.check()
-    config = parse_command_line(settings, prog="tinytrain plan")
+    if problems := _problems_of_lists(args, options):
+        raise ConfigError(problems, "the settings of plan")
+    config = _read_for_contexts(settings) if options.contexts else parse_command_line(settings, prog="tinytrain plan")
+    if config.context_len > MAX_CONTEXT:
+        raise ConfigError(
+            f"context_len: {config.context_len} is too large to be simulated; set at most {MAX_CONTEXT} for a plan"
+        )
     if config.vocab_size is None:
         config = resolve_vocab_size(config)
     config = resolve_epochs(config)

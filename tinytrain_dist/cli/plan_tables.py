@@ -11,7 +11,7 @@ from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import REACHABLE_SHARE_OF_LINKS, DeviceSpec
 from tinytrain_dist.model.transformer import TransformerLM
-from tinytrain_dist.training.context_plans import ContextPlan, context_plans
+from tinytrain_dist.training.context_plans import ContextPlan, context_plans, context_problems
 from tinytrain_dist.training.forecast import Forecast, cluster_of, format_gib
 from tinytrain_dist.training.scaling import PredictedStep, exchange_cost, scaled_steps
 from tinytrain_dist.training.step_timeline import StepPrediction
@@ -86,8 +86,11 @@ def print_contexts(
     """Print for each context the settings with which it fits; return 0 if each fits on some number of GPUs, else 1.
 
     numbers_of_gpus: a row for each. If empty, for the smallest number on which a context fits, and for a whole node.
+    Errors: ConfigError for a context that cannot be planned, before anything is printed.
     """
     _check_is_simulated("--contexts", config, device)
+    if problems := context_problems(config, contexts):
+        raise ConfigError([f"--contexts: {problem}" for problem in problems], "the settings of plan")
     print(
         f"{source} on nodes of {per_node} {device.name}, weights sharded over all GPUs, one sequence in a micro-batch\n"
         f"{_assumptions(device)}, and of {device.host_link / 1e9:g} GB/s to the host\n\n"

@@ -15,6 +15,7 @@ import torch
 from tinytrain_dist.config.batch_sizes import divisors
 from tinytrain_dist.config.schema import TrainingConfig
 from tinytrain_dist.distributed.context import DistributedContext
+from tinytrain_dist.errors import ConfigError
 from tinytrain_dist.metrics.device_specs import DeviceSpec
 from tinytrain_dist.model.transformer import TransformerLM
 from tinytrain_dist.training.forecast import (
@@ -25,9 +26,10 @@ from tinytrain_dist.training.forecast import (
     forecast,
     simulated_ranks,
 )
-from tinytrain_dist.training.scaling import PredictedStep, predicted_step
+from tinytrain_dist.training.scaling import MAX_MICRO_STEPS, PredictedStep, predicted_step
 
 MAX_NODES = 128
+MAX_CONTEXT = 1 << 24  # tokens; the loss of more has so many chunks that the simulation takes minutes
 NOTICEABLE = 0.99  # a step that reaches this share of the highest possible MFU is fast enough
 # what backward recomputes, and where it finds the inputs of blocks, from the fastest to the one with least memory
 RECOMPUTATION: tuple[dict[str, Any], ...] = (
@@ -36,6 +38,18 @@ RECOMPUTATION: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "block", "activation_offload": False},
     {"activation_checkpointing": "block", "activation_offload": True},
 )
+# The settings that a plan chooses itself, whatever the configuration says, with values that contradict no others.
+CHOSEN_SETTINGS: dict[str, Any] = {
+    "cp": 1,
+    **RECOMPUTATION[0],
+    "micro_batch_size": 1,
+    "batch_size_warmup": None,
+    "parallel": "fsdp",
+    "dp_replicate": None,
+    "dp_shard": None,
+    "reshard_after_forward": None,
+    "fingerprint_every": None,
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +66,34 @@ class ContextPlan:
     smallest: Forecast
 
 
+def context_problems(config: TrainingConfig, contexts: list[int]) -> list[str]:
+    """Return a sentence for each context that cannot be simulated, or that other settings do not allow."""
+    problems = []
+    tokens = config.batch_size * config.context_len
+    for context_len in contexts:
+        if context_len > MAX_CONTEXT:
+            problems.append(f"{context_len} is too large to be simulated; give at most {MAX_CONTEXT}")
+        elif (sequences := tokens // context_len) > MAX_MICRO_STEPS:
+            problems.append(
+                f"{context_len} makes {sequences} sequences of the {tokens} tokens of a step, too many to be "
+                f"simulated; give at least {-(-tokens // MAX_MICRO_STEPS)}, or set a smaller --batch-size"
+            )
+        else:
+            try:
+                _changed(config, context_len, 1, 1, RECOMPUTATION[0])
+            except ConfigError as error:
+                problems += [f"{context_len} is not possible: {problem}" for problem in error.problems]
+    return problems
+
+
 def context_plans(
     config: TrainingConfig, contexts: list[int], device: DeviceSpec, per_node: int, numbers_of_gpus: tuple[int, ...]
 ) -> Iterator[ContextPlan]:
     """Yield a plan for each context on each number of GPUs.
 
     Without numbers_of_gpus: on the smallest number on which the context fits, and on a node if that is larger. Each
-    cluster is simulated in a process group of its own, so none may be open. Errors: ConfigError for a context that
-    other settings do not allow.
+    cluster is simulated in a process group of its own, so none may be open. Errors: ConfigError for a context with
+    `context_problems`.
     """
     for context_len in contexts:
         counts = numbers_of_gpus or _smallest_and_node(config, context_len, device, per_node)
@@ -134,28 +168,33 @@ def _forecast(
     context: DistributedContext,
     cluster: Cluster,
 ) -> Forecast:
-    """Forecast a step with this context. Weights are sharded over all ranks, and gathered again for backward.
-
-    The batch has about as many tokens as that of the configuration, and a sequence for each data-parallel rank.
-    """
-    data_ranks = cluster.num_devices // cp
-    tokens = config.batch_size * config.context_len
-    is_sharded = cluster.num_devices > 1
-    changed = replace(
-        config,
-        context_len=context_len,
-        cp=cp,
-        batch_size=data_ranks * max(1, tokens // (context_len * data_ranks)),
-        batch_size_warmup=None,
-        micro_batch_size=1,
-        parallel="fsdp" if is_sharded else "none",
-        dp_replicate=None,
-        dp_shard=None,
-        reshard_after_forward=True if is_sharded else None,
-        fingerprint_every=None,
-        **recomputation,
-    )
+    """Forecast a step with this context."""
+    changed = _changed(config, context_len, cp, cluster.num_devices, recomputation)
     return forecast(changed, context, cluster, _flops_per_token(changed))
+
+
+def _changed(
+    config: TrainingConfig, context_len: int, cp: int, num_devices: int, recomputation: dict[str, Any]
+) -> TrainingConfig:
+    """Return the settings of a step with this context. Errors: ConfigError.
+
+    Weights are sharded over all ranks, and gathered again for backward. The batch has about as many tokens as that of
+    the configuration, and a sequence for each data-parallel rank.
+    """
+    data_ranks = num_devices // cp
+    tokens = config.batch_size * config.context_len
+    changes = {
+        **CHOSEN_SETTINGS,
+        "context_len": context_len,
+        "cp": cp,
+        "batch_size": data_ranks * max(1, tokens // (context_len * data_ranks)),
+        **recomputation,
+    }
+    if num_devices > 1:
+        changes["reshard_after_forward"] = True
+    else:
+        changes["parallel"] = "none"
+    return replace(config, **changes)
 
 
 def _flops_per_token(config: TrainingConfig) -> float:

@@ -31,6 +31,7 @@ from tinytrain_dist.training.step_timeline import (
 )
 
 SHARED_MODES = ("ddp", "fsdp", "hsdp")  # the modes for several GPUs
+MAX_MICRO_STEPS = 4096  # of a rank in a step: each is simulated, which takes milliseconds and kilobytes
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class PredictedStep:
 def predicted_step(
     planned: Forecast, context: DistributedContext, cluster: Cluster, flops_per_token: float
 ) -> PredictedStep | None:
-    """Simulate the timeline of a planned step; None on CPUs and in reproducible mode, which are not modelled."""
+    """Simulate the timeline of a planned step; None if it has too many micro-steps.
+
+    Also None on CPUs and in reproducible mode, which are not modelled.
+    """
     if cluster.device_type != "cuda" or planned.config.reproducible:
+        return None
+    if planned.plan.accumulation_steps > MAX_MICRO_STEPS:
         return None
     meshed = replace(context, parallel_dims=planned.parallel_dims)
     with torch.device("meta"):
@@ -137,10 +143,11 @@ def _scaled_step(
     try:
         changed = replace(config, **changes)
         choose_parallel_dims(changed, cluster.num_devices, cluster.per_node)
-        predicted = predicted_step(
-            forecast(changed, context, cluster, flops_per_token), context, cluster, flops_per_token
-        )
+        planned = forecast(changed, context, cluster, flops_per_token)
     except ConfigError as error:
         return error
+    if (steps := planned.plan.accumulation_steps) > MAX_MICRO_STEPS:
+        return ConfigError(f"{steps} micro-steps of a GPU are too many to be simulated; set a larger micro_batch_size")
+    predicted = predicted_step(planned, context, cluster, flops_per_token)
     assert predicted is not None, "the caller refuses CPUs and reproducible mode"
     return predicted
