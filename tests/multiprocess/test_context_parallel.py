@@ -15,7 +15,7 @@ from tinytrain_dist.errors import CheckpointError
 pytestmark = pytest.mark.multiprocess
 
 # with 4 ranks for each sequence, key heads are repeated
-HEADS = {"num_heads": 4, "num_kv_heads": 2, "total_steps": 4, "eval_every": 2, "ckpt_every": 4}
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "batch_size": 4, "total_steps": 4, "eval_every": 2, "ckpt_every": 4}
 # What depends on the shares of the ranks: sources, masks, z-loss, Muon, the average, what is measured, and chunks of
 # tokens that do not end where the columns of a rank do.
 EVERYTHING: dict[str, Any] = {
