@@ -76,10 +76,13 @@ def test_a_standby_becomes_the_rank_that_it_is_told_to_be(
     config = str(tmp_path / "run.toml")
     assert pool.take(("/usr/bin/python3", *RANK[1:], config), environment) is None, "another interpreter"
     assert pool.take((sys.executable, "-m", "other_program"), environment) is None
+    assert pool.take((*RANK, config), environment | {"OMP_NUM_THREADS": "2"}) is None, "torch has chosen its threads"
+    monkeypatch.setattr(agent_state.agent, "called_up", {1: ["RANK=0"], 2: ["RANK=1"]})
     rank = pool.take((*RANK, config, "--total-steps", "3"), environment | {"ODD": "a\udcff\n", "LARGE": "x" * 100_000})
     assert rank is not None
     assert rank.pid == first
     assert hanging_starts._has_rank_0(first)
+    assert list(agent_state.agent.called_up) == [2, first], "two ranks are on this node"
     assert not hanging_starts._has_rank_0(second)
     assert agent_state.agent.standbys == {second}
     assert rank.wait(READY_SECONDS) == 0

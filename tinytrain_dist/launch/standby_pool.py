@@ -20,6 +20,7 @@ from tinytrain_dist.launch.settings_check import training_arguments
 from tinytrain_dist.utils.json_files import to_json
 
 MODULE = "tinytrain_dist.launch.standby_rank"
+THREADS = "OMP_NUM_THREADS"
 START_SECONDS = 20.0  # for ranks to start, if they do not train
 HAND_OVER_SECONDS = 10.0  # for a standby to take a large environment while it still imports
 # What is imported until the first step of a run, some of it only when it is needed.
@@ -104,10 +105,12 @@ class StandbyPool:
     def take(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
         """Let a standby become the rank that torchrun would start with this command and this environment.
 
-        None: there is no standby, or the command is not that of our training program alone.
+        None: there is no standby, or the command is not that of our training program alone, or the rank is to have
+        another number of threads, which is fixed when torch is imported.
         """
         arguments = training_arguments([*command[1:]]) if command[0] == sys.executable else None
-        while self._waiting and arguments is not None:
+        same_threads = environment.get(THREADS) == os.environ.get(THREADS)
+        while self._waiting and same_threads and arguments is not None:
             standby = self._waiting.pop(0)
             order = to_json({"arguments": arguments, "environment": dict(environment)})
             try:
@@ -119,6 +122,8 @@ class StandbyPool:
             self._taken_at = time.monotonic()
             agent.standbys.discard(standby.process.pid)
             agent.called_up[standby.process.pid] = [f"{name}={value}" for name, value in environment.items()]
+            while len(agent.called_up) > self._size:
+                del agent.called_up[next(iter(agent.called_up))]  # of an earlier world
             return standby.process
         return None
 
