@@ -78,14 +78,14 @@ def test_vector_instructions_are_tested_only_if_the_compiler_fails_without_that(
         return function
 
     monkeypatch.setattr(torch, "compile", for_old_compilers)
-    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", None)
-    assert why_not_compile(torch.device("cpu")) == ""
-    assert tried == [True, None]
-    assert why_not_compile(torch.device("meta")) == "", "only a CPU has them"
-    assert tried == [True, None, None]
-    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", False)  # TORCHINDUCTOR_VEC_ISA_OK=0
-    assert why_not_compile(torch.device("cpu")) == ""
-    assert inductor.cpp.vec_isa_ok is False
+    with inductor.patch({"cpp.vec_isa_ok": None}):  # monkeypatch would remove the setting in the end
+        assert why_not_compile(torch.device("cpu")) == ""
+        assert tried == [True, None]
+        assert why_not_compile(torch.device("meta")) == "", "only a CPU has them"
+        assert tried == [True, None, None]
+    with inductor.patch({"cpp.vec_isa_ok": False}):  # TORCHINDUCTOR_VEC_ISA_OK=0
+        assert why_not_compile(torch.device("cpu")) == ""
+        assert inductor.cpp.vec_isa_ok is False
 
 
 def test_bits_are_not_left_to_a_compiler_that_skips_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
