@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ README = """\
 2. Train: `tinytrain train config.toml` (all GPUs of this machine; stop with Ctrl-C; the same command resumes)
 3. Look: `tinytrain status {run}`, or `tensorboard --logdir {run}/logs`
 4. Slurm: edit `slurm/env.sh`; `tinytrain submit config.toml --nodes {nodes} --gpus-per-node {gpus} --time 24:00:00`
-5. Use: `tinytrain sample {run} --prompt {prompt}; all commands: `tinytrain --help`
+5. Use: `tinytrain sample {run} --prompt {prompt}`{prompt_note}; all commands: `tinytrain --help`
 """
 FINE_TUNING = """\
 # Fine-tuning of {model}.
@@ -73,8 +73,7 @@ packing = "best_fit"            # whole conversations in each window
 document_mask = true            # attention stays within a conversation
 loss_mask = true                # only the assistant's answers count
 """
-PROMPT = '"Once upon a time"`'
-CHAT_PROMPT = "PROMPT`, where PROMPT is what the chat template writes up to the answer (see docs/own_data.md)"
+CHAT_PROMPT_NOTE = ", where PROMPT is what the chat template writes up to the answer (see docs/own_data.md)"
 FINE_TUNING_CONTEXT = 1024  # tokens; the model may have been made for more
 
 
@@ -87,7 +86,8 @@ class Template:
     run: str
     nodes: int = 2
     gpus: int = 8
-    prompt: str = PROMPT  # for `tinytrain sample`
+    prompt: str = '"Once upon a time"'  # for `tinytrain sample`
+    prompt_note: str = ""
 
 
 def new(
@@ -207,8 +207,8 @@ def _of_model(model: Path) -> Template:
         sizes="\n".join(sizes),
     )
     _check_values(content, model)
-    prompt = CHAT_PROMPT if is_chat_model else PROMPT
-    return Template(content, f"`{prepare}`", "runs/fine_tuned", prompt=prompt)
+    template = Template(content, f"`{prepare}`", "runs/fine_tuned")
+    return replace(template, prompt="PROMPT", prompt_note=CHAT_PROMPT_NOTE) if is_chat_model else template
 
 
 def _has_chat_template(model: Path) -> bool:
