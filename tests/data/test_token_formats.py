@@ -88,7 +88,7 @@ def test_a_file_without_a_header_is_refused_unless_its_type_is_stated(tmp_path: 
 def test_an_odd_size_cannot_be_a_type(tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(IDS.tobytes()[:-1])
     for said in (refusal(tmp_path / "t.bin"), refusal(tmp_path / "t.bin", token_dtype="uint16")):
-        assert said.count("999") == 1, "the reason is said once"
+        assert said.count("999") == 1, "one reason for all types"
         assert "perhaps cut short" in said
     (tmp_path / "t.bin").write_bytes(IDS.tobytes()[:-2])
     assert "possible: uint16; not uint32 or int32, because the size of 998 bytes is no multiple of 4" in refusal(

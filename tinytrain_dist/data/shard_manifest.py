@@ -169,9 +169,8 @@ def open_shards(paths: Sequence[str], token_dtype: str | None, vocab_size: int |
             table[number] = row
         _write_manifest(places, table)  # now, because a killed start should not begin again
     shards = Shards(paths, table)
-    if token_dtype is not None and not (table["format"] == "headerless").any():
-        for shard in shards:
-            check_stated_type(shard.path, shard.layout, token_dtype)
+    if token_dtype is not None:  # otherwise nothing is stated, and there may be 10,000 shards
+        check_stated_type([(shard.path, shard.layout) for shard in shards], token_dtype)
     if vocab_size is not None:
         outside = (table["smallest"] < 0) | (table["largest"] >= vocab_size)
         for number in np.flatnonzero(outside & (table["tokens"] > 0))[:1].tolist():

@@ -57,7 +57,7 @@ def load_token_dataset(
     """
     path = Path(path)
     layout = find_layout(path, token_dtype, vocab_size)
-    check_stated_type(path, layout, token_dtype)
+    check_stated_type([(path, layout)], token_dtype)
     tokens = _open_array(path, layout, mmap)
     if vocab_size is not None:
         check_id_range(path, layout, _id_range(path, tokens), vocab_size)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import codecs
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,16 +74,19 @@ def find_layout(path: Path, token_dtype: str | None = None, vocab_size: int | No
     return layout
 
 
-def check_stated_type(path: str | Path, layout: Layout, token_dtype: str | None) -> None:
-    """Check that token_dtype does not contradict the header of a file, for a source in which all files have a header.
+def check_stated_type(files: Sequence[tuple[str | Path, Layout]], token_dtype: str | None) -> None:
+    """Check that token_dtype does not contradict the headers of all files of a source.
 
-    Errors: DataError.
+    files: path and layout of each. If one has no header, token_dtype is meant for it. Errors: DataError.
     """
-    if layout.format != "headerless" and token_dtype not in (None, layout.dtype.name):
-        raise DataError(
-            f"{path}: holds {layout.dtype.name} by its {layout.format} header, but token_dtype is {token_dtype}; leave "
-            "token_dtype out, which is only for files without a header"
-        )
+    if token_dtype is None or any(layout.format == "headerless" for _, layout in files):
+        return
+    for path, layout in files:
+        if token_dtype != layout.dtype.name:
+            raise DataError(
+                f"{path}: holds {layout.dtype.name} by its {layout.format} header, but token_dtype is {token_dtype}; "
+                "leave token_dtype out, which is only for files without a header"
+            )
 
 
 def _read_layout(path: Path, token_dtype: str | None, vocab_size: int | None) -> Layout:

@@ -244,9 +244,8 @@ def check_tokens(entry: str, config: TrainingConfig) -> list[str]:
         paths = shard_paths(entry)
         checked = paths[:: -(-len(paths) // MOST_FILES_CHECKED)]
         layouts = [find_layout(Path(path), config.token_dtype, config.vocab_size) for path in checked]
-        if checked == paths and all(layout.format != "headerless" for layout in layouts):
-            for path, layout in zip(paths, layouts, strict=True):
-                check_stated_type(path, layout, config.token_dtype)
+        if checked == paths:
+            check_stated_type(list(zip(paths, layouts, strict=True)), config.token_dtype)
     except NoTokenFilesError:
         return []  # resolve_vocab_size has reported it
     except DataError as error:
